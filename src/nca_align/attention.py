@@ -1,0 +1,237 @@
+"""The attention function by which each segment of a packed row sees exactly its own conversation.
+
+`share_prefixes(model)` registers it with transformers' `AttentionInterface`, over the implementation that the model
+had, and sets it for good: checkpointed layers run again in the backward, and must find the same function there. A
+forward that is given `segments` attends by them; any other (generation, plain evaluation) is handed over to
+the model's own implementation, mask function included.
+"""
+
+import sys
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.masking_utils import AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+try:  # FlashAttention kernels that ship with torch; a later torch may move it
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # pragma: no cover
+    varlen_attn = None
+
+_PREFIX = "prefix_shared_over_"
+_SUPPORTED_LAYERS = {"full_attention", "sliding_attention"}
+_HALF = (torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True, eq=False)
+class Segments:
+    """Where the segments of one packed row stand, and which stretches of the row each of them sees.
+
+    Args:
+        queries: `(start, end)` of each of the S segments, in the row's order, which they fill without a gap.
+        paths: for each segment, the `(start, end)` stretches from its root to its own end, in order of depth; the last
+            one ends where the segment does.
+    """
+
+    queries: tuple[tuple[int, int], ...]
+    paths: tuple[tuple[tuple[int, int], ...], ...]
+    _cache: dict[Any, Any] = field(default_factory=dict, repr=False)
+
+    def causal_mask(self, q: int, k: int, window: int | None, like: torch.Tensor) -> torch.Tensor | None:
+        """Additive lower-right causal mask (q, k) of one segment, kept for all layers; None where `is_causal` says it.
+
+        `window` counts the query itself, as transformers' `sliding_window` does.
+        """
+        if window is not None and window >= k:
+            window = None
+        if q == k and window is None:
+            return None
+        key = (q, k, window, like.dtype, like.device)
+        if key not in self._cache:
+            seen = torch.ones(q, k, dtype=torch.bool, device=like.device).tril(k - q)
+            if window is not None:
+                seen = seen.triu(k - q - window + 1)
+            self._cache[key] = torch.zeros(q, k, dtype=like.dtype, device=like.device).masked_fill_(~seen, -torch.inf)
+        return self._cache[key]
+
+    def varlen(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int, int]:
+        """What variable-length kernels take: `kv_index`, `cu_seqlens_q`, `cu_seqlens_k` (int32), and both maxima."""
+        key = ("varlen", device)
+        if key not in self._cache:
+            kv = [torch.arange(start, end) for path in self.paths for start, end in path]
+            q_lengths = [end - start for start, end in self.queries]
+            k_lengths = [sum(end - start for start, end in path) for path in self.paths]
+            cumulative = [torch.tensor([0, *lengths]).cumsum(0).int().to(device) for lengths in (q_lengths, k_lengths)]
+            self._cache[key] = (torch.cat(kv).to(device), *cumulative, max(q_lengths), max(k_lengths))
+        return self._cache[key]
+
+
+def prefix_sharing_obstacle(model: PreTrainedModel) -> str | None:
+    """Why `model` can't take a packed row, in words that end a sentence; None where it can."""
+    config = model.config.get_text_config()
+    name = type(model).__name__
+    if not (model._supports_attention_backend and model._can_set_attn_implementation()):
+        return f"{name} does not route its attention through transformers' AttentionInterface"
+    layer_types = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or []
+    if foreign := sorted(set(layer_types) - _SUPPORTED_LAYERS):
+        return f"{name} has {', '.join(foreign)} layers, which mix positions outside attention over the conversation"
+    return None
+
+
+def share_prefixes(model: PreTrainedModel) -> None:
+    """Make `model` attend by segments where a forward is given them. Idempotent.
+
+    Raises:
+        NotImplementedError: the model can't, with the reason.
+    """
+    own = model.config.get_text_config()._attn_implementation
+    if own.startswith(_PREFIX):
+        return
+    if obstacle := prefix_sharing_obstacle(model):
+        raise NotImplementedError(f"`layout: prefix_shared` can't be used here: {obstacle}. Use `layout: padded`.")
+    if "flash" in own:  # its function reads its own name from the config; generation gets an equal one
+        own = "sdpa" if getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is None else "eager"
+    name = _PREFIX + own
+    AttentionInterface.register(name, partial(segment_attention, own=own))
+    AttentionMaskInterface.register(name, AttentionMaskInterface._global_mapping[own])
+    model.set_attn_implementation(name)
+
+
+def segment_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    own: str,
+    segments: Segments | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What the model's layers call: by segments where the forward was given them, else the model's `own` attention."""
+    if segments is not None:
+        return attend_segments(query, key, value, segments, **kwargs), None
+    if own == "eager":  # each modeling file has its own
+        attend = sys.modules[type(module).__module__].eager_attention_forward
+    else:
+        attend = ALL_ATTENTION_FUNCTIONS[own]
+    return attend(module, query, key, value, attention_mask, **kwargs)
+
+
+def attend_segments(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    segments: Segments,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    position_bias: torch.Tensor | None = None,
+    **kwargs,
+) -> torch.Tensor:
+    """Causal attention of one packed row of T tokens, each segment over its own path from the root.
+
+    Args:
+        query: (1, heads, T, D).
+        key, value: (1, key-value heads, T, D).
+        segments: the row's segments.
+        scaling: factor of the scores; D ** -0.5 by default.
+        sliding_window: tokens that a query sees, itself included, where the layer has a window.
+        softcap: bound of the scores (Gemma 2).
+        s_aux: (heads,) attention sinks (GPT-OSS).
+
+    Returns:
+        (1, T, heads, D).
+
+    Raises:
+        NotImplementedError: the layer adds a bias to its scores.
+    """
+    if position_bias is not None:
+        raise NotImplementedError(
+            "`layout: prefix_shared` can't add this model's position bias to its scores. Use `layout: padded`."
+        )
+    window = sliding_window or None
+    explicit = softcap is not None or s_aux is not None
+    if not explicit and dropout == 0.0 and _varlen_takes(query, key, value):
+        return _varlen_attention(query, key, value, segments, scaling, window)
+    outputs = []
+    for (start, end), path in zip(segments.queries, segments.paths, strict=True):
+        q, k, v = query[:, :, start:end], _stretches(key, path), _stretches(value, path)
+        mask = segments.causal_mask(q.shape[2], k.shape[2], window, q)
+        if explicit:
+            output = _explicit_attention(q, k, v, mask, scaling, dropout, softcap, s_aux)
+        else:
+            output = F.scaled_dot_product_attention(
+                q, k, v, mask, dropout, is_causal=mask is None, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
+            )
+        outputs.append(output)
+    return torch.cat(outputs, 2).transpose(1, 2).contiguous()
+
+
+def _stretches(x: torch.Tensor, path: tuple[tuple[int, int], ...]) -> torch.Tensor:
+    # Slices, not an index: gathering by a tensor made a step of K = 16 12 % slower on CPU, all of it in the backward
+    slices = [x[:, :, start:end] for start, end in path]
+    return slices[0] if len(slices) == 1 else torch.cat(slices, 2)
+
+
+def _varlen_takes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
+    return (
+        varlen_attn is not None
+        and query.is_cuda
+        and query.dtype in _HALF
+        and query.dtype == key.dtype == value.dtype
+        and query.shape[-1] == value.shape[-1] <= 256
+    )
+
+
+def _varlen_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    segments: Segments,
+    scaling: float | None,
+    window: int | None,
+) -> torch.Tensor:
+    """One kernel call for the row: lower-right causal by segment, separate query and key lengths. (1, T, heads, D)."""
+    kv_index, cu_seqlens_q, cu_seqlens_k, max_q, max_k = segments.varlen(query.device)
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    output = varlen_attn(
+        q.contiguous(), k.index_select(0, kv_index), v.index_select(0, kv_index), cu_seqlens_q, cu_seqlens_k, max_q,
+        max_k, scale=scaling, window_size=(window - 1 if window else -1, 0),
+        enable_gqa=q.shape[1] != k.shape[1],
+    )  # fmt: skip
+    return output.unsqueeze(0)
+
+
+def _explicit_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float | None,
+    dropout: float,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """The softmax written out, for soft-capped scores and attention sinks."""
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    scores = q @ k.transpose(2, 3) * (q.shape[-1] ** -0.5 if scaling is None else scaling)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if mask is None:
+        scores = scores.masked_fill(torch.ones_like(scores[0, 0], dtype=torch.bool).triu(1), -torch.inf)
+    else:
+        scores = scores + mask
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.to(scores.dtype).view(1, -1, 1, 1).expand(1, -1, q.shape[2], 1)], 3)
+    weights = scores.softmax(3, dtype=torch.float32).to(q.dtype)
+    if sinks is not None:
+        weights = weights[..., :-1]
+    return F.dropout(weights, dropout) @ v

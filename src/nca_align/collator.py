@@ -1,0 +1,195 @@
+"""K completions per prompt → the tensors of one batch, in one of two layouts and under one contract.
+
+A batch holds `rewards` (B, K) float32, `valid` (B, K) bool (ragged K: False where a prompt has fewer completions),
+`lengths` (B, K) completion tokens, `ref_logps` (B, K) where the rows carry them, `num_tokens` that the model
+reads, padding left out, and `chunks`: one forward each, all
+completions in one of them unless `completions_per_forward` asks for fewer. A chunk holds
+
+    input_ids                (rows, T)
+    attention_mask           (rows, T), or a (1, 1, 1, 1) placeholder beside `segments`
+    position_ids, segments   of a packed row only: (1, T) depths in the tree, and who sees whom
+    token_index, target_ids, completion_index  (M,)
+
+and its M *terms* say which prediction counts for what: the one made at flat position `token_index[m]` (over rows · T),
+of token `target_ids[m]`, belongs to completion `completion_index[m]` (b·K + k). Positions may repeat. What the trainer
+does with a batch is the same whatever the layout.
+
+**padded**: a row a completion, its prompt repeated. **prefix_shared**: the whole chunk is one row without padding: its
+conversations form a tree in which every token that several share, up to where they part, stands once. A prompt's last
+token opens each branch, so that a position has one next token; the same rule shares the common beginnings of
+completions and the earlier turns of multi-turn trees.
+"""
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .attention import Segments
+
+# A fork costs a segment, one more attention call and copy of its path: it isn't worth it where it saves fewer tokens.
+MIN_SHARED_TOKENS = 16
+
+
+@dataclass
+class RewardCollator:
+    """Collates tokenised rows (`prompt_ids`, `completion_ids`, `rewards`, optionally `ref_logps`) into a batch.
+
+    Args:
+        pad_token_id: id that fills the padded layout; never seen by attention, never scored, so eos will do.
+        layout: "padded" or "prefix_shared".
+        completions_per_forward: most completions in a chunk; None for all of the batch's in one.
+        pad_to_multiple_of: rounds the padded layout's T up.
+    """
+
+    pad_token_id: int
+    layout: str = "padded"
+    completions_per_forward: int | None = None
+    pad_to_multiple_of: int | None = None
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        columns = max(len(row["completion_ids"]) for row in rows)
+        batch: dict[str, Any] = {
+            "rewards": _padded_matrix([row["rewards"] for row in rows], columns),
+            "valid": _padded_matrix([[True] * len(row["rewards"]) for row in rows], columns, torch.bool),
+            "lengths": _padded_matrix([[len(c) for c in row["completion_ids"]] for row in rows], columns, torch.long),
+        }
+        if all(row.get("ref_logps") is not None for row in rows):
+            batch["ref_logps"] = _padded_matrix([row["ref_logps"] for row in rows], columns)
+        conversations = [
+            (b, b * columns + k, row["prompt_ids"], completion)
+            for b, row in enumerate(rows)
+            for k, completion in enumerate(row["completion_ids"])
+        ]
+        pack = pack_tree if self.layout == "prefix_shared" else self._pad
+        batch["chunks"] = [
+            pack([conversation[1:] for conversation in chunk])
+            for chunk in split_by_length(conversations, self.completions_per_forward)
+        ]
+        batch["num_tokens"] = sum(
+            chunk["input_ids"].numel() if "segments" in chunk else int(chunk["attention_mask"].sum())
+            for chunk in batch["chunks"]
+        )
+        return batch
+
+    def _pad(self, conversations: Sequence[tuple[int, list[int], list[int]]]) -> dict[str, Any]:
+        # A conversation's last token predicts nothing, so it is a target only
+        rows = [(prompt + completion)[:-1] for _, prompt, completion in conversations]
+        length = max(map(len, rows))
+        if self.pad_to_multiple_of:
+            length = -(-length // self.pad_to_multiple_of) * self.pad_to_multiple_of
+        token_index, target_ids, completion_index = [], [], []
+        for i, (index, prompt, completion) in enumerate(conversations):
+            first = i * length + len(prompt) - 1
+            token_index.extend(range(first, first + len(completion)))
+            target_ids.extend(completion)
+            completion_index.extend([index] * len(completion))
+        return {
+            "input_ids": torch.tensor([row + [self.pad_token_id] * (length - len(row)) for row in rows]),
+            "attention_mask": torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows]),
+            "token_index": torch.tensor(token_index),
+            "target_ids": torch.tensor(target_ids),
+            "completion_index": torch.tensor(completion_index),
+        }
+
+
+def pack_tree(conversations: Sequence[tuple[int, list[int], list[int]]]) -> dict[str, Any]:
+    """Lay conversations `(completion index, prompt ids, completion ids)` out as one packed row, in depth-first order.
+
+    Two conversations share a position where they agree on its token *and* on the next one, so they part one token
+    before their difference and each position has a single target. A position is keyed by that pair; the last token of
+    a conversation is a target only.
+    """
+    keys = []
+    for _, prompt, completion in conversations:
+        ids = prompt + completion
+        keys.append([token << 32 | following for token, following in itertools.pairwise(ids)])
+    input_ids: list[int] = []
+    position_ids: list[int] = []
+    queries: list[tuple[int, int]] = []
+    paths: list[tuple[tuple[int, int], ...]] = []
+    routes: list[list[int]] = [[] for _ in keys]  # conversation → row position of each of its tokens
+
+    def grow(members: list[int], depth: int, path: tuple[tuple[int, int], ...]) -> None:
+        end = depth + _shared_length([keys[i] for i in members], depth)
+        if end > depth:
+            start = len(input_ids)
+            input_ids.extend(key >> 32 for key in keys[members[0]][depth:end])
+            position_ids.extend(range(depth, end))
+            stretch = (start, len(input_ids))
+            queries.append(stretch)
+            path = (*path[:-1], (path[-1][0], stretch[1])) if path and path[-1][1] == start else (*path, stretch)
+            paths.append(path)
+            for i in members:
+                routes[i].extend(range(*stretch))
+        rest = [i for i in members if len(keys[i]) > end]
+        for branch in _group(rest, lambda i: keys[i][end]):
+            shared = _shared_length([keys[i] for i in branch], end)
+            if shared * (len(branch) - 1) >= MIN_SHARED_TOKENS:
+                grow(branch, end, path)
+            else:  # what they all share is too short, but some of them may share more
+                for part in _group(branch, lambda i: tuple(keys[i][end : end + MIN_SHARED_TOKENS])):
+                    grow(part, end, path)
+
+    grow(list(range(len(keys))), 0, ())
+    token_index, target_ids, completion_index = [], [], []
+    for (index, prompt, completion), route in zip(conversations, routes, strict=True):
+        token_index.extend(route[len(prompt) - 1 :])
+        target_ids.extend(completion)
+        completion_index.extend([index] * len(completion))
+    return {
+        "input_ids": torch.tensor([input_ids]),
+        "position_ids": torch.tensor([position_ids]),
+        # transformers takes a 4-D mask as it stands, so none of the row's length squared is built
+        "attention_mask": torch.ones(1, 1, 1, 1),
+        "segments": Segments(tuple(queries), tuple(paths)),
+        "token_index": torch.tensor(token_index),
+        "target_ids": torch.tensor(target_ids),
+        "completion_index": torch.tensor(completion_index),
+    }
+
+
+def _group(members: list[int], key: Callable[[int], Any]) -> list[list[int]]:
+    groups: dict[Any, list[int]] = {}
+    for i in members:
+        groups.setdefault(key(i), []).append(i)
+    return list(groups.values())
+
+
+def _shared_length(keys: list[list[int]], depth: int) -> int:
+    """How many positions from `depth` on all of these share: as many as the smallest and the largest do."""
+    tails = [key[depth:] for key in keys]
+    smallest, largest = min(tails), max(tails)
+    return next((n for n, (a, b) in enumerate(zip(smallest, largest, strict=False)) if a != b), len(smallest))
+
+
+def split_by_length(conversations: list[Any], size: int | None) -> list[list[Any]]:
+    """Split `(b, index, prompt ids, completion ids)` into chunks of at most `size`, near equal in unique tokens.
+
+    The longest first, each into the chunk with room that it leaves shortest; a prompt counts once a chunk, so the
+    completions of a prompt stay together where that costs no balance. As few chunks as `size` allows.
+    """
+    if size is None or len(conversations) <= size:
+        return [conversations]
+    chunks: list[list[Any]] = [[] for _ in range(-(-len(conversations) // size))]
+    loads = [0] * len(chunks)
+    for conversation in sorted(conversations, key=lambda c: -len(c[3])):
+        b, _, prompt, completion = conversation
+
+        def load(j: int, b: int = b, tokens: int = len(completion), extra: int = len(prompt)) -> int:
+            return loads[j] + tokens + (0 if any(other[0] == b for other in chunks[j]) else extra)
+
+        j = min((j for j in range(len(chunks)) if len(chunks[j]) < size), key=load)
+        loads[j] = load(j)
+        chunks[j].append(conversation)
+    return chunks
+
+
+def _padded_matrix(rows: list[list], columns: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """(B, K) of ragged lists, zeros (False) where a row has fewer."""
+    matrix = torch.zeros(len(rows), columns, dtype=dtype)
+    for b, row in enumerate(rows):
+        matrix[b, : len(row)] = torch.tensor(row, dtype=dtype)
+    return matrix

@@ -1,0 +1,145 @@
+"""Log-probabilities of the labelled tokens alone: the LM head runs where a label is, and nowhere else."""
+
+import functools
+from dataclasses import dataclass
+from types import MethodType
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+# Bytes of logits and of their gradient that a forward may keep for its backward; above it the head runs in tiles that
+# the backward computes again. Free at 7B (under 1 % of a step), dear on small models with a large vocabulary, whose
+# logits fit anyway: 16k labelled tokens of a vocabulary of 150k are 9.8 GB in fp32.
+LOGITS_BUDGET = {"cuda": 2 << 30, "cpu": 4 << 30}
+
+
+@dataclass
+class TokenLogps(ModelOutput):
+    """Output of a forward with `token_index`.
+
+    Args:
+        token_logps: (M,) float32, nats, of each labelled token.
+        aux_loss: load-balancing loss of a mixture of experts, where its router logits were asked for.
+    """
+
+    token_logps: torch.Tensor | None = None
+    aux_loss: torch.Tensor | None = None
+
+
+class _SelectedLogProbs(torch.autograd.Function):
+    """`log_softmax(logits)[i, targets[i]]`, keeping one (M, V) tensor and never building a one-hot gradient."""
+
+    @staticmethod
+    def forward(ctx, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        logps = torch.log_softmax(logits, -1, dtype=torch.float32)
+        ctx.save_for_backward(logps, targets)
+        ctx.dtype = logits.dtype
+        return logps.gather(1, targets[:, None])[:, 0]
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        logps, targets = ctx.saved_tensors
+        grad_logits = logps.exp().mul_(-grad[:, None])
+        grad_logits.scatter_add_(1, targets[:, None], grad[:, None])
+        return grad_logits.to(ctx.dtype), None
+
+
+def head_logps(
+    head: nn.Module,
+    hidden: torch.Tensor,
+    targets: torch.Tensor,
+    vocab_size: int,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    budget: int | None = None,
+) -> torch.Tensor:
+    """Log-probability of each target under the LM head, whole within the memory budget, else in recomputed tiles.
+
+    Args:
+        head: maps (M, hidden size) to (M, V) logits.
+        hidden: (M, hidden size) hidden states at the labelled positions.
+        targets: (M,) token ids.
+        vocab_size: V, by which the budget is counted.
+        scale: factor of the logits (Cohere's `logit_scale`, the inverse of Granite's `logits_scaling`).
+        softcap: bound of the scaled logits (Gemma's `final_logit_softcapping`).
+        budget: bytes of fp32 logits that may be kept; by default `LOGITS_BUDGET` of the device.
+
+    Returns:
+        (M,) float32, nats.
+    """
+
+    def score(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        logits = head(hidden)
+        if scale != 1.0:
+            logits = logits * scale
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        return _SelectedLogProbs.apply(logits, targets)
+
+    if budget is None:
+        budget = LOGITS_BUDGET.get(hidden.device.type, LOGITS_BUDGET["cuda"])
+    rows = max(1, budget // (8 * vocab_size))  # logits and their gradient, 4 bytes each
+    if len(hidden) <= rows:
+        return score(hidden, targets)
+    rows = min(rows, 4096)
+    tiles = zip(hidden.split(rows), targets.split(rows), strict=True)
+    if not torch.is_grad_enabled():
+        return torch.cat([score(*tile) for tile in tiles])
+    return torch.cat([checkpoint(score, *tile, use_reentrant=False) for tile in tiles])
+
+
+def logit_transform(config) -> tuple[float, float | None]:
+    """(scale, softcap) that the model's own forward applies to its LM head's output, by the names the families use."""
+    scale = 1.0
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
+        if getattr(config, name, None) is not None:
+            scale = getattr(config, name)
+            break
+    else:
+        divisor = getattr(config, "logits_scaling", None)
+        if divisor is not None:
+            scale = divisor if config.model_type == "hyperclovax" else 1 / divisor
+    return scale, getattr(config, "final_logit_softcapping", None)
+
+
+def add_token_logps(model: PreTrainedModel) -> None:
+    """Let `model(..., token_index=…, target_ids=…)` return `TokenLogps`; any other forward stays as it was. Idempotent.
+
+    The forward is the place, so that it runs through the DDP, FSDP and PEFT wrappers around the model. It takes
+    `token_index` (M,), positions in the flattened (rows · T), `target_ids` (M,), and `row_length` T, by which the
+    virtual tokens that some PEFT methods put in front are left out.
+    """
+    if getattr(model, "_has_token_logps", False):
+        return
+    model._has_token_logps = True
+    own_forward = model.forward
+    config = model.config.get_text_config()
+    scale, softcap = logit_transform(config)
+
+    @functools.wraps(type(model).forward)  # `generate` validates its arguments against the signature
+    def forward(self, *args, token_index=None, target_ids=None, row_length=None, **kwargs):
+        if token_index is None:
+            return own_forward(*args, **kwargs)
+        outputs = self.base_model(*args, use_cache=False, **{k: v for k, v in kwargs.items() if k != "use_cache"})
+        hidden = outputs.last_hidden_state[:, -row_length:].flatten(0, 1)
+        head = self.get_output_embeddings()
+        device = next(head.parameters()).device  # another than the backbone's where `device_map` splits the model
+        hidden = hidden.index_select(0, token_index).to(device)
+        token_logps = head_logps(head, hidden, target_ids.to(device), config.vocab_size, scale, softcap)
+        aux_loss = None
+        if kwargs.get("output_router_logits"):
+            aux_loss = _router_loss(config, outputs.router_logits, kwargs.get("attention_mask"))
+        return TokenLogps(token_logps=token_logps, aux_loss=aux_loss)
+
+    model.forward = MethodType(forward, model)
+
+
+def _router_loss(config, router_logits, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    """Load-balancing loss over the batch's real tokens; a packed row has no others, and its mask is a placeholder."""
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func  # every family's is this one
+
+    mask = attention_mask if attention_mask is not None and attention_mask.dim() == 2 else None
+    return load_balancing_loss_func(router_logits, config.num_experts, config.num_experts_per_tok, mask)

@@ -1,0 +1,297 @@
+"""InfoNCA, NCA and the listwise losses beside them, as pure functions from (B, K) tensors to one loss a prompt.
+
+Every loss is written in the implicit rewards `r = β · (pi_logps − ref_logps)` of one prompt's K completions. They are
+computed in float32, or in float64 where `pi_logps` or `ref_logps` is float64, and so is the loss that comes back. What
+stands at a masked position is never used: it may be NaN, and its gradient is exactly 0. Arguments, shapes and errors
+are the same for all of them and stand under `reward_loss`; each adds its formula and what it does with equal rewards.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from difflib import get_close_matches
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def targets(rewards: Tensor, alpha: float, mask: Tensor | None = None) -> Tensor:
+    """The distribution over one prompt's completions that InfoNCA and NCA aim at.
+
+        w = softmax(rewards / α) over the valid completions; adding a constant to a row's rewards changes nothing
+
+    Args:
+        rewards: (B, K), data set scores in any unit, finite where valid.
+        alpha: temperature in the unit of `rewards`, above 0; towards 0 only the best (and its ties) keep weight.
+        mask: (B, K) bool, True where a completion is there; at least two a row. None: everywhere.
+
+    Returns:
+        (B, K), rows sum to 1, 0 where masked; uniform for equal rewards. float32, or float64 where `rewards` is.
+
+    Raises:
+        ValueError: `alpha` not above 0, fewer than two completions in a row, NaN or infinite `rewards`, unequal shapes.
+        TypeError: `mask` is not bool.
+
+    Source: arXiv 2402.05369, and the authors' code, which divides by α as well.
+    """
+    return _softmax(rewards, alpha, check_rows(rewards, alpha, mask))
+
+
+def nca_loss(
+    pi_logps: Tensor,
+    ref_logps: Tensor,
+    rewards: Tensor,
+    alpha: float,
+    beta: float,
+    mask: Tensor | None = None,
+    negative_weight: float = 1.0,
+) -> Tensor:
+    """NCA: each completion on its own against the reference, so that likelihoods count and not their differences alone.
+
+        L = −Σ_i w_i · logσ(r_i) − λ/K · Σ_i logσ(−r_i),    w = softmax(rewards / α), λ = `negative_weight`
+        ∂L/∂r_i = −w_i (1 − σ(r_i)) + λ σ(r_i) / K,    least at r_i = log(K w_i / λ)
+
+    A row whose rewards are all equal has the uniform target: its implicit rewards are drawn to −log λ, 0 by default.
+    K counts the row's valid completions.
+
+    Args:
+        negative_weight: λ, 0 or more, on the second term alone; 1 is the paper's.
+
+    Source: arXiv 2402.05369; λ is free in Condition Contrastive Alignment (arXiv 2410.09347).
+    """
+    if not 0 <= negative_weight < math.inf:
+        raise ValueError(
+            f"`negative_weight` is {negative_weight}; it must be a finite number of 0 or more: 1 is the paper's NCA."
+        )
+    r, w, mask = _inputs(pi_logps, ref_logps, rewards, alpha, beta, mask)
+    negative = torch.where(mask, F.logsigmoid(-r), 0).sum(1) / mask.sum(1)
+    return -(w * F.logsigmoid(r)).sum(1) - negative_weight * negative
+
+
+def infonca_loss(
+    pi_logps: Tensor, ref_logps: Tensor, rewards: Tensor, alpha: float, beta: float, mask: Tensor | None = None
+) -> Tensor:
+    """InfoNCA: classify which completion is the rewarded one; DPO where K = 2 and the target is hard.
+
+        L = −Σ_i w_i · log softmax(r)_i,    w = softmax(rewards / α)
+        ∂L/∂r_i = softmax(r)_i − w_i,    least at r = rewards / α + any constant
+
+    A row whose rewards are all equal has the uniform target: its implicit rewards are drawn together.
+
+    Source: arXiv 2402.05369.
+    """
+    r, w, mask = _inputs(pi_logps, ref_logps, rewards, alpha, beta, mask)
+    return -(w * torch.where(mask, r.masked_fill(~mask, -math.inf).log_softmax(1), 0)).sum(1)
+
+
+def all_pairs_loss(
+    pi_logps: Tensor, ref_logps: Tensor, rewards: Tensor, alpha: float, beta: float, mask: Tensor | None = None
+) -> Tensor:
+    """DPO's logistic loss over every pair of unequal rewards, the paper's way to give DPO more than two completions.
+
+        L = mean over {(i, j): rewards_i > rewards_j} of −logσ(r_i − r_j)
+
+    Only the order of the rewards counts, α does not. No finite optimum: the gaps keep growing. A row whose rewards are
+    all equal has no pair: its loss is 0 and its gradient 0.
+
+    Source: arXiv 2402.05369 (its DPO baseline at K = 4); DPO, arXiv 2305.18290.
+    """
+    r, _, mask = _inputs(pi_logps, ref_logps, rewards, alpha, beta, mask)
+    return _mean_logistic(r, better_pairs(rewards, mask))
+
+
+def best_vs_rest_loss(
+    pi_logps: Tensor, ref_logps: Tensor, rewards: Tensor, alpha: float, beta: float, mask: Tensor | None = None
+) -> Tensor:
+    """DPO's logistic loss of the best completion against each worse one; the order among the rest is left alone.
+
+        L = mean over {(i, j): rewards_i = max > rewards_j} of −logσ(r_i − r_j)
+
+    Completions that tie for the best are each set against every worse one. Only the order of the rewards counts, α does
+    not. No finite optimum. A row whose rewards are all equal has no pair: its loss is 0 and its gradient 0.
+
+    Source: the pairs (best, other) of a ranking in DPO's loss, arXiv 2305.18290.
+    """
+    r, _, mask = _inputs(pi_logps, ref_logps, rewards, alpha, beta, mask)
+    pairs = better_pairs(rewards, mask)
+    best = ~pairs.any(1)  # (B, K), nobody is better than i
+    return _mean_logistic(r, pairs & best.unsqueeze(2))
+
+
+def plackett_luce_loss(
+    pi_logps: Tensor, ref_logps: Tensor, rewards: Tensor, alpha: float, beta: float, mask: Tensor | None = None
+) -> Tensor:
+    """Plackett–Luce: the negative log-likelihood of drawing the completions in the order of their rewards.
+
+        L = Σ_i [ log(e^{r_i} + Σ_{j: rewards_j < rewards_i} e^{r_j}) − r_i ]
+
+    Completions with equal rewards share a rank: each is drawn against itself and all that is strictly worse, never
+    against the other. Only the order counts, α does not. A sum over ranks (log K! at r = 0), DPO at K = 2. No finite
+    optimum. A row whose rewards are all equal has one rank: its loss is 0 and its gradient 0.
+
+    Source: DPO under the Plackett–Luce model, arXiv 2305.18290, appendix A.3; sharing a rank is ours.
+    """
+    r, _, mask = _inputs(pi_logps, ref_logps, rewards, alpha, beta, mask)
+    rivals = better_pairs(rewards, mask) | torch.eye(r.shape[1], dtype=torch.bool, device=r.device)
+    # A masked completion is its own only rival: logsumexp(r_i) − r_i is 0, in value and in gradient.
+    return (r.unsqueeze(1).masked_fill(~rivals, -math.inf).logsumexp(2) - r).sum(1)
+
+
+def gvpo_loss(
+    pi_logps: Tensor, ref_logps: Tensor, rewards: Tensor, alpha: float, beta: float, mask: Tensor | None = None
+) -> Tensor:
+    """GVPO: regress the centred implicit rewards on the centred rewards over α; InfoNCA's optimum by least squares.
+
+        L = 1 / (2 (K − 1)) · Σ_i ( (rewards_i − mean rewards) / α − (r_i − mean r) )²,    least at r = rewards / α + C
+
+    A row whose rewards are all equal draws its implicit rewards together, as InfoNCA's does. Grows with the square of
+    the rewards' spread over α: choose α so that this is a few nats.
+
+    Source: arXiv 2504.19599, and the authors' code (github.com/jszkc/GVPO), with R/β there written rewards/α here.
+    """
+    r, _, mask = _inputs(pi_logps, ref_logps, rewards, alpha, beta, mask)
+    gaps = (_below_best(rewards, mask) / alpha).to(r.dtype) - r
+    count = mask.sum(1, keepdim=True)
+    residuals = torch.where(mask, gaps - torch.where(mask, gaps, 0).sum(1, keepdim=True) / count, 0)
+    return residuals.square().sum(1) / (2 * (count.squeeze(1) - 1))
+
+
+LOSSES: dict[str, Callable[..., Tensor]] = {
+    "nca": nca_loss,
+    "infonca": infonca_loss,
+    "all_pairs": all_pairs_loss,
+    "best_vs_rest": best_vs_rest_loss,
+    "plackett_luce": plackett_luce_loss,
+    "gvpo": gvpo_loss,
+}
+# A completion's gradient needs its own log-ratio only; every other loss needs the row's K log-probabilities first.
+SEPARABLE = frozenset({"nca"})
+
+
+def reward_loss(
+    pi_logps: Tensor,
+    ref_logps: Tensor,
+    rewards: Tensor,
+    alpha: float,
+    beta: float,
+    loss_type: str = "nca",
+    mask: Tensor | None = None,
+    negative_weight: float = 1.0,
+) -> Tensor:
+    """The alignment loss of each prompt from its K completions' log-probabilities and rewards.
+
+        r_i = β · (pi_logps_i − ref_logps_i),    L = LOSSES[loss_type](r, rewards, α)
+
+    Args:
+        pi_logps: (B, K) floating, log π_θ(y|x) in nats, summed over the completion's tokens (EOS included).
+        ref_logps: (B, K) floating, the same under the reference model.
+        rewards: (B, K), data set scores in any unit, finite where valid; higher is better.
+        alpha: temperature of the target in the unit of `rewards`, above 0.
+        beta: scale of the implicit reward, above 0.
+        loss_type: a key of `LOSSES`, in any case ("NCA" and "InfoNCA" as the paper writes them).
+        mask: (B, K) bool, True where a completion is there (ragged K), at least two a row. None: everywhere.
+        negative_weight: weight on NCA's second term, 0 or more; 1 is the paper's.
+
+    Returns:
+        (B,), one loss a prompt, not averaged. float32, or float64 where `pi_logps` or `ref_logps` is.
+
+    Raises:
+        ValueError: unknown `loss_type`, `alpha` or `beta` not above 0, unequal shapes or not (B, K), a row of fewer
+            than two completions, NaN or infinite `rewards`, a negative `negative_weight`.
+        TypeError: log-probabilities that are not floating, a `mask` that is not bool, a `loss_type` that is no string.
+        NotImplementedError: a `negative_weight` other than 1 with a loss other than NCA.
+
+    Source: arXiv 2402.05369, the PyTorch listing of `reward_loss`.
+    """
+    name = loss_name(loss_type)
+    if name == "nca":
+        return nca_loss(pi_logps, ref_logps, rewards, alpha, beta, mask, negative_weight)
+    if negative_weight != 1:
+        raise NotImplementedError(
+            f"`negative_weight` is {negative_weight} with `loss_type` {name!r}; it weighs the second term of 'nca', "
+            "which no other loss has: leave it at 1."
+        )
+    return LOSSES[name](pi_logps, ref_logps, rewards, alpha, beta, mask)
+
+
+def loss_name(loss_type: str, names: Iterable[str] = LOSSES) -> str:
+    """The name among `names` that `loss_type` means, in any case; an error with the list and the nearest otherwise."""
+    names = list(names)
+    if not isinstance(loss_type, str):
+        raise TypeError(f"`loss_type` is {loss_type!r}; it must be a string, one of {', '.join(names)}.")
+    name = loss_type.lower()
+    if name not in names:
+        begun = [known for known in names if name.startswith(known)]  # TRL's nca_pair is nearest to nca
+        nearest = (begun or get_close_matches(name, names, n=1, cutoff=0))[0]
+        raise ValueError(
+            f"`loss_type` is {loss_type!r}; it must be one of {', '.join(names)} (any case): did you mean {nearest!r}?"
+        )
+    return name
+
+
+def better_pairs(rewards: Tensor, mask: Tensor) -> Tensor:
+    """(B, K, K) bool: at [b, i, j], completions i and j of prompt b are both there and i has the higher reward."""
+    return (rewards.unsqueeze(2) > rewards.unsqueeze(1)) & mask.unsqueeze(2) & mask.unsqueeze(1)
+
+
+def logratios(pi_logps: Tensor, ref_logps: Tensor, mask: Tensor) -> Tensor:
+    """(B, K) log π_θ − log π_ref in nats, subtracted in float32 at least; 0 where masked, whatever stands there."""
+    dtype = torch.promote_types(torch.promote_types(pi_logps.dtype, ref_logps.dtype), torch.float32)
+    return torch.where(mask, pi_logps.to(dtype) - ref_logps.to(dtype), 0)
+
+
+def check_rows(rewards: Tensor, alpha: float, mask: Tensor | None = None, beta: float = 1.0, **logps: Tensor) -> Tensor:
+    """The mask (all True for None) of rows that `reward_loss` can take; raises what it lists for anything else."""
+    for name, value in (("alpha", alpha), ("beta", beta)):
+        if not 0 < value < math.inf:
+            raise ValueError(f"`{name}` is {value}; it must be a finite number above 0: the paper's is 0.01.")
+    if rewards.ndim != 2:
+        raise ValueError(f"`rewards` has shape {tuple(rewards.shape)}; it must be (B, K): add the missing axis.")
+    if mask is None:
+        mask = torch.ones_like(rewards, dtype=torch.bool)
+    for name, tensor in {**logps, "mask": mask}.items():
+        if name != "mask" and not tensor.is_floating_point():
+            raise TypeError(f"`{name}` is {tensor.dtype}; it must be floating: pass log-probabilities in nats.")
+        if tensor.shape != rewards.shape:
+            raise ValueError(
+                f"`{name}` has shape {tuple(tensor.shape)} and `rewards` {tuple(rewards.shape)}; both must be (B, K), "
+                "one number a completion: sum log-probabilities over tokens and pad alike."
+            )
+    if mask.dtype != torch.bool:
+        raise TypeError(f"`mask` is {mask.dtype}; it must be bool, True where a completion is: use `mask.bool()`.")
+    few, broken = mask.sum(1) < 2, (mask & ~rewards.isfinite()).any(1)  # (B,)
+    if (few | broken).any():  # one synchronisation on CUDA
+        row = int((few | broken).int().argmax())
+        valid = rewards[row][mask[row]].tolist()
+        if few[row]:
+            raise ValueError(
+                f"`rewards` of row {row} has {len(valid)} valid completion(s); it must have at least 2 to compare: "
+                "leave the row out."
+            )
+        raise ValueError(f"`rewards` of row {row} is {valid}; each must be finite: drop or repair it.")
+    return mask
+
+
+def _inputs(
+    pi_logps: Tensor, ref_logps: Tensor, rewards: Tensor, alpha: float, beta: float, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Implicit rewards (B, K), 0 where masked; targets (B, K) in the same dtype; the mask (B, K)."""
+    mask = check_rows(rewards, alpha, mask, beta, pi_logps=pi_logps, ref_logps=ref_logps)
+    implicit_rewards = beta * logratios(pi_logps, ref_logps, mask)
+    return implicit_rewards, _softmax(rewards, alpha, mask).to(implicit_rewards.dtype), mask
+
+
+def _softmax(rewards: Tensor, alpha: float, mask: Tensor) -> Tensor:
+    return (_below_best(rewards, mask) / alpha).masked_fill(~mask, -math.inf).softmax(1)
+
+
+def _below_best(rewards: Tensor, mask: Tensor) -> Tensor:
+    """(B, K) rewards minus the row's highest, 0 where masked, so that dividing by a small α loses no digits."""
+    rewards = rewards.to(torch.promote_types(rewards.dtype, torch.float32)).masked_fill(~mask, -math.inf)
+    return (rewards - rewards.amax(1, keepdim=True)).masked_fill(~mask, 0)
+
+
+def _mean_logistic(implicit_rewards: Tensor, pairs: Tensor) -> Tensor:
+    """Mean of −logσ(r_i − r_j) over the pairs (i, j) of each row, 0 for a row without one."""
+    gaps = implicit_rewards.unsqueeze(2) - implicit_rewards.unsqueeze(1)  # (B, K, K)
+    return torch.where(pairs, -F.logsigmoid(gaps), 0).sum((1, 2)) / pairs.sum((1, 2)).clamp(min=1)

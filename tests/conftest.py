@@ -1,0 +1,106 @@
+"""A tiny model and tokenizer, built here without any download, and the real data where it is present."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may reach a network
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+CORPUS = [
+    "The quick brown fox jumps over the lazy dog, and the dog does not mind at all.",
+    "What is the best way to learn a language? Practise every day, and speak with other people.",
+    "user assistant system Here is the answer to the question that you asked me about the weather.",
+    "I think that this is a great idea! Thank you for the help, I am happy with it. 0 1 2 3 4 5 6 7 8 9",
+]
+
+
+def build_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of 384 tokens: every string round-trips, and common words merge."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<pad>", "<s>", "<|im_start|>", "<|im_end|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=384, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="<|im_end|>"
+    )
+    fast.chat_template = chat_template
+    return fast
+
+
+def build_model(tokenizer, seed: int = 0, **overrides) -> LlamaForCausalLM:
+    """A Llama of about 30 thousand parameters, fp32, in eval mode as `from_pretrained` leaves it."""
+    torch.manual_seed(seed)
+    config = {
+        "vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 2048,
+        "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id, "initializer_range": 0.3,
+    }  # fmt: skip
+    return LlamaForCausalLM(LlamaConfig(**(config | overrides))).eval()
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return build_tokenizer()
+
+
+@pytest.fixture
+def model(tokenizer):
+    return build_model(tokenizer)
+
+
+@pytest.fixture(scope="session")
+def model_dir(tokenizer, tmp_path_factory) -> str:
+    """The tiny model and tokenizer as a folder that `from_pretrained` reads."""
+    folder = tmp_path_factory.mktemp("tiny-model")
+    build_model(tokenizer).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def real_rows(name: str) -> list[dict]:
+    """Rows of a file of real data; skips the calling test, with the reason, where the file is absent."""
+    path = DATA / name
+    if not path.exists():
+        pytest.skip(f"real data {path} is not on this machine")
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def reward_rows(n: int, k: int | list[int] = 4, seed: int = 0) -> list[dict]:
+    """n conversational rows of K completions with distinct lengths and rewards (K may be a list to cycle)."""
+    generator = torch.Generator().manual_seed(seed)
+    words = " ".join(CORPUS).split()
+
+    def text(low: int, high: int) -> str:
+        length = int(torch.randint(low, high, (1,), generator=generator))
+        return " ".join(words[int(i)] for i in torch.randint(len(words), (length,), generator=generator))
+
+    rows = []
+    for i in range(n):
+        size = k if isinstance(k, int) else k[i % len(k)]
+        rows.append(
+            {
+                "prompt": [{"role": "user", "content": text(3, 12)}],
+                "completions": [[{"role": "assistant", "content": text(2, 14)}] for _ in range(size)],
+                "rewards": torch.randn(size, generator=generator).round(decimals=3).tolist(),
+            }
+        )
+    return rows
