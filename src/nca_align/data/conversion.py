@@ -1,0 +1,257 @@
+"""From a data set in any known format to validated rows `prompt, completions, rewards`."""
+
+import inspect
+import itertools
+import json
+import logging
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+from datasets import Dataset, Features, IterableDataset
+from datasets.fingerprint import Hasher
+
+from . import flat, formats, pairs, validation
+from .options import DEFAULT_SCORE, DataOptions
+from .report import FIX, NOTES, DataReport, read_notes, show_counts
+from .row import Row
+from .schema import RESULT, is_final, is_replaced, result_features
+from .validation import RowError, check_row
+
+logger = logging.getLogger("nca_align")
+
+_PEEKED = 64  # rows looked at before the others are converted
+_BATCH = 256
+
+
+def to_reward_dataset(
+    dataset: Dataset | IterableDataset,
+    options: DataOptions | None = None,
+    *,
+    name: str = "train",
+    num_proc: int | None = None,
+) -> Dataset | IterableDataset:
+    """`dataset`, in any known format, as validated rows `prompt, completions, rewards`; other columns are kept.
+
+    Rows in that form already are only checked, and come back as they are. A stream is converted and checked as it is
+    read. What is dropped or left out is logged in one line, with counts by cause.
+
+    Args:
+        dataset: one split, in memory or on disk, or a stream.
+        options: see `DataOptions`; None takes its defaults.
+        name: of the split, for messages.
+        num_proc: processes to convert with; None for this one.
+
+    Returns:
+        `prompt` (text or messages), `completions` (list of K), `rewards` (list of K floats), and the kept columns.
+
+    Raises:
+        TypeError: `dataset` is no `Dataset` or `IterableDataset`.
+        ValueError: an unknown format, an empty data set, or an invalid row, which is named from 0 with its field.
+        NotImplementedError: a stream of flat rows, whose prompts can't be put together without seeing them all.
+    """
+    return convert_dataset(dataset, options, name=name, num_proc=num_proc)[0]
+
+
+def convert_dataset(
+    dataset: Dataset | IterableDataset,
+    options: DataOptions | None = None,
+    *,
+    name: str = "train",
+    num_proc: int | None = None,
+) -> tuple[Dataset | IterableDataset, DataReport | None]:
+    """`to_reward_dataset`, and beside it the report, which is None for a stream."""
+    if not isinstance(dataset, (Dataset, IterableDataset)):
+        raise TypeError(
+            f"`dataset` is a {type(dataset).__name__}; it must be one split, a datasets.Dataset or IterableDataset"
+        )
+    options = options or DataOptions()
+    if isinstance(dataset, IterableDataset) or dataset.format["type"] is not None:
+        dataset = dataset.with_format(None)
+    peeked = list(itertools.islice(dataset, _PEEKED))
+    if not peeked:
+        raise ValueError(f"`{name}` is empty; it must have at least one row")
+    fmt = formats.recognise(peeked[0], options, name)
+    _check_options(fmt, options, peeked, name)
+    if isinstance(dataset, IterableDataset):
+        return _convert_stream(dataset, fmt, options, peeked, name), None
+
+    # Only what a conversion depends on goes into the key of its cache.
+    needed = replace(options, validation_fraction=0, validation_seed=0)
+    if not fmt.grouped:
+        needed = replace(needed, on_invalid="raise")
+    if fmt is formats.OWN:
+        needed = DataOptions(exclude_sources=options.exclude_sources, validation_fraction=0)
+    arguments = {"fmt": fmt.name, "options": needed, "revision": _revision()}
+    result = None
+    if fmt.grouped:
+        converted = _convert_groups(dataset, arguments)
+    else:
+        arguments["chat"] = _is_chat(peeked, fmt, options)
+        final = fmt is formats.OWN and is_final(dataset.features, arguments["chat"])
+        result = dataset if final else None
+        converted = dataset.map(
+            _check_batch if final else _convert_batch,
+            batched=True,
+            batch_size=_BATCH,
+            with_indices=True,
+            remove_columns=dataset.column_names,
+            features=NOTES if final else _with_notes(result_features(dataset.features, fmt, arguments["chat"])),
+            fn_kwargs=arguments,
+            num_proc=num_proc,
+            desc=f"Reading {name}",
+        )
+    keep, report = read_notes(converted, options, fmt.name, name)
+    logger.log(logging.WARNING if report.dropped or report.completions else logging.INFO, "%s", report)
+    result = converted.remove_columns(list(NOTES)) if result is None else result
+    return (result if report.kept == report.rows else result.select(keep)), report
+
+
+def _with_notes(features: Features) -> Features:
+    return Features({**features, **NOTES})
+
+
+@cache
+def _revision() -> str:
+    """Changes with the converters' code, so that what older code left in the cache isn't taken."""
+    modules = (sys.modules[__name__], flat, formats, pairs, validation)
+    return Hasher.hash([inspect.getsource(module) for module in modules])
+
+
+def _check_options(fmt: formats.Format, options: DataOptions, peeked: list[dict[str, Any]], name: str) -> None:
+    if options.exclude_sources and "source" not in peeked[0]:
+        raise ValueError(
+            f"`exclude_sources` is {options.exclude_sources}, but `{name}` has no column `source`; leave the option out"
+        )
+    known = fmt.scores(peeked) if fmt.scores else set()
+    if options.score != DEFAULT_SCORE and options.score not in known:
+        choice = f"choose among {', '.join(sorted(known))}" if known else "leave the option out"
+        raise ValueError(f"`score` is {options.score!r}, which `{name}` ({fmt.name}) doesn't have; {choice}")
+
+
+def _convert_row(row: dict[str, Any], fmt: formats.Format, options: DataOptions) -> Row:
+    result = fmt.convert(row, options)
+    if len(result.completions) < 2 and result.notes:
+        raise RowError(
+            "completions",
+            "fewer than two completions",
+            f"has {len(result.completions)} after some were left out ({show_counts(Counter(result.notes))}); there "
+            "must be at least two to compare",
+        )
+    check_row(result.prompt, result.completions, result.rewards)
+    for name in flat.SHARED:
+        if isinstance(row.get(name), str):
+            result.extra[name] = _read_json(row[name], name)
+    kwargs = result.extra.get("chat_template_kwargs", row.get("chat_template_kwargs"))
+    if kwargs is not None and not isinstance(kwargs, dict):
+        raise RowError("chat_template_kwargs", "wrong type", f"is {kwargs!r}; it must map names to values")
+    return result
+
+
+def _read_json(text: str, name: str) -> Any:
+    try:
+        return json.loads(text) if text.strip() else None
+    except json.JSONDecodeError as error:
+        raise RowError(name, "unreadable JSON", f"is no readable JSON ({error})") from None
+
+
+def _is_chat(rows: Iterable[dict[str, Any]], fmt: formats.Format, options: DataOptions) -> bool:
+    """Whether the first sound row is of messages; all others must be as it is."""
+    for row in rows:
+        try:
+            return isinstance(_convert_row(row, fmt, options).prompt, list)
+        except RowError:
+            continue
+    return False
+
+
+def _convert_values(row: dict[str, Any], i: int, fmt: str, options: DataOptions, chat: bool, **_: Any) -> dict:
+    """A row's values in the result with its notes; None for what can't be read of an invalid or excluded row."""
+    kind = formats.FORMATS[fmt]
+    values = {key: value for key, value in row.items() if key != "_index" and not is_replaced(key, kind)}
+    values |= dict.fromkeys(RESULT) | {"_problem": None, "_cause": None, "_notes": []}
+    unread = values | {name: None for name in flat.SHARED if isinstance(row.get(name), str)}
+    source = row["source"][0] if kind.grouped and "source" in row else row.get("source")
+    if source in options.exclude_sources:
+        return unread | {"_cause": f"source {source}"}
+    try:
+        result = _convert_row(row, kind, options)
+        if isinstance(result.prompt, list) != chat:
+            this, others = ("text", "messages") if chat else ("messages", "text")
+            raise RowError("prompt", "text and messages mixed", f"is {this}, but rows before it are {others}; use one")
+    except RowError as error:
+        where = i if error.row is None else error.row
+        return unread | {"_problem": f"row {where}: {error}", "_cause": error.cause}
+    values |= {"prompt": result.prompt, "completions": result.completions, "rewards": result.rewards}
+    return values | result.extra | {"_notes": result.notes}
+
+
+def _convert_rows(batch: dict[str, list], indices: list[int], arguments: dict[str, Any]) -> list[dict[str, Any]]:
+    rows = (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
+    return [_convert_values(row, i, **arguments) for row, i in zip(rows, indices, strict=True)]
+
+
+def _convert_batch(batch: dict[str, list], indices: list[int], **arguments: Any) -> dict[str, list]:
+    rows = _convert_rows(batch, indices, arguments)
+    return {key: [row[key] for row in rows] for key in rows[0]}
+
+
+def _check_batch(batch: dict[str, list], indices: list[int], **arguments: Any) -> dict[str, list]:
+    needed = {key: batch[key] for key in (*RESULT, *flat.SHARED, "source") if key in batch}
+    rows = _convert_rows(needed, indices, arguments)
+    return {key: [row[key] for row in rows] for key in NOTES}
+
+
+def _convert_groups(dataset: Dataset, arguments: dict[str, Any]) -> Dataset:
+    fmt = formats.FORMATS[arguments["fmt"]]
+    order, starts = flat.group_rows(dataset)
+    first = itertools.islice(flat.read_groups(dataset, order, starts), _PEEKED)
+    arguments["chat"] = _is_chat((row for _, row in first), fmt, arguments["options"])
+
+    def generate() -> Iterator[dict[str, Any]]:
+        for i, row in flat.read_groups(dataset, order, starts):
+            yield _convert_values(row, i, **arguments)
+
+    return Dataset.from_generator(
+        generate,
+        features=_with_notes(result_features(dataset.features, fmt, arguments["chat"])),
+        fingerprint=Hasher.hash([dataset._fingerprint, arguments]),
+    )
+
+
+def _convert_stream(
+    stream: IterableDataset, fmt: formats.Format, options: DataOptions, peeked: list[dict[str, Any]], name: str
+) -> IterableDataset:
+    if fmt.grouped:
+        raise NotImplementedError(
+            f"`{name}` is a stream of flat scored rows, and putting a prompt's rows together needs all of them; "
+            "load it without streaming"
+        )
+    chat = _is_chat(peeked, fmt, options)
+    return stream.map(
+        _convert_stream_batch,
+        batched=True,
+        batch_size=_BATCH,
+        with_indices=True,
+        remove_columns=list(peeked[0]),
+        features=result_features(stream.features, fmt, chat) if stream.features else None,
+        fn_kwargs={"fmt": fmt.name, "options": options, "chat": chat, "name": name},
+    )
+
+
+def _convert_stream_batch(batch: dict[str, list], indices: list[int], **arguments: Any) -> dict[str, list]:
+    name = arguments["name"]
+    rows = _convert_rows(batch, indices, arguments)
+    problem = next((row["_problem"] for row in rows if row["_problem"]), None)
+    if problem and arguments["options"].on_invalid == "raise":
+        raise ValueError(f"`{name}`, {problem}; {FIX}")
+    kept = [row for row in rows if row["_cause"] is None]
+    dropped = Counter(row["_cause"] for row in rows if row["_cause"])
+    notes = Counter(note for row in kept for note in row["_notes"])
+    if dropped or notes:
+        where = f"{name}, rows {indices[0]} to {indices[-1]}"
+        logger.warning("%s", DataReport(where, arguments["fmt"], len(rows), len(kept), dropped, notes))
+    return {key: [row[key] for row in kept] for key in rows[0] if key not in NOTES}

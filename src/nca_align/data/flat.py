@@ -1,0 +1,108 @@
+"""Flat rows, one scored completion each (HelpSteer2 and the like), put together by prompt."""
+
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+
+from .options import DEFAULT_SCORE, DataOptions
+from .row import Row
+from .validation import RowError, answer, read_conversation, required_number, user
+
+_SCORE_COLUMNS = ("reward", "score", DEFAULT_SCORE, "helpfulness")
+_ANSWER_COLUMNS = ("response", "completion")
+SHARED = ("tools", "chat_template_kwargs")  # belong to the prompt: rows that differ in them are other prompts
+_TURN = re.compile(r"\n?<extra_id_1>(Assistant|User)\n")
+
+
+def score_column(columns: Iterable[str], options: DataOptions) -> str | None:
+    """The column that holds the reward, or None."""
+    names = _SCORE_COLUMNS if options.score == DEFAULT_SCORE else (options.score,)
+    return next((name for name in names if name in columns), None)
+
+
+def answer_column(columns: Iterable[str]) -> str | None:
+    """The column that holds the completion, or None."""
+    return next((name for name in _ANSWER_COLUMNS if name in columns), None)
+
+
+def matches(columns: set[str], options: DataOptions) -> bool:
+    default = score_column(columns, DataOptions())  # so that a misspelt `score` is reported as such
+    scored = default is not None or score_column(columns, options) is not None
+    return "prompt" in columns and answer_column(columns) is not None and scored
+
+
+def score_names(rows: list[dict[str, Any]]) -> set[str]:
+    return set().union(*rows) - {"prompt", *_ANSWER_COLUMNS, *SHARED}
+
+
+def read_groups(dataset: Dataset, order: np.ndarray, starts: np.ndarray) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Each prompt's first row number, and its rows as one: a list in every column that isn't the prompt's own."""
+    for lo in range(0, len(starts) - 1, 256):
+        ends = starts[lo : lo + 257]
+        indices = order[ends[0] : ends[-1]]
+        batch = dataset[indices]
+        for a, b in itertools.pairwise(ends - ends[0]):
+            shared = ("prompt", *SHARED)
+            row = {key: values[a] if key in shared else values[a:b] for key, values in batch.items()}
+            yield int(indices[a]), row | {"_index": indices[a:b].tolist()}
+
+
+def group_rows(dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
+    """The rows of each prompt, wherever they lie, prompts in the order of their first row.
+
+    Returns:
+        `order`, all row numbers with those of a prompt together, and `starts`, where in it each prompt begins, with
+        the end as a last entry. Memory is that of one digest a prompt.
+    """
+    keys = ["prompt", *(name for name in SHARED if name in dataset.column_names)]
+    numbers: dict[bytes, int] = {}
+    groups = np.empty(len(dataset), np.int64)
+    i = 0
+    for batch in dataset.select_columns(keys).iter(1000):
+        for values in zip(*(batch[key] for key in keys), strict=True):
+            text = json.dumps(values, sort_keys=True, default=str)
+            digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+            groups[i] = numbers.setdefault(digest, len(numbers))
+            i += 1
+    order = np.argsort(groups, kind="stable")
+    return order, np.searchsorted(groups[order], np.arange(len(numbers) + 1))
+
+
+def convert_group(row: dict[str, Any], options: DataOptions) -> Row:
+    """From one prompt with a list in every other column, to a row.
+
+    A `response` is a turn of a chat, a `completion` beside a prompt of text continues that text, as in TRL.
+    """
+    answers, scores = answer_column(row), score_column(row, options)
+    prompt = read_conversation(row["prompt"], "prompt")
+    if isinstance(prompt, str) and answers == "response":
+        prompt = _turns(prompt)
+    chat = isinstance(prompt, list)
+    result = Row(prompt, [], [])
+    for i, text, score in zip(row["_index"], row[answers], row[scores], strict=True):
+        try:
+            reward = required_number(score, scores)
+            completion = answer(text, answers) if chat and not isinstance(text, list) else text
+        except RowError as error:
+            error.row = i
+            if options.on_invalid == "raise":
+                raise
+            result.notes.append(error.cause)  # the rows of the prompt that are sound stay
+            continue
+        result.completions.append(completion)
+        result.rewards.append(reward)
+    return result
+
+
+def _turns(text: str) -> list[dict[str, str]]:
+    """HelpSteer2 writes `<extra_id_1>Assistant` or `<extra_id_1>User` on a line before each turn but the first."""
+    first, *rest = _TURN.split(text)
+    roles = (role.lower() for role in rest[::2])
+    turns = ({"role": role, "content": turn} for role, turn in zip(roles, rest[1::2], strict=True))
+    return [user(first, "prompt"), *turns]

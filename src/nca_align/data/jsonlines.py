@@ -1,0 +1,110 @@
+"""JSON Lines read one by one, where a line may be broken."""
+
+import codecs
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger("nca_align")
+
+
+class UnreadableLine(ValueError):
+    """A line, or a whole JSON file, that can't be read; its text is the whole message."""
+
+
+def _read_line(line: bytes, i: int, file: str) -> dict[str, Any]:
+    try:
+        value = json.loads(line.strip())
+    except ValueError as error:  # broken JSON, or bytes that are no UTF-8
+        reason = f"{error.msg} at character {error.pos}" if isinstance(error, json.JSONDecodeError) else "no UTF-8 text"
+        raise UnreadableLine(
+            f"row {i} of {file} is no readable JSON ({reason}); mend or remove this line, or drop such lines with "
+            "`on_invalid: drop`"
+        ) from None
+    if not isinstance(value, dict):
+        raise UnreadableLine(
+            f"row {i} of {file} is a JSON {type(value).__name__}; every line must be an object with the row's columns"
+        )
+    return value
+
+
+def read_lines(files: list[str], drop: list[bool]) -> Iterator[dict[str, Any]]:
+    """The rows of JSONL files, lazily.
+
+    Args:
+        files: paths; a list, so that `datasets` may share them out.
+        drop: one bool: whether an unreadable line is left out with a warning.
+    """
+    for file in files:
+        with open(file, "rb") as lines:
+            for i, line in enumerate(lines):
+                if line.strip():
+                    try:
+                        yield _read_line(line, i, file)
+                    except UnreadableLine as error:
+                        if not drop[0]:
+                            raise
+                        logger.warning("left out: %s", error)
+
+
+def is_utf8(file: str) -> bool:
+    """Whether all of a file is UTF-8 text, read in pieces."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    with open(file, "rb") as opened:
+        try:
+            while piece := opened.read(1 << 20):
+                decoder.decode(piece)
+            decoder.decode(b"", final=True)
+        except UnicodeDecodeError:
+            return False
+    return True
+
+
+def check_json(files: list[str]) -> None:
+    """Find what can't be read in files that `datasets` refused.
+
+    Raises:
+        UnreadableLine: for the first line, or the file where it is one JSON list.
+    """
+    for file in files:
+        if not _is_list(file):
+            for _ in read_lines([file], [False]):
+                pass
+            continue
+        try:
+            rows = json.loads(Path(file).read_bytes())
+        except ValueError as error:
+            raise UnreadableLine(f"{file} is no readable JSON ({error}); mend the file") from None
+        for i, row in enumerate(rows):
+            if not isinstance(row, dict):
+                raise UnreadableLine(f"row {i} of {file} is a JSON {type(row).__name__}; every row must be an object")
+
+
+def copy_sound_lines(files: list[str], folder: str) -> tuple[list[str], int]:
+    """Copies in `folder` of JSONL files without their unreadable lines, and the number of those.
+
+    Raises:
+        UnreadableLine: a file that is one JSON list; it has no lines to leave out.
+    """
+    copies, left_out = [], 0
+    for number, file in enumerate(files):
+        if _is_list(file):
+            check_json([file])
+        copies.append(str(Path(folder) / f"{number}.jsonl"))
+        with open(file, "rb") as lines, open(copies[-1], "wb") as copy:
+            for i, line in enumerate(lines):
+                if line.strip():
+                    try:
+                        _read_line(line, i, file)
+                        copy.write(line.rstrip(b"\n") + b"\n")
+                    except UnreadableLine:
+                        left_out += 1
+    logger.warning("left out %d unreadable lines of %s", left_out, ", ".join(files))
+    return copies, left_out
+
+
+def _is_list(file: str) -> bool:
+    with open(file, "rb") as opened:
+        return opened.read(100).lstrip().startswith(b"[")

@@ -1,0 +1,124 @@
+"""Data sets by name: the Hub, files, folders."""
+
+import logging
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+
+from .conversion import convert_dataset
+from .options import DataOptions
+from .report import DataReport
+from .source import open_source
+from .splits import find_split, is_training, split_validation
+
+logger = logging.getLogger("nca_align")
+
+VALIDATION = "validation"
+
+
+@dataclass(frozen=True)
+class RewardData:
+    """A data set that was read, with what is to be saved beside a run.
+
+    Args:
+        dataset: the splits, each with rows `prompt, completions, rewards` and kept columns.
+        reports: by split, what was dropped and left out; empty for streams.
+        validation_indices: the rows of the converted training split, from 0, that were held out as `validation`; None
+            where the data has a held-out split of its own, or none was cut.
+    """
+
+    dataset: DatasetDict | IterableDatasetDict
+    reports: dict[str, DataReport] = field(default_factory=dict)
+    validation_indices: list[int] | None = None
+
+
+def read_reward_dataset(
+    path: str,
+    *,
+    split: str | None = None,
+    name: str | None = None,
+    streaming: bool = False,
+    num_proc: int | None = None,
+    options: DataOptions | None = None,
+    **fields: Any,
+) -> RewardData:
+    """`load_reward_dataset` with its reports and the held-out rows; with `split`, that split alone is in `dataset`."""
+    options = replace(options or DataOptions(), **fields)
+    source, unreadable = open_source(str(path), name, streaming, options.on_invalid == "drop")
+    wanted = _wanted(source)
+    training = [split_name for split_name in wanted if is_training(split_name)]
+    # Held out is a part of the training split where the data has no other split.
+    cut = len(training) == len(wanted) == 1 and not streaming and options.validation_fraction > 0
+    if split is not None:
+        split = find_split([*source, VALIDATION] if cut else source, split)
+        wanted = training if cut and split == VALIDATION else [split]
+        cut = cut and wanted == training
+
+    splits, reports, indices = {}, {}, None
+    for split_name in wanted:
+        splits[split_name], report = convert_dataset(source[split_name], options, name=split_name, num_proc=num_proc)
+        if report is not None:
+            reports[split_name] = report
+            if unreadable:  # of files that are one split
+                dropped = report.dropped | {"unreadable line": unreadable}
+                reports[split_name] = replace(report, rows=report.rows + unreadable, dropped=dropped)
+    if cut:
+        train, validation, held_out = split_validation(
+            splits[training[0]], options.validation_fraction, options.validation_seed
+        )
+        if validation is None:
+            logger.info("`%s` has too few prompts to hold out %g of them", training[0], options.validation_fraction)
+        else:
+            splits, indices = {training[0]: train, VALIDATION: validation}, held_out
+            logger.info("held out %d of %d rows as `validation`", len(held_out), reports[training[0]].kept)
+    if split is not None:
+        splits = {find_split(splits, split): splits[find_split(splits, split)]}
+    return RewardData((IterableDatasetDict if streaming else DatasetDict)(splits), reports, indices)
+
+
+def load_reward_dataset(
+    path: str,
+    *,
+    split: str | None = None,
+    name: str | None = None,
+    streaming: bool = False,
+    num_proc: int | None = None,
+    options: DataOptions | None = None,
+    **fields: Any,
+) -> DatasetDict | IterableDatasetDict | Dataset | IterableDataset:
+    """A data set in any known format, as validated rows `prompt, completions, rewards`.
+
+    Where the data has a training split alone, `validation_fraction` of its prompts become a split `validation`;
+    `read_reward_dataset` tells which, and what was dropped.
+
+    Args:
+        path: a Hub id, a JSON, JSONL, Parquet or CSV file, a pattern for such files (`shards/part-*.parquet`), a folder
+            of them, or a folder that `save_to_disk` wrote.
+        split: the one split to return; None returns all. `train` also finds `train_prefs`, `test` or `validation` the
+            data's only held-out split.
+        name: the configuration of a Hub data set that has several.
+        streaming: read lazily, for data that is larger than the disk; nothing is held out then.
+        num_proc: processes to convert with.
+        options: see `DataOptions`.
+        **fields: fields of `DataOptions`, which override `options`.
+
+    Returns:
+        A `DatasetDict` with the data's own names of splits, or the split (their iterable kinds when streaming).
+
+    Raises:
+        FileNotFoundError: no such file.
+        ConnectionError: a Hub data set that can't be had.
+        ValueError: an unreadable file, an unknown format or split, an invalid row (named from 0, with its field).
+        NotImplementedError: a stream of flat rows.
+    """
+    data = read_reward_dataset(
+        path, split=split, name=name, streaming=streaming, num_proc=num_proc, options=options, **fields
+    ).dataset
+    return data if split is None else next(iter(data.values()))
+
+
+def _wanted(source: dict[str, Any]) -> list[str]:
+    """All splits but the `_sft` and `_gen` ones that zephyr's data sets have beside those of preferences."""
+    preferences = any(name.endswith("_prefs") for name in source)
+    return [name for name in source if not (preferences and name.endswith(("_sft", "_gen")))]

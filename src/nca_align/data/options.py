@@ -1,0 +1,73 @@
+"""The options of reading data, as keywords of `load_reward_dataset` and as command-line flags."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+DEFAULT_SCORE = "overall_score"
+
+
+@dataclass
+class DataOptions:
+    """How a data set becomes rewarded completions; every field is also a flag of `scripts/train.py`.
+
+    Raises:
+        ValueError: a value outside what the field takes.
+    """
+
+    score: str = field(
+        default=DEFAULT_SCORE,
+        metadata={
+            "help": "Which score is the reward. Raw UltraFeedback: `overall_score`, `mean_aspects` (mean of the aspect "
+            "ratings), an aspect such as `honesty`, or another field of the completion. Flat scored rows: a column "
+            "name; by default the first there is of `reward`, `score`, `overall_score`, `helpfulness`."
+        },
+    )
+    preference: Literal["scores", "hard"] = field(
+        default="scores",
+        metadata={
+            "help": "Rewards of a chosen/rejected pair: its scores where it has them (`scores`), or 1 and 0 (`hard`)."
+        },
+    )
+    on_invalid: Literal["raise", "drop"] = field(
+        default="raise",
+        metadata={"help": "An invalid row stops the run (`raise`), or is dropped and counted by cause (`drop`)."},
+    )
+    score_bug: Literal["repair", "drop"] = field(
+        default="repair",
+        metadata={
+            "help": "Raw UltraFeedback turned some overall scores of 1 into 10 (recognised by a mean aspect rating of "
+            "2 or less): set them back to 1 (`repair`), or leave the completion out (`drop`). Counted either way."
+        },
+    )
+    exclude_sources: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Values of the column `source` whose rows are left out and counted, such as `truthful_qa`, which "
+            "contaminates raw UltraFeedback."
+        },
+    )
+    validation_fraction: float = field(
+        default=0.05,
+        metadata={
+            "help": "Share of the prompts held out as the split `validation` where the data has a training split "
+            "alone, rounded down to whole prompts; 0 holds out none. Streams are never cut."
+        },
+    )
+    validation_seed: int = field(
+        default=0, metadata={"help": "Which prompts are held out; another seed holds out others."}
+    )
+
+    def __post_init__(self):
+        for name, known in [
+            ("preference", ("scores", "hard")),
+            ("on_invalid", ("raise", "drop")),
+            ("score_bug", ("repair", "drop")),
+        ]:
+            if getattr(self, name) not in known:
+                raise ValueError(f"`{name}` is {getattr(self, name)!r}; it must be one of {', '.join(known)}")
+        if not isinstance(self.exclude_sources, (list, tuple)):
+            raise ValueError(f"`exclude_sources` is {self.exclude_sources!r}; it must be a list of names")
+        if not 0 <= self.validation_fraction < 1:
+            raise ValueError(
+                f"`validation_fraction` is {self.validation_fraction}; it must be at least 0 and less than 1"
+            )

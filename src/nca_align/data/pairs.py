@@ -1,0 +1,65 @@
+"""Converters of preference pairs: chosen and rejected, with scores or hard."""
+
+from typing import Any
+
+from .options import DataOptions
+from .row import Row
+from .validation import RowError, answer, read_conversation, read_list, read_text, required_number, user
+
+HARD = (1.0, 0.0)
+_ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
+
+
+def convert_pair(row: dict[str, Any], options: DataOptions) -> Row:
+    """TRL's preference rows, text or conversational, and HuggingFaceH4/ultrafeedback_binarized with its scores.
+
+    A conversation in `chosen` that begins with the prompt's turns is split there, a prompt that is implicit is
+    extracted as TRL does.
+    """
+    chosen, rejected = (read_conversation(row[name], name) for name in ("chosen", "rejected"))
+    if isinstance(chosen, str) != isinstance(rejected, str):
+        raise RowError(
+            "rejected", "text and messages mixed", "is of another kind than `chosen`; both must be text or messages"
+        )
+    prompt = row.get("prompt")
+    if prompt is not None:
+        prompt = read_conversation(prompt, "prompt")
+    if prompt is None or (isinstance(prompt, str) and isinstance(chosen, list)):
+        prompt, chosen, rejected = _split_off_prompt(prompt, chosen, rejected)
+    elif isinstance(prompt, list) and chosen[: len(prompt)] == prompt == rejected[: len(prompt)]:
+        chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
+    return Row(prompt, [chosen, rejected], _rewards(row, options))
+
+
+def _split_off_prompt(prompt: str | None, chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
+    for name, side in (("chosen", chosen), ("rejected", rejected)):
+        if not side:
+            raise RowError(name, "empty completion", f"is {side!r}, an empty completion; it must have content")
+    if prompt is not None and isinstance(chosen[0], dict) and chosen[0].get("role") == "assistant":
+        return [user(prompt, "prompt")], chosen, rejected  # the messages hold the answers alone
+    if chosen[0] != rejected[0] or (isinstance(chosen, list) and min(len(chosen), len(rejected)) == 1):
+        raise RowError("chosen", "no shared prompt", "has no beginning in common with `rejected`; give a `prompt`")
+    from trl.data_utils import extract_prompt  # loads torch: not for those who need it not
+
+    parts = extract_prompt({"chosen": chosen, "rejected": rejected})
+    return parts["prompt"], parts["chosen"], parts["rejected"]
+
+
+def _rewards(row: dict[str, Any], options: DataOptions) -> list[float]:
+    names = ("score_chosen", "score_rejected")
+    if options.preference == "hard" or not all(name in row for name in names):
+        return list(HARD)
+    return [required_number(row[name], name) for name in names]
+
+
+def convert_trajectory(row: dict[str, Any], options: DataOptions) -> Row:
+    """openbmb/UltraInteract_pair: a trajectory of {from, value} turns, and the two next turns."""
+    prompt = []
+    for j, turn in enumerate(read_list(row["trajectory"], "trajectory")):
+        role = turn.get("from") if isinstance(turn, dict) else None
+        if role not in _ROLES:
+            raise RowError(
+                f"trajectory[{j}]", "wrong type", f"comes from {role!r}; it must come from one of {', '.join(_ROLES)}"
+            )
+        prompt.append({"role": _ROLES[role], "content": read_text(turn.get("value"), f"trajectory[{j}].value")})
+    return Row(prompt, [answer(row[name], name) for name in ("chosen", "rejected")], _rewards(row, options))

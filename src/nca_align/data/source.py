@@ -1,0 +1,139 @@
+"""Raw data from where it lies, and one sentence where it can't be read."""
+
+import csv
+import glob
+import itertools
+import logging
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from datasets import DatasetDict, Features, IterableDataset, LargeList, List, Value, load_dataset, load_from_disk
+from datasets.exceptions import DatasetGenerationError
+
+from ..errors import one_line
+from .jsonlines import UnreadableLine, check_json, copy_sound_lines, is_utf8, read_lines
+
+_BUILDERS = {".json": "json", ".jsonl": "json", ".ndjson": "json", ".parquet": "parquet", ".csv": "csv"}
+
+
+def open_source(path: str, name: str | None, streaming: bool, drop: bool) -> tuple[dict[str, Any], int]:
+    """The data set at `path` as it is.
+
+    Args:
+        path: a Hub id, a file, a pattern of files, or a folder.
+        name: the configuration of a Hub data set.
+        streaming: read lazily.
+        drop: leave out the unreadable lines of JSONL files, instead of refusing the first.
+
+    Returns:
+        The splits by name, and the number of unreadable lines that were left out.
+
+    Raises:
+        FileNotFoundError: `path` looks like a file, and there is none.
+        ConnectionError: `path` is a Hub id that can't be had.
+        ValueError: files of several kinds or of an unknown one, or that can't be read.
+    """
+    local = Path(path).expanduser()
+    if local.is_dir():
+        if (local / "dataset_dict.json").exists() or (local / "state.json").exists():
+            saved = load_from_disk(str(local))
+            splits = dict(saved) if isinstance(saved, DatasetDict) else {"train": saved}
+            return {key: split.to_iterable_dataset() if streaming else split for key, split in splits.items()}, 0
+        files = sorted(str(file) for file in local.rglob("*") if file.suffix in _BUILDERS)
+        kind = _kind(files, path)
+        return _load(path, kind, files, streaming, (str(local), name), {}), 0
+    files = [str(local)] if local.is_file() else sorted(glob.glob(str(local), recursive=True))
+    if files:
+        return _open_files(path, files, streaming, drop)
+    if path.startswith(("/", ".", "~")) or local.suffix in _BUILDERS or path.count("/") > 1 or glob.has_magic(path):
+        raise FileNotFoundError(f"`dataset_name` is {path!r}, and there is no such file; give the path of one")
+    return _open_hub(path, name, streaming), 0
+
+
+def _open_hub(path: str, name: str | None, streaming: bool) -> dict[str, Any]:
+    try:
+        return dict(load_dataset(path, name, streaming=streaming))
+    except OSError as error:  # offline, unknown, gated, an HTTP error
+        raise ConnectionError(
+            f"`dataset_name` is {path!r}, which is no file here and can't be had from the Hugging Face Hub "
+            f"({one_line(error)[:200]}); `dataset_name` also takes a local path"
+        ) from error
+    except (ValueError, DatasetGenerationError) as error:
+        raise ValueError(f"`dataset_name` {path!r} can't be read: {_reason(error)}") from error
+
+
+def _kind(files: list[str], path: str) -> str:
+    kinds = {_BUILDERS.get(Path(file).suffix) for file in files}
+    if len(kinds) != 1 or None in kinds:
+        found = ", ".join(sorted({Path(file).suffix or Path(file).name for file in files})) or "none of these"
+        raise ValueError(
+            f"`dataset_name` is {path!r}, which holds {found}; it must be files of one kind, of {', '.join(_BUILDERS)}"
+        )
+    return kinds.pop()
+
+
+def _open_files(path: str, files: list[str], streaming: bool, drop: bool) -> tuple[dict[str, Any], int]:
+    kind = _kind(files, path)
+    if kind == "json" and streaming and not any(file.endswith(".json") for file in files):
+        return {"train": IterableDataset.from_generator(read_lines, gen_kwargs={"files": files, "drop": [drop]})}, 0
+    try:
+        return _load(path, kind, files, streaming, (kind,), {"data_files": {"train": files}}), 0
+    except UnreadableLine:
+        if not drop:
+            raise
+    with tempfile.TemporaryDirectory() as folder:
+        copies, left_out = copy_sound_lines(files, folder)
+        return _load(path, kind, copies, False, (kind,), {"data_files": {"train": copies}}), left_out
+
+
+def _load(path: str, kind: str, files: list[str], streaming: bool, what: tuple, arguments: dict) -> dict[str, Any]:
+    log = logging.getLogger("datasets")
+    level = log.level
+    log.setLevel(logging.CRITICAL)  # it logs an error of its own for what is one sentence below
+    try:
+        if kind == "csv":
+            arguments = arguments | _csv_as_text(files[0])
+        elif kind == "json" and not all(map(is_utf8, files)):  # `datasets` would fail only when a row is read
+            check_json(files)
+        try:
+            return dict(load_dataset(*what, streaming=streaming, **arguments))
+        except (DatasetGenerationError, ValueError):
+            if kind != "json":
+                raise
+            check_json(files)
+            # The types are those of the file's beginning, and whole numbers there may be fractions further on.
+            begun = next(iter(load_dataset(*what, streaming=True, **arguments).values()))
+            features = _with_fractions(begun.features)
+            return dict(load_dataset(*what, streaming=streaming, **arguments, features=features))
+    except UnreadableLine:
+        raise
+    except (DatasetGenerationError, StopIteration, ValueError, OSError) as error:
+        # `datasets` says so where it meets no rows.
+        if not any(map(os.path.getsize, files)) or "corresponds to no data" in str(error):
+            raise ValueError(f"`dataset_name` is {path!r}, which is empty; it must have at least one row") from None
+        raise ValueError(f"`dataset_name` is {path!r}, which can't be read as {kind}: {_reason(error)}") from error
+    finally:
+        log.setLevel(level)
+
+
+def _reason(error: Exception) -> str:
+    return one_line(error.__cause__ or error)[:300]
+
+
+def _csv_as_text(file: str) -> dict[str, Any]:
+    """All columns as text: an answer "12" or "N/A" is text, and the numbers are read where numbers belong."""
+    with open(file, encoding="utf-8-sig", newline="") as lines:
+        header, *rows = itertools.islice(csv.reader(lines), 2)
+    if rows and len(rows[0]) > len(header):  # pandas would take the first cells for an index, and shift the others
+        raise ValueError(f"row 0 has {len(rows[0])} cells for {len(header)} columns")
+    return {"features": Features({name: Value("string") for name in header}), "na_filter": False}
+
+
+def _with_fractions(feature: Any) -> Any:
+    if isinstance(feature, dict):
+        return type(feature)({name: _with_fractions(inner) for name, inner in feature.items()})
+    if isinstance(feature, (List, LargeList)):
+        return List(_with_fractions(feature.feature))
+    return Value("float64") if isinstance(feature, Value) and feature.dtype == "int64" else feature

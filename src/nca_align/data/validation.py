@@ -1,0 +1,188 @@
+"""What a row must be, and how single values are read; every refusal names the field."""
+
+import json
+import math
+from typing import Any
+
+MISSING = "missing score"
+_NO_NUMBER = {"", "n/a", "na", "none", "null"}
+
+
+class RowError(ValueError):
+    """One row is invalid.
+
+    Args:
+        field: where in the row, such as `rewards[1]`.
+        cause: a few words under which such rows are counted.
+        detail: the value and what is required, a phrase that follows the field's name.
+
+    `row` is the source row, from 0, where it is another than the one that is being converted.
+    """
+
+    row: int | None = None
+
+    def __init__(self, field: str, cause: str, detail: str):
+        super().__init__(f"`{field}` {detail}")
+        self.field, self.cause = field, cause
+
+
+def _show(value: Any) -> str:
+    text = "null" if value is None else repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _wrong_type(field: str, value: Any, required: str) -> RowError:
+    if value is None:
+        return RowError(field, "missing value", f"is null; it must be {required}")
+    return RowError(field, "wrong type", f"is {_show(value)} ({type(value).__name__}); it must be {required}")
+
+
+def read_number(value: Any, field: str) -> float | None:
+    """`value` as a finite float, from a number or its text; None where it is missing (null, "N/A", empty).
+
+    Raises:
+        RowError: text that is no number, another type, NaN or infinity.
+    """
+    if value is None or (isinstance(value, str) and value.strip().lower() in _NO_NUMBER):
+        return None
+    if not isinstance(value, (int, float, str)):
+        raise _wrong_type(field, value, "a number")
+    try:
+        number = float(value)
+    except ValueError:
+        raise RowError(field, "reward is no number", f"is {_show(value)}; it must be a number") from None
+    if not math.isfinite(number):
+        raise RowError(field, "reward not finite", f"is {number}; it must be a finite number")
+    return number
+
+
+def required_number(value: Any, field: str) -> float:
+    """`read_number`, but a missing value is an error too."""
+    number = read_number(value, field)
+    if number is None:
+        raise RowError(field, MISSING, f"is {_show(value)}, a missing score; every completion needs a number")
+    return number
+
+
+def optional_score(value: Any, field: str) -> float | None:
+    """`read_number` for data sets that publish missing scores: NaN, the null of a table of floats, is missing too."""
+    return None if isinstance(value, float) and math.isnan(value) else read_number(value, field)
+
+
+def read_list(value: Any, field: str) -> list:
+    """`value` as a list, from a list or from text that holds a JSON list (a CSV cell)."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise RowError(field, "unreadable JSON", f"is no readable JSON list ({error})") from None
+    if not isinstance(value, list):
+        raise _wrong_type(field, value, "a list")
+    return value
+
+
+def read_conversation(value: Any, field: str) -> str | list:
+    """Text as it is, and a list of messages from a list or from text that holds it as JSON."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            parsed = json.loads(value)
+        except json.JSONDecodeError:
+            return value  # text may begin with a bracket
+        return parsed if parsed and isinstance(parsed, list) and isinstance(parsed[0], dict) else value
+    if not isinstance(value, (str, list)):
+        raise _wrong_type(field, value, "text or a list of messages")
+    return value
+
+
+def read_text(value: Any, field: str) -> str:
+    """`value`, which must be text."""
+    if not isinstance(value, str):
+        raise _wrong_type(field, value, "text")
+    return value
+
+
+def user(value: Any, field: str) -> dict[str, str]:
+    """A user's message from text."""
+    return {"role": "user", "content": read_text(value, field)}
+
+
+def answer(value: Any, field: str) -> list[dict[str, str]]:
+    """A completion of one assistant message from text, which must not be blank."""
+    _check_filled(read_text(value, field), field)
+    return [{"role": "assistant", "content": value}]
+
+
+def _check_filled(text: str, field: str) -> None:
+    # Chat templates strip white space, so that a blank completion would leave no token to score.
+    if not text.strip():
+        raise RowError(field, "empty completion", f"is {_show(text)}, an empty completion; it must have content")
+
+
+def _check_messages(messages: list, field: str) -> None:
+    for j, message in enumerate(messages):
+        here = f"{field}[{j}]"
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise _wrong_type(here, message, "a message {role, content}")
+        content = message.get("content")
+        if not isinstance(content, str) and not (content is None and message.get("tool_calls")):
+            raise _wrong_type(f"{here}.content", content, "text")
+
+
+def _check_prompt(prompt: str | list, field: str = "prompt") -> None:
+    if not isinstance(prompt, (str, list)):
+        raise _wrong_type(field, prompt, "text or a list of messages")
+    if not prompt or (isinstance(prompt, str) and not prompt.strip()):
+        raise RowError(field, "empty prompt", f"is {_show(prompt)}; it must not be empty")
+    if isinstance(prompt, list):
+        _check_messages(prompt, field)
+
+
+def _check_completion(completion: str | list, chat: bool, field: str) -> None:
+    if not isinstance(completion, (str, list)):
+        raise _wrong_type(field, completion, "a list of messages" if chat else "text")
+    if not completion:
+        raise RowError(field, "empty completion", f"is {completion!r}, an empty completion; it must have content")
+    if isinstance(completion, list) != chat:
+        raise RowError(
+            field,
+            "text and messages mixed",
+            f"is {'text' if chat else 'a list of messages'}, but the prompt is "
+            f"{'a list of messages' if chat else 'text'}; both must be of one kind",
+        )
+    if not chat:
+        return _check_filled(completion, field)
+    _check_messages(completion, field)
+    for j, message in enumerate(completion):
+        if message["role"] != "tool" and not message.get("tool_calls"):
+            _check_filled(message["content"], f"{field}[{j}].content")
+
+
+def check_row(prompt: str | list, completions: list, rewards: list) -> None:
+    """Refuse what can't be trained on.
+
+    Args:
+        prompt: text, or a list of messages {role, content}; not empty.
+        completions: K ≥ 2 completions of the prompt's kind, none blank.
+        rewards: K finite numbers.
+
+    Raises:
+        RowError: for the first thing that is wrong.
+    """
+    _check_prompt(prompt)
+    for field, value in (("completions", completions), ("rewards", rewards)):
+        if not isinstance(value, list):
+            raise _wrong_type(field, value, "a list")
+    if len(completions) != len(rewards):
+        raise RowError(
+            "rewards", "unequal lengths", f"has {len(rewards)} values for {len(completions)} completions; give one each"
+        )
+    if len(completions) < 2:
+        raise RowError(
+            "completions",
+            "fewer than two completions",
+            f"has {len(completions)}; there must be at least two to compare",
+        )
+    for k, completion in enumerate(completions):
+        _check_completion(completion, isinstance(prompt, list), f"completions[{k}]")
+    for k, reward in enumerate(rewards):
+        required_number(reward, f"rewards[{k}]")

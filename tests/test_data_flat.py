@@ -1,0 +1,105 @@
+"""Flat scored rows, grouped by prompt."""
+
+import random
+
+import pytest
+from datasets import Dataset
+
+from nca_align.data import DataOptions, convert_dataset, to_reward_dataset
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def helpsteer(prompt, response, helpfulness, correctness=0):
+    return {"prompt": prompt, "response": response, "helpfulness": helpfulness, "correctness": correctness}
+
+
+def said(text):
+    return [{"role": "assistant", "content": text}]
+
+
+def asked(text):
+    return [{"role": "user", "content": text}]
+
+
+def convert(rows, **options):
+    return convert_dataset(Dataset.from_list(rows), DataOptions(**options))
+
+
+def test_rows_of_a_prompt_are_grouped_wherever_they_lie():
+    rows = [helpsteer(f"q{i % 300}", f"a{i}", i % 5, i) for i in range(1000)]
+    shuffled = random.Random(0).sample(rows, len(rows))
+    converted, report = convert(shuffled)
+    assert (report.format, report.rows, report.kept) == ("flat scored rows", 300, 300)
+    assert converted["prompt"][:3] == [asked(row["prompt"]) for row in shuffled[:3]]  # in the order of first rows
+    seen = {
+        (row["prompt"][0]["content"], completion[0]["content"], reward, correctness)
+        for row in converted
+        for completion, reward, correctness in zip(row["completions"], row["rewards"], row["correctness"], strict=True)
+    }
+    assert seen == {(r["prompt"], r["response"], float(r["helpfulness"]), r["correctness"]) for r in rows}
+
+
+def test_helpsteer_turns_become_messages():
+    prompt = "Hi\nthere\n<extra_id_1>Assistant\nHello\n<extra_id_1>User\nWhy?"
+    converted, _ = convert([helpsteer(prompt, "a", 4), helpsteer(prompt, "b", 1)])
+    assert converted[0]["prompt"] == asked("Hi\nthere") + said("Hello") + asked("Why?")
+    assert converted[0]["completions"] == [said("a"), said("b")]
+
+
+def test_the_score_column_is_chosen_or_known():
+    rows = [helpsteer("q", "a", 4, 1), helpsteer("q", "b", 1, 2)]
+    assert convert(rows)[0][0]["rewards"] == [4.0, 1.0]
+    assert convert(rows, score="correctness")[0][0]["rewards"] == [1.0, 2.0]
+    with pytest.raises(ValueError, match=r"`score` is 'kindness', .* choose among correctness, helpfulness"):
+        convert(rows, score="kindness")
+    own_name = [{"prompt": "q", "response": r, "stars": s} for r, s in (("a", "3"), ("b", "4.5"))]
+    assert convert(own_name, score="stars")[0][0]["rewards"] == [3.0, 4.5]
+    with pytest.raises(ValueError, match=r"`train` has the columns prompt, response, stars, which is no known format"):
+        convert(own_name)
+
+
+def test_a_completion_continues_text_and_answers_messages():
+    rows = [{"prompt": "The sky is", "completion": c, "reward": r} for c, r in ((" blue", 1.0), (" red", 0.0))]
+    assert convert(rows)[0][0] == {"prompt": "The sky is", "completions": [" blue", " red"], "rewards": [1.0, 0.0],
+                                   "reward": [1.0, 0.0]}  # fmt: skip
+    chat = [{"prompt": asked("q"), "completion": said(c), "reward": r} for c, r in (("a", 1.0), ("b", 0.0))]
+    converted = convert(chat)[0][0]
+    assert (converted["prompt"], converted["completions"]) == (asked("q"), [said("a"), said("b")])
+
+
+def test_other_tools_are_another_prompt():
+    rows = [helpsteer("q", a, 1) | {"tools": t} for a, t in (("a", "[1]"), ("b", "[2]"), ("c", "[1]"), ("d", "[2]"))]
+    converted, _ = convert(rows)
+    assert converted["tools"][:] == [[1], [2]]
+    assert [[c[0]["content"] for c in row["completions"]] for row in converted] == [["a", "c"], ["b", "d"]]
+
+
+def test_errors_name_the_source_row_and_dropping_spares_the_prompt():
+    rows = [helpsteer("q", "a", 4), helpsteer("p", "x", 3), helpsteer("q", "b", None), helpsteer("q", " ", 2),
+            helpsteer("q", "c", 1)]  # fmt: skip
+    with pytest.raises(ValueError, match=r"`train`, row 2: `helpfulness` is null, a missing score.*\(1 more rows"):
+        convert(rows)
+    converted, report = convert(rows, on_invalid="drop")
+    assert [(row["prompt"], row["rewards"]) for row in converted] == [(asked("q"), [4.0, 1.0])]
+    assert report.dropped == {"fewer than two completions": 1}
+    assert report.completions == {"missing score": 1, "empty completion": 1}
+    with pytest.raises(ValueError, match=r"row 1: `completions` has 1; there must be at least two"):
+        convert([rows[0], rows[1], rows[4]])
+
+
+def test_a_source_is_excluded_for_the_whole_prompt():
+    rows = [helpsteer(q, a, 1) | {"source": q} for q in ("good", "bad") for a in "ab"]
+    converted, report = convert(rows, exclude_sources=["bad"])
+    assert (converted["source"][:], report.dropped) == ([["good", "good"]], {"source bad": 1})
+
+
+def test_a_stream_of_flat_rows_is_refused():
+    stream = Dataset.from_list([helpsteer("q", "a", 4), helpsteer("q", "b", 1)]).to_iterable_dataset()
+    with pytest.raises(
+        NotImplementedError, match=r"`train` is a stream of flat scored rows.*load it without streaming"
+    ):
+        to_reward_dataset(stream)
