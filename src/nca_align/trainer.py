@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import DistributedType, gather_object, is_peft_model
 from datasets import Dataset, IterableDataset
 from torch import nn
@@ -94,8 +95,8 @@ class NCATrainer(DPOTrainer):
             name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = NCAConfig(f"{name.split('/')[-1]}-NCA")
         args, changes = NCAConfig.of(args)
-        if changes and args.process_index == 0:
-            logger.warning(changes)
+        if changes:
+            _say(changes)
         if data_collator is not None and not isinstance(data_collator, RewardCollator):
             raise TypeError(
                 f"`data_collator` is a {type(data_collator).__name__}, but NCATrainer needs a RewardCollator, which "
@@ -151,7 +152,7 @@ class NCATrainer(DPOTrainer):
                 num_proc=args.dataset_num_proc, name=dataset_name,
             )  # fmt: skip
         for notice in notices:
-            self._say(notice)
+            _say(notice)
         return dataset
 
     def _set_signature_columns_if_needed(self):
@@ -226,7 +227,7 @@ class NCATrainer(DPOTrainer):
                     f"`layout: prefix_shared` can't be used here: {obstacle}. Use `layout: padded`."
                 )
         if requested == "padded" or obstacle:
-            self._say(f"Layout: padded, {obstacle or 'as asked for'}.")
+            _say(f"Layout: padded, {obstacle or 'as asked for'}.")
             return
         for model in models:
             layout.share_prefixes(model)
@@ -248,9 +249,7 @@ class NCATrainer(DPOTrainer):
         self.model.train(was_training)
         agrees, figures = layout.judge(gather_object([difference]), self.accelerator.mixed_precision, self.model.dtype)
         if agrees:
-            self._say(
-                f"Layout: prefix_shared, each shared token once; agrees with padded on the first rows: {figures}."
-            )
+            _say(f"Layout: prefix_shared, each shared token once; agrees with padded on the first rows: {figures}.")
         elif requested == "prefix_shared":
             raise RuntimeError(
                 f"`layout: prefix_shared` does not agree with padded on the first rows ({figures}): "
@@ -259,7 +258,7 @@ class NCATrainer(DPOTrainer):
             )
         else:
             self.data_collator.layout = "padded"
-            self._say(f"Layout: padded, since prefix_shared does not agree with it on the first rows ({figures}).")
+            _say(f"Layout: padded, since prefix_shared does not agree with it on the first rows ({figures}).")
 
     # Log-probabilities
 
@@ -510,9 +509,11 @@ class NCATrainer(DPOTrainer):
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         return 6 * inputs["num_tokens"] * self.model.num_parameters(exclude_embeddings=True)
 
-    def _say(self, message: str) -> None:
-        if self.args.process_index == 0:
-            logger.warning(message)
+
+def _say(message: str) -> None:
+    """One line for the user, once whatever the number of processes; logging shows warnings without being set up."""
+    if PartialState().is_main_process:
+        logger.warning(message)
 
 
 def _reward_rows(dataset, name: str):
@@ -545,11 +546,10 @@ def _settle(args: NCAConfig, datasets: list) -> None:
     accelerator_config.dispatch_batches = False  # its default is true for streams
     if args.precompute_ref_log_probs and any(isinstance(dataset, IterableDataset) for dataset in datasets):
         args.precompute_ref_log_probs = False
-        if args.process_index == 0:
-            logger.warning(
-                "`precompute_ref_log_probs` is true, but a data set is a stream, whose rows aren't known beforehand: "
-                "the reference is computed live at each step."
-            )
+        _say(
+            "`precompute_ref_log_probs` is true, but a data set is a stream, whose rows aren't known beforehand: the "
+            "reference is computed live at each step."
+        )
 
 
 def _needs_own_copy(model, peft_config, args: NCAConfig) -> bool:

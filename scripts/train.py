@@ -1,0 +1,8 @@
+"""Launch target: accelerate launch scripts/train.py --config configs/nca_mistral7b.yaml [--option value …]."""
+
+import sys
+
+from nca_align.train import main
+
+if __name__ == "__main__":
+    sys.exit(main())

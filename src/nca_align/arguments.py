@@ -1,0 +1,152 @@
+"""Options from the command line and from a YAML file: TRL's parser, with one sentence for each mistake."""
+
+import argparse
+import difflib
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any, get_args, get_type_hints
+
+import yaml
+from trl import TrlParser
+
+from .errors import UserError, one_line
+
+# What YAML 1.1 makes of the bare words that some options take (`save_strategy: no`).
+_YAML_WORDS = {False: ("no", "off", "false"), True: ("yes", "on", "true")}
+
+
+class _Parser(TrlParser):
+    def error(self, message: str):
+        raise UserError(message)
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """` (did you mean X?)` for the one of `names` that is most like `name`, or nothing where none is."""
+    close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
+    return f" (did you mean `{close[0]}`?)" if close else ""
+
+
+def parse(dataclass_types: Sequence[type], argv: Sequence[str] | None, prog: str, description: str = "") -> tuple:
+    """Instances of `dataclass_types` from `--config FILE.yaml` and flags; a flag overrides the file.
+
+    Args:
+        dataclass_types: dataclasses whose fields are the options.
+        argv: the arguments; None takes those of the process.
+        prog: the command's name in `--help`.
+        description: the line under it.
+
+    Returns:
+        One instance for each of `dataclass_types`.
+
+    Raises:
+        UserError: an unknown flag or key (with the nearest valid name), a value of the wrong type, a `--config` that is
+            missing or no YAML mapping, and whatever the dataclasses themselves refuse; always one sentence.
+    """
+    parser = _Parser(dataclass_types, prog=prog, description=description or None, allow_abbrev=False)
+    parser.add_argument("--config", metavar="FILE", help="YAML file of options; flags override it")
+    actions = {action.dest: action for action in reversed(parser._actions) if action.dest not in ("help", "config")}
+    argv = list(sys.argv[1:] if argv is None else argv)
+
+    config_path = _pop_config(argv)
+    if config_path is not None:
+        config = _read_config(config_path)
+        env = config.pop("env", None) or {}
+        if not isinstance(env, dict):
+            raise UserError(f"`env` in {config_path} is {env!r}; it must map names of environment variables to values")
+        os.environ.update({str(key): str(value) for key, value in env.items()})
+        for key in config:
+            if key not in actions:
+                raise UserError(f"unknown key `{key}` in {config_path}{nearest(str(key), actions)}")
+        hints = {name: hint for cls in dataclass_types for name, hint in get_type_hints(cls).items()}
+        for key, value in config.items():
+            if value is not None:
+                config[key] = _yaml_value(actions[key], value, config_path)
+            elif type(None) not in get_args(hints[key]):
+                default = actions[key].default
+                raise UserError(f"`{key}` in {config_path} has no value; give it one, or leave it out for {default!r}")
+        parser.set_defaults_with_config(**config)
+    flags = {name for action in parser._actions for name in action.option_strings}
+    given = [flag.split("=")[0] for flag in argv if flag.startswith("--")]
+    for flag in given:  # looked at first: a missing required option may be this one, misspelt
+        if flag not in flags:
+            raise UserError(f"unknown option `{flag}`{nearest(flag, flags)}")
+    for action in parser._actions:  # a flag that may repeat replaces the file's list, as any other flag does
+        if isinstance(action, argparse._ExtendAction) and set(given).intersection(action.option_strings):
+            action.default = []
+    stray = parser.parse_known_args(argv)[1]
+    if stray:
+        raise UserError(f"`{stray[0]}` belongs to no option: a value needs its flag before it, as in `--name VALUE`")
+    try:
+        *options, _ = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)  # the last holds `config`
+    except (ValueError, TypeError, NotImplementedError, ImportError) as error:  # a dataclass refused its values
+        raise UserError(one_line(error)) from error
+    return tuple(options)
+
+
+def _pop_config(argv: list[str]) -> str | None:
+    for i, flag in enumerate(argv):
+        if flag.startswith("--config="):
+            return argv.pop(i).removeprefix("--config=")
+        if flag == "--config":
+            if i + 1 == len(argv):
+                raise UserError("`--config` needs the path of a YAML file after it")
+            del argv[i]
+            return argv.pop(i)
+    return None
+
+
+def _read_config(path: str) -> dict[str, Any]:
+    try:
+        with open(path, encoding="utf-8") as file:
+            config = yaml.safe_load(file)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no text"
+        raise UserError(f"`--config` {path} can't be read: {reason}") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"`--config` {path} is no valid YAML: {one_line(error)}") from error
+    if not isinstance(config, dict):
+        kind = "empty" if config is None else f"a {type(config).__name__}"
+        raise UserError(f"`--config` {path} is {kind}; it must be a YAML mapping, one `option: value` a line")
+    return config
+
+
+def _yaml_value(action: argparse.Action, value: Any, path: str) -> Any:
+    """`value` as the flag would give it: argparse converts text, but checks neither other types nor choices."""
+    if action.nargs == "+":
+        items = value if isinstance(value, list) else [value]
+        return [_yaml_scalar(action, item, path) for item in items]
+    return _yaml_scalar(action, value, path)
+
+
+def _yaml_scalar(action: argparse.Action, value: Any, path: str) -> Any:
+    name, kind = action.dest, getattr(action.type, "__name__", "str")
+
+    def refuse(required: str) -> UserError:
+        return UserError(f"`{name}` in {path} is {value!r}; it must be {required}")
+
+    if action.choices:
+        words = _YAML_WORDS[value] if isinstance(value, bool) and value not in action.choices else ()
+        value = next((word for word in words if word in action.choices), value)
+        if value not in action.choices:
+            raise refuse(f"one of {', '.join(map(str, action.choices))}{nearest(str(value), map(str, action.choices))}")
+        return value
+    if kind in ("int", "float"):
+        required = "a whole number" if kind == "int" else "a number"
+        if isinstance(value, str):
+            try:  # YAML 1.1 reads 5e-6 as text
+                return action.type(value)
+            except ValueError:
+                raise refuse(required) from None
+        if isinstance(value, bool) or not isinstance(value, int if kind == "int" else (int, float)):
+            raise refuse(required)
+        return value
+    if kind == "string_to_bool":
+        if isinstance(value, str):
+            try:
+                return action.type(value)
+            except argparse.ArgumentTypeError:
+                raise refuse("true or false") from None
+        if not isinstance(value, bool):
+            raise refuse("true or false")
+    return value

@@ -1,0 +1,77 @@
+"""What a run's log says: the plot of implicit rewards and log-ratios by rank, and in plain words what moved."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+
+def by_rank(log: list[dict[str, Any]], name: str, prefix: str = "") -> dict[int, tuple[list[float], list[float]]]:
+    """Rank (1 the best) → (steps, values) of `name` ("rewards" or "logratios") in a `log_history`."""
+    pattern = re.compile(rf"{re.escape(prefix)}{name}/rank_(\d+)")
+    curves: dict[int, tuple[list[float], list[float]]] = {}
+    for line in log:
+        for key, value in line.items():
+            if match := pattern.fullmatch(key):
+                steps, values = curves.setdefault(int(match[1]), ([], []))
+                steps.append(line["step"])
+                values.append(value)
+    return dict(sorted(curves.items()))
+
+
+def plot_curves(log: list[dict[str, Any]], path: Path) -> Path | None:
+    """Write the PNG, training as thin lines and held-out prompts as thick ones; None without matplotlib (`plots`)."""
+    try:
+        import matplotlib
+    except ImportError:
+        return None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    titles = {"rewards": "implicit reward  β · log(π/π_ref)", "logratios": "log-ratio  log(π/π_ref), nats"}
+    for axis, (name, title) in zip(axes, titles.items(), strict=True):
+        train, held_out = by_rank(log, name), by_rank(log, name, "eval_")
+        ranks = sorted({*train, *held_out})
+        for rank in ranks:
+            colour = plt.get_cmap("viridis")((rank - 1) / max(1, len(ranks) - 1) * 0.9)
+            if rank in train:
+                axis.plot(*train[rank], color=colour, linewidth=0.8, alpha=0.6, label=f"rank {rank}")
+            if rank in held_out:
+                label = None if rank in train else f"rank {rank}"
+                axis.plot(*held_out[rank], color=colour, linewidth=2.5, marker="o", markersize=4, label=label)
+        axis.axhline(0, color="grey", linewidth=0.6)
+        axis.set(title=title, xlabel="step")
+        axis.legend(title="by reward, best first", fontsize="small")
+    figure.suptitle("thin: training, thick: held-out prompts", fontsize="small")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return path
+
+
+def summary(log: list[dict[str, Any]], answers: list[tuple[Any, str, str]]) -> str:
+    """What moved from the first to the last evaluation (or training log), and prompts answered before and after."""
+    prefix = "eval_" if any("eval_loss" in line for line in log) else ""
+    lines = [line for line in log if f"{prefix}rewards/rank_1" in line]
+    if not lines:
+        return "Nothing was logged; lower `logging_steps` to see what moves."
+    first, last = lines[0], lines[-1]
+    where = "held-out prompts" if prefix else "training prompts"
+    text = [f"What moved, on {where}, from step {first['step']} to {last['step']}:"]
+    for rank in by_rank([last], "rewards", prefix):
+        key = f"{prefix}rewards/rank_{rank}"
+        name = "best" if rank == 1 else f"{rank}."
+        text.append(f"  implicit reward of the {name} completion: {first.get(key, 0):+.3f} → {last[key]:+.3f}")
+    accuracy = f"{prefix}rewards/accuracies"
+    if accuracy in last:
+        start = "all equal" if first[f"{prefix}rewards/rank_1"] == 0 else f"{first[accuracy]:.0%}"
+        text.append(f"  pairs that it orders as their rewards do: {start} → {last[accuracy]:.0%} (chance is 50%)")
+    ratio = f"{prefix}logratios/best"
+    text.append(f"  log-ratio of the best completion: {first[ratio]:+.2f} → {last[ratio]:+.2f} nats")
+    for prompt, before, after in answers:
+        question = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+        text += [f"A held-out prompt: {question}", f"  before: {_line(before)}", f"  after:  {_line(after)}"]
+    return "\n".join(text)
+
+
+def _line(answer: str) -> str:
+    return " ".join(answer.split())

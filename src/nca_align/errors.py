@@ -1,0 +1,62 @@
+"""One clear sentence instead of a traceback for a user's mistake, and the traceback still for a bug."""
+
+import dis
+import functools
+import sys
+from collections.abc import Callable
+from types import TracebackType
+
+
+class UserError(ValueError):
+    """A mistake that the user can mend; its text is the whole message."""
+
+
+def one_line(error: BaseException) -> str:
+    """The text of `error` in one line, by the name of its class where it has no text."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def is_users_mistake(error: BaseException) -> bool:
+    """True for a `UserError`, and for a ValueError, TypeError, NotImplementedError or OSError that a `raise`
+    statement of this package gave: what validation says. The same classes out of torch, or out of an expression of
+    ours that failed, are bugs and keep their traceback.
+    """
+    if isinstance(error, UserError):
+        return True
+    if not isinstance(error, (ValueError, TypeError, NotImplementedError, OSError)):
+        return False
+    last: TracebackType | None = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    if last is None or last.tb_frame.f_globals.get("__name__", "").split(".")[0] != __package__:
+        return False
+    return dis.opname[last.tb_frame.f_code.co_code[last.tb_lasti]] == "RAISE_VARARGS"
+
+
+def command(prog: str) -> Callable[[Callable], Callable]:
+    """Decorate a `main(argv)`: a user's mistake is one sentence on stderr and the exit code 2.
+
+    Args:
+        prog: what the sentence begins with, such as `nca-align sample`.
+
+    Returns:
+        A decorator. The decorated `main(argv=None)` returns an exit code: 0, 2 for a user's mistake, 130 for Ctrl-C.
+    """
+
+    def decorate(main: Callable) -> Callable:
+        @functools.wraps(main)
+        def wrapped(argv: list[str] | None = None) -> int:
+            try:
+                return main(argv) or 0
+            except KeyboardInterrupt:
+                print(f"\n{prog}: interrupted; the same command goes on from here", file=sys.stderr)
+                return 130
+            except Exception as error:
+                if not is_users_mistake(error):
+                    raise
+                print(f"{prog}: error: {one_line(error)}", file=sys.stderr)
+                return 2
+
+        return wrapped
+
+    return decorate

@@ -1,0 +1,91 @@
+"""At K = 2 NCATrainer is TRL's DPOTrainer: same losses, step by step, on real preference data."""
+
+import pytest
+from datasets import Dataset
+from trl import DPOConfig, DPOTrainer
+
+from conftest import build_model, build_tokenizer, real_rows
+from nca_align import NCAConfig, NCATrainer
+
+STEPS = 5
+
+
+def preference_rows(tokenizer, max_prompt_tokens: int, n: int = 32) -> Dataset:
+    rows = []
+    for row in real_rows("ultrafeedback_pairs.jsonl"):
+        prompt = row["chosen"][:-1]
+        ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
+        if len(ids) <= max_prompt_tokens:
+            rows.append({"chosen": row["chosen"], "rejected": row["rejected"]})
+    if len(rows) < n:
+        pytest.skip(f"only {len(rows)} real rows have prompts that fit")
+    return Dataset.from_list(rows[:n])
+
+
+def arguments(tmp_path, **own) -> dict:
+    return {
+        "output_dir": str(tmp_path), "bf16": False, "use_cpu": True, "max_length": 128, "max_steps": STEPS, "seed": 7,
+        "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "learning_rate": 1e-3, "logging_steps": 1,
+        "save_strategy": "no", "report_to": "none", "disable_tqdm": True, "beta": 0.1, "lr_scheduler_type": "constant",
+    } | own  # fmt: skip
+
+
+def losses(trainer) -> list[float]:
+    trainer.train()
+    return [line["loss"] for line in trainer.state.log_history if "loss" in line]
+
+
+@pytest.mark.parametrize("layout", ["padded", "prefix_shared"])
+@pytest.mark.parametrize(("ours", "theirs"), [("nca", "nca_pair"), ("infonca", "sigmoid")])
+def test_five_steps_equal_dpo_trainer(ours, theirs, layout, tmp_path):
+    tokenizer = build_tokenizer()
+    rows = preference_rows(tokenizer, max_prompt_tokens=64)
+    dpo = DPOTrainer(
+        build_model(tokenizer), args=DPOConfig(**arguments(tmp_path, loss_type=theirs)), train_dataset=rows,
+        processing_class=tokenizer, ref_model=build_model(tokenizer),
+    )  # fmt: skip
+    nca = NCATrainer(
+        build_model(tokenizer), args=NCAConfig(**arguments(tmp_path, loss_type=ours, layout=layout)),
+        train_dataset=rows, processing_class=tokenizer,
+    )  # fmt: skip
+    expected, actual = losses(dpo), losses(nca)
+    assert len(expected) == STEPS
+    assert len({round(loss, 4) for loss in expected}) > 1, "nothing moved, so equal losses would show nothing"
+    assert actual == pytest.approx(expected, abs=1e-5)
+    for name in ("rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected", "rewards/margins"):
+        theirs_logged = [line[name] for line in dpo.state.log_history if name in line]
+        ours_logged = [line[name] for line in nca.state.log_history if name in line]
+        assert ours_logged == pytest.approx(theirs_logged, rel=1e-4, abs=1e-5), name
+
+
+def test_with_sft_equals_dpo_trainer(tmp_path):
+    tokenizer = build_tokenizer()
+    rows = preference_rows(tokenizer, max_prompt_tokens=64)
+    weights = {"loss_weights": [1.0, 0.3], "gradient_accumulation_steps": 1, "per_device_train_batch_size": 4}
+    dpo = DPOTrainer(
+        build_model(tokenizer), args=DPOConfig(**arguments(tmp_path, loss_type=["nca_pair", "sft"], **weights)),
+        train_dataset=rows, processing_class=tokenizer, ref_model=build_model(tokenizer),
+    )  # fmt: skip
+    nca = NCATrainer(
+        build_model(tokenizer), args=NCAConfig(**arguments(tmp_path, loss_type=["nca", "sft"], **weights)),
+        train_dataset=rows, processing_class=tokenizer,
+    )  # fmt: skip
+    assert losses(nca) == pytest.approx(losses(dpo), abs=1e-5)
+
+
+def test_a_plain_dpo_config_is_taken_and_what_changes_is_said_once(tmp_path, caplog):
+    tokenizer = build_tokenizer()
+    rows = preference_rows(tokenizer, max_prompt_tokens=64)
+    dpo_args = DPOConfig(**arguments(tmp_path, beta=0.25, seed=11))
+    nca = NCATrainer(build_model(tokenizer), args=dpo_args, train_dataset=rows, processing_class=tokenizer)
+    assert (nca.args.beta, nca.beta, nca.args.seed, nca.args.max_length) == (0.25, 0.25, 11, 128)
+    assert (nca.args.alpha, nca.args.loss_type, nca.args.max_prompt_length) == (0.01, ["nca"], 64)
+    said = [record.message for record in caplog.records if "DPOConfig" in record.message]
+    assert len(said) == 1
+    for part in ("loss is nca instead of sigmoid", "`alpha` is 0.01", "last 64 tokens", "`beta` 0.25"):
+        assert part in said[0]
+    dpo = DPOTrainer(
+        build_model(tokenizer), args=DPOConfig(**arguments(tmp_path, beta=0.25, seed=11, loss_type="nca_pair")),
+        train_dataset=rows, processing_class=tokenizer, ref_model=build_model(tokenizer),
+    )  # fmt: skip
+    assert losses(nca) == pytest.approx(losses(dpo), abs=1e-5)
