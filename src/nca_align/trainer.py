@@ -145,7 +145,8 @@ class NCATrainer(DPOTrainer):
         """Any known format → `prompt_ids, completion_ids, rewards`; a data set that has them comes back as it is."""
         if {"prompt_ids", "completion_ids", "rewards"} <= set(next(iter(dataset))):
             return dataset
-        dataset = _reward_rows(dataset, dataset_name)
+        if self._set_up:  # one for `evaluate()`; the constructor converts its own before it loads the model
+            dataset = _reward_rows(dataset, dataset_name)
         with global_then_local_main_first():
             dataset, notices = tokenize_dataset(
                 dataset, self._tokenizer, args.max_prompt_length, args.max_length, args.length_column_name,
@@ -157,7 +158,9 @@ class NCATrainer(DPOTrainer):
 
     def _set_signature_columns_if_needed(self):
         if self._signature_columns is None:
-            self._signature_columns = ["prompt_ids", "completion_ids", "rewards", "ref_logps"]
+            self._signature_columns = [
+                "prompt_ids", "completion_ids", "rewards", "ref_logps", self.args.length_column_name,
+            ]  # fmt: skip
 
     def _get_train_sampler(self, train_dataset=None) -> Sampler | None:
         sampler = super()._get_train_sampler(train_dataset)
@@ -211,6 +214,7 @@ class NCATrainer(DPOTrainer):
             models.append(_base_model(self.accelerator.unwrap_model(self.ref_model)))
         for model in models:
             add_token_logps(model)
+            keep_nf4_differentiable(model)
         if self.precompute_ref_logps:  # before any forward: bitsandbytes repacks its weights there on a CPU
             self._reference_hash = reference_hash(models[-1] if self.ref_model is not None else self.model)
         self._layout_to_verify = None
@@ -514,6 +518,16 @@ def _say(message: str) -> None:
     """One line for the user, once whatever the number of processes; logging shows warnings without being set up."""
     if PartialState().is_main_process:
         logger.warning(message)
+
+
+def keep_nf4_differentiable(model: nn.Module) -> None:
+    """Stop bitsandbytes (0.50) from repacking NF4 weights for inference at the first evaluation on a CPU.
+
+    The repacked layers have no backward: what is trained afterwards gets no gradient through them, without an error.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _reward_rows(dataset, name: str):
