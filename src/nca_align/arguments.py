@@ -22,9 +22,11 @@ class _Parser(TrlParser):
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """` (did you mean X?)` for the one of `names` that is most like `name`, or nothing where none is."""
-    close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
-    return f" (did you mean `{close[0]}`?)" if close else ""
+    """` (did you mean X?)` for the one of `names` that is most like `name` or goes on from it, or nothing."""
+    bare = name.lstrip("-")  # dashes make all flags alike
+    known = {other.lstrip("-"): other for other in names}
+    close = difflib.get_close_matches(bare, known, n=1) or [o for o in known if len(bare) > 2 and o.startswith(bare)]
+    return f" (did you mean `{known[close[0]]}`?)" if close else ""
 
 
 def parse(dataclass_types: Sequence[type], argv: Sequence[str] | None, prog: str, description: str = "") -> tuple:
@@ -66,7 +68,7 @@ def parse(dataclass_types: Sequence[type], argv: Sequence[str] | None, prog: str
                 default = actions[key].default
                 raise UserError(f"`{key}` in {config_path} has no value; give it one, or leave it out for {default!r}")
         parser.set_defaults_with_config(**config)
-    flags = {name for action in parser._actions for name in action.option_strings}
+    flags = [name for action in parser._actions for name in action.option_strings]
     given = [flag.split("=")[0] for flag in argv if flag.startswith("--")]
     for flag in given:  # looked at first: a missing required option may be this one, misspelt
         if flag not in flags:

@@ -6,7 +6,9 @@ forward that is given `segments` attends by them; any other (generation, plain e
 the model's own implementation, mask function included.
 """
 
+import inspect
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -18,10 +20,18 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-try:  # FlashAttention kernels that ship with torch; a later torch may move it
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # pragma: no cover
-    varlen_attn = None
+
+def _varlen_kernel() -> Callable[..., torch.Tensor] | None:
+    """The FlashAttention call that ships with torch, where it takes a scale, a window and grouped heads (from 2.12)."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    takes = inspect.signature(varlen_attn).parameters.keys()
+    return varlen_attn if {"scale", "window_size", "enable_gqa"} <= takes else None
+
+
+varlen_attn = _varlen_kernel()
 
 _PREFIX = "prefix_shared_over_"
 _SUPPORTED_LAYERS = {"full_attention", "sliding_attention"}
@@ -79,7 +89,12 @@ def prefix_sharing_obstacle(model: PreTrainedModel) -> str | None:
         return f"{name} does not route its attention through transformers' AttentionInterface"
     layer_types = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or []
     if foreign := sorted(set(layer_types) - _SUPPORTED_LAYERS):
-        return f"{name} has {', '.join(foreign)} layers, which mix positions outside attention over the conversation"
+        return f"{name} has {', '.join(foreign)} layers, and a packed row needs full or sliding-window attention in all"
+    # Qwen2-MoE and PhiMoE put their window into the mask alone, which the attention of a packed row never sees
+    source = inspect.getsource(sys.modules[type(model.base_model).__module__])
+    masks = "create_sliding_window_causal_mask" in source
+    if getattr(config, "sliding_window", None) and masks and "sliding_window=" not in source:
+        return f"{name} does not hand its `sliding_window` to its attention"
     return None
 
 
@@ -89,11 +104,11 @@ def share_prefixes(model: PreTrainedModel) -> None:
     Raises:
         NotImplementedError: the model can't, with the reason.
     """
+    if obstacle := prefix_sharing_obstacle(model):
+        raise NotImplementedError(f"`layout: prefix_shared` can't be used here: {obstacle}. Use `layout: padded`.")
     own = model.config.get_text_config()._attn_implementation
     if own.startswith(_PREFIX):
         return
-    if obstacle := prefix_sharing_obstacle(model):
-        raise NotImplementedError(f"`layout: prefix_shared` can't be used here: {obstacle}. Use `layout: padded`.")
     if "flash" in own:  # its function reads its own name from the config; generation gets an equal one
         own = "sdpa" if getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is None else "eager"
     name = _PREFIX + own
@@ -157,6 +172,8 @@ def attend_segments(
         raise NotImplementedError(
             "`layout: prefix_shared` can't add this model's position bias to its scores. Use `layout: padded`."
         )
+    if torch.is_autocast_enabled(query.device.type):  # normed queries and keys (Qwen3) come in float32
+        query, key, value = (x.to(torch.get_autocast_dtype(query.device.type)) for x in (query, key, value))
     window = sliding_window or None
     explicit = softcap is not None or s_aux is not None
     if not explicit and dropout == 0.0 and _varlen_takes(query, key, value):
@@ -185,9 +202,11 @@ def _varlen_takes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -
     return (
         varlen_attn is not None
         and query.is_cuda
+        and torch.cuda.get_device_capability(query.device) >= (8, 0)
         and query.dtype in _HALF
         and query.dtype == key.dtype == value.dtype
         and query.shape[-1] == value.shape[-1] <= 256
+        and query.shape[-1] % 8 == 0
     )
 
 

@@ -21,7 +21,7 @@ completions and the earlier turns of multi-turn trees.
 """
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,26 +114,22 @@ def pack_tree(conversations: Sequence[tuple[int, list[int], list[int]]]) -> dict
 
     def grow(members: list[int], depth: int, path: tuple[tuple[int, int], ...]) -> None:
         end = depth + _shared_length([keys[i] for i in members], depth)
-        if end > depth:
-            start = len(input_ids)
-            input_ids.extend(key >> 32 for key in keys[members[0]][depth:end])
-            position_ids.extend(range(depth, end))
-            stretch = (start, len(input_ids))
-            queries.append(stretch)
-            path = (*path[:-1], (path[-1][0], stretch[1])) if path and path[-1][1] == start else (*path, stretch)
-            paths.append(path)
-            for i in members:
-                routes[i].extend(range(*stretch))
-        rest = [i for i in members if len(keys[i]) > end]
-        for branch in _group(rest, lambda i: keys[i][end]):
-            shared = _shared_length([keys[i] for i in branch], end)
-            if shared * (len(branch) - 1) >= MIN_SHARED_TOKENS:
-                grow(branch, end, path)
-            else:  # what they all share is too short, but some of them may share more
-                for part in _group(branch, lambda i: tuple(keys[i][end : end + MIN_SHARED_TOKENS])):
-                    grow(part, end, path)
+        start = len(input_ids)
+        input_ids.extend(key >> 32 for key in keys[members[0]][depth:end])
+        position_ids.extend(range(depth, end))
+        stretch = (start, len(input_ids))
+        queries.append(stretch)
+        path = (*path[:-1], (path[-1][0], stretch[1])) if path and path[-1][1] == start else (*path, stretch)
+        paths.append(path)
+        for i in members:
+            routes[i].extend(range(*stretch))
+        fork([i for i in members if len(keys[i]) > end], end, path)
 
-    grow(list(range(len(keys))), 0, ())
+    def fork(members: list[int], depth: int, path: tuple[tuple[int, int], ...]) -> None:
+        for branch in _branches(keys, members, depth):
+            grow(branch, depth, path)
+
+    fork(list(range(len(keys))), 0, ())
     token_index, target_ids, completion_index = [], [], []
     for (index, prompt, completion), route in zip(conversations, routes, strict=True):
         token_index.extend(route[len(prompt) - 1 :])
@@ -151,11 +147,20 @@ def pack_tree(conversations: Sequence[tuple[int, list[int], list[int]]]) -> dict
     }
 
 
-def _group(members: list[int], key: Callable[[int], Any]) -> list[list[int]]:
-    groups: dict[Any, list[int]] = {}
-    for i in members:
-        groups.setdefault(key(i), []).append(i)
-    return list(groups.values())
+def _branches(keys: list[list[int]], members: list[int], depth: int) -> list[list[int]]:
+    """Those of `members` that share a segment from `depth` on: all that agree there, if it saves enough tokens."""
+    if len(members) < 2:
+        return [members] if members else []
+    shared = _shared_length([keys[i] for i in members], depth)
+    if shared >= MIN_SHARED_TOKENS:
+        return [members]
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for i in members:  # by what follows; nothing does for those that end here
+        groups.setdefault(tuple(keys[i][depth + shared : depth + shared + 1]), []).append(i)
+    if len(groups) == 1:
+        return [members]
+    branches = [branch for group in groups.values() for branch in _branches(keys, group, depth)]
+    return [members] if shared * (len(branches) - 1) >= MIN_SHARED_TOKENS else branches
 
 
 def _shared_length(keys: list[list[int]], depth: int) -> int:
@@ -166,24 +171,30 @@ def _shared_length(keys: list[list[int]], depth: int) -> int:
 
 
 def split_by_length(conversations: list[Any], size: int | None) -> list[list[Any]]:
-    """Split `(b, index, prompt ids, completion ids)` into chunks of at most `size`, near equal in unique tokens.
+    """Split `(b, index, prompt ids, completion ids)` into as few chunks as `size` allows, near equal in unique tokens.
 
-    The longest first, each into the chunk with room that it leaves shortest; a prompt counts once a chunk, so the
-    completions of a prompt stay together where that costs no balance. As few chunks as `size` allows.
+    A prompt costs its tokens once a chunk, so its completions go into one, the emptiest with room for them all, or
+    where none has into as few as hold them, the longest first, each into the one with the fewest tokens.
     """
     if size is None or len(conversations) <= size:
         return [conversations]
+    groups: dict[int, list[Any]] = {}
+    for conversation in sorted(conversations, key=lambda c: -len(c[3])):
+        groups.setdefault(conversation[0], []).append(conversation)
     chunks: list[list[Any]] = [[] for _ in range(-(-len(conversations) // size))]
     loads = [0] * len(chunks)
-    for conversation in sorted(conversations, key=lambda c: -len(c[3])):
-        b, _, prompt, completion = conversation
-
-        def load(j: int, b: int = b, tokens: int = len(completion), extra: int = len(prompt)) -> int:
-            return loads[j] + tokens + (0 if any(other[0] == b for other in chunks[j]) else extra)
-
-        j = min((j for j in range(len(chunks)) if len(chunks[j]) < size), key=load)
-        loads[j] = load(j)
-        chunks[j].append(conversation)
+    for group in sorted(groups.values(), key=lambda g: -len(g[0][2]) - sum(len(c[3]) for c in g)):
+        room = [size - len(chunk) for chunk in chunks]
+        ranking = sorted(range(len(chunks)), key=lambda j: (-min(room[j], len(group)), loads[j]))
+        homes: list[int] = []
+        while sum(room[j] for j in homes) < len(group):
+            homes.append(ranking[len(homes)])
+        for j in homes:
+            loads[j] += len(group[0][2])
+        for conversation in group:
+            j = min((j for j in homes if len(chunks[j]) < size), key=loads.__getitem__)
+            loads[j] += len(conversation[3])
+            chunks[j].append(conversation)
     return chunks
 
 

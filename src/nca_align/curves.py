@@ -63,7 +63,7 @@ def summary(log: list[dict[str, Any]], answers: list[tuple[Any, str, str]]) -> s
         text.append(f"  implicit reward of the {name} completion: {first.get(key, 0):+.3f} → {last[key]:+.3f}")
     accuracy = f"{prefix}rewards/accuracies"
     if accuracy in last:
-        start = "all equal" if first[f"{prefix}rewards/rank_1"] == 0 else f"{first[accuracy]:.0%}"
+        start = f"{first[accuracy]:.0%}" if first["step"] else "all equal"
         text.append(f"  pairs that it orders as their rewards do: {start} → {last[accuracy]:.0%} (chance is 50%)")
     ratio = f"{prefix}logratios/best"
     text.append(f"  log-ratio of the best completion: {first[ratio]:+.2f} → {last[ratio]:+.2f} nats")

@@ -93,16 +93,16 @@ def head_logps(
 
 def logit_transform(config) -> tuple[float, float | None]:
     """(scale, softcap) that the model's own forward applies to its LM head's output, by the names the families use."""
-    scale = 1.0
-    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
-        if getattr(config, name, None) is not None:
-            scale = getattr(config, name)
-            break
-    else:
-        divisor = getattr(config, "logits_scaling", None)
-        if divisor is not None:
-            scale = divisor if config.model_type == "hyperclovax" else 1 / divisor
-    return scale, getattr(config, "final_logit_softcapping", None)
+
+    def first(*names: str) -> float | None:
+        return next((value for name in names if (value := getattr(config, name, None)) is not None), None)
+
+    scale = first("logit_scale", "output_multiplier", "lm_head_multiplier")
+    divisor = first("logits_scaling", "logits_mup_width_multiplier")
+    if scale is None and divisor is not None:
+        scale = divisor if config.model_type == "hyperclovax" else 1 / divisor
+    softcap = first("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+    return 1.0 if scale is None else scale, softcap
 
 
 def add_token_logps(model: PreTrainedModel) -> None:
@@ -111,9 +111,18 @@ def add_token_logps(model: PreTrainedModel) -> None:
     The forward is the place, so that it runs through the DDP, FSDP and PEFT wrappers around the model. It takes
     `token_index` (M,), positions in the flattened (rows · T), `target_ids` (M,), and `row_length` T, by which the
     virtual tokens that some PEFT methods put in front are left out.
+
+    Raises:
+        NotImplementedError: the model has more than a backbone and an LM head, by which its logits may be others.
     """
     if getattr(model, "_has_token_logps", False):
         return
+    known = (model.base_model, model.get_output_embeddings())
+    if more := [name for name, child in model.named_children() if all(child is not part for part in known)]:
+        raise NotImplementedError(
+            f"`model` is a {type(model).__name__}, which has `{more[0]}` beside a backbone and an LM head (a linear "
+            "map of its last hidden state), so that its log-probabilities would be wrong; use another model."
+        )
     model._has_token_logps = True
     own_forward = model.forward
     config = model.config.get_text_config()
@@ -124,22 +133,28 @@ def add_token_logps(model: PreTrainedModel) -> None:
         if token_index is None:
             return own_forward(*args, **kwargs)
         outputs = self.base_model(*args, use_cache=False, **{k: v for k, v in kwargs.items() if k != "use_cache"})
-        hidden = outputs.last_hidden_state[:, -row_length:].flatten(0, 1)
+        hidden = outputs.last_hidden_state
+        hidden = hidden[:, hidden.shape[1] - (row_length or hidden.shape[1]) :].flatten(0, 1)
         head = self.get_output_embeddings()
         device = next(head.parameters()).device  # another than the backbone's where `device_map` splits the model
         hidden = hidden.index_select(0, token_index).to(device)
         token_logps = head_logps(head, hidden, target_ids.to(device), config.vocab_size, scale, softcap)
         aux_loss = None
         if kwargs.get("output_router_logits"):
-            aux_loss = _router_loss(config, outputs.router_logits, kwargs.get("attention_mask"))
+            aux_loss = _router_loss(self, outputs.router_logits, kwargs.get("attention_mask"))
+            if self.training and token_logps.requires_grad and not aux_loss.requires_grad:
+                raise NotImplementedError(
+                    "`output_router_logits` is true, but the load-balancing loss has no gradient, as happens under "
+                    "`gradient_checkpointing_kwargs: {use_reentrant: true}`; set `use_reentrant` to false."
+                )
         return TokenLogps(token_logps=token_logps, aux_loss=aux_loss)
 
     model.forward = MethodType(forward, model)
 
 
-def _router_loss(config, router_logits, attention_mask: torch.Tensor | None) -> torch.Tensor:
+def _router_loss(model: PreTrainedModel, router_logits, attention_mask: torch.Tensor | None) -> torch.Tensor:
     """Load-balancing loss over the batch's real tokens; a packed row has no others, and its mask is a placeholder."""
     from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func  # every family's is this one
 
     mask = attention_mask if attention_mask is not None and attention_mask.dim() == 2 else None
-    return load_balancing_loss_func(router_logits, config.num_experts, config.num_experts_per_tok, mask)
+    return load_balancing_loss_func(router_logits, model.num_experts, model.num_experts_per_tok, mask)

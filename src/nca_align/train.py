@@ -96,6 +96,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{', '.join(where)}.")
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=script.dataset_name)
+    trainer.accelerator.wait_for_everyone()  # a process that leaves first makes gloo hang in the other's clean-up
     trainer.end()
     return 0
 
@@ -150,7 +151,7 @@ def _policy(model: str, model_args: ModelConfig, args: NCAConfig):
     """`model`, `peft_config` and `quantization_config` for the trainer; an adapter is trained on from where it is."""
     quantization_config = get_quantization_config(model_args)
     if not _is_adapter(model):
-        return model, get_peft_config(model_args), quantization_config
+        return model, _peft_config(model_args), quantization_config
     from peft import PeftConfig, PeftModel
 
     base = resolve_model(PeftConfig.from_pretrained(model).base_model_name_or_path)
@@ -160,6 +161,14 @@ def _policy(model: str, model_args: ModelConfig, args: NCAConfig):
         options["quantization_config"] = quantization_config
     policy = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, **options), model, is_trainable=True)
     return policy, None, None
+
+
+def _peft_config(model_args: ModelConfig):
+    config = get_peft_config(model_args)
+    modules = getattr(config, "target_modules", None)
+    if isinstance(modules, str) and modules.isidentifier():  # TRL makes a list of one a pattern for whole names
+        config.target_modules = {modules}
+    return config
 
 
 def _answers(trainer, tokenizer, prompts: list, max_new_tokens: int) -> list[str]:

@@ -1,0 +1,44 @@
+"""`nca-align COMMAND …`: dispatch only. Each command is a module, imported when it is called."""
+
+import sys
+from importlib import import_module
+
+from .arguments import nearest
+from .errors import UserError, command
+
+# name: (module, what it does)
+COMMANDS = {
+    "train": ("nca_align.train", "align a model on K rewarded completions per prompt"),
+    "sample": ("nca_align.sampling", "prompts to K completions each, from a model or a running server"),
+    "score": ("nca_align.scoring", "completions to rewards, from a reward model, a classifier or a Python function"),
+}
+
+
+def usage() -> str:
+    """The list of commands."""
+    lines = [f"  {name:<10}{what}" for name, (_, what) in COMMANDS.items()]
+    return "\n".join(
+        ["usage: nca-align COMMAND [--config FILE.yaml] [options]", "", "commands:", *lines, "",
+         "`nca-align COMMAND --help` lists a command's options."]
+    )  # fmt: skip
+
+
+@command("nca-align")
+def main(argv: list[str] | None = None) -> int:
+    """Call the command that `argv` names, and return its exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    if argv[0] == "--version":
+        from . import __version__
+
+        print(f"nca-align {__version__}")
+        return 0
+    if argv[0] not in COMMANDS:
+        raise UserError(f"unknown command `{argv[0]}`{nearest(argv[0], COMMANDS)}; there are {', '.join(COMMANDS)}")
+    return import_module(COMMANDS[argv[0]][0]).main(argv[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,73 @@
+"""What made a file of samples or scores: content fingerprints, versions, and where they are written down."""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+KEY = b"nca_align"
+_CHUNK = 1 << 20
+
+
+def weights_fingerprint(name: str | None, revision: str | None = None) -> str | None:
+    """An identity of a model that changes with its weights, adapter, tokenizer or chat template.
+
+    Args:
+        name: a folder, or a model id of the Hub.
+        revision: of the id.
+
+    Returns:
+        For a folder a hash of its files (64 evenly spaced megabytes of those that are larger), independent of place
+        and dates; for an id the id with its revision.
+    """
+    if name is None or not Path(name).is_dir():
+        return f"{name}@{revision}" if revision else name
+    digest = hashlib.sha256()
+    for file in sorted(Path(name).iterdir()):
+        if not file.is_file() or file.suffix in (".png", ".md", ".log") or file.name in _NOT_THE_MODEL:
+            continue
+        size = file.stat().st_size
+        digest.update(f"{file.name}:{size}\n".encode())
+        with open(file, "rb") as handle:
+            for offset in range(0, size, max(_CHUNK, size // 64)):
+                handle.seek(offset)
+                digest.update(handle.read(_CHUNK))
+    return digest.hexdigest()[:16]
+
+
+# Trainers leave these beside the model; they say nothing about what it computes.
+_NOT_THE_MODEL = {"training_args.bin", "trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state.pth"}
+
+
+def data_fingerprint(rows: Iterable[dict]) -> str:
+    """A hash of the rows' content, whatever file or format they came from."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(row, sort_keys=True, default=str).encode())
+    return digest.hexdigest()[:16]
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Installed versions of `packages` and of this one."""
+    return {package: version(package) for package in ("nca-align", *packages)}
+
+
+def sidecar(output: Path) -> Path:
+    """Where the provenance of a JSONL file stands; a Parquet file carries its own."""
+    return output.with_name(output.name + ".meta.json")
+
+
+def read_provenance(path: str | Path) -> list[dict[str, Any]]:
+    """The commands that made `path`, oldest first, each with its `config`; empty where none is recorded."""
+    path = Path(path)
+    if not path.is_file():
+        return []
+    if path.suffix == ".parquet":
+        text = (pq.read_schema(path).metadata or {}).get(KEY)
+    else:
+        text = sidecar(path).read_text() if sidecar(path).exists() else None
+    return json.loads(text) if text else []

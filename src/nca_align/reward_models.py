@@ -1,0 +1,151 @@
+"""Scorers that are models: a reward model with a classification head, and a text-classification pipeline."""
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from .engines import as_object, from_pretrained, hide_loading
+from .errors import UserError
+from .prompts import clean_messages, text_of
+
+logger = logging.getLogger("nca_align")
+
+# Scores of completions: (prompts, completions, columns) -> one float a completion, or None where it skips one.
+Scorer = Callable[[list, list, dict[str, list]], Sequence[float | None]]
+
+
+def reward_model(name: str, batch_size: int, dtype: str = "auto", trust_remote_code: bool = False) -> Scorer:
+    """A sequence-classification model with one output, given the conversation in its own chat template.
+
+    Args:
+        name: a folder or a Hub id.
+        batch_size: completions a batch; they are sorted by length.
+        dtype: `auto` for bfloat16 on a GPU and float32 on a CPU, or the name of one.
+        trust_remote_code: run code that comes with the model.
+
+    Raises:
+        UserError: no classification head, more than one output, or no chat template for messages.
+    """
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    kind = (torch.bfloat16 if device == "cuda" else torch.float32) if dtype == "auto" else getattr(torch, dtype)
+    hide_loading()
+    tokenizer = from_pretrained(AutoTokenizer, name, key="scorer", trust_remote_code=trust_remote_code)
+    model, report = from_pretrained(
+        AutoModelForSequenceClassification, name, key="scorer",
+        dtype=kind, trust_remote_code=trust_remote_code, output_loading_info=True,
+    )  # fmt: skip
+    if report["missing_keys"]:  # transformers would fill a missing head with random numbers and go on
+        raise UserError(
+            f"`scorer` {name} has no classification head ({_some(report['missing_keys'])} missing in its weights); "
+            "give a reward model that was trained with one"
+        )
+    if model.config.num_labels != 1:
+        raise UserError(
+            f"`scorer` {name} has {model.config.num_labels} outputs, where a reward model has one; for a classifier "
+            f"write pipeline:{name}:LABEL with one of {', '.join(model.config.label2id)}"
+        )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model.config.pad_token_id = tokenizer.pad_token_id
+    model.to(device).eval()
+    room = _room(tokenizer, model.config)
+
+    def ids(prompt: Any, completion: Any, tools: Any, kwargs: Any) -> list[int]:
+        if isinstance(prompt, str):
+            tokens = tokenizer(prompt + text_of(completion))["input_ids"]
+        elif tokenizer.chat_template is None:
+            raise UserError(
+                f"`scorer` {name} has no chat template, but the rows hold messages; use a reward model that has one, "
+                f"or pipeline:{name} to score the completion's text alone"
+            )
+        else:
+            tokens = tokenizer.apply_chat_template(
+                clean_messages([*prompt, *completion]), tools=as_object(tools), return_dict=False,
+                **(as_object(kwargs) or {}),
+            )  # fmt: skip
+        if len(tokens) > room:
+            logger.warning("scorer %s: a conversation of %d tokens was cut to its last %d", name, len(tokens), room)
+        return tokens[-room:]
+
+    @torch.inference_mode()
+    def score(prompts: list, completions: list, columns: dict[str, list]) -> list[float]:
+        nothing = [None] * len(prompts)
+        tools, kwargs = columns.get("tools", nothing), columns.get("chat_template_kwargs", nothing)
+        tokens = [ids(*parts) for parts in zip(prompts, completions, tools, kwargs, strict=True)]
+        order = sorted(range(len(tokens)), key=lambda i: len(tokens[i]))
+        scores = [0.0] * len(tokens)
+        for start in range(0, len(order), batch_size):
+            picked = order[start : start + batch_size]
+            inputs = tokenizer.pad({"input_ids": [tokens[i] for i in picked]}, return_tensors="pt").to(device)
+            for i, value in zip(picked, model(**inputs).logits[:, 0].float().tolist(), strict=True):
+                scores[i] = value
+        return scores
+
+    return score
+
+
+def pipeline_scorer(name: str, label: str | None, batch_size: int) -> Scorer:
+    """A text-classification pipeline over the completion's text: the probability of `label`.
+
+    Args:
+        name: a folder or a Hub id.
+        label: the label to score; None where the model has one alone.
+        batch_size: completions a batch; they are sorted by length.
+
+    Raises:
+        UserError: no such label, or none given where there are several.
+    """
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
+
+    hide_loading()
+    tokenizer = from_pretrained(AutoTokenizer, name, key="scorer")
+    model, report = from_pretrained(
+        AutoModelForSequenceClassification, name, key="scorer", output_loading_info=True,
+        dtype=torch.bfloat16 if torch.cuda.is_available() else torch.float32,
+    )  # fmt: skip
+    if report["missing_keys"]:
+        raise UserError(
+            f"`scorer` pipeline:{name} has no classification head ({_some(report['missing_keys'])} missing in its "
+            "weights); give a model that was trained to classify"
+        )
+    labels = list(model.config.id2label.values())
+    if label is None and len(labels) == 1:
+        label = labels[0]
+    if label not in labels:
+        raise UserError(
+            f"`scorer` pipeline:{name} has the labels {', '.join(labels)}, and "
+            f"{'none was given' if label is None else f'not {label!r}'}; write pipeline:{name}:LABEL"
+        )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+        model.config.pad_token_id = tokenizer.pad_token_id
+    tokenizer.truncation_side = "left"  # the end of a long completion counts
+    classify = pipeline(
+        "text-classification", model=model, tokenizer=tokenizer, device=0 if torch.cuda.is_available() else -1
+    )
+    room = _room(tokenizer, model.config)
+
+    def score(prompts: list, completions: list, columns: dict[str, list]) -> list[float]:
+        texts = [text_of(completion) for completion in completions]
+        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+        found = classify([texts[i] for i in order], top_k=None, batch_size=batch_size, truncation=True, max_length=room)
+        scores = [0.0] * len(texts)
+        for i, ranked in zip(order, found, strict=True):
+            scores[i] = next(entry["score"] for entry in ranked if entry["label"] == label)
+        return scores
+
+    return score
+
+
+def _room(tokenizer, config) -> int:
+    """Tokens that the model takes: what tokenizer and configuration allow."""
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return min(int(tokenizer.model_max_length), positions or 1 << 30, 1 << 30)
+
+
+def _some(names) -> str:
+    return ", ".join(sorted(names)[:3])

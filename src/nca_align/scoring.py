@@ -1,0 +1,265 @@
+"""`nca-align score`: completions to `rewards`, from a model, a classifier, a Python function, or several of them."""
+
+import asyncio
+import importlib
+import inspect
+import math
+import os
+import re
+import sys
+from collections import Counter
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Literal
+
+from datasets import Features, List, Value
+
+from .arguments import nearest, parse
+from .engines import Advance, from_pretrained
+from .errors import UserError, command, one_line
+from .prompts import load_completions, text_of
+from .provenance import data_fingerprint, read_provenance, versions, weights_fingerprint
+from .reward_models import Scorer, pipeline_scorer, reward_model
+from .shards import Shard, Work, run_sharded
+
+
+@dataclass
+class ScoreOptions:
+    """Options of `nca-align score`."""
+
+    dataset_name: str = field(
+        metadata={"help": "rows of `prompt` and `completions`, or any format that training reads"}
+    )
+    output: str = field(metadata={"help": "the file to write, .parquet or .jsonl"})
+    scorer: list[str] = field(
+        metadata={"help": "may repeat. `module:function` (TRL's reward-function signature), `pipeline:MODEL:LABEL`, "
+                  "or a reward model's folder or id", "action": "extend"},
+    )  # fmt: skip
+    scorer_weights: list[float] = field(
+        default_factory=list, metadata={"help": "one a scorer, 1 by default", "action": "extend"}
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "configuration of a data set of the Hub"})
+    split: str = field(default="train", metadata={"help": "split of a data set that has several"})
+    tokenizer: str | None = field(
+        default=None, metadata={"help": "tokenizer whose `completion_ids` functions are given; none by default"}
+    )
+    on_error: Literal["stop", "drop"] = field(
+        default="stop",
+        metadata={"help": "rows that can't be scored: stop, once all others are done and kept, or drop and count them"},
+    )
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = field(
+        default="auto", metadata={"help": "of reward models; auto: bfloat16 on a GPU, float32 on a CPU"}
+    )
+    trust_remote_code: bool = field(default=False, metadata={"help": "run code that comes with a reward model"})
+    batch_size: int = field(default=16, metadata={"help": "completions a batch of a model"})
+    shard_size: int = field(default=64, metadata={"help": "rows a shard, the unit in which work is kept"})
+
+    def __post_init__(self):
+        for name in ("batch_size", "shard_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` is {getattr(self, name)}; it must be at least 1")
+        if not self.scorer:
+            raise ValueError("`scorer` is missing: name a reward model, pipeline:MODEL:LABEL or module:function")
+        if self.scorer_weights and len(self.scorer_weights) != len(self.scorer):
+            raise ValueError(
+                f"`scorer_weights` has {len(self.scorer_weights)} values for {len(self.scorer)} scorers; give one each"
+            )
+        if not all(math.isfinite(weight) for weight in self.scorer_weights):
+            raise ValueError(f"`scorer_weights` is {self.scorer_weights}; they must be finite numbers")
+
+
+def score(options: ScoreOptions) -> dict[str, int]:
+    """Score every completion and write `options.output`: the input's columns, `rewards`, and `score_NAME` for each.
+
+        rewards_i = Σ_s weight_s · score_s,i over the scorers s that gave completion i a score
+
+    Returns:
+        What was counted: `rows`, `completions`, `failed` (rows left out by `on_error: drop`).
+
+    Raises:
+        UserError: whatever the user can mend, in one sentence.
+    """
+    functions = {spec: find_function(spec) for spec in options.scorer if is_function(spec)}  # before any model loads
+    dataset = load_completions(options.dataset_name, options.dataset_config, options.split)
+    names = column_names(options.scorer)
+    new = {name: List(Value("float64")) for name in ("rewards", *names)}
+    kept = {name: kind for name, kind in dataset.features.items() if name not in new}
+    dataset = dataset.select_columns(list(kept))
+
+    def start() -> Work:
+        scorers = {}
+        for name, spec in zip(names, options.scorer, strict=True):
+            if spec in functions:
+                scorers[name] = _function_scorer(functions[spec], spec, options.tokenizer)
+            elif spec.startswith("pipeline:"):
+                model, _, label = spec.removeprefix("pipeline:").partition(":")
+                scorers[name] = pipeline_scorer(model, label or None, options.batch_size)
+            else:
+                scorers[name] = reward_model(spec, options.batch_size, options.dtype, options.trust_remote_code)
+        return _work(scorers, options.scorer_weights or [1.0] * len(scorers))
+
+    config = {
+        "scorers": [_identity(spec) for spec in options.scorer],
+        "weights": options.scorer_weights or [1.0] * len(names),
+        "tokenizer": weights_fingerprint(options.tokenizer), "dtype": options.dtype,
+        "shard_size": options.shard_size, "data": data_fingerprint(dataset),
+    }  # fmt: skip
+    about = {"scorers": options.scorer, "data": options.dataset_name, "versions": versions("torch", "transformers")}
+    counts = run_sharded(
+        options.output, dataset, Features({**kept, **new}), start,
+        {"command": "score", "config": config, "about": about}, history=read_provenance(options.dataset_name),
+        shard_size=options.shard_size, drop_failed=options.on_error == "drop",
+    )  # fmt: skip
+    left_out = f", {counts['failed']} rows left out that could not be scored" if counts["failed"] else ""
+    print(f"{options.output}: {counts['rows']} rows, {counts['completions']} completions{left_out}", file=sys.stderr)
+    return counts
+
+
+def is_function(spec: str) -> bool:
+    """Whether a scorer's name is `package.module:function`."""
+    return re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*", spec) is not None and not spec.startswith("pipeline:")
+
+
+def find_function(spec: str):
+    """The function that `package.module:function` names; modules of the current folder are found too.
+
+    Raises:
+        UserError: no such module or function.
+    """
+    module_name, _, function_name = spec.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        found = importlib.import_module(module_name)
+    except ImportError as error:
+        raise UserError(f"`scorer` {spec}: module {module_name} can't be imported ({one_line(error)})") from error
+    for part in function_name.split("."):
+        if not hasattr(found, part):
+            names = [name for name, value in vars(found).items() if callable(value)]
+            raise UserError(f"`scorer` {spec}: {module_name} has no function `{part}`{nearest(part, names)}")
+        found = getattr(found, part)
+    if not callable(found):
+        raise UserError(f"`scorer` {spec} is a {type(found).__name__}; it must be a function")
+    return found
+
+
+def column_names(specs: list[str]) -> list[str]:
+    """`score_NAME` for each scorer: its function, label or model, with a number where two are alike."""
+    names: list[str] = []
+    for spec in specs:
+        last = spec.rpartition(":")[2] if is_function(spec) or spec.startswith("pipeline:") else spec
+        base = "score_" + re.sub(r"\W+", "_", os.path.basename(last.rstrip("/"))).strip("_")
+        count = sum(name == base or re.fullmatch(re.escape(base) + r"_\d+", name) is not None for name in names)
+        names.append(f"{base}_{count + 1}" if count else base)
+    return names
+
+
+def _identity(spec: str) -> str | None:
+    if is_function(spec):
+        return spec
+    prefix, _, rest = spec.partition(":") if spec.startswith("pipeline:") else ("", "", spec)
+    model, _, label = rest.partition(":") if prefix else (rest, "", "")
+    return ":".join(filter(None, (prefix, weights_fingerprint(model), label)))
+
+
+def _function_scorer(function, spec: str, tokenizer_name: str | None) -> Scorer:
+    tokenizer = None
+    if tokenizer_name is not None:
+        from transformers import AutoTokenizer
+
+        tokenizer = from_pretrained(AutoTokenizer, tokenizer_name, key="tokenizer")
+
+    def run(prompts: list, completions: list, columns: dict[str, list]) -> list[float | None]:
+        # TRL hands these three to every function; here is no training that they could log to.
+        extra = {"trainer_state": None, "log_extra": lambda *_: None, "log_metric": lambda *_: None}
+        if tokenizer is not None:
+            texts = [text_of(completion) for completion in completions]
+            extra["completion_ids"] = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        scores = function(prompts=prompts, completions=completions, **columns, **extra)
+        if inspect.isawaitable(scores):
+            scores = asyncio.run(_finish(scores))
+        scores = list(scores)
+        if len(scores) != len(completions):
+            raise UserError(
+                f"`scorer` {spec} returned {len(scores)} scores for {len(completions)} completions; it must return one "
+                "each (None to skip one)"
+            )
+        return [None if value is None else float(value) for value in scores]
+
+    return run
+
+
+async def _finish(awaitable):
+    return await awaitable
+
+
+def _work(scorers: dict[str, Scorer], weights: list[float]) -> Work:
+    def score_rows(scorer: Scorer, rows: list[dict]) -> list[list[float | None]]:
+        counts = [len(row["completions"]) for row in rows]
+        flat = [row for row, count in zip(rows, counts, strict=True) for _ in range(count)]
+        columns = {
+            key: [row[key] for row in flat] for key in rows[0] if key not in ("prompt", "completions", "completion_ids")
+        }
+        completions = [completion for row in rows for completion in row["completions"]]
+        scores = list(scorer([row["prompt"] for row in flat], completions, columns))
+        ends = [0]
+        for count in counts:
+            ends.append(ends[-1] + count)
+        return [scores[a:b] for a, b in pairwise(ends)]
+
+    def work(shard: int, first_row: int, rows: list[dict], advance: Advance) -> Shard:
+        failed: dict[int, str] = {}
+        table: dict[str, list] = {}
+        for name, scorer in scorers.items():
+            try:
+                table[name] = score_rows(scorer, rows)
+            except UserError:
+                raise
+            except Exception:  # a row that it can't score: find which, and keep the others
+                table[name] = []
+                for i, row in enumerate(rows):
+                    try:
+                        table[name] += score_rows(scorer, [row])
+                    except UserError:
+                        raise
+                    except Exception as error:
+                        failed[first_row + i] = f"`{name}` raised {type(error).__name__}: {one_line(error)[:200]}"
+                        table[name].append([None] * len(row["completions"]))
+        result = Shard([], Counter(completions=0), failed)
+        for i, row in enumerate(rows):
+            scores = {name: table[name][i] for name in scorers}
+            problem = _problem(scores)
+            if first_row + i in failed or problem:
+                failed.setdefault(first_row + i, problem)
+                continue
+            pairs = zip(weights, scores.values(), strict=True)
+            weighted = [[None if value is None else weight * value for value in values] for weight, values in pairs]
+            rewards = [sum(v for v in values if v is not None) for values in zip(*weighted, strict=True)]
+            result.counts["completions"] += len(rewards)
+            result.rows.append({**row, "rewards": rewards, **scores})
+        result.failed = dict(sorted(failed.items()))
+        return result
+
+    return work
+
+
+def _problem(scores: dict[str, list]) -> str:
+    for name, values in scores.items():
+        for k, value in enumerate(values):
+            if value is not None and not math.isfinite(value):
+                return f"`{name}` gave {value} for completion {k}; a score must be a finite number, or None to skip"
+    for k, values in enumerate(zip(*scores.values(), strict=True)):
+        if all(value is None for value in values):
+            return f"every scorer skipped completion {k} (None); at least one must score it"
+    return ""
+
+
+@command("nca-align score")
+def main(argv: list[str] | None = None) -> None:
+    """Parse the options and score."""
+    (options,) = parse([ScoreOptions], argv, "nca-align score", "rewards for the completions of each prompt")
+    score(options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

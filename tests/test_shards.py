@@ -1,0 +1,201 @@
+"""Work in shards: interrupted anywhere and started again, the same bytes, no row lost or doubled."""
+
+import json
+import os
+import shutil
+
+import pytest
+from datasets import Dataset, Features, List, Value
+
+from nca_align.errors import UserError
+from nca_align.provenance import data_fingerprint, read_provenance, weights_fingerprint
+from nca_align.shards import Shard, run_sharded
+
+FEATURES = Features({"prompt": Value("string"), "values": List(Value("int64"))})
+STEP = {"command": "sample", "config": {"temperature": 1.0, "stop": ["x"]}, "about": {"model": "m"}}
+DATASET = Dataset.from_dict({"prompt": [f"é {i}" for i in range(10)]})
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing of ours catches it."""
+
+
+def run(output, failing=(), step=STEP, started=None, **kwargs):
+    def start():
+        if started is not None:
+            started.append(True)
+        return work
+
+    def work(shard, first_row, rows, advance):
+        result = Shard([], failed={i: "broken" for i in range(first_row, first_row + len(rows)) if i in failing})
+        for i, row in enumerate(rows, first_row):
+            if i not in failing:
+                result.rows.append({"prompt": row["prompt"], "values": [] if i == 4 else [i, shard]})
+                result.counts["values"] += 1
+        advance(len(rows))
+        return result
+
+    return run_sharded(str(output), DATASET, FEATURES, start, step, shard_size=3, **kwargs)
+
+
+def read(path) -> list[dict]:
+    if path.suffix == ".jsonl":
+        return [json.loads(line) for line in path.read_text().splitlines()]
+    return Dataset.from_parquet(str(path), keep_in_memory=True).to_list()
+
+
+@pytest.fixture(params=["out.parquet", "out.jsonl"])
+def output(request, tmp_path):
+    return tmp_path / request.param
+
+
+def test_rows_counts_and_provenance(output):
+    counts = run(output, history=[{"command": "before"}])
+    assert counts == {"failed": 0, "rows": 10, "values": 10}
+    assert [row["prompt"] for row in read(output)] == DATASET["prompt"][:]
+    assert [row["values"] for row in read(output)] == [[] if i == 4 else [i, i // 3] for i in range(10)]
+    assert read_provenance(output) == [{"command": "before"}, {**STEP, "counts": counts}]
+    assert not output.with_name(output.name + ".parts").exists()
+
+
+def test_a_kill_at_every_rename_changes_nothing(output, tmp_path, monkeypatch):
+    whole = tmp_path / f"whole{output.suffix}"
+    run(whole)
+    replace = os.replace
+    for kill_at in range(100):
+        for after in (False, True):  # the kill comes just before the rename, or just after it
+            left = [kill_at]
+
+            def killing(source, target, left=left, after=after):
+                left[0] -= 1
+                if left[0] < 0 and not after:
+                    raise Killed
+                replace(source, target)
+                if left[0] < 0:
+                    raise Killed
+
+            monkeypatch.setattr(os, "replace", killing)
+            try:
+                run(output)
+                finished = True
+            except Killed:
+                finished = False
+            monkeypatch.setattr(os, "replace", replace)
+            run(output)
+            assert output.read_bytes() == whole.read_bytes()
+            assert sorted(path.name for path in tmp_path.iterdir() if path.name.endswith(".parts")) == []
+            for path in tmp_path.glob("out.*"):
+                path.unlink()
+        if finished:
+            break
+    assert kill_at >= 10  # a configuration, four shards with their counts, and the joined file
+
+
+def test_a_kill_before_the_folder_goes(output, monkeypatch):
+    def killing(*args, **kwargs):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", killing)
+        with pytest.raises(Killed):
+            run(output)
+    content, started = output.read_bytes(), []
+    run(output, started=started)
+    assert output.read_bytes() == content
+    assert not started
+    assert not output.with_name(output.name + ".parts").exists()
+
+
+def test_finished_work_loads_nothing(output):
+    first = run(output)
+    started = []
+    assert run(output, started=started) == first
+    assert not started
+
+
+def test_failed_rows_stop_the_run_once_the_others_are_kept(output, tmp_path):
+    with pytest.raises(UserError, match=r"row 1: broken and 1 more \(rows 7\); the other 8 rows are done and kept in "):
+        run(output, failing=(1, 7))
+    assert not output.exists()
+    run(output)  # mended
+    run(tmp_path / f"whole{output.suffix}")
+    assert output.read_bytes() == (tmp_path / f"whole{output.suffix}").read_bytes()
+
+
+def test_failed_rows_can_be_dropped(output):
+    with pytest.raises(UserError, match="row 1: broken; the other 9 rows"):
+        run(output, failing=(1,))
+    started = []
+    assert run(output, failing=(1,), started=started, drop_failed=True)["failed"] == 1
+    assert not started
+    assert [row["prompt"] for row in read(output)] == [f"é {i}" for i in range(10) if i != 1]
+
+
+OTHER = {**STEP, "config": {"temperature": 0.5, "stop": ["x"]}}
+
+
+def test_another_configuration_is_refused_with_the_difference(output):
+    run(output)
+    content = output.read_bytes()
+    message = "is there already, of another configuration: `temperature` 1.0 there and 0.5 here; choose another"
+    with pytest.raises(UserError, match=message):
+        run(output, step=OTHER)
+    with pytest.raises(UserError, match="made by `sample` and not `score`"):
+        run(output, step={**STEP, "command": "score"})
+    assert output.read_bytes() == content
+
+
+def test_an_unfinished_run_of_another_configuration_is_refused(output):
+    with pytest.raises(UserError):
+        run(output, failing=(1,))
+    with pytest.raises(UserError, match=r"parts, an unfinished run, is there already, .*`temperature` 1.0 there"):
+        run(output, step=OTHER)
+
+
+def test_a_run_that_kept_nothing_may_be_corrected(output):
+    def start():
+        raise UserError("no such model")
+
+    with pytest.raises(UserError, match="no such model"):
+        run_sharded(str(output), DATASET, FEATURES, start, STEP)
+    assert run(output, step=OTHER)["rows"] == 10
+
+
+def test_a_file_of_unknown_origin_is_refused(tmp_path):
+    (tmp_path / "out.jsonl").write_text("{}\n")
+    with pytest.raises(UserError, match="does not say what made it"):
+        run(tmp_path / "out.jsonl")
+    assert (tmp_path / "out.jsonl").read_text() == "{}\n"
+
+
+def test_an_unknown_ending_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"`output` is '.*out.csv'; it must end in .parquet or .jsonl"):
+        run(tmp_path / "out.csv")
+
+
+def test_a_file_without_rows_is_refused(output):
+    with pytest.raises(UserError, match=r"none of the 10 rows is left for .*'failed': 10"):
+        run(output, failing=range(10), drop_failed=True)
+    assert not output.exists()
+
+
+def test_weights_fingerprint_is_of_the_content(tmp_path):
+    first, second = tmp_path / "a", tmp_path / "b"
+    for folder in (first, second):
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(bytes(3_000_000))
+        (folder / "config.json").write_text("{}")
+    os.utime(second / "config.json", (1, 1))
+    (second / "README.md").write_text("a card")
+    assert weights_fingerprint(str(first)) == weights_fingerprint(str(second))
+    (second / "model.safetensors").write_bytes(bytes(2_999_999) + b"x")
+    assert weights_fingerprint(str(first)) != weights_fingerprint(str(second))
+    assert weights_fingerprint("org/model", "v1") == "org/model@v1"
+    assert weights_fingerprint("org/model") == "org/model"
+    assert weights_fingerprint(None) is None
+
+
+def test_data_fingerprint_is_of_the_content():
+    rows = DATASET.to_list()
+    assert data_fingerprint(DATASET) == data_fingerprint(rows)
+    assert data_fingerprint(rows) != data_fingerprint(rows[::-1])

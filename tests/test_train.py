@@ -1,0 +1,194 @@
+"""`scripts/train.py` from YAML and flags, in this process where it can be, and what it leaves in the run's folder."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from datasets import Dataset
+
+from conftest import DATA, build_tokenizer, reward_rows
+from nca_align.train import main
+
+ROOT = Path(__file__).resolve().parents[1]
+FAST = {
+    "bf16": "false", "use_cpu": "true", "max_steps": 2, "logging_steps": 1, "per_device_train_batch_size": 2,
+    "learning_rate": "1e-3", "save_strategy": "no", "report_to": "none", "gradient_checkpointing": "false",
+    "max_length": 128, "beta": 0.1, "alpha": 0.5,
+}  # fmt: skip
+
+
+def flags(**options) -> list[str]:
+    return [part for name, value in (FAST | options).items() for part in (f"--{name}", str(value))]
+
+
+@pytest.fixture
+def data_file(tmp_path) -> str:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, reward_rows(24, [4, 2, 3]))))
+    return str(path)
+
+
+def test_a_run_leaves_everything_that_people_look_for(model_dir, data_file, tmp_path, capsys):
+    output = tmp_path / "run"
+    arguments = flags(
+        model_name_or_path=model_dir, dataset_name=data_file, output_dir=output, eval_strategy="steps", eval_steps=1,
+        eval_on_start="true", validation_fraction=0.25, use_peft="true", lora_target_modules="q_proj", show_answers=1,
+        save_strategy="steps", save_steps=2,
+    )  # fmt: skip
+    assert main(arguments) == 0
+    names = {path.name for path in output.iterdir()}
+    assert {
+        "adapter_model.safetensors", "adapter_config.json", "trainer_state.json", "train_results.json",
+        "eval_results.json", "README.md", "curves.png", "validation_indices.json", "checkpoint-2", "tokenizer.json",
+    } <= names  # fmt: skip
+    state = json.loads((output / "trainer_state.json").read_text())
+    assert [line["loss"] for line in state["log_history"] if "loss" in line]
+    assert len(json.loads((output / "validation_indices.json").read_text())) == 6
+    assert "eval_rewards/accuracies" in json.loads((output / "eval_results.json").read_text())
+    assert (output / "curves.png").read_bytes().startswith(b"\x89PNG")
+    said = capsys.readouterr().out
+    for part in (
+        "implicit reward of the best completion:", "log-ratio of the best completion:", "pairs that it orders",
+        "A held-out prompt:", "before:", "after:", f"The adapter is in {output}", "curves.png",
+    ):  # fmt: skip
+        assert part in said
+
+    # the folder now holds a run
+    assert main(arguments) == 2
+    assert "holds checkpoints of an earlier run (checkpoint-2)" in capsys.readouterr().err
+    assert main([*arguments, "--resume_from_checkpoint", "true", "--max_steps", "3"]) == 0
+    state = json.loads((output / "trainer_state.json").read_text())
+    assert [line["step"] for line in state["log_history"] if "loss" in line] == [1, 2, 3]
+
+    # and its adapter can be trained on
+    assert main(flags(model_name_or_path=output, dataset_name=data_file, output_dir=tmp_path / "on")) == 0
+    state = json.loads((tmp_path / "on" / "trainer_state.json").read_text())
+    assert state["log_history"][0]["rewards/best"] == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["vicuna_k4_scored.jsonl", "ultrafeedback_pairs.jsonl"])
+def test_real_data_trains_without_preparation(name, model_dir, tmp_path):
+    if not (DATA / name).exists():
+        pytest.skip(f"real data {DATA / name} is not on this machine")
+    assert main(flags(model_name_or_path=model_dir, dataset_name=DATA / name, output_dir=tmp_path)) == 0
+    state = json.loads((tmp_path / "trainer_state.json").read_text())
+    first = state["log_history"][0]
+    assert first["loss"] == pytest.approx(1.3863, abs=1e-3)  # 2 ln 2: nothing has moved
+    assert ("rewards/rank_4" in first) == (name == "vicuna_k4_scored.jsonl")
+
+
+MISTAKES = {
+    "unknown flag": (["--learning_rat", "1"], "`--learning_rat` (did you mean `--learning_rate`?)"),
+    "alpha": (["--alpha", "0"], "`alpha` is 0.0, but must be a finite number above 0"),
+    "beta": (["--beta", "-1"], "`beta` is -1.0, but must be a finite number above 0"),
+    "room": (["--max_prompt_length", "128"], "leaves no room for completions within `max_length` 128"),
+    "ignored": (["--label_smoothing", "0.1"], "`label_smoothing` is 0.1, but no loss here reads it"),
+    "loss": (["--loss_type", "infoncaa"], "did you mean 'infonca'?"),
+    "trl's loss": (["--loss_type", "sigmoid"], "use `infonca`"),
+    "layout": (["--layout", "packed"], "layout"),
+    "data": (["--dataset_name", "no/such-data"], "no/such-data"),
+    "model": (["--model_name_or_path", "no/such-model"], "`model_name_or_path` takes a local path"),
+    "split": (["--dataset_train_split", "trian"], "train"),
+    "checkpoint": (["--resume_from_checkpoint", "/nowhere"], "`resume_from_checkpoint` is /nowhere"),
+}
+
+
+@pytest.mark.parametrize("what", MISTAKES)
+def test_a_users_mistake_is_one_sentence(what, model_dir, data_file, tmp_path, capsys):
+    arguments, expected = MISTAKES[what]
+    given = flags(model_name_or_path=model_dir, dataset_name=data_file, output_dir=tmp_path / "run")
+    assert main([*given, *arguments]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("train: error: ")
+    assert expected in error
+    assert len(error) < 600
+
+
+def test_missing_names_and_bad_rows_are_one_sentence(model_dir, tmp_path, capsys):
+    assert main(flags(model_name_or_path=model_dir, output_dir=tmp_path)) == 2
+    assert "`dataset_name` is missing" in capsys.readouterr().err
+    assert main(flags(dataset_name="x", output_dir=tmp_path)) == 2
+    assert "`model_name_or_path` is missing" in capsys.readouterr().err
+    rows = reward_rows(4)
+    rows[2]["rewards"][1] = None
+    path = tmp_path / "bad.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    assert main(flags(model_name_or_path=model_dir, dataset_name=path, output_dir=tmp_path)) == 2
+    error = capsys.readouterr().err
+    assert "ow 2" in error
+    assert "`rewards" in error
+    assert main(flags(model_name_or_path=model_dir, dataset_name=path, output_dir=tmp_path, on_invalid="drop")) == 0
+
+
+def test_a_system_prompt_needs_a_template_that_has_one(model_dir, tmp_path, capsys):
+    tokenizer = build_tokenizer(
+        "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('System role not supported') }}"
+        "{% endif %}{{ m['role'] }}: {{ m['content'] }}<|im_end|>{% endfor %}"
+    )
+    silent = build_tokenizer("{% for m in messages if m['role'] != 'system' %}{{ m['content'] }}<|im_end|>{% endfor %}")
+    rows = reward_rows(3)
+    rows[1]["prompt"].insert(0, {"role": "system", "content": "Be brief."})
+    path = tmp_path / "system.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    for i, (own, expected) in enumerate(
+        [(tokenizer, "System role not supported"), (silent, "leaves out the system prompt")]
+    ):
+        folder = tmp_path / f"model{i}"
+        import shutil
+
+        shutil.copytree(model_dir, folder)
+        own.save_pretrained(folder)
+        (folder / "chat_template.jinja").write_text(own.chat_template)
+        assert main(flags(model_name_or_path=folder, dataset_name=path, output_dir=tmp_path / f"run{i}")) == 2
+        error = capsys.readouterr().err
+        assert "Row 1" in error
+        assert expected in error
+
+
+@pytest.mark.slow
+def test_the_literal_command_and_two_processes(model_dir, data_file, tmp_path):
+    """`accelerate launch scripts/train.py --config …`, and the same by torchrun on two processes."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    config = tmp_path / "config.yaml"
+    options = {
+        "model_name_or_path": model_dir, "dataset_name": data_file, "eval_strategy": "steps", "eval_steps": 2,
+        "validation_fraction": 0.2, "precompute_ref_log_probs": "true", "per_device_train_batch_size": 2,
+    }  # fmt: skip
+    config.write_text("\n".join(f"{name}: {value}" for name, value in (FAST | options).items()))
+    launchers = {
+        "one": (
+            ["accelerate.commands.launch", "--cpu", "--num_processes", "1"],
+            ["--gradient_accumulation_steps", "4"],
+        ),
+        "two": (["torch.distributed.run", "--nproc_per_node", "2"], ["--gradient_accumulation_steps", "2"]),
+    }
+    losses = {}
+    for name, (launcher, extra) in launchers.items():
+        output = tmp_path / name
+        run = subprocess.run(
+            [sys.executable, "-m", *launcher, "scripts/train.py", "--config", str(config), "--output_dir", str(output),
+             "--learning_rate", "2e-3", *extra],
+            cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False,
+        )  # fmt: skip
+        assert run.returncode == 0, run.stderr[-3000:]
+        assert run.stdout.count("What moved") == 1
+        state = json.loads((output / "trainer_state.json").read_text())
+        losses[name] = [line[key] for line in state["log_history"] for key in ("loss", "eval_loss") if key in line]
+        assert any(line.get("learning_rate") == 2e-3 for line in state["log_history"])
+    assert losses["two"] == pytest.approx(losses["one"], abs=1e-5)
+
+
+def test_an_unknown_key_in_yaml_names_the_nearest(model_dir, data_file, tmp_path, capsys):
+    config = tmp_path / "config.yaml"
+    config.write_text(f"model_name_or_path: {model_dir}\ndataset_name: {data_file}\nlearning_rte: 1\n")
+    assert main(["--config", str(config)]) == 2
+    assert "`learning_rte`" in (error := capsys.readouterr().err)
+    assert "did you mean `learning_rate`?" in error
+
+
+def test_dataset_rows_that_load_dataset_gives_train_too(model_dir, tmp_path):
+    Dataset.from_list(reward_rows(6)).save_to_disk(tmp_path / "saved")
+    assert main(flags(model_name_or_path=model_dir, dataset_name=tmp_path / "saved", output_dir=tmp_path / "run")) == 0
