@@ -37,15 +37,20 @@ def tokenize_dataset(
             tokenizer.eos_token,
         )
         options["new_fingerprint"] = Hasher.hash(("nca_align tokens 1", dataset._fingerprint, state, limits))
-    dataset = dataset.map(
-        function,
-        batched=True,
-        batch_size=64,
-        with_indices=True,
-        num_proc=num_proc,
-        desc=f"Tokenizing {name}",
-        **options,
-    )
+    try:
+        dataset = dataset.map(
+            function,
+            batched=True,
+            batch_size=64,
+            with_indices=True,
+            num_proc=num_proc,
+            desc=f"Tokenizing {name}",
+            **options,
+        )
+    except ValueError as error:
+        if str(error).startswith("Row "):  # also from a worker process: raised here, it is told in one sentence
+            raise ValueError(str(error)) from error
+        raise
     cut = {column: sum(dataset[column]) for column in CUT_COLUMNS}
     notices = []
     if cut["boundary_tokens"]:

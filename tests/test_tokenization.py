@@ -1,0 +1,204 @@
+"""Prompt and completion ids: boundary, special tokens, templates, truncation, and the cache on disk."""
+
+import json
+
+import pytest
+from datasets import Dataset
+from trl.data_utils import common_prefix_length
+
+from conftest import CHAT_TEMPLATE, build_tokenizer, reward_rows
+from nca_align.errors import is_users_mistake
+from nca_align.tokenization import tokenize_dataset, tokenize_rows
+
+LIMITS = {"max_prompt_length": None, "max_length": None, "length_column": "length"}
+
+
+def rows(*given: dict, tokenizer=None, **limits) -> list[dict]:
+    columns = {name: [row.get(name) for row in given] for row in given for name in row}
+    out = tokenize_rows(columns, list(range(len(given))), tokenizer or build_tokenizer(), **(LIMITS | limits))
+    return [{name: out[name][i] for name in out} for i in range(len(given))]
+
+
+def text(prompt: str, *completions: str) -> dict:
+    return {"prompt": prompt, "completions": list(completions), "rewards": [float(i) for i in range(len(completions))]}
+
+
+def chat(prompt: list[tuple[str, str]], *completions: str, **more) -> dict:
+    return {
+        "prompt": [{"role": role, "content": content} for role, content in prompt],
+        "completions": [[{"role": "assistant", "content": c}] for c in completions],
+        "rewards": [float(i) for i in range(len(completions))], **more,
+    }  # fmt: skip
+
+
+def test_ids_are_those_of_each_whole_conversation():
+    tokenizer = build_tokenizer()
+    given = reward_rows(5, [4, 2, 3])
+    for row, out in zip(given, rows(*given), strict=True):
+        for completion, ids in zip(row["completions"], out["completion_ids"], strict=True):
+            whole = tokenizer.apply_chat_template(row["prompt"] + completion, return_dict=True)["input_ids"]
+            assert out["prompt_ids"] + ids == whole
+        prompt = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=True)["input_ids"]
+        assert out["prompt_ids"] == prompt
+        assert out["length"] == len(prompt) + sum(map(len, out["completion_ids"]))
+        assert (out["prompt_cut"], out["completions_cut"], out["boundary_tokens"]) == (0, 0, 0)
+
+
+def test_an_opening_that_all_completions_share_is_scored():
+    tokenizer = build_tokenizer()
+    (out,) = rows(chat([("user", "Hello")], "The quick brown fox", "The quick brown dog"))
+    opening = tokenizer("The quick brown", add_special_tokens=False)["input_ids"]
+    for ids in out["completion_ids"]:
+        assert ids[: len(opening)] == opening
+
+
+def test_text_gets_one_eos_and_no_second_one():
+    tokenizer = build_tokenizer()
+    eos = tokenizer.eos_token_id
+    plain, ended = rows(text("A question:", " yes", " no"), text("A question:", " yes<|im_end|>", " no"))
+    assert plain == ended
+    for ids in plain["completion_ids"]:
+        assert ids.count(eos) == 1
+        assert ids[-1] == eos
+
+
+def _adding_specials(bos: bool, eos: bool):
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = build_tokenizer()
+    parts = f"{'<s> ' if bos else ''}$A{' <|im_end|>' if eos else ''}"
+    special = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<s>", "<|im_end|>")]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=parts, special_tokens=special)
+    return tokenizer
+
+
+def test_bos_stands_once_and_not_before_text_that_is_rendered_already():
+    tokenizer = _adding_specials(bos=True, eos=False)
+    bos = tokenizer.bos_token_id
+    plain, rendered, conversation = (
+        rows(row, tokenizer=tokenizer)[0]
+        for row in (text("Hi there", " a", " b"), text("<s>Hi there", " a", " b"), chat([("user", "Hi")], "a", "b"))
+    )
+    assert plain["prompt_ids"].count(bos) == 1
+    assert plain["prompt_ids"] == rendered["prompt_ids"]
+    assert bos not in conversation["prompt_ids"]  # its template has none
+
+
+def test_a_tokenizer_that_adds_eos_itself_adds_no_second_one():
+    tokenizer = _adding_specials(bos=False, eos=True)
+    (out,) = rows(text("Hi there", " a", " b"), tokenizer=tokenizer)
+    for ids in out["completion_ids"]:
+        assert ids.count(tokenizer.eos_token_id) == 1
+
+
+def test_tokens_that_merge_across_the_boundary_belong_to_the_completion():
+    tokenizer = build_tokenizer()
+    prompt, completion = "The quick bro", "wn fox"
+    (out,) = rows(text(prompt, completion, " other"))
+    alone = tokenizer(prompt)["input_ids"]
+    whole = tokenizer(prompt + completion + "<|im_end|>")["input_ids"]
+    assert common_prefix_length(alone, whole) < len(alone), "nothing merges here, so the test shows nothing"
+    assert out["prompt_ids"] + out["completion_ids"][0] == whole
+    assert out["boundary_tokens"] == len(alone) - len(out["prompt_ids"]) > 0
+
+
+def test_a_template_that_renders_the_prompt_differently_is_said(caplog):
+    thinking = build_tokenizer(CHAT_TEMPLATE.replace("assistant\n{% endif %}", "assistant\n<think>{% endif %}"))
+    dataset, notices = tokenize_dataset(Dataset.from_list(reward_rows(3)), thinking, None, None, "length")
+    assert len(notices) == 1
+
+
+def test_a_row_that_fails_in_a_worker_is_told_like_any_other():
+    given = Dataset.from_list([text("Fine", " a", " b")] * 80 + [text("", "a", "b")])
+    with pytest.raises(ValueError, match="Row 80: `prompt` gives no token") as caught:
+        tokenize_dataset(given, build_tokenizer(), None, None, "length", num_proc=2)
+    assert is_users_mistake(caught.value)
+    assert "not the beginning of every tokenised conversation" in notices[0]
+    assert set(dataset.column_names) >= {"prompt_ids", "completion_ids", "rewards", "length"}
+    assert not {"prompt_cut", "completions_cut", "boundary_tokens"} & set(dataset.column_names)
+
+
+def test_the_end_of_the_prompt_and_the_beginning_of_a_completion_are_kept():
+    row = chat([("user", "one two three four five six seven eight nine ten")], "a b c d e f g h i j k l m", "a")
+    (whole,) = rows(row)
+    (cut,) = rows(row, max_prompt_length=8, max_length=14)
+    assert cut["prompt_ids"] == whole["prompt_ids"][-8:]
+    assert cut["completion_ids"] == [ids[:6] for ids in whole["completion_ids"]]
+    assert (cut["prompt_cut"], cut["completions_cut"]) == (1, sum(len(ids) > 6 for ids in whole["completion_ids"]))
+    (fits,) = rows(row, max_prompt_length=500, max_length=1000)
+    assert fits == whole
+
+
+def test_what_was_cut_is_counted_in_one_line():
+    given = Dataset.from_list([chat([("user", "word " * 40)], "a", "b c d e"), chat([("user", "Hi")], "a", "b")])
+    _, notices = tokenize_dataset(given, build_tokenizer(), 20, 24, "length", name="train")
+    (notice,) = notices
+    assert notice.startswith("`train`: 1 of 2 prompts cut to their last 20 tokens (`max_prompt_length`)")
+    assert "completions at 24 (`max_length`)" in notice
+
+
+def test_tools_and_template_arguments_reach_the_template():
+    tokenizer = build_tokenizer(
+        "{% if tools %}[{{ tools[0]['function']['name'] }}]{% endif %}{% if loud %}LOUD{% endif %}" + CHAT_TEMPLATE
+    )
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": {}}}]
+    listed, encoded, plain = rows(
+        chat([("user", "Hi")], "a", "b", tools=tools, chat_template_kwargs={"loud": True, "other": None}),
+        chat([("user", "Hi")], "a", "b", tools=json.dumps(tools), chat_template_kwargs=None),
+        chat([("user", "Hi")], "a", "b", tools=None, chat_template_kwargs=None),
+        tokenizer=tokenizer,
+    )
+    assert tokenizer.decode(listed["prompt_ids"]).startswith("[weather]LOUD")
+    assert tokenizer.decode(encoded["prompt_ids"]).startswith("[weather]<|im_start|>")
+    assert tokenizer.decode(plain["prompt_ids"]).startswith("<|im_start|>")
+
+
+def test_rows_that_cannot_be_scored_are_named():
+    with pytest.raises(ValueError, match="Row 1: `prompt` gives no token in front of the completions"):
+        rows(text("Fine", " a", " b"), text("", "a", "b"))
+    with pytest.raises(ValueError, match=r"Row 0: `completions\[1\]` gives no token after the prompt"):
+        rows(chat([("user", "Hi")], "a", "b"), tokenizer=build_tokenizer("{{ messages[0]['content'] }}{% if messages|length > 1 and messages[1]['content'] == 'a' %}a{% endif %}"))  # fmt: skip # noqa: E501
+    bare = build_tokenizer(None)
+    with pytest.raises(ValueError, match=r"Row 0: the chat template can't render `prompt` \(user\)"):
+        rows(chat([("user", "Hi")], "a", "b"), tokenizer=bare)
+    deaf = build_tokenizer("{% for m in messages if m['role'] != 'system' %}{{ m['content'] }}{% endfor %}")
+    with pytest.raises(ValueError, match="Row 0: the chat template leaves out the system prompt"):
+        rows(chat([("system", "Be brief."), ("user", "Hi")], "a", "b"), tokenizer=deaf)
+
+
+def test_the_second_time_is_read_from_disk_and_a_changed_template_is_not(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, reward_rows(6))))
+    given = Dataset.from_json(str(path), cache_dir=str(tmp_path / "cache"))
+    first, _ = tokenize_dataset(given, build_tokenizer(), None, None, "length")
+    files = sorted((tmp_path / "cache").rglob("cache-*.arrow"))
+    assert files, "nothing was cached"
+    again, _ = tokenize_dataset(given, build_tokenizer(), None, None, "length")
+    assert sorted((tmp_path / "cache").rglob("cache-*.arrow")) == files
+    assert again["prompt_ids"][:] == first["prompt_ids"][:]
+    other = build_tokenizer(CHAT_TEMPLATE.replace("<|im_end|>\n", "<|im_end|>"))
+    changed, _ = tokenize_dataset(given, other, None, None, "length")
+    assert len(sorted((tmp_path / "cache").rglob("cache-*.arrow"))) > len(files)
+    assert changed["prompt_ids"][:] != first["prompt_ids"][:]
+
+
+def test_several_processes_and_a_stream_give_the_same_ids(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, reward_rows(9, [2, 4]))))
+    given = Dataset.from_json(str(path), cache_dir=str(tmp_path / "cache"))
+    one, _ = tokenize_dataset(given, build_tokenizer(), 16, 40, "length")
+    two, notices = tokenize_dataset(
+        Dataset.from_json(str(path), cache_dir=str(tmp_path / "other")), build_tokenizer(), 16, 40, "length", num_proc=2
+    )
+    stream, _ = tokenize_dataset(given.to_iterable_dataset(), build_tokenizer(), 16, 40, "length")
+    assert two["completion_ids"][:] == one["completion_ids"][:]
+    assert [row["completion_ids"] for row in stream] == one["completion_ids"][:]
+    assert "completions_cut" not in next(iter(stream))
+    assert len(notices) == 1
+
+
+def test_a_row_that_fails_in_a_worker_is_told_like_any_other():
+    given = Dataset.from_list([text("Fine", " a", " b")] * 80 + [text("", "a", "b")])
+    with pytest.raises(ValueError, match="Row 80: `prompt` gives no token") as caught:
+        tokenize_dataset(given, build_tokenizer(), None, None, "length", num_proc=2)
+    assert is_users_mistake(caught.value)
