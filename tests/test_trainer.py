@@ -170,6 +170,19 @@ def test_nca_needs_no_second_forward_and_listwise_losses_one_without_gradient(lo
     assert max(forwards.completions) == 4
 
 
+@pytest.mark.parametrize("loss_type", ["nca", "infonca"])
+def test_chunks_under_mixed_precision_and_checkpointing(loss_type, tmp_path):
+    options = {
+        "rows": reward_rows(8, [5, 3]), "loss_type": loss_type, "bf16": True, "gradient_checkpointing": True,
+        "gradient_accumulation_steps": 2, "learning_rate": 1e-2, "optim": "sgd", "max_grad_norm": 0.0,
+    }  # fmt: skip
+    whole, chunked = trainer(tmp_path, **options), trainer(tmp_path, completions_per_forward=2, **options)
+    before = torch.cat([p.detach().flatten() for p in whole.model.parameters()])
+    step = weights_after(whole) - before
+    assert (weights_after(chunked) - before - step).norm() < 0.05 * step.norm()
+    assert logged(chunked) == pytest.approx(logged(whole), abs=5e-3)
+
+
 def test_both_passes_over_a_chunk_have_the_same_dropout(tmp_path):
     """With dropout the listwise weights come from the very log-probabilities that are differentiated."""
     tokenizer = build_tokenizer()

@@ -304,7 +304,7 @@ class NCATrainer(DPOTrainer):
                 "This data set has no cached reference log-probabilities, and `precompute_ref_log_probs` keeps no "
                 "reference model in memory; give `ref_model`, or set `precompute_ref_log_probs: false`."
             )
-        return self.compute_ref_log_probs(self.ref_model or self.model_wrapped, inputs)
+        return self.compute_ref_log_probs(self.ref_model or self.model, inputs)
 
     def _precompute_ref_logps(self, dataset, name: str, batch_size: int):
         """`dataset` with a column `ref_logps`, cached or computed shard by shard; a stream keeps the live reference."""
@@ -391,18 +391,20 @@ class NCATrainer(DPOTrainer):
                     logps += self._chunk_logps(model, chunk, shape, auxiliary=False)[0]
         total_auxiliary = None
         for _ in range(self._chunks_to_wait_for(len(chunks))):
-            self._backward(model, 0.0 * self._chunk_logps(model, chunks[-1], shape)[0].sum(), synchronise=False)
+            with self._gradient_sync(model, last=False):
+                self._backward(0.0 * self._chunk_logps(model, chunks[-1], shape)[0].sum())
         for i, chunk in enumerate(chunks):
             mine = torch.zeros(shape.numel(), dtype=torch.bool, device=logps.device)
             mine = mine.index_fill(0, chunk["completion_index"], True).view(shape)
-            with self.compute_loss_context_manager(), _rng_restored(states[i], self.accelerator.device):
-                live, auxiliary = self._chunk_logps(model, chunk, shape)
-            loss = self._weighted_loss(torch.where(mine, live, logps), ref_logps, inputs, counts)
-            if auxiliary is not None:
-                auxiliary = auxiliary * len(chunk["completion_index"]) / terms
-                loss = loss + self._auxiliary_loss(auxiliary, inputs, counts)
-                total_auxiliary = auxiliary.detach() + (0.0 if total_auxiliary is None else total_auxiliary)
-            self._backward(model, loss, synchronise=i == len(chunks) - 1)
+            with self._gradient_sync(model, last=i == len(chunks) - 1):
+                with self.compute_loss_context_manager(), _rng_restored(states[i], self.accelerator.device):
+                    live, auxiliary = self._chunk_logps(model, chunk, shape)
+                loss = self._weighted_loss(torch.where(mine, live, logps), ref_logps, inputs, counts)
+                if auxiliary is not None:
+                    auxiliary = auxiliary * len(chunk["completion_index"]) / terms
+                    loss = loss + self._auxiliary_loss(auxiliary, inputs, counts)
+                    total_auxiliary = auxiliary.detach() + (0.0 if total_auxiliary is None else total_auxiliary)
+                self._backward(loss)
             logps = torch.where(mine, live.detach(), logps)
         with torch.no_grad():
             loss = self._weighted_loss(logps, ref_logps, inputs, counts)
@@ -417,18 +419,26 @@ class NCATrainer(DPOTrainer):
             return 0
         return max(gather_object([own])) - own
 
-    def _backward(self, model, loss: torch.Tensor, synchronise: bool) -> None:
-        options: dict[str, Any] = {}
+    def _backward(self, loss: torch.Tensor) -> None:
         deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
-        if deepspeed:
-            options["scale_wrt_gas"] = False
+        self.accelerator.backward(loss, **({"scale_wrt_gas": False} if deepspeed else {}))
+
+    @contextmanager
+    def _gradient_sync(self, model: nn.Module, last: bool) -> Iterator[None]:
+        """Around the forward and backward of a chunk: only the last one's gradients are synchronised.
+
+        The forward belongs inside: DDP sends its buffers round in each that is to be synchronised, and processes may
+        have unequal numbers of chunks. DeepSpeed's backward steps the engine where gradients are synchronised.
+        """
         state = self.accelerator.gradient_state
         before = state.sync_gradients
-        # DeepSpeed's backward steps the engine where gradients are synchronised
-        state._set_sync_gradients(before and synchronise)
-        with nullcontext() if synchronise or deepspeed else self.accelerator.no_sync(model):
-            self.accelerator.backward(loss, **options)
-        state._set_sync_gradients(before)
+        deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
+        state._set_sync_gradients(before and last)
+        try:
+            with nullcontext() if last or deepspeed else self.accelerator.no_sync(model):
+                yield
+        finally:
+            state._set_sync_gradients(before)
 
     # Evaluation and metrics
 
