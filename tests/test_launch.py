@@ -42,7 +42,8 @@ def train(output: Path, processes: int, **options) -> tuple[list[dict], dict[str
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     run = subprocess.run(
         [*launcher, "scripts/train.py", "--output_dir", str(output), *arguments],
-        cwd=ROOT, env=ENVIRONMENT | {"HF_DATASETS_CACHE": str(output / "cache")}, capture_output=True, text=True, timeout=120, check=False,
+        cwd=ROOT, env=ENVIRONMENT | {"HF_DATASETS_CACHE": str(output / "cache")},
+        capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-3000:]
     assert run.stdout.count("What moved") == 1, "each process told its own story"

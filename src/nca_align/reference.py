@@ -26,12 +26,14 @@ def reference_hash(model: nn.Module) -> str:
     """Hash of the weights that make up the reference: all of `model`'s but those of the adapter being trained.
 
     A PEFT model's reference is its base, or the adapter "ref" where training goes on from an existing one, so runs that
-    differ in a fresh adapter alone share their cache.
+    differ in a fresh adapter alone share their cache. Of sharded weights this process's share counts.
     """
     policy = [f".{name}." for name in getattr(model, "peft_config", {}) if name != "ref"]
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(model.state_dict(keep_vars=True).items()):
         if isinstance(tensor, torch.Tensor) and not any(part in f"{name}." for part in policy):
+            tensor = getattr(tensor, "ds_tensor", tensor)  # ZeRO-3 leaves the parameter itself empty
+            tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
             tensor = tensor.detach().cpu().contiguous()
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
