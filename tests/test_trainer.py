@@ -605,7 +605,7 @@ def test_a_mismatch_falls_back_under_auto_and_stops_an_explicit_layout(tmp_path,
     assert nca.data_collator.layout == "padded"
     assert any("does not agree" in r.message and r.levelno == logging.WARNING for r in caplog.records)
     nca.train()
-    with pytest.raises(RuntimeError, match="does not agree with padded on the first rows"):
+    with pytest.raises(NotImplementedError, match="does not agree with padded on the first rows"):
         trainer(tmp_path, layout="prefix_shared")
 
 

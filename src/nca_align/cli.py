@@ -11,6 +11,11 @@ COMMANDS = {
     "train": ("nca_align.train", "align a model on K rewarded completions per prompt"),
     "sample": ("nca_align.sampling", "prompts to K completions each, from a model or a running server"),
     "score": ("nca_align.scoring", "completions to rewards, from a reward model, a classifier or a Python function"),
+    "inspect": ("nca_align.inspecting", "a data set before training: rewards, ties, lengths, tokens, the choice of α"),
+    "evaluate": (
+        "nca_align.evaluating",
+        "mean reward of policies and their KL from a reference, by their scored samples",
+    ),
 }
 
 

@@ -174,7 +174,8 @@ def split_by_length(conversations: list[Any], size: int | None) -> list[list[Any
     """Split `(b, index, prompt ids, completion ids)` into as few chunks as `size` allows, near equal in unique tokens.
 
     A prompt costs its tokens once a chunk, so its completions go into one, the emptiest with room for them all, or
-    where none has into as few as hold them, the longest first, each into the one with the fewest tokens.
+    where none has into as few as hold them, the longest first, each into the one with the fewest tokens. The largest
+    chunk comes first: if memory runs out, then at once, and what it took is room for the others.
     """
     if size is None or len(conversations) <= size:
         return [conversations]
@@ -195,7 +196,7 @@ def split_by_length(conversations: list[Any], size: int | None) -> list[list[Any
             j = min((j for j in homes if len(chunks[j]) < size), key=loads.__getitem__)
             loads[j] += len(conversation[3])
             chunks[j].append(conversation)
-    return chunks
+    return [chunks[j] for j in sorted(range(len(chunks)), key=lambda j: -loads[j])]
 
 
 def _padded_matrix(rows: list[list], columns: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

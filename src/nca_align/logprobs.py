@@ -86,8 +86,6 @@ def head_logps(
         return score(hidden, targets)
     rows = min(rows, 4096)
     tiles = zip(hidden.split(rows), targets.split(rows), strict=True)
-    if not torch.is_grad_enabled():
-        return torch.cat([score(*tile) for tile in tiles])
     return torch.cat([checkpoint(score, *tile, use_reentrant=False) for tile in tiles])
 
 
@@ -97,8 +95,7 @@ def logit_transform(config) -> tuple[float, float | None]:
     def first(*names: str) -> float | None:
         return next((value for name in names if (value := getattr(config, name, None)) is not None), None)
 
-    scale = first("logit_scale", "output_multiplier", "lm_head_multiplier")
-    divisor = first("logits_scaling", "logits_mup_width_multiplier")
+    scale, divisor = first("logit_scale", "output_multiplier", "lm_head_multiplier"), first("logits_scaling")
     if scale is None and divisor is not None:
         scale = divisor if config.model_type == "hyperclovax" else 1 / divisor
     softcap = first("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
@@ -134,10 +131,11 @@ def add_token_logps(model: PreTrainedModel) -> None:
             return own_forward(*args, **kwargs)
         outputs = self.base_model(*args, use_cache=False, **{k: v for k, v in kwargs.items() if k != "use_cache"})
         hidden = outputs.last_hidden_state
-        hidden = hidden[:, hidden.shape[1] - (row_length or hidden.shape[1]) :].flatten(0, 1)
+        if row_length is not None:
+            hidden = hidden[:, -row_length:]
         head = self.get_output_embeddings()
         device = next(head.parameters()).device  # another than the backbone's where `device_map` splits the model
-        hidden = hidden.index_select(0, token_index).to(device)
+        hidden = hidden.flatten(0, 1).index_select(0, token_index).to(device)
         token_logps = head_logps(head, hidden, target_ids.to(device), config.vocab_size, scale, softcap)
         aux_loss = None
         if kwargs.get("output_router_logits"):

@@ -255,7 +255,7 @@ class NCATrainer(DPOTrainer):
         if agrees:
             _say(f"Layout: prefix_shared, each shared token once; agrees with padded on the first rows: {figures}.")
         elif requested == "prefix_shared":
-            raise RuntimeError(
+            raise NotImplementedError(
                 f"`layout: prefix_shared` does not agree with padded on the first rows ({figures}): "
                 f"{type(_base_model(self.model)).__name__} mixes positions in a way that it can't follow. "
                 "Use `layout: padded`."
