@@ -1,0 +1,371 @@
+"""Both layouts hold every conversation, token by token, and the packed row each shared token once."""
+
+import random
+from itertools import pairwise
+
+import pytest
+import torch
+
+from nca_align import collator
+from nca_align.attention import Segments
+from nca_align.collator import MIN_SHARED_TOKENS, RewardCollator, pack_tree, split_by_length
+
+PAD = 0
+LAYOUTS = ["padded", "prefix_shared"]
+
+
+def row(prompt, *completions, **columns):
+    return {
+        "prompt_ids": prompt,
+        "completion_ids": list(completions),
+        "rewards": [float(k) for k in range(len(completions))],
+        **columns,
+    }
+
+
+def random_rows(seed: int) -> list[dict]:
+    """Ragged rows of a few token ids, so that beginnings agree by design and by accident."""
+    rng = random.Random(seed)
+
+    def text(low: int, high: int) -> list[int]:
+        return [rng.choice((1, 2, 3)) for _ in range(rng.randint(low, high))]
+
+    turns = text(1, 40)  # shared by several rows, as in a multi-turn tree
+    rows = []
+    for _ in range(rng.randint(1, 4)):
+        prompt = rng.choice([text(1, 1), text(2, 60), turns, turns + text(1, 30), turns[: rng.randint(1, len(turns))]])
+        completions = []
+        while len(completions) < rng.randint(2, 6):
+            base = rng.choice(completions) if completions else []
+            completions.append(
+                rng.choice(
+                    [
+                        text(1, 50),
+                        text(1, 1),
+                        base[: rng.randint(0, len(base))] + text(1, 40),  # begins like another
+                        base + text(1, 5),  # another is its beginning
+                        base[: rng.randint(1, max(1, len(base)))] or [1],  # is the beginning of another
+                        list(base) or [2],  # the same
+                    ]
+                )
+            )
+        rows.append(row(prompt, *completions))
+    return rows
+
+
+def conversations(rows: list[dict]) -> dict[int, tuple[list[int], list[int]]]:
+    """completion index → (prompt, completion)."""
+    columns = max(len(r["completion_ids"]) for r in rows)
+    return {
+        b * columns + k: (r["prompt_ids"], completion)
+        for b, r in enumerate(rows)
+        for k, completion in enumerate(r["completion_ids"])
+    }
+
+
+def seen_by(chunk: dict, position: int) -> tuple[list[int], list[int]]:
+    """The tokens that a flat position attends to, itself last, and their position ids."""
+    ids = chunk["input_ids"]
+    if "segments" not in chunk:
+        i, t = divmod(position, ids.shape[1])
+        assert chunk["attention_mask"][i, : t + 1].all()
+        return ids[i, : t + 1].tolist(), list(range(t + 1))
+    segments: Segments = chunk["segments"]
+    (s,) = [s for s, (start, end) in enumerate(segments.queries) if start <= position < end]
+    visible = [i for start, end in segments.paths[s] for i in range(start, end) if i <= position]
+    return ids[0, visible].tolist(), chunk["position_ids"][0, visible].tolist()
+
+
+def assert_reconstructs(batch: dict, rows: list[dict]) -> None:
+    """Each term sees its own conversation up to its target; each completion is scored once, from first to last."""
+    expected = conversations(rows)
+    found = []
+    for chunk in batch["chunks"]:
+        terms = zip(*(chunk[name].tolist() for name in ("completion_index", "token_index", "target_ids")), strict=True)
+        scored: dict[int, int] = {}
+        for index, position, target in terms:
+            prompt, completion = expected[index]
+            k = scored.get(index, 0)
+            scored[index] = k + 1
+            ids, depths = seen_by(chunk, position)
+            assert ids == prompt + completion[:k]
+            assert depths == list(range(len(ids)))
+            assert target == completion[k]
+        assert scored == {index: len(expected[index][1]) for index in scored}
+        found.extend(scored)
+    assert sorted(found) == sorted(expected)
+
+
+def trie_tokens(items: list[tuple[list[int], list[int]]]) -> int:
+    """Nodes of a plain trie below its roots: a position for each pair of a beginning and its next token."""
+    ids = [prompt + completion for prompt, completion in items]
+    return len({tuple(x[:n]) for x in ids for n in range(2, len(x) + 1)})
+
+
+def trie_forks(items: list[tuple[list[int], list[int]]]) -> int:
+    nexts: dict[tuple, set] = {}
+    for ids in (prompt + completion for prompt, completion in items):
+        for n in range(1, len(ids) + 1):
+            nexts.setdefault(tuple(ids[:n]), set()).add(ids[n] if n < len(ids) else None)
+    return sum(len(x) > 1 for x in nexts.values())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("size", [None, 3])
+def test_every_term_sees_its_own_conversation(layout, size):
+    for seed in range(100):
+        rows = random_rows(seed)
+        batch = RewardCollator(PAD, layout, size)(rows)
+        assert_reconstructs(batch, rows)
+        for chunk in batch["chunks"]:
+            assert ("segments" in chunk) == (layout == "prefix_shared")
+
+
+def test_segments_fill_the_row_and_paths_lead_from_a_root_to_the_segments_end():
+    for seed in range(100):
+        (chunk,) = RewardCollator(PAD, "prefix_shared")(random_rows(seed))["chunks"]
+        segments, total = chunk["segments"], chunk["input_ids"].shape[1]
+        assert segments.queries[0][0] == 0
+        assert segments.queries[-1][1] == total
+        assert all(a[1] == b[0] for a, b in pairwise(segments.queries))
+        assert all(start < end for start, end in segments.queries)
+        for (start, end), path in zip(segments.queries, segments.paths, strict=True):
+            assert path[-1][0] <= start < end == path[-1][1]
+            assert all(a[1] < b[0] for a, b in pairwise(path))  # neighbours are one stretch
+            depths = [d for a, b in path for d in chunk["position_ids"][0, a:b].tolist()]
+            assert depths == list(range(len(depths)))
+
+
+def test_an_unlimited_trie_holds_each_token_once(monkeypatch):
+    monkeypatch.setattr(collator, "MIN_SHARED_TOKENS", 1)
+    for seed in range(200):
+        rows = random_rows(seed)
+        batch = RewardCollator(PAD, "prefix_shared")(rows)
+        unique = trie_tokens(list(conversations(rows).values()))
+        assert batch["num_tokens"] == batch["chunks"][0]["input_ids"].numel() == unique
+        assert_reconstructs(batch, rows)
+
+
+def test_a_fork_left_out_costs_fewer_tokens_than_it_must_save():
+    left_out = 0
+    for seed in range(200):
+        rows = random_rows(seed)
+        items = list(conversations(rows).values())
+        (chunk,) = RewardCollator(PAD, "prefix_shared")(rows)["chunks"]
+        extra = chunk["input_ids"].numel() - trie_tokens(items)
+        assert 0 <= extra <= (MIN_SHARED_TOKENS - 1) * trie_forks(items)
+        left_out += extra > 0
+    assert left_out > 20
+
+
+@pytest.mark.parametrize("n", [2, 3, 9])
+def test_a_common_beginning_is_shared_once_it_saves_enough_tokens(n):
+    pays = -(-MIN_SHARED_TOKENS // (n - 1))
+    for shared in (pays - 1, pays):
+        # the beginning's last token opens the branches, so it shares a position less than it has tokens; another
+        # completion keeps it apart from the prompt
+        beginning = list(range(100, 100 + shared + 1))
+        rows = [row([7] * 30, [5] * 9, *(beginning[1:] + [i] * 9 for i in range(n)))]
+        (chunk,) = RewardCollator(PAD, "prefix_shared")(rows)["chunks"]
+        copies = 1 if shared == pays else n
+        assert chunk["input_ids"].numel() == 29 + 9 + n * 9 + copies * shared
+        assert len(chunk["segments"].queries) == 1 + 1 + n + (shared == pays)
+
+
+def test_what_some_completions_share_is_shared_where_what_all_share_is_too_short():
+    a, b = [8, 1] * 10, [8, 2] * 10
+    rows = [row([7] * 30, a + [1] * 5, b + [1] * 5, a + [2] * 5, b + [2] * 5)]
+    (chunk,) = RewardCollator(PAD, "prefix_shared")(rows)["chunks"]
+    assert chunk["input_ids"].numel() == 30 + 2 * 19 + 4 * 5  # the last token of a and of b opens two branches
+
+
+def test_the_prompt_stands_once_and_a_branch_costs_one_token_more():
+    for k in (2, 4, 16):
+        completions = [[10 + i] * (5 + i) for i in range(k)]
+        batch = RewardCollator(PAD, "prefix_shared")([row(list(range(100, 150)), *completions)])
+        (chunk,) = batch["chunks"]
+        # 49 prompt tokens; its last one opens every branch, and a completion's last token is a target only
+        assert batch["num_tokens"] == 49 + sum(map(len, completions))
+        assert len(chunk["segments"].queries) == 1 + k
+        assert chunk["segments"].paths[0] == ((0, 49),)
+        padded = RewardCollator(PAD)([row(list(range(100, 150)), *completions)])
+        assert padded["num_tokens"] == 49 * k + sum(map(len, completions))
+
+
+def test_short_beginnings_that_prompts_share_make_no_segment():
+    rows = [row([1, 2, 3, 4] + [10 + b] * 40, [5] * 9, [6] * 9) for b in range(3)]
+    (chunk,) = RewardCollator(PAD, "prefix_shared")(rows)["chunks"]
+    assert len(chunk["segments"].queries) == 3 * (1 + 2)
+    prompts = [path for path in chunk["segments"].paths if len(path) == 1]
+    assert len(prompts) == 2 * 3  # a prompt and, without a gap behind it, its first branch
+
+
+def test_a_token_that_completions_share_counts_for_each():
+    rows = [row([1, 2, 3], [4, 5], [4, 5], [4, 5, 6], [4])]
+    (chunk,) = RewardCollator(PAD, "prefix_shared")(rows)["chunks"]
+    assert chunk["completion_index"].tolist() == [0, 0, 1, 1, 2, 2, 2, 3]
+    assert chunk["target_ids"].tolist() == [4, 5, 4, 5, 4, 5, 6, 4]
+    assert_reconstructs({"chunks": [chunk]}, rows)
+    for layout in LAYOUTS:
+        assert_reconstructs(RewardCollator(PAD, layout)(rows), rows)
+
+
+def test_one_token_prompts_and_completions():
+    rows = [row([9], [1], [2]), row([9], [1, 1], [1])]
+    for layout in LAYOUTS:
+        batch = RewardCollator(PAD, layout)(rows)
+        assert_reconstructs(batch, rows)
+        assert batch["lengths"].tolist() == [[1, 1], [2, 1]]
+
+
+def test_nothing_grows_with_the_square_of_the_row():
+    def largest(length: int) -> int:
+        (chunk,) = RewardCollator(PAD, "prefix_shared")([row([1] * length, [2] * length, [3] * length)])["chunks"]
+        return max(x.numel() for x in chunk.values() if isinstance(x, torch.Tensor))
+
+    assert largest(2000) <= 3 * 2000
+    assert largest(4000) <= 3 * 4000
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_ragged_rows(layout):
+    rows = [
+        row([1, 2], [3], [4, 4], [5, 5, 5], ref_logps=[-1.5, -2.0, -3.25]),
+        row([6], [7] * 4, [8], ref_logps=[-4.0, -5.0]),
+    ]
+    batch = RewardCollator(PAD, layout)(rows)
+    assert batch["rewards"].tolist() == [[0, 1, 2], [0, 1, 0]]
+    assert batch["rewards"].dtype == torch.float32
+    assert batch["valid"].tolist() == [[True] * 3, [True, True, False]]
+    assert batch["lengths"].tolist() == [[1, 2, 3], [4, 1, 0]]
+    assert batch["ref_logps"].tolist() == [[-1.5, -2.0, -3.25], [-4.0, -5.0, 0.0]]
+    assert set(batch["chunks"][0]["completion_index"].tolist()) == {0, 1, 2, 3, 4}
+    # so short a prompt isn't worth a fork
+    assert batch["num_tokens"] == 2 + 3 + 4 + 4 + 1
+
+
+@pytest.mark.parametrize("missing", [{}, {"ref_logps": None}])
+def test_reference_log_probabilities_need_all_rows(missing):
+    batch = RewardCollator(PAD)([row([1], [2], [3], ref_logps=[-1.0, -2.0]), row([1], [2], [3], **missing)])
+    assert "ref_logps" not in batch
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_eos_that_is_also_pad_is_read_and_scored_as_any_token(layout):
+    rows = [row([1, PAD, 2, PAD], [3, PAD, 4, PAD], [5, PAD]), row([PAD], [PAD], [PAD, PAD, 6])]
+    batch = RewardCollator(PAD, layout)(rows)
+    assert_reconstructs(batch, rows)
+    assert batch["num_tokens"] == 7 + 5 + 1 + 3
+
+
+def test_padded_rows_are_filled_on_the_right_to_the_multiple_asked_for():
+    rows = [row([1, 2, 3], [4] * 9, [5] * 2)]
+    (chunk,) = RewardCollator(99, pad_to_multiple_of=8)(rows)["chunks"]
+    assert chunk["input_ids"].tolist() == [[1, 2, 3] + [4] * 8 + [99] * 5, [1, 2, 3, 5] + [99] * 12]
+    assert chunk["attention_mask"].tolist() == [[1] * 11 + [0] * 5, [1] * 4 + [0] * 12]
+    assert_reconstructs({"chunks": [chunk]}, rows)
+    assert RewardCollator(99)(rows)["chunks"][0]["input_ids"].shape == (2, 11)
+
+
+# Chunks
+
+
+def items(rng: random.Random, prompts: int) -> list[tuple]:
+    """(b, index, prompt, completion) of a ragged batch."""
+    found = []
+    for b in range(prompts):
+        prompt = [b] * rng.randint(1, 300)
+        found += [(b, 100 * b + k, prompt, [k] * rng.randint(1, 500)) for k in range(rng.randint(2, 9))]
+    return found
+
+
+def load(chunk: list[tuple]) -> int:
+    """Unique tokens, a prompt once."""
+    return sum(len(c) for *_, c in chunk) + sum(len(p) for p in {b: p for b, _, p, _ in chunk}.values())
+
+
+def test_chunks_hold_each_completion_once_and_are_as_few_as_their_size_allows():
+    rng = random.Random(0)
+    for _ in range(200):
+        batch = items(rng, rng.randint(1, 6))
+        size = rng.randint(1, 12)
+        chunks = split_by_length(batch, size)
+        assert len(chunks) == -(-len(batch) // size)
+        assert all(1 <= len(chunk) <= size for chunk in chunks)
+        assert sorted(c[1] for chunk in chunks for c in chunk) == sorted(c[1] for c in batch)
+        loads = [load(chunk) for chunk in chunks]
+        assert loads == sorted(loads, reverse=True)
+    assert split_by_length(batch, None) == [batch]
+    assert split_by_length(batch, len(batch)) == [batch]
+
+
+def test_chunks_are_balanced():
+    rng = random.Random(1)
+    spreads = []
+    for _ in range(200):
+        batch = items(rng, 1)
+        size = rng.randint(2, 4)
+        loads = [load(chunk) for chunk in split_by_length(batch, size)]
+        in_order = [load(batch[i : i + size]) for i in range(0, len(batch), size)]
+        spreads.append((max(loads), max(in_order)))
+        # the last one that the heaviest chunk took fitted nowhere better
+        assert max(loads) <= sum(loads) / len(loads) + max(len(c) + len(p) for _, _, p, c in batch)
+    assert sum(a for a, _ in spreads) < 0.9 * sum(b for _, b in spreads)
+
+
+def test_the_completions_of_a_prompt_stay_together_where_they_fit():
+    batch = [(b, 4 * b + k, [b] * 100, [k] * (50 + b)) for b in range(3) for k in range(4)]
+    for size, expected in ((4, [{2}, {1}, {0}]), (6, [{2, 0}, {1, 0}]), (8, [{1, 0}, {2}])):
+        assert [{c[0] for c in chunk} for chunk in split_by_length(batch, size)] == expected
+    # the emptier chunk has room for one of the last prompt's two
+    sizes = [(2, 500), (4, 25), (2, 20)]
+    batch = [(b, 4 * b + k, [b] * 10, [k] * length) for b, (count, length) in enumerate(sizes) for k in range(count)]
+    assert [{c[0] for c in chunk} for chunk in split_by_length(batch, 5)] == [{0, 2}, {1}]
+    rng = random.Random(2)
+    for _ in range(100):
+        batch = items(rng, rng.randint(2, 5))
+        size = rng.randint(1, 12)
+        for b in {c[0] for c in batch}:
+            count = sum(c[0] == b for c in batch)
+            homes = sum(any(c[0] == b for c in chunk) for chunk in split_by_length(batch, size))
+            assert homes <= -(-count // size) + 2
+
+
+def test_equal_completions_are_split_evenly():
+    batch = [(0, k, [0] * 100, [k] * 50) for k in range(16)]
+    assert [load(chunk) for chunk in split_by_length(batch, 4)] == [300] * 4
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_chunks_of_a_batch_hold_its_terms(layout):
+    rows = random_rows(3)
+    count = sum(len(r["completion_ids"]) for r in rows)
+    whole = RewardCollator(PAD, layout)(rows)
+    for size in range(1, count + 1):
+        batch = RewardCollator(PAD, layout, size)(rows)
+        assert len(batch["chunks"]) == -(-count // size)
+        assert_reconstructs(batch, rows)
+        if layout == "padded":
+            assert batch["num_tokens"] == whole["num_tokens"]
+        else:
+            assert batch["num_tokens"] == sum(chunk["input_ids"].numel() for chunk in batch["chunks"])
+            assert batch["num_tokens"] >= whole["num_tokens"]
+        for name in ("rewards", "valid", "lengths"):
+            assert batch[name].tolist() == whole[name].tolist()
+
+
+def test_a_tree_as_deep_as_it_has_leaves():
+    # each completion goes on from where the one before it ended
+    completions = [[1] * (20 * n) + [2] for n in range(1, 41)]
+    rows = [row([9], *completions)]
+    (chunk,) = RewardCollator(PAD, "prefix_shared")(rows)["chunks"]
+    assert chunk["input_ids"].numel() == trie_tokens(list(conversations(rows).values()))
+    assert len(chunk["segments"].queries) == 2 * 40 - 1
+    assert seen_by(chunk, chunk["token_index"][-1])[0] == [9] + [1] * 800
+
+
+def test_token_ids_of_any_vocabulary_stay_apart():
+    # a position's key holds two ids
+    big = 2**31 - 1
+    chunk = pack_tree([(0, [big, 0], [big]), (1, [big, 0], [0])])
+    assert_reconstructs({"chunks": [chunk]}, [row([big, 0], [big], [0])])
