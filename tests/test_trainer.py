@@ -16,7 +16,7 @@ from conftest import build_model, build_tokenizer, reward_rows
 from nca_align import NCAConfig, NCATrainer
 from nca_align.attention import share_prefixes
 from nca_align.logprobs import add_token_logps
-from nca_align.trainer import keep_nf4_differentiable
+from nca_align.preparation import keep_nf4_differentiable
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"], "init_lora_weights": False}
 

@@ -1,18 +1,15 @@
 """NCATrainer: TRL's DPOTrainer on K rewarded completions per prompt. The only file that knows TRL's internals."""
 
-import copy
 import dataclasses
-import logging
 import textwrap
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import DistributedType, gather_object, is_peft_model
-from datasets import Dataset, IterableDataset
+from accelerate.utils import gather_object, is_peft_model
+from datasets import IterableDataset
 from torch import nn
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel
@@ -23,19 +20,16 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import create_model_from_path, get_config_model_id, global_then_local_main_first, use_adapter
 
 from . import layout
+from .chunks import backward, gradient_sync, rng_restored, rng_state
 from .collator import RewardCollator
 from .config import NCAConfig
-from .data import DataOptions, to_reward_dataset
 from .logprobs import add_token_logps
 from .metrics import PromptMeans, row_metrics
 from .objective import Objective, count_prompts
+from .preparation import base_model, keep_nf4_differentiable, own_reference, reward_rows, say, settle
 from .reference import add_reference_logps, reference_hash
 from .tokenization import tokenize_dataset
 
-logger = logging.getLogger("nca_align")
-
-# chosen and rejected handed to the trainer are rewards 1 and 0, also beside score columns
-_HANDED_OVER = DataOptions(preference="hard", validation_fraction=0.0)
 _FORWARD_KEYS = ("input_ids", "attention_mask", "position_ids", "segments", "token_index", "target_ids")
 
 
@@ -96,7 +90,7 @@ class NCATrainer(DPOTrainer):
             args = NCAConfig(f"{name.split('/')[-1]}-NCA")
         args, changes = NCAConfig.of(args)
         if changes:
-            _say(changes)
+            say(changes)
         if data_collator is not None and not isinstance(data_collator, RewardCollator):
             raise TypeError(
                 f"`data_collator` is a {type(data_collator).__name__}, but NCATrainer needs a RewardCollator, which "
@@ -110,17 +104,14 @@ class NCATrainer(DPOTrainer):
         if train_dataset is None:
             raise ValueError("`train_dataset` is None, but NCATrainer needs one, also to evaluate only.")
         # Before the model is loaded, so that an invalid row costs no waiting
-        train_dataset = _reward_rows(train_dataset, "train")
+        train_dataset = reward_rows(train_dataset, "train")
         if isinstance(eval_dataset, dict):
-            eval_dataset = {name: _reward_rows(dataset, name) for name, dataset in eval_dataset.items()}
+            eval_dataset = {name: reward_rows(dataset, name) for name, dataset in eval_dataset.items()}
         elif eval_dataset is not None:
-            eval_dataset = _reward_rows(eval_dataset, "eval")
-        _settle(args, [train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])])
-        if ref_model is None and _needs_own_copy(model, peft_config, args):
-            # TRL would load the reference from the id in the model's config, which may not be what was passed
-            ref_model = copy.deepcopy(model).eval().requires_grad_(False)
-            for patched in ("forward", "_has_token_logps"):  # of an earlier trainer, bound to the model itself
-                ref_model.__dict__.pop(patched, None)
+            eval_dataset = reward_rows(eval_dataset, "eval")
+        settle(args, [train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])])
+        if ref_model is None:
+            ref_model = own_reference(model, peft_config, args)
         self._tokens_here = 0  # read by the model on this process
         self._given_collator = data_collator
         self._set_up = False
@@ -146,14 +137,14 @@ class NCATrainer(DPOTrainer):
         if {"prompt_ids", "completion_ids", "rewards"} <= set(next(iter(dataset))):
             return dataset
         if self._set_up:  # one for `evaluate()`; the constructor converts its own before it loads the model
-            dataset = _reward_rows(dataset, dataset_name)
+            dataset = reward_rows(dataset, dataset_name)
         with global_then_local_main_first():
             dataset, notices = tokenize_dataset(
                 dataset, self._tokenizer, args.max_prompt_length, args.max_length, args.length_column_name,
                 num_proc=args.dataset_num_proc, name=dataset_name,
             )  # fmt: skip
         for notice in notices:
-            _say(notice)
+            say(notice)
         return dataset
 
     def _set_signature_columns_if_needed(self):
@@ -209,9 +200,9 @@ class NCATrainer(DPOTrainer):
             completions_per_forward=self.args.completions_per_forward,
             pad_to_multiple_of=self.args.pad_to_multiple_of,
         )
-        models = [_base_model(self.model)]
+        models = [base_model(self.model)]
         if self.ref_model is not None:
-            models.append(_base_model(self.accelerator.unwrap_model(self.ref_model)))
+            models.append(base_model(self.accelerator.unwrap_model(self.ref_model)))
         for model in models:
             add_token_logps(model)
             keep_nf4_differentiable(model)
@@ -231,7 +222,7 @@ class NCATrainer(DPOTrainer):
                     f"`layout: prefix_shared` can't be used here: {obstacle}. Use `layout: padded`."
                 )
         if requested == "padded" or obstacle:
-            _say(f"Layout: padded, {obstacle or 'as asked for'}.")
+            say(f"Layout: padded, {obstacle or 'as asked for'}.")
             return
         for model in models:
             layout.share_prefixes(model)
@@ -253,16 +244,16 @@ class NCATrainer(DPOTrainer):
         self.model.train(was_training)
         agrees, figures = layout.judge(gather_object([difference]), self.accelerator.mixed_precision, self.model.dtype)
         if agrees:
-            _say(f"Layout: prefix_shared, each shared token once; agrees with padded on the first rows: {figures}.")
+            say(f"Layout: prefix_shared, each shared token once; agrees with padded on the first rows: {figures}.")
         elif requested == "prefix_shared":
             raise NotImplementedError(
                 f"`layout: prefix_shared` does not agree with padded on the first rows ({figures}): "
-                f"{type(_base_model(self.model)).__name__} mixes positions in a way that it can't follow. "
+                f"{type(base_model(self.model)).__name__} mixes positions in a way that it can't follow. "
                 "Use `layout: padded`."
             )
         else:
             self.data_collator.layout = "padded"
-            _say(f"Layout: padded, since prefix_shared does not agree with it on the first rows ({figures}).")
+            say(f"Layout: padded, since prefix_shared does not agree with it on the first rows ({figures}).")
 
     # Log-probabilities
 
@@ -387,24 +378,24 @@ class NCATrainer(DPOTrainer):
             checkpointing = disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs)
             with torch.no_grad(), checkpointing, self.compute_loss_context_manager():
                 for i, chunk in enumerate(chunks):
-                    states[i] = _rng_state(self.accelerator.device)
+                    states[i] = rng_state(self.accelerator.device)
                     logps += self._chunk_logps(model, chunk, shape, auxiliary=False)[0]
         total_auxiliary = None
         for _ in range(self._chunks_to_wait_for(len(chunks))):
-            with self._gradient_sync(model, last=False):
-                self._backward(0.0 * self._chunk_logps(model, chunks[-1], shape)[0].sum())
+            with gradient_sync(self.accelerator, model, last=False):
+                backward(self.accelerator, 0.0 * self._chunk_logps(model, chunks[-1], shape)[0].sum())
         for i, chunk in enumerate(chunks):
             mine = torch.zeros(shape.numel(), dtype=torch.bool, device=logps.device)
             mine = mine.index_fill(0, chunk["completion_index"], True).view(shape)
-            with self._gradient_sync(model, last=i == len(chunks) - 1):
-                with self.compute_loss_context_manager(), _rng_restored(states[i], self.accelerator.device):
+            with gradient_sync(self.accelerator, model, last=i == len(chunks) - 1):
+                with self.compute_loss_context_manager(), rng_restored(states[i], self.accelerator.device):
                     live, auxiliary = self._chunk_logps(model, chunk, shape)
                 loss = self._weighted_loss(torch.where(mine, live, logps), ref_logps, inputs, counts)
                 if auxiliary is not None:
                     auxiliary = auxiliary * len(chunk["completion_index"]) / terms
                     loss = loss + self._auxiliary_loss(auxiliary, inputs, counts)
                     total_auxiliary = auxiliary.detach() + (0.0 if total_auxiliary is None else total_auxiliary)
-                self._backward(loss)
+                backward(self.accelerator, loss)
             logps = torch.where(mine, live.detach(), logps)
         with torch.no_grad():
             loss = self._weighted_loss(logps, ref_logps, inputs, counts)
@@ -418,27 +409,6 @@ class NCATrainer(DPOTrainer):
         if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             return 0
         return max(gather_object([own])) - own
-
-    def _backward(self, loss: torch.Tensor) -> None:
-        deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
-        self.accelerator.backward(loss, **({"scale_wrt_gas": False} if deepspeed else {}))
-
-    @contextmanager
-    def _gradient_sync(self, model: nn.Module, last: bool) -> Iterator[None]:
-        """Around the forward and backward of a chunk: only the last one's gradients are synchronised.
-
-        The forward belongs inside: DDP sends its buffers round in each that is to be synchronised, and processes may
-        have unequal numbers of chunks. DeepSpeed's backward steps the engine where gradients are synchronised.
-        """
-        state = self.accelerator.gradient_state
-        before = state.sync_gradients
-        deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
-        state._set_sync_gradients(before and last)
-        try:
-            with nullcontext() if last or deepspeed else self.accelerator.no_sync(model):
-                yield
-        finally:
-            state._set_sync_gradients(before)
 
     # Evaluation and metrics
 
@@ -522,83 +492,3 @@ class NCATrainer(DPOTrainer):
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         return 6 * inputs["num_tokens"] * self.model.num_parameters(exclude_embeddings=True)
-
-
-def _say(message: str) -> None:
-    """One line for the user, once whatever the number of processes; logging shows warnings without being set up."""
-    if PartialState().is_main_process:
-        logger.warning(message)
-
-
-def keep_nf4_differentiable(model: nn.Module) -> None:
-    """Stop bitsandbytes (0.50) from repacking NF4 weights for inference at the first evaluation on a CPU.
-
-    The repacked layers have no backward: what is trained afterwards gets no gradient through them, without an error.
-    """
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
-
-
-def _reward_rows(dataset, name: str):
-    if not isinstance(dataset, (Dataset, IterableDataset)):
-        raise TypeError(f"`{name}` data is a {type(dataset).__name__}, but must be a Dataset or an IterableDataset.")
-    first = next(iter(dataset), {})
-    if {"prompt_ids", "completion_ids", "rewards"} <= set(first):
-        return dataset
-    if images := {"image", "images"} & set(first):
-        raise NotImplementedError(
-            f"`{name}` data has a column `{images.pop()}`, but NCATrainer trains on text alone; use TRL's "
-            "DPOTrainer for images."
-        )
-    return to_reward_dataset(dataset, _HANDED_OVER, name=name)
-
-
-def _settle(args: NCAConfig, datasets: list) -> None:
-    """What the data sets and the batches' shape decide about the arguments."""
-    accelerator_config = args.accelerator_config
-    if accelerator_config.split_batches:
-        raise NotImplementedError(
-            "`accelerator_config.split_batches` is true, but a batch of prompt trees can't be cut by rows; leave it "
-            "out, and divide `per_device_train_batch_size` by the number of processes."
-        )
-    if accelerator_config.dispatch_batches:
-        raise NotImplementedError(
-            "`accelerator_config.dispatch_batches` is true, but a batch of prompt trees can't be cut by rows; leave it "
-            "out."
-        )
-    accelerator_config.dispatch_batches = False  # its default is true for streams
-    if args.precompute_ref_log_probs and any(isinstance(dataset, IterableDataset) for dataset in datasets):
-        args.precompute_ref_log_probs = False
-        _say(
-            "`precompute_ref_log_probs` is true, but a data set is a stream, whose rows aren't known beforehand: the "
-            "reference is computed live at each step."
-        )
-
-
-def _needs_own_copy(model, peft_config, args: NCAConfig) -> bool:
-    return (
-        not isinstance(model, str)
-        and peft_config is None
-        and not is_peft_model(model)
-        and not args.precompute_ref_log_probs
-        and not (args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3)  # holds empty shards
-    )
-
-
-def _base_model(model) -> PreTrainedModel:
-    return model.get_base_model() if is_peft_model(model) else model
-
-
-def _rng_state(device: torch.device) -> tuple:
-    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-
-
-@contextmanager
-def _rng_restored(state: tuple | None, device: torch.device) -> Iterator[None]:
-    """The random numbers that followed `state`, so that both passes over a chunk have the same dropout."""
-    if state is not None:
-        torch.set_rng_state(state[0])
-        if state[1] is not None:
-            torch.cuda.set_rng_state(state[1], device)
-    yield
