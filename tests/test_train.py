@@ -59,6 +59,8 @@ def test_a_run_leaves_everything_that_people_look_for(model_dir, data_file, tmp_
     # the folder now holds a run
     assert main(arguments) == 2
     assert "holds checkpoints of an earlier run (checkpoint-2)" in capsys.readouterr().err
+    (output / "checkpoint-9").mkdir()  # what a kill in the middle of a save leaves
+    (output / "checkpoint-9" / "adapter_model.safetensors").touch()
     assert main([*arguments, "--resume_from_checkpoint", "true", "--max_steps", "3"]) == 0
     state = json.loads((output / "trainer_state.json").read_text())
     assert [line["step"] for line in state["log_history"] if "loss" in line] == [1, 2, 3]

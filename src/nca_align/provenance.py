@@ -40,7 +40,11 @@ def weights_fingerprint(name: str | None, revision: str | None = None) -> str | 
 
 
 # Trainers leave these beside the model; they say nothing about what it computes.
-_NOT_THE_MODEL = {"training_args.bin", "trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state.pth"}
+# what differs between two runs that gave the same weights: times, and the state of training
+_NOT_THE_MODEL = {
+    "training_args.bin", "trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state.pth", "all_results.json",
+    "train_results.json", "eval_results.json", "validation_indices.json",
+}  # fmt: skip
 
 
 def data_fingerprint(rows: Iterable[dict]) -> str:

@@ -10,7 +10,6 @@ from typing import Any
 import transformers
 from datasets import disable_progress_bars
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
 
 from .arguments import parse
@@ -109,11 +108,15 @@ def _require(value: Any, name: str, what: str) -> None:
 def _checkpoint(args: NCAConfig) -> str | None:
     """The checkpoint to go on from, if any; an error where the output folder holds another run's."""
     wanted = args.resume_from_checkpoint
-    last = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
+    # `trainer_state.json` is written last: a folder without it is what a kill left of a save
+    whole = [
+        folder for folder in Path(args.output_dir).glob("checkpoint-*") if (folder / "trainer_state.json").exists()
+    ]
+    last = max(whole, key=lambda folder: int(folder.name.split("-")[1]), default=None)
     if wanted is None or str(wanted).lower() in ("false", "no", ""):
         if last is not None:
             raise UserError(
-                f"`output_dir` {args.output_dir} holds checkpoints of an earlier run ({Path(last).name}); set "
+                f"`output_dir` {args.output_dir} holds checkpoints of an earlier run ({last.name}); set "
                 "`resume_from_checkpoint: true` to go on from it, or choose another folder"
             )
         return None
@@ -122,7 +125,7 @@ def _checkpoint(args: NCAConfig) -> str | None:
             logger.warning(
                 "`resume_from_checkpoint` is true, but %s holds no checkpoint: starting anew.", args.output_dir
             )
-        return last
+        return None if last is None else str(last)
     if not Path(wanted).is_dir():
         raise UserError(f"`resume_from_checkpoint` is {wanted}, which is no folder; give a checkpoint, or `true`")
     return wanted

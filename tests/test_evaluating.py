@@ -1,0 +1,207 @@
+"""`nca-align evaluate`: mean reward and KL of a policy's own samples, against plain forwards in float64."""
+
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from conftest import build_model, reward_rows
+from nca_align import evaluating
+from nca_align.errors import UserError
+from nca_align.evaluating import (
+    EvaluateOptions,
+    completion_logps,
+    evaluate,
+    evaluate_samples,
+    load_samples,
+    main,
+    mean_over_prompts,
+    sampled_ids,
+)
+from nca_align.sampling import SampleOptions, sample
+from nca_align.scoring import ScoreOptions, score
+
+
+@pytest.fixture(scope="module")
+def adapter_dir(model_dir, tmp_path_factory) -> str:
+    """An adapter that changes the tiny model, with the tokenizer beside it, as a run's folder has it."""
+    from transformers import AutoTokenizer
+
+    torch.manual_seed(1)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(model_dir), LoraConfig(r=4, target_modules=["q_proj"]))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.5)
+    folder = tmp_path_factory.mktemp("adapter")
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(model_dir).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def samples(model_dir, adapter_dir, tmp_path_factory):
+    """Scored samples of the adapter, and of the bare model."""
+    folder = tmp_path_factory.mktemp("samples")
+    (folder / "prompts.txt").write_text("Hi\nWhat is the best way?\nThe weather?\nWhy?\n")
+    files = []
+    for i, policy in enumerate((adapter_dir, model_dir)):
+        file = str(folder / f"{i}.jsonl")
+        sample(SampleOptions(
+            dataset_name=str(folder / "prompts.txt"), output=file, model_name_or_path=policy, num_completions=3,
+            max_new_tokens=6,
+        ))  # fmt: skip
+        score(ScoreOptions(file, file.replace(".jsonl", "-scored.jsonl"), ["nca_align.scorers:vader"]))
+        files.append(file.replace(".jsonl", "-scored.jsonl"))
+    return files
+
+
+def options(samples, policies, reference, **overrides) -> EvaluateOptions:
+    return EvaluateOptions(samples, policies, reference, **overrides)
+
+
+def alone(model, prompt: list[int], completion: list[int]) -> float:
+    """log π of one completion, by a plain forward in float64."""
+    with torch.inference_mode():
+        logits = model.double()(torch.tensor([prompt + completion])).logits[0, :-1].log_softmax(-1)
+    targets = torch.tensor(prompt + completion)[1:]
+    return float(logits.gather(1, targets[:, None])[len(prompt) - 1 :].sum())
+
+
+def test_log_probabilities_equal_plain_forwards(model_dir, adapter_dir, tokenizer):
+    rows = [sampled_ids(tokenizer, row) for row in reward_rows(5, [3, 2])]
+    for folder in (model_dir, adapter_dir):
+        found = completion_logps(evaluating.load_policy(folder), rows, batch_size=4)
+        whole = completion_logps(evaluating.load_policy(folder), rows, batch_size=100)
+        plain = AutoModelForCausalLM.from_pretrained(folder)
+        for row, logps, again in zip(rows, found, whole, strict=True):
+            expected = [alone(plain, row["prompt_ids"], ids) for ids in row["completion_ids"]]
+            assert logps == pytest.approx(expected, abs=1e-4)
+            assert again == pytest.approx(expected, abs=1e-4)
+
+
+def test_what_was_drawn_is_what_is_counted(tokenizer):
+    row = {
+        "prompt": [{"role": "user", "content": "Hi"}], "rewards": [0.0, 1.0], "truncated": [True, False],
+        "completions": [[{"role": "assistant", "content": text}] for text in ("the dog", "the fox")],
+    }  # fmt: skip
+    ids = sampled_ids(tokenizer, row)
+    assert tokenizer.decode(ids["prompt_ids"]) == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    assert [tokenizer.decode(c) for c in ids["completion_ids"]] == ["the dog", "the fox<|im_end|>"]
+    del row["truncated"]
+    assert sampled_ids(tokenizer, row)["completion_ids"][0][-1] == tokenizer.eos_token_id
+    empty = {"prompt": "Hi", "completions": ["", "b"], "rewards": [0.0, 1.0], "truncated": [True, True]}
+    assert sampled_ids(tokenizer, empty)["completion_ids"][0] == [tokenizer.eos_token_id]  # something must be scored
+
+
+def test_mean_over_prompts_and_its_error():
+    values = [[1.0, 3.0], [5.0], [0.0, 0.0, 0.0]]
+    mean, error = mean_over_prompts(values)
+    assert mean == pytest.approx(7 / 3)
+    variance = sum((m - 7 / 3) ** 2 for m in (2, 5, 0)) / 2
+    assert error == pytest.approx(math.sqrt(variance / 3))
+    assert math.isnan(mean_over_prompts([[1.0]]).error)
+
+
+def test_a_model_is_no_nat_from_itself_and_an_adapter_its_log_ratio(samples, model_dir, adapter_dir, tokenizer):
+    lines = evaluate(options(samples, [adapter_dir, model_dir], model_dir))
+    assert lines[1].kl == (0, 0)
+    policy, reference = (AutoModelForCausalLM.from_pretrained(folder) for folder in (adapter_dir, model_dir))
+    ratios, rewards = [], []
+    for row in map(json.loads, Path(samples[0]).read_text().splitlines()):
+        ids = sampled_ids(tokenizer, row)
+        pairs = [(ids["prompt_ids"], completion) for completion in ids["completion_ids"]]
+        ratios.append([alone(policy, *pair) - alone(reference, *pair) for pair in pairs])
+        rewards.append(row["rewards"])
+    assert lines[0].kl == pytest.approx(mean_over_prompts(ratios), abs=1e-4)
+    assert lines[0].reward == pytest.approx(mean_over_prompts(rewards))
+    assert (lines[0].prompts, lines[0].completions) == (4, 12)
+
+
+def test_the_estimate_is_the_kl_divergence(tokenizer):
+    """One token drawn from π many times: the mean log-ratio is the sum over the vocabulary."""
+    policy, reference = (build_model(tokenizer, seed) for seed in (0, 1))
+    prompt = tokenizer("What is", add_special_tokens=False)["input_ids"]
+    with torch.no_grad():
+        p, q = (model(torch.tensor([prompt])).logits[0, -1].double().log_softmax(-1) for model in (policy, reference))
+    exact = float((p.exp() * (p - q)).sum())
+    drawn = torch.multinomial(p.exp(), 4000, replacement=True, generator=torch.Generator().manual_seed(0)).tolist()
+    rows = [{"prompt_ids": prompt, "completion_ids": [[token] for token in drawn]}]
+    a, b = (completion_logps(model, rows, 2000) for model in (policy, reference))
+    mean, error = mean_over_prompts([[x - y] for x, y in zip(a[0], b[0], strict=True)])
+    assert abs(mean - exact) < 4 * error < 0.5 * exact
+
+
+def test_lines_that_are_there_are_not_computed_again(samples, model_dir, adapter_dir, tmp_path, monkeypatch):
+    output = str(tmp_path / "table.json")
+    first = evaluate(options(samples[:1], [adapter_dir], model_dir, output=output))
+
+    def once(dataset, policy, *args):
+        assert policy == model_dir
+        return evaluate_samples(dataset, policy, *args)
+
+    monkeypatch.setattr(evaluating, "evaluate_samples", once)
+    both = evaluate(options(samples, [adapter_dir, model_dir], model_dir, output=output))
+    assert both[:1] == first
+    monkeypatch.setattr(evaluating, "evaluate_samples", None)
+    assert evaluate(options(samples, [adapter_dir, model_dir], model_dir, output=output)) == both
+    assert evaluate(options(samples[:1] * 2, [adapter_dir] * 2, model_dir, output=output)) == first * 2
+    assert [path.name for path in tmp_path.iterdir()] == ["table.json"]
+
+
+def test_the_table_fits_a_terminal(samples, model_dir, adapter_dir, capsys):
+    flags = [part for i, policy in enumerate((adapter_dir, model_dir))
+             for part in ("--dataset_name", samples[i], "--model_name_or_path", policy)]  # fmt: skip
+    assert main([*flags, "--reference", model_dir]) == 0
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 80
+    assert re.search(r"tiny-model\d+ +4 +12 +\d+ +-?\d\.\d{3} ± \d\.\d{3} +0\.00 ± 0\.00", text)
+
+
+MISTAKES = {
+    "policies": ({"model_name_or_path": []}, "`dataset_name` is given 1 times and `model_name_or_path` 0 times"),
+    "nothing": ({"dataset_name": [], "model_name_or_path": []}, "`dataset_name` is missing; give a file of samples"),
+    "batch": ({"batch_size": 0}, "`batch_size` is 0; it must be at least 1"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_in_options(name):
+    overrides, message = MISTAKES[name]
+    with pytest.raises(ValueError, match=re.escape(message)):
+        EvaluateOptions(**({"dataset_name": ["x"], "model_name_or_path": ["m"], "reference": "m"} | overrides))
+
+
+def test_samples_of_another_model_are_refused(samples, model_dir):
+    with pytest.raises(UserError, match=r"0-scored.jsonl was sampled from \S+adapter\S*, whose weights are not those"):
+        load_samples(samples[0], model_dir)
+
+
+def test_samples_at_another_temperature_are_refused(samples, model_dir, tmp_path):
+    for name, value in (("temperature", 0.7), ("top_p", 0.9)):
+        file = tmp_path / f"{name}.jsonl"
+        file.write_text(Path(samples[1]).read_text())
+        made = json.loads(Path(samples[1] + ".meta.json").read_text())
+        made[0]["config"][name] = value
+        (tmp_path / f"{name}.jsonl.meta.json").write_text(json.dumps(made))
+        with pytest.raises(UserError, match=rf"sampled at .*`{name}` {value}"):
+            load_samples(str(file), model_dir)
+
+
+def test_samples_without_rewards_are_refused(tmp_path):
+    Dataset.from_list([{"prompt": "a", "completions": ["b"]}]).to_json(str(tmp_path / "rows.jsonl"))
+    with pytest.raises(UserError, match="has no column `rewards`; give what `nca-align score` wrote"):
+        load_samples(str(tmp_path / "rows.jsonl"), "m")
+
+
+def test_a_model_that_is_not_there(samples, tmp_path, capsys):
+    file = tmp_path / "rows.jsonl"
+    file.write_text(Path(samples[0]).read_text())  # without its record
+    flags = ["--dataset_name", str(file), "--model_name_or_path", "/nowhere", "--reference", "/nowhere"]
+    assert main(flags) == 2
+    assert "there is no such folder" in capsys.readouterr().err
