@@ -2,11 +2,13 @@
 
 import json
 import logging
+import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from datasets import disable_progress_bars
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -30,6 +32,10 @@ class RunOptions:
         default=0,
         metadata={"help": "Held-out prompts answered before and after training (greedily), and shown at the end."},
     )
+    cpu_threads: int | None = field(
+        default=None,
+        metadata={"help": "Threads of a run on the CPU, 0 for one a core; `accelerate launch` leaves it a single one."},
+    )
     answer_tokens: int = field(default=64, metadata={"help": "Most tokens of such an answer."})
 
 
@@ -47,6 +53,8 @@ def main(argv: list[str] | None = None) -> int:
         logger.setLevel(logging.INFO)
     else:
         disable_progress_bars()
+    if run.cpu_threads is not None:
+        torch.set_num_threads(run.cpu_threads or os.cpu_count() or 1)
     _require(script.dataset_name, "dataset_name", "a Hub id, a file or a folder with rewarded completions")
     _require(model_args.model_name_or_path, "model_name_or_path", "a Hub id or a folder with a language model")
     checkpoint = _checkpoint(args)
@@ -109,9 +117,8 @@ def _checkpoint(args: NCAConfig) -> str | None:
     """The checkpoint to go on from, if any; an error where the output folder holds another run's."""
     wanted = args.resume_from_checkpoint
     # `trainer_state.json` is written last: a folder without it is what a kill left of a save
-    whole = [
-        folder for folder in Path(args.output_dir).glob("checkpoint-*") if (folder / "trainer_state.json").exists()
-    ]
+    folders = Path(args.output_dir).glob("checkpoint-*")
+    whole = [folder for folder in folders if (folder / "trainer_state.json").exists()]
     last = max(whole, key=lambda folder: int(folder.name.split("-")[1]), default=None)
     if wanted is None or str(wanted).lower() in ("false", "no", ""):
         if last is not None:
