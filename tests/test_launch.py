@@ -65,7 +65,9 @@ def test_two_processes_train_like_one(name, rows_file, model_dir, tmp_path):
     for one, two in zip(logs[1], logs[2], strict=True):
         names = [key for key in one if "runtime" not in key and "per_second" not in key]
         for key in set(names) - {"total_flos", "num_tokens", "grad_norm", "epoch"}:
-            assert two[key] == pytest.approx(one[key], rel=1e-4, abs=1e-5), key
+            # log-ratios are differences of sums of about 100 nats in fp32
+            tolerance = 1e-5 if "loss" in key else 1e-4
+            assert two[key] == pytest.approx(one[key], rel=1e-4, abs=tolerance), key
     losses = [line["loss"] for line in logs[1] if "loss" in line]
     assert len(losses) == 3
     assert len(set(losses)) == 3
