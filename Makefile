@@ -27,9 +27,11 @@ lint: $(READY)
 
 bench: $(READY)  ## under 25 minutes on two cores, alone on the machine
 	$(RUN)/python benchmarks/run.py
+	$(RUN)/python benchmarks/summarise.py
 
 bench-full: $(READY)
 	$(RUN)/python benchmarks/run.py --full
+	$(RUN)/python benchmarks/summarise.py
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
