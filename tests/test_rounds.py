@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import subprocess
+import sysconfig
 import time
 from pathlib import Path
 
@@ -30,6 +31,7 @@ def rounds(model_dir, tmp_path_factory):
         "MODEL": model_dir, "PROMPTS": str(folder / "prompts.txt"), "HELD_OUT": str(folder / "prompts.txt"),
         "SCORER": "rounds_scorer:length", "ROUNDS": "2", "K": "3", "TOKENS": "8", "PYTHONPATH": str(folder),
         "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(folder / "cache"),
+        "PATH": f"{sysconfig.get_path('scripts')}:{os.environ['PATH']}",  # of this environment, active or not
     }  # fmt: skip
 
     def start(name: str, *flags: str, **variables: str) -> subprocess.Popen:
