@@ -16,7 +16,7 @@ for part in train eval; do
     for k in 2 3 4 5 6; do
         awk -v k="$k" '(NR - 1) % 5 == k - 2' "data/quickstart/prompts_$part.txt" > "$work/$part-$k.txt"
         nca-align sample --dataset_name "$work/$part-$k.txt" --output "$work/$part-$k.parquet" \
-            --model_name_or_path smollm2-135m-instruct --num_completions "$k" --max_new_tokens 64 --temperature 1.0 --top_p 0.9
+            --model_name_or_path smollm2-135m-instruct --num_completions "$k" --max_new_tokens 96 --temperature 1.0 --top_p 0.95
         nca-align score --dataset_name "$work/$part-$k.parquet" --output "$work/$part-$k.jsonl" \
             --scorer nca_align.scorers:vader
         scored+=("$work/$part-$k.jsonl")
