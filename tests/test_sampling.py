@@ -1,5 +1,6 @@
 """`nca-align sample`: what is sampled, that it is sampled alike after any interruption, and its errors."""
 
+import importlib
 import importlib.util
 import json
 import random
@@ -11,7 +12,6 @@ import subprocess
 import sys
 import threading
 import time
-import types
 import urllib.request
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -21,13 +21,14 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForSequenceClassification
 
 from conftest import build_model, build_tokenizer, reward_rows
 from nca_align import sampling, server, smollm2
 from nca_align.engines import Sample, cut, seed_of
 from nca_align.errors import UserError
-from nca_align.provenance import read_provenance
+from nca_align.policies import load_policy
+from nca_align.provenance import read_provenance, weights_fingerprint
 from nca_align.sampling import SampleOptions, main, sample
 from nca_align.scorers import vader
 
@@ -132,6 +133,26 @@ class TestWhatIsSampled:
         texts = [completion[0]["content"] for completion in read(options().output)[0]["completions"]]
         assert len({token for text in texts for token in tokenizer(text)["input_ids"]}) > 80
 
+    @pytest.mark.parametrize("adapted", [False, True])
+    def test_the_models_own_sampling_settings_are_off(self, options, tmp_path, model, model_dir, adapted):
+        """Samples and greedy ones alike are those of the same weights without a generation config."""
+        adapter = {}
+        if adapted:
+            plain = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+            plain.save_pretrained(tmp_path / "adapter")
+            adapter = {"adapter": str(tmp_path / "adapter")}
+        shutil.copytree(model_dir, tmp_path / "opinionated")
+        path = tmp_path / "opinionated" / "generation_config.json"
+        own = {"repetition_penalty": 1.8, "no_repeat_ngram_size": 1, "typical_p": 0.3, "min_p": 0.3, "num_beams": 2}
+        path.write_text(json.dumps(json.loads(path.read_text()) | own))
+        for setting in ({}, {"num_completions": 1, "temperature": 0.0, "max_new_tokens": 24}):
+            texts = []
+            for name in (model_dir, str(tmp_path / "opinionated")):
+                output = tmp_path / f"{len(setting)}-{Path(name).name}.jsonl"
+                sample(options(model_name_or_path=name, output=str(output), **setting, **adapter))
+                texts.append([row["completions"] for row in read(output)])
+            assert texts[0] == texts[1]
+
     def test_messages_tools_and_other_columns_are_kept(self, options, tmp_path):
         rows = [
             {
@@ -186,6 +207,7 @@ class TestWhatIsSampled:
 
     def test_an_adapter(self, options, tmp_path, model, tokenizer):
         adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+        adapted.peft_config["default"].base_model_name_or_path = options().model_name_or_path
         adapted.save_pretrained(tmp_path / "adapter")
         setting = {"num_completions": 1, "temperature": 0.0, "max_new_tokens": 12}
         sample(options(adapter=str(tmp_path / "adapter"), **setting))
@@ -194,6 +216,18 @@ class TestWhatIsSampled:
             assert row["completions"][0][0]["content"] == alone(adapted, tokenizer, row["prompt"], max_new_tokens=12)
         sample(options(output=str(tmp_path / "plain.jsonl"), **setting))
         assert rows != read(tmp_path / "plain.jsonl")
+
+        sample(
+            options(output=str(tmp_path / "as-model.jsonl"), model_name_or_path=str(tmp_path / "adapter"), **setting)
+        )
+        assert [row["completions"] for row in read(tmp_path / "as-model.jsonl")] == [r["completions"] for r in rows]
+
+    def test_an_adapters_own_template(self, options, tmp_path, model, tokenizer):
+        get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
+        build_tokenizer("{{ messages[0]['content'] }}!!!").save_pretrained(tmp_path / "adapter")
+        sample(options(adapter=str(tmp_path / "adapter"), num_completions=1, temperature=0.0))
+        for prompt, row in zip(PROMPTS, read(options().output), strict=True):
+            assert row["completions"][0][0]["content"] == alone(model, tokenizer, f"{prompt}!!!", max_new_tokens=6)
 
     def test_stop_strings_end_a_completion_and_are_not_in_it(self, options, tmp_path):
         sample(options(num_completions=1, temperature=0.0, max_new_tokens=12))
@@ -252,6 +286,11 @@ class TestDuplicates:
         ]  # fmt: skip
         assert counts["rows_left_out"] == 3
 
+    def test_empty_ones_have_a_sentence_of_their_own(self, options, monkeypatch):
+        fake_engine(monkeypatch, [["", " ", ""]] * 7)
+        with pytest.raises(UserError, match="of each of the first 3 prompts are empty; a model that reasons first"):
+            sample(options())
+
     def test_one_completion_is_kept_as_it_is(self, options, monkeypatch):
         fake_engine(monkeypatch, [[""]] * 7)
         assert sample(options(num_completions=1))["rows"] == 7
@@ -309,6 +348,23 @@ class TestResuming:
         with pytest.raises(UserError, match="of another configuration: `model` "):
             sample(options(model_name_or_path=str(tmp_path / "policy")))
 
+    def test_an_adapters_base_counts(self, tmp_path, model_dir):
+        shutil.copytree(model_dir, tmp_path / "base")
+        for name, base in (("a", model_dir), ("b", str(tmp_path / "base"))):
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "adapter_model.safetensors").write_bytes(b"1")
+            (tmp_path / name / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
+        other = weights_fingerprint(str(tmp_path / "b"))
+        build_model(build_tokenizer(), seed=1).save_pretrained(tmp_path / "base")
+        assert weights_fingerprint(str(tmp_path / "b")) != other
+
+    @pytest.mark.parametrize("name", ["z.parquet", "z.jsonl"])
+    def test_an_output_that_is_no_such_file(self, options, tmp_path, name):
+        (tmp_path / name).touch()
+        (tmp_path / "z.jsonl.meta.json").write_text("{")
+        with pytest.raises(UserError, match=f"{name} is there already and does not say what made it; choose another"):
+            sample(options(output=str(tmp_path / name)))
+
 
 class TestErrors:
     @pytest.mark.parametrize(
@@ -317,6 +373,10 @@ class TestErrors:
             ({"num_completions": 0}, "`num_completions` is 0; it must be at least 1"),
             ({"shard_size": 0}, "`shard_size` is 0; it must be at least 1"),
             ({"temperature": -1.0}, "`temperature` is -1.0; it must be 0"),
+            ({"temperature": float("nan")}, "`temperature` is nan; it must be 0"),
+            ({"timeout": float("nan")}, "`timeout` is nan; it must be a number of seconds above 0"),
+            ({"stop": ["a", 3]}, "`stop` holds 3; it must be text, and not empty"),
+            ({"stop": [""]}, "`stop` holds ''; it must be text, and not empty"),
             ({"temperature": 0.0}, "`temperature` 0 gives 3 times the same completion"),
             ({"top_p": 0.0}, "`top_p` is 0.0; it must be above 0"),
             ({"retries": -1}, "`retries` is -1"),
@@ -357,10 +417,53 @@ class TestErrors:
         assert re.search(message, line)
 
     def test_a_prompt_that_leaves_no_room(self, options, tmp_path):
+        """Nothing is sampled before the last prompt is known to fit; left out, the other rows are as without it."""
+        write_prompts(tmp_path / "long.txt", [*PROMPTS, "What is it? " * 400])
+        setting = {"dataset_name": str(tmp_path / "long.txt"), "output": str(tmp_path / "long.jsonl")}
         with pytest.raises(
-            UserError, match=r"row 0: `prompt` has \d+ tokens, which with `max_new_tokens` 2047 is more"
+            UserError,
+            match=r"row 7: `prompt` has \d+ tokens, which with `max_new_tokens` 6 .* 1 such rows, and nothing",
         ):
-            sample(options(max_new_tokens=2047))
+            sample(options(**setting))
+        assert not (tmp_path / "long.jsonl.parts").exists()
+        counts = sample(options(**setting, on_error="drop"))
+        sample(options())
+        assert counts["failed"] == 1
+        assert read(tmp_path / "long.jsonl") == read(options().output)
+
+    def test_a_template_that_refuses_a_row(self, options, tmp_path, model):
+        template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system, please') }}{% endif %}Hi"
+        model.save_pretrained(tmp_path / "strict")
+        build_tokenizer(template).save_pretrained(tmp_path / "strict")
+        rows = [{"prompt": [{"role": role, "content": "x"}]} for role in ("user", "system", "user")]
+        (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        setting = {"dataset_name": str(tmp_path / "rows.jsonl"), "model_name_or_path": str(tmp_path / "strict")}
+        with pytest.raises(UserError, match=r"row 1: the chat template refuses `prompt` \(no system, please\)"):
+            sample(options(**setting))
+        assert sample(options(**setting, on_error="drop"))["rows"] == 2
+
+    def test_a_reward_model_is_no_policy(self, options, tmp_path, model, tokenizer):
+        LlamaForSequenceClassification(model.config).save_pretrained(tmp_path / "rm")
+        tokenizer.save_pretrained(tmp_path / "rm")
+        with pytest.raises(UserError, match=r"rm is no whole language model \(lm_head.weight missing in its weights\)"):
+            sample(options(model_name_or_path=str(tmp_path / "rm")))
+        with pytest.raises(UserError, match="rm is no whole language model"):  # as `evaluate --reference` loads it
+            load_policy(str(tmp_path / "rm"))
+
+    def test_broken_weights(self, options, tmp_path, model_dir, model):
+        shutil.copytree(model_dir, tmp_path / "broken")
+        (tmp_path / "broken" / "model.safetensors").write_bytes(b"not weights at all")
+        with pytest.raises(UserError, match=r"`model_name_or_path` .*broken could not be loaded \(.*header"):
+            sample(options(model_name_or_path=str(tmp_path / "broken")))
+        get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
+        other = build_model(build_tokenizer(), hidden_size=64)
+        other.save_pretrained(tmp_path / "wide")
+        build_tokenizer().save_pretrained(tmp_path / "wide")
+        with pytest.raises(UserError, match=r"the adapter in .* could not be put on .*wide \(.*size mismatch"):
+            sample(options(model_name_or_path=str(tmp_path / "wide"), adapter=str(tmp_path / "adapter")))
+        (tmp_path / "adapter" / "adapter_model.safetensors").write_bytes(b"not weights at all")
+        with pytest.raises(UserError, match=r"the adapter in .* could not be put on .* \(.*header"):
+            sample(options(adapter=str(tmp_path / "adapter")))
 
     def test_messages_without_a_template(self, options, tmp_path, model):
         tokenizer = build_tokenizer(chat_template=None)
@@ -374,7 +477,7 @@ class TestErrors:
             sample(options(model_name_or_path=str(tmp_path / "nowhere")))
         with pytest.raises(UserError, match=r"`model_name_or_path` org/none could not be loaded .*local folder"):
             sample(options(model_name_or_path="org/none"))
-        with pytest.raises(UserError, match=r"`adapter` .*nowhere could not be loaded"):
+        with pytest.raises(UserError, match=r"the adapter in .*nowhere could not be put on .*Can't find"):
             sample(options(adapter=str(tmp_path / "nowhere")))
 
     def test_vllm_that_is_not_installed(self, options, monkeypatch):
@@ -383,31 +486,102 @@ class TestErrors:
             sample(options(engine="vllm"))
 
 
-def test_vllm_is_called_as_its_documentation_says(options, monkeypatch, tokenizer):
-    """A stand-in for the parts of vLLM's API that are used: one seed a prompt, token ids in, texts out."""
-    asked = []
+VLLM = """
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from vllm.lora.request import LoRARequest
 
-    class LLM:
-        def __init__(self, **kwargs):
-            assert kwargs["model"] == options().model_name_or_path
-            assert kwargs["enable_lora"] is False
+made, asked = [], []
 
-        def generate(self, prompts, params, lora_request, use_tqdm):
-            asked.extend(zip(prompts, params, strict=True))
-            one = types.SimpleNamespace
-            return [
-                one(outputs=[one(text=f"{p.seed} {i}", finish_reason="length" if i else "stop") for i in range(p.n)])
-                for p in params
-            ]
+@dataclass(kw_only=True)
+class SamplingParams:
+    n: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    stop: list = field(default_factory=list)
+    max_tokens: int = 16
 
-    vllm, lora = types.ModuleType("vllm"), types.ModuleType("vllm.lora.request")
-    vllm.LLM, vllm.SamplingParams, lora.LoRARequest = LLM, types.SimpleNamespace, object
-    for name, module in {"vllm": vllm, "vllm.lora": types.ModuleType("vllm.lora"), "vllm.lora.request": lora}.items():
-        monkeypatch.setitem(sys.modules, name, module)
-    sample(options(engine="vllm"))
-    assert len({params.seed for _, params in asked}) == len(PROMPTS)
-    assert tokenizer.decode(asked[0][0]["prompt_token_ids"]).startswith(f"<|im_start|>user\n{PROMPTS[0]}<|im_end|>")
-    assert read(options().output)[0]["truncated"] == [False, True, True]
+class LLM:
+    def __init__(self, model, *, runner="auto", tokenizer=None, trust_remote_code=False, dtype="auto", revision=None,
+                 seed=0, enable_lora=False, max_lora_rank=16, generation_config="auto"):
+        assert max_lora_rank in (1, 8, 16, 32, 64, 128, 256, 320, 512)
+        made.append(SimpleNamespace(**locals()))
+
+    def generate(self, prompts, sampling_params=None, *, use_tqdm=True, lora_request=None, priority=None):
+        asked.extend((prompt, params, lora_request) for prompt, params in zip(prompts, sampling_params, strict=True))
+        one = SimpleNamespace
+        return [
+            one(outputs=[one(text=f"{p.seed} {i}", finish_reason="length" if i else "stop") for i in range(p.n)])
+            for p in sampling_params
+        ]
+"""
+
+
+class TestVLLM:
+    """vLLM needs a GPU of its own kind: a stand-in with the signatures of the parts that are used (vLLM 0.22)."""
+
+    @pytest.fixture
+    def vllm(self, tmp_path, monkeypatch):
+        for name, text in {
+            "vllm/__init__.py": VLLM,
+            "vllm/lora/__init__.py": "",
+            "vllm/lora/request.py": "from dataclasses import dataclass\n\n@dataclass\nclass LoRARequest:\n"
+            "    lora_name: str\n    lora_int_id: int\n    lora_path: str = ''\n",
+            "vllm-0.22.1.dist-info/METADATA": "Metadata-Version: 2.1\nName: vllm\nVersion: 0.22.1\n",
+        }.items():
+            path = tmp_path / "site" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+        monkeypatch.syspath_prepend(str(tmp_path / "site"))
+        yield importlib.import_module("vllm")
+        for name in [name for name in sys.modules if name.split(".")[0] == "vllm"]:
+            del sys.modules[name]
+
+    def test_one_seed_a_prompt_token_ids_in_texts_out(self, options, vllm, tokenizer, model_dir):
+        sample(options(engine="vllm", stop=["zz"]))
+        (llm,) = vllm.made
+        assert (llm.model, llm.enable_lora, llm.generation_config) == (model_dir, False, "vllm")
+        assert len({params.seed for _, params, _ in vllm.asked}) == len(PROMPTS)
+        prompt, params, lora = vllm.asked[0]
+        assert tokenizer.decode(prompt["prompt_token_ids"]).startswith(f"<|im_start|>user\n{PROMPTS[0]}<|im_end|>")
+        assert (params.n, params.max_tokens, params.stop, lora) == (3, 6, ["zz"], None)
+        assert read(options().output)[0]["truncated"] == [False, True, True]
+        assert read_provenance(options().output)[0]["about"]["versions"]["vllm"] == "0.22.1"
+
+    @pytest.mark.parametrize(("r", "pattern", "rank"), [(2, {}, 8), (17, {}, 32), (4, {"q_proj": 33}, 64)])
+    @pytest.mark.parametrize("as_model", [False, True])
+    def test_an_adapters_rank_fits(self, options, vllm, tmp_path, model, model_dir, r, pattern, rank, as_model):
+        model.name_or_path = model_dir
+        config = LoraConfig(r=r, rank_pattern=pattern, target_modules=["q_proj"])
+        get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
+        sample(options(engine="vllm", **{"model_name_or_path" if as_model else "adapter": str(tmp_path / "adapter")}))
+        (llm,) = vllm.made
+        assert (llm.model, llm.enable_lora, llm.max_lora_rank) == (model_dir, True, rank)
+        assert {lora.lora_path for _, _, lora in vllm.asked} == {str(tmp_path / "adapter")}
+
+    @pytest.mark.parametrize(
+        ("about", "message"),
+        [
+            ({"r": 513}, r"has rank 513, and vLLM takes 512; merge it"),
+            ({"peft_type": "IA3"}, r"has no adapter_config.json with the rank `r` \('r'\)"),
+        ],
+    )
+    def test_adapters_that_it_does_not_take(self, options, vllm, tmp_path, about, message):
+        (tmp_path / "adapter_config.json").write_text(json.dumps(about))
+        with pytest.raises(UserError, match=message):
+            sample(options(engine="vllm", adapter=str(tmp_path)))
+
+    def test_a_prompt_that_leaves_no_room_is_left_out(self, options, vllm, tmp_path):
+        write_prompts(tmp_path / "long.txt", ["Hi", "What is it? " * 400, "0"])
+        setting = {"engine": "vllm", "dataset_name": str(tmp_path / "long.txt"), "on_error": "drop"}
+        assert sample(options(**setting))["failed"] == 1
+        assert [row["completions"][0][0]["content"] for row in read(options().output)] == [
+            f"{seed_of(42, i)} 0" for i in (0, 2)
+        ]
 
 
 @contextmanager
@@ -551,6 +725,71 @@ class TestServer:
     def test_a_server_that_refuses_or_is_another(self, options, reply, message):
         with http_server(lambda path, body: reply) as url, pytest.raises(UserError, match=message):
             sample(options(base_url=url, model_name_or_path="m"))
+
+    def test_a_row_that_the_server_refuses(self, options, tmp_path):
+        """The others are done and kept, `n` is still asked for, and the row can be left out."""
+        asked = []
+
+        def answer(path, body):
+            asked.append(body)
+            if body["messages"][0]["content"] == PROMPTS[1]:
+                return 400, {}, b"too long"
+            return 200, {}, chat_answer(body, body.get("n", 1))
+
+        with http_server(answer) as url:
+            settings = {"base_url": url, "model_name_or_path": "m", "concurrency": 1}
+            with pytest.raises(
+                UserError,
+                match=r"^row 1: the server at .* refused the request \(HTTP 400: too long\); the other 6 rows are done",
+            ):
+                sample(options(**settings))
+            assert len(asked) == len(PROMPTS) + 1  # the refused one was asked again, without `n`
+            counts = sample(options(**settings, on_error="drop"))
+            assert len(asked) == len(PROMPTS) + 1  # all was there
+        assert (counts["rows"], counts["failed"]) == (6, 1)
+        assert [row["prompt"][0]["content"] for row in read(options().output)] == [PROMPTS[0], *PROMPTS[2:]]
+
+    def test_a_server_that_refuses_every_row_is_asked_for_one_shard_alone(self, options):
+        asked = []
+        with http_server(lambda path, body: asked.append(body) or (400, {}, b"no seeds")) as url:
+            with pytest.raises(UserError, match=r"^row 0: the server .* \(HTTP 400: no seeds\)$"):
+                sample(options(base_url=url, model_name_or_path="m"))
+        assert len(asked) <= 2 * 3
+
+    def test_another_address_is_another_server(self, options):
+        with http_server(lambda path, body: (200, {}, chat_answer(body, 3))) as url:
+            sample(options(base_url=url, model_name_or_path="m"))
+            sample(options(base_url=f"{url}/v1/", model_name_or_path="m"))  # the same
+        with pytest.raises(UserError, match=r"of another configuration: `base_url` .*:9/v1' here"):
+            sample(options(base_url="http://127.0.0.1:9", model_name_or_path="m"))
+
+    def test_penalties_are_taken_back(self, options):
+        bodies = []
+        with http_server(lambda path, body: bodies.append(body) or (200, {}, chat_answer(body, 3))) as url:
+            sample(options(base_url=url, model_name_or_path="m", extra_body='{"presence_penalty": 1}'))
+        assert {(body["frequency_penalty"], body["presence_penalty"]) for body in bodies} == {(0, 1)}
+
+    @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+    def test_answers_in_parts_and_half_a_surrogate_pair(self, options, tmp_path, suffix):
+        parts = [{"type": "text", "text": "a😀"}, {"type": "text", "text": "b\ud83d"}]
+        reply = {"choices": [{"message": {"content": c}} for c in (parts, "c", None)]}
+        with http_server(lambda path, body: (200, {}, reply)) as url:
+            output = str(tmp_path / f"o{suffix}")
+            sample(options(base_url=url, model_name_or_path="m", output=output))
+        assert [c[0]["content"] for c in read(output)[0]["completions"]] == ["a😀b\ufffd", "c"]
+
+    @pytest.mark.parametrize("content", [[{"type": "image_url"}], {"text": "a"}, 3])
+    def test_answers_that_are_no_text(self, options, content):
+        reply = {"choices": [{"message": {"content": content}}] * 3}
+        with http_server(lambda path, body: (200, {}, reply)) as url:
+            with pytest.raises(UserError, match="answered something else than completions"):
+                sample(options(base_url=url, model_name_or_path="m"))
+
+    @pytest.mark.parametrize("reply", [[{"id": "a"}], {"data": [{"name": "a"}]}, {}, None, {"data": None}])
+    def test_models_in_another_form(self, options, reply):
+        with http_server(lambda path, body: (200, {}, reply)) as url:
+            with pytest.raises(UserError, match="answered something else than its models"):
+                sample(options(base_url=url, model_name_or_path=None))
 
     def test_several_models(self, options):
         reply = (200, {}, {"data": [{"id": "a"}, {"id": "b"}]})

@@ -1,9 +1,15 @@
 """`nca-align score`: scores as a plain loop gives them, through any interruption, and its errors."""
 
+import hashlib
+import importlib
+import inspect
 import json
 import math
+import re
+import shutil
 import subprocess
 import sys
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -20,8 +26,9 @@ from nca_align.data import load_reward_dataset
 from nca_align.errors import UserError
 from nca_align.prompts import text_of
 from nca_align.provenance import read_provenance
+from nca_align.reward_functions import is_function, source_fingerprint
 from nca_align.scorers import vader
-from nca_align.scoring import ScoreOptions, column_names, is_function, main, score
+from nca_align.scoring import ScoreOptions, column_names, main, score
 from test_sampling import kill_and_restart, read
 
 REWARDS = """
@@ -63,6 +70,19 @@ def nan(completions, **kwargs):
 
 def too_few(completions, **kwargs):
     return [1.0] * (len(completions) - 1)
+
+def scalar(completions, **kwargs):
+    return 0.5
+
+def nothing(completions, **kwargs):
+    calls.append(len(completions))
+
+def text(completions, **kwargs):
+    return "good" * len(completions)
+
+def broken_generator(completions, **kwargs):
+    yield from [1.0] * (len(completions) - 1)
+    yield 1 + None
 
 constant = 3
 """
@@ -331,6 +351,10 @@ class TestFailures:
         ("name", "message"),
         [
             ("my_rewards:too_few", r"`scorer` my_rewards:too_few returned \d+ scores for \d+ completions"),
+            ("my_rewards:scalar", r"`scorer` my_rewards:scalar returned 0.5 and no list for \d+ completions; it must"),
+            ("my_rewards:nothing", r"`scorer` my_rewards:nothing returned None and no list for \d+ completions"),
+            ("my_rewards:text", r"`scorer` my_rewards:text returned 'goodgood"),
+            ("my_rewards:broken_generator", "row 0: `score_broken_generator` raised TypeError: unsupported operand"),
             ("my_rewards:lenght", r"my_rewards has no function `lenght` \(did you mean `length`\?\)"),
             ("my_rewards:constant", "is a int; it must be a function"),
             ("no_such_module:length", r"module no_such_module can't be imported \(No module named 'no_such_module'\)"),
@@ -339,6 +363,31 @@ class TestFailures:
     def test_functions_that_are_wrong(self, functions, options, name, message):
         with pytest.raises(UserError, match=message):
             score(options(name))
+
+    def test_a_wrong_return_is_seen_at_the_first_call(self, functions, options):
+        with pytest.raises(UserError, match="returned None"):
+            score(options("my_rewards:nothing"))
+        assert len(my_rewards().calls) == 1
+
+    @pytest.mark.parametrize(
+        ("code", "message"),
+        [
+            (
+                "x = 1\n\ndef length(:\n",
+                r"can't be imported \(SyntaxError: invalid syntax, \S+broken_rewards.py line 3\)",
+            ),
+            ("x = 1\ny = undefined\n", r"\(NameError: name 'undefined' is not defined, \S+broken_rewards.py line 2\)"),
+            ("def f():\n    1 / 0\nf()\n", r"\(ZeroDivisionError: division by zero, \S+broken_rewards.py line 2\)"),
+            ("import nowhere_at_all\n", r"\(ModuleNotFoundError: No module .*, \S+broken_rewards.py line 1\)"),
+        ],
+    )
+    def test_a_module_whose_code_fails(self, functions, options, capsys, code, message):
+        (functions / "broken_rewards.py").write_text(code)
+        importlib.invalidate_caches()
+        made = options("x")
+        flags = ["--dataset_name", made.dataset_name, "--output", made.output, "--scorer", "broken_rewards:length"]
+        assert main(flags) == 2
+        assert re.search(message, capsys.readouterr().err)
 
     @pytest.mark.parametrize(
         ("setting", "message"),
@@ -365,7 +414,58 @@ class TestFailures:
             score(options("nca_align.scorers:vader", rows=[row]))
 
 
+class TestEditedFunctions:
+    def test_the_hash_is_of_the_file_that_has_the_function(self, functions):
+        first = source_fingerprint(my_rewards().length)
+        assert first == source_fingerprint(partial(my_rewards().length)) == source_fingerprint(my_rewards().nan)
+        assert first != source_fingerprint(vader)
+        # trl.rewards only imports it from elsewhere
+        written = hashlib.sha256(Path(inspect.getfile(think_format_reward)).read_bytes()).hexdigest()
+        assert source_fingerprint(think_format_reward) == written[:16]
+        assert source_fingerprint(len) is None
+        edit(functions, "# another comment\n")
+        assert source_fingerprint(my_rewards().length) != first
+
+    def test_a_finished_output_and_an_edited_function(self, functions, options):
+        score(options("my_rewards:length"))
+        assert score(options("my_rewards:length"))["rows"] == 10
+        edit(functions, "def length(completions, **kwargs): return [1.0] * len(completions)\n")
+        with pytest.raises(
+            UserError, match=r"out.jsonl is complete, but the code of `my_rewards:length` changed since"
+        ):
+            score(options("my_rewards:length"))
+        Path("out.jsonl").unlink()
+        score(options("my_rewards:length"))
+        assert {value for row in read("out.jsonl") for value in row["rewards"]} == {1.0}
+
+    def test_a_function_that_is_mended(self, functions, options, capsys):
+        my_rewards().broken.add(text_of(ROWS[4]["completions"][0]))
+        with pytest.raises(UserError, match=r"row 4: .*: mend it and run the same command again"):
+            score(options("my_rewards:picky"))
+        edit(functions, "picky = length\n")
+        assert score(options("my_rewards:picky"))["rows"] == 10
+        assert "the code of `my_rewards:picky` changed; 3 shards without failed rows stay" in capsys.readouterr().err
+
+
+def edit(folder, more: str) -> None:
+    """Add to the functions' module, and have it imported again, as another process would."""
+    file = folder / "my_rewards.py"
+    file.write_text(file.read_text() + more)
+    sys.modules.pop("my_rewards", None)
+    importlib.invalidate_caches()
+    shutil.rmtree(folder / "__pycache__", ignore_errors=True)
+
+
 class TestFiles:
+    @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+    def test_a_column_of_moments(self, functions, options, suffix):
+        """As reading gives them for text in ISO 8601."""
+        rows = [row | {"made": f"2024-01-0{i + 1}T10:00:00"} for i, row in enumerate(ROWS[:3])]
+        score(options("my_rewards:length", rows=rows, output=f"out{suffix}"))
+        score(options("my_rewards:length", dataset_name=f"out{suffix}", output=f"again{suffix}"))
+        days = [str(row["made"]).replace(" ", "T") for row in read(f"again{suffix}")]
+        assert days == [row["made"] for row in rows]
+
     def test_a_preference_data_set_is_scored(self, tmp_path, options):
         turn = lambda text: [{"role": "user", "content": "a"}, {"role": "assistant", "content": text}]  # noqa: E731
         score(options("nca_align.scorers:vader", rows=[{"chosen": turn("I love it"), "rejected": turn("I hate it")}]))
@@ -405,7 +505,9 @@ class TestFiles:
 
         (tmp_path / "p.txt").write_text("Hi\nWhat is the best way?\n")
         made = str(tmp_path / "samples.parquet")
-        sample(SampleOptions(str(tmp_path / "p.txt"), made, model_name_or_path=model_dir, max_new_tokens=4))
+        sample(SampleOptions(
+            dataset_name=str(tmp_path / "p.txt"), output=made, model_name_or_path=model_dir, max_new_tokens=4
+        ))  # fmt: skip
         score(options("nca_align.scorers:vader", dataset_name=made))
         steps = read_provenance(tmp_path / "out.jsonl")
         assert [step["command"] for step in steps] == ["sample", "score"]

@@ -3,11 +3,17 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
+from datetime import date, datetime, time
+from decimal import Decimal
 
 import pytest
 from datasets import Dataset, Features, List, Value
 
+from nca_align import locking
 from nca_align.errors import UserError
+from nca_align.locking import alone_at
 from nca_align.provenance import data_fingerprint, read_provenance, weights_fingerprint
 from nca_align.shards import Shard, run_sharded
 
@@ -177,6 +183,188 @@ def test_a_file_without_rows_is_refused(output):
     with pytest.raises(UserError, match=r"none of the 10 rows is left for .*'failed': 10"):
         run(output, failing=range(10), drop_failed=True)
     assert not output.exists()
+
+
+def with_sources(code: str) -> dict:
+    return {**STEP, "sources": {"my_rewards:length": code}}
+
+
+class TestEditedCode:
+    def kill(self, output, monkeypatch, after=3, **kwargs):
+        """A run that is killed once it has renamed `after` files: the configuration, then two a shard."""
+        replace, left = os.replace, [after]
+
+        def killing(source, target):
+            if left[0] == 0:
+                raise Killed
+            left[0] -= 1
+            replace(source, target)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", killing)
+            with pytest.raises(Killed):
+                run(output, **kwargs)
+
+    def test_half_of_a_run_is_not_gone_on_with(self, output, monkeypatch):
+        self.kill(output, monkeypatch, step=with_sources("old"))
+        message = (
+            r"the code of `my_rewards:length` changed since .*out\S+.parts, an unfinished run, was begun, and 1 of "
+        )
+        with pytest.raises(UserError, match=message + r"its shards are done; delete .*parts to make all rows anew"):
+            run(output, step=with_sources("new"))
+        assert run(output, step=with_sources("old"))["rows"] == 10  # the change undone
+
+    def test_what_kept_no_shard_is_begun_anew(self, output, monkeypatch):
+        self.kill(output, monkeypatch, after=2, step=with_sources("old"))
+        assert output.with_name(output.name + ".parts").exists()
+        run(output, step=with_sources("new"))
+        assert read_provenance(output)[-1]["sources"] == {"my_rewards:length": "new"}
+
+    def test_failed_rows_may_be_mended_and_it_is_said_what_stays(self, output, capsys):
+        with pytest.raises(UserError, match="mend it and run the same command again"):
+            run(output, failing=(1,), step=with_sources("old"))
+        assert run(output, step=with_sources("new"))["rows"] == 10
+        said = capsys.readouterr().err
+        assert "the code of `my_rewards:length` changed; 3 shards without failed rows stay as they are: delete " in said
+
+    def test_failed_rows_that_are_dropped_are_no_reason_to_go_on(self, output):
+        with pytest.raises(UserError):
+            run(output, failing=(1,), step=with_sources("old"))
+        with pytest.raises(UserError, match="4 of its shards are done"):
+            run(output, step=with_sources("new"), drop_failed=True)
+
+    def test_a_finished_output_is_not_taken_for_the_new_codes(self, output):
+        counts = run(output, step=with_sources("old"))
+        content = output.read_bytes()
+        message = (
+            "is complete, but the code of `my_rewards:length` changed since it was made; delete it to make it anew"
+        )
+        with pytest.raises(UserError, match=message):
+            run(output, step=with_sources("new"))
+        assert output.read_bytes() == content
+        assert run(output, step=with_sources("old")) == counts
+
+    def test_an_output_that_does_not_say_by_which_code_is_left_alone(self, output):
+        counts = run(output)
+        assert run(output, step=with_sources("new")) == counts
+
+
+class TestOneAtATime:
+    HOLD = "import sys\nfrom pathlib import Path\nfrom nca_align.locking import alone_at\n" \
+           "with alone_at(Path(sys.argv[1])):\n    print('held', flush=True)\n    sys.stdin.read()"  # fmt: skip
+
+    def test_the_second_is_told_and_a_kill_lets_go(self, output):
+        holding = subprocess.Popen(
+            [sys.executable, "-c", self.HOLD, str(output)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        try:
+            assert holding.stdout.readline() == "held\n"
+            with pytest.raises(UserError, match=r"another command is at work on `output` \S+out.\w+; wait for it, or"):
+                run(output)
+            assert not output.with_name(output.name + ".parts").exists()
+        finally:
+            holding.kill()
+            holding.communicate()
+        assert run(output)["rows"] == 10
+        assert [path.name for path in output.parent.iterdir() if path.name.startswith(".")] == []
+
+    def test_the_second_within_the_work_of_the_first(self, output):
+        def start():
+            with pytest.raises(UserError, match="another command is at work"):
+                run(output)
+            raise UserError("seen")
+
+        with pytest.raises(UserError, match="seen"):
+            run_sharded(str(output), DATASET, FEATURES, start, STEP)
+
+    def test_a_lock_that_was_removed_while_it_was_waited_for_is_none(self, output, monkeypatch):
+        """The first finishes, and removes the file, between the second's opening it and locking it."""
+        flock, seen = locking.fcntl.flock, []
+
+        def late(descriptor, how):
+            if not seen:
+                output.with_name(f".{output.name}.lock").unlink()
+            seen.append(descriptor)
+            flock(descriptor, how)
+
+        monkeypatch.setattr(locking.fcntl, "flock", late)
+        with alone_at(output):
+            assert len(seen) == 2
+            assert output.with_name(f".{output.name}.lock").exists()
+
+    @pytest.mark.parametrize("why", ["no flock", "no locks on this disk"])
+    def test_where_there_are_no_locks_the_work_is_done_without(self, output, monkeypatch, why):
+        def none(descriptor, how):
+            raise OSError(95, "Operation not supported")
+
+        if why == "no flock":
+            monkeypatch.setattr(locking, "fcntl", None)
+        else:
+            monkeypatch.setattr(locking.fcntl, "flock", none)
+        assert run(output)["rows"] == 10
+
+    def test_a_finished_output_where_nothing_can_be_written(self, output, monkeypatch):
+        counts = run(output)
+        monkeypatch.setattr(os, "open", lambda *args, **kwargs: pytest.fail("opened a file to write"))
+        assert run(output) == counts
+
+    def test_a_place_where_nothing_can_be_written(self, tmp_path):
+        (tmp_path / "file").write_text("")
+        for place in (tmp_path / "file" / "out.jsonl", "/proc/nope/out.jsonl"):
+            with pytest.raises(UserError, match=r"`output` .*out.jsonl can't be written: .+; choose a folder"):
+                run(place)
+
+
+MOMENTS = {
+    "at": datetime(2024, 1, 2, 3, 4, 5), "on": date(2024, 1, 2), "hour": time(3, 4, 5),
+    "many": [datetime(2024, 1, 2), None], "in": {"at": datetime(2024, 1, 2, 3)},
+}  # fmt: skip
+
+
+def copied(output, rows, features):
+    """A run that writes `rows` as they are."""
+    data = Dataset.from_list(rows, features=features)
+
+    def start():
+        return lambda shard, first_row, rows, advance: Shard(rows)
+
+    run_sharded(str(output), data, features, start, STEP)
+
+
+def test_dates_and_times_come_back(output):
+    """Text in ISO 8601 in JSONL, which reading takes for a moment as it takes any such text."""
+    features = Features({
+        "at": Value("timestamp[s]"), "on": Value("date32"), "hour": Value("time32[s]"),
+        "many": List(Value("timestamp[us]")), "in": {"at": Value("timestamp[ms]")},
+    })  # fmt: skip
+    copied(output, [MOMENTS, MOMENTS], features)
+    if output.suffix == ".parquet":
+        assert read(output) == [MOMENTS, MOMENTS]
+        return
+    assert read(output)[0] == {
+        "at": "2024-01-02T03:04:05", "on": "2024-01-02", "hour": "03:04:05", "many": ["2024-01-02T00:00:00", None],
+        "in": {"at": "2024-01-02T03:00:00"},
+    }  # fmt: skip
+    (row, _) = Dataset.from_json(str(output), keep_in_memory=True).to_list()
+    assert row == MOMENTS | {"on": datetime(2024, 1, 2), "hour": "03:04:05"}
+    again = output.with_name("again.jsonl")
+    copied(again, [row], Dataset.from_list([row]).features)
+    assert read(again)[0] == read(output)[0] | {"on": "2024-01-02T00:00:00"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "value"),
+    [(Value("binary"), b"x"), (List(Value("binary")), [b"x"]), ({"in": Value("large_binary")}, {"in": b"x"}),
+     (Value("decimal128(5, 2)"), Decimal("1.25"))],
+)  # fmt: skip
+def test_what_json_does_not_have_is_refused_before_the_work(tmp_path, kind, value):
+    features = Features({"prompt": Value("string"), "odd": kind})
+    with pytest.raises(
+        UserError, match=r"column `odd` is of type .*, which JSON has not; make `output` end in .parquet"
+    ):
+        copied(tmp_path / "out.jsonl", [{"prompt": "a", "odd": value}], features)
+    copied(tmp_path / "out.parquet", [{"prompt": "a", "odd": value}], features)
+    assert read(tmp_path / "out.parquet") == [{"prompt": "a", "odd": value}]
 
 
 def test_weights_fingerprint_is_of_the_content(tmp_path):

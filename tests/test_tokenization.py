@@ -56,6 +56,7 @@ def test_text_gets_one_eos_and_no_second_one():
     tokenizer = build_tokenizer()
     eos = tokenizer.eos_token_id
     plain, ended = rows(text("A question:", " yes", " no"), text("A question:", " yes<|im_end|>", " no"))
+    assert (plain.pop("row_number"), ended.pop("row_number")) == (0, 1)
     assert plain == ended
     for ids in plain["completion_ids"]:
         assert ids.count(eos) == 1
@@ -152,8 +153,11 @@ def test_rows_that_cannot_be_scored_are_named():
     with pytest.raises(ValueError, match=r"Row 0: `completions\[1\]` gives no token after the prompt"):
         rows(chat([("user", "Hi")], "a", "b"), tokenizer=build_tokenizer("{{ messages[0]['content'] }}{% if messages|length > 1 and messages[1]['content'] == 'a' %}a{% endif %}"))  # fmt: skip # noqa: E501
     bare = build_tokenizer(None)
-    with pytest.raises(ValueError, match=r"Row 0: the chat template can't render `prompt` \(user\)"):
+    with pytest.raises(ValueError, match="Row 0: `prompt` holds messages, but the tokenizer has no chat template"):
         rows(chat([("user", "Hi")], "a", "b"), tokenizer=bare)
+    strict = build_tokenizer("{{ raise_exception('never') }}")
+    with pytest.raises(ValueError, match=r"Row 0: the chat template can't render `prompt` \(user\): never"):
+        rows(chat([("user", "Hi")], "a", "b"), tokenizer=strict)
     deaf = build_tokenizer("{% for m in messages if m['role'] != 'system' %}{{ m['content'] }}{% endfor %}")
     with pytest.raises(ValueError, match="Row 0: the chat template leaves out the system prompt"):
         rows(chat([("system", "Be brief."), ("user", "Hi")], "a", "b"), tokenizer=deaf)
@@ -192,6 +196,6 @@ def test_several_processes_and_a_stream_give_the_same_ids(tmp_path):
 
 def test_a_row_that_fails_in_a_worker_is_told_like_any_other():
     given = Dataset.from_list([text("Fine", " a", " b")] * 80 + [text("", "a", "b")])
-    with pytest.raises(ValueError, match="Row 80: `prompt` gives no token") as caught:
+    with pytest.raises(ValueError, match="Row 80 of `train`: `prompt` gives no token") as caught:
         tokenize_dataset(given, build_tokenizer(), None, None, "length", num_proc=2)
     assert is_users_mistake(caught.value)

@@ -61,7 +61,10 @@ def test_a_run_leaves_everything_that_people_look_for(model_dir, data_file, tmp_
     assert "holds checkpoints of an earlier run (checkpoint-2)" in capsys.readouterr().err
     (output / "checkpoint-9").mkdir()  # what a kill in the middle of a save leaves
     (output / "checkpoint-9" / "adapter_model.safetensors").touch()
-    assert main([*arguments, "--resume_from_checkpoint", "true", "--max_steps", "3"]) == 0
+    longer = [*arguments, "--resume_from_checkpoint", "true", "--max_steps", "3"]
+    assert main(longer) == 2  # the schedule of the learning rate is another one
+    assert "checkpoint-2 belongs to another run: `max_steps` 2 → 3;" in capsys.readouterr().err
+    assert main([*longer, "--resume_changed", "max_steps"]) == 0
     state = json.loads((output / "trainer_state.json").read_text())
     assert [line["step"] for line in state["log_history"] if "loss" in line] == [1, 2, 3]
 
@@ -90,7 +93,35 @@ MISTAKES = {
     "ignored": (["--label_smoothing", "0.1"], "`label_smoothing` is 0.1, but no loss here reads it"),
     "loss": (["--loss_type", "infoncaa"], "did you mean 'infonca'?"),
     "trl's loss": (["--loss_type", "sigmoid"], "use `infonca`"),
-    "layout": (["--layout", "packed"], "layout"),
+    "layout": (["--layout", "packed"], "invalid choice: 'packed'"),
+    "batch": (["--per_device_train_batch_size", "0"], "`per_device_train_batch_size` is 0, but must be at least 1"),
+    "rate": (["--learning_rate", "-1"], "`learning_rate` is -1.0, but must be a finite number"),
+    "negative term": (["--loss_type", "infonca", "--negative_weight", "0.5"], "only nca has a negative term"),
+    "loss twice": (["--loss_type", "nca", "nca"], "must name at least one loss, and each once"),
+    "quantised, all of it": (["--load_in_4bit", "true"], "leave no weight that can be trained; add `use_peft: true`"),
+    "rank": (["--use_peft", "true", "--lora_r", "0"], "`lora_r` is 0, but must be at least 1"),
+    "endless": (["--dataset_streaming", "true", "--max_steps", "-1"], "a stream has no known end; set `max_steps`"),
+    "metric": (
+        [
+            "--load_best_model_at_end",
+            "true",
+            "--eval_strategy",
+            "steps",
+            "--save_strategy",
+            "steps",
+            "--save_steps",
+            "1",
+            "--eval_steps",
+            "1",
+            "--metric_for_best_model",
+            "bleu",
+        ],
+        "`metric_for_best_model` is bleu, which no evaluation gives",
+    ),
+    "a file for a folder": (["--output_dir", __file__], "is a file; give a folder"),
+    "modules": (["--use_peft", "true", "--lora_target_modules", "foo"], "setting up the training failed: "),
+    "tracker": (["--report_to", "foo"], "foo"),
+    "schedule": (["--lr_scheduler_type", "cosine_with_min_lr"], "the first step failed: "),
     "data": (["--dataset_name", "no/such-data"], "no/such-data"),
     "model": (["--model_name_or_path", "no/such-model"], "`model_name_or_path` takes a local path"),
     "split": (["--dataset_train_split", "trian"], "train"),

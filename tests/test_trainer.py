@@ -429,7 +429,7 @@ def _template(tokenizer):
     tokenizer.chat_template = tokenizer.chat_template.replace("<|im_end|>", ".<|im_end|>")
 
 
-@pytest.mark.parametrize("what", ["template", "truncation", "weight", "completion", "adapter"])
+@pytest.mark.parametrize("what", ["template", "truncation", "weight", "completion", "config", "adapter"])
 def test_whatever_changes_the_reference_is_noticed(what, cache, tmp_path, monkeypatch):
     calls = count_reference_forwards(monkeypatch)
     tokenizer, rows, model, options = build_tokenizer(), reward_rows(4), build_model(build_tokenizer()), {}
@@ -447,6 +447,8 @@ def test_whatever_changes_the_reference_is_noticed(what, cache, tmp_path, monkey
             model.model.layers[1].self_attn.o_proj.weight[0, 0] += 1e-3
     elif what == "completion":
         rows[3]["completions"][1][0]["content"] += "!"
+    elif what == "config":
+        model = build_model(build_tokenizer(), rms_norm_eps=1e-2)
     elif what == "adapter":
         with torch.no_grad():
             next(p for n, p in policy.named_parameters() if "lora_B" in n)[0, 0] += 1e-3
@@ -571,6 +573,23 @@ def test_batch_rebalance_keeps_the_prompts_of_a_step_and_evens_their_loads(tmp_p
         spreads[name] = max(max(window) / (sum(window) / len(window)) for window in loads)
     assert steps["balanced"] == steps["plain"]
     assert spreads["balanced"] < spreads["plain"]
+    assert logged(balanced) == pytest.approx(logged(plain), abs=1e-5)
+
+
+@pytest.mark.parametrize("prompts", [9, 10])
+def test_what_batch_rebalance_repeats_in_a_last_step_has_no_weight(prompts, tmp_path):
+    """Two groups a step of 4 prompts: one of 9 is left for the last step, whose second group is a repeat."""
+    options = {"rows": reward_rows(prompts, [4, 2, 3]), "per_device_train_batch_size": 2, "num_train_epochs": 1}
+    options |= {"gradient_accumulation_steps": 2, "max_steps": -1}
+    plain = trainer(tmp_path, **options)
+    balanced = trainer(tmp_path, **options, train_sampling_strategy="batch_rebalance")
+    seen: list = []
+    own = balanced.get_batch_samples
+    balanced.get_batch_samples = lambda *a: (lambda out: seen.append(out[0]) or out)(own(*a))
+    for nca in (plain, balanced):
+        nca.train()
+    assert sum(float(batch["weights"].sum()) for batches in seen for batch in batches) == prompts
+    assert sum(len(batch["weights"]) for batches in seen for batch in batches) == prompts + prompts % 2
     assert logged(balanced) == pytest.approx(logged(plain), abs=1e-5)
 
 

@@ -4,8 +4,8 @@ import argparse
 import difflib
 import os
 import sys
-from collections.abc import Iterable, Sequence
-from typing import Any, get_args, get_type_hints
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, cast, get_args, get_type_hints
 
 import yaml
 from trl import TrlParser
@@ -29,7 +29,13 @@ def nearest(name: str, names: Iterable[str]) -> str:
     return f" (did you mean `{known[close[0]]}`?)" if close else ""
 
 
-def parse(dataclass_types: Sequence[type], argv: Sequence[str] | None, prog: str, description: str = "") -> tuple:
+def parse(
+    dataclass_types: Sequence[type],
+    argv: Sequence[str] | None,
+    prog: str,
+    description: str = "",
+    ignored: Callable[[], Iterable[str]] = tuple,
+) -> tuple:
     """Instances of `dataclass_types` from `--config FILE.yaml` and flags; a flag overrides the file.
 
     Args:
@@ -37,6 +43,7 @@ def parse(dataclass_types: Sequence[type], argv: Sequence[str] | None, prog: str
         argv: the arguments; None takes those of the process.
         prog: the command's name in `--help`.
         description: the line under it.
+        ignored: gives keys that a file may hold for another command; asked only where it holds unknown ones.
 
     Returns:
         One instance for each of `dataclass_types`.
@@ -45,7 +52,7 @@ def parse(dataclass_types: Sequence[type], argv: Sequence[str] | None, prog: str
         UserError: an unknown flag or key (with the nearest valid name), a value of the wrong type, a `--config` that is
             missing or no YAML mapping, and whatever the dataclasses themselves refuse; always one sentence.
     """
-    parser = _Parser(dataclass_types, prog=prog, description=description or None, allow_abbrev=False)
+    parser = _Parser(cast(Any, list(dataclass_types)), prog=prog, description=description or None, allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE", help="YAML file of options; flags override it")
     actions = {action.dest: action for action in reversed(parser._actions) if action.dest not in ("help", "config")}
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -57,9 +64,12 @@ def parse(dataclass_types: Sequence[type], argv: Sequence[str] | None, prog: str
         if not isinstance(env, dict):
             raise UserError(f"`env` in {config_path} is {env!r}; it must map names of environment variables to values")
         os.environ.update({str(key): str(value) for key, value in env.items()})
-        for key in config:
-            if key not in actions:
-                raise UserError(f"unknown key `{key}` in {config_path}{nearest(str(key), actions)}")
+        if not config.keys() <= actions.keys():
+            others = set(ignored())
+            for key in config:
+                if key not in actions and key not in others:
+                    raise UserError(f"unknown key `{key}` in {config_path}{nearest(str(key), {*actions, *others})}")
+            config = {key: value for key, value in config.items() if key in actions}
         hints = {name: hint for cls in dataclass_types for name, hint in get_type_hints(cls).items()}
         for key, value in config.items():
             if value is not None:
@@ -72,18 +82,27 @@ def parse(dataclass_types: Sequence[type], argv: Sequence[str] | None, prog: str
     given = [flag.split("=")[0] for flag in argv if flag.startswith("--")]
     for flag in given:  # looked at first: a missing required option may be this one, misspelt
         if flag not in flags:
-            raise UserError(f"unknown option `{flag}`{nearest(flag, flags)}")
+            raise UserError(f"unknown option `{' '.join(flag.split())}`{nearest(flag, flags)}")
     for action in parser._actions:  # a flag that may repeat replaces the file's list, as any other flag does
         if isinstance(action, argparse._ExtendAction) and set(given).intersection(action.option_strings):
             action.default = []
     stray = parser.parse_known_args(argv)[1]
     if stray:
-        raise UserError(f"`{stray[0]}` belongs to no option: a value needs its flag before it, as in `--name VALUE`")
+        value = " ".join(stray[0].split())
+        raise UserError(f"`{value}` belongs to no option: a value needs its flag before it, as in `--name VALUE`")
     try:
         *options, _ = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)  # the last holds `config`
     except (ValueError, TypeError, NotImplementedError, ImportError) as error:  # a dataclass refused its values
         raise UserError(one_line(error)) from error
     return tuple(options)
+
+
+def given_options(argv: Sequence[str]) -> set[str]:
+    """Names of the options that flags and the `--config` file give, known or not: what a command with modes goes by."""
+    argv = list(argv)
+    path = _pop_config(argv)
+    keys = set() if path is None else {key for key, value in _read_config(path).items() if value not in (None, False)}
+    return keys | {flag.split("=")[0].removeprefix("--") for flag in argv if flag.startswith("--")}
 
 
 def _pop_config(argv: list[str]) -> str | None:
@@ -122,7 +141,8 @@ def _yaml_value(action: argparse.Action, value: Any, path: str) -> Any:
 
 
 def _yaml_scalar(action: argparse.Action, value: Any, path: str) -> Any:
-    name, kind = action.dest, getattr(action.type, "__name__", "str")
+    convert: Any = action.type
+    name, kind = action.dest, getattr(convert, "__name__", "str")
 
     def refuse(required: str) -> UserError:
         return UserError(f"`{name}` in {path} is {value!r}; it must be {required}")
@@ -137,7 +157,7 @@ def _yaml_scalar(action: argparse.Action, value: Any, path: str) -> Any:
         required = "a whole number" if kind == "int" else "a number"
         if isinstance(value, str):
             try:  # YAML 1.1 reads 5e-6 as text
-                return action.type(value)
+                return convert(value)
             except ValueError:
                 raise refuse(required) from None
         if isinstance(value, bool) or not isinstance(value, int if kind == "int" else (int, float)):
@@ -146,7 +166,7 @@ def _yaml_scalar(action: argparse.Action, value: Any, path: str) -> Any:
     if kind == "string_to_bool":
         if isinstance(value, str):
             try:
-                return action.type(value)
+                return convert(value)
             except argparse.ArgumentTypeError:
                 raise refuse("true or false") from None
         if not isinstance(value, bool):

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +28,8 @@ def _varlen_kernel() -> Callable[..., torch.Tensor] | None:
     except ImportError:
         return None
     takes = inspect.signature(varlen_attn).parameters.keys()
-    return varlen_attn if {"scale", "window_size", "enable_gqa"} <= takes else None
+    kernel: Callable[..., Any] = varlen_attn
+    return kernel if {"scale", "window_size", "enable_gqa"} <= takes else None
 
 
 varlen_attn = _varlen_kernel()
@@ -113,7 +114,7 @@ def share_prefixes(model: PreTrainedModel) -> None:
         own = "sdpa" if getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is None else "eager"
     name = _PREFIX + own
     AttentionInterface.register(name, partial(segment_attention, own=own))
-    AttentionMaskInterface.register(name, AttentionMaskInterface._global_mapping[own])
+    AttentionMaskInterface.register(name, cast(Callable, AttentionMaskInterface._global_mapping[own]))
     model.set_attn_implementation(name)
 
 
@@ -221,6 +222,7 @@ def _varlen_attention(
     """One kernel call for the row: lower-right causal by segment, separate query and key lengths. (1, T, heads, D)."""
     kv_index, cu_seqlens_q, cu_seqlens_k, max_q, max_k = segments.varlen(query.device)
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    assert varlen_attn is not None  # else `_attend` goes by segment
     output = varlen_attn(
         q.contiguous(), k.index_select(0, kv_index), v.index_select(0, kv_index), cu_seqlens_q, cu_seqlens_k, max_q,
         max_k, scale=scaling, window_size=(window - 1 if window else -1, 0),

@@ -12,7 +12,8 @@ COMMANDS = {
     "sample": ("nca_align.sampling", "prompts to K completions each, from a model or a running server"),
     "score": ("nca_align.scoring", "completions to rewards, from a reward model, a classifier or a Python function"),
     "inspect": ("nca_align.inspecting", "a data set before training: rewards, ties, lengths, tokens, the choice of α"),
-    "evaluate": ("nca_align.evaluating", "policies' mean reward and KL from a reference, by their scored samples"),
+    "evaluate": ("nca_align.evaluating", "mean reward and KL, implicit rewards, answers for judges, lm-eval's tasks"),
+    "export": ("nca_align.exporting", "the trained model in one folder: adapter merged, with tokenizer and model card"),
 }
 
 

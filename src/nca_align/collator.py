@@ -2,8 +2,8 @@
 
 A batch holds `rewards` (B, K) float32, `valid` (B, K) bool (ragged K: False where a prompt has fewer completions),
 `lengths` (B, K) completion tokens, `ref_logps` (B, K) where the rows carry them, `num_tokens` that the model
-reads, padding left out, and `chunks`: one forward each, all
-completions in one of them unless `completions_per_forward` asks for fewer. A chunk holds
+reads, padding left out, `row_numbers` where the rows have them, and `chunks`: one forward each, all completions in one
+of them unless `completions_per_forward` asks for fewer. A chunk holds
 
     input_ids                (rows, T)
     attention_mask           (rows, T), or a (1, 1, 1, 1) placeholder beside `segments`
@@ -56,6 +56,8 @@ class RewardCollator:
             "valid": _padded_matrix([[True] * len(row["rewards"]) for row in rows], columns, torch.bool),
             "lengths": _padded_matrix([[len(c) for c in row["completion_ids"]] for row in rows], columns, torch.long),
         }
+        if all("row_number" in row for row in rows):
+            batch["row_numbers"] = [row["row_number"] for row in rows]  # a list stays where it is
         if all(row.get("ref_logps") is not None for row in rows):
             batch["ref_logps"] = _padded_matrix([row["ref_logps"] for row in rows], columns)
         conversations = [
@@ -80,7 +82,9 @@ class RewardCollator:
         length = max(map(len, rows))
         if self.pad_to_multiple_of:
             length = -(-length // self.pad_to_multiple_of) * self.pad_to_multiple_of
-        token_index, target_ids, completion_index = [], [], []
+        token_index: list[int] = []
+        target_ids: list[int] = []
+        completion_index: list[int] = []
         for i, (index, prompt, completion) in enumerate(conversations):
             first = i * length + len(prompt) - 1
             token_index.extend(range(first, first + len(completion)))

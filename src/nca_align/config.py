@@ -8,6 +8,7 @@ from trl import DPOConfig
 from .losses import LOSSES, loss_name
 
 LAYOUTS = ("auto", "prefix_shared", "padded")
+NONFINITE = ("stop", "skip")
 
 # DPOConfig's own losses, and what to use instead
 _INSTEAD = {
@@ -44,6 +45,13 @@ class NCAConfig(DPOConfig):
             where the model allows it and the two agree on the first batch.
         completions_per_forward: completions in a forward and backward, which bounds activations whatever K is; None
             for all of the batch's at once.
+        nonfinite: what happens where a step's loss or gradient isn't finite: `stop` ends the run and names the rows,
+            `skip` leaves the step out and says so, at most nine times one after another.
+        collapse_nats: a warning, once, where the best completions' mean log-ratio, as logged, is below minus this many
+            nats, > 0; `inf` for none. At 50 they are e⁵⁰ times less likely than under the reference, which is a quarter
+            of a nat on each of 200 tokens.
+        resume_changed: options (and `data`, `model` …) that may differ from those of the checkpoint that the run goes
+            on from, by the names that a refusal shows.
 
     transformers' `train_sampling_strategy: batch_rebalance` works here: each row's load is its unique tokens, and the
     prompts of one global batch are dealt to its micro-batches and processes so that their loads are near equal.
@@ -74,22 +82,62 @@ class NCAConfig(DPOConfig):
         default=None,
         metadata={"help": "Most completions in a forward and backward; bounds activations whatever K is."},
     )
+    nonfinite: str = field(
+        default="stop",
+        metadata={
+            "help": "Where a loss or gradient isn't finite: `stop` names the rows, `skip` leaves the step out.",
+            "choices": list(NONFINITE),
+        },
+    )
+    collapse_nats: float = field(
+        default=50.0,
+        metadata={"help": "Warn, once, where the best completions' mean log-ratio is below minus this; `inf`: never."},
+    )
+    resume_changed: list[str] = field(
+        default_factory=list,
+        metadata={"help": "What may differ from the checkpoint that the run goes on from, by name."},
+    )
+    # its test of each micro-batch's loss would wait for the device; `nonfinite` looks once a step
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Replaced by `nonfinite`."})
 
     def __post_init__(self):
         names = [self.loss_type] if isinstance(self.loss_type, str) else list(self.loss_type)
         self.loss_type = [_known_loss(name) for name in names]
+        if not names or len({*self.loss_type}) < len(names):
+            raise ValueError(
+                f"`loss_type` is {names}, but must name at least one loss, and each once; `loss_weights` weighs them."
+            )
         for name in ("alpha", "beta"):
             value = getattr(self, name)
             if not (isinstance(value, (int, float)) and 0 < value < float("inf")):
                 raise ValueError(f"`{name}` is {value!r}, but must be a finite number above 0; the paper's is 0.01.")
         if not 0 <= self.negative_weight < float("inf"):
             raise ValueError(f"`negative_weight` is {self.negative_weight}, but must be 0 or above; the paper's is 1.")
+        if self.negative_weight != 1 and "nca" not in self.loss_type:
+            raise ValueError(
+                f"`negative_weight` is {self.negative_weight}, but `loss_type` is {'+'.join(self.loss_type)}, and only "
+                "nca has a negative term. Leave it out."
+            )
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` is {getattr(self, name)}, but must be at least 1.")
+        if not 0 <= self.learning_rate < float("inf"):
+            raise ValueError(f"`learning_rate` is {self.learning_rate}, but must be a finite number, 0 or above.")
         if self.layout not in LAYOUTS:
             raise ValueError(f"`layout` is {self.layout!r}, but must be one of {', '.join(map(repr, LAYOUTS))}.")
         if self.completions_per_forward is not None and self.completions_per_forward < 1:
             raise ValueError(
                 f"`completions_per_forward` is {self.completions_per_forward}, but must be at least 1; "
                 "leave it out to run all completions of a batch at once."
+            )
+        if self.nonfinite not in NONFINITE:
+            raise ValueError(f"`nonfinite` is {self.nonfinite!r}, but must be one of 'stop', 'skip'.")
+        if not self.collapse_nats > 0:
+            raise ValueError(f"`collapse_nats` is {self.collapse_nats}, but must be above 0; `inf` turns it off.")
+        if self.enable_jit_checkpoint:
+            raise ValueError(
+                "`enable_jit_checkpoint` is true, but NCATrainer saves on SIGTERM by itself, after whole steps. Leave "
+                "it out."
             )
         for name, why in _IGNORED.items():
             if getattr(self, name) != _default(name):
@@ -121,19 +169,29 @@ class NCAConfig(DPOConfig):
         if not isinstance(args, DPOConfig):
             raise TypeError(f"`args` is a {type(args).__name__}, but must be an NCAConfig or a DPOConfig.")
         values: dict[str, Any] = {f.name: getattr(args, f.name) for f in fields(DPOConfig) if f.init}
-        values["loss_type"] = ["nca" if name in _INSTEAD else name for name in args.loss_type]
+        weights: dict[str, float] = {}  # several of DPOTrainer's losses may become one
+        for name, weight in zip(args.loss_type, args.loss_weights or [1.0] * len(args.loss_type), strict=True):
+            instead = "nca" if name in _INSTEAD else name
+            weights[instead] = weights.get(instead, 0.0) + weight
+        values["loss_type"] = list(weights)
+        if args.loss_weights or len(weights) < len(args.loss_type):
+            values["loss_weights"] = list(weights.values())
         config = cls(**values)
+        cut = (
+            "prompts aren't cut"
+            if config.max_prompt_length is None
+            else f"prompts are cut to their last {config.max_prompt_length} tokens (`max_prompt_length`)"
+        )
         return config, (
             f"NCATrainer was given a DPOConfig, whose fields are kept (`beta` {config.beta}): the loss is "
             f"{'+'.join(config.loss_type)} instead of {'+'.join(args.loss_type)}, `alpha` is {config.alpha}, and "
-            f"prompts are cut to their last {config.max_prompt_length} tokens (`max_prompt_length`). Give an NCAConfig "
-            "to choose."
+            f"{cut}. Give an NCAConfig to choose."
         )
 
 
 def _default(name: str) -> Any:
     f = next(f for f in fields(DPOConfig) if f.name == name)
-    return f.default if f.default is not MISSING else f.default_factory()  # type: ignore[misc]
+    return f.default if f.default is not MISSING else f.default_factory()  # type: ignore[misc, operator]
 
 
 def _known_loss(name: str) -> str:

@@ -19,7 +19,10 @@ def by_rank(log: list[dict[str, Any]], name: str, prefix: str = "") -> dict[int,
 
 
 def plot_curves(log: list[dict[str, Any]], path: Path) -> Path | None:
-    """Write the PNG, training as thin lines and held-out prompts as thick ones; None without matplotlib (`plots`)."""
+    """Write the PNG, training as thin lines and held-out prompts as thick ones; None without matplotlib (`plots`), or
+    where nothing was logged."""
+    if not (by_rank(log, "rewards") or by_rank(log, "rewards", "eval_")):
+        return None
     try:
         import matplotlib
     except ImportError:
@@ -48,25 +51,45 @@ def plot_curves(log: list[dict[str, Any]], path: Path) -> Path | None:
     return path
 
 
-def summary(log: list[dict[str, Any]], answers: list[tuple[Any, str, str]]) -> str:
-    """What moved from the first to the last evaluation (or training log), and prompts answered before and after."""
-    prefix = "eval_" if any("eval_loss" in line for line in log) else ""
-    lines = [line for line in log if f"{prefix}rewards/rank_1" in line]
-    if not lines:
+def last_evaluation(log: list[dict[str, Any]], step: int | None = None) -> dict[str, Any] | None:
+    """The log's last line of an evaluation, or the one at `step`, where the best model was that is kept."""
+    lines = [line for line in log if "eval_loss" in line]
+    return next((line for line in reversed(lines) if step is None or line["step"] == step), None)
+
+
+def summary(log: list[dict[str, Any]], answers: list[tuple[Any, str, str]], kept_step: int | None = None) -> str:
+    """What moved from the start to the last evaluation (or training log), and prompts answered before and after.
+
+    Args:
+        log: a trainer's `log_history`.
+        answers: prompt, answer before, answer after.
+        kept_step: the step whose model is kept; None for the last one.
+    """
+    last = last_evaluation(log, kept_step)
+    prefix = "" if last is None else "eval_"
+    trained = next((line for line in reversed(log) if "logratios/rank_1" in line), None)
+    last = trained if last is None else last
+    if last is None:
         return "Nothing was logged; lower `logging_steps` to see what moves."
-    first, last = lines[0], lines[-1]
+    start = next(
+        (line for line in log if line["step"] == 0 and f"{prefix}rewards/rank_1" in line), {}
+    )  # else all are 0
     where = "held-out prompts" if prefix else "training prompts"
-    text = [f"What moved, on {where}, from step {first['step']} to {last['step']}:"]
+    text = [f"What moved, on {where}, from step 0 to {last['step']}:"]
     for rank in by_rank([last], "rewards", prefix):
         key = f"{prefix}rewards/rank_{rank}"
         name = "best" if rank == 1 else f"{rank}."
-        text.append(f"  implicit reward of the {name} completion: {first.get(key, 0):+.3f} → {last[key]:+.3f}")
+        text.append(f"  implicit reward of the {name} completion: {start.get(key, 0):+.3f} → {last[key]:+.3f}")
     accuracy = f"{prefix}rewards/accuracies"
     if accuracy in last:
-        start = f"{first[accuracy]:.0%}" if first["step"] else "all equal"
-        text.append(f"  pairs that it orders as their rewards do: {start} → {last[accuracy]:.0%} (chance is 50%)")
+        text.append(f"  pairs that it orders as their rewards do: all equal → {last[accuracy]:.0%} (chance is 50%)")
     ratio = f"{prefix}logratios/best"
-    text.append(f"  log-ratio of the best completion: {first[ratio]:+.2f} → {last[ratio]:+.2f} nats")
+    text.append(f"  log-ratio of the best completion: {start.get(ratio, 0):+.2f} → {last[ratio]:+.2f} nats")
+    if prefix and trained is not None:
+        text.append(
+            f"On the prompts that it was trained on, in the log of step {trained['step']}: log-ratio of the best "
+            f"completion {trained['logratios/best']:+.2f}, of the worst {trained['logratios/worst']:+.2f} nats."
+        )
     for prompt, before, after in answers:
         question = prompt if isinstance(prompt, str) else prompt[-1]["content"]
         text += [f"A held-out prompt: {question}", f"  before: {_line(before)}", f"  after:  {_line(after)}"]

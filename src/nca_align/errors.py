@@ -2,8 +2,10 @@
 
 import dis
 import functools
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 
 
@@ -14,6 +16,22 @@ class UserError(ValueError):
 def one_line(error: BaseException) -> str:
     """The text of `error` in one line, by the name of its class where it has no text."""
     return " ".join(str(error).split()) or type(error).__name__
+
+
+@contextmanager
+def refused_by(what: str, known: Callable[[], bool] = lambda: True) -> Iterator[None]:
+    """What a library refuses before any work is done is told in one sentence; `NCA_ALIGN_TRACEBACK=1` shows all of it.
+
+    Args:
+        what: what was being done, the sentence's beginning.
+        known: whether nothing has been done yet, asked when an error comes; afterwards errors pass as they are.
+    """
+    try:
+        yield
+    except (ValueError, TypeError, AttributeError, KeyError, ImportError, RuntimeError, OSError) as error:
+        if os.environ.get("NCA_ALIGN_TRACEBACK") or is_users_mistake(error) or not known():
+            raise
+        raise UserError(f"{what} failed: {one_line(error)} (NCA_ALIGN_TRACEBACK=1 shows where)") from error
 
 
 def is_users_mistake(error: BaseException) -> bool:
@@ -33,11 +51,12 @@ def is_users_mistake(error: BaseException) -> bool:
     return dis.opname[last.tb_frame.f_code.co_code[last.tb_lasti]] == "RAISE_VARARGS"
 
 
-def command(prog: str) -> Callable[[Callable], Callable]:
+def command(prog: str, goes_on: str = "the same command goes on from here") -> Callable[[Callable], Callable]:
     """Decorate a `main(argv)`: a user's mistake is one sentence on stderr and the exit code 2.
 
     Args:
         prog: what the sentence begins with, such as `nca-align sample`.
+        goes_on: how to go on after Ctrl-C.
 
     Returns:
         A decorator. The decorated `main(argv=None)` returns an exit code: 0, 2 for a user's mistake, 130 for Ctrl-C.
@@ -49,7 +68,7 @@ def command(prog: str) -> Callable[[Callable], Callable]:
             try:
                 return main(argv) or 0
             except KeyboardInterrupt:
-                print(f"\n{prog}: interrupted; the same command goes on from here", file=sys.stderr)
+                print(f"\n{prog}: interrupted; {goes_on}", file=sys.stderr)
                 return 130
             except Exception as error:
                 if not is_users_mistake(error):

@@ -1,11 +1,13 @@
-"""`nca-align evaluate`: how far each policy went, in mean reward and in KL, by its own scored samples."""
+"""`nca-align evaluate`: its modes, and the plain one: mean reward and KL of policies by their own scored samples."""
 
 import json
 import math
 import os
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, fields
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -14,13 +16,11 @@ from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
 
-from .arguments import parse
-from .collator import RewardCollator
-from .engines import from_pretrained, hide_loading, prompt_ids
+from .arguments import given_options, parse
 from .errors import UserError, command
-from .logprobs import add_token_logps
-from .prompts import load_raw, text_of
-from .provenance import data_fingerprint, read_provenance, weights_fingerprint
+from .policies import completion_logps, load_policy, load_tokenizer
+from .provenance import data_fingerprint, weights_fingerprint
+from .samples import drawn_end, load_samples, sampled_ids
 from .smollm2 import resolve_model
 
 
@@ -100,81 +100,6 @@ def mean_over_prompts(values: Iterable[Sequence[float]]) -> Estimate:
     return Estimate(float(means.mean()), error)
 
 
-def sampled_ids(tokenizer, row: dict[str, Any]) -> dict[str, Any]:
-    """Token ids of a row of `nca-align sample`: of the prompt that was continued, and of each completion.
-
-    A completion's ids are those of its text and, unless it was `truncated`, the EOS by which it ended: what the policy
-    drew, and nothing that a chat template writes after it.
-
-    Returns:
-        `prompt_ids`, `completion_ids`, and `rewards` where the row has them.
-    """
-    truncated = row.get("truncated") or [False] * len(row["completions"])
-    end = [tokenizer.eos_token_id]
-    completions = []
-    for completion, cut in zip(row["completions"], truncated, strict=True):
-        ids = tokenizer(text_of(completion), add_special_tokens=False)["input_ids"]
-        completions.append(ids if cut and ids else ids + end)
-    return {"prompt_ids": prompt_ids(tokenizer, row), "completion_ids": completions, "rewards": row["rewards"]}
-
-
-@torch.inference_mode()
-def completion_logps(model: torch.nn.Module, rows: Sequence[dict[str, Any]], batch_size: int) -> list[list[float]]:
-    """log π(completion | prompt) of every completion, nats, summed over its tokens.
-
-    Args:
-        model: a causal language model, in eval mode.
-        rows: `prompt_ids`, `completion_ids` (K lists).
-        batch_size: completions a batch, of like length.
-
-    Returns:
-        For each row a list of K.
-    """
-    add_token_logps(model)
-    device = next(model.parameters()).device
-    collator = RewardCollator(pad_token_id=0)
-    places = [(b, k) for b, row in enumerate(rows) for k in range(len(row["completion_ids"]))]
-    places.sort(key=lambda p: len(rows[p[0]]["prompt_ids"]) + len(rows[p[0]]["completion_ids"][p[1]]))
-    logps: list[list[float]] = [[math.nan] * len(row["completion_ids"]) for row in rows]
-    for start in range(0, len(places), batch_size):
-        picked = places[start : start + batch_size]
-        batch = collator(
-            [
-                {
-                    "prompt_ids": rows[b]["prompt_ids"],
-                    "completion_ids": [rows[b]["completion_ids"][k]],
-                    "rewards": [0.0],
-                }
-                for b, k in picked
-            ]
-        )
-        (chunk,) = batch["chunks"]
-        inputs = {name: value.to(device) for name, value in chunk.items() if name != "completion_index"}
-        token_logps = model(**inputs).token_logps.double().cpu()
-        sums = torch.zeros(len(picked), dtype=torch.float64).index_add(0, chunk["completion_index"], token_logps)
-        for (b, k), value in zip(picked, sums.tolist(), strict=True):
-            logps[b][k] = value
-    return logps
-
-
-def load_policy(name: str, dtype: str = "auto", trust_remote_code: bool = False):
-    """A model in eval mode on the GPU, if any; of an adapter's folder its base model with the adapter on it.
-
-    Raises:
-        UserError: it can't be had.
-    """
-    from transformers import AutoModelForCausalLM
-
-    hide_loading()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    automatic = torch.bfloat16 if device == "cuda" else torch.float32
-    model = from_pretrained(
-        AutoModelForCausalLM, name, dtype=automatic if dtype == "auto" else getattr(torch, dtype),
-        trust_remote_code=trust_remote_code,
-    )  # fmt: skip
-    return model.to(device).eval()
-
-
 def evaluate_samples(dataset: Dataset, policy: str, reference: str, options: EvaluateOptions) -> Evaluation:
     """Mean reward of a policy's samples, and from the same samples how far it went from the reference.
 
@@ -187,16 +112,18 @@ def evaluate_samples(dataset: Dataset, policy: str, reference: str, options: Eva
         policy, reference: models or adapters.
         options: for `batch_size`, `dtype`, `trust_remote_code`.
     """
-    from transformers import AutoTokenizer
-
-    tokenizer = from_pretrained(AutoTokenizer, policy, trust_remote_code=options.trust_remote_code)
-    rows = [sampled_ids(tokenizer, row) for row in dataset]
-    logps = []
-    for name in (policy, reference):  # one at a time: two large models may not fit
+    tokenizer = load_tokenizer(policy, options.trust_remote_code)
+    rows: list[dict[str, Any]] = []
+    logps = {}
+    for name in dict.fromkeys((policy, reference)):  # one at a time: two large models may not fit
         model = load_policy(name, options.dtype, options.trust_remote_code)
-        logps.append(completion_logps(model, rows, options.batch_size))
+        if name == policy:
+            end = drawn_end(model, tokenizer, chat=not isinstance(dataset[0]["prompt"], str))
+            rows = [sampled_ids(tokenizer, row, end) for row in dataset]
+        logps[name] = completion_logps(model, rows, options.batch_size)
         del model
-    differences = [[p - q for p, q in zip(*pair, strict=True)] for pair in zip(*logps, strict=True)]
+    pairs = zip(logps[policy], logps[reference], strict=True)
+    differences = [[p - q for p, q in zip(*pair, strict=True)] for pair in pairs]
     lengths = [len(ids) for row in rows for ids in row["completion_ids"]]
     return Evaluation(
         Path(policy).name, len(rows), len(lengths), mean_over_prompts(row["rewards"] for row in rows),
@@ -204,37 +131,28 @@ def evaluate_samples(dataset: Dataset, policy: str, reference: str, options: Eva
     )  # fmt: skip
 
 
-def load_samples(name: str, policy: str) -> Dataset:
-    """Scored samples, and a refusal of what a policy's KL can't be estimated from.
+def read_table(path: Path) -> dict[str, dict]:
+    """The lines that `output` holds already, by what they are of.
 
     Raises:
-        UserError: no `rewards`, or samples that by the file's own record another model drew, or not at temperature 1.
+        UserError: its folder does not exist, or the file holds something else.
     """
-    dataset = load_raw(name)
-    for column in ("prompt", "completions", "rewards"):
-        if column not in dataset.column_names:
-            raise UserError(f"`dataset_name` {name} has no column `{column}`; give what `nca-align score` wrote")
-    made = next((step for step in read_provenance(name) if step["command"] == "sample"), None)
-    if made is not None:
-        config = made["config"]
-        if config["temperature"] != 1 or config["top_p"] != 1:
-            raise UserError(
-                f"`dataset_name` {name} was sampled at `temperature` {config['temperature']:g} and `top_p` "
-                f"{config['top_p']:g}; a policy's KL needs samples of itself: draw them at 1 and 1"
-            )
-        drawn, given = config["adapter"] or config["model"], weights_fingerprint(resolve_model(policy))
-        if drawn != given and config["engine"] != "server":
-            raise UserError(
-                f"`dataset_name` {name} was sampled from {made['about']['adapter'] or made['about']['model']}, whose "
-                f"weights are not those of `model_name_or_path` {policy}; a policy's KL needs samples of itself"
-            )
-    return dataset
+    if not path.resolve().parent.is_dir():
+        raise UserError(f"`output` is {str(path)!r}, whose folder does not exist; make it, or choose another file")
+    if not path.exists():
+        return {}
+    names = {each.name for each in fields(Evaluation)}
+    with suppress(OSError, ValueError, AttributeError):  # a folder, broken JSON, a list
+        known = json.loads(path.read_text(encoding="utf-8"))
+        if all(isinstance(line, dict) and set(line) == names for line in known.values()):
+            return known
+    raise UserError(f"`output` is {str(path)!r}, which holds no table of `nca-align evaluate`; choose another file")
 
 
 def evaluate(options: EvaluateOptions) -> list[Evaluation]:
     """The table's lines, in the order of `dataset_name`; those that `output` holds already are taken from it."""
     path = Path(options.output) if options.output is not None else None
-    known: dict[str, dict] = json.loads(path.read_text()) if path is not None and path.exists() else {}
+    known = {} if path is None else read_table(path)
     reference = weights_fingerprint(resolve_model(options.reference))
     lines = []
     for name, policy in zip(options.dataset_name, options.model_name_or_path, strict=True):
@@ -267,9 +185,44 @@ def print_table(lines: Sequence[Evaluation], console: Console | None = None) -> 
     (console or Console()).print(table)
 
 
+# option that chooses it: (module, options, function, what it does)
+MODES = {
+    "scorer": ("generations", "GenerationOptions", "evaluate_generations",
+               "mean reward and KL of base and aligned models on held-out prompts, which they answer first"),
+    "implicit": ("implicit", "ImplicitOptions", "implicit",
+                 "the aligned model as a reward model: pairs and best-of-K, with length controlled"),
+    "judge": ("judges", "JudgeOptions", "judge", "answers in the files of alpaca_eval, mt_bench or arena_hard"),
+    "lm_eval": ("harness", "HarnessOptions", "harness", "tasks of lm-evaluation-harness, base and aligned"),
+}  # fmt: skip
+
+
+def usage() -> str:
+    """The modes, in a list."""
+    lines = [f"  --{name:<10}{what}" for name, (*_, what) in MODES.items()]
+    return "\n".join(
+        ["modes of nca-align evaluate, each with options of its own (`nca-align evaluate --MODE --help`):", *lines,
+         "  without one: mean reward and KL of samples that are scored already, with these options:", ""]
+    )  # fmt: skip
+
+
 @command("nca-align evaluate")
 def main(argv: list[str] | None = None) -> None:
-    """Parse the options, and print the table."""
+    """Call the mode that the options choose, or print the table of scored samples."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    given = given_options(argv)
+    chosen = [name for name in MODES if name in given]
+    if len(chosen) > 1:
+        raise UserError(f"`{chosen[0]}` and `{chosen[1]}` are two evaluations; give one of them at a time")
+    if chosen:
+        module, options_name, function, what = MODES[chosen[0]]
+        mode = import_module(f".{module}", __package__)
+        if {"-h", "--help"} & set(argv):
+            argv = ["--help"]  # alone: the option that chose the mode may lack its value
+        (options,) = parse([getattr(mode, options_name)], argv, f"nca-align evaluate --{chosen[0]}", what)
+        getattr(mode, function)(options)
+        return
+    if {"-h", "--help"} & set(argv):
+        print(usage())
     (options,) = parse([EvaluateOptions], argv, "nca-align evaluate", "mean reward and KL of policies' own samples")
     print_table(evaluate(options))
 

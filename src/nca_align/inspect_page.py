@@ -6,7 +6,7 @@ import numpy as np
 
 from . import pages
 from .inspect_report import Section, findings, k_distribution, percent, sections
-from .inspection import Example, Inspection
+from .inspection import Example, Inspection, Tokens
 from .pages import Tile, figure
 from .reward_stats import alpha_table, histogram, spreads
 
@@ -29,7 +29,7 @@ def build_page(found: Inspection, example: Example) -> str:
             figure(alphas.title, _alpha_table(alphas), "Best: the weight of the best completion."), grid="grid",
         ),
         pages.section("Length", *_length_charts(found), grid="grid"),
-        pages.section("Tokens", *_token_charts(found), grid="grid") if found.tokens is not None else "",
+        pages.section("Tokens", *_token_charts(found, found.tokens), grid="grid") if found.tokens is not None else "",
         pages.section(f"Row {example.row}, as training sees it", *_example(example, found.alpha), grid="grid wide"),
         pages.section("All figures", *tables, grid="grid"),
     ]  # fmt: skip
@@ -136,8 +136,7 @@ def _length_charts(found: Inspection) -> list[str]:
     return charts
 
 
-def _token_charts(found: Inspection) -> list[str]:
-    tokens = found.tokens
+def _token_charts(found: Inspection, tokens: Tokens) -> list[str]:
     limit, whole = found.max_prompt_length, np.repeat(tokens.prompt_lengths, found.counts) + tokens.lengths
     prompts, conversations = histogram(tokens.prompt_lengths), histogram(whole)
     return [

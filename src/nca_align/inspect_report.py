@@ -1,5 +1,6 @@
 """What `nca-align inspect` found, in tables and sentences that the terminal and the page share, and the terminal's."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -22,7 +23,7 @@ class Section(NamedTuple):
 
     title: str
     header: tuple[str, ...]
-    rows: list[tuple[str, ...]]
+    rows: Sequence[tuple[str, ...]]
     marked: int | None = None
 
 
@@ -31,7 +32,7 @@ def share(n: float, total: float) -> str:
     return f"{n:,} of {total:,} ({percent(n / total)})" if total else "none"
 
 
-def _plain(title: str, rows: list[tuple[str, str]]) -> Section:
+def _plain(title: str, rows: Sequence[tuple[str, ...]]) -> Section:
     return Section(title, ("", ""), rows)
 
 
@@ -94,7 +95,7 @@ def sections(found: Inspection) -> list[Section]:
         length.append(("correlation with reward", f"{found.correlation:+.2f} within prompts"))
     if pairs.longer_is_better is not None:
         baseline = f"{percent(pairs.longer_is_better)} ± {percent(pairs.error)} of the unequal ones (no bias: 50%)"
-        longest = f"{percent(pairs.longest_is_best)} (at random: {percent(pairs.chance)})"
+        longest = f"{percent(pairs.longest_is_best or 0)} (at random: {percent(pairs.chance)})"
         ranks = " → ".join(f"{n:,.0f}" for n in found.rank_lengths[:8]) + (" …" if len(found.rank_lengths) > 8 else "")
         length += [
             ("pairs with the longer one better", baseline),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from .arguments import parse
 from .data import DataOptions, read_reward_dataset, select_split
-from .errors import UserError, command
+from .errors import UserError, command, refused_by
 
 
 @dataclass
@@ -58,14 +58,28 @@ class InspectDataOptions(DataOptions):
     )
 
 
+def training_options() -> set[str]:
+    """Names of all options of training, which a file that is given to `inspect` may hold."""
+    from trl import ModelConfig, ScriptArguments
+
+    from .config import NCAConfig
+    from .train import RunOptions
+
+    return {f.name for cls in (ScriptArguments, DataOptions, RunOptions, NCAConfig, ModelConfig) for f in fields(cls)}
+
+
 @command("nca-align inspect")
 def main(argv: list[str] | None = None) -> None:
     """Parse the options, and print or write what was found."""
     options, data_options = parse(
-        [InspectOptions, InspectDataOptions], argv, "nca-align inspect", "a data set, before training on it"
-    )
-    if options.html is not None and not Path(options.html).resolve().parent.is_dir():
-        raise UserError(f"`html` is {options.html!r}, whose folder does not exist; make it, or choose another file")
+        [InspectOptions, InspectDataOptions], argv, "nca-align inspect", "a data set, before training on it",
+        ignored=training_options,
+    )  # fmt: skip
+    if options.html is not None:
+        if not Path(options.html).resolve().parent.is_dir():
+            raise UserError(f"`html` is {options.html!r}, whose folder does not exist; make it, or choose another file")
+        if Path(options.html).is_dir():
+            raise UserError(f"`html` is {options.html!r}, which is a folder; give the name of a file")
     tokenizer = None
     if options.model_name_or_path is not None:
         from transformers import AutoTokenizer
@@ -95,7 +109,8 @@ def main(argv: list[str] | None = None) -> None:
     if options.html is not None:
         from .inspect_page import write_page
 
-        write_page(Path(options.html), found, show_row(dataset, options.example or 0, options, tokenizer))
+        with refused_by(f"writing `html` {options.html}"):
+            write_page(Path(options.html), found, show_row(dataset, options.example or 0, options, tokenizer))
         print(f"The page is {options.html}.")
 
 

@@ -126,7 +126,7 @@ def inspect(
         pairs=compare_pairs(r, lengths, k), correlation=within_correlation(r, lengths, k),
         rank_lengths=lengths_by_rank(r, lengths, k), alphas=alpha_table(r, k, sorted(wanted)),
         alpha=options.alpha, suggested=suggested, target=target, max_length=options.max_length,
-        max_prompt_length=options.max_prompt_length, tokens=tokens,
+        max_prompt_length=int(options.max_prompt_length or 0), tokens=tokens,
     )  # fmt: skip
 
 
@@ -149,16 +149,18 @@ def count_tokens(dataset: Dataset, tokenizer, options: "InspectOptions", counts:
         dataset, tokenizer, None, None, "unique_tokens", options.dataset_num_proc, options.dataset_train_split
     )
     pack = RewardCollator(pad_token_id=0, layout="prefix_shared")
-    limit, room = options.max_prompt_length, options.max_length
-    prompt_lengths, lengths, unique = [], [], 0
+    limit, room = int(options.max_prompt_length or 0), options.max_length  # `InspectOptions` fills it in
+    prompt_lengths: list[int] = []
+    lengths: list[int] = []
+    unique = 0
     rows = dataset.select_columns(["prompt_ids", "completion_ids", "rewards"])
     for row in tqdm(rows, desc="Counting tokens", unit=" row", disable=None, leave=False):
         prompt, completions = row["prompt_ids"], row["completion_ids"]
         prompt_lengths.append(len(prompt))
         lengths += map(len, completions)
         kept = prompt[-limit:]
-        cut = [completion[: room - len(kept)] for completion in completions]
-        unique += pack([{"prompt_ids": kept, "completion_ids": cut, "rewards": row["rewards"]}])["num_tokens"]
+        short = [completion[: room - len(kept)] for completion in completions]
+        unique += pack([{"prompt_ids": kept, "completion_ids": short, "rewards": row["rewards"]}])["num_tokens"]
     p, n = np.array(prompt_lengths), np.array(lengths)
     cut = truncate(p, n, counts, limit, room)
     return Tokens(p, n, cut, padded_tokens(cut.prompt_lengths, cut.lengths, counts), unique, notices)

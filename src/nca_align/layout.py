@@ -76,9 +76,15 @@ def compare(
     )
 
 
-def judge(differences: list[tuple[float, float]], mixed_precision: str, dtype: torch.dtype) -> tuple[bool, str]:
-    """Whether all processes' `compare` found no more than rounding explains, and the figures in words."""
-    half = mixed_precision in ("bf16", "fp16") or dtype in (torch.bfloat16, torch.float16)
+def judge(
+    differences: list[tuple[float, float]], mixed_precision: str, *dtypes: torch.dtype | None
+) -> tuple[bool, str]:
+    """Whether all processes' `compare` found no more than rounding explains, and the figures in words.
+
+    Args:
+        dtypes: those that the model computes in.
+    """
+    half = mixed_precision in ("bf16", "fp16") or bool({*dtypes} & {torch.bfloat16, torch.float16})
     allowed = (2e-2, 1e-1) if half else (1e-4, 1e-3)
     worst = torch.tensor(differences, dtype=torch.float64).amax(0).tolist()  # a NaN anywhere stays one
     figures = f"log-probabilities within {worst[0]:.1e}, gradients within {worst[1]:.1e}, relative"

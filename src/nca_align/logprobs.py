@@ -3,6 +3,7 @@
 import functools
 from dataclasses import dataclass
 from types import MethodType
+from typing import Any
 
 import torch
 from torch import nn
@@ -120,7 +121,7 @@ def add_token_logps(model: PreTrainedModel) -> None:
             f"`model` is a {type(model).__name__}, which has `{more[0]}` beside a backbone and an LM head (a linear "
             "map of its last hidden state), so that its log-probabilities would be wrong; use another model."
         )
-    model._has_token_logps = True
+    setattr(model, "_has_token_logps", True)  # noqa: B010 (no attribute that its class declares)
     own_forward = model.forward
     config = model.config.get_text_config()
     scale, softcap = logit_transform(config)
@@ -150,9 +151,10 @@ def add_token_logps(model: PreTrainedModel) -> None:
     model.forward = MethodType(forward, model)
 
 
-def _router_loss(model: PreTrainedModel, router_logits, attention_mask: torch.Tensor | None) -> torch.Tensor:
+def _router_loss(model: Any, router_logits, attention_mask: torch.Tensor | None) -> torch.Tensor:
     """Load-balancing loss over the batch's real tokens; a packed row has no others, and its mask is a placeholder."""
     from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func  # every family's is this one
 
     mask = attention_mask if attention_mask is not None and attention_mask.dim() == 2 else None
-    return load_balancing_loss_func(router_logits, model.num_experts, model.num_experts_per_tok, mask)
+    loss = load_balancing_loss_func(router_logits, model.num_experts, model.num_experts_per_tok, mask)
+    return torch.as_tensor(loss)

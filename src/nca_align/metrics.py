@@ -126,6 +126,17 @@ class PromptMeans:
     def clear(self) -> None:
         self._sums.clear()
 
+    def state(self) -> dict[str, list[float]]:
+        """This process's sums of values and of weights, exactly, for `add_state`."""
+        return {name: [float(total), float(weight)] for name, (total, weight) in self._sums.items()}
+
+    def add_state(self, state: Mapping[str, list[float]]) -> None:
+        """Add the sums of an earlier process."""
+        for name, own in state.items():
+            sums = self._sums.setdefault(name, [0.0, 0.0])
+            for i in (0, 1):
+                sums[i] += own[i]
+
     def gather(self) -> dict[str, float]:
         """Means since the last call, of the names that have any weight; every process must call it."""
         own = {name: (float(total), float(weight)) for name, (total, weight) in self._sums.items()}

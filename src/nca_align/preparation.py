@@ -2,6 +2,7 @@
 
 import copy
 import logging
+from typing import Any
 
 from accelerate import PartialState
 from accelerate.utils import is_peft_model
@@ -31,14 +32,14 @@ def keep_nf4_differentiable(model: nn.Module) -> None:
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010 (no attribute of modules in general)
 
 
 def reward_rows(dataset, name: str):
     """`dataset` as rows `prompt, completions, rewards`; tokenised rows come back as they are."""
     if not isinstance(dataset, (Dataset, IterableDataset)):
         raise TypeError(f"`{name}` data is a {type(dataset).__name__}, but must be a Dataset or an IterableDataset.")
-    first = next(iter(dataset), {})
+    first: dict[str, Any] = next(iter(dataset), {})
     if {"prompt_ids", "completion_ids", "rewards"} <= set(first):
         return dataset
     if images := {"image", "images"} & set(first):
@@ -49,9 +50,11 @@ def reward_rows(dataset, name: str):
     return to_reward_dataset(dataset, _HANDED_OVER, name=name)
 
 
-def settle(args: NCAConfig, datasets: list) -> None:
-    """What the data sets and the batches' shape decide about the arguments."""
-    accelerator_config = args.accelerator_config
+def settle(args: NCAConfig, model, datasets: list) -> None:
+    """What the model, the data sets and the batches' shape decide about the arguments."""
+    if isinstance(model, str):  # weights out of a pickle could run any code
+        args.model_init_kwargs = {"use_safetensors": True} | dict(args.model_init_kwargs or {})  # type: ignore[arg-type]
+    accelerator_config: Any = args.accelerator_config
     if accelerator_config.split_batches:
         raise NotImplementedError(
             "`accelerator_config.split_batches` is true, but a batch of prompt trees can't be cut by rows; leave it "

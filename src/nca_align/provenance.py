@@ -3,10 +3,12 @@
 import hashlib
 import json
 from collections.abc import Iterable
-from importlib.metadata import version
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 KEY = b"nca_align"
@@ -22,7 +24,7 @@ def weights_fingerprint(name: str | None, revision: str | None = None) -> str | 
 
     Returns:
         For a folder a hash of its files (64 evenly spaced megabytes of those that are larger), independent of place
-        and dates; for an id the id with its revision.
+        and dates, of an adapter with its base model; for an id the id with its revision.
     """
     if name is None or not Path(name).is_dir():
         return f"{name}@{revision}" if revision else name
@@ -36,15 +38,27 @@ def weights_fingerprint(name: str | None, revision: str | None = None) -> str | 
             for offset in range(0, size, max(_CHUNK, size // 64)):
                 handle.seek(offset)
                 digest.update(handle.read(_CHUNK))
+    base = _adapter_base(Path(name))
+    if base is not None:
+        digest.update(f"base:{base}\n".encode())
     return digest.hexdigest()[:16]
 
 
-# Trainers leave these beside the model; they say nothing about what it computes.
-# what differs between two runs that gave the same weights: times, and the state of training
+# Trainers leave these beside the model: times and the state of training, which say nothing about what it computes.
 _NOT_THE_MODEL = {
     "training_args.bin", "trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state.pth", "all_results.json",
     "train_results.json", "eval_results.json", "validation_indices.json",
 }  # fmt: skip
+
+
+def _adapter_base(folder: Path) -> str | None:
+    """The fingerprint of the model that an adapter's folder names as its base; None of any other folder."""
+    try:
+        about = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        base = about["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError):  # what is wrong with it, loading says
+        return None
+    return weights_fingerprint(base, about.get("revision"))
 
 
 def data_fingerprint(rows: Iterable[dict]) -> str:
@@ -56,8 +70,12 @@ def data_fingerprint(rows: Iterable[dict]) -> str:
 
 
 def versions(*packages: str) -> dict[str, str]:
-    """Installed versions of `packages` and of this one."""
-    return {package: version(package) for package in ("nca-align", *packages)}
+    """Versions of this package and of those of `packages` that are installed."""
+    found = {}
+    for package in ("nca-align", *packages):
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
 
 
 def sidecar(output: Path) -> Path:
@@ -66,12 +84,15 @@ def sidecar(output: Path) -> Path:
 
 
 def read_provenance(path: str | Path) -> list[dict[str, Any]]:
-    """The commands that made `path`, oldest first, each with its `config`; empty where none is recorded."""
+    """The commands that made `path`, oldest first, each with its `config`; empty where none can be read."""
     path = Path(path)
     if not path.is_file():
         return []
-    if path.suffix == ".parquet":
-        text = (pq.read_schema(path).metadata or {}).get(KEY)
-    else:
-        text = sidecar(path).read_text() if sidecar(path).exists() else None
-    return json.loads(text) if text else []
+    try:
+        if path.suffix == ".parquet":
+            text = (pq.read_schema(path).metadata or {}).get(KEY)
+        else:
+            text = sidecar(path).read_text() if sidecar(path).exists() else None
+        return json.loads(text) if text else []
+    except (pa.ArrowInvalid, ValueError):  # an empty or broken file
+        return []

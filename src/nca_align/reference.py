@@ -1,6 +1,7 @@
 """Reference log-probabilities computed once and kept: what changes them is their key; shards make them resumable."""
 
 import hashlib
+import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,16 +21,21 @@ from torch import nn
 from .collator import RewardCollator
 
 ROWS_PER_SHARD = 512
+# What a model's config says beside what its forward computes
+_NOT_COMPUTED = (
+    "_name_or_path", "_model_name_or_path", "transformers_version", "use_cache", "_attn_implementation",
+    "architectures", "bos_token_id", "eos_token_id", "pad_token_id",
+)  # fmt: skip
 
 
 def reference_hash(model: nn.Module) -> str:
-    """Hash of the weights that make up the reference: all of `model`'s but those of the adapter being trained.
+    """Hash of the reference: all of `model`'s weights but the trained adapter's, and what computes on them.
 
     A PEFT model's reference is its base, or the adapter "ref" where training goes on from an existing one, so runs that
     differ in a fresh adapter alone share their cache. Of sharded weights this process's share counts.
     """
     policy = [f".{name}." for name in getattr(model, "peft_config", {}) if name != "ref"]
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(json.dumps(_computation(model), sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.state_dict(keep_vars=True).items()):
         if isinstance(tensor, torch.Tensor) and not any(part in f"{name}." for part in policy):
             tensor = getattr(tensor, "ds_tensor", tensor)  # ZeRO-3 leaves the parameter itself empty
@@ -40,16 +46,27 @@ def reference_hash(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def content_hash(dataset: Dataset) -> str:
+def _computation(model: nn.Module) -> list[Any]:
+    """What decides a forward beside the weights: the architecture, and the scale of the adapter "ref"."""
+    adapters = getattr(model, "peft_config", {})
+    base: Any = model.get_base_model() if adapters else model  # type: ignore[operator]  # PEFT's
+    config = {name: value for name, value in base.config.to_dict().items() if name not in _NOT_COMPUTED}
+    reference = adapters["ref"].to_dict() if "ref" in adapters else {}
+    scale = {name: value for name, value in reference.items() if name in ("peft_type", "r", "lora_alpha", "use_rslora")}
+    return [type(base).__name__, config, scale]
+
+
+def content_hash(dataset: Dataset, columns: tuple[str, ...] = ("prompt_ids", "completion_ids")) -> str:
     """Hash of the token ids of all rows, and so of the template, the truncation and the completions behind them."""
     digest = hashlib.sha256()
-    for batch in dataset.with_format("arrow").select_columns(["prompt_ids", "completion_ids"]).iter(1000):
+    for batch in dataset.with_format("arrow").select_columns(list(columns)).iter(1000):
         for column in batch.columns:
             array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
             while pa.types.is_list(array.type) or pa.types.is_large_list(array.type):
                 digest.update(np.asarray(array.value_lengths()).astype("<i8").tobytes())
                 array = array.flatten()
-            digest.update(np.asarray(array).astype("<i8").tobytes())
+            values = np.asarray(array)
+            digest.update(values.astype("<i8" if values.dtype.kind in "iu" else "<f8").tobytes())
     return digest.hexdigest()
 
 

@@ -132,7 +132,8 @@ def pipeline_scorer(name: str, label: str | None, batch_size: int) -> Scorer:
     def score(prompts: list, completions: list, columns: dict[str, list]) -> list[float]:
         texts = [text_of(completion) for completion in completions]
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-        found = classify([texts[i] for i in order], top_k=None, batch_size=batch_size, truncation=True, max_length=room)
+        ordered = [texts[i] for i in order]
+        found: Any = classify(ordered, top_k=None, batch_size=batch_size, truncation=True, max_length=room)
         scores = [0.0] * len(texts)
         for i, ranked in zip(order, found, strict=True):
             scores[i] = next(entry["score"] for entry in ranked if entry["label"] == label)

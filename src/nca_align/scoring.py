@@ -1,8 +1,5 @@
 """`nca-align score`: completions to `rewards`, from a model, a classifier, a Python function, or several of them."""
 
-import asyncio
-import importlib
-import inspect
 import math
 import os
 import re
@@ -14,11 +11,12 @@ from typing import Literal
 
 from datasets import Features, List, Value
 
-from .arguments import nearest, parse
-from .engines import Advance, from_pretrained
+from .arguments import parse
+from .engines import Advance
 from .errors import UserError, command, one_line
-from .prompts import load_completions, text_of
+from .prompts import load_completions
 from .provenance import data_fingerprint, read_provenance, versions, weights_fingerprint
+from .reward_functions import find_function, function_scorer, is_function, source_fingerprint
 from .reward_models import Scorer, pipeline_scorer, reward_model
 from .shards import Shard, Work, run_sharded
 
@@ -90,7 +88,7 @@ def score(options: ScoreOptions) -> dict[str, int]:
         scorers = {}
         for name, spec in zip(names, options.scorer, strict=True):
             if spec in functions:
-                scorers[name] = _function_scorer(functions[spec], spec, options.tokenizer)
+                scorers[name] = function_scorer(functions[spec], spec, options.tokenizer)
             elif spec.startswith("pipeline:"):
                 model, _, label = spec.removeprefix("pipeline:").partition(":")
                 scorers[name] = pipeline_scorer(model, label or None, options.batch_size)
@@ -105,42 +103,16 @@ def score(options: ScoreOptions) -> dict[str, int]:
         "shard_size": options.shard_size, "data": data_fingerprint(dataset),
     }  # fmt: skip
     about = {"scorers": options.scorer, "data": options.dataset_name, "versions": versions("torch", "transformers")}
+    sources = {spec: source_fingerprint(function) for spec, function in functions.items()}
     counts = run_sharded(
         options.output, dataset, Features({**kept, **new}), start,
-        {"command": "score", "config": config, "about": about}, history=read_provenance(options.dataset_name),
+        {"command": "score", "config": config, "about": about, "sources": sources},
+        history=read_provenance(options.dataset_name),
         shard_size=options.shard_size, drop_failed=options.on_error == "drop",
     )  # fmt: skip
     left_out = f", {counts['failed']} rows left out that could not be scored" if counts["failed"] else ""
     print(f"{options.output}: {counts['rows']} rows, {counts['completions']} completions{left_out}", file=sys.stderr)
     return counts
-
-
-def is_function(spec: str) -> bool:
-    """Whether a scorer's name is `package.module:function`."""
-    return re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*", spec) is not None and not spec.startswith("pipeline:")
-
-
-def find_function(spec: str):
-    """The function that `package.module:function` names; modules of the current folder are found too.
-
-    Raises:
-        UserError: no such module or function.
-    """
-    module_name, _, function_name = spec.partition(":")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        found = importlib.import_module(module_name)
-    except ImportError as error:
-        raise UserError(f"`scorer` {spec}: module {module_name} can't be imported ({one_line(error)})") from error
-    for part in function_name.split("."):
-        if not hasattr(found, part):
-            names = [name for name, value in vars(found).items() if callable(value)]
-            raise UserError(f"`scorer` {spec}: {module_name} has no function `{part}`{nearest(part, names)}")
-        found = getattr(found, part)
-    if not callable(found):
-        raise UserError(f"`scorer` {spec} is a {type(found).__name__}; it must be a function")
-    return found
 
 
 def column_names(specs: list[str]) -> list[str]:
@@ -160,37 +132,6 @@ def _identity(spec: str) -> str | None:
     prefix, _, rest = spec.partition(":") if spec.startswith("pipeline:") else ("", "", spec)
     model, _, label = rest.partition(":") if prefix else (rest, "", "")
     return ":".join(filter(None, (prefix, weights_fingerprint(model), label)))
-
-
-def _function_scorer(function, spec: str, tokenizer_name: str | None) -> Scorer:
-    tokenizer = None
-    if tokenizer_name is not None:
-        from transformers import AutoTokenizer
-
-        tokenizer = from_pretrained(AutoTokenizer, tokenizer_name, key="tokenizer")
-
-    def run(prompts: list, completions: list, columns: dict[str, list]) -> list[float | None]:
-        # TRL hands these three to every function; here is no training that they could log to.
-        extra = {"trainer_state": None, "log_extra": lambda *_: None, "log_metric": lambda *_: None}
-        if tokenizer is not None:
-            texts = [text_of(completion) for completion in completions]
-            extra["completion_ids"] = tokenizer(texts, add_special_tokens=False)["input_ids"]
-        scores = function(prompts=prompts, completions=completions, **columns, **extra)
-        if inspect.isawaitable(scores):
-            scores = asyncio.run(_finish(scores))
-        scores = list(scores)
-        if len(scores) != len(completions):
-            raise UserError(
-                f"`scorer` {spec} returned {len(scores)} scores for {len(completions)} completions; it must return one "
-                "each (None to skip one)"
-            )
-        return [None if value is None else float(value) for value in scores]
-
-    return run
-
-
-async def _finish(awaitable):
-    return await awaitable
 
 
 def _work(scorers: dict[str, Scorer], weights: list[float]) -> Work:
@@ -248,8 +189,8 @@ def _problem(scores: dict[str, list]) -> str:
         for k, value in enumerate(values):
             if value is not None and not math.isfinite(value):
                 return f"`{name}` gave {value} for completion {k}; a score must be a finite number, or None to skip"
-    for k, values in enumerate(zip(*scores.values(), strict=True)):
-        if all(value is None for value in values):
+    for k, given in enumerate(zip(*scores.values(), strict=True)):
+        if all(value is None for value in given):
             return f"every scorer skipped completion {k} (None); at least one must score it"
     return ""
 

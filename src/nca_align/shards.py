@@ -12,6 +12,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import date, time
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from datasets import Dataset, Features
 from tqdm.auto import tqdm
 
 from .errors import UserError
+from .locking import alone_at
 from .provenance import KEY, read_provenance, sidecar
 
 
@@ -55,7 +57,8 @@ def run_sharded(
         dataset: the input rows.
         features: the types of the output rows.
         start: called once, and only where work is left, to load what the work needs.
-        step: `command` and `config`, compared with what an existing output says, and anything else to record.
+        step: `command` and `config`, compared with what an existing output says, and anything else to record; of it
+            `sources`, the hashes of files with code, may change while rows that failed are mended.
         history: the steps that made the input.
         shard_size: input rows in a shard, the unit in which work is kept.
         drop_failed: leave rows that failed out; otherwise they stop the run once all other rows are done and kept.
@@ -65,24 +68,65 @@ def run_sharded(
         What was counted, over all shards: `rows` written, and the work's own counts.
 
     Raises:
-        UserError: `output` has another ending, or is there from another configuration, or rows failed.
+        UserError: `output` has another ending, can't hold a column, is there from another configuration or in another
+            command's hands, or rows failed.
     """
     path = Path(output)
     if path.suffix not in (".parquet", ".jsonl"):
         raise UserError(f"`output` is {output!r}; it must end in .parquet or .jsonl")
+    if path.suffix == ".jsonl":
+        for column in features.arrow_schema:
+            _refuse_no_json(column.name, column.type)
     step = json.loads(json.dumps(step))
-    parts = path.with_name(path.name + ".parts")
-    if path.exists():
-        made = read_provenance(path)
-        _refuse_other(output, made[-1] if made else None, step)
-        shutil.rmtree(parts, ignore_errors=True)  # a kill may have come between the last rename and this
-        print(f"{output} is complete already: nothing to do", file=sys.stderr)
-        return made[-1]["counts"]
+    if (
+        path.exists() and not _parts(path).exists()
+    ):  # looked at without the lock: it may be where nothing can be written
+        return _finished(path, step)
+    with alone_at(path):
+        if not path.exists():
+            return _run(path, dataset, features, start, step, history, shard_size, drop_failed, unit)
+        counts = _finished(path, step)
+        shutil.rmtree(_parts(path), ignore_errors=True)  # a kill may have come between the last rename and this
+        return counts
+
+
+def _parts(path: Path) -> Path:
+    return path.with_name(path.name + ".parts")
+
+
+def _finished(path: Path, step: dict) -> dict[str, int]:
+    made = read_provenance(path)
+    _refuse_other(str(path), made[-1] if made else None, step)
+    if edited := _edited(made[-1], step):
+        raise UserError(
+            f"{path} is complete, but the code of {edited} changed since it was made; delete it to make it anew, or "
+            "choose another `output`"
+        )
+    print(f"{path} is complete already: nothing to do", file=sys.stderr)
+    return made[-1]["counts"]
+
+
+def _run(
+    path: Path,
+    dataset: Dataset,
+    features: Features,
+    start: Callable[[], Work],
+    step: dict[str, Any],
+    history: list[dict] | None,
+    shard_size: int,
+    drop_failed: bool,
+    unit: str,
+) -> dict[str, int]:
+    parts = _parts(path)
+    made: dict = {}
     if (parts / "config.json").exists() and any(parts.glob(f"0*{path.suffix}")):  # else there is nothing to protect
-        _refuse_other(f"{parts}, an unfinished run,", json.loads((parts / "config.json").read_text()), step)
+        made = json.loads((parts / "config.json").read_text())
+        _refuse_other(f"{parts}, an unfinished run,", made, step)
 
     firsts = list(range(0, len(dataset), shard_size))
     done = [i for i in range(len(firsts)) if _is_done(parts, i, path.suffix, drop_failed)]
+    if done and (edited := _edited(made, step)):
+        _refuse_edited(edited, parts, len(done), failed=len(list(parts.glob(f"0*{path.suffix}"))) - len(done))
     work: Work | None = None
     size = {i: min(shard_size, len(dataset) - first) for i, first in enumerate(firsts)}
     with tqdm(total=len(dataset), initial=sum(size[i] for i in done), unit=f" {unit}", dynamic_ncols=True) as bar:
@@ -112,7 +156,7 @@ def run_sharded(
     for about in abouts:
         counts.update(about["counts"])
     if not counts["rows"]:
-        raise UserError(f"none of the {len(dataset)} rows is left for {output} ({dict(counts)}); see {parts}")
+        raise UserError(f"none of the {len(dataset)} rows is left for {path} ({dict(counts)}); see {parts}")
     steps = [*(history or []), step | {"counts": dict(sorted(counts.items()))}]
     _join(path, parts, len(firsts), features, json.dumps(steps))
     shutil.rmtree(parts)
@@ -145,6 +189,43 @@ def _refuse_other(what: str, made: dict | None, step: dict) -> None:
         raise UserError(f"{what} is there already, of another configuration: {', '.join(differences)}; {fix}")
 
 
+def _edited(made: dict, step: dict) -> str:
+    """The sources that are not what they were; none where it isn't known what they were."""
+    old, new = made.get("sources", {}), step.get("sources", {})
+    return ", ".join(f"`{name}`" for name in old if new.get(name) != old[name])
+
+
+def _refuse_edited(edited: str, parts: Path, done: int, failed: int) -> None:
+    """Refuse to go on by edited code, but let it mend shards with failed rows, and say what stays."""
+    fix = f"delete {parts} to make all rows anew"
+    if not failed:
+        raise UserError(
+            f"the code of {edited} changed since {parts}, an unfinished run, was begun, and {done} of its shards are "
+            f"done; {fix}, or undo the change"
+        )
+    print(f"the code of {edited} changed; {done} shards without failed rows stay as they are: {fix}", file=sys.stderr)
+
+
+def _refuse_no_json(name: str, kind: pa.DataType) -> None:
+    if pa.types.is_nested(kind):
+        for i in range(kind.num_fields):
+            _refuse_no_json(name, kind.field(i).type)
+        return
+    tests = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_fixed_size_binary, pa.types.is_decimal,
+             pa.types.is_duration)  # fmt: skip
+    if any(test(kind) for test in tests):
+        raise UserError(
+            f"column `{name}` is of type {kind}, which JSON has not; make `output` end in .parquet, or leave it out"
+        )
+
+
+def _iso(value: Any) -> str:
+    """Dates and times as ISO 8601, which reading takes for dates and times again."""
+    if isinstance(value, (date, time)):
+        return value.isoformat()
+    raise TypeError(f"{type(value).__name__} is no JSON")
+
+
 def _write(path: Path, content: bytes) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     with open(temporary, "wb") as file:
@@ -156,7 +237,7 @@ def _write(path: Path, content: bytes) -> None:
 
 def _write_rows(path: Path, rows: list[dict], features: Features) -> None:
     if path.suffix == ".jsonl":
-        _write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+        _write(path, "".join(json.dumps(row, ensure_ascii=False, default=_iso) + "\n" for row in rows).encode())
         return
     columns = {name: [row[name] for row in rows] for name in features}
     sink = pa.BufferOutputStream()
@@ -177,5 +258,7 @@ def _join(path: Path, parts: Path, n: int, features: Features, provenance: str) 
         schema = schema.with_metadata({**(schema.metadata or {}), KEY: provenance.encode()})
         with pq.ParquetWriter(temporary, schema) as writer:
             for shard in shards:
-                writer.write_table(pq.read_table(shard).replace_schema_metadata(schema.metadata))
+                table = pq.read_table(shard).replace_schema_metadata(schema.metadata)
+                # Parquet has no whole seconds: what was put in as such comes back in milliseconds
+                writer.write_table(table if table.schema.equals(schema) else table.cast(schema))
     os.replace(temporary, path)

@@ -23,7 +23,14 @@ def tokenize_dataset(
     name: str = "train",
 ) -> tuple[Dataset | IterableDataset, list[str]]:
     """`tokenize_rows` over a data set, cached on disk where its rows are; and a sentence on each thing that was cut."""
-    limits = {"max_prompt_length": max_prompt_length, "max_length": max_length, "length_column": length_column}
+    if max_length is not None and max_prompt_length is not None and max_prompt_length >= max_length:
+        raise ValueError(  # the config's own check saw other values
+            f"`max_prompt_length` is {max_prompt_length}, which leaves no room for completions within `max_length` "
+            f"{max_length}; set both when the config is made."
+        )
+    limits: dict[str, Any] = {
+        "max_prompt_length": max_prompt_length, "max_length": max_length, "length_column": length_column,
+    }  # fmt: skip
     function = partial(tokenize_rows, tokenizer=tokenizer, **limits)
     if isinstance(dataset, IterableDataset):
         dataset = dataset.map(function, batched=True, batch_size=64, with_indices=True)
@@ -36,7 +43,7 @@ def tokenize_dataset(
             tokenizer.bos_token,
             tokenizer.eos_token,
         )
-        options["new_fingerprint"] = Hasher.hash(("nca_align tokens 1", dataset._fingerprint, state, limits))
+        options["new_fingerprint"] = Hasher.hash(("nca_align tokens 2", dataset._fingerprint, state, limits))
     try:
         dataset = dataset.map(
             function,
@@ -48,8 +55,10 @@ def tokenize_dataset(
             **options,
         )
     except ValueError as error:
-        if str(error).startswith("Row "):  # also from a worker process: raised here, it is told in one sentence
-            raise ValueError(str(error)) from error
+        if (text := str(error)).startswith(
+            "Row "
+        ):  # also from a worker process: raised here, it is told in one sentence
+            raise ValueError(text.replace(":", f" of `{name}`:", 1)) from error
         raise
     cut = {column: sum(dataset[column]) for column in CUT_COLUMNS}
     notices = []
@@ -83,16 +92,16 @@ def tokenize_rows(
 
     Args:
         batch: columns `prompt` (text, messages), `completions`, `rewards`, and `tools`, `chat_template_kwargs` if any.
-        indices: the rows' numbers, for errors.
+        indices: the rows' numbers, for errors, also of the training that follows.
         tokenizer: its chat template renders messages; text gets one EOS at its end, and a BOS where the tokenizer adds
             one and the text doesn't begin with it.
         max_prompt_length, max_length: tokens; None for no limit.
         length_column: name of the output column for the row's unique tokens, the prompt counted once.
 
     Returns:
-        Columns `prompt_ids`, `completion_ids`, `rewards`, `length_column`, and `CUT_COLUMNS`: whether the prompt was
-        cut, how many completions were, and how many of the prompt's last tokens were left out because a conversation
-        goes on differently.
+        Columns `prompt_ids`, `completion_ids`, `rewards`, `length_column`, `row_number`, and `CUT_COLUMNS`: whether the
+        prompt was cut, how many completions were, and how many of the prompt's last tokens were left out because a
+        conversation goes on differently.
 
     Raises:
         ValueError: a template that drops or refuses a system prompt, or no token in front of a completion or in it.
@@ -102,7 +111,7 @@ def tokenize_rows(
     for special in {special for _, special in rows}:
         texts = [text for texts, own in rows if own is special for text in texts]
         ids[special] = iter(tokenizer(texts, add_special_tokens=special, verbose=False)["input_ids"])
-    columns = ("prompt_ids", "completion_ids", "rewards", length_column, *CUT_COLUMNS)
+    columns = ("prompt_ids", "completion_ids", "rewards", length_column, "row_number", *CUT_COLUMNS)
     output: dict[str, list] = {name: [] for name in columns}
     for i, (texts, special) in enumerate(rows):
         prompt, *wholes = [next(ids[special]) for _ in texts]
@@ -123,7 +132,7 @@ def tokenize_rows(
         cut = sum(len(c) < len(whole) - boundary for c, whole in zip(completions, wholes, strict=True))
         unique_tokens = len(kept) + sum(map(len, completions))
         values = (
-            kept, completions, batch["rewards"][i], unique_tokens,
+            kept, completions, batch["rewards"][i], unique_tokens, indices[i],
             int(len(kept) < boundary), cut, len(prompt) - boundary,
         )  # fmt: skip
         for name, value in zip(columns, values, strict=True):
@@ -139,6 +148,11 @@ def _render(row: dict[str, Any], index: int, tokenizer: PreTrainedTokenizerBase)
         texts = [prompt, *(prompt + (c if c.endswith(eos) else c + eos) for c in completions)]
         bos = tokenizer.bos_token
         return texts, not (bos and prompt.startswith(bos))  # no second BOS before text that is rendered already
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            f"Row {index}: `prompt` holds messages, but the tokenizer has no chat template to render them; set its "
+            "`chat_template` to the one that the model was trained with, or give the prompt as text."
+        )
     tools = row.get("tools")
     options = {
         "tokenize": False,

@@ -15,10 +15,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
 
 from .arguments import parse
+from .checkpoints import last_common_checkpoint, write_errors_told
 from .config import NCAConfig
-from .curves import plot_curves, summary
+from .curves import last_evaluation, plot_curves, summary
 from .data import DataOptions, RewardData, read_reward_dataset, select_split
-from .errors import UserError, command, one_line
+from .engines import load_adapter
+from .errors import UserError, command, one_line, refused_by
 from .smollm2 import resolve_model
 
 logger = logging.getLogger("nca_align")
@@ -39,7 +41,7 @@ class RunOptions:
     answer_tokens: int = field(default=64, metadata={"help": "Most tokens of such an answer."})
 
 
-@command("train")
+@command("train", goes_on="with `resume_from_checkpoint: true` it goes on from the last checkpoint")
 def main(argv: list[str] | None = None) -> int:
     """Train as the options say; 0, or 2 after a user's mistake, told in one sentence."""
     script, data_options, run, args, model_args = parse(
@@ -57,6 +59,7 @@ def main(argv: list[str] | None = None) -> int:
         torch.set_num_threads(run.cpu_threads or os.cpu_count() or 1)
     _require(script.dataset_name, "dataset_name", "a Hub id, a file or a folder with rewarded completions")
     _require(model_args.model_name_or_path, "model_name_or_path", "a Hub id or a folder with a language model")
+    _check(script, args, model_args)
     checkpoint = _checkpoint(args)
     model = resolve_model(model_args.model_name_or_path)
     tokenizer = _tokenizer(model, model_args.model_revision, args.trust_remote_code)
@@ -68,6 +71,8 @@ def main(argv: list[str] | None = None) -> int:
             num_proc=args.dataset_num_proc,
             options=data_options,
         )
+    if run.show_answers and args.eval_strategy == "no" and not args.eval_on_start and args.process_index == 0:
+        logger.warning("`show_answers` is %d, but nothing is evaluated: no answers are shown.", run.show_answers)
     evaluates = args.eval_strategy != "no" or args.eval_on_start
     train_dataset = select_split(data.dataset, script.dataset_train_split)
     eval_dataset = select_split(data.dataset, script.dataset_test_split) if evaluates else None
@@ -80,23 +85,27 @@ def main(argv: list[str] | None = None) -> int:
         "dtype": model_args.dtype,
         **(args.model_init_kwargs or {}),
     }
-    model, peft_config, quantization_config = _policy(model, model_args, args)
-    trainer = NCATrainer(
-        model=model,
-        args=args,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        processing_class=tokenizer,
-        quantization_config=quantization_config,
-        peft_config=peft_config,
-    )
+    with refused_by("setting up the training"):
+        model, peft_config, quantization_config = _policy(model, model_args, args)
+        trainer = NCATrainer(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=tokenizer,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+        )
     prompts = [row["prompt"] for row in eval_dataset.take(run.show_answers)] if eval_dataset is not None else []
     before = _answers(trainer, tokenizer, prompts, run.answer_tokens)
-    result = trainer.train(resume_from_checkpoint=checkpoint)
-    _save(trainer, result.metrics, data)
+    with refused_by("the first step", known=lambda: trainer.state.global_step == 0):
+        result = trainer.train(resume_from_checkpoint=checkpoint)
+    again = "make room, and run the same command with `resume_from_checkpoint: true`"
+    with write_errors_told("the trained model", Path(args.output_dir), lambda: again):
+        _save(trainer, result.metrics, data)
     after = _answers(trainer, tokenizer, prompts, run.answer_tokens)
     if trainer.is_world_process_zero():
-        print(summary(trainer.state.log_history, list(zip(prompts, before, after, strict=True))))
+        print(summary(trainer.state.log_history, list(zip(prompts, before, after, strict=True)), _kept_step(trainer)))
         where = [f"The {'adapter' if hasattr(trainer.model, 'peft_config') else 'model'} is in {args.output_dir}"]
         if (figure := plot_curves(trainer.state.log_history, Path(args.output_dir) / "curves.png")) is not None:
             where.append(f"the plot is {figure}")
@@ -113,29 +122,51 @@ def _require(value: Any, name: str, what: str) -> None:
         raise UserError(f"`{name}` is missing; give {what}, in the YAML file or as --{name}")
 
 
-def _checkpoint(args: NCAConfig) -> str | None:
-    """The checkpoint to go on from, if any; an error where the output folder holds another run's."""
-    wanted = args.resume_from_checkpoint
-    # `trainer_state.json` is written last: a folder without it is what a kill left of a save
-    folders = Path(args.output_dir).glob("checkpoint-*")
-    whole = [folder for folder in folders if (folder / "trainer_state.json").exists()]
-    last = max(whole, key=lambda folder: int(folder.name.split("-")[1]), default=None)
-    if wanted is None or str(wanted).lower() in ("false", "no", ""):
+def _check(script: ScriptArguments, args: NCAConfig, model_args: ModelConfig) -> None:
+    """What can't work, known before anything is read."""
+    if Path(str(args.output_dir)).is_file():
+        raise UserError(f"`output_dir` {args.output_dir} is a file; give a folder")
+    if (model_args.load_in_4bit or model_args.load_in_8bit) and not model_args.use_peft:
+        raise UserError("`load_in_4bit` and `load_in_8bit` leave no weight that can be trained; add `use_peft: true`")
+    if model_args.use_peft and model_args.lora_r < 1:
+        raise UserError(f"`lora_r` is {model_args.lora_r}, but must be at least 1")
+    if script.dataset_streaming and args.max_steps < 1:
+        raise UserError("`dataset_streaming` is true, and a stream has no known end; set `max_steps`")
+    if args.load_best_model_at_end and not _metric_is_known(args.metric_for_best_model or "loss"):
+        raise UserError(
+            f"`metric_for_best_model` is {args.metric_for_best_model}, which no evaluation gives; use loss, or a "
+            "metric of the log such as rewards/accuracies"
+        )
+
+
+def _metric_is_known(name: str) -> bool:
+    name = name.removeprefix("eval_")
+    return name == "loss" or name.split("/")[0] in ("rewards", "logratios", "logps", "target", "kl", "loss")
+
+
+def _checkpoint(args: NCAConfig) -> str | bool | None:
+    """What to go on from, for `NCATrainer.train`; an error where the output folder holds another run's checkpoints."""
+    wanted = str(args.resume_from_checkpoint).lower()
+    last = last_common_checkpoint(str(args.output_dir))
+    if wanted in ("none", "false", "no", ""):
         if last is not None:
             raise UserError(
                 f"`output_dir` {args.output_dir} holds checkpoints of an earlier run ({last.name}); set "
                 "`resume_from_checkpoint: true` to go on from it, or choose another folder"
             )
         return None
-    if str(wanted).lower() in ("true", "yes"):
+    if wanted in ("true", "yes"):
         if last is None and args.process_index == 0:
             logger.warning(
                 "`resume_from_checkpoint` is true, but %s holds no checkpoint: starting anew.", args.output_dir
             )
-        return None if last is None else str(last)
-    if not Path(wanted).is_dir():
-        raise UserError(f"`resume_from_checkpoint` is {wanted}, which is no folder; give a checkpoint, or `true`")
-    return wanted
+        return last is not None
+    if not Path(str(args.resume_from_checkpoint)).is_dir():
+        raise UserError(
+            f"`resume_from_checkpoint` is {args.resume_from_checkpoint}, which is no folder; give a checkpoint, or "
+            "`true`"
+        )
+    return args.resume_from_checkpoint
 
 
 def _tokenizer(model: str, revision: str | None, trust_remote_code: bool):
@@ -143,6 +174,10 @@ def _tokenizer(model: str, revision: str | None, trust_remote_code: bool):
     try:
         if not _is_adapter(model):
             AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
+        elif not (Path(model) / "tokenizer_config.json").exists():  # saved without a tokenizer
+            from peft import PeftConfig
+
+            model, revision = resolve_model(PeftConfig.from_pretrained(model).base_model_name_or_path), None
         return AutoTokenizer.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         if Path(model).exists():
@@ -162,19 +197,27 @@ def _policy(model: str, model_args: ModelConfig, args: NCAConfig):
     quantization_config = get_quantization_config(model_args)
     if not _is_adapter(model):
         return model, _peft_config(model_args), quantization_config
-    from peft import PeftConfig, PeftModel
+    from peft import PeftConfig
 
-    base = resolve_model(PeftConfig.from_pretrained(model).base_model_name_or_path)
-    options = {k: v for k, v in args.model_init_kwargs.items() if k != "revision"}
+    own = PeftConfig.from_pretrained(model)
+    if model_args.use_peft and model_args.lora_r != getattr(own, "r", model_args.lora_r):
+        raise UserError(
+            f"`lora_r` is {model_args.lora_r}, but `model_name_or_path` {model} is an adapter already, of rank "
+            f"{own.r}, and is trained on as it is; give its rank, or merge it into its base first (`nca-align export`)"
+        )
+    base = resolve_model(own.base_model_name_or_path)
+    options: dict[str, Any] = dict(args.model_init_kwargs or {})  # type: ignore[arg-type]  # no text from here on
+    options.pop("revision", None)
+    options["trust_remote_code"] = args.trust_remote_code
     args.model_init_kwargs = None  # the trainer is given an instance
     if quantization_config is not None:
         options["quantization_config"] = quantization_config
-    policy = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, **options), model, is_trainable=True)
-    return policy, None, None
+    base_model = AutoModelForCausalLM.from_pretrained(base, **{"use_safetensors": True, **options})
+    return load_adapter(base_model, model, is_trainable=True), None, None
 
 
 def _peft_config(model_args: ModelConfig):
-    config = get_peft_config(model_args)
+    config: Any = get_peft_config(model_args)
     modules = getattr(config, "target_modules", None)
     if isinstance(modules, str) and modules.isidentifier():  # TRL makes a list of one a pattern for whole names
         config.target_modules = {modules}
@@ -204,13 +247,17 @@ def _answers(trainer, tokenizer, prompts: list, max_new_tokens: int) -> list[str
     return answers
 
 
+def _kept_step(trainer) -> int | None:
+    return trainer.state.best_global_step if trainer.args.load_best_model_at_end else None
+
+
 def _save(trainer, metrics: dict[str, float], data: RewardData) -> None:
     """Weights, model card, `trainer_state.json`, metrics as JSON, and which rows were held out."""
     trainer.save_model()
     trainer.save_state()
     trainer.save_metrics("train", metrics)
     if trainer.eval_dataset is not None:
-        last = next((line for line in reversed(trainer.state.log_history) if "eval_loss" in line), None)
+        last = last_evaluation(trainer.state.log_history, _kept_step(trainer))
         if last is not None:
             trainer.save_metrics("eval", last)
     if trainer.is_world_process_zero():

@@ -5,6 +5,7 @@ import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from datasets import IterableDataset
 from torch import nn
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel
-from transformers.trainer_pt_utils import BatchRebalanceSampler
+from transformers.trainer_pt_utils import BatchRebalanceSampler, LengthGroupedSampler
 from trl import DPOConfig, DPOTrainer
 from trl.models import prepare_deepspeed
 from trl.models.utils import disable_gradient_checkpointing
@@ -23,11 +24,13 @@ from . import layout
 from .chunks import backward, gradient_sync, rng_restored, rng_state
 from .collator import RewardCollator
 from .config import NCAConfig
+from .guards import StepGuard
 from .logprobs import add_token_logps
 from .metrics import PromptMeans, row_metrics
 from .objective import Objective, count_prompts
 from .preparation import base_model, keep_nf4_differentiable, own_reference, reward_rows, say, settle
 from .reference import add_reference_logps, reference_hash
+from .resume import EvaluationCut, Resume, last_batch, prepare_to_skip
 from .tokenization import tokenize_dataset
 
 _FORWARD_KEYS = ("input_ids", "attention_mask", "position_ids", "segments", "token_index", "target_ids")
@@ -67,6 +70,10 @@ class NCATrainer(DPOTrainer):
                 eprint    = {2402.05369},
             }"""),
     }
+    model: PreTrainedModel
+    args: Any  # an NCAConfig, with what transformers has made of its texts
+    data_collator: RewardCollator
+    ref_model: Any
     # compute_loss divides by the prompts of the whole accumulation window
     loss_is_scaled_for_ga = True
 
@@ -109,9 +116,11 @@ class NCATrainer(DPOTrainer):
             eval_dataset = {name: reward_rows(dataset, name) for name, dataset in eval_dataset.items()}
         elif eval_dataset is not None:
             eval_dataset = reward_rows(eval_dataset, "eval")
-        settle(args, [train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])])
+        evaluated = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
+        settle(args, model, [train_dataset, *evaluated])
         if ref_model is None:
             ref_model = own_reference(model, peft_config, args)
+        self._rebalancer: BatchRebalanceSampler | None = None
         self._tokens_here = 0  # read by the model on this process
         self._given_collator = data_collator
         self._set_up = False
@@ -129,6 +138,9 @@ class NCATrainer(DPOTrainer):
             peft_config=peft_config,
         )
         self._set_up_layout()
+        self._guard = StepGuard(self.accelerator, args.nonfinite, args.collapse_nats)
+        self._resume = Resume(self)
+        self.add_callback(self._resume)
 
     # Data
 
@@ -150,14 +162,25 @@ class NCATrainer(DPOTrainer):
     def _set_signature_columns_if_needed(self):
         if self._signature_columns is None:
             self._signature_columns = [
-                "prompt_ids", "completion_ids", "rewards", "ref_logps", self.args.length_column_name,
+                "prompt_ids", "completion_ids", "rewards", "ref_logps", "row_number", self.args.length_column_name,
             ]  # fmt: skip
 
     def _get_train_sampler(self, train_dataset=None) -> Sampler | None:
         sampler = super()._get_train_sampler(train_dataset)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         if isinstance(sampler, BatchRebalanceSampler):  # else its epochs have an order of their own
-            sampler.seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+            sampler.seed = seed
+            self._rebalancer = sampler
+        if isinstance(sampler, LengthGroupedSampler):  # else a resumed epoch has another order
+            own: Any = sampler
+            own.set_epoch = lambda epoch: setattr(own, "generator", torch.Generator().manual_seed(seed + epoch))
         return sampler
+
+    def get_train_dataloader(self):
+        loader = super().get_train_dataloader()
+        if self._rebalancer is not None:
+            prepare_to_skip(loader.batch_sampler, self._rebalancer)
+        return loader
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
         """The micro-batches of one step, and what they are averaged over: prompts, and tokens of best completions."""
@@ -169,10 +192,28 @@ class NCATrainer(DPOTrainer):
                 break
             batch["weights"] = self._row_weights(batch)
             batches.append(batch)
+        self._leave_out_repeated(batches)
         counts = sum(map(count_prompts, batches), torch.zeros(2, dtype=torch.float64, device=device))
         if self.accelerator.num_processes > 1:
             counts = self.accelerator.reduce(counts, "sum")
         return batches, counts
+
+    def _leave_out_repeated(self, batches: list[dict[str, Any]]) -> None:
+        """Weight 0 for the rows that `batch_rebalance` repeats to fill an epoch's last step."""
+        sampler = self._rebalancer
+        if sampler is None or not self.accelerator.gradient_state.end_of_dataloader:
+            return
+        missing = sampler.dp_size * sampler.grad_accum - sampler.remainder
+        if not sampler.has_tail or missing <= 0:
+            return
+        order = torch.randperm(
+            len(sampler.lengths), generator=torch.Generator().manual_seed(sampler.seed + sampler.epoch)
+        ).tolist()
+        repeated = {*order[:missing]} - {*order[-sampler.remainder :]}
+        for batch in batches:
+            for i, row in enumerate(batch.get("row_numbers", [])):
+                if row in repeated:
+                    batch["weights"][i] = 0
 
     def _row_weights(self, batch: dict[str, Any]) -> torch.Tensor:
         """(B,) 1 for each prompt, and 0 for those that accelerate repeats to even out an epoch's last batch."""
@@ -180,10 +221,11 @@ class NCATrainer(DPOTrainer):
         weights = torch.ones(size, device=device)
         state = self.accelerator.gradient_state
         rebalanced = self.model.training and self.args.train_sampling_strategy == "batch_rebalance"
-        if state.end_of_dataloader and state.remainder > 0 and not rebalanced:
-            per_process = state.active_dataloader.total_batch_size // self.accelerator.num_processes
-            real = state.remainder - self.accelerator.process_index * per_process
-            weights[max(0, real) :] = 0
+        if state.end_of_dataloader and not rebalanced:
+            remainder, total = last_batch(state.active_dataloader, self.args.dataloader_drop_last)
+            if remainder:
+                real = remainder - self.accelerator.process_index * (total // self.accelerator.num_processes)
+                weights[max(0, real) :] = 0
         return weights
 
     # Layout
@@ -203,12 +245,17 @@ class NCATrainer(DPOTrainer):
         models = [base_model(self.model)]
         if self.ref_model is not None:
             models.append(base_model(self.accelerator.unwrap_model(self.ref_model)))
+        if not any(parameter.requires_grad for parameter in self.model.parameters()):
+            raise ValueError(
+                "`model` has no parameter that is trained; load an adapter with `is_trainable=True`, or give a "
+                "`peft_config`."
+            )
         for model in models:
             add_token_logps(model)
             keep_nf4_differentiable(model)
         if self.precompute_ref_logps:  # before any forward: bitsandbytes repacks its weights there on a CPU
             self._reference_hash = reference_hash(models[-1] if self.ref_model is not None else self.model)
-        self._layout_to_verify = None
+        self._layout_to_verify: str | None = None
         if self._given_collator is None:
             self._choose_layout(models)
 
@@ -242,7 +289,14 @@ class NCATrainer(DPOTrainer):
                 partial(self._chunk_logps, model, auxiliary=False), self.model, self.accelerator.device, gradients,
             )  # fmt: skip
         self.model.train(was_training)
-        agrees, figures = layout.judge(gather_object([difference]), self.accelerator.mixed_precision, self.model.dtype)
+        quantization = getattr(
+            base_model(self.accelerator.unwrap_model(self.model)).config, "quantization_config", None
+        )
+        agrees, figures = layout.judge(
+            gather_object([difference]), self.accelerator.mixed_precision,
+            self.model.dtype, getattr(quantization, "bnb_4bit_compute_dtype", None),  # NF4 computes in its own
+            *(parameter.dtype for parameter in self.model.parameters() if parameter.requires_grad),  # TRL's QLoRA: bf16
+        )  # fmt: skip
         if agrees:
             say(f"Layout: prefix_shared, each shared token once; agrees with padded on the first rows: {figures}.")
         elif requested == "prefix_shared":
@@ -272,7 +326,7 @@ class NCATrainer(DPOTrainer):
         return logps.view(shape).float().to(self.accelerator.device), outputs.aux_loss
 
     @torch.no_grad()
-    def compute_ref_log_probs(self, model: nn.Module | None, inputs: dict[str, Any]) -> torch.Tensor:
+    def compute_ref_log_probs(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
         """(B, K) log-probabilities under the reference: its own model, the adapter as it came, or the bare base."""
         shape = inputs["rewards"].shape
         adapter: Any = nullcontext()
@@ -283,7 +337,9 @@ class NCATrainer(DPOTrainer):
         self.model.eval()  # the reference has no dropout, and nothing to checkpoint
         try:
             with adapter, self.accelerator.autocast():
-                return sum(self._chunk_logps(model, chunk, shape, auxiliary=False)[0] for chunk in inputs["chunks"])
+                chunks = self._in_step(inputs["chunks"])
+                parts = [own * self._chunk_logps(model, chunk, shape, auxiliary=False)[0] for chunk, own in chunks]
+                return torch.stack(parts).sum(0)
         finally:
             self.model.train(was_training)
 
@@ -327,11 +383,11 @@ class NCATrainer(DPOTrainer):
         """Mean loss over the window's prompts; the K log-probabilities are the outputs."""
         shape = inputs["rewards"].shape
         logps, auxiliary = 0.0, None
-        for chunk in inputs["chunks"]:
+        for chunk, own in self._in_step(inputs["chunks"]):
             chunk_logps, chunk_auxiliary = self._chunk_logps(model, chunk, shape)
-            logps = logps + chunk_logps
+            logps = logps + own * chunk_logps
             if chunk_auxiliary is not None:
-                share = len(chunk["completion_index"]) / sum(len(c["completion_index"]) for c in inputs["chunks"])
+                share = own * len(chunk["completion_index"]) / sum(len(c["completion_index"]) for c in inputs["chunks"])
                 auxiliary = share * chunk_auxiliary + (0.0 if auxiliary is None else auxiliary)
         ref_logps = self._reference_logps(inputs)
         loss = self._weighted_loss(logps, ref_logps, inputs, num_items_in_batch)
@@ -356,13 +412,16 @@ class NCATrainer(DPOTrainer):
         if self._layout_to_verify:
             self._verify_layout(model, gradients=False)
         if self.args.completions_per_forward is None:
-            return super().training_step(model, inputs, num_items_in_batch)
-        model.train()
-        if hasattr(self.optimizer, "train") and callable(self.optimizer.train):  # schedule-free optimizers
-            self.optimizer.train()
-        inputs = self._prepare_inputs(inputs)
-        with self.maybe_activation_offload_context:
-            return self._chunked_step(model, inputs, num_items_in_batch)
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        else:
+            model.train()
+            if hasattr(self.optimizer, "train") and callable(self.optimizer.train):  # schedule-free optimizers
+                self.optimizer.train()
+            inputs = self._prepare_inputs(inputs)
+            with self.maybe_activation_offload_context:
+                loss = self._chunked_step(model, inputs, num_items_in_batch)
+        self._guard.add_loss(loss, self._tr_loss)
+        return loss
 
     def _chunked_step(self, model, inputs: dict[str, Any], counts: torch.Tensor | None) -> torch.Tensor:
         """Exact gradients with the activations of one chunk: d loss / d logp_i, times d logp_i, chunk by chunk.
@@ -373,17 +432,18 @@ class NCATrainer(DPOTrainer):
         terms = sum(len(chunk["completion_index"]) for chunk in chunks)
         ref_logps = self._reference_logps(inputs)
         logps = torch.zeros(shape, device=self.accelerator.device)
-        states: list = [None] * len(chunks)
+        in_step = self._in_step(chunks)
+        states: list = [None] * len(in_step)
         if not self._objective.separable:
             checkpointing = disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs)
             with torch.no_grad(), checkpointing, self.compute_loss_context_manager():
-                for i, chunk in enumerate(chunks):
+                for i, (chunk, own) in enumerate(in_step):
                     states[i] = rng_state(self.accelerator.device)
-                    logps += self._chunk_logps(model, chunk, shape, auxiliary=False)[0]
+                    logps += own * self._chunk_logps(model, chunk, shape, auxiliary=False)[0]
         total_auxiliary = None
-        for _ in range(self._chunks_to_wait_for(len(chunks))):
+        for chunk, own in in_step[len(chunks) :]:
             with gradient_sync(self.accelerator, model, last=False):
-                backward(self.accelerator, 0.0 * self._chunk_logps(model, chunks[-1], shape)[0].sum())
+                backward(self.accelerator, own * self._chunk_logps(model, chunk, shape)[0].sum())
         for i, chunk in enumerate(chunks):
             mine = torch.zeros(shape.numel(), dtype=torch.bool, device=logps.device)
             mine = mine.index_fill(0, chunk["completion_index"], True).view(shape)
@@ -404,15 +464,64 @@ class NCATrainer(DPOTrainer):
             self._record(logps, ref_logps, total_auxiliary, inputs)
         return loss.detach()
 
-    def _chunks_to_wait_for(self, own: int) -> int:
-        """How many chunks more another process has: sharded models gather their weights in each, all in step."""
-        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            return 0
-        return max(gather_object([own])) - own
+    def _in_step(self, chunks: list[dict[str, Any]]) -> list[tuple[dict[str, Any], float]]:
+        """The chunks, which count 1, and the last one again, which counts 0, as often as another process has more.
+
+        Sharded models gather their weights in each forward, which all processes must come to.
+        """
+        waiting = 0
+        if self.args.completions_per_forward and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            waiting = max(gather_object([len(chunks)])) - len(chunks)
+        return [(chunk, 1.0) for chunk in chunks] + [(chunks[-1], 0.0)] * waiting
+
+    # Faults: what stops a run, and how it goes on
+
+    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        """As transformers', exactly as if the run had not stopped; `True` takes the last checkpoint that is whole.
+
+        Raises:
+            UserError: no whole checkpoint, or options, model or data that are not those of the checkpoint.
+            SystemExit: with code 75, after SIGTERM and a checkpoint at the end of the step.
+        """
+        checkpoint = self._resume.find(resume_from_checkpoint)
+        with self._resume.watching_sigterm():
+            return super().train(checkpoint, *args, **kwargs)
+
+    def _init_training_state(self, max_steps, steps_an_epoch, num_train_epochs, checkpoint, trial):
+        done, steps = super()._init_training_state(max_steps, steps_an_epoch, num_train_epochs, checkpoint, trial)
+        return (self._resume.epochs_done(max_steps, num_train_epochs, done) if checkpoint else done), steps
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        """The one place between a step's gradients and its update: what isn't finite goes no further."""
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        skip, self._resume.stopping = self._guard.check(
+            grad_norm, self.state.global_step + 1, self._resume.asked_to_stop
+        )
+        if not skip:
+            return grad_norm
+        model.zero_grad()  # without gradients no optimizer moves anything
+        self._guard.restore_loss(self._tr_loss)
+        self._globalstep_last_logged += 1
+        self._resume.steps_without_loss += 1
+        return 0.0
+
+    def _save_checkpoint(self, model, trial):
+        with self._resume.saving(Path(self._get_output_dir(trial))):
+            super()._save_checkpoint(model, trial)
+
+    def _evaluate(self, trial, ignore_keys_for_eval, skip_scheduler=False):
+        if skip_scheduler and self.state.global_step:  # `eval_on_start` of a run that is resumed
+            return {}
+        try:
+            return super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
+        except EvaluationCut:
+            self._resume.leave(owing_evaluation=True)
 
     # Evaluation and metrics
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        if self.is_in_train and self._resume.agree_to_stop():
+            raise EvaluationCut
         inputs = self._prepare_inputs(inputs)
         inputs["weights"] = self._row_weights(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
@@ -429,17 +538,20 @@ class NCATrainer(DPOTrainer):
         )
         if reload:
             self.ref_model = self._reloaded_reference()
+        random = rng_state(self.accelerator.device)
         try:
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         finally:
             if reload:
                 self.ref_model = None
+            with rng_restored(random, self.accelerator.device):  # no evaluation changes the training after it
+                pass
 
     def _reloaded_reference(self) -> nn.Module:
         """The reference from where the model came from, if those still are its weights from before training."""
         path = get_config_model_id(self.model.config)
         try:
-            reference = create_model_from_path(path, dtype=self.model.dtype)
+            reference = create_model_from_path(path, dtype=self.model.dtype, use_safetensors=True)
         except (OSError, ValueError) as error:
             reason = f"it could not be loaded again from {path!r} ({type(error).__name__})"
         else:
@@ -473,6 +585,11 @@ class NCATrainer(DPOTrainer):
         logps, ref_logps = logps.detach(), ref_logps.detach()
         mode = "train" if self.model.training else "eval"
         weights = inputs.get("weights", torch.ones(len(logps), device=logps.device))
+        if mode == "train":
+            finite = (logps.isfinite() & ref_logps.isfinite()).all(1)
+            self._guard.add_rows(inputs.get("row_numbers"), finite)
+            logps, ref_logps = (values.where(finite.unsqueeze(1), 0.0) for values in (logps, ref_logps))
+            weights = weights * finite
         rows = row_metrics(logps, ref_logps, inputs["rewards"], inputs["valid"], self.args.alpha, self.beta)
         rows = {name: (values, weights * own) for name, (values, own) in rows.items()}
         if mode == "eval":  # in training the loss is logged by transformers
@@ -488,6 +605,10 @@ class NCATrainer(DPOTrainer):
         if self.model.training and "loss" in logs:  # transformers' own line, which every process comes to
             means = self._sums["train"].gather() | {"num_tokens": sum(gather_object([self._tokens_here]))}
             self._metrics["train"].update({name: [value] for name, value in means.items()})
+            self._guard.watch(means.get("logratios/best"), self.state.global_step)
+        if "train_loss" in logs:  # of the whole run, also where it was resumed
+            steps = self.state.global_step - self._resume.steps_without_loss
+            logs["train_loss"] = self._total_loss_scalar / max(steps, 1)
         super().log(logs, start_time)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:

@@ -85,7 +85,7 @@ def convert_dataset(
         needed = replace(needed, on_invalid="raise")
     if fmt is formats.OWN:
         needed = DataOptions(exclude_sources=options.exclude_sources, validation_fraction=0)
-    arguments = {"fmt": fmt.name, "options": needed, "revision": _revision()}
+    arguments: dict[str, Any] = {"fmt": fmt.name, "options": needed, "revision": _revision()}
     result = None
     if fmt.grouped:
         converted = _convert_groups(dataset, arguments)

@@ -79,7 +79,7 @@ def convert_group(row: dict[str, Any], options: DataOptions) -> Row:
 
     A `response` is a turn of a chat, a `completion` beside a prompt of text continues that text, as in TRL.
     """
-    answers, scores = answer_column(row), score_column(row, options)
+    answers, scores = str(answer_column(row)), str(score_column(row, options))  # `matches` found both
     prompt = read_conversation(row["prompt"], "prompt")
     if isinstance(prompt, str) and answers == "response":
         prompt = _turns(prompt)

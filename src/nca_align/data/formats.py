@@ -98,7 +98,8 @@ def convert_ranked(row: dict[str, Any], options: DataOptions) -> Row:
     result = Row([], [], [])
     for name in sorted((name for name in row if re.fullmatch(r"A\d+", name)), key=lambda name: int(name[1:])):
         conversation = read_list(row[name], name) if row[name] is not None else []
-        if not conversation or (conversation[-1] or {}).get("content") == "N/A":
+        last = conversation[-1] if conversation else {"content": "N/A"}
+        if isinstance(last, dict) and last.get("content") == "N/A":
             result.notes.append("no answer")
             continue
         score = optional_score(row.get(f"score_{name}"), f"score_{name}")

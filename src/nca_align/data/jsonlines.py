@@ -17,7 +17,9 @@ class UnreadableLine(ValueError):
 def _read_line(line: bytes, i: int, file: str) -> dict[str, Any]:
     try:
         value = json.loads(line.strip())
-    except ValueError as error:  # broken JSON, or bytes that are no UTF-8
+        if _may_hold_half_a_character(line):
+            json.dumps(value, ensure_ascii=False).encode()
+    except ValueError as error:  # broken JSON, or bytes or escapes that are no text
         reason = f"{error.msg} at character {error.pos}" if isinstance(error, json.JSONDecodeError) else "no UTF-8 text"
         raise UnreadableLine(
             f"row {i} of {file} is no readable JSON ({reason}); mend or remove this line, or drop such lines with "
@@ -49,13 +51,22 @@ def read_lines(files: list[str], drop: list[bool]) -> Iterator[dict[str, Any]]:
                         logger.warning("left out: %s", error)
 
 
-def is_utf8(file: str) -> bool:
-    """Whether all of a file is UTF-8 text, read in pieces."""
+def _may_hold_half_a_character(text: bytes) -> bool:
+    r"""Whether surrogates (`\ud83d\ude00`) are in it: one alone is half a character, no text."""
+    return b"\\ud" in text or b"\\uD" in text
+
+
+def is_plain(file: str) -> bool:
+    """Whether all of a file is UTF-8 text without a surrogate, read in pieces."""
     decoder = codecs.getincrementaldecoder("utf-8")()
+    end = b""
     with open(file, "rb") as opened:
         try:
             while piece := opened.read(1 << 20):
                 decoder.decode(piece)
+                if _may_hold_half_a_character(end + piece):
+                    return False
+                end = piece[-2:]
             decoder.decode(b"", final=True)
         except UnicodeDecodeError:
             return False
@@ -74,7 +85,12 @@ def check_json(files: list[str]) -> None:
                 pass
             continue
         try:
-            rows = json.loads(Path(file).read_bytes())
+            text = Path(file).read_bytes()
+            rows = json.loads(text)
+            if _may_hold_half_a_character(text):
+                json.dumps(rows, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise UnreadableLine(f"{file} holds half a character (a surrogate alone); mend the file") from None
         except ValueError as error:
             raise UnreadableLine(f"{file} is no readable JSON ({error}); mend the file") from None
         for i, row in enumerate(rows):

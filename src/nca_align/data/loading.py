@@ -2,9 +2,10 @@
 
 import logging
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
-from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from datasets import Dataset, DatasetDict, Features, IterableDataset, IterableDatasetDict, Json
 
 from .conversion import convert_dataset
 from .options import DataOptions
@@ -55,9 +56,12 @@ def read_reward_dataset(
         wanted = training if cut and split == VALIDATION else [split]
         cut = cut and wanted == training
 
-    splits, reports, indices = {}, {}, None
+    splits: dict[str, Any] = {}
+    reports, indices = {}, None
     for split_name in wanted:
         splits[split_name], report = convert_dataset(source[split_name], options, name=split_name, num_proc=num_proc)
+        if isinstance(arguments := options.chat_template_kwargs, dict) and arguments:
+            splits[split_name] = _with_template_arguments(splits[split_name], arguments)
         if report is not None:
             reports[split_name] = report
             if unreadable:  # of files that are one split
@@ -116,6 +120,18 @@ def load_reward_dataset(
         path, split=split, name=name, streaming=streaming, num_proc=num_proc, options=options, **fields
     ).dataset
     return data if split is None else next(iter(data.values()))
+
+
+def _with_template_arguments(dataset: Dataset | IterableDataset, arguments: dict[str, Any]) -> Any:
+    features = dataset.features and Features({**dataset.features, "chat_template_kwargs": Json()})
+    function = partial(_fill_template_arguments, arguments=arguments)
+    return dataset.map(function, batched=True, features=features)
+
+
+def _fill_template_arguments(batch: dict[str, list], arguments: dict[str, Any]) -> dict[str, list]:
+    own = batch.get("chat_template_kwargs") or [None] * len(batch["prompt"])
+    given = [{name: value for name, value in (row or {}).items() if value is not None} for row in own]
+    return {"chat_template_kwargs": [arguments | row for row in given]}
 
 
 def _wanted(source: dict[str, Any]) -> list[str]:

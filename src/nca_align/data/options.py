@@ -1,7 +1,9 @@
 """The options of reading data, as keywords of `load_reward_dataset` and as command-line flags."""
 
+import json
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 DEFAULT_SCORE = "overall_score"
 
@@ -46,6 +48,13 @@ class DataOptions:
             "contaminates raw UltraFeedback."
         },
     )
+    chat_template_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Arguments of the chat template for every row, a JSON object such as "
+            """'{"enable_thinking": false}'; what a row's own column `chat_template_kwargs` says comes first."""
+        },
+    )
     validation_fraction: float = field(
         default=0.05,
         metadata={
@@ -67,6 +76,14 @@ class DataOptions:
                 raise ValueError(f"`{name}` is {getattr(self, name)!r}; it must be one of {', '.join(known)}")
         if not isinstance(self.exclude_sources, (list, tuple)):
             raise ValueError(f"`exclude_sources` is {self.exclude_sources!r}; it must be a list of names")
+        if isinstance(self.chat_template_kwargs, str):
+            with suppress(json.JSONDecodeError):  # refused below
+                self.chat_template_kwargs = json.loads(self.chat_template_kwargs)
+        if not isinstance(self.chat_template_kwargs, (dict, type(None))):
+            raise ValueError(
+                f"`chat_template_kwargs` is {self.chat_template_kwargs!r}; it must be a JSON object such as "
+                """{"enable_thinking": false}"""
+            )
         if not 0 <= self.validation_fraction < 1:
             raise ValueError(
                 f"`validation_fraction` is {self.validation_fraction}; it must be at least 0 and less than 1"

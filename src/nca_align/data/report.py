@@ -57,7 +57,9 @@ def read_notes(converted: Dataset, options: DataOptions, fmt: str, name: str) ->
     Raises:
         ValueError: a row is invalid and `on_invalid` is `raise`, or no row is left.
     """
-    dropped, completions, keep, problems, first = Counter(), Counter(), [], 0, ""
+    dropped: Counter[str] = Counter()
+    completions: Counter[str] = Counter()
+    keep, problems, first = [], 0, ""
     for batch in converted.select_columns(list(NOTES)).with_format("arrow").iter(100_000):
         sound = pc.is_null(batch["_cause"])
         keep.append(sound.to_numpy())

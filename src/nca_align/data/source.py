@@ -13,7 +13,7 @@ from datasets import DatasetDict, Features, IterableDataset, LargeList, List, Va
 from datasets.exceptions import DatasetGenerationError
 
 from ..errors import one_line
-from .jsonlines import UnreadableLine, check_json, copy_sound_lines, is_utf8, read_lines
+from .jsonlines import UnreadableLine, check_json, copy_sound_lines, is_plain, read_lines
 
 _BUILDERS = {".json": "json", ".jsonl": "json", ".ndjson": "json", ".parquet": "parquet", ".csv": "csv"}
 
@@ -60,13 +60,13 @@ def _open_hub(path: str, name: str | None, streaming: bool) -> dict[str, Any]:
             f"`dataset_name` is {path!r}, which is no file here and can't be had from the Hugging Face Hub "
             f"({one_line(error)[:200]}); `dataset_name` also takes a local path"
         ) from error
-    except (ValueError, DatasetGenerationError) as error:
+    except (ValueError, RuntimeError, DatasetGenerationError) as error:  # RuntimeError: a data set that is a script
         raise ValueError(f"`dataset_name` {path!r} can't be read: {_reason(error)}") from error
 
 
 def _kind(files: list[str], path: str) -> str:
-    kinds = {_BUILDERS.get(Path(file).suffix) for file in files}
-    if len(kinds) != 1 or None in kinds:
+    kinds = {_BUILDERS.get(Path(file).suffix, "") for file in files}
+    if len(kinds) != 1 or "" in kinds:
         found = ", ".join(sorted({Path(file).suffix or Path(file).name for file in files})) or "none of these"
         raise ValueError(
             f"`dataset_name` is {path!r}, which holds {found}; it must be files of one kind, of {', '.join(_BUILDERS)}"
@@ -95,10 +95,13 @@ def _load(path: str, kind: str, files: list[str], streaming: bool, what: tuple, 
     try:
         if kind == "csv":
             arguments = arguments | _csv_as_text(files[0])
-        elif kind == "json" and not all(map(is_utf8, files)):  # `datasets` would fail only when a row is read
+        elif kind == "json" and not all(map(is_plain, files)):  # `datasets` would fail late, or not at all
             check_json(files)
         try:
-            return dict(load_dataset(*what, streaming=streaming, **arguments))
+            splits = dict(load_dataset(*what, streaming=streaming, **arguments))
+            if streaming and kind == "parquet":  # a row group at a time: pyarrow reads ahead as far as a file goes
+                splits = {name: split.reshard() for name, split in splits.items()}
+            return splits
         except (DatasetGenerationError, ValueError):
             if kind != "json":
                 raise
@@ -109,7 +112,7 @@ def _load(path: str, kind: str, files: list[str], streaming: bool, what: tuple, 
             return dict(load_dataset(*what, streaming=streaming, **arguments, features=features))
     except UnreadableLine:
         raise
-    except (DatasetGenerationError, StopIteration, ValueError, OSError) as error:
+    except (DatasetGenerationError, StopIteration, ValueError, OSError, RuntimeError) as error:
         # `datasets` says so where it meets no rows.
         if not any(map(os.path.getsize, files)) or "corresponds to no data" in str(error):
             raise ValueError(f"`dataset_name` is {path!r}, which is empty; it must have at least one row") from None

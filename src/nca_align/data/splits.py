@@ -72,7 +72,10 @@ def find_split(names: Mapping[str, Any] | list[str], name: str) -> str:
         present = [other for other in family if other in names]
         if name in family and len(present) == 1:
             return present[0]
-    raise ValueError(f"the split `{name}` is not in the data set, which has {', '.join(names)}; name one of these")
+    more = ", or hold more rows out by `validation_fraction`" if name in _HELD_OUT else ""
+    raise ValueError(
+        f"the split `{name}` is not in the data set, which has {', '.join(names)}; name one of these{more}"
+    )
 
 
 def select_split(dataset: Mapping[str, Any], name: str) -> Any:

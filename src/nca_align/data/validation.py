@@ -149,7 +149,7 @@ def _check_completion(completion: str | list, chat: bool, field: str) -> None:
             f"is {'text' if chat else 'a list of messages'}, but the prompt is "
             f"{'a list of messages' if chat else 'text'}; both must be of one kind",
         )
-    if not chat:
+    if isinstance(completion, str):
         return _check_filled(completion, field)
     _check_messages(completion, field)
     for j, message in enumerate(completion):

@@ -1,0 +1,95 @@
+"""Checkpoints on disk: which are whole, and writing them so that a kill or a full disk is seen afterwards.
+
+`nca_align.json` in a checkpoint says "not complete" from before its first other file until after the last is on disk.
+"""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import gather_object
+
+from .errors import UserError, one_line
+
+MANIFEST = "nca_align.json"
+_NAME = re.compile(r"checkpoint-(\d+)")
+# what the errors of safetensors and torch say that are no OSError
+_WRITE_ERRORS = ("I/O error", "No space left", "PytorchStreamWriter", "inline_container")
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """What `nca_align.json` in `folder` says; None where there is none, or no readable one."""
+    try:
+        return json.loads((folder / MANIFEST).read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether a checkpoint was written to its end and has all of it; of another trainer's, whether its state is there.
+
+    transformers writes `trainer_state.json` last, but other processes may still be writing then.
+    """
+    if not (folder / "trainer_state.json").is_file():
+        return False
+    if not (folder / MANIFEST).exists():
+        return True
+    manifest = read_manifest(folder) or {}
+    files = manifest.get("files", {})
+    return bool(manifest.get("complete")) and all(
+        (folder / name).is_file() and (folder / name).stat().st_size == size for name, size in files.items()
+    )
+
+
+def whole_checkpoints(output_dir: str | os.PathLike) -> dict[int, Path]:
+    """The whole checkpoints in `output_dir` by their step, the oldest first."""
+    named = ((_NAME.fullmatch(folder.name), folder) for folder in Path(output_dir).glob("checkpoint-*"))
+    return dict(sorted((int(name[1]), folder) for name, folder in named if name and is_whole(folder)))
+
+
+def last_common_checkpoint(output_dir: str | os.PathLike) -> Path | None:
+    """The last checkpoint that is whole where every process looks; all processes come here together."""
+    own = whole_checkpoints(output_dir)
+    common = set.intersection(*(set(steps) for steps in gather_object([list(own)])))
+    return own[max(common)] if common else None
+
+
+@contextmanager
+def write_errors_told(what: str, folder: Path, advice: Callable[[], str]) -> Iterator[None]:
+    """Around writing `what`: a full disk and its like become one sentence that ends with `advice`.
+
+    Raises:
+        UserError: writing failed.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, OSError) and not any(text in str(error) for text in _WRITE_ERRORS):
+            raise
+        there = next(path for path in (folder, *folder.parents) if path.exists())
+        free = shutil.disk_usage(there).free / 2**20
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else one_line(error)[:200]
+        raise UserError(f"{what} can't be written: {reason} ({free:,.1f} MiB free in {there}); {advice()}") from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`value` in the place of `path` at once, or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(value, indent=1))
+    sync(temporary)
+    os.replace(temporary, path)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Onto the disk: a machine that goes down keeps no more than that."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,158 @@
+"""Trains cases one after another in every process of one launch, and writes down what came out; for test_launch.py.
+
+    torchrun --nproc_per_node 2 tests/launched.py CASES.json OUTPUT
+
+`CASES.json`: the `model` folder, the `launch` (one, ddp, zero2, zero3 or fsdp2) and `cases`, a dict of the options in
+`FACTORS` by name. Each case first proves that its launch, layout and reference are what it says they are.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedType
+from datasets import Dataset
+from peft import LoraConfig
+from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from transformers import AutoTokenizer, BitsAndBytesConfig, TrainerCallback
+
+from conftest import reward_rows
+from nca_align import NCAConfig, NCATrainer
+
+# 17 rows in batches of two leave the second of two processes a last batch of nothing but repeats; 16 divide
+FACTORS: dict[str, tuple] = {
+    "weights": ("full", "lora", "nf4"),
+    "reference": ("live", "cached"),
+    "layout": ("padded", "prefix_shared"),
+    "per_forward": (None, 3),
+    "k": ("four", "ragged"),
+    "rows": (16, 17),
+    "loss": ("nca", "plackett_luce"),  # chunk by chunk, the second takes two passes
+}
+PROCESSES = {"one": 1, "ddp": 2, "zero2": 2, "zero3": 2, "fsdp2": 2}
+
+
+class Proof(TrainerCallback):
+    """Fails a run whose first step isn't launched as it should be."""
+
+    def __init__(self, launch: str):
+        self.launch = launch
+        self.trainer: Any = None
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        wrapped = self.trainer.model_wrapped
+        parameters = list(self.trainer.model.parameters())
+        assert self.trainer.accelerator.num_processes == PROCESSES[self.launch]
+        assert isinstance(wrapped, DistributedDataParallel) == (self.launch == "ddp")
+        assert all(isinstance(p, DTensor) for p in parameters) == (self.launch == "fsdp2")
+        if self.launch.startswith("zero"):
+            assert type(wrapped).__name__ == "DeepSpeedEngine"
+            assert wrapped.zero_optimization_stage() == int(self.launch[-1])
+        if self.launch == "zero3":  # this process's half of each
+            assert all(p.ds_tensor.numel() <= (p.ds_numel + 1) // 2 for p in parameters)
+        if self.launch == "fsdp2":
+            assert sum(p.to_local().numel() for p in parameters) < 0.6 * sum(p.numel() for p in parameters)
+
+
+def launch_options(launch: str) -> dict[str, Any]:
+    """What the config says of the launch."""
+    if launch == "fsdp2":
+        return {"fsdp": True, "fsdp_config": {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}}
+    if not launch.startswith("zero"):
+        return {}
+    automatic = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    zero = {
+        "stage": int(launch[-1]),
+        "stage3_param_persistence_threshold": 0,  # else parameters as small as these are kept whole everywhere
+        "stage3_gather_16bit_weights_on_model_save": True,
+    }
+    return {
+        "deepspeed": dict.fromkeys((*automatic, "gradient_clipping"), "auto")
+        | {"zero_optimization": zero, "zero_allow_untested_optimizer": True}
+    }
+
+
+def train(case: dict[str, Any], launch: str, model: str, output: Path) -> dict[str, Any]:
+    """One run of two epochs, evaluated with batches of several sizes; its log and, beside it, its final weights."""
+    dataset = reward_rows(case["rows"] + 5, 4 if case["k"] == "four" else [4, 2, 3, 5])
+    args = NCAConfig(
+        str(output), bf16=False, use_cpu=True, report_to=[], disable_tqdm=True, save_strategy="no", logging_steps=1,
+        alpha=0.5, beta=0.1, loss_type=case["loss"], layout=case["layout"], max_length=128, num_train_epochs=2,
+        precompute_ref_log_probs=case["reference"] == "cached", completions_per_forward=case["per_forward"],
+        per_device_train_batch_size=2, gradient_accumulation_steps=4 // PROCESSES[launch],
+        # plain descent shows a wrong scale of the gradients, which Adam and clipping would hide
+        optim="sgd", learning_rate=0.02, lr_scheduler_type="constant", max_grad_norm=1e6,
+        gradient_checkpointing=False, **launch_options(launch),
+    )  # fmt: skip
+    if launch == "fsdp2":  # accelerate shards only where there are cards, and runs DDP on a CPU without a word
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    quantization = None
+    if case["weights"] == "nf4":
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.float32,
+        )  # fmt: skip
+    torch.manual_seed(0)
+    proof = Proof(launch)
+    trainer = NCATrainer(
+        model=model,
+        args=args,
+        train_dataset=Dataset.from_list(dataset[5:]),
+        eval_dataset=Dataset.from_list(dataset[:5]),
+        processing_class=AutoTokenizer.from_pretrained(model),
+        quantization_config=quantization,
+        peft_config=None if case["weights"] == "full" else LoraConfig(r=4, target_modules="all-linear"),
+        callbacks=[proof],
+    )
+    if case["weights"] == "nf4":  # TRL holds the adapter in bfloat16, whose rounding would hide what is compared
+        for parameter in trainer.model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+    proof.trainer = trainer
+    assert trainer.data_collator.layout == case["layout"]
+    assert ("ref_logps" in trainer.train_dataset.column_names) == (case["reference"] == "cached")
+    trainer.train()
+    if launch == "fsdp2":  # accelerate's way to a whole state dict fails on gloo
+        weights = {
+            name.replace(".default.", "."): parameter.full_tensor().detach().contiguous()
+            for name, parameter in trainer.model.named_parameters()
+            if parameter.requires_grad
+        }
+        if trainer.accelerator.is_main_process:
+            output.mkdir(parents=True, exist_ok=True)
+            save_file(weights, output / "model.safetensors")
+    else:
+        trainer.save_model(str(output))
+    evaluations = []
+    for size in (1, 2, 3):
+        trainer.args.per_device_eval_batch_size = size
+        evaluations.append(trainer.evaluate())
+    return {"log": [line for line in trainer.state.log_history if "loss" in line], "evaluations": evaluations}
+
+
+def main(cases_file: str, output: str) -> None:
+    plan = json.loads(Path(cases_file).read_text())
+    if plan["launch"].startswith("zero"):
+        import deepspeed
+
+        deepspeed.init_distributed("gloo")  # accelerate does so only where there are cards
+    for name, case in plan["cases"].items():
+        folder = Path(output) / name
+        result = train(case, plan["launch"], plan["model"], folder)
+        if PartialState().is_main_process:
+            (folder / "result.json").write_text(json.dumps(result))
+        for variable in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
+            os.environ.pop(variable, None)
+    if PROCESSES[plan["launch"]] > 1:
+        Accelerator().wait_for_everyone()  # gloo hangs where one leaves first
+        torch.distributed.destroy_process_group()  # else its threads may abort the process
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

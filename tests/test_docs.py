@@ -1,0 +1,228 @@
+"""The docs: links lead somewhere, every error message has an entry, tables are what the commands print."""
+
+import ast
+import json
+import os
+import re
+import runpy
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+from conftest import reward_rows
+from nca_align.inspecting import main as inspect
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("*/README.md")])
+SOURCES = sorted((ROOT / "src").rglob("*.py"))
+
+
+def outside_code(text: str) -> str:
+    return re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
+
+
+def anchors(path: Path) -> set[str]:
+    """Of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", outside_code(path.read_text()), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_relative_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", outside_code(page.read_text())):
+        if "://" in target:
+            continue
+        name, _, anchor = target.partition("#")
+        path = (page.parent / name).resolve() if name else page
+        assert path.exists(), f"{target} in {page.relative_to(ROOT)}"
+        assert not anchor or anchor in anchors(path), f"{target} in {page.relative_to(ROOT)}"
+
+
+def test_the_index_has_every_page():
+    linked = set(re.findall(r"\]\(([\w-]+\.md)\)", (ROOT / "docs" / "README.md").read_text()))
+    assert linked == {path.name for path in (ROOT / "docs").glob("*.md")} - {"README.md"}
+
+
+def test_named_files_and_keys_exist():
+    """Files and keys in back-ticks that look like ours are there."""
+    for page in (ROOT / "docs").glob("*.md"):
+        for name in re.findall(
+            r"`((?:configs|examples|benchmarks|scripts|tests|src)/[\w./-]+\.\w+)`", page.read_text()
+        ):
+            assert (ROOT / name).exists(), f"{name} in {page.name}"
+
+
+# Troubleshooting
+
+
+def normalised(message: ast.expr) -> str | None:
+    """A message with … for what is filled in; None for one that is passed on from elsewhere."""
+    if isinstance(message, ast.Constant):
+        return str(message.value)
+    if isinstance(message, ast.JoinedStr):
+        parts = ["…" if isinstance(part, ast.FormattedValue) else str(part.value) for part in message.values]
+        return "".join(parts)
+    if isinstance(message, ast.BinOp) and isinstance(message.op, ast.Add):
+        sides = [normalised(message.left), normalised(message.right)]
+        return "".join(side or "…" for side in sides)
+    if isinstance(message, ast.IfExp):  # either of two
+        return normalised(message.body) or normalised(message.orelse)
+    return None
+
+
+def raised_messages() -> dict[str, str]:
+    """The message of each `raise` of the package → where it stands."""
+    found = {}
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not (isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node.exc.args):
+                continue
+            name = getattr(node.exc.func, "id", getattr(node.exc.func, "attr", ""))
+            last = normalised(node.exc.args[-1])
+            if last is None or not words(last):  # what another sentence is put into
+                continue
+            if name == "RowError":
+                last = f"`…` {last}"
+            elif name == "_wrong_type":
+                last = f"`…` is … (…); it must be {last}"
+            elif name == "refuse":
+                last = f"`…` in … is …; it must be {last}"
+            found[last] = f"{path.relative_to(ROOT)}:{node.lineno}"
+    return found
+
+
+def entries() -> list[str]:
+    page = (ROOT / "docs" / "troubleshooting.md").read_text()
+    rows = re.findall(r"^\| (``.+?``|`[^`]+`) \| .+ \|$", page, re.M)
+    return [re.fullmatch(r"(`+)(.+)\1", row)[2].strip() for row in rows]
+
+
+def words(text: str) -> str:
+    """What is left of a message without what is filled in."""
+    return re.sub(r"[…`\W]", "", text)
+
+
+def matches(entry: str, message: str) -> bool:
+    """The entry's words stand in the message in their order, with anything for each …, names that are filled in too."""
+    place = 0
+    for piece in filter(None, entry.split("…")):
+        place = message.find(piece, place)
+        if place < 0:
+            return False
+        place += len(piece)
+    return True
+
+
+def test_every_message_has_an_entry():
+    messages, known = raised_messages(), entries()
+    assert len(messages) > 150
+    assert len(known) > 100
+    missing = [f"{where}: {text}" for text, where in messages.items() if not any(matches(e, text) for e in known)]
+    assert not missing, "docs/troubleshooting.md has no entry for\n" + "\n".join(missing)
+
+
+def test_every_entry_is_a_message():
+    messages = raised_messages()
+    assert all(len(words(entry)) >= 5 for entry in entries())  # one that matched anything would prove nothing
+    stale = [entry for entry in entries() if not any(matches(entry, text) for text in messages)]
+    assert not stale, f"docs/troubleshooting.md has entries for what is never said: {stale}"
+
+
+# What the pages show
+
+
+def test_the_table_of_alpha_is_what_inspect_prints(monkeypatch, capsys):
+    page = (ROOT / "docs" / "choosing-alpha-and-beta.md").read_text()
+    command, shown = re.search(r"```bash\nnca-align inspect (.+?)\n```\n\n```text\n(.+?)```", page, re.S).groups()
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("COLUMNS", "80")
+    assert inspect(command.split()) == 0
+    printed = [line.split() for line in capsys.readouterr().out.splitlines()]
+    lines = [line.split() for line in shown.splitlines() if line.strip()]
+    assert len(lines) > 8
+    assert all(line in printed for line in lines)
+
+
+def test_the_table_of_targets_is_softmax():
+    import torch
+
+    from nca_align.losses import targets
+
+    page = (ROOT / "docs" / "choosing-alpha-and-beta.md").read_text()
+    rows = re.findall(r"^\| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", page, re.M)
+    assert len(rows) == 5
+    for alpha, *shown in rows:
+        expected = targets(torch.tensor([[9.0, 7.5, 4.0, 2.0]]), float(alpha))[0].tolist()
+        assert [float(value) for value in shown] == pytest.approx(expected, abs=0.0051)
+
+
+@pytest.mark.slow
+def test_the_tutorials_commands_run(model_dir, tmp_path):
+    blocks = re.findall(r"^```bash\n(.+?)^```", (ROOT / "docs" / "tutorial.md").read_text(), re.M | re.S)
+    assert len(blocks) == 7
+    for name in ("examples", "scripts"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "configs").mkdir()
+    recipe = (ROOT / "configs" / "quickstart.yaml").read_text()
+    assert recipe.count("model_name_or_path: smollm2-135m-instruct") == 1
+    (tmp_path / "configs" / "quickstart.yaml").write_text(recipe.replace("smollm2-135m-instruct", model_dir))
+    path = f"{sysconfig.get_path('scripts')}{os.pathsep}{os.environ['PATH']}"
+    environment = os.environ | {"PATH": path, "COLUMNS": "80", "HF_HUB_OFFLINE": "1"}
+    printed = []
+    for block in blocks:
+        script = "set -euo pipefail\n" + block.replace("smollm2-135m-instruct", model_dir)
+        done = subprocess.run(
+            ["bash", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=90
+        )
+        assert done.returncode == 0, f"{block}\n{done.stdout[-500:]}\n{done.stderr[-1500:]}"
+        printed.append(done.stdout + done.stderr)
+    data, inspected, trained, judged, exported, sampled, evaluated = printed
+    assert json.loads(data)["rewards"][0] > 0
+    assert re.search(r"2\.4 .* suggested", inspected)
+    assert "What moved, on held-out prompts" in trained
+    assert "pairs right" in judged
+    assert "merged against adapter" in exported
+    assert "3 rows, 12 completions" in sampled
+    assert "tutorial-model" in evaluated
+    assert (tmp_path / "runs" / "tutorial-model" / "model.safetensors").exists()
+
+
+# examples/trl_script.py
+
+WITHOUT = [  # the script as it was, by what its comments say
+    ("from nca_align import NCATrainer  # was: from trl import DPOTrainer", "from trl import DPOTrainer"),
+    ("NCATrainer(  # was: DPOTrainer(", "DPOTrainer("),
+]
+
+
+@pytest.mark.parametrize("kind", ["as it was", "pairs", "four rewarded completions"])
+def test_an_existing_trl_script(kind, model_dir, tmp_path, monkeypatch):
+    text = (ROOT / "examples" / "trl_script.py").read_text()
+    if kind == "as it was":
+        for now, before in WITHOUT:
+            assert text.count(now) == 1
+            text = text.replace(now, before)
+        assert "NCATrainer(" not in text
+    script = tmp_path / "script.py"
+    script.write_text(text)
+    rows = reward_rows(8)
+    if kind != "four rewarded completions":
+        rows = [{"prompt": r["prompt"], "chosen": r["completions"][0], "rejected": r["completions"][1]} for r in rows]
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    run = tmp_path / "run"
+    options = {
+        "model_name_or_path": model_dir, "dataset_name": tmp_path / "data", "output_dir": run, "max_steps": 2,
+        "per_device_train_batch_size": 2, "logging_steps": 1, "use_cpu": "true", "bf16": "false", "report_to": "none",
+        "gradient_checkpointing": "false", "learning_rate": "1e-3", "save_steps": 2,
+    }  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["script.py", *(p for n, v in options.items() for p in (f"--{n}", str(v)))])
+    runpy.run_path(str(script), run_name="__main__")
+    assert (run / "model.safetensors").exists()
+    log = json.loads((run / "checkpoint-2" / "trainer_state.json").read_text())["log_history"]
+    # DPO begins at ln 2, NCA at 2 ln 2 whatever K is
+    assert log[0]["loss"] == pytest.approx(0.6931 if kind == "as it was" else 1.3863, abs=1e-3)
+    assert ("rewards/rank_4" in log[0]) == (kind == "four rewarded completions")

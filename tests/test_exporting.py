@@ -1,0 +1,355 @@
+"""Exports equal the adapter on its base: plain, tied, from 4 bits after a forward, in every dtype; or are refused."""
+
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+from conftest import build_model, real_rows
+from nca_align import exporting
+from nca_align.errors import UserError
+from nca_align.exporting import ExportOptions, export, main
+from nca_align.merging import compare, comparison_rows, merge
+from nca_align.policies import add_adapter, completion_logps, load_model, load_policy
+from nca_align.preparation import keep_nf4_differentiable
+
+NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+
+
+def make_base(folder: Path, tokenizer, **overrides) -> str:
+    build_model(tokenizer, **overrides).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def make_adapter(base: str, folder: Path, std: float = 0.2, **config) -> str:
+    """An adapter that changes the model in every weight that it has."""
+    torch.manual_seed(1)
+    config = {"r": 4, "target_modules": ["q_proj", "down_proj"]} | config
+    base_model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    policy = get_peft_model(base_model, LoraConfig(**config))
+    for parameter in policy.parameters():
+        if parameter.requires_grad:
+            parameter.data += std * torch.randn_like(parameter)
+    policy.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def adapter_dir(model_dir, tmp_path_factory) -> str:
+    return make_adapter(model_dir, tmp_path_factory.mktemp("adapter"))
+
+
+def logps_of(folder, rows) -> list[list[float]]:
+    """By transformers alone, in float32: nothing of an adapter's is left."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    assert not hasattr(model, "peft_config")
+    return completion_logps(model, rows, 1)
+
+
+def test_the_export_is_the_adapter_on_its_base(adapter_dir, model_dir, tokenizer, tmp_path, capsys):
+    output = tmp_path / "new" / "aligned"
+    assert main(["--model_name_or_path", adapter_dir, "--output", str(output)]) == 0
+    text = capsys.readouterr().out
+    assert re.search(
+        r"merged against adapter on its base: 0\.00\d\d nats a sequence at most, 0\.00\d\d on average", text
+    )
+    assert re.search(r"\(6 sequences, \d{4} tokens\)\nas saved in float32: 0\.00\d\d nats at most", text)
+    rows = comparison_rows(tokenizer)
+    expected = completion_logps(load_policy(adapter_dir), rows, 1)
+    assert compare(logps_of(output, rows), expected).largest < 0.01
+    assert compare(logps_of(model_dir, rows), expected).largest > 1  # the adapter does something
+    assert {path.name for path in output.iterdir()} == {
+        "README.md", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
+        "tokenizer_config.json", "chat_template.jinja",
+    }  # fmt: skip
+    assert AutoTokenizer.from_pretrained(output).chat_template == tokenizer.chat_template
+    assert [path.name for path in output.parent.iterdir()] == ["aligned"]
+    assert os.stat(output).st_mode & 0o755 == 0o755
+
+
+VARIANTS = {
+    "all-linear": {"target_modules": "all-linear"},
+    "rslora": {"use_rslora": True},
+    "dora": {"use_dora": True},
+    "bias": {"bias": "lora_only"},
+    "head": {"modules_to_save": ["lm_head"]},
+    "input": {"modules_to_save": ["embed_tokens"]},
+    "both ends": {"modules_to_save": ["embed_tokens", "lm_head"]},
+    "LoRA on the head": {"target_modules": ["q_proj", "lm_head"]},
+    "LoRA on the input": {"target_modules": ["q_proj", "embed_tokens"]},
+    "tokens": {"trainable_token_indices": {"embed_tokens": [5, 6]}},
+    "kept tied": {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+}
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_what_adapters_change(name, tied, tokenizer, tmp_path):
+    """Also one of two tied embeddings: they part, and a model that kept them tied would be another."""
+    base = make_base(tmp_path / "base", tokenizer, tie_word_embeddings=tied)
+    adapter = make_adapter(base, tmp_path / "adapter", **VARIANTS[name])
+    found = export(ExportOptions(adapter, str(tmp_path / "out")))
+    assert found.merged.largest < 0.01
+    assert found.saved.largest < 0.01
+    rows = comparison_rows(tokenizer)
+    assert compare(logps_of(tmp_path / "out", rows), completion_logps(load_policy(adapter), rows, 1)).largest < 0.01
+    parts = name in ("head", "input", "both ends", "LoRA on the head", "LoRA on the input")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["tie_word_embeddings"] == (tied and not parts)
+    assert ("lm_head.weight" in load_file(tmp_path / "out" / "model.safetensors")) == (not tied or parts)
+
+
+def test_dtypes(adapter_dir, model_dir, tokenizer, tmp_path, capsys):
+    for dtype in ("bfloat16", "float16", "float32"):
+        found = export(ExportOptions(adapter_dir, str(tmp_path / dtype), dtype=dtype))
+        weights = load_file(tmp_path / dtype / "model.safetensors").values()
+        assert {tensor.dtype for tensor in weights} == {getattr(torch, dtype)}
+        assert json.loads((tmp_path / dtype / "config.json").read_text())["dtype"] == dtype
+        assert found.merged.largest < 0.01  # whatever it is saved in
+        warned = "WARNING: rounding the merged weights" in capsys.readouterr().err
+        assert warned == (found.saved.largest > 0.05)
+        assert (dtype == "bfloat16") <= warned  # this model's weights are large, and so is their rounding
+    half = tmp_path / "half"
+    AutoModelForCausalLM.from_pretrained(model_dir).to(torch.bfloat16).save_pretrained(half)
+    tokenizer.save_pretrained(half)
+    found = export(ExportOptions(adapter_dir, str(tmp_path / "auto"), base=str(half)))
+    assert re.search(r"as saved in bfloat16: .*\nmore than 0.05, so it is saved in float32", capsys.readouterr().out)
+    assert found.saved.largest < 0.01
+    assert json.loads((tmp_path / "auto" / "config.json").read_text())["dtype"] == "float32"
+    assert {tensor.dtype for tensor in load_file(tmp_path / "auto" / "model.safetensors").values()} == {torch.float32}
+
+
+def test_the_bases_dtype_is_kept_where_rounding_changes_nothing(model_dir, tokenizer, tmp_path):
+    """Weights of an adapter that bfloat16 holds exactly, as the base's."""
+    half = tmp_path / "half"
+    AutoModelForCausalLM.from_pretrained(model_dir).to(torch.bfloat16).save_pretrained(half)
+    tokenizer.save_pretrained(half)
+    adapter = make_adapter(str(half), tmp_path / "adapter", std=0.0)
+    found = export(ExportOptions(adapter, str(tmp_path / "auto")))
+    assert found.saved.largest < 0.01
+    assert json.loads((tmp_path / "auto" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+@pytest.fixture(scope="module")
+def wide(tokenizer, tmp_path_factory) -> tuple[str, str]:
+    """A base of 64-wide layers, which 4 bits take whole, and an adapter that was made on it."""
+    folder = tmp_path_factory.mktemp("wide")
+    base = make_base(folder / "base", tokenizer, hidden_size=64, intermediate_size=128, initializer_range=0.06)
+    return base, make_adapter(base, folder / "adapter", std=0.1, target_modules="all-linear")
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_from_4_bits(wide, nested, tokenizer, tmp_path):
+    base, adapter = wide
+    rows = comparison_rows(tokenizer)
+    config = BitsAndBytesConfig(**NF4, bnb_4bit_use_double_quant=nested, bnb_4bit_compute_dtype=torch.float32)
+    policy = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, quantization_config=config), adapter)
+    policy = policy.eval()
+    assert any(type(module).__name__ == "Params4bit" for module in policy.parameters())  # 4 bits are on
+    keep_nf4_differentiable(policy)  # nor rounded to bfloat16 in a forward
+    trained = completion_logps(policy, rows, 1)
+    other = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, quantization_config=config), adapter)
+    completion_logps(other.eval(), rows, 1)  # a forward that repacks, in this process
+    options = ExportOptions(adapter, str(tmp_path / "out"), load_in_4bit=True, use_bnb_nested_quant=nested)
+    found = export(options)
+    assert found.merged.largest < 0.02
+    assert compare(logps_of(tmp_path / "out", rows), trained).largest < 0.05
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    assert "the base in 4 bits, dequantised, in float32" in (tmp_path / "out" / "README.md").read_text()
+    export(ExportOptions(adapter, str(tmp_path / "plain"), load_in_4bit=False))
+    assert compare(logps_of(tmp_path / "plain", rows), trained).largest > 0.3  # why the base's 4 bits matter
+
+
+def test_merging_after_a_forward_is_another_model(wide, tokenizer):
+    """What loading afresh avoids: bitsandbytes repacks its weights for inference in the first forward on this CPU."""
+    base, adapter = wide
+    rows = comparison_rows(tokenizer)
+    expected = completion_logps(
+        add_adapter(load_model(base, torch.float32, quantization=BitsAndBytesConfig(**NF4)), adapter), rows, 1
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        base, dtype=torch.bfloat16, quantization_config=BitsAndBytesConfig(**NF4, bnb_4bit_compute_dtype=torch.bfloat16)
+    )
+    policy = PeftModel.from_pretrained(model, adapter).eval()
+    with torch.no_grad():
+        policy(torch.tensor([rows[0]["prompt_ids"]]))
+    layer = model.model.layers[0].self_attn.q_proj.base_layer
+    if not getattr(layer.weight.quant_state, "packing_format_for_cpu", False):
+        pytest.skip("bitsandbytes does not repack 4-bit weights on this CPU")
+    merged = policy.merge_and_unload()
+    assert compare(completion_logps(merged, rows, 1), expected).largest > 0.3
+
+
+def test_the_runs_record_says_that_the_base_was_in_4_bits(wide, tokenizer, tmp_path):
+    base, adapter = wide
+    run = tmp_path / "run"
+    (run / "checkpoint-2").mkdir(parents=True)
+    for file in Path(adapter).iterdir():
+        (run / file.name).write_bytes(file.read_bytes())
+    config = AutoModelForCausalLM.from_pretrained(base, quantization_config=BitsAndBytesConfig(**NF4)).config.to_dict()
+    identity = {"model.quantization_config": config["quantization_config"], "loss_type": ["nca"], "beta": 0.3}
+    (run / "checkpoint-2" / "trainer_state.json").write_text("{}")
+    (run / "checkpoint-2" / "nca_align.json").write_text(
+        json.dumps({"complete": True, "identity": identity}, default=str)
+    )
+    export(ExportOptions(str(run), str(tmp_path / "by record")))
+    flags = ["--model_name_or_path", adapter, "--output", str(tmp_path / "by option")]
+    assert main([*flags, "--load_in_4bit", "true"]) == 0
+    a, b = (load_file(tmp_path / name / "model.safetensors") for name in ("by record", "by option"))
+    assert all(torch.equal(a[name], b[name]) for name in b)
+    card = (tmp_path / "by record" / "README.md").read_text()
+    assert "| `loss_type` | nca |" in card
+    assert "| `beta` | 0.3 |" in card
+    export(ExportOptions(str(run), str(tmp_path / "against it"), load_in_4bit=False))
+    c = load_file(tmp_path / "against it" / "model.safetensors")
+    assert not torch.equal(a["model.layers.0.mlp.up_proj.weight"], c["model.layers.0.mlp.up_proj.weight"])
+
+
+@pytest.mark.slow
+def test_a_qlora_run_is_exported_as_it_was_trained(wide, tokenizer, tmp_path):
+    """Trained by NCATrainer: evaluated there, exported from its folder alone, and evaluated again."""
+    from datasets import Dataset
+
+    from conftest import reward_rows
+    from nca_align import NCAConfig, NCATrainer
+
+    base, _ = wide
+    args = NCAConfig(
+        str(tmp_path / "run"), max_steps=3, learning_rate=1e-2, save_steps=3, report_to="none", use_cpu=True,
+        bf16=False, gradient_checkpointing=False,
+    )  # fmt: skip
+    trainer = NCATrainer(
+        model=base, args=args, train_dataset=Dataset.from_list(reward_rows(8, 3)), processing_class=tokenizer,
+        quantization_config=BitsAndBytesConfig(**NF4, bnb_4bit_compute_dtype=torch.float32),
+        peft_config=LoraConfig(r=4, target_modules="all-linear"),
+    )  # fmt: skip
+    trainer.train()
+    trainer.save_model()
+    rows = comparison_rows(tokenizer)
+    trained = completion_logps(trainer.model.eval(), rows, 1)
+    found = export(ExportOptions(str(tmp_path / "run"), str(tmp_path / "out"), dtype="float32"))
+    assert found.merged.largest < 0.02
+    assert compare(logps_of(tmp_path / "out", rows), trained).largest < 0.05
+    assert compare(logps_of(base, rows), trained).largest > 0.3
+    assert "| `learning_rate` | 0.01 |" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_merge_that_is_off_is_refused(adapter_dir, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(exporting, "merge", lambda model, adapter: model)  # forgets the adapter
+    assert main(["--model_name_or_path", adapter_dir, "--output", str(tmp_path / "out")]) == 2
+    assert re.search(r"log-probabilities are up to [\d.]+ nats a sequence from the adapter's, and 0.05 is",
+                     capsys.readouterr().err)  # fmt: skip
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_adapter_of_no_numbers_is_refused(model_dir, tmp_path):
+    adapter = make_adapter(model_dir, tmp_path / "adapter", std=float("nan"))
+    with pytest.raises(UserError, match=r"can't be merged \(NaNs detected"):
+        export(ExportOptions(adapter, str(tmp_path / "out")))
+    with pytest.raises(UserError, match=r"the adapter in \S+ can't be merged \(NaNs detected"):
+        merge(AutoModelForCausalLM.from_pretrained(model_dir), adapter)
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_an_output_that_exists_is_refused(adapter_dir, tmp_path):
+    with pytest.raises(UserError, match=f"`output` {tmp_path} exists already; choose another folder, or remove it"):
+        export(ExportOptions(adapter_dir, str(tmp_path)))
+
+
+def test_what_has_no_weights_to_merge_is_refused(model_dir, tmp_path):
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(model_dir), config).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(UserError, match="is a PROMPT_TUNING adapter, which adds tokens and changes no weight"):
+        export(ExportOptions(str(tmp_path / "adapter"), str(tmp_path / "out")))
+
+
+def test_a_whole_model_is_copied(model_dir, tokenizer, tmp_path, capsys):
+    run = tmp_path / "run"
+    (run / "checkpoint-3").mkdir(parents=True)
+    for file in Path(model_dir).iterdir():
+        (run / file.name).write_bytes(file.read_bytes())
+    for name in ("training_args.bin", "optimizer.pt", "trainer_state.json", "README.md", "curves.png"):
+        (run / name).write_text("the run's")
+    assert export(ExportOptions(str(run), str(tmp_path / "out"))) is None
+    assert "is a whole model, no adapter: copied as it is" in capsys.readouterr().out
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {path.name for path in Path(model_dir).iterdir()} | {"README.md"}
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (run / "model.safetensors").read_bytes()
+    assert "nca-align" in (tmp_path / "out" / "README.md").read_text()
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == tokenizer.chat_template
+    export(ExportOptions(str(run), str(tmp_path / "half"), dtype="bfloat16"))
+    weights = load_file(tmp_path / "half" / "model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
+    assert (tmp_path / "half" / "tokenizer.json").exists()
+
+
+def test_no_model_in_the_folder(tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    assert main(["--model_name_or_path", str(tmp_path / "run"), "--output", str(tmp_path / "out")]) == 2
+    assert "could not be loaded" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_the_comparison_on_ones_own_data(adapter_dir, tmp_path, capsys):
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in real_rows("vicuna_k4_scored.jsonl")[:3]))
+    found = export(ExportOptions(adapter_dir, str(tmp_path / "out"), dataset_name=str(data)))
+    assert found.sequences == 12
+    assert found.merged.largest < 0.02
+
+
+def test_the_texts_are_long_enough_to_show_a_difference(tokenizer):
+    rows = comparison_rows(tokenizer)
+    assert len(rows) == 6
+    assert all(len(row["completion_ids"][0]) > 50 for row in rows)
+    bare = AutoTokenizer.from_pretrained(tokenizer.name_or_path) if tokenizer.name_or_path else tokenizer
+    template, bare.chat_template = bare.chat_template, None
+    try:
+        text = comparison_rows(bare)
+    finally:
+        bare.chat_template = template
+    assert bare.decode(text[0]["prompt_ids"]).startswith("Alice was beginning")
+    assert bare.decode(text[0]["completion_ids"][0]).startswith("Once or twice")
+
+
+def test_the_card_names_a_base_of_the_hub_and_no_place_on_this_machine(adapter_dir, model_dir, tmp_path):
+    from nca_align.export_card import model_card
+
+    export(ExportOptions(adapter_dir, str(tmp_path / "mine")))
+    card = (tmp_path / "mine" / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: ")
+    assert "base_model" not in card
+    assert str(Path(model_dir).parent) not in card
+    assert 'model="mine"' in card
+    assert re.search(r"0\.00\d\d nats a sequence at most", card)
+    assert 'base_model: "org/base"' in model_card("out", adapter_dir, "org/base", None, None, None)
+
+
+class TestPush:
+    def test_the_folder_is_sent(self, adapter_dir, tmp_path, monkeypatch):
+        import huggingface_hub
+
+        calls = []
+        monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", lambda self, name, **kw: calls.append((name, kw)))
+        monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", lambda self, **kw: calls.append(kw))
+        export(ExportOptions(adapter_dir, str(tmp_path / "out"), push="me/aligned"))
+        assert calls == [
+            ("me/aligned", {"private": True, "exist_ok": True}),
+            {"repo_id": "me/aligned", "folder_path": tmp_path / "out"},
+        ]
+
+    def test_no_network_leaves_the_folder(self, adapter_dir, tmp_path, capsys):
+        flags = ["--model_name_or_path", adapter_dir, "--output", str(tmp_path / "out"), "--push", "me/aligned"]
+        assert main(flags) == 2
+        error = capsys.readouterr().err
+        assert "`push` me/aligned: the Hub did not take it" in error
+        assert f"`hf upload me/aligned {tmp_path / 'out'}` sends it later" in error
+        assert (tmp_path / "out" / "model.safetensors").exists()

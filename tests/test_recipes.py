@@ -1,0 +1,286 @@
+"""Every recipe trains a tiny random model of its architecture, on rows in its data set's own schema.
+
+What a run takes from here is the model, the rows, two steps and the CPU; all else is the file's.
+"""
+
+import json
+import logging
+import math
+import re
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+import yaml
+from datasets import Dataset
+from safetensors.torch import load_file
+
+from conftest import CORPUS, build_tokenizer
+from nca_align.data import load_reward_dataset
+from nca_align.tokenization import tokenize_rows
+from nca_align.train import main
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = ROOT / "configs"
+RECIPES = sorted([*CONFIGS.glob("*_mistral7b.yaml"), *CONFIGS.glob("recipes/*.yaml")])
+WORDS = " ".join(CORPUS).split()
+TINY = {
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 4096, "initializer_range": 0.2,
+    "bos_token_id": 1, "eos_token_id": 3, "pad_token_id": 0,
+}  # fmt: skip
+GEMMA = {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 32}
+# A recipe's model → (family, what its configuration has beside TINY, its chat template in TRL)
+MODELS = {
+    "mistral7b": ("Mistral", {"sliding_window": None}, None),
+    "mixtral8x7b": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}, None),
+    "llama3.1-8b": ("Llama", {}, "llama3_1"),
+    "llama3.2-3b": ("Llama", {"tie_word_embeddings": True}, "llama3_2"),
+    "qwen3-8b": ("Qwen3", {"head_dim": 8}, "qwen3"),
+    "gemma3-4b": ("Gemma3", GEMMA | {"layer_types": ["sliding_attention", "full_attention"]}, "gemma3"),
+}
+MISTRAL_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
+    "{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+)
+
+
+def words(i: int, n: int) -> str:
+    return " ".join([str(i), *(WORDS[(7 * i + j) % len(WORDS)] for j in range(n))])
+
+
+def ultrainteract(i: int) -> list[dict]:
+    turns = [{"from": ("user", "assistant")[j % 2], "value": words(i + j, 6)} for j in range(3)]  # multi-turn
+    return [{"task": "Math_CoT", "dataset": "gsm8k", "trajectory": turns, "chosen": words(i, 9),
+             "rejected": words(i + 5, 7), "id": f"{i}", "parent_id": "0"}]  # fmt: skip
+
+
+def helpsteer2(i: int) -> list[dict]:
+    grades = [(4, 2), (3, 3), (1, 0), (2,)][i % 4]  # the last prompt has a single answer
+    return [{"prompt": words(i, 8), "response": words(i + k, 5 + 3 * k), "helpfulness": grade, "correctness": 3,
+             "coherence": 4, "complexity": 1, "verbosity": 1} for k, grade in enumerate(grades)]  # fmt: skip
+
+
+def ranked(i: int) -> list[dict]:
+    user = {"role": "user", "content": words(i, 8)}
+    answers = {f"A{k}": [user, {"role": "assistant", "content": words(i + k + 1, 6 + k)}] for k in range(4)}
+    return [{"prompt": user["content"], **answers, **{f"score_A{k}": 8.5 - 1.5 * k for k in range(4)}}]
+
+
+def ultrafeedback(i: int) -> list[dict]:
+    aspects = ("instruction_following", "honesty", "truthfulness", "helpfulness")
+    completions = [{"model": f"m{k}", "response": words(i + k, 5 + k), "overall_score": 8.0 - 2 * k,
+                    "fine-grained_score": 4.0 - k, "principle": "helpfulness", "custom_system_prompt": "",
+                    "critique": "", "annotations": {a: {"Rating": str(5 - k), "Rationale": ""} for a in aspects}}
+                   for k in range(4)]  # fmt: skip
+    source = "truthful_qa" if i % 4 == 3 else "evol_instruct"
+    return [{"source": source, "instruction": words(i, 8), "models": ["m0"], "completions": completions,
+             "correct_answers": ["None"], "incorrect_answers": ["None"]}]  # fmt: skip
+
+
+def binarized(i: int) -> list[dict]:
+    user = {"role": "user", "content": words(i, 8)}
+    sides = {
+        name: [user, {"role": "assistant", "content": words(i + k, 6)}] for k, name in enumerate(("chosen", "rejected"))
+    }
+    return [{"prompt": user["content"], "prompt_id": str(i), **sides, "score_chosen": 8.0, "score_rejected": 7.5}]
+
+
+# data set: (rows of one prompt, its splits, K after reading)
+DATA = {
+    "openbmb/UltraInteract_pair": (ultrainteract, ["train"], 2),
+    "nvidia/HelpSteer2": (helpsteer2, ["train", "validation"], 2),
+    "ChenDRAG/ultrafeedback_reward": (ranked, ["train_prefs", "test_prefs"], 4),
+    "openbmb/UltraFeedback": (ultrafeedback, ["train"], 4),
+    "HuggingFaceH4/ultrafeedback_binarized": (binarized, ["train_prefs", "test_prefs"], 2),
+}
+
+
+def model_of(path: Path) -> str:
+    return re.search("|".join(map(re.escape, MODELS)), path.stem)[0]
+
+
+def save_model(name: str, folder: Path) -> None:
+    family, own, template = MODELS[name]
+    tokenizer = build_tokenizer(
+        (files("trl") / "chat_templates" / f"{template}.jinja").read_text() if template else MISTRAL_TEMPLATE
+    )
+    config = TINY | own | {"vocab_size": len(tokenizer)}
+    if family == "Gemma3":  # the 4B has an image tower
+        vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+                  "image_size": 28, "patch_size": 14}  # fmt: skip
+        config = {"text_config": config, "vision_config": vision, "mm_tokens_per_image": 1, "image_token_index": 383}
+    head = "ForConditionalGeneration" if family == "Gemma3" else "ForCausalLM"
+    torch.manual_seed(0)
+    getattr(transformers, family + head)(getattr(transformers, f"{family}Config")(**config)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def save_data(name: str, folder: Path) -> None:
+    rows, splits, _ = DATA[name]
+    prompts = 20 if len(splits) > 1 else 110  # of which a hundredth is held out
+    folder.mkdir()
+    for split in splits:
+        lines = [json.dumps(row) for i in range(prompts) for row in rows(i)]
+        (folder / f"{split}.jsonl").write_text("\n".join(lines))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_trains_a_tiny_model_of_its_architecture(path, tmp_path, caplog):
+    recipe = yaml.safe_load(path.read_text())
+    save_model(model_of(path), tmp_path / "model")
+    save_data(recipe["dataset_name"], tmp_path / "data")
+    overrides = {
+        "model_name_or_path": tmp_path / "model", "dataset_name": tmp_path / "data", "output_dir": tmp_path / "run",
+        "max_steps": 2, "logging_steps": 1, "use_cpu": "true", "save_strategy": "no",
+    }  # fmt: skip
+    caplog.set_level(logging.INFO, "nca_align")
+    argv = [part for name, value in overrides.items() for part in (f"--{name}", str(value))]
+    assert main(["--config", str(path), *argv]) == 0
+
+    log = [
+        line
+        for line in json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
+        if "loss" in line
+    ]
+    assert len(log) == 2
+    assert all(math.isfinite(value) for line in log for value in line.values())
+    assert all(line["grad_norm"] > 0 for line in log)
+    k = DATA[recipe["dataset_name"]][2]
+    start = {"nca": 2 * math.log(2), "infonca": math.log(k)}[recipe["loss_type"]]
+    assert log[0]["loss"] == pytest.approx(start, abs=5e-3)  # all implicit rewards are 0
+    assert (f"rewards/rank_{k}" in log[0], f"rewards/rank_{k + 1}" in log[0]) == (True, False)
+    assert "Layout: prefix_shared, each shared token once; agrees with padded" in caplog.text
+
+    used = torch.load(tmp_path / "run" / "training_args.bin", weights_only=False)
+    for key in set(recipe) - set(overrides):  # the file's own values reached the trainer
+        if hasattr(used, key) and key not in ("loss_type", "optim", "lr_scheduler_type", "report_to"):
+            value = getattr(used, key)
+            assert getattr(value, "value", value) == recipe[key], key
+    assert used.loss_type == [recipe["loss_type"]]
+    assert (used.optim, used.lr_scheduler_type) == (recipe["optim"], recipe["lr_scheduler_type"])
+
+    if model_of(path) == "gemma3-4b":  # as its head says of the image tower
+        before, after = (load_file(tmp_path / folder / "model.safetensors") for folder in ("model", "run"))
+        changed = {name for name in before if not torch.equal(before[name], after[name])}
+        assert changed
+        assert not any("vision" in name or "projector" in name for name in changed)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("recipes/*.yaml")), ids=lambda path: path.stem)
+def test_a_recipes_head_values_and_name(path):
+    text, recipe = path.read_text(), yaml.safe_load(path.read_text())
+    loss, model, data = path.stem.split("_")
+    assert (recipe["loss_type"], model in MODELS, recipe["output_dir"]) == (loss, True, f"runs/{path.stem}")
+    assert data in recipe["dataset_name"].lower()
+    for launch in ("fsdp2", "zero3"):
+        line = re.search(rf"--config_file configs/accelerate/{launch}.yaml .*", text)[0]
+        assert line.endswith(f"scripts/train.py --config configs/recipes/{path.name}")
+    cards = int(re.search(r"× 1 prompt × (\d+) GPUs = 32 prompts a step", text)[1])
+    assert cards * recipe["gradient_accumulation_steps"] == 32
+    if data == "ultrainteract":  # the paper's
+        assert (recipe["beta"], recipe["learning_rate"]) == (0.1, 5e-7)
+    else:  # arXiv 2502.01237
+        assert 1e-4 <= recipe["beta"] <= 1e-3
+        assert 3e-7 <= recipe["learning_rate"] <= 1e-6
+    assert recipe["dtype"] == "float32"
+    assert "use_peft" not in recipe
+    uncommented = {line.split(":")[0] for line in text.splitlines() if line[:1].isalpha() and "#" not in line}
+    # what transformers documents, and what stands under another key's comment
+    assert uncommented <= {
+        "dataset_train_split", "dataset_test_split", "loss_type", "lr_scheduler_type", "num_train_epochs", "optim",
+        "seed", "gradient_checkpointing", "gradient_checkpointing_kwargs", "output_dir", "logging_steps",
+        "eval_strategy", "eval_steps", "per_device_eval_batch_size", "save_strategy", "save_steps", "save_total_limit",
+        "chat_template_kwargs",
+    }  # fmt: skip
+
+
+# The table of configs/README.md
+
+STATUSES = {"run", "exercised on a tiny model", "not yet run"}
+
+
+def test_the_table_has_every_file_with_an_honest_status():
+    rows = re.findall(
+        r"^\| \[`([^`]+\.yaml)`\]\(([^)]+)\) \|.*\| ([^|]+) \|$", (CONFIGS / "README.md").read_text(), re.M
+    )
+    assert all(name == link for name, link, _ in rows)
+    status = {CONFIGS / name: said for name, _, said in rows}
+    assert len(status) == len(rows)
+    assert set(status) == set(CONFIGS.rglob("*.yaml"))
+    assert set(status.values()) <= STATUSES
+    assert {path for path, said in status.items() if said == "exercised on a tiny model"} == set(RECIPES)
+
+
+# Qwen3's template, which thinks
+
+
+def qwen3(prompt: list[dict], answer: str, **row) -> tuple[str, list[str], int]:
+    """Text of the prompt and of the completions that training sees, and the prompt's tokens that were left out."""
+    tokenizer = build_tokenizer((files("trl") / "chat_templates" / "qwen3.jinja").read_text())
+    batch = {"prompt": [prompt], "rewards": [[1.0, 0.0]]} | {name: [value] for name, value in row.items()}
+    batch["completions"] = [[[{"role": "assistant", "content": text}] for text in (answer, "No idea.")]]
+    rows = tokenize_rows(batch, [0], tokenizer, None, None, "length")
+    texts = [tokenizer.decode(ids) for ids in (rows["prompt_ids"][0], *rows["completion_ids"][0])]
+    return texts[0], texts[1:], rows["boundary_tokens"][0]
+
+
+EMPTY = "<think>\n\n</think>\n\n"
+TURNS = [
+    {"role": "user", "content": "What is 2 + 2?"},
+    {"role": "assistant", "content": "<think>\nEasy.\n</think>\n\n4."},
+    {"role": "user", "content": "And 3 + 3?"},
+]
+
+
+def test_without_thinking_the_empty_thought_is_the_prompts():
+    prompt, completions, left_out = qwen3(TURNS, "6.", chat_template_kwargs={"enable_thinking": False})
+    assert prompt.endswith("<|im_start|>assistant\n" + EMPTY)
+    assert completions == ["6.<|im_end|>\n", "No idea.<|im_end|>\n"]
+    assert left_out == 0
+
+
+def test_with_thinking_it_counts_for_every_completion():
+    prompt, completions, left_out = qwen3(TURNS, "6.")
+    assert prompt.endswith("<|im_start|>assistant\n")
+    assert completions == [EMPTY + "6.<|im_end|>\n", EMPTY + "No idea.<|im_end|>\n"]
+    assert left_out == 0
+
+
+@pytest.mark.parametrize("row", [{}, {"chat_template_kwargs": {"enable_thinking": False}}], ids=["thinking", "not"])
+def test_earlier_thoughts_are_taken_out_of_prompt_and_conversation_alike(row):
+    prompt, _, left_out = qwen3(TURNS, "6.", **row)
+    assert "Easy." not in prompt
+    assert "<|im_start|>assistant\n4.<|im_end|>" in prompt
+    assert left_out == 0
+
+
+def test_a_thought_of_the_completion_is_trained_on_and_contradicts_enable_thinking_false():
+    thought = "<think>\nThree twice.\n</think>\n\n6."
+    _, completions, left_out = qwen3(TURNS, thought)
+    assert (completions[0], left_out) == (thought + "<|im_end|>\n", 0)
+    prompt, completions, left_out = qwen3(TURNS, thought, chat_template_kwargs={"enable_thinking": False})
+    assert left_out > 0  # of the empty thought, which this conversation doesn't have; the trainer says so
+    assert (prompt + completions[0]).endswith(thought + "<|im_end|>\n")
+
+
+def test_template_arguments_for_a_whole_data_set(tmp_path):
+    rows = [{"prompt": [{"role": "user", "content": f"Hello {i}"}], "rewards": [1.0, 0.0],
+             "completions": [[{"role": "assistant", "content": text}] for text in "ab"]} for i in range(4)]  # fmt: skip
+    rows[1]["chat_template_kwargs"] = {"enable_thinking": True}
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    off, on = {"enable_thinking": False, "date_string": "today"}, {"enable_thinking": True, "date_string": "today"}
+    for streaming in (False, True):
+        data = load_reward_dataset(
+            str(path), split="train", validation_fraction=0, streaming=streaming, chat_template_kwargs=json.dumps(off)
+        )
+        assert [row["chat_template_kwargs"] for row in data] == [off, on, off, off]
+        assert [row["prompt"] for row in data] == [row["prompt"] for row in rows]
+    assert isinstance(load_reward_dataset(str(path), split="train"), Dataset)
+    for wrong in ("{", "[1]", ["x"]):
+        with pytest.raises(ValueError, match=r"`chat_template_kwargs` is .*; it must be a JSON object such as"):
+            load_reward_dataset(str(path), chat_template_kwargs=wrong)

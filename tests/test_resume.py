@@ -1,0 +1,608 @@
+"""Stopped anywhere and resumed: the same log and weights bit for bit; half checkpoints, full disks, SIGTERM, changes"""
+
+import errno
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.data_loader import BatchSamplerShard, DataLoaderShard, skip_first_batches
+from datasets import Dataset
+from peft import LoraConfig
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+from transformers.trainer_pt_utils import BatchRebalanceSampler
+from transformers.trainer_utils import get_last_checkpoint
+
+from conftest import reward_rows
+from nca_align import NCAConfig, NCATrainer
+from nca_align.checkpoints import MANIFEST, is_whole, read_manifest, whole_checkpoints
+from nca_align.errors import UserError
+from nca_align.identity import FIXED, FREE
+from nca_align.resume import PREEMPTED, prepare_to_skip
+from nca_align.train import main
+from test_trainer import trainer
+
+ROOT = Path(__file__).resolve().parents[1]
+# 11 prompts in steps of 2: six steps an epoch, of which the last has one prompt; dropout, and log lines across saves
+RUN = {
+    "save_strategy": "steps", "save_steps": 1, "logging_steps": 4, "max_steps": -1, "num_train_epochs": 2,
+    "gradient_accumulation_steps": 2, "per_device_train_batch_size": 1, "lr_scheduler_type": "cosine",
+    "disable_dropout": False,
+}  # fmt: skip
+
+
+class At(TrainerCallback):
+    """Does something at an event of a step."""
+
+    def __init__(self, event: str, step: int, what):
+        setattr(self, event, lambda args, state, control, **kwargs: what() if state.global_step == step else None)
+
+
+def interrupt():
+    raise KeyboardInterrupt
+
+
+def terminate():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def make(folder, *callbacks, rows=None, **own) -> NCATrainer:
+    adapter = LoraConfig(r=4, lora_dropout=0.2, target_modules="all-linear")
+    options = {"peft_config": adapter, "callbacks": list(callbacks)} | RUN | own
+    return trainer(folder, rows=rows or reward_rows(11, [4, 2, 3]), eval_rows=reward_rows(4, seed=5), **options)
+
+
+def untimed(log: list[dict]) -> list[dict]:
+    return [{k: v for k, v in line.items() if "runtime" not in k and "per_second" not in k} for line in log]
+
+
+def result(nca: NCATrainer) -> tuple[list[dict], dict[str, torch.Tensor]]:
+    return untimed(nca.state.log_history), {n: p.detach().clone() for n, p in nca.model.named_parameters()}
+
+
+def assert_same(nca: NCATrainer, expected) -> None:
+    log, weights = result(nca)
+    assert log == expected[0]
+    for name, value in expected[1].items():
+        assert torch.equal(weights[name], value), name
+
+
+def whole_run(folder, **own):
+    nca = make(folder, **own)
+    nca.train()
+    return result(nca)
+
+
+EXACT = {
+    "steps": {"eval_strategy": "steps", "eval_steps": 3, "eval_on_start": True, "max_steps": 11},
+    "epochs": {"eval_strategy": "epoch", "logging_strategy": "epoch", "completions_per_forward": 3},
+    "by length": {"train_sampling_strategy": "group_by_length", "save_total_limit": 1},
+    "rebalanced": {"train_sampling_strategy": "batch_rebalance", "peft_config": None, "precompute_ref_log_probs": True},
+}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in ("epochs", "by length"))) for name in EXACT]
+)
+def test_stopped_again_and_again_it_ends_as_if_it_had_not(name, tmp_path):
+    """In the middle of both epochs, at the end of the first one, and after the last step, before the end."""
+    expected = whole_run(tmp_path / "whole", **EXACT[name])
+    assert len({line["loss"] for line in expected[0] if "loss" in line}) >= 2
+    resume = None
+    for step in (3, 6, 8, EXACT[name].get("max_steps", 12)):
+        with pytest.raises(KeyboardInterrupt):
+            make(tmp_path / "cut", At("on_save", step, interrupt), **EXACT[name]).train(resume_from_checkpoint=resume)
+        assert max(whole_checkpoints(tmp_path / "cut")) == step
+        resume = True
+    nca = make(tmp_path / "cut", **EXACT[name])
+    nca.train(resume_from_checkpoint=True)
+    assert_same(nca, expected)
+
+
+def test_a_rebalanced_epoch_is_known_on_several_processes():
+    sampler = BatchRebalanceSampler(lengths=list(range(1, 17)), effective_batch_size=4, dp_size=2, grad_accum=1)
+    shard = BatchSamplerShard(sampler, num_processes=2)
+    prepare_to_skip(shard, sampler)
+    rest = skip_first_batches(DataLoaderShard(list(range(16)), batch_sampler=shard), 1)
+    rest.set_epoch(3)
+    assert sampler.epoch == 3
+    prepare_to_skip(sampler, sampler)  # on one process there is nothing between
+    assert not hasattr(sampler, "sampler")
+
+
+def test_there_is_dropout(tmp_path):
+    """What follows and what came before would prove less without."""
+    assert {module.p for module in make(tmp_path).model.modules() if isinstance(module, torch.nn.Dropout)} == {0.2}
+
+
+def test_evaluating_changes_nothing(tmp_path):
+    """With dropout: an evaluation that drew random numbers would give the steps after it others."""
+    with_evaluation = whole_run(tmp_path / "a", eval_strategy="steps", eval_steps=1, eval_on_start=True)
+    without = whole_run(tmp_path / "b", eval_strategy="no")
+    assert [line for line in with_evaluation[0] if "eval_loss" not in line] == without[0]
+    for name, value in without[1].items():
+        assert torch.equal(with_evaluation[1][name], value)
+
+
+def test_intervals_of_the_resumed_run_count(tmp_path):
+    """transformers would keep the checkpoint's."""
+    with pytest.raises(KeyboardInterrupt):
+        make(tmp_path, At("on_save", 2, interrupt)).train()
+    nca = make(tmp_path, logging_steps=1, save_steps=5)
+    nca.train(resume_from_checkpoint=True)
+    assert [line["step"] for line in nca.state.log_history if "loss" in line] == list(range(3, 13))
+    assert list(whole_checkpoints(tmp_path)) == [1, 2, 5, 10, 12]
+
+
+DAMAGE = {
+    "cut off at the start": lambda folder: [f.unlink() for f in folder.iterdir() if f.name != MANIFEST],
+    "no state": lambda folder: (folder / "trainer_state.json").unlink(),
+    "no random state": lambda folder: (folder / "rng_state.pth").unlink(),
+    "a shorter file": lambda folder: os.truncate(folder / "optimizer.pt", 100),
+    "marked as being written": lambda folder: (folder / MANIFEST).write_text('{"complete": false}'),
+    "an unreadable mark": lambda folder: (folder / MANIFEST).write_text("{"),
+}
+
+
+class TestHalfWritten:
+    @pytest.fixture(scope="class")
+    @classmethod
+    def finished(cls, tmp_path_factory):
+        folder = tmp_path_factory.mktemp("finished")
+        make(folder, save_steps=4).train()
+        return folder
+
+    @pytest.fixture
+    def run(self, finished, tmp_path):
+        shutil.copytree(finished, tmp_path / "run")
+        return tmp_path / "run"
+
+    @pytest.mark.parametrize("damage", DAMAGE)
+    def test_it_is_seen_and_the_one_before_it_used(self, damage, run):
+        assert list(whole_checkpoints(run)) == [4, 8, 12]
+        DAMAGE[damage](run / "checkpoint-12")
+        assert list(whole_checkpoints(run)) == [4, 8]
+        assert get_last_checkpoint(run) == str(run / "checkpoint-12")  # what transformers takes
+        nca = make(run, save_steps=4)
+        seen = []
+        nca.add_callback(At("on_step_begin", 8, lambda: seen.append(8)))
+        nca.train(resume_from_checkpoint=True)
+        assert seen == [8]
+        assert list(whole_checkpoints(run)) == [4, 8, 12]
+
+    def test_what_a_kill_left_is_removed_and_nothing_else(self, run):
+        (run / "checkpoint-12" / MANIFEST).write_text('{"complete": false}')
+        (run / "checkpoint-7").mkdir()  # the user's own
+        (run / "checkpoint-7" / "adapter_model.safetensors").touch()
+        nca = make(run, At("on_train_begin", 8, interrupt), save_steps=4)
+        with pytest.raises(KeyboardInterrupt):
+            nca.train(resume_from_checkpoint=True)
+        assert sorted(path.name for path in run.glob("checkpoint-*")) == [
+            "checkpoint-4",
+            "checkpoint-7",
+            "checkpoint-8",
+        ]
+
+    def test_named_it_is_refused_with_the_one_that_is_whole(self, run):
+        (run / "checkpoint-12" / "optimizer.pt").unlink()
+        with pytest.raises(UserError, match=r"checkpoint-12 is not a whole checkpoint.*the last whole one is \S+-8$"):
+            make(run, save_steps=4).train(resume_from_checkpoint=str(run / "checkpoint-12"))
+
+    def test_none_is_whole(self, tmp_path):
+        with pytest.raises(UserError, match=r"`resume_from_checkpoint` is true, but `output_dir` .* holds no whole"):
+            make(tmp_path).train(resume_from_checkpoint=True)
+        with pytest.raises(UserError, match=r"is not a whole checkpoint.*holds no whole one"):
+            make(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+    def test_another_trainers_checkpoint_is_taken_and_said_to_be_unknown(self, run, caplog):
+        for folder in run.glob("checkpoint-*"):
+            (folder / MANIFEST).unlink()
+        make(run, save_steps=4).train(resume_from_checkpoint=True)
+        assert f"checkpoint-12 has no {MANIFEST}" in caplog.text
+
+    def test_one_limit_keeps_the_old_one_until_the_new_one_is_whole(self, tmp_path, monkeypatch):
+        """The limit of one, and a kill between the last file and the mark: the old one is still there."""
+        nca = make(tmp_path, save_total_limit=1)
+        monkeypatch.setattr("nca_align.resume.sync", lambda path: interrupt() if "checkpoint-3" in str(path) else None)
+        with pytest.raises(KeyboardInterrupt):
+            nca.train()
+        assert (tmp_path / "checkpoint-3" / "trainer_state.json").exists()
+        assert list(whole_checkpoints(tmp_path)) == [2]
+        assert nca.args.save_total_limit == 1
+
+
+class TestChanges:
+    @pytest.fixture(scope="class")
+    @classmethod
+    def run(cls, tmp_path_factory):
+        folder = tmp_path_factory.mktemp("changes")
+        with pytest.raises(KeyboardInterrupt):
+            make(folder, At("on_save", 1, interrupt)).train()
+        return folder
+
+    def resume(self, run, rows=None, **own) -> NCATrainer:
+        nca = make(run, At("on_train_begin", 1, interrupt), rows=rows, **own)
+        with pytest.raises(KeyboardInterrupt):
+            nca.train(resume_from_checkpoint=True)
+        return nca
+
+    def refused(self, run, rows=None, **own) -> str:
+        with pytest.raises(UserError) as error:
+            make(run, rows=rows, **own).train(resume_from_checkpoint=True)
+        return str(error.value)
+
+    def test_options_are_refused_by_old_and_new_value_and_allowed_by_name(self, run):
+        assert self.refused(run, alpha=0.7, loss_type="infonca") == (
+            'checkpoint-1 belongs to another run: `alpha` 0.5 → 0.7, `loss_type` ["nca"] → ["infonca"]; go back to '
+            "what it was, choose another `output_dir`, or allow it by name: `--resume_changed alpha loss_type`"
+        )
+        assert "`loss_type`" in self.refused(run, alpha=0.7, loss_type="infonca", resume_changed=["alpha"])
+        self.resume(run, alpha=0.7, loss_type="infonca", resume_changed=["alpha", "loss_type"])
+
+    def test_data_are_compared_by_content(self, run):
+        rows = reward_rows(11, [4, 2, 3])
+        assert self.resume(run, rows=rows)
+        for change in (lambda: rows[3]["rewards"].__setitem__(0, 9.0), lambda: rows.append(rows[0])):
+            change()
+            said = self.refused(run, rows=rows)
+            assert re.search(rf"`data` 11 rows, [0-9a-f]{{16}} → {len(rows)} rows, [0-9a-f]{{16}};", said)
+        self.resume(run, rows=rows, resume_changed=["data"])
+
+    def test_a_stream_is_known_by_its_beginning(self, tmp_path):
+        stream = Dataset.from_list(reward_rows(11)).to_iterable_dataset()
+        options = {"max_steps": 4, "num_train_epochs": 1}
+        with pytest.raises(KeyboardInterrupt):
+            make(tmp_path, At("on_save", 1, interrupt), rows=stream, **options).train()
+        other = Dataset.from_list(reward_rows(11, seed=1)).to_iterable_dataset()
+        assert re.search(r"`data` stream, \w+ → stream, \w+;", self.refused(tmp_path, rows=other, **options))
+        self.resume(tmp_path, rows=stream, **options)
+
+    def test_the_adapter_and_the_model_belong_to_it(self, run):
+        adapter = LoraConfig(r=8, lora_dropout=0.2, target_modules="all-linear")
+        assert "`adapter.default.r` 4 → 8" in self.refused(run, peft_config=adapter)
+        assert "`adapter.default.r` 4 → null" in self.refused(run, peft_config=None)
+
+    @pytest.mark.parametrize(("name", "value"), [("learning_rate", 5e-4), ("weight_decay", 0.1), ("adam_beta2", 0.9)])
+    def test_what_the_optimizers_state_keeps_can_not_change(self, name, value, run):
+        for allowed in ([], [name]):
+            said = self.refused(run, **{name: value, "resume_changed": allowed})
+            assert said.startswith(f"checkpoint-1 belongs to a run with other options: `{name}` ")
+            assert f"→ {value}; the optimizer's state in the checkpoint keeps the old values" in said
+
+    def test_an_unknown_name_is_refused(self, run):
+        assert "'alfa', which is no part of what makes a run (did you mean `alpha`?)" in self.refused(
+            run, resume_changed=["alfa"]
+        )
+
+    def test_what_is_free_may_change(self, run):
+        """Logging, saving, evaluation, memory, and how the prompts of a step are dealt out."""
+        self.resume(
+            run, logging_steps=3, save_total_limit=2, eval_strategy="steps", eval_steps=2, layout="padded",
+            completions_per_forward=2, gradient_checkpointing=True, per_device_train_batch_size=2, run_name="other",
+            gradient_accumulation_steps=1, precompute_ref_log_probs=True, collapse_nats=9.0, nonfinite="skip",
+        )  # fmt: skip
+        assert "`global_batch_size` 2 → 4" in self.refused(run, gradient_accumulation_steps=4)
+
+    def test_every_option_is_compared_unless_it_is_listed(self, run):
+        """The lists name options that there are, and what TRL adds is compared."""
+        identity = read_manifest(run / "checkpoint-1")["identity"]
+        options = set(make(run).args.to_dict())
+        assert options >= FREE | FIXED
+        assert not FREE & FIXED
+        assert options - FREE <= identity.keys()
+        assert identity.keys() - options >= {"data", "model", "global_batch_size", "model.hidden_size"}
+        assert "hf_secret" not in json.dumps(make(run, hub_token="hf_secret")._resume.identity())
+
+
+class TestSigterm:
+    @pytest.mark.parametrize("step", [2, 5])
+    def test_it_saves_at_the_end_of_the_step_and_goes_on_exactly(self, step, tmp_path, caplog):
+        """In the middle of an epoch and in its last step; nothing else would have saved."""
+        own = {"save_strategy": "no", "eval_strategy": "epoch"}
+        expected = whole_run(tmp_path / "whole", **own)
+        handler = signal.getsignal(signal.SIGTERM)
+        try:
+            with pytest.raises(SystemExit) as left:
+                make(tmp_path / "cut", At("on_step_begin", step, terminate), **own).train()
+            assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN  # torchrun sends it to those that are leaving
+        finally:
+            signal.signal(signal.SIGTERM, handler)
+        assert left.value.code == PREEMPTED == 75
+        assert f"SIGTERM: checkpoint-{step + 1} is written" in caplog.text
+        assert list(whole_checkpoints(tmp_path / "cut")) == [step + 1]
+        nca = make(tmp_path / "cut", **own)
+        nca.train(resume_from_checkpoint=True)
+        assert_same(nca, expected)
+        assert signal.getsignal(signal.SIGTERM) == handler
+
+    def test_an_evaluation_is_cut_and_done_after_it_is_resumed(self, tmp_path):
+        step = 4
+        own = {"save_strategy": "no", "eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 1}
+        expected = whole_run(tmp_path / "whole", **own)
+        seen = []
+
+        def in_the_first_batch():
+            seen.append(step)
+            if len(seen) == 1:
+                terminate()
+
+        handler = signal.getsignal(signal.SIGTERM)
+        try:
+            with pytest.raises(SystemExit):
+                make(tmp_path / "cut", At("on_prediction_step", step, in_the_first_batch), **own).train()
+        finally:
+            signal.signal(signal.SIGTERM, handler)
+        assert len(seen) == 1  # of four
+        nca = make(tmp_path / "cut", **own)
+        nca.train(resume_from_checkpoint=True)
+        assert_same(nca, expected)
+
+    def test_before_the_first_step_there_is_nothing_to_save(self, tmp_path, caplog):
+        handler = signal.getsignal(signal.SIGTERM)
+        try:
+            with pytest.raises(SystemExit):
+                make(tmp_path, At("on_train_begin", 0, terminate), eval_on_start=True, eval_strategy="epoch").train()
+        finally:
+            signal.signal(signal.SIGTERM, handler)
+        assert "no step was done yet" in caplog.text
+        assert not list(tmp_path.glob("checkpoint-*"))
+
+    def test_transformers_own_way_is_refused(self):
+        """It saves between a step's gradients and its update, and each process by itself."""
+        with pytest.raises(ValueError, match="`enable_jit_checkpoint` is true, but NCATrainer saves on SIGTERM by its"):
+            NCAConfig("x", bf16=False, enable_jit_checkpoint=True)
+
+    def test_training_in_a_thread_leaves_signals_alone(self, tmp_path):
+        nca = make(tmp_path, max_steps=1, save_strategy="no")
+        thread = threading.Thread(target=nca.train)
+        thread.start()
+        thread.join()
+        assert nca.state.global_step == 1
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 2 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"no small file system can be mounted here: {mounted.stderr.decode().strip()}")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+class TestFullDisk:
+    FULL = {"save_total_limit": 1, "peft_config": None, "max_steps": 3}  # noqa: RUF012
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def expected(cls, tmp_path_factory):
+        return whole_run(tmp_path_factory.mktemp("whole"), **cls.FULL)
+
+    @pytest.mark.parametrize("room", [0, 40, 90, 150])  # KiB, so that each of the files is the one that fails
+    def test_it_is_one_sentence_and_the_last_good_one_stays(self, room, small_disk, expected):
+
+        def fill():
+            free = shutil.disk_usage(small_disk).free
+            (small_disk / "ballast").write_bytes(b"x" * max(0, free - room * 1024))
+
+        nca = make(small_disk, At("on_step_begin", 1, fill), **self.FULL)
+        with pytest.raises(UserError, match=r"^checkpoint-2 can't be written: .*checkpoint-1 is whole: make room") as e:
+            nca.train()
+        assert str(small_disk) in str(e.value)
+        assert "\n" not in str(e.value)
+        assert [path.name for path in small_disk.glob("checkpoint-*")] == ["checkpoint-1"]
+        (small_disk / "ballast").unlink()
+        again = make(small_disk, **self.FULL)
+        again.train(resume_from_checkpoint=True)
+        assert_same(again, expected)
+
+    @pytest.mark.parametrize(
+        ("error", "said"),
+        [
+            (OSError(errno.EDQUOT, "Disk quota exceeded"), "Disk quota exceeded"),
+            (RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0"), "unexpected pos 64"),
+        ],
+    )
+    def test_other_ways_to_fail_and_no_earlier_one(self, error, said, tmp_path, monkeypatch):
+        def fail(*args, **kwargs):
+            raise error
+
+        monkeypatch.setattr("torch.save", fail)
+        with pytest.raises(UserError, match=rf"^checkpoint-1 can't be written: .*{said}.*there is no earlier one"):
+            make(tmp_path).train()
+
+    def test_the_trained_model_at_the_end_of_the_command(self, model_dir, tmp_path, monkeypatch, capsys):
+        (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, reward_rows(8))))
+
+        def fail(*args, **kwargs):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(NCATrainer, "save_model", fail)
+        options = {
+            "model_name_or_path": model_dir, "dataset_name": tmp_path / "rows.jsonl", "output_dir": tmp_path / "run",
+            "bf16": "false", "use_cpu": "true", "max_steps": 1, "save_strategy": "no", "report_to": "none",
+        }  # fmt: skip
+        assert main([part for name, value in options.items() for part in (f"--{name}", str(value))]) == 2
+        said = capsys.readouterr().err.strip().splitlines()[-1]
+        assert said.startswith("train: error: the trained model can't be written: No space left on device (")
+        assert said.endswith("make room, and run the same command with `resume_from_checkpoint: true`")
+
+    def test_a_bug_in_saving_keeps_its_traceback(self, tmp_path, monkeypatch):
+        monkeypatch.setattr("torch.save", lambda *args, **kwargs: {}["missing"])
+        with pytest.raises(KeyError):
+            make(tmp_path).train()
+
+
+# `nca-align train` with small shards of the reference's cache, and SIGTERM to a process of one's choice
+DRIVER = """
+import os, signal, sys
+import nca_align.reference
+from nca_align import trainer
+from transformers import TrainerCallback
+
+nca_align.reference.ROWS_PER_SHARD = 4
+rank, step = map(int, os.environ.get("TERMINATE", "-1 -1").split())
+
+class Terminate(TrainerCallback):
+    def on_step_begin(self, args, state, control, **kwargs):
+        if (args.process_index, state.global_step) == (rank, step):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+own = trainer.NCATrainer.__init__
+def with_callback(self, *args, **kwargs):
+    own(self, *args, **kwargs)
+    self.add_callback(Terminate())
+trainer.NCATrainer.__init__ = with_callback
+
+from nca_align.train import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture
+def launch(model_dir, tmp_path):
+    """Start a run by its folder's name; with `processes`, under torchrun."""
+    (tmp_path / "driver.py").write_text(DRIVER)
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, reward_rows(25, [4, 2, 3]))))
+    options = {
+        "model_name_or_path": model_dir, "dataset_name": tmp_path / "rows.jsonl", "bf16": "false", "use_cpu": "true",
+        "num_train_epochs": 2, "logging_steps": 2, "per_device_train_batch_size": 1, "learning_rate": "1e-3",
+        "save_strategy": "steps", "save_steps": 3, "save_total_limit": 2, "report_to": "none", "beta": 0.1,
+        "gradient_checkpointing": "false", "max_length": 128, "use_peft": "true", "lora_r": 4, "lora_dropout": 0.2,
+        "disable_dropout": "false",
+        "lora_target_modules": "all-linear", "resume_from_checkpoint": "true", "validation_fraction": 0.24,
+        "eval_strategy": "epoch", "precompute_ref_log_probs": "true", "disable_tqdm": "true",
+    }  # fmt: skip
+
+    def start(name: str, processes: int = 0, cache: str | None = None, terminate: str = "-1 -1", **own):
+        flags = [part for key, value in (options | own).items() for part in (f"--{key}", str(value))]
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        return subprocess.Popen(
+            [sys.executable, *(launcher if processes else []), str(tmp_path / "driver.py"), *flags,
+             "--output_dir", str(tmp_path / name)],
+            env=os.environ | {
+                "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache" / (cache or name)),
+                "TERMINATE": terminate,
+            },
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT,
+        )  # fmt: skip
+
+    return tmp_path, start
+
+
+def finish(process: subprocess.Popen, code: int = 0) -> str:
+    said = process.communicate(timeout=180)[0]
+    assert process.returncode == code, said[-4000:]
+    return said
+
+
+def outcome(folder: Path) -> tuple[list[dict], dict[str, bytes]]:
+    """The log, and the final adapter's bytes."""
+    state = json.loads((folder / "trainer_state.json").read_text())
+    assert [line["step"] for line in state["log_history"] if "loss" in line][-1] > 30
+    tensors = load_file(folder / "adapter_model.safetensors")
+    assert tensors
+    return untimed(state["log_history"]), {name: value.numpy().tobytes() for name, value in sorted(tensors.items())}
+
+
+def kill_while(process: subprocess.Popen, ready, delay: float) -> bool:
+    """SIGKILL once `ready()`, and False where it ended before."""
+    while process.poll() is None and not ready():
+        time.sleep(0.001)
+    time.sleep(delay)
+    running = process.poll() is None
+    process.kill()
+    process.communicate()
+    return running
+
+
+def killed_and_resumed(launch, kills: int, seed: int) -> None:
+    folder, start = launch
+    finish(start("whole"))
+    expected = outcome(folder / "whole")
+    rng = random.Random(seed)
+    run, cache = folder / "killed", folder / "cache" / "killed" / "nca_align_reference"
+    kept: dict[Path, int] = {}
+    done = halves = 0
+    for kill in range(kills):
+        before = set(whole_checkpoints(run))
+        newest = max(before, default=0)
+        moments = {
+            # the reference's cache: some shards are there, and stay; the next is being computed
+            "cache": lambda kept=kept: len(list(cache.glob("*/*.parquet"))) > len(kept) + 1,
+            # a save: its folder is there, and not yet whole
+            "save": lambda: any(
+                (read_manifest(half) or {}).get("complete") is False for half in run.glob("checkpoint-*")
+            ),
+            # anywhere later in training
+            "step": lambda newest=newest: max(whole_checkpoints(run), default=0) > newest,
+        }
+        moment = "cache" if kill == 0 else ("save", "step")[kill % 2]
+        delay = rng.uniform(0, {"cache": 0.01, "save": 0.01, "step": 0.4}[moment])
+        done += kill_while(start("killed"), moments[moment], delay)
+        halves += moments["save"]()
+        shards = {shard: shard.stat().st_mtime_ns for shard in cache.glob("*/*.parquet")}
+        assert kept.items() <= shards.items()  # none is computed twice
+        kept = shards
+        if (run / "trainer_state.json").exists():  # it came to its end: from the start again, with the cache
+            shutil.rmtree(run)
+    print(f"{done} of {kills} kills came in time, {halves} of them left half a checkpoint")
+    assert done >= min(kills, 3)
+    assert halves
+    finish(start("killed"))
+    assert outcome(run) == expected
+
+
+@pytest.mark.slow
+def test_killed_three_times_it_ends_bit_for_bit_the_same(launch):
+    """Once in the reference's cache, once in a save, and once anywhere."""
+    killed_and_resumed(launch, kills=3, seed=0)
+
+
+@pytest.mark.long
+def test_killed_twenty_times_it_ends_bit_for_bit_the_same(launch):
+    killed_and_resumed(launch, kills=20, seed=1)
+
+
+@pytest.mark.slow
+def test_sigterm_to_one_of_two_processes_ends_both_and_both_go_on_exactly(launch):
+    """In the second epoch, whose last batch does not divide: accelerate repeats rows in it, which weigh nothing."""
+    folder, start = launch
+    finish(start("whole", processes=2, save_steps=100, num_train_epochs=4))
+    said = finish(start("cut", 2, cache="whole", terminate="1 13", save_steps=100, num_train_epochs=4), code=1)
+    assert said.count("SIGTERM: checkpoint-14 is written") == 1
+    assert re.search(rf"exitcode\s*: {PREEMPTED}", said)
+    assert is_whole(folder / "cut" / "checkpoint-14")
+    finish(start("cut", 2, cache="whole", save_steps=100, num_train_epochs=4))
+    assert outcome(folder / "cut") == outcome(folder / "whole")
+
+
+@pytest.mark.slow
+def test_the_command_exits_with_its_code_and_another_number_of_processes_goes_on(launch):
+    """From one process to two, with the same global batch: the same losses up to rounding, without dropout."""
+    folder, start = launch
+    own = {"lora_dropout": 0.0, "save_steps": 100, "logging_steps": 4}
+    finish(start("whole", **own, gradient_accumulation_steps=2, num_train_epochs=4))
+    own |= {"cache": "whole", "num_train_epochs": 4}
+    said = finish(start("cut", terminate="0 13", gradient_accumulation_steps=2, **own), code=PREEMPTED)
+    assert "SIGTERM: checkpoint-14 is written" in said
+    assert "Traceback" not in said
+    refused = finish(start("cut", gradient_accumulation_steps=2, alpha=0.5, **own), code=2)
+    assert "train: error: checkpoint-14 belongs to another run: `alpha` 0.01 → 0.5;" in refused
+    finish(start("cut", 2, gradient_accumulation_steps=1, **own))
+    whole, cut = outcome(folder / "whole")[0], outcome(folder / "cut")[0]
+    for one, two in zip(whole, cut, strict=True):
+        for key in set(one) - {"grad_norm", "total_flos", "num_tokens", "epoch"}:
+            assert two[key] == pytest.approx(one[key], rel=1e-4, abs=1e-4), key
