@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from nca_align.checkpoints import whole_checkpoints
+
 ROOT = Path(__file__).resolve().parents[1]
 TRAINING = [
     "--max_steps", "20", "--save_strategy", "steps", "--save_steps", "1", "--learning_rate", "1e-2",
@@ -144,7 +146,7 @@ def test_two_rounds_end_in_a_table(whole):
 def test_killed_in_the_middle_of_training_and_started_again(whole, rounds):
     folder, start = rounds
     process, run = start("killed"), folder / "killed" / "round-1"
-    while not any(run.glob("checkpoint-*/trainer_state.json")):
+    while not whole_checkpoints(run):
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.002)
     os.killpg(process.pid, signal.SIGKILL)
