@@ -420,7 +420,8 @@ class NCATrainer(DPOTrainer):
             inputs = self._prepare_inputs(inputs)
             with self.maybe_activation_offload_context:
                 loss = self._chunked_step(model, inputs, num_items_in_batch)
-        self._guard.add_loss(loss, self._tr_loss)
+        if hasattr(self, "_tr_loss"):  # within `train`, not where a step is called by itself
+            self._guard.add_loss(loss, self._tr_loss)
         return loss
 
     def _chunked_step(self, model, inputs: dict[str, Any], counts: torch.Tensor | None) -> torch.Tensor:
