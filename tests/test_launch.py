@@ -7,7 +7,6 @@ import importlib.util
 import itertools
 import json
 import os
-import signal
 import subprocess
 import sys
 import sysconfig
@@ -71,13 +70,13 @@ def test_each_pair_of_options_comes_together(cases, weights):
 def run(command: list[str], environment: dict[str, str], timeout: int) -> subprocess.CompletedProcess:
     """`command`, ended with all its processes where it hangs."""
     process = subprocess.Popen(
-        command, cwd=ROOT, env=ENVIRONMENT | environment, text=True, start_new_session=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
+        command, cwd=ROOT, env=ENVIRONMENT | environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
     try:
         output, errors = process.communicate(timeout=timeout)
     except BaseException:
-        os.killpg(process.pid, signal.SIGKILL)
+        process.terminate()  # torchrun then ends its workers, which are in sessions of their own, within 30 s
+        process.communicate(timeout=60)
         raise
     assert process.returncode == 0, errors[-4000:]
     return subprocess.CompletedProcess(command, 0, output, errors)

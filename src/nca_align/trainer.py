@@ -358,24 +358,28 @@ class NCATrainer(DPOTrainer):
         self._set_up_layout()
         if isinstance(dataset, IterableDataset) or "ref_logps" in dataset.column_names:
             return dataset
-        model = self.ref_model or self.model
-        if self.ref_model is None and self.is_deepspeed_enabled:
-            if self._precompute_engine is None:
-                self._precompute_engine = prepare_deepspeed(self.model, self.accelerator)
-            model = self._precompute_engine
+        model, engine = self.ref_model or self.model, None
+        if self.ref_model is None and self.is_deepspeed_enabled and self.model_wrapped is self.model:
+            model = engine = prepare_deepspeed(self.model, self.accelerator)  # places and gathers it before training
         if self._layout_to_verify:
             self._verify_layout(model, gradients=False)
         per_forward = self.args.completions_per_forward
-        return add_reference_logps(
-            dataset,
-            key=(self._reference_hash, str(self.accelerator.mixed_precision), str(self.model.dtype)),
-            compute=lambda batch: self.compute_ref_log_probs(model, batch),
-            # no activations are kept, so there is room for more at a time
-            collator=dataclasses.replace(self.data_collator, completions_per_forward=per_forward and 4 * per_forward),
-            batch_size=self.args.precompute_ref_batch_size or 4 * batch_size,
-            accelerator=self.accelerator,
-            name=name,
-        )
+        try:
+            return add_reference_logps(
+                dataset,
+                key=(self._reference_hash, str(self.accelerator.mixed_precision), str(self.model.dtype)),
+                compute=lambda batch: self.compute_ref_log_probs(model, batch),
+                # no activations are kept, so there is room for more at a time
+                collator=dataclasses.replace(
+                    self.data_collator, completions_per_forward=per_forward and 4 * per_forward
+                ),
+                batch_size=self.args.precompute_ref_batch_size or 4 * batch_size,
+                accelerator=self.accelerator,
+                name=name,
+            )
+        finally:
+            if engine is not None:
+                engine.destroy()  # its hooks on the model would get in the way of the training engine's
 
     # Loss
 
