@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import sys
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -18,6 +17,7 @@ from rich.table import Table
 
 from .arguments import given_options, parse
 from .errors import UserError, command
+from .files import replacing
 from .policies import completion_logps, load_policy, load_tokenizer
 from .provenance import data_fingerprint, weights_fingerprint
 from .samples import drawn_end, load_samples, sampled_ids
@@ -166,9 +166,8 @@ def evaluate(options: EvaluateOptions) -> list[Evaluation]:
         lines.append(evaluate_samples(dataset, policy, options.reference, options))
         known[key] = asdict(lines[-1])
         if path is not None:  # after each line, and whole: a kill loses the one in work
-            temporary = path.with_name(f".{path.name}.tmp")
-            temporary.write_text(json.dumps(known, indent=1) + "\n")
-            os.replace(temporary, path)
+            with replacing(path) as file:
+                file.write(json.dumps(known, indent=1) + "\n")
     return lines
 
 

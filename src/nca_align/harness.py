@@ -19,6 +19,7 @@ from rich.table import Table
 
 from .arguments import nearest
 from .errors import UserError, one_line
+from .files import replacing
 from .hub import go_offline_without_network
 from .policies import adapter_base, as_reference, is_adapter, load_policy, load_tokenizer
 from .provenance import data_fingerprint, weights_fingerprint
@@ -127,9 +128,8 @@ def harness(options: HarnessOptions) -> list[Line]:
                     )
                 )  # fmt: skip
                 if path is not None:  # after each task, and whole: a kill loses the one in work
-                    temporary = path.with_name(f".{path.name}.tmp")
-                    temporary.write_text(json.dumps(known, indent=1) + "\n")
-                    os.replace(temporary, path)
+                    with replacing(path) as file:
+                        file.write(json.dumps(known, indent=1) + "\n")
         found[side] = {task: figures for name in tasks for task, figures in known[keys[name]].items()}
     lines = compare(found["base"], found["aligned"])
     base = options.reference or adapter_base(policy)

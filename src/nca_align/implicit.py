@@ -1,10 +1,8 @@
 """`nca-align evaluate --implicit`: the aligned model as a reward model, whole and token by token."""
 
 import json
-import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +17,7 @@ from tqdm.auto import tqdm
 from .config import NCAConfig
 from .data import DataOptions, read_reward_dataset, select_split
 from .errors import UserError
+from .files import replacing
 from .policies import as_reference, is_adapter, load_policy, load_tokenizer, run_record, token_logps
 from .ranking import LENGTH_MATCH, Completions, Interval, compare_scores, padded, pair_kinds, without_length
 from .tokenization import tokenize_dataset
@@ -186,15 +185,11 @@ def evaluate_implicit(logratios: Sequence[Sequence[Tensor]], rewards: Sequence[S
     )  # fmt: skip
 
 
-@contextmanager
-def _replacing(name: str) -> Iterator[Any]:
-    """A file to write that takes the place of `name` once it is whole."""
+def _in_its_folder(name: str) -> Path:
+    """The path, whose folder is made."""
     path = Path(name)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        yield file
-    os.replace(temporary, path)
+    return path
 
 
 def write_token_scores(
@@ -203,7 +198,7 @@ def write_token_scores(
     """One line a completion: `row`, `completion` (both from 0), `reward`, `implicit_reward`, and for its T tokens
     `tokens` and `token_rewards`, β (log π − log π_ref), whose sum over a step is that step's score.
     """
-    with _replacing(name) as file:
+    with replacing(_in_its_folder(name)) as file:
         for i, (row, ratios) in enumerate(zip(rows, logratios, strict=True)):
             for k, (ids, tokens) in enumerate(zip(row["completion_ids"], ratios, strict=True)):
                 values = (beta * tokens.double()).tolist()
@@ -233,7 +228,7 @@ def implicit(options: ImplicitOptions) -> ImplicitEvaluation:
     if options.token_scores is not None:
         write_token_scores(options.token_scores, tokenizer, rows, logratios, beta)
     if options.output is not None:
-        with _replacing(options.output) as file:
+        with replacing(_in_its_folder(options.output)) as file:
             file.write(json.dumps(_as_json(found), indent=1) + "\n")
     print_table(found)
     return found

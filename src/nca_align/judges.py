@@ -1,7 +1,6 @@
 """`nca-align evaluate --judge`: a judge's questions answered, in the file that the judge's own tool reads."""
 
 import json
-import os
 import sys
 from dataclasses import dataclass, field, fields
 from itertools import groupby
@@ -12,6 +11,7 @@ from datasets import Dataset, Features
 
 from .engines import Advance, Engine, EngineOptions, require_object, seed_of
 from .errors import UserError
+from .files import replacing
 from .hub import from_the_hub
 from .judge_formats import JUDGES, gpt4o_encoding
 from .prompts import load_raw
@@ -108,9 +108,8 @@ def judge(options: JudgeOptions) -> None:
     )
     if lines != path:  # AlpacaEval reads an array; the lines stay, and say what made them
         records = [json.loads(line) for line in lines.read_text(encoding="utf-8").splitlines()]
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text(json.dumps(records, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
+        with replacing(path) as file:
+            file.write(json.dumps(records, ensure_ascii=False, indent=1) + "\n")
     print(
         f"{options.output}: {counts['rows']} questions answered by {name}, {counts.get('truncated', 0)} of "
         f"{counts['answers']} answers cut at {sampling.max_new_tokens} tokens; docs/evaluation.md says how "

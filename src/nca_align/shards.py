@@ -22,6 +22,7 @@ from datasets import Dataset, Features
 from tqdm.auto import tqdm
 
 from .errors import UserError
+from .files import replacing
 from .locking import alone_at
 from .provenance import KEY, read_provenance, sidecar
 
@@ -227,12 +228,8 @@ def _iso(value: Any) -> str:
 
 
 def _write(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "wb") as file:
+    with replacing(path, "wb") as file:
         file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def _write_rows(path: Path, rows: list[dict], features: Features) -> None:
