@@ -21,6 +21,7 @@ from .curves import last_evaluation, plot_curves, summary
 from .data import DataOptions, RewardData, read_reward_dataset, select_split
 from .engines import load_adapter
 from .errors import UserError, command, one_line, refused_by
+from .policies import adapter_base, has_tokenizer, is_adapter
 from .smollm2 import resolve_model
 
 logger = logging.getLogger("nca_align")
@@ -172,12 +173,10 @@ def _checkpoint(args: NCAConfig) -> str | bool | None:
 def _tokenizer(model: str, revision: str | None, trust_remote_code: bool):
     """The model's tokenizer, which also shows, before anything is loaded, whether the model can be had."""
     try:
-        if not _is_adapter(model):
+        if not is_adapter(model):
             AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
-        elif not (Path(model) / "tokenizer_config.json").exists():  # saved without a tokenizer
-            from peft import PeftConfig
-
-            model, revision = resolve_model(PeftConfig.from_pretrained(model).base_model_name_or_path), None
+        elif not has_tokenizer(model):
+            model, revision = adapter_base(model), None
         return AutoTokenizer.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         if Path(model).exists():
@@ -188,14 +187,10 @@ def _tokenizer(model: str, revision: str | None, trust_remote_code: bool):
         ) from error
 
 
-def _is_adapter(model: str) -> bool:
-    return (Path(model) / "adapter_config.json").exists()
-
-
 def _policy(model: str, model_args: ModelConfig, args: NCAConfig):
     """`model`, `peft_config` and `quantization_config` for the trainer; an adapter is trained on from where it is."""
     quantization_config = get_quantization_config(model_args)
-    if not _is_adapter(model):
+    if not is_adapter(model):
         return model, _peft_config(model_args), quantization_config
     from peft import PeftConfig
 
@@ -205,14 +200,13 @@ def _policy(model: str, model_args: ModelConfig, args: NCAConfig):
             f"`lora_r` is {model_args.lora_r}, but `model_name_or_path` {model} is an adapter already, of rank "
             f"{own.r}, and is trained on as it is; give its rank, or merge it into its base first (`nca-align export`)"
         )
-    base = resolve_model(own.base_model_name_or_path)
     options: dict[str, Any] = dict(args.model_init_kwargs or {})  # type: ignore[arg-type]  # no text from here on
     options.pop("revision", None)
     options["trust_remote_code"] = args.trust_remote_code
     args.model_init_kwargs = None  # the trainer is given an instance
     if quantization_config is not None:
         options["quantization_config"] = quantization_config
-    base_model = AutoModelForCausalLM.from_pretrained(base, **{"use_safetensors": True, **options})
+    base_model = AutoModelForCausalLM.from_pretrained(adapter_base(model), **{"use_safetensors": True, **options})
     return load_adapter(base_model, model, is_trainable=True), None, None
 
 
