@@ -1,10 +1,8 @@
 """What a run is: the options, model and data that decide its result, and what of it changed since a checkpoint."""
 
-import hashlib
 import json
 from typing import Any
 
-import torch
 from datasets import Dataset
 from torch import nn
 from trl.trainer.utils import get_config_model_id
@@ -14,7 +12,7 @@ from .config import NCAConfig
 from .errors import UserError
 from .preparation import base_model
 from .provenance import weights_fingerprint
-from .reference import content_hash
+from .reference import adapter_hash, computed_config, content_hash
 
 # Options that may change between a run and its continuation: the same training, if at times up to rounding.
 FREE = {
@@ -63,16 +61,10 @@ def run_identity(args: NCAConfig, model: nn.Module, dataset, processes: int) -> 
     identity["global_batch_size"] = args.train_batch_size * args.gradient_accumulation_steps * processes
     if args.train_sampling_strategy == "group_by_length":  # there the order of the rows depends on it
         identity["prompts_a_process"] = args.train_batch_size * args.gradient_accumulation_steps
-    config = base_model(model).config
-    identity["model"] = weights_fingerprint(get_config_model_id(config))
-    about = config.to_dict() | {"class": type(base_model(model)).__name__, "dtype": str(base_model(model).dtype)}
-    leave_out: tuple[str, ...]
-    leave_out = ("_name_or_path", "transformers_version", "use_cache", "architectures")  # saving writes some of them
-    identity |= {
-        f"model.{key}": value
-        for key, value in about.items()
-        if key not in leave_out and not key.endswith("_token_id")  # those are set again by each training
-    }
+    base = base_model(model)
+    identity["model"] = weights_fingerprint(get_config_model_id(base.config))
+    about = computed_config(base) | {"class": type(base).__name__, "dtype": str(base.dtype)}
+    identity |= {f"model.{key}": value for key, value in about.items()}
     for name, adapter in getattr(model, "peft_config", {}).items():
         leave_out = ("base_model_name_or_path", "inference_mode", "revision", "auto_mapping", "peft_version")
         identity |= {
@@ -81,22 +73,13 @@ def run_identity(args: NCAConfig, model: nn.Module, dataset, processes: int) -> 
             if key not in leave_out
         }
         if name == "ref":
-            identity["adapter.ref"] = _adapter_hash(model)
+            identity["adapter.ref"] = adapter_hash(model, name)[:16]  # a reference that no model folder holds
     if isinstance(dataset, Dataset):
         identity["data"] = f"{len(dataset)} rows, {content_hash(dataset, _CONTENT)[:16]}"
     else:
         first = Dataset.from_list(list(dataset.take(_STREAM_ROWS)))
         identity["data"] = f"stream, {content_hash(first, _CONTENT)[:16]}"
     return json.loads(json.dumps(identity, default=str, sort_keys=True))
-
-
-def _adapter_hash(model: nn.Module) -> str:
-    """Of the adapter "ref", a reference that no model folder holds."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        if ".ref." in f"{name}.":
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]
 
 
 def refuse_changes(old: dict[str, Any], new: dict[str, Any], allowed: list[str], checkpoint: str) -> None:

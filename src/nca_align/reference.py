@@ -19,12 +19,13 @@ from datasets.fingerprint import Hasher
 from torch import nn
 
 from .collator import RewardCollator
+from .preparation import base_model
 
 ROWS_PER_SHARD = 512
 # What a model's config says beside what its forward computes
-_NOT_COMPUTED = (
-    "_name_or_path", "_model_name_or_path", "transformers_version", "use_cache", "_attn_implementation",
-    "architectures", "bos_token_id", "eos_token_id", "pad_token_id",
+_NOT_COMPUTED = (  # saving writes some of these, and each training sets the ids
+    "_name_or_path", "transformers_version", "use_cache", "architectures", "bos_token_id", "eos_token_id",
+    "pad_token_id",
 )  # fmt: skip
 
 
@@ -36,24 +37,39 @@ def reference_hash(model: nn.Module) -> str:
     """
     policy = [f".{name}." for name in getattr(model, "peft_config", {}) if name != "ref"]
     digest = hashlib.sha256(json.dumps(_computation(model), sort_keys=True, default=str).encode())
+    _add_weights(digest, model, lambda name: not any(part in f"{name}." for part in policy))
+    return digest.hexdigest()
+
+
+def adapter_hash(model: nn.Module, adapter: str) -> str:
+    """Hash of the weights of one of a PEFT model's adapters; of sharded weights this process's share counts."""
+    digest = hashlib.sha256()
+    _add_weights(digest, model, lambda name: f".{adapter}." in f"{name}.")
+    return digest.hexdigest()
+
+
+def _add_weights(digest, model: nn.Module, counts: Callable[[str], bool]) -> None:
     for name, tensor in sorted(model.state_dict(keep_vars=True).items()):
-        if isinstance(tensor, torch.Tensor) and not any(part in f"{name}." for part in policy):
+        if isinstance(tensor, torch.Tensor) and counts(name):
             tensor = getattr(tensor, "ds_tensor", tensor)  # ZeRO-3 leaves the parameter itself empty
             tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
             tensor = tensor.detach().cpu().contiguous()
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
+
+
+def computed_config(model: Any) -> dict[str, Any]:
+    """What a language model's config says about what its forward computes."""
+    return {name: value for name, value in model.config.to_dict().items() if name not in _NOT_COMPUTED}
 
 
 def _computation(model: nn.Module) -> list[Any]:
     """What decides a forward beside the weights: the architecture, and the scale of the adapter "ref"."""
     adapters = getattr(model, "peft_config", {})
-    base: Any = model.get_base_model() if adapters else model  # type: ignore[operator]  # PEFT's
-    config = {name: value for name, value in base.config.to_dict().items() if name not in _NOT_COMPUTED}
+    base: Any = base_model(model)
     reference = adapters["ref"].to_dict() if "ref" in adapters else {}
     scale = {name: value for name, value in reference.items() if name in ("peft_type", "r", "lora_alpha", "use_rslora")}
-    return [type(base).__name__, config, scale]
+    return [type(base).__name__, computed_config(base), scale]
 
 
 def content_hash(dataset: Dataset, columns: tuple[str, ...] = ("prompt_ids", "completion_ids")) -> str:
