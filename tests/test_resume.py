@@ -26,9 +26,10 @@ from transformers.trainer_utils import get_last_checkpoint
 from conftest import reward_rows
 from nca_align import NCAConfig, NCATrainer
 from nca_align.checkpoints import MANIFEST, is_whole, read_manifest, whole_checkpoints
+from nca_align.dealing import prepare_to_skip
 from nca_align.errors import UserError
 from nca_align.identity import FIXED, FREE
-from nca_align.resume import PREEMPTED, prepare_to_skip
+from nca_align.resume import PREEMPTED
 from nca_align.train import main
 from test_trainer import trainer
 

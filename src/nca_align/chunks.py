@@ -34,15 +34,20 @@ def gradient_sync(accelerator: Accelerator, model: nn.Module, last: bool) -> Ite
 
 
 def rng_state(device: torch.device) -> tuple:
-    """The random state that `rng_restored` takes."""
+    """The random state that `restore_rng` takes."""
     return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+
+def restore_rng(state: tuple, device: torch.device) -> None:
+    """Let the random numbers that followed `state` come again."""
+    torch.set_rng_state(state[0])
+    if state[1] is not None:
+        torch.cuda.set_rng_state(state[1], device)
 
 
 @contextmanager
 def rng_restored(state: tuple | None, device: torch.device) -> Iterator[None]:
     """The random numbers that followed `state`, so that both passes over a chunk have the same dropout."""
     if state is not None:
-        torch.set_rng_state(state[0])
-        if state[1] is not None:
-            torch.cuda.set_rng_state(state[1], device)
+        restore_rng(state, device)
     yield

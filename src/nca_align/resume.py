@@ -16,7 +16,6 @@ from typing import Any, NoReturn
 
 import torch
 from accelerate import PartialState
-from accelerate.data_loader import SkipBatchSampler
 from accelerate.utils import broadcast_object_list, gather_object
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
@@ -225,10 +224,12 @@ class Resume(TrainerCallback):
     def agree_to_stop(self) -> bool:
         """Whether any process has had SIGTERM; all processes come here together."""
         if not self.stopping:
-            asked = torch.tensor(float(self.asked_to_stop), device=self.trainer.accelerator.device)
-            if self.trainer.accelerator.num_processes > 1:
-                asked = self.trainer.accelerator.reduce(asked, "sum")
-            self.stopping = bool(asked)
+            accelerator = self.trainer.accelerator
+            if accelerator.num_processes == 1:  # an evaluation asks at each batch: no device need be waited for
+                self.stopping = self.asked_to_stop
+            else:
+                asked = torch.tensor(float(self.asked_to_stop), device=accelerator.device)
+                self.stopping = bool(accelerator.reduce(asked, "sum"))
         return self.stopping
 
     def leave(self, owing_evaluation: bool = False) -> NoReturn:
@@ -277,23 +278,3 @@ class Resume(TrainerCallback):
     def on_save(self, args, state, control, **kwargs):
         if self.stopping:
             self.leave()
-
-
-def prepare_to_skip(batch_sampler: Any, rebalancer: Any) -> None:
-    """Let accelerate's loader tell a `BatchRebalanceSampler` its epoch, when it skips to the middle of one.
-
-    It does so along fixed paths of attributes, which on several processes end one level above: a second epoch that is
-    resumed would have the first one's order.
-    """
-    if batch_sampler is not rebalancer:
-        batch_sampler.sampler = rebalancer
-
-
-def last_batch(loader: Any, drop_last: bool) -> tuple[int, int]:
-    """(rows of the last global batch that are no repeats, or 0 where all of it are rows; rows of a global batch)."""
-    sampler = loader.batch_sampler
-    if not isinstance(sampler, SkipBatchSampler):
-        return max(0, loader.remainder), loader.total_batch_size
-    shard = sampler.batch_sampler  # the rest of a resumed epoch: accelerate knows neither there
-    total = shard.batch_size * getattr(shard, "num_processes", 1)
-    return 0 if drop_last else loader.total_dataset_length % total, total

@@ -21,16 +21,17 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import create_model_from_path, get_config_model_id, global_then_local_main_first, use_adapter
 
 from . import layout
-from .chunks import backward, gradient_sync, rng_restored, rng_state
+from .chunks import backward, gradient_sync, restore_rng, rng_restored, rng_state
 from .collator import RewardCollator
 from .config import NCAConfig
+from .dealing import last_batch, prepare_to_skip, repeated_rows
 from .guards import StepGuard
 from .logprobs import add_token_logps
 from .metrics import PromptMeans, row_metrics
 from .objective import Objective, count_prompts
 from .preparation import base_model, keep_nf4_differentiable, own_reference, reward_rows, say, settle
 from .reference import add_reference_logps, reference_hash
-from .resume import EvaluationCut, Resume, last_batch, prepare_to_skip
+from .resume import EvaluationCut, Resume
 from .tokenization import tokenize_dataset
 
 _FORWARD_KEYS = ("input_ids", "attention_mask", "position_ids", "segments", "token_index", "target_ids")
@@ -200,16 +201,9 @@ class NCATrainer(DPOTrainer):
 
     def _leave_out_repeated(self, batches: list[dict[str, Any]]) -> None:
         """Weight 0 for the rows that `batch_rebalance` repeats to fill an epoch's last step."""
-        sampler = self._rebalancer
-        if sampler is None or not self.accelerator.gradient_state.end_of_dataloader:
+        if self._rebalancer is None or not self.accelerator.gradient_state.end_of_dataloader:
             return
-        missing = sampler.dp_size * sampler.grad_accum - sampler.remainder
-        if not sampler.has_tail or missing <= 0:
-            return
-        order = torch.randperm(
-            len(sampler.lengths), generator=torch.Generator().manual_seed(sampler.seed + sampler.epoch)
-        ).tolist()
-        repeated = {*order[:missing]} - {*order[-sampler.remainder :]}
+        repeated = repeated_rows(self._rebalancer)
         for batch in batches:
             for i, row in enumerate(batch.get("row_numbers", [])):
                 if row in repeated:
@@ -549,8 +543,7 @@ class NCATrainer(DPOTrainer):
         finally:
             if reload:
                 self.ref_model = None
-            with rng_restored(random, self.accelerator.device):  # no evaluation changes the training after it
-                pass
+            restore_rng(random, self.accelerator.device)  # no evaluation changes the training after it
 
     def _reloaded_reference(self) -> nn.Module:
         """The reference from where the model came from, if those still are its weights from before training."""
