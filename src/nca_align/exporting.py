@@ -108,10 +108,10 @@ def _export_adapter(options: ExportOptions, new: Path) -> Export:
     base = resolve_model(options.base) if options.base is not None else adapter_base(adapter)
     tokenizer = load_tokenizer(adapter, options.trust_remote_code)
     rows = comparison_rows(tokenizer, options.dataset_name)
+    quantization = _quantization(options)
 
-    def load(dtype: torch.dtype = torch.float32, name: str = base, quantized: bool = True) -> torch.nn.Module:
-        quantization = _quantization(options) if quantized else None
-        return load_model(name, dtype, trust_remote_code=options.trust_remote_code, quantization=quantization)
+    def load(name: str = base, quantization=quantization) -> torch.nn.Module:
+        return load_model(name, torch.float32, trust_remote_code=options.trust_remote_code, quantization=quantization)
 
     expected = completion_logps(add_adapter(load(), adapter), rows, batch_size=1)
     merged = merge(load(), adapter)  # afresh
@@ -119,7 +119,7 @@ def _export_adapter(options: ExportOptions, new: Path) -> Export:
     tokens = sum(len(ids) for row in rows for ids in row["completion_ids"])
     sequences = sum(len(row["completion_ids"]) for row in rows)
     print(
-        f"merged against adapter on {'its base in 4 bits' if _quantization(options) else 'its base'}: "
+        f"merged against adapter on {'its base in 4 bits' if quantization else 'its base'}: "
         f"{own.largest:.4f} nats a sequence at most, {own.mean:.4f} on average ({sequences} sequences, {tokens} tokens)"
     )
     if not own.largest <= MAX_NATS:
@@ -135,32 +135,32 @@ def _export_adapter(options: ExportOptions, new: Path) -> Export:
     del merged  # one model in memory at a time
 
     def read_back() -> Difference:
-        model = load(name=str(new), quantized=False)
+        model = load(str(new), quantization=None)
         difference = compare(completion_logps(model, rows, batch_size=1), expected)
-        name = str(dtype).removeprefix("torch.")
-        print(f"as saved in {name}: {difference.largest:.4f} nats at most, {difference.mean:.4f} on average")
+        print(f"as saved in {_name(dtype)}: {difference.largest:.4f} nats at most, {difference.mean:.4f} on average")
         return difference
 
     saved = read_back()
     if not saved.largest <= MAX_NATS and options.dtype == "auto" and dtype != torch.float32:
-        print(
-            f"more than {MAX_NATS}, so it is saved in float32; `--dtype {str(dtype).removeprefix('torch.')}` keeps that"
-        )
+        print(f"more than {MAX_NATS}, so it is saved in float32; `--dtype {_name(dtype)}` keeps that")
         for file in new.glob("*.safetensors*"):
             file.unlink()
         dtype = torch.float32
         merge(load(), adapter).save_pretrained(new)
         saved = read_back()
-    name = str(dtype).removeprefix("torch.")
     if not saved.largest <= MAX_NATS:
         print(
-            f"WARNING: rounding the merged weights to {name} moved log-probabilities by up to {saved.largest:.2f} nats "
-            f"a sequence, more than {MAX_NATS}; `--dtype float32` keeps what was trained",
+            f"WARNING: rounding the merged weights to {_name(dtype)} moved log-probabilities by up to {saved.largest:.2f} "
+            f"nats a sequence, more than {MAX_NATS}; `--dtype float32` keeps what was trained",
             file=sys.stderr,
         )
     found = Export(own, saved, sequences, tokens)
-    (new / "README.md").write_text(model_card(options.output, adapter, base, _quantization(options), name, found))
+    (new / "README.md").write_text(model_card(options.output, adapter, base, quantization, _name(dtype), found))
     return found
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _export_model(options: ExportOptions, new: Path) -> None:
@@ -175,7 +175,7 @@ def _export_model(options: ExportOptions, new: Path) -> None:
         model = load_model(str(source), dtype, trust_remote_code=options.trust_remote_code)
         model.save_pretrained(new)
         load_tokenizer(str(source), options.trust_remote_code).save_pretrained(new)
-        how = f"saved in {str(model.dtype).removeprefix('torch.')}"
+        how = f"saved in {_name(model.dtype)}"
     (new / "README.md").write_text(model_card(options.output, str(source), None, None, None, None))
     print(f"{source} is a whole model, no adapter: {how} as it is")
 
