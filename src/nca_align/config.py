@@ -144,16 +144,7 @@ class NCAConfig(DPOConfig):
                 raise ValueError(
                     f"`{name}` is {getattr(self, name)!r}, but no loss here reads it: {why}. Leave it out."
                 )
-        if self.max_prompt_length is None and self.max_length is not None:
-            self.max_prompt_length = max(1, self.max_length // 2)
-        if self.max_prompt_length is not None:
-            if self.max_prompt_length < 1:
-                raise ValueError(f"`max_prompt_length` is {self.max_prompt_length}, but must be at least 1.")
-            if self.max_length is not None and self.max_prompt_length >= self.max_length:
-                raise ValueError(
-                    f"`max_prompt_length` is {self.max_prompt_length}, which leaves no room for completions within "
-                    f"`max_length` {self.max_length}; make it smaller."
-                )
+        self.max_prompt_length = prompt_limit(self.max_prompt_length, self.max_length)
         super().__post_init__()
 
     @classmethod
@@ -187,6 +178,26 @@ class NCAConfig(DPOConfig):
             f"{'+'.join(config.loss_type)} instead of {'+'.join(args.loss_type)}, `alpha` is {config.alpha}, and "
             f"{cut}. Give an NCAConfig to choose."
         )
+
+
+def prompt_limit(max_prompt_length: int | None, max_length: int | None) -> int | None:
+    """Tokens that are kept of a prompt, its end: half of `max_length` where nothing is said; None for no limit.
+
+    Raises:
+        ValueError: below 1, or no room for completions.
+    """
+    if max_prompt_length is None and max_length is not None:
+        max_prompt_length = max(1, max_length // 2)
+    if max_prompt_length is None:
+        return None
+    if max_prompt_length < 1:
+        raise ValueError(f"`max_prompt_length` is {max_prompt_length}, but must be at least 1.")
+    if max_length is not None and max_prompt_length >= max_length:
+        raise ValueError(
+            f"`max_prompt_length` is {max_prompt_length}, which leaves no room for completions within `max_length` "
+            f"{max_length}; make it smaller."
+        )
+    return max_prompt_length
 
 
 def _default(name: str) -> Any:

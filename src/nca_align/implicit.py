@@ -14,7 +14,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .config import NCAConfig
+from .config import NCAConfig, prompt_limit
 from .data import DataOptions, read_reward_dataset, select_split
 from .errors import UserError
 from .files import replacing
@@ -69,13 +69,7 @@ class ImplicitOptions(DataOptions):
             raise ValueError(f"`batch_size` is {self.batch_size}; it must be at least 1")
         if self.beta is not None and not 0 < self.beta < float("inf"):
             raise ValueError(f"`beta` is {self.beta}; it must be a finite number above 0")
-        if self.max_prompt_length is None and self.max_length is not None:
-            self.max_prompt_length = max(1, self.max_length // 2)
-        if self.max_length is not None and self.max_prompt_length >= self.max_length:
-            raise ValueError(
-                f"`max_prompt_length` is {self.max_prompt_length}, which leaves no room for completions within "
-                f"`max_length` {self.max_length}; make it smaller"
-            )
+        self.max_prompt_length = prompt_limit(self.max_prompt_length, self.max_length)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,8 @@ from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 from trl.data_utils import common_prefix_length
 
+from .config import prompt_limit
+
 # Counts beside the ids, one number a row, which the trainer adds up, reports and drops
 CUT_COLUMNS = ("prompt_cut", "completions_cut", "boundary_tokens")
 
@@ -23,11 +25,8 @@ def tokenize_dataset(
     name: str = "train",
 ) -> tuple[Dataset | IterableDataset, list[str]]:
     """`tokenize_rows` over a data set, cached on disk where its rows are; and a sentence on each thing that was cut."""
-    if max_length is not None and max_prompt_length is not None and max_prompt_length >= max_length:
-        raise ValueError(  # the config's own check saw other values
-            f"`max_prompt_length` is {max_prompt_length}, which leaves no room for completions within `max_length` "
-            f"{max_length}; set both when the config is made."
-        )
+    if max_prompt_length is not None:
+        prompt_limit(max_prompt_length, max_length)  # the config's own check may have seen other values
     limits: dict[str, Any] = {
         "max_prompt_length": max_prompt_length, "max_length": max_length, "length_column": length_column,
     }  # fmt: skip
