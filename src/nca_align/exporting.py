@@ -150,8 +150,8 @@ def _export_adapter(options: ExportOptions, new: Path) -> Export:
         saved = read_back()
     if not saved.largest <= MAX_NATS:
         print(
-            f"WARNING: rounding the merged weights to {_name(dtype)} moved log-probabilities by up to {saved.largest:.2f} "
-            f"nats a sequence, more than {MAX_NATS}; `--dtype float32` keeps what was trained",
+            f"WARNING: rounding the merged weights to {_name(dtype)} moved log-probabilities by up to "
+            f"{saved.largest:.2f} nats a sequence, more than {MAX_NATS}; `--dtype float32` keeps what was trained",
             file=sys.stderr,
         )
     found = Export(own, saved, sequences, tokens)
