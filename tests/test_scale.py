@@ -20,8 +20,15 @@ MEGABYTE = 1 << 20
 # (anonymous), and with the pages of files that the kernel keeps for it and takes back when it needs them (resident).
 MEASURED = """
 import json, sys, threading, time
-mode, file = sys.argv[1:]
+mode, file, pause = sys.argv[1:]
+from datasets.arrow_writer import ArrowWriter
 from nca_align.data import read_reward_dataset
+
+write_table = ArrowWriter.write_table
+def paused(*arguments, **options):  # as on a slow disk, which a reader that looks ahead would leave behind
+    time.sleep(float(pause))
+    return write_table(*arguments, **options)
+ArrowWriter.write_table = paused
 
 def now():
     status = dict(line.split(":", 1) for line in open("/proc/self/status"))
@@ -72,12 +79,12 @@ def schema() -> pa.Schema:
     return pa.schema([("prompt", text), ("completions", pa.list_(text)), ("rewards", pa.list_(number))])
 
 
-def measure(mode: str, rows: int, folder: Path) -> dict:
+def measure(mode: str, rows: int, folder: Path, pause: float = 0.0) -> dict:
     file = folder / f"{rows}.parquet"
     if not file.exists():
         write_parquet(file, rows)
     done = subprocess.run(
-        [sys.executable, "-c", MEASURED, mode, str(file)], check=True, capture_output=True, text=True,
+        [sys.executable, "-c", MEASURED, mode, str(file), str(pause)], check=True, capture_output=True, text=True,
         env=os.environ | {"HF_HOME": str(folder / "cache"), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     found = json.loads(done.stdout.splitlines()[-1])
@@ -94,7 +101,7 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="
 @pytest.mark.parametrize("mode", ["load", "stream"])
 def test_memory_does_not_grow_with_the_rows(mode, tmp_path):
     """Ten times the rows, 100 MB more of text: a stream takes no more, and loading some bytes a row for its number."""
-    few, many = (measure(mode, rows, tmp_path) for rows in (10_000, 100_000))
+    few, many = (measure(mode, rows, tmp_path, pause=0.02) for rows in (10_000, 100_000))
     grown = many["anonymous"] - few["anonymous"]
     if mode == "load":
         assert grown < 300 * 90_000

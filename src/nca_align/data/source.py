@@ -1,15 +1,29 @@
 """Raw data from where it lies, and one sentence where it can't be read."""
 
 import csv
+import dataclasses
 import glob
 import itertools
 import logging
 import os
 import tempfile
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from datasets import DatasetDict, Features, IterableDataset, LargeList, List, Value, load_dataset, load_from_disk
+import pyarrow.parquet as pq
+from datasets import (
+    DatasetDict,
+    Features,
+    IterableDataset,
+    LargeList,
+    List,
+    Value,
+    load_dataset,
+    load_dataset_builder,
+    load_from_disk,
+)
 from datasets.exceptions import DatasetGenerationError
 
 from ..errors import one_line
@@ -98,10 +112,9 @@ def _load(path: str, kind: str, files: list[str], streaming: bool, what: tuple, 
         elif kind == "json" and not all(map(is_plain, files)):  # `datasets` would fail late, or not at all
             check_json(files)
         try:
-            splits = dict(load_dataset(*what, streaming=streaming, **arguments))
-            if streaming and kind == "parquet":  # a row group at a time: pyarrow reads ahead as far as a file goes
-                splits = {name: split.reshard() for name, split in splits.items()}
-            return splits
+            if kind == "parquet":
+                return _load_parquet(what, arguments, streaming)
+            return dict(load_dataset(*what, streaming=streaming, **arguments))
         except (DatasetGenerationError, ValueError):
             if kind != "json":
                 raise
@@ -119,6 +132,23 @@ def _load(path: str, kind: str, files: list[str], streaming: bool, what: tuple, 
         raise ValueError(f"`dataset_name` is {path!r}, which can't be read as {kind}: {_reason(error)}") from error
     finally:
         log.setLevel(level)
+
+
+def _load_parquet(what: tuple, arguments: dict, streaming: bool) -> dict[str, Any]:
+    """A row group at a time: within a call pyarrow reads ahead as far as a file goes, faster than rows are taken."""
+    if streaming:
+        return {name: split.reshard() for name, split in load_dataset(*what, streaming=True, **arguments).items()}
+    builder = load_dataset_builder(*what, **arguments)
+    builder._generate_tables = partial(_by_row_group, builder._generate_tables)
+    builder.download_and_prepare()
+    return dict(builder.as_dataset())
+
+
+def _by_row_group(tables: Callable, files: list[str], row_groups_list: list[list[int] | None]) -> Iterator[tuple]:
+    for i, (file, groups) in enumerate(zip(files, row_groups_list, strict=True)):
+        for group in range(pq.read_metadata(file).num_row_groups) if groups is None else groups:
+            for key, table in tables([file], [[group]]):
+                yield dataclasses.replace(key, original_shard_id=i), table
 
 
 def _reason(error: Exception) -> str:
