@@ -29,7 +29,12 @@ HERE = Path(__file__).parent
 def jobs(full: bool) -> dict[str, list[str]]:
     """Configuration → script and arguments, in the order in which they run."""
     timed = {name: ["timed.py", name] for name, configuration in CONFIGURATIONS.items() if full or configuration.rows}
-    others = {"memory": ["memory.py", "memory"], "head": ["memory.py", "head"], "import": ["imports.py"]}
+    others = {
+        "linear": ["linear.py"],
+        "memory": ["memory.py", "memory"],
+        "head": ["memory.py", "head"],
+        "import": ["imports.py"],
+    }
     return timed | others | {"gpu": ["gpu.py"]}
 
 
@@ -72,7 +77,7 @@ def main() -> None:
                 if name != "import":
                     arguments += ["--full"] if full else []
                     arguments += ["--smoke"] if options.smoke else []
-                if name in CONFIGURATIONS:
+                if name in CONFIGURATIONS or name == "linear":
                     arguments += ["--repeats", str(1 if options.smoke else options.repeats)]
                 elif name == "import" and options.smoke:
                     arguments += ["--repeats", "1"]

@@ -26,6 +26,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from trl import DPOConfig, DPOTrainer
 
 from nca_align import NCAConfig, NCATrainer
+from nca_align.logprobs import head_logps
 from shapes import Example
 
 ALPHA, BETA = 0.3, 0.1
@@ -197,8 +198,12 @@ def limit(policy: PreTrainedModel, batches: dict[bool, list[dict]]) -> Step:
             pieces=list(zip([0, *ends], ends, strict=False)),
             use_cache=False,
         ).last_hidden_state
-        logits = policy.get_output_embeddings()(hidden[0].index_select(0, torch.tensor(labelled)))
-        loss = F.cross_entropy(logits, torch.tensor(targets))
+        # as ours, so that what `limit` bounds is all else: F.cross_entropy's copies cost more at many tokens
+        logps = head_logps(
+            policy.get_output_embeddings(), hidden[0].index_select(0, torch.tensor(labelled)), torch.tensor(targets),
+            policy.config.vocab_size,
+        )  # fmt: skip
+        loss = -logps.mean()
         loss.backward()
         return loss.detach()
 

@@ -5,6 +5,7 @@ python benchmarks/summarise.py [folder]
 
 import json
 import re
+import statistics
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -76,13 +77,15 @@ def targets(results: Results) -> Iterator[Target]:
     yield Target("cached, step rate of TRL on the pairs, K = 4", 5.0, ratio(4, "trl", "prefix_shared_cached"), True)
     padded = ratio(16, "padded_cached", "prefix_shared_cached")
     yield Target("cached, step rate of our own padded, K = 16", 1.9, padded, True)
-    points = [
-        (results[f"mistral-60m-k{k}"]["example"]["unique_tokens"], seconds)
-        for k in (4, 8, 16, 32)
-        if (seconds := _median(results, f"mistral-60m-k{k}", "prefix_shared_cached")) is not None
-    ]
-    straight = r_squared(points) if len(points) > 2 else None
-    yield Target(f"cached, R² of time against unique tokens, {len(points)} K from 4 to 32", 0.99, straight, True, "")
+    linear = results.get("linear", {}).get("rows", {})
+    for way in ("jemalloc", "glibc's default"):
+        points = [
+            (row["unique_tokens"], row["median"])
+            for name, row in linear.items()
+            if name.endswith(f", {way}") and "median" in row
+        ]
+        straight = r_squared(points) if points else None
+        yield Target(f"cached, R² of time against unique tokens, K = 4 to 32, {way}", 0.99, straight, True, "")
     memory = results.get("memory", {}).get("rows", {})
     for malloc in ("", ", glibc's default"):
         chunked, small = (
@@ -136,9 +139,16 @@ def tables(results: Results) -> str:
                 f"{example['padded_tokens']} padded.",
                 "",
             ]
+        elif name == "linear":
+            lines += [
+                "A step at rising K, and how much of its processor time is the system's, which gives memory out.",
+                "",
+            ]
         elif "card" in result:
             lines += [f"{result['card']}: {result['model']['weights']}, {result['model']['adapter']}.", ""]
-        if any("peak_bytes" in row for row in rows.values()) and "card" not in result:
+        if name == "linear":
+            lines += _linear_table(rows)
+        elif any("peak_bytes" in row for row in rows.values()) and "card" not in result:
             lines += _memory_table(rows)
         else:
             lines += _time_table(rows)
@@ -166,6 +176,20 @@ def _time_table(rows: dict[str, dict[str, Any]]) -> list[str]:
         if memory:
             cells += [f"{row['peak_bytes'] / 1e9:.2f}", f"{row['logps_off']:.1e}", f"{row['gradient_off']:.1e}"]
         lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _linear_table(rows: dict[str, dict[str, Any]]) -> list[str]:
+    lines = ["| | unique tokens | median, s | ms a token | system's seconds | page faults |", "| --- " * 6 + "|"]
+    for name, row in rows.items():
+        if "skipped" in row:
+            lines.append(f"| {name} | {row['skipped']} | | | | |")
+            continue
+        system, faults = (statistics.median(row[key]) for key in ("system_seconds", "page_faults"))
+        seconds, tokens = row["median"], row["unique_tokens"]
+        lines.append(
+            f"| {name} | {tokens} | {seconds:.3f} | {1e3 * seconds / tokens:.3f} | {system:.2f} | {faults:,.0f} |"
+        )
     return lines
 
 

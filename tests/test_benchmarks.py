@@ -143,6 +143,14 @@ def results(**medians: float) -> summarise.Results:
             },
             "rows": rows | {"trl": {"skipped": "does not fit: about 40.0 GB"}},
         } | provenance("python benchmarks/run.py")  # fmt: skip
+    counts = {"system_seconds": [0.1], "page_faults": [9]}
+    files["linear"] = {
+        "rows": {
+            f"K = {tokens}, {way}": {"unique_tokens": tokens, "median": tokens**power, "spread": [1, 2], **counts}
+            for way, power in (("jemalloc", 1), ("glibc's default", 3))
+            for tokens in (1, 2, 4)
+        }
+    } | provenance("python benchmarks/run.py")
     return files
 
 
@@ -154,7 +162,9 @@ class TestSummary:
         assert lines["live, step rate of the authors' way, K = 4"].endswith("| ≥ 1.9 × | 3.214 × | met |")
         assert lines["cached, step rate of the authors' way, K = 16"].endswith("| 4.286 × | met |")
         assert lines["cached, step rate of our own padded, K = 16"].endswith("| 1.905 × | met |")
-        assert lines["cached, R² of time against unique tokens, 4 K from 4 to 32"].endswith("| 1.000 | met |")
+        straight = "cached, R² of time against unique tokens, K = 4 to 32"
+        assert lines[f"{straight}, jemalloc"].endswith("| 1.000 | met |")
+        assert lines[f"{straight}, glibc's default"].endswith("| **missed** |")
         assert lines["cached, step rate of TRL on the pairs, K = 4"].endswith("|  | not measured |")
 
     def test_a_missed_target_is_said_to_be_missed(self):
@@ -225,6 +235,15 @@ class TestScripts:
         losses = {rows[way]["loss"] for way in rows if way.startswith(("baseline", "padded", "prefix_shared"))}
         assert max(losses) - min(losses) < 1e-4
         assert rows["trl"]["loss"] == pytest.approx(rows["trl_cached"]["loss"], abs=1e-5)
+
+    def test_step_times_are_measured_under_both_allocators(self, tmp_path):
+        result = script("run.py", "--smoke", "--only", "linear", "--output", tmp_path)
+        assert result.returncode == 0, result.stderr
+        rows = json.loads((tmp_path / "linear.json").read_text())["rows"]
+        assert list(rows) == [f"K = {k}, {way}" for way in ("jemalloc", "glibc's default") for k in (4, 8, 16, 32)]
+        for name, row in rows.items():
+            assert "jemalloc is not installed" in row.get("skipped", "") or len(row["page_faults"]) == 1, name
+            assert "glibc" not in name or row["median"] > 0
 
     def test_an_unknown_configuration_is_refused_by_name(self):
         result = script("run.py", "--only", "mistral")
