@@ -9,20 +9,31 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from .callbacks import GenerationCallback, RankingCallback
     from .config import NCAConfig
     from .data import load_reward_dataset
+    from .data.strategies import to_preference_pairs, to_unpaired
+    from .generation import GenerationEvaluator
     from .losses import infonca_loss, nca_loss, reward_loss
     from .trainer import NCATrainer
 
 _HOME = {
+    "GenerationCallback": "callbacks",
+    "GenerationEvaluator": "generation",
     "NCAConfig": "config",
     "NCATrainer": "trainer",
+    "RankingCallback": "callbacks",
     "infonca_loss": "losses",
     "load_reward_dataset": "data",
     "nca_loss": "losses",
     "reward_loss": "losses",
+    "to_preference_pairs": "data.strategies",
+    "to_unpaired": "data.strategies",
 }
-__all__ = ["NCAConfig", "NCATrainer", "infonca_loss", "load_reward_dataset", "nca_loss", "reward_loss"]
+__all__ = [
+    "GenerationCallback", "GenerationEvaluator", "NCAConfig", "NCATrainer", "RankingCallback", "infonca_loss",
+    "load_reward_dataset", "nca_loss", "reward_loss", "to_preference_pairs", "to_unpaired",
+]  # fmt: skip
 
 
 def __getattr__(name: str):

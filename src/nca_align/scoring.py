@@ -85,16 +85,10 @@ def score(options: ScoreOptions) -> dict[str, int]:
     dataset = dataset.select_columns(list(kept))
 
     def start() -> Work:
-        scorers = {}
-        for name, spec in zip(names, options.scorer, strict=True):
-            if spec in functions:
-                scorers[name] = function_scorer(functions[spec], spec, options.tokenizer)
-            elif spec.startswith("pipeline:"):
-                model, _, label = spec.removeprefix("pipeline:").partition(":")
-                scorers[name] = pipeline_scorer(model, label or None, options.batch_size)
-            else:
-                scorers[name] = reward_model(spec, options.batch_size, options.dtype, options.trust_remote_code)
-        return _work(scorers, options.scorer_weights or [1.0] * len(scorers))
+        return open_scorers(
+            options.scorer, options.scorer_weights, options.tokenizer, options.batch_size, options.dtype,
+            options.trust_remote_code,
+        )  # fmt: skip
 
     config = {
         "scorers": [_identity(spec) for spec in options.scorer],
@@ -113,6 +107,27 @@ def score(options: ScoreOptions) -> dict[str, int]:
     left_out = f", {counts['failed']} rows left out that could not be scored" if counts["failed"] else ""
     print(f"{options.output}: {counts['rows']} rows, {counts['completions']} completions{left_out}", file=sys.stderr)
     return counts
+
+
+def open_scorers(
+    specs: list[str],
+    weights: list[float] | None = None,
+    tokenizer: str | None = None,
+    batch_size: int = 16,
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+) -> Work:
+    """What gives rows of `prompt`, `completions` and other columns their `rewards`; arguments as in `ScoreOptions`."""
+    scorers: dict[str, Scorer] = {}
+    for name, spec in zip(column_names(specs), specs, strict=True):
+        if is_function(spec):
+            scorers[name] = function_scorer(find_function(spec), spec, tokenizer)
+        elif spec.startswith("pipeline:"):
+            model, _, label = spec.removeprefix("pipeline:").partition(":")
+            scorers[name] = pipeline_scorer(model, label or None, batch_size)
+        else:
+            scorers[name] = reward_model(spec, batch_size, dtype, trust_remote_code)
+    return _work(scorers, weights or [1.0] * len(scorers))
 
 
 def column_names(specs: list[str]) -> list[str]:

@@ -1,0 +1,257 @@
+"""A policy by what it answers: rewards, KL, wins, lengths and diversity of its own samples, also during training."""
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from datasets import Dataset
+from torch import nn
+
+from .chunks import restore_rng, rng_state
+from .engines import PromptError, prompt_ids, seed_of
+from .errors import UserError
+from .evaluating import Estimate, mean_over_prompts
+from .policies import as_reference, completion_logps
+from .preparation import base_model
+from .scoring import open_scorers
+
+Reference = nn.Module | Callable[[], AbstractContextManager]
+
+
+@dataclass(frozen=True)
+class GenerationFigures:
+    """What a policy's answers show; means with their standard errors over prompts.
+
+    Args:
+        prompts, completions: how many.
+        reward: mean reward.
+        kl: KL(policy ‖ reference), nats a completion, without bias.
+        win_rate: how often an answer's reward is above one of the reference's to the same prompt; a tie is half a win.
+        tokens: mean length, the end included.
+        distinct_1, distinct_2: share of different words and pairs of words among all: low where answers repeat.
+        cut: share of answers that `max_new_tokens` cut.
+    """
+
+    prompts: int
+    completions: int
+    reward: Estimate
+    kl: Estimate
+    win_rate: Estimate
+    tokens: Estimate
+    distinct_1: float
+    distinct_2: float
+    cut: float
+
+    def log(self, prefix: str = "") -> dict[str, float]:
+        """Flat, as a trainer logs it: `generation/reward`, `generation/reward_error` …"""
+        values: dict[str, float] = {}
+        for name in ("reward", "kl", "win_rate", "tokens"):
+            mean, error = getattr(self, name)
+            values |= {name: mean, f"{name}_error": error}
+        values |= {name: getattr(self, name) for name in ("distinct_1", "distinct_2", "cut")}
+        return {f"{prefix}generation/{name}": value for name, value in values.items()}
+
+
+def win_rate(own: Sequence[float], reference: Sequence[float]) -> float:
+    """How often a reward of `own` is above one of `reference`, over all pairs; a tie is half a win."""
+    wins = sum((a > b) + 0.5 * (a == b) for a in own for b in reference)
+    return wins / (len(own) * len(reference))
+
+
+def distinct(texts: Iterable[str], n: int) -> float:
+    """distinct-n: different runs of n words among all such runs of the texts; 0 where there is none.
+
+    Source: Li et al., "A Diversity-Promoting Objective Function for Neural Conversation Models", 2016.
+    """
+    runs = [tuple(words[i : i + n]) for words in map(str.split, texts) for i in range(len(words) - n + 1)]
+    return len(set(runs)) / len(runs) if runs else 0.0
+
+
+@contextmanager
+def neutral_generation(model: Any, ends: list[int], pad: int):
+    """Within it the model samples from its own distribution, whatever its generation config says."""
+    from transformers import GenerationConfig
+
+    plain = GenerationConfig(eos_token_id=ends, pad_token_id=pad, do_sample=True, temperature=1.0, top_p=1.0, top_k=0)
+    holders: list[Any] = list({id(own): own for own in (model, base_model(model))}.values())
+    before = [own.generation_config for own in holders]
+    for own in holders:
+        own.generation_config = plain
+    try:
+        yield
+    finally:
+        for own, config in zip(holders, before, strict=True):
+            own.generation_config = config
+
+
+class GenerationEvaluator:
+    """Answers held-out prompts with a loaded model, and says what the answers show.
+
+    Args:
+        dataset: rows of `prompt` (text or messages), and any columns that the scorers read.
+        tokenizer: the model's.
+        scorers: as `nca-align score --scorer`.
+        scorer_weights: one a scorer, 1 by default.
+        num_completions: answers a prompt.
+        max_new_tokens: tokens at which an answer is cut.
+        seed: of the answers: the same at each call, so that what differs from step to step is the policy.
+        batch_size: answers at a time.
+
+    Raises:
+        UserError: a scorer that can't be had, a prompt that can't be rendered.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset | Iterable[dict[str, Any]],
+        tokenizer: Any,
+        scorers: list[str],
+        *,
+        scorer_weights: list[float] | None = None,
+        num_completions: int = 4,
+        max_new_tokens: int = 128,
+        seed: int = 42,
+        batch_size: int = 64,
+    ):
+        for name, value in (
+            ("num_completions", num_completions), ("max_new_tokens", max_new_tokens), ("batch_size", batch_size),
+        ):  # fmt: skip
+            if value < 1:
+                raise ValueError(f"`{name}` is {value}; it must be at least 1")
+        if not scorers:
+            raise ValueError("`scorers` is empty; give what rewards the answers, as in `nca-align score`")
+        self._rows = [dict(row) for row in dataset]
+        if not self._rows:
+            raise ValueError("`dataset` is empty; give prompts that the model is to answer")
+        try:
+            self._prompts = [prompt_ids(tokenizer, row) for row in self._rows]
+        except PromptError as error:
+            raise UserError(f"a prompt to be answered can't be rendered: {error}") from error
+        self._tokenizer = tokenizer
+        self._work = open_scorers(scorers, scorer_weights)
+        self._num_completions = num_completions
+        self._max_new_tokens = max_new_tokens
+        self._seed = seed
+        self._batch_size = batch_size
+        self._reference_rewards: dict[int, list[float]] | None = None
+
+    def __call__(self, model: Any, reference: Reference | None = None) -> GenerationFigures:
+        """Figures of `model` against `reference`: a model, or a context in which `model` is the reference.
+
+        Without one an adapter is switched off. Each process answers its share of the prompts, and all get the figures
+        of the whole. The model's mode and the random state are as they were afterwards.
+
+        Raises:
+            ValueError: no `reference`, and no adapter to be switched off.
+        """
+        if reference is None:
+            if not hasattr(model, "peft_config"):
+                raise ValueError(
+                    "`reference` is missing, and the model has no adapter that could be switched off: give the model "
+                    "that the KL and the wins are measured against"
+                )
+            reference = lambda: as_reference(model)  # noqa: E731
+        other, switched = reference_model(reference, model)
+        state = PartialState()
+        mine = range(state.process_index, len(self._rows), state.num_processes)
+        device = next(model.parameters()).device
+        random, modes = rng_state(device), [(own, own.training) for own in {model, other}]
+        try:
+            for own, _ in modes:
+                own.eval()
+            if self._reference_rewards is None:
+                with switched():
+                    drawn = self._draw(other, mine)
+                self._reference_rewards = self._reward(drawn)
+            drawn = self._draw(model, mine)
+            rewards = self._reward(drawn)
+            rows = [{"prompt_ids": self._prompts[i], "completion_ids": [ids for ids, _ in drawn[i]]} for i in mine]
+            logps = completion_logps(model, rows, self._batch_size)
+            with switched():
+                reference_logps = completion_logps(other, rows, self._batch_size)
+        finally:
+            for own, training in modes:
+                own.train(training)
+            restore_rng(random, device)
+        found = [
+            {
+                "rewards": rewards[i],
+                "kl": [p - q for p, q in zip(*pair, strict=True)],
+                "wins": win_rate(rewards[i], self._reference_rewards[i]),
+                "tokens": [len(ids) for ids, _ in drawn[i]],
+                "texts": [self._text(ids) for ids, _ in drawn[i]],
+                "cut": [cut for _, cut in drawn[i]],
+            }
+            for i, pair in zip(mine, zip(logps, reference_logps, strict=True), strict=True)
+        ]
+        return _figures(gather_object(found))
+
+    @torch.no_grad()
+    def _draw(self, model: Any, mine: range) -> dict[int, list[tuple[list[int], bool]]]:
+        """Row → its answers: the token ids that were drawn, the end included, and whether they were cut."""
+        tokenizer = self._tokenizer
+        device = next(model.parameters()).device
+        own = base_model(model).generation_config.eos_token_id
+        own = tokenizer.eos_token_id if own is None else own
+        ends = own if isinstance(own, list) else [own]
+        pad = ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        count = self._num_completions
+        places = sorted(mine, key=lambda i: len(self._prompts[i]))
+        size = max(1, self._batch_size // count)
+        drawn: dict[int, list[tuple[list[int], bool]]] = {}
+        with neutral_generation(model, ends, pad):
+            for start in range(0, len(places), size):
+                batch = places[start : start + size]
+                longest = max(len(self._prompts[i]) for i in batch)
+                padding = [longest - len(self._prompts[i]) for i in batch]
+                pairs = list(zip(batch, padding, strict=True))
+                torch.manual_seed(seed_of(self._seed, batch[0]))
+                out = model.generate(
+                    input_ids=torch.tensor([[pad] * n + self._prompts[i] for i, n in pairs], device=device),
+                    attention_mask=torch.tensor([[0] * n + [1] * (longest - n) for n in padding], device=device),
+                    max_new_tokens=self._max_new_tokens, num_return_sequences=count, use_cache=True,
+                )[:, longest:].tolist()  # fmt: skip
+                for j, i in enumerate(batch):
+                    drawn[i] = [_until_end(ids, ends) for ids in out[j * count : (j + 1) * count]]
+        return drawn
+
+    def _text(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=True)
+
+    def _reward(self, drawn: dict[int, list[tuple[list[int], bool]]]) -> dict[int, list[float]]:
+        rows = []
+        for i, answers in drawn.items():
+            texts: list[Any] = [self._text(ids) for ids, _ in answers]
+            if not isinstance(self._rows[i]["prompt"], str):
+                texts = [[{"role": "assistant", "content": text}] for text in texts]
+            kept = {k: v for k, v in self._rows[i].items() if k not in ("completions", "rewards", "truncated")}
+            rows.append({**kept, "completions": texts})
+        shard = self._work(0, 0, rows, lambda done: None)
+        if shard.failed:
+            raise UserError(f"an answer could not be scored: {next(iter(shard.failed.values()))}")
+        return {i: row["rewards"] for i, row in zip(drawn, shard.rows, strict=True)}
+
+
+def reference_model(reference: Reference, model: nn.Module) -> tuple[nn.Module, Callable[[], AbstractContextManager]]:
+    """The model to call for the reference, and the context to call it in."""
+    return (reference, nullcontext) if isinstance(reference, nn.Module) else (model, reference)
+
+
+def _until_end(ids: list[int], ends: list[int]) -> tuple[list[int], bool]:
+    length = next((t for t, token in enumerate(ids) if token in ends), None)
+    return (ids, True) if length is None else (ids[: length + 1], False)
+
+
+def _figures(rows: list[dict[str, Any]]) -> GenerationFigures:
+    completions = sum(len(row["rewards"]) for row in rows)
+    texts = [text for row in rows for text in row["texts"]]
+    return GenerationFigures(
+        len(rows), completions, mean_over_prompts(row["rewards"] for row in rows),
+        mean_over_prompts(row["kl"] for row in rows), mean_over_prompts([row["wins"]] for row in rows),
+        mean_over_prompts(row["tokens"] for row in rows), distinct(texts, 1), distinct(texts, 2),
+        sum(sum(row["cut"]) for row in rows) / completions,
+    )  # fmt: skip

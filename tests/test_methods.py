@@ -1,0 +1,116 @@
+"""Methods on the same reward data: the same tokens, prompts and steps, and losses that are known to be equal."""
+
+import math
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+
+from conftest import build_model, reward_rows
+from nca_align import NCAConfig
+from nca_align.methods import METHODS, build_trainer, check_method
+
+BETA = 0.1
+
+
+def options(tmp_path, **more) -> NCAConfig:
+    return NCAConfig(
+        output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to=[], disable_tqdm=True, logging_steps=1,
+        gradient_checkpointing=False, per_device_train_batch_size=2, num_train_epochs=1, learning_rate=1e-3, beta=BETA,
+        max_length=None, save_strategy="no", warmup_steps=0, **({"alpha": 0.3} | more),
+    )  # fmt: skip
+
+
+def trainer_of(method, tokenizer, tmp_path, rows=None, **more):
+    strategy = more.pop("strategy", None)
+    rows = rows or reward_rows(6, 4)
+    model = build_model(tokenizer)
+    return build_trainer(
+        method, model, options(tmp_path, **more), Dataset.from_list(rows), tokenizer, strategy=strategy,
+        peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains_as_many_steps_as_there_are_batches_of_prompts(method, tokenizer, tmp_path):
+    trainer = trainer_of(method, tokenizer, tmp_path)
+    trainer.train()
+    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    assert trainer.state.global_step == 3 == len(losses)
+    assert all(map(math.isfinite, losses))
+    adapter = [p for name, p in trainer.model.named_parameters() if "lora_B.default" in name]
+    assert len(adapter) == 4
+    assert all(p.abs().sum() > 0 for p in adapter)
+
+
+@pytest.mark.parametrize(
+    ("method", "strategy", "rows"),
+    [("dpo", "all_pairs", 12), ("dpo", "best_each", 6), ("dpo", "best_worst", 2), ("kto", "rewards", 8),
+     ("infonca", "best_worst", 2), ("infonca", "all_pairs", 12), ("nca", "first_3", 2)],
+)  # fmt: skip
+def test_a_batch_holds_rows_in_proportion_to_those_of_a_prompt(method, strategy, rows, tokenizer, tmp_path):
+    trainer = trainer_of(method, tokenizer, tmp_path, strategy=strategy)
+    assert trainer.args.per_device_train_batch_size == rows
+    assert trainer.args.max_steps == 3
+
+
+def test_trls_trainers_get_the_same_tokens(tokenizer, tmp_path):
+    rows = reward_rows(3, 2)
+    ours = trainer_of("nca", tokenizer, tmp_path, rows).train_dataset
+    pairs = trainer_of("dpo", tokenizer, tmp_path, rows).train_dataset
+    single = trainer_of("kto", tokenizer, tmp_path, rows).train_dataset
+    for row, pair in zip(ours, pairs, strict=True):
+        high = row["rewards"].index(max(row["rewards"]))
+        assert pair["prompt_ids"] == row["prompt_ids"]
+        assert pair["chosen_ids"] == row["completion_ids"][high]
+        assert pair["rejected_ids"] == row["completion_ids"][1 - high]
+    assert sorted(single["completion_ids"]) == sorted(ids for row in ours for ids in row["completion_ids"])
+
+
+def first_loss(trainer) -> float:
+    trainer.train()
+    return next(line["loss"] for line in trainer.state.log_history if "loss" in line)
+
+
+def losses_of(method, tokenizer, tmp_path, rows, alpha: float) -> torch.Tensor:
+    """The losses of a run, in which the second and third depend on the gradients of the first."""
+    trainer = trainer_of(method, tokenizer, tmp_path, rows, alpha=alpha, train_sampling_strategy="sequential")
+    trainer.train()
+    return torch.tensor([line["loss"] for line in trainer.state.log_history if "loss" in line])
+
+
+@pytest.mark.parametrize(("theirs", "ours"), [("nca_pair", "nca"), ("dpo", "infonca"), ("dpo", "all_pairs")])
+def test_dpotrainer_on_pairs_is_the_listwise_loss_on_hard_targets(theirs, ours, tokenizer, tmp_path):
+    rows = reward_rows(6, 2)
+    hard = [row | {"rewards": [float(reward == max(row["rewards"])) for reward in row["rewards"]]} for row in rows]
+    one = losses_of(theirs, tokenizer, tmp_path, rows, alpha=0.3)
+    other = losses_of(ours, tokenizer, tmp_path, hard, alpha=1e-3)
+    assert one[0] != one[2]
+    torch.testing.assert_close(one, other, rtol=0, atol=2e-4)  # transformers logs four digits
+
+
+def test_sft_is_the_likelihood_of_the_best_alone(tokenizer, tmp_path):
+    rows = reward_rows(2, 3)
+    trainer = trainer_of("sft", tokenizer, tmp_path, rows)
+    best = [row["completions"][row["rewards"].index(max(row["rewards"]))][0]["content"] for row in rows]
+    given = [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in trainer.train_dataset["chosen_ids"]]
+    assert given == best
+    total, count = 0.0, 0
+    for row in trainer.train_dataset:  # the model is its reference still
+        ids = torch.tensor([row["prompt_ids"] + row["chosen_ids"]])
+        logps = trainer.model(ids).logits.detach()[0, len(row["prompt_ids"]) - 1 : -1].log_softmax(-1)
+        total -= float(logps.gather(1, torch.tensor(row["chosen_ids"])[:, None]).sum())
+        count += len(row["chosen_ids"])
+    assert first_loss(trainer) == pytest.approx(total / count, abs=2e-4)
+
+
+def test_what_can_not_be_is_refused_in_one_sentence():
+    with pytest.raises(ValueError, match=r"must be one of nca, infonca.*kto .* did you mean 'dpo'"):
+        check_method("dpoo", None)
+    with pytest.raises(ValueError, match="`strategy` is 'rewards' with `method` dpo, which trains on pairs"):
+        check_method("dpo", "rewards")
+    with pytest.raises(ValueError, match="`strategy` is 'all_pairs' with `method` kto, which trains on no pairs"):
+        check_method("KTO", "all_pairs")
+    assert check_method("InfoNCA", None) == ("infonca", "rewards")
+    assert check_method("ipo", None) == ("ipo", "best_worst")
