@@ -3,7 +3,7 @@
 import random
 
 import pytest
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -108,6 +108,11 @@ class TestRows:
             ("p0c0", False), ("p0c2", True),
         ]  # fmt: skip
         assert to_unpaired(dataset, threshold=1.0)["label"] == [False, True, True, True, True]
+
+    @pytest.mark.parametrize("convert", [to_preference_pairs, to_unpaired])
+    def test_splits_are_given_one_at_a_time(self, convert):
+        with pytest.raises(TypeError, match="`dataset` is a DatasetDict, but must be a Dataset: give one split"):
+            convert(DatasetDict(train=rows([1.0, 2.0])))
 
     @pytest.mark.parametrize("convert", [to_preference_pairs, to_unpaired])
     def test_equal_rewards_everywhere_leave_no_row_and_say_so(self, convert):

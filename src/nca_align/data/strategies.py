@@ -147,6 +147,8 @@ def to_unpaired(dataset: Dataset, threshold: float | None = None) -> Dataset:
 
 
 def _rows(dataset: Dataset, strategy: str, seed: int, make, pick=choose) -> Dataset:
+    if not isinstance(dataset, Dataset):
+        raise TypeError(f"`dataset` is a {type(dataset).__name__}, but must be a Dataset: give one split")
     function = partial(_made, strategy=strategy, seed=seed, make=make, pick=pick)
     made = dataset.map(
         function, batched=True, with_indices=True, remove_columns=dataset.column_names, load_from_cache_file=False,
