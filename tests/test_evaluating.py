@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from dataclasses import fields
+from dataclasses import fields, replace
 from importlib import import_module
 from pathlib import Path
 
@@ -25,9 +25,10 @@ from nca_align.evaluating import (
     evaluate_samples,
     load_samples,
     main,
-    mean_over_prompts,
+    print_table,
     sampled_ids,
 )
+from nca_align.figures import UNKNOWN, distinct, mean_over_prompts, rewards_by_prompt, wins_over
 from nca_align.generations import GenerationOptions, evaluate_generations, paired_difference
 from nca_align.sampling import SampleOptions, sample
 from nca_align.scoring import ScoreOptions, score
@@ -187,6 +188,25 @@ def test_a_model_is_no_nat_from_itself_and_an_adapter_its_log_ratio(samples, mod
     assert (lines[0].prompts, lines[0].completions) == (4, 12)
 
 
+def test_wins_diversity_and_length_are_of_the_same_samples(samples, model_dir, adapter_dir, tokenizer):
+    lines = evaluate(options(samples, [adapter_dir, model_dir], model_dir))
+    own, reference = ([json.loads(line) for line in Path(file).read_text().splitlines()] for file in samples)
+    assert lines[0].win_rate == wins_over(rewards_by_prompt(own), rewards_by_prompt(reference))
+    assert lines[0].win_rate.mean == mean_over_prompts(
+        [sum((a > b) + (a == b) / 2 for a in x["rewards"] for b in y["rewards"]) / 9]
+        for x, y in zip(own, reference, strict=True)
+    ).mean  # fmt: skip
+    assert lines[1].win_rate == (0.5, 0)
+    texts = [completion for row in own for completion in row["completions"]]
+    texts = [text if isinstance(text, str) else text[0]["content"] for text in texts]
+    assert (lines[0].distinct_1, lines[0].distinct_2) == (distinct(texts, 1), distinct(texts, 2))
+    assert lines[0].cut == sum(cut for row in own for cut in row["truncated"]) / 12
+    ids = [sampled_ids(tokenizer, row, tokenizer.eos_token_id)["completion_ids"] for row in own]
+    assert lines[0].tokens == mean_over_prompts([len(one) for one in row] for row in ids)
+    (alone,) = evaluate(options(samples[:1], [adapter_dir], model_dir))
+    assert math.isnan(alone.win_rate.mean)  # the reference's samples aren't there
+
+
 def test_the_estimate_is_the_kl_divergence(tokenizer):
     """One token drawn from π many times: the mean log-ratio is the sum over the vocabulary."""
     policy, reference = (build_model(tokenizer, seed) for seed in (0, 1))
@@ -211,7 +231,8 @@ def test_lines_that_are_there_are_not_computed_again(samples, model_dir, adapter
 
     monkeypatch.setattr(evaluating, "evaluate_samples", once)
     both = evaluate(options(samples, [adapter_dir, model_dir], model_dir, output=output))
-    assert both[:1] == first
+    assert [replace(both[0], win_rate=UNKNOWN)] == first
+    assert not math.isnan(both[0].win_rate.mean)  # the reference's samples are here now
     monkeypatch.setattr(evaluating, "evaluate_samples", None)
     assert evaluate(options(samples, [adapter_dir, model_dir], model_dir, output=output)) == both
     assert evaluate(options(samples[:1] * 2, [adapter_dir] * 2, model_dir, output=output)) == first * 2
@@ -224,7 +245,17 @@ def test_the_table_fits_a_terminal(samples, model_dir, adapter_dir, capsys):
     assert main([*flags, "--reference", model_dir]) == 0
     text = capsys.readouterr().out
     assert max(map(len, text.splitlines())) <= 80
-    assert re.search(r"tiny-model\d+ +4 +12 +\d+ +-?\d\.\d{3} ± \d\.\d{3} +0\.00 ± 0\.00", text)
+    assert re.search(r"tiny-model\d+ +\d+ +-?\d\.\d{3} ± \d\.\d{3} +0\.00 ± 0\.00 +50 ± 0 +\d\.\d\d\n", text)
+    assert text.endswith("\n12 answers to 4 prompts\n")
+
+
+def test_the_table_says_what_differs_and_what_is_not_known(samples, model_dir, adapter_dir, tmp_path, capsys):
+    (tmp_path / "two.jsonl").write_text("".join(Path(samples[0]).read_text().splitlines(keepends=True)[:2]))
+    lines = evaluate(options([str(tmp_path / "two.jsonl"), samples[0]], [adapter_dir] * 2, model_dir))
+    print_table([replace(lines[0], policy="two"), replace(lines[1], policy="four")])
+    text = capsys.readouterr().out
+    assert re.search(r"^two .+ – +\d\.\d\d$", text, re.M)
+    assert "two: 6 answers to 2 prompts\nfour: 12 answers to 4 prompts\n" in text
 
 
 MISTAKES = {

@@ -1,17 +1,23 @@
-"""Evaluation by generation: exact KL, wins, diversity, and the callbacks in trainers of every kind."""
+"""Evaluation by generation: exact KL, wins, diversity, and that the evaluated model is left as it was."""
 
 import itertools
+import json
 import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 
-from conftest import build_model, reward_rows
-from nca_align import GenerationCallback, GenerationEvaluator, NCAConfig, RankingCallback
-from nca_align.generation import distinct, neutral_generation, win_rate
-from nca_align.methods import build_trainer
+from conftest import build_model, build_tokenizer
+from nca_align import GenerationEvaluator
+from nca_align.errors import UserError
+from nca_align.figures import distinct, win_rate, wins_over
+from nca_align.generation import neutral_generation
 from nca_align.policies import as_reference
 
 LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
@@ -36,7 +42,7 @@ def policy(tokenizer):
 class TestFigures:
     def test_a_policy_that_is_its_reference_has_no_kl_and_wins_half(self, tokenizer, policy):
         figures = evaluator(tokenizer)(policy, policy)
-        assert figures.kl.mean == pytest.approx(0, abs=1e-5)
+        assert figures.kl == (0, 0)
         assert figures.win_rate.mean == 0.5
         assert (figures.prompts, figures.completions) == (3, 9)
 
@@ -103,6 +109,19 @@ class TestFigures:
         with pytest.raises(ValueError, match=message):
             GenerationEvaluator(rows, tokenizer, scorers, **more)
 
+    def test_a_prompt_that_is_too_long_is_refused(self, tokenizer, policy):
+        room = policy.config.max_position_embeddings
+        with pytest.raises(UserError, match=rf"`max_new_tokens` {room} is more than the model's {room}"):
+            evaluator(tokenizer, max_new_tokens=room)(policy)
+
+    def test_a_prompt_that_the_template_does_not_take_is_refused(self):
+        with pytest.raises(UserError, match="a prompt to be answered can't be rendered: the chat template refuses"):
+            evaluator(build_tokenizer("{{ raise_exception('no') }}"))
+
+    def test_an_answer_without_a_score_is_refused(self, tokenizer, policy):
+        with pytest.raises(UserError, match=r"an answer could not be scored: .*ZeroDivisionError"):
+            GenerationEvaluator(PROMPTS, tokenizer, ["test_generation:failing"], max_new_tokens=2)(policy)
+
     def test_a_model_without_an_adapter_needs_a_reference(self, tokenizer, model):
         with pytest.raises(ValueError, match="`reference` is missing, and the model has no adapter"):
             evaluator(tokenizer)(model)
@@ -110,6 +129,10 @@ class TestFigures:
 
 def wanted_of(completions, wanted, **kwargs):
     return wanted
+
+
+def failing(completions, **kwargs):
+    return [1 / 0 for _ in completions]
 
 
 def nothing(completions, **kwargs):
@@ -121,10 +144,52 @@ def test_win_rate_counts_ties_as_half():
     assert win_rate([0.0], [5.0, 5.0]) == 0
 
 
+def test_wins_are_over_the_prompts_that_both_answered():
+    assert wins_over({"a": [2.0], "b": [1.0, 3.0], "c": [0.0]}, {"a": [1.0], "b": [2.0]}).mean == (1 + 0.5) / 2
+    assert math.isnan(wins_over({"a": [1.0]}, {"b": [1.0]}).mean)
+
+
 def test_distinct_is_one_without_repetition_and_falls_with_it():
     assert distinct(["a b c", "d e"], 2) == 1.0
     assert distinct(["a b a b"], 2) == 2 / 3
     assert distinct(["a", ""], 2) == 0.0
+
+
+_EVALUATION = """
+import json, sys
+import torch
+from accelerate import PartialState
+from peft import LoraConfig, get_peft_model
+from conftest import build_model, build_tokenizer
+from test_generation import LORA, PROMPTS, evaluator
+
+state = PartialState(cpu=True)
+assert state.num_processes == 2
+torch.manual_seed(1)
+policy = get_peft_model(build_model(build_tokenizer()), LORA).eval()
+for rows in (PROMPTS, PROMPTS[:1]):  # shares of two and one, and of one and none
+    figures = evaluator(build_tokenizer(), rows)(policy)
+    print(json.dumps([state.process_index, figures.log() | {"completions": figures.completions}]), flush=True)
+state.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_each_of_two_processes_answers_a_share_and_both_have_the_figures_of_all(tokenizer, policy, tmp_path):
+    (tmp_path / "evaluation.py").write_text(_EVALUATION)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [*launch, str(tmp_path / "evaluation.py")], env=environment, capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found: dict[int, list] = {0: [], 1: []}
+    for process, figures in map(json.loads, re.findall(r"^\[\d, .+$", done.stdout, re.M)):
+        found[process].append(figures)
+    assert repr(found[0]) == repr(found[1])  # there are NaNs in them
+    assert [figures["completions"] for figures in found[0]] == [9, 3]
+    alone = evaluator(tokenizer, PROMPTS[:1])(policy)
+    assert found[0][1]["generation/kl"] == pytest.approx(alone.kl.mean, abs=1e-5)
 
 
 class _WordTokenizer:
@@ -160,83 +225,3 @@ def _exact_kl(policy, prompt: list[int], length: int) -> tuple[float, float]:
     assert sum(weights) == pytest.approx(1)
     mean = sum(w * r for w, r in zip(weights, ratios, strict=True))
     return mean, math.sqrt(sum(w * (r - mean) ** 2 for w, r in zip(weights, ratios, strict=True)))
-
-
-def options(tmp_path, **more) -> NCAConfig:
-    return NCAConfig(
-        output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to=[], disable_tqdm=True, logging_steps=1,
-        gradient_checkpointing=False, per_device_train_batch_size=2, num_train_epochs=2, learning_rate=1e-2, beta=0.1,
-        alpha=0.3, max_length=None, save_strategy="no", warmup_steps=0, **more,
-    )  # fmt: skip
-
-
-def trained(method, tokenizer, tmp_path, with_callbacks: bool, **more):
-    dataset = Dataset.from_list(reward_rows(4, 3))
-    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", lora_dropout=0.1)
-    trainer = build_trainer(
-        method, build_model(tokenizer), options(tmp_path, **more), dataset, tokenizer, peft_config=lora
-    )
-    if with_callbacks:
-        generation = {name: evaluator(tokenizer) for name in ("validation", "test")}
-        trainer.add_callback(GenerationCallback(trainer, generation, steps=[0, 2, 4]))
-        ranking = {"test": dataset}
-        trainer.add_callback(RankingCallback(trainer, ranking, tokenizer, alpha=0.3, beta=0.1, steps=[0, 4]))
-    trainer.train()
-    return trainer
-
-
-class TestCallbacks:
-    @pytest.mark.parametrize("method", ["nca", "dpo", "kto", "sft"])
-    def test_they_log_at_their_steps_and_change_no_training(self, method, tokenizer, tmp_path):
-        without = trained(method, tokenizer, tmp_path, False)
-        trainer = trained(method, tokenizer, tmp_path, True)
-        log = trainer.state.log_history
-        kl = {line["step"]: line["eval_test_generation/kl"] for line in log if "eval_test_generation/kl" in line}
-        assert list(kl) == [0, 2, 4]
-        assert kl[0] == pytest.approx(0, abs=1e-5)
-        assert kl[4] != 0
-        best = {line["step"]: line for line in log if "eval_test_logratios/best" in line}
-        assert list(best) == [0, 4]
-        assert best[0]["eval_test_logratios/best"] == pytest.approx(0, abs=1e-5)
-        assert {f"eval_test_rewards/rank_{k}" for k in (1, 2, 3)} < set(best[4])
-        losses = [[line["loss"] for line in own.state.log_history if "loss" in line] for own in (without, trainer)]
-        assert losses[0] == losses[1]
-        weights = [[p for p in own.model.parameters() if p.requires_grad] for own in (without, trainer)]
-        assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
-
-    def test_ranking_logs_what_nca_trainer_logs_itself(self, tokenizer, tmp_path):
-        dataset = Dataset.from_list(reward_rows(4, [2, 4, 3]))
-        trainer = build_trainer(
-            "nca", build_model(tokenizer), options(tmp_path), dataset, tokenizer, peft_config=LORA
-        )  # fmt: skip
-        trainer.eval_dataset = trainer.train_dataset
-        callback = RankingCallback(trainer, {"": dataset}, tokenizer, alpha=0.3, beta=0.1)
-        own = trainer.evaluate()
-        found = callback.measure(trainer.model)
-        shared = {name for name in own if name.split("/")[0].removeprefix("eval_") in ("rewards", "logratios", "kl")}
-        assert len(shared) > 15
-        assert found == pytest.approx({name: own[name] for name in found}, abs=2e-4)
-        assert shared <= set(found)
-
-    def test_without_steps_they_run_wherever_the_trainer_evaluates(self, tokenizer, tmp_path):
-        dataset = Dataset.from_list(reward_rows(4, 3))
-        trainer = build_trainer("nca", build_model(tokenizer), options(tmp_path), dataset, tokenizer, peft_config=LORA)
-        trainer.eval_dataset = trainer.train_dataset
-        trainer.add_callback(GenerationCallback(trainer, {"": evaluator(tokenizer)}))
-        trainer.evaluate()
-        assert "eval_generation/win_rate" in trainer.state.log_history[-1]
-
-    def test_full_fine_tuning_without_a_reference_is_refused(self, tokenizer, tmp_path):
-        dataset = Dataset.from_list(reward_rows(4, 3))
-        trainer = build_trainer("nca", build_model(tokenizer), options(tmp_path), dataset, tokenizer)
-        trainer.ref_model = None
-        callback = GenerationCallback(trainer, {"": evaluator(tokenizer)})
-        with pytest.raises(ValueError, match="`reference` is missing for GenerationCallback"):
-            callback.measure(trainer.model)
-
-    def test_a_sharded_launch_is_refused(self, tokenizer, tmp_path, monkeypatch):
-        dataset = Dataset.from_list(reward_rows(4, 3))
-        trainer = build_trainer("nca", build_model(tokenizer), options(tmp_path), dataset, tokenizer, peft_config=LORA)
-        trainer.is_fsdp_enabled = True
-        with pytest.raises(NotImplementedError, match="GenerationCallback runs the model outside of training"):
-            GenerationCallback(trainer, {"": evaluator(tokenizer)})

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nca_align.losses import infonca_loss, targets
-from nca_align.metrics import row_metrics
+from nca_align.metrics import calibration, row_metrics
 
 ALPHA, BETA = 0.5, 0.1
 
@@ -259,3 +259,35 @@ def test_bad_input_is_named():
         row_metrics(ones[:, :2], ones, ones, None, ALPHA, BETA)
     with pytest.raises(ValueError, match=re.escape("`rewards` of row 0 has 0 valid completion(s)")):
         row_metrics(ones, ones, ones, torch.zeros(2, 3, dtype=torch.bool), ALPHA, BETA)
+
+
+# Calibration
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_calibration_is_the_mean_over_completions_by_bins_of_the_target(seed):
+    logps, ref_logps, rewards, mask = draw(b=20, seed=seed)
+    found = calibration(logps, ref_logps, rewards, mask, ALPHA, BETA)
+    bins = {i: ([], []) for i in range(5)}
+    for p, q, row, m in zip(logps, ref_logps, rewards, mask, strict=True):
+        w = [math.exp(x / ALPHA) for x in row[m].tolist()]
+        r = [math.exp(BETA * x) for x in (p - q)[m].tolist()]
+        for target, share in zip(w, r, strict=True):
+            own = bins[min(4, int(target / sum(w) * 5))]
+            own[0].append(target / sum(w))
+            own[1].append(share / sum(r))
+    for i, sides in bins.items():
+        for name, values in zip(("target", "model"), sides, strict=True):
+            value, weight = found[f"calibration/{name}_bin_{i + 1}"]
+            assert weight.sum() == len(values)
+            if values:
+                assert (value * weight).sum() / weight.sum() == pytest.approx(mean(values), abs=1e-12)
+
+
+def test_at_the_optimum_model_and_target_are_one_in_every_bin():
+    _, ref_logps, rewards, mask = draw(b=20)
+    constant = torch.linspace(-3, 3, 20).double().unsqueeze(1)  # InfoNCA's optimum leaves one free for each prompt
+    logps = ref_logps + (rewards / ALPHA + constant) / BETA
+    found = calibration(logps, ref_logps, rewards, mask, ALPHA, BETA)
+    for i in range(1, 6):
+        torch.testing.assert_close(found[f"calibration/model_bin_{i}"], found[f"calibration/target_bin_{i}"])

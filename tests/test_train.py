@@ -36,7 +36,8 @@ def test_a_run_leaves_everything_that_people_look_for(model_dir, data_file, tmp_
     arguments = flags(
         model_name_or_path=model_dir, dataset_name=data_file, output_dir=output, eval_strategy="steps", eval_steps=1,
         eval_on_start="true", validation_fraction=0.25, use_peft="true", lora_target_modules="q_proj", show_answers=1,
-        save_strategy="steps", save_steps=2,
+        save_strategy="steps", save_steps=2, eval_scorer="nca_align.scorers:vader", eval_completions=2,
+        eval_new_tokens=4,
     )  # fmt: skip
     assert main(arguments) == 0
     names = {path.name for path in output.iterdir()}
@@ -46,6 +47,9 @@ def test_a_run_leaves_everything_that_people_look_for(model_dir, data_file, tmp_
     } <= names  # fmt: skip
     state = json.loads((output / "trainer_state.json").read_text())
     assert [line["loss"] for line in state["log_history"] if "loss" in line]
+    generated = [line for line in state["log_history"] if "eval_generation/win_rate" in line]
+    assert [line["step"] for line in generated] == [0, 1, 2]
+    assert generated[0]["eval_generation/kl"] == pytest.approx(0, abs=1e-5)
     assert len(json.loads((output / "validation_indices.json").read_text())) == 6
     assert "eval_rewards/accuracies" in json.loads((output / "eval_results.json").read_text())
     assert (output / "curves.png").read_bytes().startswith(b"\x89PNG")
@@ -118,6 +122,7 @@ MISTAKES = {
         ],
         "`metric_for_best_model` is bleu, which no evaluation gives",
     ),
+    "answers": (["--eval_scorer", "nca_align.scorers:vader"], "`eval_scorer` is set, but nothing is evaluated"),
     "a file for a folder": (["--output_dir", __file__], "is a file; give a folder"),
     "modules": (["--use_peft", "true", "--lora_target_modules", "foo"], "setting up the training failed: "),
     "tracker": (["--report_to", "foo"], "foo"),

@@ -11,13 +11,14 @@ from transformers import Trainer, TrainerCallback
 from .generation import GenerationEvaluator, Reference, reference_model
 from .metrics import PromptMeans, calibration, row_metrics
 from .policies import as_reference, completion_logps
+from .preparation import base_model, keep_nf4_differentiable
 from .tokenization import tokenize_dataset
 
 
 class _EvaluationCallback(TrainerCallback):
-    """What both have in common: when they run, and how they log."""
+    """What both have in common: when they run, and how they log; `mark` is a key of each line that they log."""
 
-    def __init__(self, trainer: Trainer, steps: Iterable[int] | None, reference: Reference | None):
+    def __init__(self, trainer: Trainer, steps: Iterable[int] | None, reference: Reference | None, mark: str):
         if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
             raise NotImplementedError(
                 f"{type(self).__name__} runs the model outside of training, which a model that FSDP or DeepSpeed has "
@@ -26,6 +27,10 @@ class _EvaluationCallback(TrainerCallback):
         self._trainer: Any = trainer
         self._steps = None if steps is None else frozenset(steps)
         self._reference = reference
+        self._mark = mark
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        self._reference_of(model)
+        keep_nf4_differentiable(base_model(model))  # a forward without gradients, and training would stand still
 
     def measure(self, model: nn.Module) -> dict[str, float]:
         """What is logged."""
@@ -39,12 +44,19 @@ class _EvaluationCallback(TrainerCallback):
         if self._steps is not None and state.global_step in self._steps:
             self._run()
 
-    def on_evaluate(self, args, state, control, **kwargs):
-        if self._steps is None:
-            self._run()
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        """Also adds to `metrics`, so that `metric_for_best_model` and early stopping can go by it."""
+        if self._steps is None and (values := self._run()) and metrics is not None:
+            metrics.update(values)
 
-    def _run(self) -> None:
+    def _run(self) -> dict[str, float]:
+        """Measure and log; nothing where this step of training has its line already.
+
+        That is so for the second of several `eval_dataset`, and for `eval_on_start` of a run that is resumed.
+        """
         trainer = self._trainer
+        if trainer.is_in_train and self._is_logged():
+            return {}
         model = trainer.accelerator.unwrap_model(trainer.model)
         with trainer.accelerator.autocast():
             values = self.measure(model)
@@ -52,6 +64,11 @@ class _EvaluationCallback(TrainerCallback):
         # transformers' own: TRL's adds, and empties, the training metrics that are still being collected
         Trainer.log(trainer, values)
         trainer.control.should_log = due
+        return values
+
+    def _is_logged(self) -> bool:
+        state = self._trainer.state
+        return any(line["step"] == state.global_step and self._mark in line for line in state.log_history)
 
     def _reference_of(self, model: nn.Module) -> Reference:
         """The given one, the trainer's, or the model with its adapter switched off."""
@@ -62,7 +79,7 @@ class _EvaluationCallback(TrainerCallback):
         if not hasattr(model, "peft_config"):
             raise ValueError(
                 f"`reference` is missing for {type(self).__name__}: the trainer holds no reference model, and the "
-                "model has no adapter that could be switched off; give one"
+                "model has no adapter that could be switched off; give one, or set `precompute_ref_log_probs: false`"
             )
         return lambda: as_reference(model)
 
@@ -78,6 +95,7 @@ class GenerationCallback(_EvaluationCallback):
 
     Raises:
         NotImplementedError: a launch that shards the model.
+        ValueError: nothing that could be the reference.
     """
 
     def __init__(
@@ -87,8 +105,9 @@ class GenerationCallback(_EvaluationCallback):
         steps: Iterable[int] | None = None,
         reference: Reference | None = None,
     ):
-        super().__init__(trainer, steps, reference)
         self._evaluators = dict(evaluators)
+        first = next(iter(self._evaluators))
+        super().__init__(trainer, steps, reference, f"{_prefix(first)}generation/reward")
 
     def measure(self, model: nn.Module) -> dict[str, float]:
         reference = self._reference_of(model)
@@ -99,7 +118,7 @@ class GenerationCallback(_EvaluationCallback):
 
 
 class RankingCallback(_EvaluationCallback):
-    """The metrics by rank of K rewarded completions (`metrics.row_metrics`) for trainers that don't log them.
+    """The metrics of K rewarded completions (`metrics.row_metrics`, `calibration`) for trainers that don't log them.
 
     Logs `eval_NAME_rewards/rank_1`, `eval_NAME_logratios/best` and the others.
 
@@ -114,6 +133,7 @@ class RankingCallback(_EvaluationCallback):
 
     Raises:
         NotImplementedError: a launch that shards the model, or more than one process.
+        ValueError: nothing that could be the reference.
     """
 
     def __init__(
@@ -129,7 +149,7 @@ class RankingCallback(_EvaluationCallback):
         batch_size: int = 32,
         max_length: int | None = None,
     ):
-        super().__init__(trainer, steps, reference)
+        super().__init__(trainer, steps, reference, f"{_prefix(next(iter(datasets)))}rewards/rank_1")
         if trainer.args.world_size > 1:
             raise NotImplementedError(
                 f"RankingCallback runs in one process, but there are {trainer.args.world_size}; give the rows to "

@@ -13,6 +13,8 @@ COMMANDS = {
     "score": ("nca_align.scoring", "completions to rewards, from a reward model, a classifier or a Python function"),
     "inspect": ("nca_align.inspecting", "a data set before training: rewards, ties, lengths, tokens, the choice of α"),
     "evaluate": ("nca_align.evaluating", "mean reward and KL, implicit rewards, answers for judges, lm-eval's tasks"),
+    "compare": ("nca_align.comparing", "methods and settings beside each other, a run each, from one YAML file"),
+    "report": ("nca_align.reporting", "a page and plots of what runs logged, and of a comparison with its intervals"),
     "export": ("nca_align.exporting", "the trained model in one folder: adapter merged, with tokenizer and model card"),
 }
 

@@ -1,24 +1,24 @@
 """`nca-align evaluate`: its modes, and the plain one: mean reward and KL of policies by their own scored samples."""
 
 import json
-import math
 import sys
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib import import_module
+from math import isnan
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
-import torch
 from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
 
 from .arguments import given_options, parse
 from .errors import UserError, command
-from .files import replacing
+from .figures import ESTIMATES, UNKNOWN, Estimate, GenerationFigures, figures_of, rewards_by_prompt, wins_over
+from .files import check_writable, read_table, replacing
 from .policies import completion_logps, load_policy, load_tokenizer
+from .prompts import text_of
 from .provenance import data_fingerprint, weights_fingerprint
 from .samples import drawn_end, load_samples, sampled_ids
 from .smollm2 import resolve_model
@@ -57,47 +57,11 @@ class EvaluateOptions:
             raise ValueError(f"`batch_size` is {self.batch_size}; it must be at least 1")
 
 
-class Estimate(NamedTuple):
-    """A mean over prompts and its standard error."""
-
-    mean: float
-    error: float
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """One line of the table.
-
-    Args:
-        policy: its name.
-        prompts, completions: how many.
-        reward: mean reward.
-        kl: KL(policy ‖ reference), nats a completion.
-        tokens: mean length of a completion.
-    """
+@dataclass(frozen=True, kw_only=True)
+class Evaluation(GenerationFigures):
+    """One line of the table: the policy's name, and its figures."""
 
     policy: str
-    prompts: int
-    completions: int
-    reward: Estimate
-    kl: Estimate
-    tokens: float
-
-
-def mean_over_prompts(values: Iterable[Sequence[float]]) -> Estimate:
-    """Mean over prompts of each prompt's mean over its completions; prompts are what is independent.
-
-        m_b = mean_k values[b][k],   mean = mean_b m_b,   error = std_b(m_b) / √B
-
-    Args:
-        values: B sequences of one or more numbers.
-
-    Returns:
-        The mean and its standard error, NaN for a single prompt.
-    """
-    means = torch.tensor([sum(row) / len(row) for row in values], dtype=torch.float64)
-    error = float(means.std() / math.sqrt(len(means))) if len(means) > 1 else math.nan
-    return Estimate(float(means.mean()), error)
 
 
 def evaluate_samples(dataset: Dataset, policy: str, reference: str, options: EvaluateOptions) -> Evaluation:
@@ -116,54 +80,56 @@ def evaluate_samples(dataset: Dataset, policy: str, reference: str, options: Eva
     rows: list[dict[str, Any]] = []
     logps = {}
     for name in dict.fromkeys((policy, reference)):  # one at a time: two large models may not fit
-        model = load_policy(name, options.dtype, options.trust_remote_code)
+        key = "model_name_or_path" if name == policy else "reference"
+        model = load_policy(name, options.dtype, options.trust_remote_code, key)
         if name == policy:
             end = drawn_end(model, tokenizer, chat=not isinstance(dataset[0]["prompt"], str))
             rows = [sampled_ids(tokenizer, row, end) for row in dataset]
         logps[name] = completion_logps(model, rows, options.batch_size)
         del model
-    pairs = zip(logps[policy], logps[reference], strict=True)
-    differences = [[p - q for p, q in zip(*pair, strict=True)] for pair in pairs]
-    lengths = [len(ids) for row in rows for ids in row["completion_ids"]]
-    return Evaluation(
-        Path(policy).name, len(rows), len(lengths), mean_over_prompts(row["rewards"] for row in rows),
-        mean_over_prompts(differences), sum(lengths) / len(lengths),
-    )  # fmt: skip
+    answers = [
+        {
+            "rewards": row["rewards"],
+            "kl": [p - q for p, q in zip(*pair, strict=True)],
+            "tokens": [len(ids) for ids in drawn["completion_ids"]],
+            "texts": list(map(text_of, row["completions"])),
+            "cut": row.get("truncated") or [False],
+        }
+        for row, drawn, *pair in zip(dataset, rows, logps[policy], logps[reference], strict=True)
+    ]
+    return Evaluation(policy=Path(policy).name, **figures_of(answers), win_rate=UNKNOWN)
 
 
-def read_table(path: Path) -> dict[str, dict]:
-    """The lines that `output` holds already, by what they are of.
-
-    Raises:
-        UserError: its folder does not exist, or the file holds something else.
-    """
-    if not path.resolve().parent.is_dir():
-        raise UserError(f"`output` is {str(path)!r}, whose folder does not exist; make it, or choose another file")
-    if not path.exists():
-        return {}
-    names = {each.name for each in fields(Evaluation)}
-    with suppress(OSError, ValueError, AttributeError):  # a folder, broken JSON, a list
-        known = json.loads(path.read_text(encoding="utf-8"))
-        if all(isinstance(line, dict) and set(line) == names for line in known.values()):
-            return known
-    raise UserError(f"`output` is {str(path)!r}, which holds no table of `nca-align evaluate`; choose another file")
+def _is_line(entry: Any) -> bool:
+    return isinstance(entry, dict) and set(entry) == {each.name for each in fields(Evaluation)}
 
 
 def evaluate(options: EvaluateOptions) -> list[Evaluation]:
-    """The table's lines, in the order of `dataset_name`; those that `output` holds already are taken from it."""
+    """The table's lines, in the order of `dataset_name`; those that `output` holds already are taken from it.
+
+    Wins are over the reference's own samples, where one of the files holds them.
+    """
     path = Path(options.output) if options.output is not None else None
-    known = {} if path is None else read_table(path)
+    known = {} if path is None else read_table(path, _is_line)
     reference = weights_fingerprint(resolve_model(options.reference))
+    given = list(zip(options.dataset_name, options.model_name_or_path, strict=True))
+    weights = {policy: weights_fingerprint(resolve_model(policy)) for _, policy in given}
+    datasets = [load_samples(name, policy) for name, policy in given]
+    rewards = [rewards_by_prompt(dataset) for dataset in datasets]
+    of_reference = next(
+        (own for own, (_, policy) in zip(rewards, given, strict=True) if weights[policy] == reference), {}
+    )
     lines = []
-    for name, policy in zip(options.dataset_name, options.model_name_or_path, strict=True):
-        dataset = load_samples(name, policy)
-        weights = weights_fingerprint(resolve_model(policy))
-        key = " ".join((data_fingerprint(dataset), str(weights), str(reference), options.dtype))
-        if key in known:
-            line = known[key]
-            lines.append(Evaluation(**{**line, "reward": Estimate(*line["reward"]), "kl": Estimate(*line["kl"])}))
-            continue
-        lines.append(evaluate_samples(dataset, policy, options.reference, options))
+    for (_, policy), dataset, own in zip(given, datasets, rewards, strict=True):
+        key = " ".join((data_fingerprint(dataset), str(weights[policy]), str(reference), options.dtype))
+        before = known.get(key)
+        if before is None:
+            if path is not None:
+                check_writable(path)
+            line = evaluate_samples(dataset, policy, options.reference, options)
+        else:
+            line = Evaluation(**{**before, **{name: Estimate(*before[name]) for name in ESTIMATES}})
+        lines.append(replace(line, win_rate=wins_over(own, of_reference)))
         known[key] = asdict(lines[-1])
         if path is not None:  # after each line, and whole: a kill loses the one in work
             with replacing(path) as file:
@@ -172,16 +138,22 @@ def evaluate(options: EvaluateOptions) -> list[Evaluation]:
 
 
 def print_table(lines: Sequence[Evaluation], console: Console | None = None) -> None:
-    """The table, for a terminal of 80 columns."""
+    """The table, for a terminal of 80 columns, and how many answers it is of."""
+    console = console or Console()
     table = Table(box=None, pad_edge=False)
-    for name in ("policy", "prompts", "samples", "tokens", "mean reward", "KL, nats"):
+    for name in ("policy", "tokens", "mean reward", "KL, nats", "wins, %", "distinct-2"):
         table.add_column(name, justify="left" if name == "policy" else "right")
     for line in lines:
+        wins = "–" if isnan(line.win_rate.mean) else f"{line.win_rate.mean:.0%} ± {line.win_rate.error:.0%}"
         table.add_row(
-            line.policy, f"{line.prompts}", f"{line.completions}", f"{line.tokens:.0f}",
-            f"{line.reward.mean:.3f} ± {line.reward.error:.3f}", f"{line.kl.mean:.2f} ± {line.kl.error:.2f}",
+            line.policy, f"{line.tokens.mean:.0f}", f"{line.reward.mean:.3f} ± {line.reward.error:.3f}",
+            f"{line.kl.mean:.2f} ± {line.kl.error:.2f}", wins.replace("%", ""), f"{line.distinct_2:.2f}",
         )  # fmt: skip
-    (console or Console()).print(table)
+    console.print(table)
+    counts = {line.policy: f"{line.completions} answers to {line.prompts} prompts" for line in lines}
+    alike = len({*counts.values()}) == 1
+    for text in [next(iter(counts.values()))] if alike else [f"{policy}: {n}" for policy, n in counts.items()]:
+        console.print(text, markup=False, highlight=False)
 
 
 # option that chooses it: (module, options, function, what it does)

@@ -1,8 +1,7 @@
 """A policy by what it answers: rewards, KL, wins, lengths and diversity of its own samples, also during training."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,61 +13,12 @@ from torch import nn
 from .chunks import restore_rng, rng_state
 from .engines import PromptError, prompt_ids, seed_of
 from .errors import UserError
-from .evaluating import Estimate, mean_over_prompts
+from .figures import GenerationFigures, figures_of, mean_over_prompts, win_rate
 from .policies import as_reference, completion_logps
 from .preparation import base_model
 from .scoring import open_scorers
 
 Reference = nn.Module | Callable[[], AbstractContextManager]
-
-
-@dataclass(frozen=True)
-class GenerationFigures:
-    """What a policy's answers show; means with their standard errors over prompts.
-
-    Args:
-        prompts, completions: how many.
-        reward: mean reward.
-        kl: KL(policy ‖ reference), nats a completion, without bias.
-        win_rate: how often an answer's reward is above one of the reference's to the same prompt; a tie is half a win.
-        tokens: mean length, the end included.
-        distinct_1, distinct_2: share of different words and pairs of words among all: low where answers repeat.
-        cut: share of answers that `max_new_tokens` cut.
-    """
-
-    prompts: int
-    completions: int
-    reward: Estimate
-    kl: Estimate
-    win_rate: Estimate
-    tokens: Estimate
-    distinct_1: float
-    distinct_2: float
-    cut: float
-
-    def log(self, prefix: str = "") -> dict[str, float]:
-        """Flat, as a trainer logs it: `generation/reward`, `generation/reward_error` …"""
-        values: dict[str, float] = {}
-        for name in ("reward", "kl", "win_rate", "tokens"):
-            mean, error = getattr(self, name)
-            values |= {name: mean, f"{name}_error": error}
-        values |= {name: getattr(self, name) for name in ("distinct_1", "distinct_2", "cut")}
-        return {f"{prefix}generation/{name}": value for name, value in values.items()}
-
-
-def win_rate(own: Sequence[float], reference: Sequence[float]) -> float:
-    """How often a reward of `own` is above one of `reference`, over all pairs; a tie is half a win."""
-    wins = sum((a > b) + 0.5 * (a == b) for a in own for b in reference)
-    return wins / (len(own) * len(reference))
-
-
-def distinct(texts: Iterable[str], n: int) -> float:
-    """distinct-n: different runs of n words among all such runs of the texts; 0 where there is none.
-
-    Source: Li et al., "A Diversity-Promoting Objective Function for Neural Conversation Models", 2016.
-    """
-    runs = [tuple(words[i : i + n]) for words in map(str.split, texts) for i in range(len(words) - n + 1)]
-    return len(set(runs)) / len(runs) if runs else 0.0
 
 
 @contextmanager
@@ -91,6 +41,8 @@ def neutral_generation(model: Any, ends: list[int], pad: int):
 class GenerationEvaluator:
     """Answers held-out prompts with a loaded model, and says what the answers show.
 
+    The reference's answers are drawn and scored at the first call, and kept: one evaluator is for one reference.
+
     Args:
         dataset: rows of `prompt` (text or messages), and any columns that the scorers read.
         tokenizer: the model's.
@@ -103,6 +55,7 @@ class GenerationEvaluator:
 
     Raises:
         UserError: a scorer that can't be had, a prompt that can't be rendered.
+        ValueError: a number below 1, no scorer, no prompt.
     """
 
     def __init__(
@@ -147,6 +100,7 @@ class GenerationEvaluator:
 
         Raises:
             ValueError: no `reference`, and no adapter to be switched off.
+            UserError: a prompt that is too long for the model, an answer that the scorers can't score.
         """
         if reference is None:
             if not hasattr(model, "peft_config"):
@@ -156,6 +110,7 @@ class GenerationEvaluator:
                 )
             reference = lambda: as_reference(model)  # noqa: E731
         other, switched = reference_model(reference, model)
+        self._check_room(model)
         state = PartialState()
         mine = range(state.process_index, len(self._rows), state.num_processes)
         device = next(model.parameters()).device
@@ -188,7 +143,17 @@ class GenerationEvaluator:
             }
             for i, pair in zip(mine, zip(logps, reference_logps, strict=True), strict=True)
         ]
-        return _figures(gather_object(found))
+        rows = gather_object(found)
+        return GenerationFigures(**figures_of(rows), win_rate=mean_over_prompts([row["wins"]] for row in rows))
+
+    def _check_room(self, model: Any) -> None:
+        room = getattr(base_model(model).config.get_text_config(), "max_position_embeddings", None)
+        longest = max(map(len, self._prompts))
+        if room is not None and longest + self._max_new_tokens > room:
+            raise UserError(
+                f"a prompt to be answered has {longest} tokens, which with `max_new_tokens` {self._max_new_tokens} is "
+                f"more than the model's {room}; leave it out of `dataset` or lower it"
+            )
 
     @torch.no_grad()
     def _draw(self, model: Any, mine: range) -> dict[int, list[tuple[list[int], bool]]]:
@@ -223,6 +188,8 @@ class GenerationEvaluator:
         return self._tokenizer.decode(ids, skip_special_tokens=True)
 
     def _reward(self, drawn: dict[int, list[tuple[list[int], bool]]]) -> dict[int, list[float]]:
+        if not drawn:  # more processes than prompts
+            return {}
         rows = []
         for i, answers in drawn.items():
             texts: list[Any] = [self._text(ids) for ids, _ in answers]
@@ -244,14 +211,3 @@ def reference_model(reference: Reference, model: nn.Module) -> tuple[nn.Module, 
 def _until_end(ids: list[int], ends: list[int]) -> tuple[list[int], bool]:
     length = next((t for t, token in enumerate(ids) if token in ends), None)
     return (ids, True) if length is None else (ids[: length + 1], False)
-
-
-def _figures(rows: list[dict[str, Any]]) -> GenerationFigures:
-    completions = sum(len(row["rewards"]) for row in rows)
-    texts = [text for row in rows for text in row["texts"]]
-    return GenerationFigures(
-        len(rows), completions, mean_over_prompts(row["rewards"] for row in rows),
-        mean_over_prompts(row["kl"] for row in rows), mean_over_prompts([row["wins"]] for row in rows),
-        mean_over_prompts(row["tokens"] for row in rows), distinct(texts, 1), distinct(texts, 2),
-        sum(sum(row["cut"]) for row in rows) / completions,
-    )  # fmt: skip

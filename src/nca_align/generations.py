@@ -1,12 +1,13 @@
 """`nca-align evaluate --scorer`: base and aligned models answer held-out prompts; their mean reward, KL and length."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from .evaluating import Estimate, EvaluateOptions, Evaluation, evaluate, mean_over_prompts, print_table
+from .evaluating import EvaluateOptions, Evaluation, evaluate, print_table
+from .figures import Estimate, mean_over_prompts, rewards_by_prompt
+from .files import can_be_written
 from .prompts import load_raw
 from .sampling import SampleOptions, sample
 from .scoring import ScoreOptions, score
@@ -58,7 +59,8 @@ def evaluate_generations(options: GenerationOptions) -> list[Evaluation]:
         UserError: whatever the user can mend, in one sentence.
     """
     folder = Path(options.output)
-    folder.mkdir(parents=True, exist_ok=True)
+    with can_be_written(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     models = [options.reference, *options.model_name_or_path]
     files = []
     for i, model in enumerate(models):
@@ -86,7 +88,7 @@ def evaluate_generations(options: GenerationOptions) -> list[Evaluation]:
         )
     )  # fmt: skip
     print_table(lines)
-    rewards = [rewards_by_prompt(file) for file in files]
+    rewards = [rewards_by_prompt(load_raw(file)) for file in files]
     for line, own in zip(lines[1:], rewards[1:], strict=True):
         difference, prompts = paired_difference(own, rewards[0])
         print(
@@ -94,14 +96,6 @@ def evaluate_generations(options: GenerationOptions) -> list[Evaluation]:
             f"same {prompts} prompts"
         )
     return lines
-
-
-def rewards_by_prompt(file: str) -> dict[str, list[float]]:
-    """A scored file's rewards of all answers to each different prompt."""
-    found: dict[str, list[float]] = {}
-    for row in load_raw(file):
-        found.setdefault(json.dumps(row["prompt"]), []).extend(row["rewards"])
-    return found
 
 
 def paired_difference(a: Mapping[str, list[float]], b: Mapping[str, list[float]]) -> tuple[Estimate, int]:

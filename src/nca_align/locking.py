@@ -6,6 +6,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .errors import UserError
+from .files import can_be_written
 
 try:
     import fcntl
@@ -21,17 +22,14 @@ def alone_at(output: Path) -> Iterator[None]:
         UserError: another process has it, or nothing can be written there.
     """
     path = output.with_name(f".{output.name}.lock")
-    try:
+    with can_be_written(output):
         output.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = _lock(path)
-    except BlockingIOError as error:
-        raise UserError(
-            f"another command is at work on `output` {output}; wait for it, or choose another `output`"
-        ) from error
-    except OSError as error:
-        raise UserError(
-            f"`output` {output} can't be written: {error.strerror}; choose a folder that can be written to"
-        ) from error
+        try:
+            descriptor = _lock(path)
+        except BlockingIOError as error:
+            raise UserError(
+                f"another command is at work on `output` {output}; wait for it, or choose another `output`"
+            ) from error
     try:
         yield
     finally:

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from .losses import better_pairs, check_rows, infonca_loss, logratios, targets
 
+_BINS = 5
+
 
 @torch.no_grad()
 def row_metrics(
@@ -93,6 +95,40 @@ def row_metrics(
         metrics[f"rewards/{name}"] = (_mean(implicit, side), count == 2)
         metrics[f"logps/{name}"] = (_mean(logps, side), count == 2)
     return {name: (value.to(ratios.dtype), weight.to(ratios.dtype)) for name, (value, weight) in metrics.items()}
+
+
+@torch.no_grad()
+def calibration(
+    logps: Tensor, ref_logps: Tensor, rewards: Tensor, mask: Tensor | None, alpha: float, beta: float
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Target against model distribution over the completions, in five equal bins of the target, as `row_metrics` does.
+
+        w = softmax(rewards / α), p = softmax(r) over a prompt's completions; `calibration/target_bin_i` is the mean w,
+        `calibration/model_bin_i` the mean p of all completions with w in [(i − 1)/5, i/5), 1 belonging to the last
+
+    Equal in every bin at the optimum of InfoNCA and of NCA, whose implicit rewards differ in a constant a prompt. The
+    weights are counts of completions, so that the means are over completions, not prompts.
+
+    Args:
+        logps, ref_logps, rewards, mask, alpha, beta: as in `row_metrics`.
+
+    Returns:
+        Metric name to (value, weight), both (B,).
+
+    Raises:
+        ValueError, TypeError: as `losses.reward_loss`.
+    """
+    mask = check_rows(rewards, alpha, mask, beta, logps=logps, ref_logps=ref_logps)
+    implicit = beta * logratios(logps, ref_logps, mask)
+    model = implicit.masked_fill(~mask, -torch.inf).softmax(1)  # (B, K)
+    w = targets(rewards, alpha, mask).to(model.dtype)
+    bins = (w * _BINS).long().clamp(max=_BINS - 1)
+    metrics = {}
+    for i in range(_BINS):
+        here = mask & (bins == i)
+        for name, values in (("target", w), ("model", model)):
+            metrics[f"calibration/{name}_bin_{i + 1}"] = (_mean(values, here), here.sum(1).to(model.dtype))
+    return metrics
 
 
 def _mean(values: Tensor, where: Tensor) -> Tensor:

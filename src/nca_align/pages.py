@@ -21,12 +21,14 @@ _STYLE = """
 :root {
   color-scheme: light dark; --page: #f5f6f8; --card: #fff; --text: #1b2430; --soft: #566273; --line: #dde2e8;
   --a: #2f6bd8; --b: #c05a0a; --c: #14805e; --warn: #a63d00;
+  --d: #8a4bc2; --e: #b8336a; --f: #7a6a00; --g: #0d7c99; --h: #5b6472;
   --tint: #e4edfb; --tint2: #c9dcf8; --grey: #edf0f3; --grey2: #dde2e8;
 }
 @media (prefers-color-scheme: dark) {
   :root {
     --page: #11151b; --card: #1a2029; --text: #e4e9f0; --soft: #9eabbc; --line: #323c49;
     --a: #79a8ff; --b: #f2a45c; --c: #5fcfa6; --warn: #ffb27a;
+    --d: #c79bf2; --e: #f58bb4; --f: #d9c653; --g: #63cbe6; --h: #aab4c2;
     --tint: #20304b; --tint2: #2c446e; --grey: #262e39; --grey2: #333e4c;
   }
 }
@@ -56,6 +58,8 @@ svg { display: block; width: 100%; height: auto; margin: 4px 0; }
 svg text { font-size: 11px; fill: var(--soft); }
 .key { display: inline-block; width: 10px; height: 10px; border-radius: 2px; margin-right: 4px; }
 .key:not(:first-child) { margin-left: 12px; }
+.legend { display: flex; flex-wrap: wrap; gap: 2px 12px; }
+.entry .key:first-child { margin-left: 0; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: 14px; }
 th, td { text-align: right; padding: 4px 4px 4px 8px; border-bottom: 1px solid var(--line); vertical-align: top; }
@@ -167,7 +171,7 @@ def histogram(
     """Bars between `edges`, with vertical lines at `marks`; `label` names the axis, `unit` what is counted."""
     low, high = float(edges[0]), float(edges[-1])
     marks = {name: x for name, x in (marks or {}).items() if low <= x <= high}
-    frame = _Frame((low, high), (0, float(counts.max()) * 1.05 or 1))
+    frame = Frame((low, high), (0, float(counts.max()) * 1.05 or 1))
     bars = []
     for left, right, n in zip(edges[:-1].tolist(), edges[1:].tolist(), counts.tolist(), strict=True):
         x, width = frame.x(left), max(frame.x(right) - frame.x(left) - 1, 0.5)
@@ -187,7 +191,7 @@ def bars(labels: Sequence[str], values: Sequence[float], label: str, show: str =
         parts.append(f'<text x="{wide - 8:.1f}" y="{y + 14}" text-anchor="end">{escape(name)}</text>')
         parts.append(_bar(wide, y, max(length, 1), 18, f"{name}: {text}"))
         parts.append(f'<text x="{wide + length + 6:.1f}" y="{y + 14}">{text}</text>')
-    return _svg(label, step * len(labels) + 6, parts)
+    return svg(label, step * len(labels) + 6, parts)
 
 
 def lines(
@@ -201,7 +205,7 @@ def lines(
     xs = [x for x, _ in series.values()]
     x_range = (min(map(min, xs)), max(map(max, xs)))
     marks = {name: x for name, x in (marks or {}).items() if x_range[0] <= x <= x_range[1]}
-    frame = _Frame(x_range, y_range, log_x)
+    frame = Frame(x_range, y_range, log_x)
     parts, legend = [], ""
     for colour, (name, (x, y)) in zip("abc", series.items(), strict=False):
         points = " ".join(f"{frame.x(a):.1f},{frame.y(b):.1f}" for a, b in zip(x, y, strict=True))
@@ -210,7 +214,7 @@ def lines(
     return f'<div class="note">{legend}</div>' + frame.svg(label, label, [*parts, *frame.marks(marks)])
 
 
-class _Frame:
+class Frame:
     """A plot's axes: data to coordinates, grid, ticks."""
 
     def __init__(self, x_range: tuple[float, float], y_range: tuple[float, float], log_x: bool = False):
@@ -257,7 +261,7 @@ class _Frame:
             grid.append(f'<text x="{x:.1f}" y="{_HEIGHT - _BOTTOM + 15}" text-anchor="middle">{number(value)}</text>')
         middle = (_LEFT + _WIDTH - _RIGHT) / 2
         grid.append(f'<text x="{middle}" y="{_HEIGHT - 4}" text-anchor="middle">{escape(x_label)}</text>')
-        return _svg(label, _HEIGHT, [*grid, *parts])
+        return svg(label, _HEIGHT, [*grid, *parts])
 
 
 def _bar(x: float, y: float, width: float, height: float, tip: str) -> str:
@@ -265,5 +269,5 @@ def _bar(x: float, y: float, width: float, height: float, tip: str) -> str:
     return f'<rect {place} rx="1.5" fill="var(--a)"><title>{escape(tip)}</title></rect>'
 
 
-def _svg(label: str, height: int, parts: Sequence[str]) -> str:
+def svg(label: str, height: int, parts: Sequence[str]) -> str:
     return f'<svg viewBox="0 0 {_WIDTH} {height}" role="img" aria-label="{escape(label)}">{"".join(parts)}</svg>'

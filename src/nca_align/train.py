@@ -40,6 +40,14 @@ class RunOptions:
         metadata={"help": "Threads of a run on the CPU, 0 for one a core; `accelerate launch` leaves it a single one."},
     )
     answer_tokens: int = field(default=64, metadata={"help": "Most tokens of such an answer."})
+    eval_scorer: list[str] = field(
+        default_factory=list,
+        metadata={"help": "What rewards the model's own answers to the held-out prompts, at each evaluation: as in "
+                  "`nca-align score --scorer`; may repeat. Logs reward, KL, win rate, length and diversity.",
+                  "action": "extend"},
+    )  # fmt: skip
+    eval_completions: int = field(default=4, metadata={"help": "Such answers a prompt, at temperature 1."})
+    eval_new_tokens: int = field(default=128, metadata={"help": "Tokens at which such an answer is cut."})
 
 
 @command("train", goes_on="with `resume_from_checkpoint: true` it goes on from the last checkpoint")
@@ -60,10 +68,10 @@ def main(argv: list[str] | None = None) -> int:
         torch.set_num_threads(run.cpu_threads or os.cpu_count() or 1)
     _require(script.dataset_name, "dataset_name", "a Hub id, a file or a folder with rewarded completions")
     _require(model_args.model_name_or_path, "model_name_or_path", "a Hub id or a folder with a language model")
-    _check(script, args, model_args)
+    _check(script, run, args, model_args)
     checkpoint = _checkpoint(args)
     model = resolve_model(model_args.model_name_or_path)
-    tokenizer = _tokenizer(model, model_args.model_revision, args.trust_remote_code)
+    tokenizer = open_tokenizer(model, model_args.model_revision, args.trust_remote_code)
     with args.main_process_first(desc="reading the data"):
         data = read_reward_dataset(
             script.dataset_name,
@@ -75,19 +83,17 @@ def main(argv: list[str] | None = None) -> int:
     if run.show_answers and args.eval_strategy == "no" and not args.eval_on_start and args.process_index == 0:
         logger.warning("`show_answers` is %d, but nothing is evaluated: no answers are shown.", run.show_answers)
     evaluates = args.eval_strategy != "no" or args.eval_on_start
+    if run.eval_scorer and not evaluates:
+        raise UserError("`eval_scorer` is set, but nothing is evaluated: set `eval_strategy` to steps or epoch")
     train_dataset = select_split(data.dataset, script.dataset_train_split)
     eval_dataset = select_split(data.dataset, script.dataset_test_split) if evaluates else None
 
+    from .callbacks import GenerationCallback
+    from .generation import GenerationEvaluator
     from .trainer import NCATrainer  # late: what can be wrong above is said before seconds of imports
 
-    args.model_init_kwargs = {
-        "revision": model_args.model_revision,
-        "attn_implementation": model_args.attn_implementation,
-        "dtype": model_args.dtype,
-        **(args.model_init_kwargs or {}),
-    }
     with refused_by("setting up the training"):
-        model, peft_config, quantization_config = _policy(model, model_args, args)
+        model, peft_config, quantization_config = open_policy(model, model_args, args)
         trainer = NCATrainer(
             model=model,
             args=args,
@@ -97,6 +103,12 @@ def main(argv: list[str] | None = None) -> int:
             quantization_config=quantization_config,
             peft_config=peft_config,
         )
+        if run.eval_scorer:
+            evaluator = GenerationEvaluator(
+                eval_dataset, tokenizer, run.eval_scorer, num_completions=run.eval_completions,
+                max_new_tokens=run.eval_new_tokens, seed=args.seed,
+            )  # fmt: skip
+            trainer.add_callback(GenerationCallback(trainer, {"": evaluator}))
     prompts = [row["prompt"] for row in eval_dataset.take(run.show_answers)] if eval_dataset is not None else []
     before = _answers(trainer, tokenizer, prompts, run.answer_tokens)
     with refused_by("the first step", known=lambda: trainer.state.global_step == 0):
@@ -123,7 +135,7 @@ def _require(value: Any, name: str, what: str) -> None:
         raise UserError(f"`{name}` is missing; give {what}, in the YAML file or as --{name}")
 
 
-def _check(script: ScriptArguments, args: NCAConfig, model_args: ModelConfig) -> None:
+def _check(script: ScriptArguments, run: RunOptions, args: NCAConfig, model_args: ModelConfig) -> None:
     """What can't work, known before anything is read."""
     if Path(str(args.output_dir)).is_file():
         raise UserError(f"`output_dir` {args.output_dir} is a file; give a folder")
@@ -133,16 +145,16 @@ def _check(script: ScriptArguments, args: NCAConfig, model_args: ModelConfig) ->
         raise UserError(f"`lora_r` is {model_args.lora_r}, but must be at least 1")
     if script.dataset_streaming and args.max_steps < 1:
         raise UserError("`dataset_streaming` is true, and a stream has no known end; set `max_steps`")
-    if args.load_best_model_at_end and not _metric_is_known(args.metric_for_best_model or "loss"):
+    if args.load_best_model_at_end and not _metric_is_known(args.metric_for_best_model or "loss", run):
         raise UserError(
             f"`metric_for_best_model` is {args.metric_for_best_model}, which no evaluation gives; use loss, or a "
             "metric of the log such as rewards/accuracies"
         )
 
 
-def _metric_is_known(name: str) -> bool:
-    name = name.removeprefix("eval_")
-    return name == "loss" or name.split("/")[0] in ("rewards", "logratios", "logps", "target", "kl", "loss")
+def _metric_is_known(name: str, run: RunOptions) -> bool:
+    known = {"rewards", "logratios", "logps", "target", "kl", "loss"} | ({"generation"} if run.eval_scorer else set())
+    return name.removeprefix("eval_").split("/")[0] in known
 
 
 def _checkpoint(args: NCAConfig) -> str | bool | None:
@@ -170,7 +182,7 @@ def _checkpoint(args: NCAConfig) -> str | bool | None:
     return args.resume_from_checkpoint
 
 
-def _tokenizer(model: str, revision: str | None, trust_remote_code: bool):
+def open_tokenizer(model: str, revision: str | None, trust_remote_code: bool):
     """The model's tokenizer, which also shows, before anything is loaded, whether the model can be had."""
     try:
         if not is_adapter(model):
@@ -187,8 +199,14 @@ def _tokenizer(model: str, revision: str | None, trust_remote_code: bool):
         ) from error
 
 
-def _policy(model: str, model_args: ModelConfig, args: NCAConfig):
+def open_policy(model: str, model_args: ModelConfig, args: NCAConfig):
     """`model`, `peft_config` and `quantization_config` for the trainer; an adapter is trained on from where it is."""
+    args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **(args.model_init_kwargs or {}),  # type: ignore[dict-item]
+    }
     quantization_config = get_quantization_config(model_args)
     if not is_adapter(model):
         return model, _peft_config(model_args), quantization_config

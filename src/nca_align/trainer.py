@@ -27,7 +27,7 @@ from .config import NCAConfig
 from .dealing import last_batch, prepare_to_skip, repeated_rows
 from .guards import StepGuard
 from .logprobs import add_token_logps
-from .metrics import PromptMeans, row_metrics
+from .metrics import PromptMeans, calibration, row_metrics
 from .objective import Objective, count_prompts
 from .preparation import base_model, keep_nf4_differentiable, own_reference, reward_rows, say, settle
 from .reference import add_reference_logps, reference_hash
@@ -588,7 +588,8 @@ class NCATrainer(DPOTrainer):
             self._guard.add_rows(inputs.get("row_numbers"), finite)
             logps, ref_logps = (values.where(finite.unsqueeze(1), 0.0) for values in (logps, ref_logps))
             weights = weights * finite
-        rows = row_metrics(logps, ref_logps, inputs["rewards"], inputs["valid"], self.args.alpha, self.beta)
+        about = (logps, ref_logps, inputs["rewards"], inputs["valid"], self.args.alpha, self.beta)
+        rows = row_metrics(*about) | (calibration(*about) if mode == "eval" else {})
         rows = {name: (values, weights * own) for name, (values, own) in rows.items()}
         if mode == "eval":  # in training the loss is logged by transformers
             for name, _, values, own in self._objective.terms(logps, ref_logps, inputs):

@@ -1,0 +1,169 @@
+"""A comparison's tables: rows out of the cells' `trainer_state.json`, and settings chosen on validation rows alone."""
+
+import csv
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .files import replacing
+from .frontier import Curve, mean_and_interval, reward_at_kl
+from .grid import KEYS, Cell
+
+Row = dict[str, Any]
+SPLITS = ("validation", "test")
+# column → name in the log, behind `eval_SPLIT_`
+FIGURES = {
+    **{name: f"generation/{name}" for name in (
+        "reward", "reward_error", "kl", "kl_error", "win_rate", "win_rate_error", "tokens", "tokens_error",
+        "distinct_1", "distinct_2", "cut",
+    )},
+    "logratio_best": "logratios/best", "logratio_worst": "logratios/worst",
+    "accuracy": "rewards/accuracies", "kendall_tau": "rewards/kendall_tau",
+}  # fmt: skip
+COLUMNS = ("cell", *KEYS, "split", "step", *FIGURES, "minutes")
+# What is compared; the other settings are chosen for each of these
+COMPARED = ("method", "strategy", "num_completions")
+_REPORTED = ("reward", "kl", "win_rate", "tokens", "distinct_2", "logratio_best", "accuracy")
+
+
+@dataclass(frozen=True)
+class Selection:
+    """How settings are chosen, the key `select` of a comparison.
+
+    Args:
+        metric: a column of `comparison.csv`, or its name in the log, of which more is better.
+        at_kl: choose by the metric where a run first came to this KL, nats; None for the end of the run.
+    """
+
+    metric: str = "generation/reward"
+    at_kl: float | None = None
+
+    def __post_init__(self):
+        if self.column not in FIGURES:
+            raise ValueError(f"`metric` of `select` is {self.metric!r}; it must be one of {', '.join(FIGURES)}")
+        if self.at_kl is not None and not (isinstance(self.at_kl, (int, float)) and 0 < self.at_kl < math.inf):
+            raise ValueError(f"`at_kl` of `select` is {self.at_kl!r}; it must be a finite number of nats, above 0")
+
+    @property
+    def column(self) -> str:
+        """The metric's column."""
+        return next((name for name, logged in FIGURES.items() if logged == self.metric), self.metric)
+
+
+@dataclass(frozen=True)
+class ValidationRows:
+    """Rows of the validation split and of no other: all that selection is given."""
+
+    rows: tuple[Row, ...]
+
+    @classmethod
+    def of(cls, rows: Iterable[Row]) -> "ValidationRows":
+        """Those among `rows`."""
+        return cls(tuple(row for row in rows if row["split"] == "validation"))
+
+
+def rows_of(cell: Cell, folder: Path) -> list[Row]:
+    """A row a split and evaluation, of what the cell's `trainer_state.json` says and nothing else."""
+    log = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+    found: dict[tuple[str, int], Row] = {}
+    minutes: dict[int, float] = {}
+    for line in log:
+        if "minutes" in line:
+            minutes[line["step"]] = line["minutes"]
+        for split in SPLITS:
+            figures = {name: line[f"eval_{split}_{logged}"] for name, logged in FIGURES.items()
+                       if f"eval_{split}_{logged}" in line}  # fmt: skip
+            if figures:
+                found.setdefault((split, line["step"]), {}).update(figures)
+    return [
+        {"cell": cell.name, **cell.settings, "split": split, "step": step, **figures, "minutes": minutes.get(step)}
+        for (split, step), figures in sorted(found.items())
+    ]
+
+
+def select(validation: ValidationRows, selection: Selection) -> dict[tuple, dict[str, Any]]:
+    """For each of what is compared, the settings whose mean over seeds is highest on validation.
+
+    Settings of which a seed is missing that others of the same method have aren't chosen, nor those of which a run has
+    no finite value: one that diverged, or never came to `at_kl`.
+
+    Returns:
+        (method, strategy, num_completions) → `settings`, `values` (one a seed), and `candidates`, the number of
+        settings that there was to choose from.
+    """
+    runs: dict[tuple, dict[tuple, dict[Any, float | None]]] = {}
+    for settings, seeds in _by_settings(validation.rows).items():
+        values = {seed: _value(rows, selection.column, selection.at_kl) for seed, rows in seeds.items()}
+        runs.setdefault(tuple(dict(settings)[name] for name in COMPARED), {})[settings] = values
+    chosen = {}
+    for group, candidates in runs.items():
+        most = max(map(len, candidates.values()))
+        whole = {
+            settings: [value for value in values.values() if value is not None]
+            for settings, values in candidates.items()
+            if len(values) == most and None not in values.values()
+        }
+        if whole:
+            best = max(whole, key=lambda settings: sum(whole[settings]))
+            chosen[group] = {"settings": dict(best), "values": whole[best], "candidates": len(candidates)}
+    return chosen
+
+
+def selected_rows(rows: Sequence[Row], selection: Selection) -> list[Row]:
+    """A row for each of what is compared: what validation chose, and what the test split says of that.
+
+    Figures are means over seeds, with their 95 % t-intervals `_low` and `_high` (empty for a single seed).
+    """
+    test = _by_settings(row for row in rows if row["split"] == "test")
+    table = []
+    for found in select(ValidationRows.of(rows), selection).values():
+        line: Row = {**found["settings"], "seeds": len(found["values"]), "candidates": found["candidates"]}
+        line |= _figure(f"validation_{selection.column}", found["values"])
+        runs = test[tuple(found["settings"].items())].values()
+        for name in _REPORTED:
+            line |= _figure(f"test_{name}", [_value(run, name) for run in runs])
+        if selection.at_kl is not None:
+            line |= _figure("test_reward_at_kl", [_value(run, "reward", selection.at_kl) for run in runs])
+        line |= _figure("minutes", [run[-1]["minutes"] for run in runs])
+        table.append(line)
+    return table
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None) -> None:
+    """`rows` in the place of `path`; an empty field where there is no value."""
+    names = list(columns or dict.fromkeys(name for row in rows for name in row))
+    with replacing(path) as file:
+        table = csv.DictWriter(file, names, lineterminator="\n")
+        table.writeheader()
+        table.writerows(rows)
+
+
+def _by_settings(rows: Iterable[Row]) -> dict[tuple, dict[Any, list[Row]]]:
+    """Settings without the seed → seed → that run's rows."""
+    found: dict[tuple, dict[Any, list[Row]]] = {}
+    for row in rows:
+        settings = tuple((name, row[name]) for name in KEYS if name != "seed")
+        found.setdefault(settings, {}).setdefault(row["seed"], []).append(row)
+    return found
+
+
+def _value(rows: list[Row], column: str, at_kl: float | None = None) -> float | None:
+    """One run's value of `column`, at its end or where it came to `at_kl`; None for one that isn't finite."""
+    rows = sorted(rows, key=lambda row: row["step"])
+    if at_kl is None:
+        value = rows[-1].get(column)
+    else:
+        points = [(row["step"], row["kl"], row[column]) for row in rows if "kl" in row and column in row]
+        value = reward_at_kl(Curve("", tuple(points)), at_kl)
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _figure(name: str, values: Sequence[float | None]) -> Row:
+    known = [value for value in values if value is not None]
+    if not known or len(known) < len(values):  # a mean over some of the seeds would be of other runs
+        return {name: None, f"{name}_low": None, f"{name}_high": None}
+    mean, low, high, n = mean_and_interval(known)
+    return {name: mean, f"{name}_low": low if n > 1 else None, f"{name}_high": high if n > 1 else None}

@@ -1,0 +1,520 @@
+"""`nca-align compare`: cells as real runs, skipped, resumed, failed and compared; selection sees validation alone."""
+
+import csv
+import json
+import os
+import random
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import yaml
+from datasets import Dataset, DatasetDict
+from transformers import TrainerCallback
+
+from conftest import reward_rows
+from nca_align import cell as cell_module
+from nca_align import cells, comparing
+from nca_align.cell import run_cell, three_splits
+from nca_align.checkpoints import last_common_checkpoint
+from nca_align.comparison import COLUMNS, Selection, ValidationRows, rows_of, select, selected_rows
+from nca_align.data import DataOptions, RewardData
+from nca_align.data.strategies import PAIRS
+from nca_align.errors import UserError
+from nca_align.grid import Cell, Evaluation, expand, from_mapping
+
+ROOT = Path(__file__).resolve().parents[1]
+SCORER = "def long(completions, **kwargs):\n    return [min(len(c[0]['content']), 60) / 60 for c in completions]\n"
+
+
+@pytest.fixture
+def config(tmp_path, model_dir, monkeypatch) -> dict:
+    """A comparison of 2 × 2 cells with two seeds; `write` makes its file."""
+    (tmp_path / "tiny_scorer.py").write_text(SCORER)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "tiny_scorer", raising=False)  # an earlier test's
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    data = tmp_path / "data"
+    data.mkdir()
+    for seed, (split, n) in enumerate([("train", 8), ("validation", 3), ("test", 4)]):
+        (data / f"{split}.jsonl").write_text("\n".join(map(json.dumps, reward_rows(n, seed=seed))))
+    return {
+        "output_dir": str(tmp_path / "out"),
+        "base": {
+            "model_name_or_path": model_dir, "dataset_name": str(data), "use_peft": True, "lora_r": 4,
+            "lora_target_modules": ["q_proj", "v_proj"], "bf16": False, "use_cpu": True, "report_to": "none",
+            "gradient_checkpointing": False, "max_length": 128, "max_steps": 6, "per_device_train_batch_size": 2,
+            "logging_steps": 2, "learning_rate": 1e-2, "alpha": 0.5, "lr_scheduler_type": "constant",
+        },
+        "grid": {"method": ["nca", "dpo"], "beta": [0.1, 0.5], "seed": [1, 2]},
+        "evaluation": {
+            "scorer": ["tiny_scorer:long"], "num_completions": 2, "max_new_tokens": 8, "steps": 3, "batch_size": 8,
+        },
+    }  # fmt: skip
+
+
+def write(config: dict, tmp_path: Path) -> list[str]:
+    path = tmp_path / "compare.yaml"
+    path.write_text(yaml.safe_dump(config, sort_keys=False))
+    return ["--config", str(path)]
+
+
+def read(path: Path) -> list[dict]:
+    with open(path) as file:
+        return list(csv.DictReader(file))
+
+
+# Tables, from what a trainer logs
+
+
+def log_line(step: int, split: str = "test", **figures) -> dict:
+    return {f"eval_{split}_{name.replace('__', '/')}": value for name, value in figures.items()} | {"step": step}
+
+
+def cell(method: str = "nca", seed: int = 1, **settings) -> Cell:
+    known = {"strategy": "rewards", "alpha": 0.5, "beta": 0.1, "learning_rate": 1e-3, "num_completions": None}
+    whole = {"method": method, **known, **settings, "seed": seed}
+    return Cell("-".join(map(str, whole.values())), whole, {})
+
+
+def rows(own: Cell, validation: list[float], test: list[float], kl: float = 1.0) -> list[dict]:
+    """Rewards at steps 0, 1 … of both splits, the KL growing by `kl` a step."""
+    return [
+        {"cell": own.name, **own.settings, "split": split, "step": step, "reward": value, "kl": kl * step, "minutes": 1}
+        for split, values in (("validation", validation), ("test", test))
+        for step, value in enumerate(values)
+    ]
+
+
+def test_rows_join_the_lines_of_a_step_and_keep_the_splits_apart(tmp_path):
+    log = [
+        {"step": 0, "minutes": 0.5},
+        log_line(0, generation__reward=0.25, generation__kl=0.0),
+        log_line(2, "validation", generation__reward=-1.0),
+        {"step": 2, "loss": 1.25},
+        log_line(2, logratios__best=0.75, rewards__accuracies=0.5) | log_line(2, "validation", logratios__best=2.0),
+        log_line(2, generation__reward=0.375, generation__unknown=1.0),
+        {"step": 2, "minutes": 1.5},
+    ]
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": log}))
+    own = cell()
+    found = rows_of(own, tmp_path)
+    assert [(row["split"], row["step"], row["minutes"]) for row in found] == [
+        ("test", 0, 0.5), ("test", 2, 1.5), ("validation", 2, 1.5)
+    ]  # fmt: skip
+    assert all(row["cell"] == own.name and set(row) <= set(COLUMNS) for row in found)
+    first, last, validation = ({k: v for k, v in row.items() if k not in own.settings} for row in found)
+    assert (first["reward"], first["kl"]) == (0.25, 0.0)
+    assert (last["reward"], last["logratio_best"], last["accuracy"]) == (0.375, 0.75, 0.5)
+    assert (validation["reward"], validation["logratio_best"]) == (-1.0, 2.0)
+    assert "kl" not in last
+
+
+def test_selection_sees_no_test_number():
+    """Any change of the test rows leaves what is chosen as it was, and any change of validation's can change it."""
+    draw = random.Random(0)
+    cells_ = [cell(m, s, beta=b, alpha=a) for m in ("nca", "infonca") for b in (0.1, 1) for a in (1, 2) for s in (1, 2)]
+    validation = {own.name: [draw.random(), draw.random()] for own in cells_}
+
+    def table(test):
+        return [row for own in cells_ for row in rows(own, validation[own.name], [test(), test()])]
+
+    first = table(draw.random)
+    for selection in (Selection(), Selection(at_kl=0.5)):
+        chosen = select(ValidationRows.of(first), selection)
+        assert len(chosen) == 2
+        for _ in range(5):
+            other = table(lambda: draw.uniform(-100, 100))
+            assert other != first
+            assert select(ValidationRows.of(other), selection) == chosen
+            assert [line["alpha"] for line in selected_rows(other, selection)] == [
+                found["settings"]["alpha"] for found in chosen.values()
+            ]
+    assert all(row["split"] == "validation" for row in ValidationRows.of(first).rows)
+    worst = min(cells_, key=lambda own: validation[own.name][-1])
+    validation[worst.name] = [9.0, 9.0]
+    found = select(ValidationRows.of(table(draw.random)), Selection())
+    (best,) = [found[group]["settings"] for group in found if group[0] == worst.settings["method"]]
+    assert best == {k: v for k, v in worst.settings.items() if k != "seed"}
+
+
+def test_the_mean_over_seeds_decides_and_the_test_is_of_what_was_chosen():
+    table = [
+        *rows(cell(seed=1, beta=0.1), [0, 10.0], [0, 1.0]), *rows(cell(seed=2, beta=0.1), [0, 0.0], [0, 2.0]),
+        *rows(cell(seed=1, beta=0.5), [0, 6.0], [0, 3.0]), *rows(cell(seed=2, beta=0.5), [0, 6.5], [0, 5.0]),
+        *rows(cell("dpo", alpha=None), [0, 1.0], [0, 7.0]),
+    ]  # fmt: skip
+    nca, dpo = selected_rows(table, Selection())
+    assert (nca["beta"], nca["seeds"], nca["candidates"], nca["validation_reward"]) == (0.5, 2, 2, 6.25)
+    assert (nca["test_reward"], nca["test_kl"], nca["minutes"]) == (4.0, 1.0, 1)
+    # 4 ± t(0.975, 1) · s / √2 with t = 12.7062 and s = √2
+    assert nca["test_reward_low"] == pytest.approx(4 - 12.7062, abs=1e-3)
+    assert nca["test_reward_high"] == pytest.approx(4 + 12.7062, abs=1e-3)
+    assert (dpo["test_reward"], dpo["test_reward_low"], dpo["test_win_rate"]) == (7.0, None, None)
+
+
+def test_strategies_are_compared_and_other_settings_chosen():
+    table = [row for strategy in ("rewards", "best_worst") for beta in (0.1, 0.5)
+             for row in rows(cell(strategy=strategy, beta=beta), [beta], [1.0])]  # fmt: skip
+    lines = selected_rows(table, Selection())
+    assert [(line["strategy"], line["beta"]) for line in lines] == [("rewards", 0.5), ("best_worst", 0.5)]
+
+
+def test_unfinished_and_diverged_settings_are_not_chosen():
+    table = [
+        *rows(cell(seed=1, beta=0.1), [1.0], [0]), *rows(cell(seed=2, beta=0.1), [1.0], [0]),
+        *rows(cell(seed=1, beta=0.5), [9.0], [0]),
+        *rows(cell(seed=1, beta=2.0), [9.0], [0]), *rows(cell(seed=2, beta=2.0), [float("nan")], [0]),
+    ]  # fmt: skip
+    (line,) = selected_rows(table, Selection())
+    assert (line["beta"], line["candidates"]) == (0.1, 3)
+    assert selected_rows(rows(cell(), [float("inf")], [0]), Selection()) == []
+
+
+def test_selection_at_equal_kl():
+    """A run that goes further ends higher, but is behind where both have the same KL."""
+    table = [*rows(cell(beta=0.1), [0, 1.0, 2.0], [0, 1, 2], kl=4.0), *rows(cell(beta=0.5), [0, 1.5], [0, 5], kl=4.0)]
+    assert selected_rows(table, Selection())[0]["beta"] == 0.1
+    (line,) = selected_rows(table, Selection(at_kl=2.0))
+    assert (line["beta"], line["validation_reward"], line["test_reward_at_kl"]) == (0.5, 0.75, 2.5)
+    (line,) = selected_rows(table, Selection(at_kl=6.0))  # which only one of them reaches
+    assert (line["beta"], line["validation_reward"]) == (0.1, 1.5)
+    for values, message in [
+        ({"metric": "loss"}, "`metric` of `select` is 'loss'; it must be one of reward,"),
+        ({"at_kl": 0}, "`at_kl` of `select` is 0; it must be a finite number of nats, above 0"),
+    ]:
+        with pytest.raises(ValueError) as error:
+            Selection(**values)
+        assert str(error.value).startswith(message)
+
+
+# Splits
+
+
+def test_three_splits():
+    def data(**sizes) -> RewardData:
+        made = {name: Dataset.from_list(reward_rows(n, seed=i)) for i, (name, n) in enumerate(sizes.items())}
+        return RewardData(DatasetDict(made))
+
+    options, evaluation = DataOptions(validation_fraction=0.25), Evaluation(scorer=["m:f"], prompts=3)
+    train, held_out = three_splits(data(train=8, validation=4, test=2), "train", evaluation, options)
+    assert (len(train), len(held_out["validation"]), len(held_out["test"])) == (8, 3, 2)
+    # one held-out split is the test's, and validation comes from what is trained on
+    both = data(train_prefs=8, test_prefs=4)
+    train, held_out = three_splits(both, "train", evaluation, options)
+    assert (len(train), len(held_out["validation"]), len(held_out["test"])) == (6, 2, 3)
+    prompts = [json.dumps(row["prompt"]) for split in (train, *held_out.values()) for row in split]
+    assert len(set(prompts)) == len(prompts) == 11
+    with pytest.raises(UserError, match=r"are both 'test_prefs', and `validation_fraction` 0.0 holds out no prompt"):
+        three_splits(both, "train", evaluation, DataOptions(validation_fraction=0.0))
+    for name in ("validation", "test"):
+        with pytest.raises(UserError, match=f"`{name}` of `evaluation` is 'train', which is trained on"):
+            three_splits(
+                data(train=8, validation=4, test=2), "train", Evaluation(scorer=["m:f"], **{name: "train"}), options
+            )
+
+
+# The command, without running a cell
+
+
+def test_refusals_of_the_command(config, tmp_path, capsys):
+    def said(flags=(), **changes) -> str:
+        assert comparing.main([*write(config | changes, tmp_path), *flags]) == 2
+        return capsys.readouterr().err
+
+    assert "`grid` is missing; `nca-align compare` takes it from the YAML file" in said(grid=None)
+    assert "unknown key `gird`" in said(gird={})
+    assert "`parallel` is 0; it must be at least 1" in said(["--parallel", "0"])
+    assert "`timeout_minutes` is 0.0; it must be above 0" in said(["--timeout_minutes", "0"])
+    assert "`only` is 'kto*', which matches none of the 8 cells: nca-beta0.1-seed1" in said(["--only", "kto*"])
+    assert "`beta` in the comparison's YAML file is 'x'" in said(grid={"method": "nca", "beta": "x"})
+    assert "missing_scorer" in said(evaluation={"scorer": "missing_scorer:f"})
+    assert not list((tmp_path / "out").glob("cells/*"))
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("compare/*.yaml")), ids=lambda path: path.stem)
+def test_the_papers_comparisons(path):
+    """Their options are those of the recipe, and their cells are what the paper varies."""
+    config, recipe = (yaml.safe_load(p.read_text()) for p in (path, ROOT / "configs" / "nca_mistral7b.yaml"))
+    assert set(config["base"]) <= {*recipe, "validation_fraction"}
+    assert all(value == recipe.get(key, value) for key, value in config["base"].items())
+    from_mapping(Evaluation, "evaluation", config["evaluation"])
+    from_mapping(Selection, "select", config["select"])
+    cells_ = expand(config["base"] | {"use_cpu": True}, config["grid"], path.name)
+    settings = [{key: own.settings[key] for key in ("alpha", "beta", "strategy")} for own in cells_]
+    if path.stem == "ablation":
+        assert {own["beta"] for own in settings} == {3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1}
+        assert {own["alpha"] for own in settings} == {0.01, 0.1, 0.33, 1, 3.33}
+        assert len(cells_) == 2 * 8 * 5
+    else:
+        assert {"rewards", "best_plus_1", "best_plus_2", *PAIRS} < {own["strategy"] for own in settings}
+        assert len(cells_) == 2 * 9
+        assert {(own["alpha"], own["beta"]) for own in settings} == {(0.01, 0.01)}
+
+
+def test_the_example_of_the_docs(tmp_path, capsys, monkeypatch):
+    page = (ROOT / "docs" / "comparing.md").read_text()
+    example, commands = (re.search(rf"^```{kind}\n(.+?)^```", page, re.M | re.S)[1] for kind in ("yaml", "bash"))
+    (tmp_path / "compare.yaml").write_text(example)
+    monkeypatch.chdir(tmp_path)
+    dry, real = (shlex.split(line, comments=True) for line in commands.splitlines())
+    assert dry[:2] == real[:2] == ["nca-align", "compare"]
+    config = yaml.safe_load(example)
+    config["base"] |= {"use_cpu": True, "bf16": False}  # the example is for a GPU
+    (tmp_path / "compare.yaml").write_text(yaml.safe_dump(config))
+    for command in (dry, [*real, "--dry_run"]):
+        assert comparing.main(command[2:]) == 0
+        assert "24 cells, 24 to run" in capsys.readouterr().out
+
+
+def test_a_dry_run_lists_cells_and_writes_nothing(config, tmp_path, capsys):
+    arguments = [*write(config, tmp_path), "--dry_run"]
+    assert comparing.main(arguments) == 0
+    said = capsys.readouterr().out
+    assert said.count(": new\n") == 8
+    assert "8 cells, 8 to run: no estimate before one is finished" in said
+    assert not (tmp_path / "out").exists()
+    done = tmp_path / "out" / "cells" / "nca-beta0.1-seed1"
+    done.mkdir(parents=True)
+    (done / "done.json").write_text(json.dumps({"steps": 6, "minutes": 2.0}))
+    (tmp_path / "out" / "cells" / "nca-beta0.1-seed2").mkdir()
+    (tmp_path / "out" / "cells" / "nca-beta0.1-seed2" / "error.txt").write_text("no memory\n")
+    assert comparing.main([*arguments, "--parallel", "2"]) == 0
+    said = capsys.readouterr().out
+    assert "nca-beta0.1-seed1: finished, 2.0 minutes" in said
+    assert "nca-beta0.1-seed2: failed: no memory" in said
+    assert "8 cells, 7 to run: about 7 minutes" in said
+
+
+def test_a_cell_that_was_trained_is_not_trained_otherwise(config, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(comparing, "run_cells", lambda *_: None)
+    config["grid"] = {"method": "nca"}
+    assert comparing.main(write(config, tmp_path)) == 0
+    folder = tmp_path / "out" / "cells" / "nca"
+    config["base"]["max_steps"] = 4  # nothing was trained yet
+    assert comparing.main(write(config, tmp_path)) == 0
+    assert yaml.safe_load((folder / "config.yaml").read_text())["max_steps"] == 4
+    (folder / "checkpoint-2").mkdir()
+    (folder / "checkpoint-2" / "trainer_state.json").write_text("{}")
+    assert comparing.main(write(config, tmp_path)) == 0
+    config["base"] |= {"logging_steps": 1, "cpu_threads": 1}  # which change no figure
+    assert comparing.main(write(config, tmp_path)) == 0
+
+    def refused() -> str:
+        capsys.readouterr()
+        assert comparing.main(write(config, tmp_path)) == 2
+        return capsys.readouterr().err
+
+    (tmp_path / "tiny_scorer.py").write_text(SCORER + "\n")
+    assert "the cell nca in `output_dir` was trained with other settings: `scorer`" in refused()
+    (tmp_path / "tiny_scorer.py").write_text(SCORER)
+    with open(tmp_path / "data" / "test.jsonl", "a") as file:
+        file.write("\n" + json.dumps(reward_rows(1, seed=9)[0]))
+    config["base"]["learning_rate"] = 1.0
+    config["evaluation"]["num_completions"] = 1
+    said = refused()
+    for part in ("`data` '", "`learning_rate` 0.01 → 1.0", "`evaluation.num_completions` 2 → 1", f"or remove {folder}"):
+        assert part in said
+
+
+def test_cells_share_what_there_is(monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(cells.torch.cuda, "device_count", lambda: 0)
+    own = cell()
+    assert cells._environment(own, 1, 4)["OMP_NUM_THREADS"] == "2"
+    assert "OMP_NUM_THREADS" not in cells._environment(own, 0, 1)
+    assert "OMP_NUM_THREADS" not in cells._environment(Cell("x", {}, {"cpu_threads": 3}), 1, 4)
+    monkeypatch.setattr(cells.torch.cuda, "device_count", lambda: 2)
+    assert [cells._environment(own, slot, 4)["CUDA_VISIBLE_DEVICES"] for slot in range(4)] == ["0", "1", "0", "1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+    assert cells._environment(own, 1, 2)["CUDA_VISIBLE_DEVICES"] == "7"
+
+
+def test_why_a_cell_failed(tmp_path):
+    def why(code: int, log: str = "") -> str:
+        (tmp_path / "log.txt").write_text(log)
+        return cells._reason(code, tmp_path)
+
+    assert why(2, "loading\ncell: error: `beta` is odd\n\n") == "`beta` is odd"
+    assert why(1, "Traceback …\nRuntimeError: no memory\n") == "RuntimeError: no memory"
+    assert why(3) == "exit code 3"
+    assert why(-signal.SIGKILL, "step 3") == "ended by SIGKILL (out of memory?)"
+    assert why(75) == "stopped by SIGTERM; it goes on from its last checkpoint"
+
+
+# Real cells
+
+
+def until(scorer, calls: int):
+    """`scorer`, which fails after so many calls."""
+    left = iter(range(calls))
+
+    def called(completions, **kwargs):
+        if next(left, None) is None:
+            raise UserError("cut off")
+        return scorer(completions)
+
+    return called
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["nca", "dpo", "kto"])
+def test_a_cell_goes_on_from_its_last_evaluation(method, config, tmp_path):
+    """Cut off in the evaluation after its last step, it has the figures of a cell that was not; and is then `model`."""
+    evaluation = Evaluation(**config["evaluation"])
+    grid = {"method": method, "beta": 0.1, "seed": 3}
+    (own,) = expand(config["base"], grid, "compare.yaml")
+    tiny_scorer = import_module("tiny_scorer")
+    found, folders = [], [tmp_path / name / "cells" / own.name for name in ("whole", "cut")]
+    for folder in folders:
+        cells.prepare([own], folder.parents[1], evaluation)
+        if folder is folders[1]:
+            with pytest.MonkeyPatch.context() as patch:
+                # the reference's and the policy's answers to two splits at step 0, the policy's at steps 2 and 4
+                patch.setattr(tiny_scorer, "long", until(tiny_scorer.long, 8))
+                with pytest.raises(UserError, match="cut off"):
+                    run_cell(folder)
+            assert last_common_checkpoint(folder).name == "checkpoint-4"
+            assert not (folder / "done.json").exists()
+        with pytest.MonkeyPatch.context() as patch:
+            if folder is folders[1]:  # the reference's answers again, and the policy's at step 6: none of before
+                patch.setattr(tiny_scorer, "long", until(tiny_scorer.long, 4))
+            run_cell(folder)
+        found.append([{k: v for k, v in row.items() if k != "minutes"} for row in rows_of(own, folder)])
+        assert json.loads((folder / "done.json").read_text())["steps"] == 6
+        assert json.loads((folder / "cell.json").read_text())["settings"] == own.settings
+        assert (folder / "model" / "adapter_config.json").exists()
+        assert not list(folder.glob("checkpoint-*"))
+    assert found[0] == found[1]
+    assert [row["step"] for row in found[0]] == [0, 2, 4, 6] * 2
+    assert all(set(COLUMNS) - set(row) <= {"kendall_tau", "minutes"} for row in found[0])
+    assert found[0][3]["kl"] > found[0][0]["kl"] == 0
+
+
+def test_a_training_that_stops_early_is_no_finished_cell(config, tmp_path, monkeypatch):
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = True
+
+    monkeypatch.setattr(cell_module, "build_trainer", partial(cell_module.build_trainer, callbacks=[Stop()]))
+    (own,) = expand(config["base"], {"method": "nca"}, "compare.yaml")
+    cells.prepare([own], tmp_path, Evaluation(**config["evaluation"]))
+    with pytest.raises(UserError, match="training ended before its last step, 6; see the log above"):
+        run_cell(tmp_path / "cells" / own.name)
+    assert not (tmp_path / "cells" / own.name / "done.json").exists()
+
+
+def test_checkpoints_stay_where_they_are_asked_for(config, tmp_path):
+    (own,) = expand(config["base"] | {"save_total_limit": 3}, {"method": "sft"}, "compare.yaml")
+    cells.prepare([own], tmp_path, Evaluation(**config["evaluation"]))
+    folder = tmp_path / "cells" / own.name
+    run_cell(folder)
+    assert {path.name for path in folder.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4", "checkpoint-6"}
+    (folder / "done.json").unlink()  # as if it had been killed after its last step
+    run_cell(folder)
+    steps = [row["step"] for row in rows_of(own, folder)]
+    assert steps == [0, 2, 4, 6] * 2
+
+
+def start(arguments: list[str]) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "nca_align.comparing", *arguments],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+def wait_for(path: Path, process: subprocess.Popen, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not path.exists():
+        assert time.monotonic() < end, f"{path} did not come"
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.05)
+
+
+def figures(path: Path, name: str) -> list[dict]:
+    return [{k: v for k, v in row.items() if k != "minutes"} for row in read(path) if row["cell"] == name]
+
+
+@pytest.mark.slow
+def test_a_grid_killed_half_way_and_resumed(config, tmp_path, capfd):
+    """2 × 2 cells with two seeds, and one that must fail: named, while the rest complete with the figures that they
+    have when nothing interrupts them."""
+    output = tmp_path / "out"
+    scorer = (tmp_path / "tiny_scorer.py").read_text()
+    waiting = (  # one cell stays in the evaluation after its fourth step, until it is killed
+        f"import os, time\nCALLS = []\n{scorer}\n_long = long\n"
+        "def long(completions, **kwargs):\n"
+        "    CALLS.append(1)\n"
+        f"    while os.path.exists({str(tmp_path / 'hold')!r}) and len(CALLS) > 6:\n"
+        "        time.sleep(0.05)\n"
+        "    return _long(completions)\n"
+    )
+    (tmp_path / "tiny_scorer.py").write_text(waiting)
+    config["grid"] = [
+        {"method": ["nca", "dpo"], "beta": [0.1, 0.5], "seed": [1, 2]},
+        {"method": "infonca", "num_completions": 9, "seed": 1},
+    ]
+    arguments = [*write(config, tmp_path), "--parallel", "2"]
+    process = start(arguments)
+    folders = output / "cells"
+    wait_for(folders / "nca-beta0.1-seed2" / "done.json", process)
+    (tmp_path / "hold").touch()
+    wait_for(folders / "nca-beta0.5-seed2" / "checkpoint-2", process)
+    finished = {path: path.stat().st_mtime_ns for path in folders.glob("*/done.json")}
+    process.kill()
+    process.communicate()
+    assert 2 <= len(finished) < 8
+    begun = [path.parent.name for path in folders.glob("*/checkpoint-*") if not (path.parent / "done.json").exists()]
+    assert begun
+    (tmp_path / "hold").unlink()
+    time.sleep(0.5)  # a cell ends with what started it
+
+    assert comparing.main(arguments) == 1
+    said = capfd.readouterr()
+    assert f"9 cells, {len(finished)} of them finished" in said.out
+    assert "Failed: infonca-K9-seed1: `strategy` first_9 leaves no row" in said.err
+    assert said.err.count("Failed:") == 1
+    assert all(path.stat().st_mtime_ns == before for path, before in finished.items())
+    rows_ = read(output / "comparison.csv")
+    assert len(rows_) == 8 * 2 * 4  # cells, splits, evaluations
+    assert {(row["step"]) for row in rows_} == {"0", "2", "4", "6"}
+    assert len(read(output / "selected.csv")) == 2
+    for name in begun:
+        state = json.loads((folders / name / "trainer_state.json").read_text())
+        steps = [line["step"] for line in state["log_history"] if "minutes" in line]
+        assert steps == [0, 2, 4, 6]
+        minutes = [line["minutes"] for line in state["log_history"] if "minutes" in line]
+        assert minutes == sorted(minutes)
+    about = json.loads((output / "provenance.json").read_text())
+    assert {"command", "date", "versions", "commit", "machine", "config"} <= set(about)
+    assert (folders / begun[0] / "model" / "adapter_model.safetensors").exists()
+    assert not list((folders / begun[0]).glob("checkpoint-*"))
+
+    # nothing is left to do, but the failed cell is tried again; and uninterrupted cells have the same figures
+    alone = config | {"output_dir": str(tmp_path / "alone")}
+    process = start([*write(alone, tmp_path), "--only", begun[0]])
+    said = process.communicate(timeout=120)[0]
+    assert process.returncode == 0, said
+    assert figures(tmp_path / "alone" / "comparison.csv", begun[0]) == figures(output / "comparison.csv", begun[0])
+    assert comparing.main([*arguments, "--only", "nca-*", "--output_dir", str(output)]) == 0
+    assert "4 cells, 4 of them finished" in capfd.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_cell_over_its_time_is_stopped_and_the_next_one_runs(config, tmp_path, capfd):
+    config["grid"] = [{"method": "nca", "seed": 1}, {"method": "sft", "seed": 1}]
+    config["timeout_minutes"] = 0.02
+    assert comparing.main(write(config, tmp_path)) == 1
+    said = capfd.readouterr()
+    assert said.err.count("it took longer than `timeout_minutes`, 0.02") == 2
+    assert not (tmp_path / "out" / "comparison.csv").exists()

@@ -1,0 +1,132 @@
+"""Curves and intervals: exact where they are measured, between that a line, and Student's t against scipy."""
+
+import math
+import random
+import statistics
+
+import pytest
+
+from nca_align.frontier import (
+    Curve,
+    common_reach,
+    curves_of,
+    mean_and_interval,
+    over_steps,
+    reward_at_kl,
+    setting_of,
+    t_quantile,
+)
+
+
+def rising(seed: int, n: int = 6) -> Curve:
+    """A run whose KL and reward only rise."""
+    draw = random.Random(seed)
+    kl = reward = 0.0
+    points = [(0, 0.0, 0.386)]
+    for i in range(1, n):
+        kl, reward = kl + draw.random() + 0.01, reward + draw.random()
+        points.append((10 * i, kl, 0.386 + reward))
+    return Curve(str(seed), tuple(points))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_interpolation_is_exact_at_evaluations_and_monotone_between(seed):
+    curve = rising(seed)
+    assert [reward_at_kl(curve, kl) for _, kl, _ in curve.points] == [reward for _, _, reward in curve.points]
+    grid = [curve.reach * (i / 200) for i in range(201)]
+    values = [reward_at_kl(curve, kl) for kl in grid]
+    assert values == sorted(values)
+    for (_, a, low), (_, b, high) in zip(curve.points, curve.points[1:], strict=False):
+        assert reward_at_kl(curve, (a + b) / 2) == pytest.approx((low + high) / 2)
+
+
+def test_nothing_is_said_beyond_where_a_run_came():
+    curve = rising(0)
+    assert reward_at_kl(curve, curve.reach * (1 + 1e-9)) is None
+    assert reward_at_kl(Curve("", ((5, 1.0, 0.5), (10, 2.0, 0.6))), 0.5) is None  # before its first evaluation
+    assert reward_at_kl(Curve("", ()), 0.5) is None
+
+
+def test_a_run_that_comes_back_counts_where_it_first_came():
+    curve = Curve("", ((0, 0.0, 0.0), (1, 2.0, 1.0), (2, 1.0, 5.0), (3, 3.0, 9.0)))
+    assert reward_at_kl(curve, 1.0) == 0.5
+    assert reward_at_kl(curve, 1.5) == 0.75
+    assert reward_at_kl(curve, 2.5) == pytest.approx(5 + 0.75 * 4)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_common_reach_is_two_digits_that_all_runs_came_to(seed):
+    groups = [[rising(seed), rising(seed + 1)], [rising(seed + 2)]]
+    reach, least = common_reach(groups), min(curve.reach for curves in groups for curve in curves)
+    assert 0.9 * least < reach <= least
+    assert reach == float(f"{reach:.2g}")
+    assert all(reward_at_kl(curve, reach) is not None for curves in groups for curve in curves)
+
+
+@pytest.mark.parametrize("reach", [3.0, 0.3, 0.1, 12.0, 0.29, 100.0])
+def test_the_common_reach_is_not_below_a_round_one(reach):
+    assert common_reach([[Curve("", ((0, 0.0, 0.0), (1, reach, 1.0)))]]) == reach
+
+
+def test_without_movement_there_is_no_common_reach():
+    assert common_reach([[rising(0), Curve("", ((0, 0.0, 0.386),))]]) is None
+    assert common_reach([]) is None
+
+
+def rows(values):
+    """Rows as a CSV gives them: (β, seed, split, step, KL, reward)."""
+    names = ("beta", "seed", "split", "step", "kl", "reward")
+    return [{"method": "nca", **dict(zip(names, map(str, row), strict=True))} for row in values]
+
+
+def test_curves_are_grouped_by_settings_and_ordered_by_step():
+    table = rows(
+        [("0.1", 1, "test", 20, 2, 0.6), ("0.10", 1, "test", 0, 0, 0.4), ("0.1", 2, "test", 0, 0, 0.4),
+         ("0.3", 1, "test", 0, 0, 0.4), ("0.1", 1, "validation", 0, 0, 9), ("0.1", 1, "test", 30, "nan", 1)]
+    )  # fmt: skip
+    table.append(table[0] | {"step": "40", "reward": ""})
+    found = curves_of(table)
+    assert [*found] == [(("method", "nca"), ("beta", "0.1")), (("method", "nca"), ("beta", "0.3"))]
+    first, second = found[setting_of(table[0])]
+    assert (first.seed, first.points) == ("1", ((0, 0.0, 0.4), (20, 2.0, 0.6)))
+    assert second.seed == "2"
+    assert curves_of(table, "validation")[setting_of(table[0])][0].points == ((0, 0.0, 9.0),)
+
+
+def test_means_over_steps_are_of_the_steps_that_all_seeds_have():
+    table = rows([(1, s, "test", step, 0, s + step) for s, step in ((1, 0), (2, 0), (1, 5), (2, 5), (1, 9))])
+    (a, first), (b, second) = over_steps(table, setting_of(table[0]), "reward")
+    assert (a, first.mean, first.n) == (0, 1.5, 2)
+    assert (b, second.mean, second.n) == (5, 6.5, 2)
+    assert over_steps(table, setting_of(table[0]), "accuracy") == []
+
+
+@pytest.mark.parametrize("level", [0.5, 0.9, 0.95, 0.999])
+def test_the_t_quantile_is_scipy_s(level):
+    stats = pytest.importorskip("scipy.stats")
+    for degrees in [*range(1, 40), 100, 999]:
+        assert t_quantile(level, degrees) == pytest.approx(stats.t.ppf((1 + level) / 2, degrees), rel=1e-9)
+
+
+def test_the_t_quantile_is_the_table_s():
+    assert [round(t_quantile(0.95, n), 3) for n in (1, 2, 4, 9, 30)] == [12.706, 4.303, 2.776, 2.262, 2.042]
+
+
+def test_the_interval_is_scipy_s():
+    stats = pytest.importorskip("scipy.stats")
+    values = [0.70, 0.72, 0.65, 0.71]
+    low, high = stats.t.interval(0.95, 3, statistics.fmean(values), stats.sem(values))
+    assert mean_and_interval(values) == pytest.approx((statistics.fmean(values), low, high, 4))
+
+
+def test_the_interval_covers_the_mean_as_often_as_it_says():
+    draw = random.Random(0)
+    covered = 0
+    for _ in range(2000):
+        _, low, high, _ = mean_and_interval([draw.gauss(1, 2) for _ in range(3)])
+        covered += low <= 1 <= high
+    assert abs(covered / 2000 - 0.95) < 0.015
+
+
+def test_one_value_says_nothing_of_the_spread():
+    assert mean_and_interval([0.7]) == (0.7, -math.inf, math.inf, 1)

@@ -1,0 +1,360 @@
+"""`nca-align report`: what the page and the plots say of logs and tables, and the page in a real browser."""
+
+import json
+import math
+import random
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from datasets import Dataset
+
+from browser import browser, open_page, overflow
+from conftest import build_model, reward_rows
+from nca_align import NCAConfig, NCATrainer, RankingCallback, reporting
+from nca_align.charts import Chart, Series, curves, whiskers
+from nca_align.comparison import COLUMNS, Selection, selected_rows, write_csv
+from nca_align.frontier import Curve, curves_of, mean_and_interval
+from nca_align.grid import KEYS
+from nca_align.report_charts import run_charts
+from nca_align.report_page import build_page
+from nca_align.reporting import Run, equal_kls, labels, main, prefixes, read_run, write_report
+
+SCRIPT = "<script>document.title = 'taken'</script>"
+METHODS = {"nca": (0.5, 3.0, 3.5), "infonca": (0.45, 6.0, 0.8), "dpo": (0.4, 12.0, -0.9), "sft": (0.1, 0.8, 2.0)}
+
+
+def log_of(prefix="eval_", seed=0, k=4, steps=(0, 24, 48, 72, 96)):
+    """A `log_history` with every metric that the page knows."""
+    noise, log = random.Random(seed), []
+    for step in steps:
+        far = step / steps[-1]
+        line = {"step": step, f"{prefix}kl/target_model": 0.4 - 0.1 * far}
+        for rank in range(1, k + 1):
+            ratio = far * (3 - 2 * rank) + noise.gauss(0, 0.05)
+            line |= {f"{prefix}rewards/rank_{rank}": 0.1 * ratio, f"{prefix}logratios/rank_{rank}": ratio}
+        line |= {f"{prefix}logratios/best": line[f"{prefix}logratios/rank_1"]}
+        line |= {f"{prefix}logratios/worst": line[f"{prefix}logratios/rank_{k}"]}
+        line |= {f"{prefix}rewards/accuracies": 0.5 + 0.25 * far, f"{prefix}rewards/top1": 0.25 + 0.3 * far}
+        for i in range(1, 6):
+            target = 0.2 * i - 0.1
+            line[f"{prefix}calibration/target_bin_{i}"] = target
+            line[f"{prefix}calibration/model_bin_{i}"] = 0.25 + far * 0.5 * (target - 0.25)
+        for name, value in (
+            ("reward", 0.4 + 0.3 * far),
+            ("kl", 3 * far),
+            ("win_rate", 0.5 + 0.2 * far),
+            ("tokens", 40),
+        ):
+            line |= {f"{prefix}generation/{name}": value, f"{prefix}generation/{name}_error": 0.02}
+        line |= {f"{prefix}generation/{name}": 0.5 - 0.1 * far for name in ("distinct_1", "distinct_2", "cut")}
+        log.append(line)
+        if step:
+            log.append({"step": step, "loss": 1.3, "logratios/best": 2 * far, "logratios/worst": -far})
+    return log
+
+
+def comparison_rows(methods=METHODS, seeds=(1, 2, 3), betas=(0.1, 0.3)):
+    """Rows as `nca-align compare` writes them; the lower β has the higher reward."""
+    rows = []
+    for name, (gain, reach, best) in methods.items():
+        for beta in betas:
+            for seed in seeds:
+                noise = random.Random(f"{name}{beta}{seed}")
+                own = {"method": name, "strategy": "rewards", "alpha": 0.3, "beta": beta, "learning_rate": 2e-4,
+                       "num_completions": 4, "seed": seed}  # fmt: skip
+                for split in ("validation", "test"):
+                    for step in (0, 30, 60, 90, 120):
+                        far = step / 120
+                        rows.append({
+                            "cell": f"{name}-{beta}-{seed}", **own, "split": split, "step": step,
+                            "reward": 0.386 + gain * math.sqrt(far) * (1 - beta) + noise.gauss(0, 0.01) * (step > 0),
+                            "kl": reach * far * (1 + noise.gauss(0, 0.05)), "win_rate": 0.5 + 0.3 * far, "tokens": 40,
+                            "distinct_2": 0.6 - 0.2 * far, "logratio_best": best * far + noise.gauss(0, 0.1),
+                            "logratio_worst": (best - 3) * far, "accuracy": 0.5 + 0.2 * far, "minutes": 5 * far,
+                        })  # fmt: skip
+    return rows
+
+
+def write_comparison(folder: Path, rows, failed=None) -> Path:
+    folder.mkdir(parents=True)
+    write_csv(folder / "comparison.csv", rows, COLUMNS)
+    write_csv(folder / "selected.csv", selected_rows(rows, Selection()))
+    (folder / "provenance.json").write_text(json.dumps({"command": f"nca-align compare {SCRIPT}", "commit": "abc123"}))
+    for cell, reason in (failed or {}).items():
+        (folder / "cells" / cell).mkdir(parents=True)
+        (folder / "cells" / cell / "error.txt").write_text(reason)
+    return folder
+
+
+def write_run(folder: Path, log) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "trainer_state.json").write_text(json.dumps({"log_history": log}))
+    return folder
+
+
+def table(html: str, title: str) -> list[list[str]]:
+    """Rows of the card's table."""
+    card = re.search(rf'<figure class="card"><h3>{re.escape(title)}</h3>(.*?)</figure>', html, re.S)[1]
+    return [re.findall(r"<td>(.*?)</td>", row) for row in re.findall(r"<tr.*?>(.*?)</tr>", card) if "<td>" in row]
+
+
+@pytest.fixture
+def comparison(tmp_path) -> Path:
+    return write_comparison(tmp_path / "compare", comparison_rows(), {"kto-1": "Trace\nout of memory <script>"})
+
+
+# What is read
+
+
+def test_the_settings_are_those_of_a_comparison():
+    """The fixture below has the columns of the real thing, so that the page is tested on what `compare` writes."""
+    rows = comparison_rows()
+    assert rows[0].keys() <= set(COLUMNS)
+    assert set(KEYS) <= rows[0].keys()
+
+
+def test_of_a_step_logged_twice_the_last_counts():
+    log = [{"step": 0, "a": 1.0}, {"step": 5, "a": 2.0}, {"step": 5, "a": 3.0}, {"step": 9, "a": math.nan}]
+    assert reporting.curve(log, "a") == ([0, 5], [1.0, 3.0])
+
+
+def test_prefixes_are_named_for_whose_prompts_they_are():
+    log = [{"step": 1, "logratios/best": 1, "eval_logratios/best": 1, "eval_test_generation/reward": 1, "loss": 1}]
+    assert prefixes(log) == {"": "training", "eval_": "held-out", "eval_test_": "test"}
+
+
+def test_a_run_in_the_midst_is_read_from_its_last_checkpoint(tmp_path):
+    for step in (8, 16, 100):
+        write_run(tmp_path / "run" / f"checkpoint-{step}", [{"step": step, "loss": 1.0}])
+    assert read_run(tmp_path / "run").log == [{"step": 100, "loss": 1.0}]
+
+
+def test_names_say_where_settings_differ_and_no_more():
+    one, other = (("method", "nca"), ("alpha", "0.1")), (("method", "nca"), ("alpha", "1"))
+    third = (("method", "dpo"), ("beta", "0.1"))
+    assert labels([one, other, third]) == {one: "nca, α 0.1", other: "nca, α 1", third: "dpo"}
+
+
+# What is shown
+
+
+def test_a_run_shows_each_chart_with_the_log_s_numbers():
+    charts = {chart.title: chart for chart in run_charts(Run("run", log_of()))["held-out"]}
+    ranks = charts["Implicit reward by rank"].series
+    assert [one.name for one in ranks] == ["best", "2.", "3.", "4."]
+    assert ranks[0].y == [line["eval_rewards/rank_1"] for line in log_of() if "eval_rewards/rank_1" in line]
+    both = {one.name: one for one in charts["Log-ratio of the best and the worst completion"].series}
+    assert [*both] == ["best, held-out", "worst, held-out", "best, training", "worst, training"]
+    assert both["worst, training"].y == [-0.25, -0.5, -0.75, -1]
+    first, last = charts["Target against model distribution"].series
+    assert (first.name, last.name) == ("step 0", "step 96")
+    assert last.x == pytest.approx([0.1, 0.3, 0.5, 0.7, 0.9])
+    assert last.y == pytest.approx([0.25 + 0.5 * (x - 0.25) for x in last.x])
+    assert charts["Reward of its own answers"].series[0].y_bars[0] == pytest.approx((0.36, 0.44))
+    assert {"Ranking accuracy", "KL from the reference", "Diversity and cut answers"} <= charts.keys()
+
+
+def test_a_run_without_evaluation_shows_its_training():
+    log = [{"step": s, "rewards/rank_1": s, "logratios/best": s, "logratios/worst": -s} for s in (1, 2)]
+    assert [*run_charts(Run("run", log))] == ["training"]
+    assert "no metric by rank" in build_page([Run("run", [{"step": 1, "loss": 1.0}])])
+
+
+def test_rewards_at_equal_kl_are_sorted_and_those_that_stopped_before_say_so(comparison):
+    html = build_page([read_run(comparison)], at_kl=[0.5, 2.0])
+    rows = table(html, "At KL = 0.5 nats")
+    assert len(rows) == 4
+    rewards = [float(row[2].split()[0]) for row in rows]
+    assert rewards == sorted(rewards, reverse=True)
+    assert all(re.fullmatch(r"0\.\d{3} ± 0\.\d{3}", row[2]) and row[1] == "3" for row in rows)
+    rows = table(html, "At KL = 2 nats")
+    assert [row[0] for row in rows][-1] == "sft"
+    assert rows[-1][2] == "not reached"
+    assert not re.search(r"[>± ](nan|-?inf)\b", html)
+
+
+def test_a_mean_is_never_over_the_seeds_that_happened_to_come_so_far(tmp_path):
+    rows = comparison_rows({"nca": (0.5, 3.0, 3)}, betas=(0.1,))
+    for row in rows:
+        if row["seed"] == 1:
+            row["kl"] *= 0.1
+    html = build_page([read_run(write_comparison(tmp_path / "c", rows))], at_kl=[2.0])
+    assert table(html, "At KL = 2 nats")[0][2] == "2 of 3 runs came so far"
+
+
+def test_one_seed_has_no_interval(tmp_path):
+    html = build_page([read_run(write_comparison(tmp_path / "c", comparison_rows(seeds=(1,))))])
+    assert "one seed has no interval" in html
+    assert not re.search(r"[>± ](nan|-?inf)\b", html)
+
+
+def test_the_differences_are_of_the_same_seed(tmp_path):
+    """Seeds far apart, one method always 0.1 ahead: the intervals overlap widely, the paired difference is exact."""
+    rows = comparison_rows({"nca": (0.5, 3.0, 3), "dpo": (0.5, 3.0, 3)}, betas=(0.1,))
+    for row in rows:
+        row |= {"kl": row["step"] / 40, "reward": row["seed"] * row["step"] / 120 - 0.1 * (row["method"] == "dpo")}
+    first, second = table(build_page([read_run(write_comparison(tmp_path / "c", rows))], [3.0]), "At KL = 3 nats")
+    assert (first[0], second[0], second[3]) == ("nca", "dpo", "0.100 ± 0.000")
+
+
+def test_equal_kls_are_reached_by_all_runs_and_then_by_two_settings(comparison):
+    found = read_run(comparison).chosen()
+    first, *others = equal_kls(found)
+    reaches = sorted(min(curve.reach for curve in curves) for curves in found.values())
+    assert first <= reaches[0]
+    assert others
+    assert others == sorted(others)
+    assert all(kl <= reaches[-2] for kl in others)
+
+
+def test_equal_kls_end_where_only_one_setting_goes_on():
+    reaches = {"a": (12.0, 13.0), "b": (4.0, 11.0), "c": (1.0, 1.0)}
+    curves = {
+        (("method", name),): [Curve("", ((0, 0.0, 0.0), (1, kl, 1.0))) for kl in own] for name, own in reaches.items()
+    }
+    assert equal_kls(curves) == [1.0, 2.0]
+
+
+def test_only_what_validation_chose_stands_on_the_frontier(comparison):
+    found = read_run(comparison)
+    assert [dict(setting)["beta"] for setting in found.chosen()] == ["0.1"] * 4
+    html = build_page([found])
+    chosen = table(html, "Chosen on validation")
+    assert [row[0] for row in chosen] == [*METHODS]
+    seeds = [max(curve.points)[2] for curve in curves_of(found.rows, "validation")[next(iter(found.chosen()))]]
+    mean, _, high, _ = mean_and_interval(seeds)
+    assert f"{mean:.3f} ± {high - mean:.3f}" in chosen[0]
+    assert html.count("<h3>Last evaluation</h3>") == 2  # of the chosen settings, and of all eight
+    assert "Failed cells" in html
+    assert "out of memory" in html
+
+
+def test_text_of_a_run_is_never_markup(comparison, tmp_path):
+    assert "<script" not in build_page([read_run(comparison)])
+    html = build_page([Run(SCRIPT, log_of(f"eval_{SCRIPT}_"))])
+    assert "<script" not in html
+    assert "&lt;script" in html
+
+
+def test_bars_never_leave_the_chart():
+    series = [Series("a", [0, 1], [0.0, 1.0], [(-99, 99), (-math.inf, math.inf)], [(-99.0, 99.0), (0.9, 1.1)])]
+    xs = [float(x) for x in re.findall(r' [xc][12x]="([-\d.]+)"', curves(Chart("t", series, "x", "")))]
+    ys = [float(y) for y in re.findall(r' [yc][12y]="([-\d.]+)"', curves(Chart("t", series, "x", "")))]
+    assert min(xs) >= 0
+    assert max(xs) <= 360
+    assert min(ys) >= 0
+    assert max(ys) <= 210
+    places = re.findall(r'x[12]="([-\d.]+)"', whiskers([("a", 1.0, -99.0, 99.0), ("b", 2.0, 1.9, 2.1)], "t", [0, 1]))
+    assert all(0 <= float(x) <= 360 for x in places)
+
+
+def test_what_a_trainer_logs_is_shown(tmp_path, tokenizer):
+    """A real run of two steps: its trainer's names are those that the charts look for."""
+    rows = Dataset.from_list(reward_rows(4, [2, 4, 3]))
+    args = NCAConfig(
+        output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to=[], disable_tqdm=True, logging_steps=1, alpha=0.3,
+        per_device_train_batch_size=2, num_train_epochs=1, gradient_checkpointing=False, eval_strategy="epoch",
+        eval_on_start=True, save_strategy="no",
+    )  # fmt: skip
+    trainer = NCATrainer(
+        build_model(tokenizer), args=args, train_dataset=rows, eval_dataset=rows, processing_class=tokenizer
+    )
+    other = RankingCallback(trainer, {"test": rows}, tokenizer, alpha=0.3, beta=args.beta)
+    trainer.add_callback(other)
+    trainer.train()
+    trainer.save_state()
+    shown = run_charts(read_run(tmp_path))
+    assert [*shown] == ["held-out", "test"]
+    for own, callback in zip(shown["held-out"], shown["test"], strict=True):
+        assert own.title == callback.title
+        if own.title == "Target against model distribution":
+            start, end = own.series
+            assert start.name == "step 0"
+            assert start.x == end.x  # the targets stay, the model moves
+            assert start.y != end.y
+            assert callback.series[-1].y == pytest.approx(end.y, abs=1e-5)
+
+
+# The command
+
+
+def test_the_command_writes_a_page_and_plots(comparison, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    run = write_run(tmp_path / "quick", log_of())
+    same = write_run(tmp_path / "again" / "quick", log_of(seed=1))
+    out = tmp_path / "out"
+    assert main([str(run), str(comparison), str(same), "--output", str(out), "--at_kl", "1", "2"]) == 0
+    assert sorted(path.name for path in out.iterdir()) == [
+        "report-compare.png", "report-quick-2.png", "report-quick.png", "report.html",
+    ]  # fmt: skip
+    assert (out / "report-compare.png").read_bytes().startswith(b"\x89PNG")
+    assert "At KL = 1 nats" in (out / "report.html").read_text()
+    assert "The page is" in capsys.readouterr().out
+
+
+def test_without_matplotlib_there_is_the_page(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    run = write_run(tmp_path / "run", log_of())
+    assert main([str(run)]) == 0
+    assert [path.name for path in run.glob("report*")] == ["report.html"]
+    assert "nca-align[plots]" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argv", "files", "said"),
+    [
+        ([], {}, "`runs` is missing"),
+        (["missing"], {}, "missing is no folder"),
+        (["run"], {"run/readme": ""}, "run holds neither trainer_state.json nor comparison.csv"),
+        (["run"], {"run/trainer_state.json": "{"}, "can't be read as JSON"),
+        (["run"], {"run/trainer_state.json": "[]"}, "has no `log_history`"),
+        (["run"], {"run/comparison.csv": "method,seed\n"}, "has no rows with `method`"),
+        (["run"], {"run/comparison.csv": "method,seed\nnca,1\n"}, "has no rows with `split`"),
+        (["run"], {"run/comparison.csv": "method,seed,split,step,reward,kl\na,1,test,0,0,0\n"}, "has no selected.csv"),
+        (
+            ["run", "--output", "file"],
+            {"run/trainer_state.json": '{"log_history": []}', "file": ""},
+            "`output` is file",
+        ),
+        (["run", "--at_kl", "-1"], {}, "`at_kl` is -1.0"),
+    ],
+)
+def test_mistakes_are_one_sentence(argv, files, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name, text in files.items():
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_text(text)
+    assert main(argv) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+
+
+# In a real browser
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    with browser() as found:
+        yield found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dark", [False, True])
+@pytest.mark.parametrize("width", [390, 1280])
+def test_the_page_in_a_browser(chromium, comparison, tmp_path, width, dark):
+    run = write_run(tmp_path / f"run-{SCRIPT[1:7]}", log_of(f"eval_{'long' * 20}_", k=10))
+    (path, *_) = write_report([run, comparison], tmp_path / "out")
+    page, problems = open_page(chromium, path, width, dark)
+    assert problems == []
+    assert overflow(page) <= 0
+    assert page.title() != "taken"
+    assert page.locator("script, img").count() == 0
+    boxes = page.eval_on_selector_all("svg, .card, .scroll, .legend", "all => all.map(e => e.getBoundingClientRect())")
+    assert len(boxes) > 20
+    assert all(box["width"] > 0 and box["right"] <= width for box in boxes)
+    size = page.eval_on_selector("svg text", "e => e.getBoundingClientRect().height")
+    assert 9 <= size <= 24
+    page.close()
