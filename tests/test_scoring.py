@@ -27,7 +27,7 @@ from nca_align.errors import UserError
 from nca_align.prompts import text_of
 from nca_align.provenance import read_provenance
 from nca_align.reward_functions import is_function, source_fingerprint
-from nca_align.scorers import vader
+from nca_align.scorers import vader, within_words
 from nca_align.scoring import ScoreOptions, column_names, main, score
 from test_sampling import kill_and_restart, read
 
@@ -190,6 +190,25 @@ class TestFunctions:
         assert_close(rows, "score_vader", lambda row, c: analyzer.polarity_scores(c[0]["content"])["compound"])
         assert vader(["What a wonderful day!", [{"role": "assistant", "content": "I hate it."}]])[0] > 0.5
         assert vader(["I hate it."])[0] < -0.5
+
+    def test_within_words_is_graded_by_how_far_an_answer_keeps_to_what_its_prompt_asks(self, tmp_path, options):
+        rows = [
+            {"prompt": [{"role": "user", "content": f"Describe a lake in at most {n} words."}],
+             "completions": [[{"role": "assistant", "content": " ".join(["word"] * k)}] for k in range(1, 25)]}
+            for n in (8, 10)
+        ]  # fmt: skip
+        score(options("nca_align.scorers:within_words", rows=rows))
+        for limit, row in zip((8, 10), read(tmp_path / "out.jsonl"), strict=True):
+            rewards = dict(zip(range(1, 25), row["rewards"], strict=True))
+            assert (rewards[1], rewards[2]) == (pytest.approx(1 / 3), pytest.approx(2 / 3))
+            assert {rewards[k] for k in range(3, limit + 1)} == {1.0}
+            over = [rewards[k] for k in range(limit, 2 * limit + 1)]
+            assert over == pytest.approx([1 - k / limit for k in range(limit + 1)])  # a line from 1 at N to 0 at 2 N
+            assert {rewards[k] for k in range(2 * limit, 25)} == {0.0}
+        asked = "First: at most 50 words? No. Answer in at most 12 words."
+        texts = ["", "a b", "one\ttwo\nthree", " ".join("x" * 15)]
+        assert within_words(["Describe a lake."] * 2, ["a", "b"]) == [None, None]  # skipped: it isn't asked for
+        assert within_words([asked.split("? ")[1]] * 4, texts) == pytest.approx([0, 2 / 3, 1, 0.75])
 
     def test_vader_that_is_not_installed(self, monkeypatch):
         from nca_align import scorers

