@@ -79,6 +79,18 @@ def model_dir(tokenizer, tmp_path_factory) -> str:
     return str(folder)
 
 
+def record_nf4(run: Path, **identity) -> None:
+    """What a QLoRA run's last checkpoint says of its base, as `run_record` reads it."""
+    from transformers import BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4").to_dict()
+    (run / "checkpoint-2").mkdir(parents=True)
+    (run / "checkpoint-2" / "trainer_state.json").write_text("{}")
+    (run / "checkpoint-2" / "nca_align.json").write_text(
+        json.dumps({"complete": True, "identity": {"model.quantization_config": config, **identity}}, default=str)
+    )
+
+
 def real_rows(name: str) -> list[dict]:
     """Rows of a file of real data; skips the calling test, with the reason, where the file is absent."""
     path = DATA / name

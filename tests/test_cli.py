@@ -1,5 +1,6 @@
 """The command line: dispatch, options from YAML and flags, and one sentence for a user's mistake."""
 
+import logging
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -215,3 +216,22 @@ class TestDispatch:
     def test_the_list_of_commands_costs_no_torch(self):
         code = "import sys; from nca_align.cli import main; main([]); sys.exit('torch' in sys.modules)"
         assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
+def test_the_library_that_warns_at_its_import_is_not_heard_before_the_command(monkeypatch, caplog):
+    """bitsandbytes, on some CPUs, of a kernel that it does without; whatever else it says is heard."""
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    monkeypatch.setattr(logger, "filters", [])
+    warning = "Failed to load CPU gemm_4bit_forward from kernels-community: %s"
+    logger.warning(warning, "no module")
+    assert "gemm_4bit_forward" in caplog.text
+    caplog.clear()
+
+    @command("prog")
+    def main(argv=None):
+        logger.warning(warning, "no module")
+        logger.warning("something else")
+
+    assert main([]) == main([]) == 0
+    assert [record.message for record in caplog.records] == ["something else"] * 2
+    assert len(logger.filters) == 1

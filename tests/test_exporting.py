@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from conftest import build_model, real_rows
+from conftest import build_model, real_rows, record_nf4
 from nca_align import exporting
 from nca_align.errors import UserError
 from nca_align.exporting import ExportOptions, export, main
@@ -189,17 +190,10 @@ def test_merging_after_a_forward_is_another_model(wide, tokenizer):
 
 
 def test_the_runs_record_says_that_the_base_was_in_4_bits(wide, tokenizer, tmp_path):
-    base, adapter = wide
+    adapter = wide[1]
     run = tmp_path / "run"
-    (run / "checkpoint-2").mkdir(parents=True)
-    for file in Path(adapter).iterdir():
-        (run / file.name).write_bytes(file.read_bytes())
-    config = AutoModelForCausalLM.from_pretrained(base, quantization_config=BitsAndBytesConfig(**NF4)).config.to_dict()
-    identity = {"model.quantization_config": config["quantization_config"], "loss_type": ["nca"], "beta": 0.3}
-    (run / "checkpoint-2" / "trainer_state.json").write_text("{}")
-    (run / "checkpoint-2" / "nca_align.json").write_text(
-        json.dumps({"complete": True, "identity": identity}, default=str)
-    )
+    shutil.copytree(adapter, run)
+    record_nf4(run, loss_type=["nca"], beta=0.3)
     export(ExportOptions(str(run), str(tmp_path / "by record")))
     flags = ["--model_name_or_path", adapter, "--output", str(tmp_path / "by option")]
     assert main([*flags, "--load_in_4bit", "true"]) == 0
@@ -291,6 +285,77 @@ def test_a_whole_model_is_copied(model_dir, tokenizer, tmp_path, capsys):
     assert (tmp_path / "half" / "tokenizer.json").exists()
 
 
+def test_a_whole_model_without_a_tokenizer_is_refused(tokenizer, tmp_path):
+    build_model(tokenizer).save_pretrained(tmp_path / "run")
+    for dtype in ("auto", "bfloat16"):
+        with pytest.raises(UserError, match=r"^`model_name_or_path` \S+ could not be loaded \(.*tokenizer"):
+            export(ExportOptions(str(tmp_path / "run"), str(tmp_path / "out"), dtype=dtype))
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize(
+    "name", ["preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"]
+)
+def test_what_is_said_of_images_comes_along(name, tokenizer, tmp_path):
+    """vLLM wants it of a model that also reads images, and it is beside the base, not the adapter."""
+    base = make_base(tmp_path / "base", tokenizer)
+    (tmp_path / "base" / name).write_text('{"image_size": 8}')
+    adapter = make_adapter(base, tmp_path / "adapter", std=0.0)
+    for i, settings in enumerate([{}, {"dtype": "float16"}]):
+        for source in (base, adapter):
+            output = tmp_path / f"{Path(source).name}{i}"
+            export(ExportOptions(source, str(output), **settings))
+            assert (output / name).read_text() == '{"image_size": 8}'
+
+
+def test_the_card_asks_as_the_model_is_asked(model_dir, tmp_path):
+    """A model without a chat template refuses messages; each card's own code is run."""
+    from transformers import pipeline
+
+    shutil.copytree(model_dir, tmp_path / "base")
+    (tmp_path / "base" / "chat_template.jinja").unlink()
+    make_adapter(str(tmp_path / "base"), tmp_path / "adapter", std=0.0)
+    for name in ("base", "adapter"):
+        export(ExportOptions(str(tmp_path / name), str(tmp_path / f"{name}-out")))
+    export(ExportOptions(model_dir, str(tmp_path / "chat-out")))
+    generator = pipeline("text-generation", model=str(tmp_path / "base-out"))
+    for name, kind in (("base", str), ("adapter", str), ("chat", list)):
+        card = (tmp_path / f"{name}-out" / "README.md").read_text()
+        prompt = re.search(r"^prompt = (.+)$", card, re.M)[1]
+        prompt = json.loads(prompt)
+        assert isinstance(prompt, kind)
+        assert "print(generator(prompt," in card
+        if kind is str:
+            assert generator(prompt, max_new_tokens=2, return_full_text=False)[0]["generated_text"]
+
+
+UNREAD = {
+    "quant type": ({"bnb_4bit_quant_type": "fp4"}, "`bnb_4bit_quant_type` is 'fp4', which is read with `load_in_4bit`"),
+    "nested": (
+        {"use_bnb_nested_quant": True},
+        "`use_bnb_nested_quant` is True, which is read with `load_in_4bit` true",
+    ),
+    "not in 4 bits": ({"use_bnb_nested_quant": True, "load_in_4bit": False}, "`use_bnb_nested_quant` is True"),
+    "4 bits": ({"load_in_4bit": True}, "`load_in_4bit` is True, but `model_name_or_path` .* is a whole model"),
+    "base": ({"base": "nowhere"}, "`base` is 'nowhere', but `model_name_or_path` .* is a whole model, which is taken"),
+    "data": ({"dataset_name": "rows.jsonl"}, "`dataset_name` is 'rows.jsonl', but `model_name_or_path` .* is a whole"),
+}
+
+
+@pytest.mark.parametrize("name", UNREAD)
+def test_options_that_would_not_be_read_are_refused(name, model_dir, tmp_path):
+    settings, message = UNREAD[name]
+    with pytest.raises(ValueError, match=message):
+        export(ExportOptions(model_dir, str(tmp_path / "out"), **settings))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_output_below_a_file_is_refused(model_dir, tmp_path, capsys):
+    (tmp_path / "one.jsonl").write_text("")
+    assert main(["--model_name_or_path", model_dir, "--output", str(tmp_path / "one.jsonl" / "e12")]) == 2
+    assert f"error: `output` {tmp_path}/one.jsonl/e12 can't be written: File exists; " in capsys.readouterr().err
+
+
 def test_no_model_in_the_folder(tmp_path, capsys):
     (tmp_path / "run").mkdir()
     assert main(["--model_name_or_path", str(tmp_path / "run"), "--output", str(tmp_path / "out")]) == 2
@@ -330,7 +395,7 @@ def test_the_card_names_a_base_of_the_hub_and_no_place_on_this_machine(adapter_d
     assert str(Path(model_dir).parent) not in card
     assert 'model="mine"' in card
     assert re.search(r"0\.00\d\d nats a sequence at most", card)
-    assert 'base_model: "org/base"' in model_card("out", adapter_dir, "org/base", None, None, None)
+    assert 'base_model: "org/base"' in model_card("out", adapter_dir, "org/base", chat=True)
 
 
 class TestPush:

@@ -15,9 +15,9 @@ from peft import LoraConfig, get_peft_model
 
 from conftest import build_model, build_tokenizer
 from nca_align import GenerationEvaluator
+from nca_align.drawing import neutral_generation
 from nca_align.errors import UserError
 from nca_align.figures import distinct, win_rate, wins_over
-from nca_align.generation import neutral_generation
 from nca_align.policies import as_reference
 
 LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
@@ -78,7 +78,7 @@ class TestFigures:
         own.repetition_penalty, own.top_k, own.temperature = 5.0, 1, 0.1
         assert evaluator(tokenizer)(policy) == plain
         assert policy.get_base_model().generation_config is own
-        with neutral_generation(policy, [3], 0):
+        with neutral_generation(policy, [3]):
             assert policy.get_base_model().generation_config.top_k == 0
 
     def test_batches_give_every_prompt_its_own_answers_and_nothing_else_moves(self, tokenizer, policy):

@@ -8,20 +8,25 @@ import io
 import json
 import math
 import re
+import shutil
 import sys
 import types
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
+import jinja2
 import pytest
 from datasets import load_dataset
+from jinja2 import TemplateError
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from nca_align import harness as harness_module
 from nca_align.errors import UserError
-from nca_align.harness import HarnessOptions, Line, compare, harness, load_tasks, print_table
+from nca_align.evaluating import main
+from nca_align.harness import HarnessOptions, harness, load_tasks
+from nca_align.harness_table import Line, compare, plain_results, print_table
 
 ROOT = Path(__file__).resolve().parents[1]
 TASKS = "tests/lm_eval_tasks"
@@ -52,7 +57,7 @@ def results(values: list[float], task: str = "opposites") -> dict:
 
 class TestTable:
     def figures(self, values: list[float]) -> dict:
-        return harness_module._plain(results(values))
+        return plain_results(results(values))
 
     def test_the_figures_are_lm_evals_and_the_changes_error_is_paired(self):
         before, after = [0.0, 0.0, 1.0, 1.0, 0.0], [1.0, 0.0, 1.0, 1.0, 1.0]
@@ -166,6 +171,58 @@ class TestRefused:
         with pytest.raises(UserError, match=r"`reference` is missing: .* is no adapter, whose base it would be"):
             harness(HarnessOptions(lm_eval="gsm8k", model_name_or_path=model_dir))
 
+    @pytest.mark.parametrize("key", ["model_name_or_path", "reference"])
+    def test_a_model_that_is_not_there(self, key, model_dir):
+        settings = {"model_name_or_path": model_dir, "reference": model_dir, key: "nowhere"}
+        with pytest.raises(UserError, match=f"^`{key}` nowhere could not be loaded"):
+            harness(HarnessOptions(lm_eval="gsm8k", **settings))
+        with pytest.raises(UserError, match=r"^`model_name_or_path` nowhere could not be loaded"):
+            harness(HarnessOptions(lm_eval="gsm8k", model_name_or_path="nowhere"))
+
+    @pytest.mark.parametrize("key", ["model_name_or_path", "reference"])
+    def test_a_chat_template_that_a_model_has_not(self, key, model_dir, tmp_path):
+        shutil.copytree(model_dir, tmp_path / "text")
+        (tmp_path / "text" / "chat_template.jinja").unlink()
+        settings = {"model_name_or_path": model_dir, "reference": model_dir, key: str(tmp_path / "text")}
+        message = f"`apply_chat_template` is true, but the tokenizer of `{key}` {tmp_path}/text has no chat template"
+        with pytest.raises(UserError, match=message):
+            harness(HarnessOptions(lm_eval="gsm8k", apply_chat_template=True, **settings))
+
+    @pytest.mark.parametrize(
+        ("place", "content", "message"),
+        [
+            ("gone/x.json", None, "whose folder does not exist"),
+            (".", None, "which holds no table of `nca-align evaluate`"),
+            ("x.json", "{broken", "which holds no table of `nca-align evaluate`; choose another file"),
+            ("x.json", "[1]", "which holds no table"),
+            ("x.json", '{"a": 1}', "which holds no table"),
+            ("x.json", '{"a": {"policy": "b", "prompts": 3}}', "which holds no table"),
+        ],
+    )
+    def test_an_output_that_can_hold_no_table(self, place, content, message, adapter, tmp_path, monkeypatch):
+        monkeypatch.setattr(harness_module, "load_tasks", lambda *args: pytest.fail("worked before it looked"))
+        if content is not None:
+            (tmp_path / place).write_text(content)
+        with pytest.raises(UserError, match=f"`output` is '{re.escape(str(tmp_path / place))}', {message}"):
+            harness(HarnessOptions(lm_eval="a", model_name_or_path=adapter, output=str(tmp_path / place)))
+        assert content is None or (tmp_path / place).read_text() == content
+
+    @pytest.mark.parametrize(
+        "error",
+        [ValueError("Sample larger than population or is negative"), TemplateError("no system role")],
+    )
+    def test_what_lm_eval_refuses(self, error, adapter, tmp_path, monkeypatch, capsys):
+        def evaluate(**settings):
+            raise error
+
+        monkeypatch.setattr(harness_module, "_language_model", lambda options, side: nullcontext())
+        monkeypatch.setattr(harness_module, "_import_lm_eval", lambda options: (evaluate, None))
+        monkeypatch.setattr(harness_module, "load_tasks", lambda manager, options: {"opposites": "x"})
+        flags = ["--lm_eval", "opposites", "--model_name_or_path", adapter, "--output", str(tmp_path / "x.json")]
+        assert main(flags) == 2
+        said = f"error: `lm_eval` opposites failed: {error} (NCA_ALIGN_TRACEBACK=1 shows where)"
+        assert said in capsys.readouterr().err
+
     def test_without_the_package(self, adapter, monkeypatch):
         monkeypatch.setitem(sys.modules, "lm_eval", None)
         with pytest.raises(UserError, match=r"not installed here .*: pip install 'lm-eval\[hf\]==0.4.13'"):
@@ -175,15 +232,20 @@ class TestRefused:
         assert "lm_eval" not in vars(harness_module)
 
     @pytest.fixture
-    def manager(self):
-        """An index of two tasks, of which one can't be loaded."""
+    def manager(self, tmp_path):
+        """An index of tasks, most of which can't be loaded; the errors are the real ones."""
 
         def load(names):
+            if names == ["broken"]:
+                (tmp_path / "x.jsonl").write_text('{"a": broken')
+                return load_dataset("json", data_files=str(tmp_path / "x.jsonl"))
+            if names == ["column"]:
+                return jinja2.Template("{{question.strip()}}", undefined=jinja2.StrictUndefined).render(other=1)
             if names == ["gsm8k"]:
                 return load_dataset("openai/gsm8k", "main")  # the real error, since the tests are offline
             return {"tasks": {"humaneval": types.SimpleNamespace(UNSAFE_CODE=True)}}
 
-        known = ["gsm8k", "humaneval"]
+        known = ["gsm8k", "humaneval", "broken", "column"]
         return types.SimpleNamespace(
             all_tasks=known, load=load, match_tasks=lambda patterns: [name for name in known if name in patterns]
         )
@@ -194,6 +256,9 @@ class TestRefused:
             ("gsm8", "`lm_eval` names 'gsm8', and there is no such task (did you mean `gsm8k`?)"),
             ("gsm8k", "`lm_eval` names gsm8k, and what that needs is not here (Couldn't reach 'openai/gsm8k' on the "
              "Hub (OfflineModeIsEnabled)); run it once where it can be downloaded, or take a task whose data is here"),
+            ("broken", "`lm_eval` names broken, whose questions can't be read (JSON parse error: Invalid value. in row "
+             "0); mend its YAML file, or its data"),
+            ("column", "`lm_eval` names column, whose questions can't be read ('question' is undefined); mend its"),
             ("humaneval", "`lm_eval` names humaneval, which runs code that the model writes"),
         ],
     )  # fmt: skip
@@ -249,6 +314,22 @@ class TestWithLmEval:
             keys.append(load_tasks(manager, options))
             assert load_tasks(manager, options) == keys[-1]
         assert keys[0] != keys[1]
+
+    @pytest.mark.parametrize(
+        ("rows", "settings", "message"),
+        [
+            ('{"a": broken', {}, "`lm_eval` names mine, whose questions can't be read \\(JSON parse error"),
+            ('{"other": 1}', {}, "`lm_eval` names mine, whose questions can't be read \\('word' is undefined"),
+            (None, {"num_fewshot": 500}, "`lm_eval` mine failed: Sample larger than population"),
+        ],
+    )
+    def test_what_is_wrong_with_a_task(self, rows, settings, message, adapter, tmp_path):
+        text = (ROOT / TASKS / "opposites.yaml").read_text().replace("task: opposites", "task: mine")
+        (tmp_path / "mine.yaml").write_text(text.replace(TASKS, str(tmp_path)))
+        (tmp_path / "opposites.jsonl").write_text(rows or (ROOT / TASKS / "opposites.jsonl").read_text())
+        options = {"lm_eval": "mine", "include_path": str(tmp_path), "model_name_or_path": adapter}
+        with pytest.raises(UserError, match=message):
+            harness(HarnessOptions(**options, **settings))
 
     def test_a_task_whose_data_is_not_here(self, adapter):
         with pytest.raises(UserError, match=r"names gsm8k, and what that needs is not here .*openai/gsm8k"):

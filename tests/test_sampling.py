@@ -23,7 +23,7 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForSequenceClassification
 
-from conftest import build_model, build_tokenizer, reward_rows
+from conftest import build_model, build_tokenizer, record_nf4, reward_rows
 from nca_align import sampling, server, smollm2
 from nca_align.engines import Sample, cut, seed_of
 from nca_align.errors import UserError
@@ -574,6 +574,16 @@ class TestVLLM:
         (tmp_path / "adapter_config.json").write_text(json.dumps(about))
         with pytest.raises(UserError, match=message):
             sample(options(engine="vllm", adapter=str(tmp_path)))
+
+    def test_an_adapter_of_a_quantised_base_is_exported_first(self, options, vllm, tmp_path):
+        (tmp_path / "adapter_config.json").write_text('{"r": 4}')
+        record_nf4(tmp_path)
+        message = (
+            "`engine` is 'vllm' with the adapter .*, which was trained on a quantised base: export it by `nca-align"
+        )
+        with pytest.raises(NotImplementedError, match=message):
+            sample(options(engine="vllm", adapter=str(tmp_path)))
+        assert vllm.made == []
 
     def test_a_prompt_that_leaves_no_room_is_left_out(self, options, vllm, tmp_path):
         write_prompts(tmp_path / "long.txt", ["Hi", "What is it? " * 400, "0"])

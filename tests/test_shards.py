@@ -311,7 +311,7 @@ class TestOneAtATime:
     def test_a_place_where_nothing_can_be_written(self, tmp_path):
         (tmp_path / "file").write_text("")
         for place in (tmp_path / "file" / "out.jsonl", "/proc/nope/out.jsonl"):
-            with pytest.raises(UserError, match=r"`output` .*out.jsonl can't be written: .+; choose a folder"):
+            with pytest.raises(UserError, match=r"`output` .*out.jsonl can't be written: .+; choose a place"):
                 run(place)
 
 

@@ -58,7 +58,8 @@ def last_evaluation(log: list[dict[str, Any]], step: int | None = None) -> dict[
 
 
 def summary(log: list[dict[str, Any]], answers: list[tuple[Any, str, str]], kept_step: int | None = None) -> str:
-    """What moved from the start to the last evaluation (or training log), and prompts answered before and after.
+    """What moved from the start to the last evaluation, and prompts answered before and after; where none came after
+    the start, to the last training log.
 
     Args:
         log: a trainer's `log_history`.
@@ -66,6 +67,8 @@ def summary(log: list[dict[str, Any]], answers: list[tuple[Any, str, str]], kept
         kept_step: the step whose model is kept; None for the last one.
     """
     last = last_evaluation(log, kept_step)
+    if last is not None and last["step"] == 0:  # only `eval_on_start`: nothing has moved by then
+        last = None
     prefix = "" if last is None else "eval_"
     trained = next((line for line in reversed(log) if "logratios/rank_1" in line), None)
     last = trained if last is None else last

@@ -2,6 +2,7 @@
 
 import dis
 import functools
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -19,16 +20,22 @@ def one_line(error: BaseException) -> str:
 
 
 @contextmanager
-def refused_by(what: str, known: Callable[[], bool] = lambda: True) -> Iterator[None]:
+def refused_by(
+    what: str, known: Callable[[], bool] = lambda: True, also: tuple[type[Exception], ...] = ()
+) -> Iterator[None]:
     """What a library refuses before any work is done is told in one sentence; `NCA_ALIGN_TRACEBACK=1` shows all of it.
 
     Args:
         what: what was being done, the sentence's beginning.
         known: whether nothing has been done yet, asked when an error comes; afterwards errors pass as they are.
+        also: classes of its own by which the library refuses.
     """
+    refusals: tuple[type[Exception], ...] = (
+        ValueError, TypeError, AttributeError, KeyError, ImportError, RuntimeError, OSError, *also,
+    )  # fmt: skip
     try:
         yield
-    except (ValueError, TypeError, AttributeError, KeyError, ImportError, RuntimeError, OSError) as error:
+    except refusals as error:
         if os.environ.get("NCA_ALIGN_TRACEBACK") or is_users_mistake(error) or not known():
             raise
         raise UserError(f"{what} failed: {one_line(error)} (NCA_ALIGN_TRACEBACK=1 shows where)") from error
@@ -51,6 +58,11 @@ def is_users_mistake(error: BaseException) -> bool:
     return dis.opname[last.tb_frame.f_code.co_code[last.tb_lasti]] == "RAISE_VARARGS"
 
 
+def _not_of_kernels(record: logging.LogRecord) -> bool:
+    """False for bitsandbytes' word on a kernel that it does without, which would stand before any command's own."""
+    return "kernels-community" not in str(record.msg)
+
+
 def command(prog: str, goes_on: str = "the same command goes on from here") -> Callable[[Callable], Callable]:
     """Decorate a `main(argv)`: a user's mistake is one sentence on stderr and the exit code 2.
 
@@ -65,6 +77,7 @@ def command(prog: str, goes_on: str = "the same command goes on from here") -> C
     def decorate(main: Callable) -> Callable:
         @functools.wraps(main)
         def wrapped(argv: list[str] | None = None) -> int:
+            logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_not_of_kernels)
             try:
                 return main(argv) or 0
             except KeyboardInterrupt:

@@ -27,8 +27,8 @@ _CARD = """\
 from transformers import pipeline
 
 generator = pipeline("text-generation", model="{name}")
-messages = [{{"role": "user", "content": "What makes a good day?"}}]
-print(generator(messages, max_new_tokens=128, return_full_text=False)[0]["generated_text"])
+{prompt}
+print(generator(prompt, max_new_tokens=128, return_full_text=False)[0]["generated_text"])
 ```
 {training}{merge}
 Made with {versions}.
@@ -42,10 +42,18 @@ Made with {versions}.
 }}
 ```
 """
+_CHAT_PROMPT = 'prompt = [{"role": "user", "content": "What makes a good day?"}]'
+_TEXT_PROMPT = 'prompt = "What makes a good day is"'
 
 
 def model_card(
-    output: str, source: str, base: str | None, quantization: Any, dtype: str | None, measured: "Export | None"
+    output: str,
+    source: str,
+    base: str | None,
+    chat: bool,
+    quantization: Any = None,
+    dtype: str | None = None,
+    measured: "Export | None" = None,
 ) -> str:
     """The README.md of an exported model.
 
@@ -53,6 +61,7 @@ def model_card(
         output: the folder that it is for.
         source: the run's folder.
         base: the model that an adapter was merged into; None for a whole model.
+        chat: whether its tokenizer has a chat template, so that messages can be given.
         quantization: what the adapter was trained on, if quantised.
         dtype: of the merged weights.
         measured: the merge against the adapter.
@@ -76,6 +85,7 @@ def model_card(
     packages = ("nca-align", "trl", "transformers", "peft", "torch")
     return _CARD.format(
         metadata="\n".join(["---", *lines, "---"]), name=Path(output).name, training=training, merge=merge,
+        prompt=_CHAT_PROMPT if chat else _TEXT_PROMPT,
         base=f"`{Path(base_name).name}`" if base_name else "A language model",
         versions=", ".join(f"{package} {version(package)}" for package in packages),
     )  # fmt: skip

@@ -10,13 +10,17 @@ from typing import Literal, NamedTuple
 import torch
 
 from .arguments import parse
-from .errors import UserError, command, one_line
+from .errors import UserError, command
 from .export_card import model_card
+from .files import can_be_written
+from .hub import push
 from .merging import Difference, compare, comparison_rows, merge
 from .policies import (
     adapter_base,
     add_adapter,
+    base_key,
     completion_logps,
+    has_tokenizer,
     is_adapter,
     load_model,
     load_tokenizer,
@@ -28,8 +32,12 @@ MAX_NATS = 0.05  # a sequence: beyond it what was merged is not what was trained
 # what is copied of a whole model's folder; a run's own files stay behind
 _MODEL_FILES = (
     "config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer*", "vocab*",
-    "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*", "*.model", "*.py",
+    "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*", "*processor_config.json", "*.model",
+    "*.py",
 )  # fmt: skip
+# of a model that also reads images: vLLM wants them, and no tokenizer saves them
+_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+_OF_AN_ADAPTER = ("base", "load_in_4bit", "dataset_name")
 
 
 @dataclass
@@ -62,6 +70,14 @@ class ExportOptions:
     push: str | None = field(default=None, metadata={"help": "a repository of the Hub to send the folder to, private"})
     trust_remote_code: bool = field(default=False, metadata={"help": "run code that comes with the model"})
 
+    def __post_init__(self):
+        for name, default in (("bnb_4bit_quant_type", "nf4"), ("use_bnb_nested_quant", False)):
+            if (value := getattr(self, name)) != default and not self.load_in_4bit:
+                raise ValueError(
+                    f"`{name}` is {value!r}, which is read with `load_in_4bit` true alone; add that, or leave `{name}` "
+                    "out, and the run's record says how its base was quantised"
+                )
+
 
 class Export(NamedTuple):
     """What was measured against the adapter on its base: the merge in float32, and what was saved, read back."""
@@ -87,8 +103,9 @@ def export(options: ExportOptions) -> Export | None:
     output = Path(options.output)
     if output.exists():
         raise UserError(f"`output` {output} exists already; choose another folder, or remove it")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    new = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))  # renamed once complete
+    with can_be_written(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        new = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))  # renamed once complete
     try:
         found = (_export_adapter if is_adapter(options.model_name_or_path) else _export_model)(options, new)
         new.chmod(0o755)
@@ -105,13 +122,18 @@ def export(options: ExportOptions) -> Export | None:
 def _export_adapter(options: ExportOptions, new: Path) -> Export:
     adapter = options.model_name_or_path
     _refuse_prompt_learning(adapter)
-    base = resolve_model(options.base) if options.base is not None else adapter_base(adapter)
-    tokenizer = load_tokenizer(adapter, options.trust_remote_code)
+    if options.base is not None:
+        base, key = resolve_model(options.base), "base"
+    else:
+        base, key = adapter_base(adapter), f"base, by default {base_key(adapter)}"
+    tokenizer = load_tokenizer(adapter if has_tokenizer(adapter) else base, options.trust_remote_code, key=key)
     rows = comparison_rows(tokenizer, options.dataset_name)
     quantization = _quantization(options)
 
     def load(name: str = base, quantization=quantization) -> torch.nn.Module:
-        return load_model(name, torch.float32, trust_remote_code=options.trust_remote_code, quantization=quantization)
+        return load_model(
+            name, torch.float32, trust_remote_code=options.trust_remote_code, quantization=quantization, key=key
+        )
 
     expected = completion_logps(add_adapter(load(), adapter), rows, batch_size=1)
     merged = merge(load(), adapter)  # afresh
@@ -131,6 +153,7 @@ def _export_adapter(options: ExportOptions, new: Path) -> Export:
     stored = _stored_dtype(base, options.trust_remote_code)
     dtype = stored if options.dtype == "auto" else getattr(torch, options.dtype)
     tokenizer.save_pretrained(new)
+    _copy_processor(base, new)
     merged.to(dtype).save_pretrained(new)
     del merged  # one model in memory at a time
 
@@ -155,7 +178,8 @@ def _export_adapter(options: ExportOptions, new: Path) -> Export:
             file=sys.stderr,
         )
     found = Export(own, saved, sequences, tokens)
-    (new / "README.md").write_text(model_card(options.output, adapter, base, quantization, _name(dtype), found))
+    chat = tokenizer.chat_template is not None
+    (new / "README.md").write_text(model_card(options.output, adapter, base, chat, quantization, _name(dtype), found))
     return found
 
 
@@ -165,6 +189,13 @@ def _name(dtype: torch.dtype) -> str:
 
 def _export_model(options: ExportOptions, new: Path) -> None:
     source = Path(resolve_model(options.model_name_or_path))
+    tokenizer = load_tokenizer(str(source), options.trust_remote_code)  # first: a model without one isn't whole
+    for name in _OF_AN_ADAPTER:
+        if (value := getattr(options, name)) is not None:
+            raise UserError(
+                f"`{name}` is {value!r}, but `model_name_or_path` {options.model_name_or_path} is a whole model, which "
+                "is taken as it is; leave it out, or give an adapter's folder"
+            )
     if options.dtype == "auto" and (source / "config.json").exists() and any(source.glob("*.safetensors")):
         for file in sorted({file for pattern in _MODEL_FILES for file in source.glob(pattern)}):
             if file.name != "adapter_model.safetensors":
@@ -174,10 +205,20 @@ def _export_model(options: ExportOptions, new: Path) -> None:
         dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
         model = load_model(str(source), dtype, trust_remote_code=options.trust_remote_code)
         model.save_pretrained(new)
-        load_tokenizer(str(source), options.trust_remote_code).save_pretrained(new)
+        tokenizer.save_pretrained(new)
+        _copy_processor(str(source), new)
         how = f"saved in {_name(model.dtype)}"
-    (new / "README.md").write_text(model_card(options.output, str(source), None, None, None, None))
+    (new / "README.md").write_text(model_card(options.output, str(source), None, tokenizer.chat_template is not None))
     print(f"{source} is a whole model, no adapter: {how} as it is")
+
+
+def _copy_processor(source: str, new: Path) -> None:
+    from transformers.utils import cached_file
+
+    for name in _PROCESSOR_FILES:
+        found = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
+        if found is not None:
+            shutil.copy2(found, new / name)
 
 
 def _refuse_prompt_learning(adapter: str) -> None:
@@ -210,27 +251,6 @@ def _stored_dtype(base: str, trust_remote_code: bool) -> torch.dtype:
 
     dtype = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code).dtype or torch.float32
     return getattr(torch, dtype) if isinstance(dtype, str) else dtype
-
-
-def push(folder: Path, repository: str) -> None:
-    """Send an exported folder to a private repository of the Hub, made where there is none.
-
-    Raises:
-        UserError: the Hub didn't take it; the folder stays.
-    """
-    from huggingface_hub import HfApi
-
-    from .hub import go_offline_without_network
-
-    go_offline_without_network()
-    try:
-        HfApi().create_repo(repository, private=True, exist_ok=True)
-        HfApi().upload_folder(repo_id=repository, folder_path=folder)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"`push` {repository}: the Hub did not take it ({one_line(error)[:200]}); the model is in {folder}, and "
-            f"`hf upload {repository} {folder}` sends it later"
-        ) from error
 
 
 @command("nca-align export")

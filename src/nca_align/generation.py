@@ -1,16 +1,16 @@
 """A policy by what it answers: rewards, KL, wins, lengths and diversity of its own samples, also during training."""
 
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import nn
 
 from .chunks import restore_rng, rng_state
+from .drawing import draw
 from .engines import PromptError, prompt_ids, seed_of
 from .errors import UserError
 from .figures import GenerationFigures, figures_of, mean_over_prompts, win_rate
@@ -19,23 +19,6 @@ from .preparation import base_model
 from .scoring import open_scorers
 
 Reference = nn.Module | Callable[[], AbstractContextManager]
-
-
-@contextmanager
-def neutral_generation(model: Any, ends: list[int], pad: int):
-    """Within it the model samples from its own distribution, whatever its generation config says."""
-    from transformers import GenerationConfig
-
-    plain = GenerationConfig(eos_token_id=ends, pad_token_id=pad, do_sample=True, temperature=1.0, top_p=1.0, top_k=0)
-    holders: list[Any] = list({id(own): own for own in (model, base_model(model))}.values())
-    before = [own.generation_config for own in holders]
-    for own in holders:
-        own.generation_config = plain
-    try:
-        yield
-    finally:
-        for own, config in zip(holders, before, strict=True):
-            own.generation_config = config
 
 
 class GenerationEvaluator:
@@ -155,33 +138,20 @@ class GenerationEvaluator:
                 f"more than the model's {room}; leave it out of `dataset` or lower it"
             )
 
-    @torch.no_grad()
     def _draw(self, model: Any, mine: range) -> dict[int, list[tuple[list[int], bool]]]:
         """Row → its answers: the token ids that were drawn, the end included, and whether they were cut."""
-        tokenizer = self._tokenizer
-        device = next(model.parameters()).device
         own = base_model(model).generation_config.eos_token_id
-        own = tokenizer.eos_token_id if own is None else own
+        own = self._tokenizer.eos_token_id if own is None else own
         ends = own if isinstance(own, list) else [own]
-        pad = ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        count = self._num_completions
         places = sorted(mine, key=lambda i: len(self._prompts[i]))
-        size = max(1, self._batch_size // count)
+        size = max(1, self._batch_size // self._num_completions)
         drawn: dict[int, list[tuple[list[int], bool]]] = {}
-        with neutral_generation(model, ends, pad):
-            for start in range(0, len(places), size):
-                batch = places[start : start + size]
-                longest = max(len(self._prompts[i]) for i in batch)
-                padding = [longest - len(self._prompts[i]) for i in batch]
-                pairs = list(zip(batch, padding, strict=True))
-                torch.manual_seed(seed_of(self._seed, batch[0]))
-                out = model.generate(
-                    input_ids=torch.tensor([[pad] * n + self._prompts[i] for i, n in pairs], device=device),
-                    attention_mask=torch.tensor([[0] * n + [1] * (longest - n) for n in padding], device=device),
-                    max_new_tokens=self._max_new_tokens, num_return_sequences=count, use_cache=True,
-                )[:, longest:].tolist()  # fmt: skip
-                for j, i in enumerate(batch):
-                    drawn[i] = [_until_end(ids, ends) for ids in out[j * count : (j + 1) * count]]
+        for start in range(0, len(places), size):
+            batch = places[start : start + size]
+            prompts, seed = [self._prompts[i] for i in batch], seed_of(self._seed, batch[0])
+            answers = draw(model, prompts, self._num_completions, self._max_new_tokens, ends, seed)
+            for i, own_answers in zip(batch, answers, strict=True):
+                drawn[i] = [(ids, ids[-1] not in ends) for ids in own_answers]
         return drawn
 
     def _text(self, ids: list[int]) -> str:
@@ -206,8 +176,3 @@ class GenerationEvaluator:
 def reference_model(reference: Reference, model: nn.Module) -> tuple[nn.Module, Callable[[], AbstractContextManager]]:
     """The model to call for the reference, and the context to call it in."""
     return (reference, nullcontext) if isinstance(reference, nn.Module) else (model, reference)
-
-
-def _until_end(ids: list[int], ends: list[int]) -> tuple[list[int], bool]:
-    length = next((t for t, token in enumerate(ids) if token in ends), None)
-    return (ids, True) if length is None else (ids[: length + 1], False)

@@ -5,21 +5,20 @@ lm_eval is an extra (`pip install 'nca-align[lm-eval]'`) and imported only here,
 
 import json
 import logging
-import math
 import os
-import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
-from rich.console import Console
-from rich.table import Table
+from datasets.exceptions import DatasetsError
+from jinja2 import TemplateError
 
 from .arguments import nearest
-from .errors import UserError, one_line
-from .files import replacing
+from .errors import UserError, one_line, refused_by
+from .files import check_writable, read_table, replacing
+from .harness_table import Line, compare, plain_results, print_table
 from .hub import go_offline_without_network
 from .policies import adapter_base, as_reference, is_adapter, load_policy, load_tokenizer
 from .provenance import data_fingerprint, weights_fingerprint
@@ -70,44 +69,27 @@ class HarnessOptions:
             )
 
 
-class Line(NamedTuple):
-    """One line of the table: a figure of a task for both models.
-
-    Args:
-        task, metric: as lm_eval names them; the metric with its filter, where it has one.
-        questions: how many.
-        base, aligned: the figure and its standard error; NaN where lm_eval gives none.
-        change: aligned − base, and its standard error over the same questions (paired), NaN where the figure is no
-            mean over questions.
-    """
-
-    task: str
-    metric: str
-    questions: int
-    base: tuple[float, float]
-    aligned: tuple[float, float]
-    change: tuple[float, float]
-
-
 def harness(options: HarnessOptions) -> list[Line]:
     """Run every task for the base and the aligned model, print the table, and return its lines.
 
     Killed and started again with the same `output` it goes on with the next task.
 
     Raises:
-        UserError: lm_eval is missing, a task is unknown, or what a task needs is not here.
+        UserError: a model or lm_eval is missing, a task is unknown, what a task needs is not here or can't be read, or
+            `output` can't be written.
     """
     policy = resolve_model(options.model_name_or_path)
+    _check_tokenizers(options)
     if options.reference is None and not is_adapter(policy):
         raise UserError(
             f"`reference` is missing: `model_name_or_path` {options.model_name_or_path} is no adapter, whose base it "
             "would be; name the model before training"
         )
+    path = Path(options.output) if options.output is not None else None
+    known = {} if path is None else read_table(path, _is_result)
     evaluate, manager = _import_lm_eval(options)
     tasks = load_tasks(manager, options)
 
-    path = Path(options.output) if options.output is not None else None
-    known: dict[str, Any] = json.loads(path.read_text()) if path is not None and path.exists() else {}
     settings = {name: getattr(options, name) for name in ("num_fewshot", "limit", "apply_chat_template", "dtype")}
     found: dict[str, dict[str, Any]] = {}
     for side in ("base", "aligned"):
@@ -118,15 +100,17 @@ def harness(options: HarnessOptions) -> list[Line]:
             for name, fingerprint in tasks.items()
         }
         missing = [name for name in tasks if keys[name] not in known]
+        if missing and path is not None:
+            check_writable(path)
         with _language_model(options, side) if missing else nullcontext() as model:
             for name in missing:
-                known[keys[name]] = _plain(
-                    evaluate(
+                with refused_by(f"`lm_eval` {name}", also=(TemplateError,)):
+                    results = evaluate(
                         model=model, tasks=[name], task_manager=manager, num_fewshot=options.num_fewshot,
                         limit=options.limit, apply_chat_template=options.apply_chat_template,
                         confirm_run_unsafe_code=options.confirm_run_unsafe_code, batch_size=options.batch_size,
-                    )
-                )  # fmt: skip
+                    )  # fmt: skip
+                known[keys[name]] = plain_results(results)
                 if path is not None:  # after each task, and whole: a kill loses the one in work
                     with replacing(path) as file:
                         file.write(json.dumps(known, indent=1) + "\n")
@@ -135,6 +119,25 @@ def harness(options: HarnessOptions) -> list[Line]:
     base = options.reference or adapter_base(policy)
     print_table(lines, f"{Path(base).name} → {Path(policy).name}")
     return lines
+
+
+def _check_tokenizers(options: HarnessOptions) -> None:
+    """Refuse models that aren't there, or that have no chat template where one is asked for, before anything else."""
+    for key in ("model_name_or_path", "reference"):
+        if (name := getattr(options, key)) is None:
+            continue
+        tokenizer = load_tokenizer(resolve_model(name), options.trust_remote_code, key=key)
+        if options.apply_chat_template and tokenizer.chat_template is None:
+            raise UserError(
+                f"`apply_chat_template` is true, but the tokenizer of `{key}` {name} has no chat template; leave it "
+                "out, or give the tokenizer one"
+            )
+
+
+def _is_result(entry: Any) -> bool:
+    return isinstance(entry, dict) and all(
+        isinstance(task, dict) and set(task) == {"questions", "figures"} for task in entry.values()
+    )
 
 
 def _import_lm_eval(options: HarnessOptions):
@@ -156,7 +159,8 @@ def load_tasks(manager: Any, options: HarnessOptions) -> dict[str, str]:
     """The tasks that `lm_eval` names, each with a hash of its configuration and questions; before any model is loaded.
 
     Raises:
-        UserError: a task is unknown, its data is not here and can't be downloaded, or it would run code unasked.
+        UserError: a task is unknown, its data is not here and can't be downloaded, or can't be read, or it would run
+            code unasked.
     """
     go_offline_without_network()
     tasks: dict[str, str] = {}
@@ -174,6 +178,11 @@ def load_tasks(manager: Any, options: HarnessOptions) -> dict[str, str]:
                 raise UserError(
                     f"`lm_eval` names {name}, and what that needs is not here ({one_line(error)[:300]}); run it once "
                     "where it can be downloaded, or take a task whose data is here (`include_path`)"
+                ) from error
+            except (DatasetsError, TemplateError, LookupError, TypeError) as error:
+                why = one_line(error.__cause__ or error)[:300]
+                raise UserError(
+                    f"`lm_eval` names {name}, whose questions can't be read ({why}); mend its YAML file, or its data"
                 ) from error
             for leaf in leaves.values():
                 if getattr(leaf, "UNSAFE_CODE", False) and not options.confirm_run_unsafe_code:
@@ -193,84 +202,9 @@ def _language_model(options: HarnessOptions, side: str) -> Iterator[Any]:
     """The base or the aligned model, as lm_eval takes it."""
     from lm_eval.models.huggingface import HFLM
 
-    name = (side == "base" and options.reference) or options.model_name_or_path
-    model = load_policy(resolve_model(name), options.dtype, options.trust_remote_code, as_trained=True)
+    key = "reference" if side == "base" and options.reference is not None else "model_name_or_path"
+    name = getattr(options, key)
+    model = load_policy(resolve_model(name), options.dtype, options.trust_remote_code, key)
     tokenizer = load_tokenizer(resolve_model(name), options.trust_remote_code)
     with as_reference(model) if side == "base" and options.reference is None else nullcontext():
         yield HFLM(pretrained=model, tokenizer=tokenizer, batch_size=options.batch_size)
-
-
-def _plain(results: dict[str, Any]) -> dict[str, Any]:
-    """Of lm_eval's results, by task: number of questions, figures with their errors, and the questions' own values."""
-    plain: dict[str, Any] = {}
-    for task, entry in results["results"].items():
-        figures = {}
-        for key, value in entry.items():
-            metric, _, kind = key.partition(",")
-            if not kind or metric.endswith("_stderr") or not isinstance(value, (int, float)):
-                continue
-            error = entry.get(f"{metric}_stderr,{kind}")
-            # A group's figure is put together from its tasks' and has no questions of its own.
-            samples = {
-                str(one["doc_id"]): float(one[metric])
-                for one in results["samples"].get(task, [])
-                if one["filter"] == kind and isinstance(one.get(metric), (int, float))
-            }
-            figures[key] = {
-                "value": float(value), "error": float(error) if isinstance(error, (int, float)) else None,
-                "questions": samples,
-            }  # fmt: skip
-        plain[task] = {"questions": entry.get("sample_len", 0), "figures": figures}
-    return plain
-
-
-def compare(base: dict[str, Any], aligned: dict[str, Any]) -> list[Line]:
-    """Both models' figures, line by line, with the change and its error over the same questions.
-
-        error = std_i(aligned_i − base_i) / √n
-
-    which is smaller than the two errors suggest where most questions come out alike.
-
-    Args:
-        base, aligned: by task `questions` and `figures`, each with `value`, `error` and its `questions`.
-    """
-    lines = []
-    for task, entry in aligned.items():
-        for key, now in entry["figures"].items():
-            before = base[task]["figures"][key]
-            metric, _, kind = key.partition(",")
-            pairs = [
-                (now["questions"][i], before["questions"][i]) for i in now["questions"] if i in before["questions"]
-            ]
-            means = all(
-                figure["questions"] and math.isclose(statistics.fmean(figure["questions"].values()), figure["value"])
-                for figure in (now, before)
-            )
-            error = math.nan
-            if means and len(pairs) == len(now["questions"]) > 1:
-                error = statistics.stdev(p - q for p, q in pairs) / math.sqrt(len(pairs))
-            name = metric if kind == "none" else f"{metric} ({kind})"
-            change = (now["value"] - before["value"], error)
-            lines.append(Line(task, name, entry["questions"], _estimate(before), _estimate(now), change))
-    return lines
-
-
-def _estimate(figure: dict[str, Any]) -> tuple[float, float]:
-    return figure["value"], math.nan if figure["error"] is None else figure["error"]
-
-
-def print_table(lines: list[Line], title: str, console: Console | None = None) -> None:
-    """The table, with a standard error after each ±."""
-
-    def text(figure: tuple[float, float], form: str = ".3f") -> str:
-        value, error = figure
-        return f"{value:{form}}" + ("" if math.isnan(error) else f" ± {error:.3f}")
-
-    table = Table(box=None, pad_edge=False, title=title)
-    for name in ("task", "metric", "n", "base", "aligned", "change"):
-        table.add_column(name, justify="left" if name in ("task", "metric") else "right")
-    for line in lines:
-        table.add_row(
-            line.task, line.metric, f"{line.questions}", text(line.base), text(line.aligned), text(line.change, "+.3f")
-        )
-    (console or Console()).print(table)

@@ -2,6 +2,7 @@
 
 import os
 import socket
+from pathlib import Path
 from urllib.parse import urlparse
 
 from .errors import UserError, one_line
@@ -43,4 +44,23 @@ def from_the_hub(repo: str, kind: str, file: str, what: str) -> str:
         raise UserError(
             f"{what}, {file} of the {kind} {repo}, can't be had from the Hugging Face Hub "
             f"({one_line(error)[:200]}); give the path of a copy"
+        ) from error
+
+
+def push(folder: Path, repository: str) -> None:
+    """Send an exported folder to a private repository of the Hub, made where there is none.
+
+    Raises:
+        UserError: the Hub didn't take it; the folder stays.
+    """
+    from huggingface_hub import HfApi
+
+    go_offline_without_network()
+    try:
+        HfApi().create_repo(repository, private=True, exist_ok=True)
+        HfApi().upload_folder(repo_id=repository, folder_path=folder)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"`push` {repository}: the Hub did not take it ({one_line(error)[:200]}); the model is in {folder}, and "
+            f"`hf upload {repository} {folder}` sends it later"
         ) from error

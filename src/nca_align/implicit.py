@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from .config import NCAConfig, prompt_limit
 from .data import DataOptions, read_reward_dataset, select_split
 from .errors import UserError
-from .files import replacing
+from .files import check_writable, replacing
 from .policies import as_reference, is_adapter, load_policy, load_tokenizer, run_record, token_logps
 from .ranking import LENGTH_MATCH, Completions, Interval, compare_scores, padded, pair_kinds, without_length
 from .tokenization import tokenize_dataset
@@ -129,14 +129,14 @@ def token_logratios(
         with tqdm(total=len(rows), desc=f"Log-probabilities, {name}", unit=" row", leave=False, disable=None) as bar:
             return token_logps(model, rows, options.batch_size, bar.update)
 
-    model = load_policy(policy, options.dtype, options.trust_remote_code, as_trained=True)
+    model = load_policy(policy, options.dtype, options.trust_remote_code)
     pi, vocabulary = logps(model, "aligned"), model.config.get_text_config().vocab_size
     if reference is None:
         with as_reference(model):
             ref = logps(model, "reference")
     else:
         del model  # one at a time: two large models may not fit
-        model = load_policy(reference, options.dtype, options.trust_remote_code)
+        model = load_policy(reference, options.dtype, options.trust_remote_code, key="reference")
         other = model.config.get_text_config().vocab_size
         if other != vocabulary:
             raise UserError(
@@ -179,20 +179,13 @@ def evaluate_implicit(logratios: Sequence[Sequence[Tensor]], rewards: Sequence[S
     )  # fmt: skip
 
 
-def _in_its_folder(name: str) -> Path:
-    """The path, whose folder is made."""
-    path = Path(name)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path
-
-
 def write_token_scores(
     name: str, tokenizer, rows: Sequence[dict[str, Any]], logratios: Sequence[Sequence[Tensor]], beta: float
 ) -> None:
     """One line a completion: `row`, `completion` (both from 0), `reward`, `implicit_reward`, and for its T tokens
     `tokens` and `token_rewards`, β (log π − log π_ref), whose sum over a step is that step's score.
     """
-    with replacing(_in_its_folder(name)) as file:
+    with replacing(Path(name)) as file:
         for i, (row, ratios) in enumerate(zip(rows, logratios, strict=True)):
             for k, (ids, tokens) in enumerate(zip(row["completion_ids"], ratios, strict=True)):
                 values = (beta * tokens.double()).tolist()
@@ -208,6 +201,9 @@ def implicit(options: ImplicitOptions) -> ImplicitEvaluation:
 
     Source: the step scores are those of arXiv 2412.01981 (Free Process Rewards without Process Labels).
     """
+    for key in ("output", "token_scores"):
+        if (name := getattr(options, key)) is not None:
+            check_writable(Path(name), key)
     dataset = load_rows(options)
     tokenizer = load_tokenizer(options.model_name_or_path, options.trust_remote_code)
     dataset, notices = tokenize_dataset(
@@ -222,7 +218,7 @@ def implicit(options: ImplicitOptions) -> ImplicitEvaluation:
     if options.token_scores is not None:
         write_token_scores(options.token_scores, tokenizer, rows, logratios, beta)
     if options.output is not None:
-        with replacing(_in_its_folder(options.output)) as file:
+        with replacing(Path(options.output)) as file:
             file.write(json.dumps(_as_json(found), indent=1) + "\n")
     print_table(found)
     return found

@@ -11,7 +11,7 @@ from datasets import Dataset, Features
 
 from .engines import Advance, Engine, EngineOptions, require_object, seed_of
 from .errors import UserError
-from .files import replacing
+from .files import check_writable, replacing
 from .hub import from_the_hub
 from .judge_formats import JUDGES, gpt4o_encoding
 from .prompts import load_raw
@@ -84,6 +84,8 @@ def judge(options: JudgeOptions) -> None:
     path = Path(options.output)
     name = path.stem if spec.suffix == ".jsonl" else options.name or Path(options.adapter or model).name
     lines = path if spec.suffix == ".jsonl" else path.with_suffix(".jsonl")
+    if lines != path:
+        check_writable(path)
     sampling = SampleOptions(
         dataset_name=options.dataset_name or spec.hub[0], output=str(lines), num_completions=1,
         max_new_tokens=options.max_new_tokens or spec.max_new_tokens,

@@ -18,11 +18,13 @@ if TYPE_CHECKING:
 
 
 def transformers_engine(options: "SampleOptions") -> Engine:
-    """Batches by length, padded on the left, bf16 on a GPU; a batch is drawn from (seed, shard, batch)."""
+    """Batches by length, padded on the left, bf16 on a GPU; a batch is drawn from (seed, shard, batch). An adapter's
+    base is quantised as its run's record says.
+    """
     import torch
     from transformers import GenerationConfig
 
-    from .policies import add_adapter, load_model, torch_dtype
+    from .policies import add_adapter, load_model, torch_dtype, trained_quantization
     from .preparation import base_model
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -31,10 +33,11 @@ def transformers_engine(options: "SampleOptions") -> Engine:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
     room = context_length(options)
-    name, adapter = model_and_adapter(options)
+    name, adapter, key = model_and_adapter(options)
     model = load_model(
-        name, torch_dtype(options.dtype), device, options.trust_remote_code, revision=options.model_revision
-    )
+        name, torch_dtype(options.dtype), device, options.trust_remote_code,
+        None if adapter is None else trained_quantization(adapter), options.model_revision, key,
+    )  # fmt: skip
     if adapter is not None:
         model = add_adapter(model, adapter)
 
@@ -101,7 +104,12 @@ def lora_rank(adapter: str) -> int:
 
 
 def vllm_engine(options: "SampleOptions") -> Engine:
-    """vLLM, which batches by itself; each prompt is drawn from (seed, row)."""
+    """vLLM, which batches by itself; each prompt is drawn from (seed, row).
+
+    Raises:
+        UserError: vLLM is not installed, or doesn't take the adapter.
+        NotImplementedError: the adapter was trained on a quantised base, and here would be on another one.
+    """
     try:
         from vllm import LLM, SamplingParams
         from vllm.lora.request import LoRARequest
@@ -110,7 +118,14 @@ def vllm_engine(options: "SampleOptions") -> Engine:
             "`engine` is 'vllm', which is not installed here: pip install 'nca-align[vllm]' on a CUDA machine, or use "
             "`engine` 'transformers'"
         ) from error
-    name, adapter = model_and_adapter(options)
+    from .policies import trained_quantization
+
+    name, adapter, _ = model_and_adapter(options)
+    if adapter is not None and trained_quantization(adapter) is not None:
+        raise NotImplementedError(
+            f"`engine` is 'vllm' with the adapter {adapter}, which was trained on a quantised base: export it by "
+            "`nca-align export` and name that folder by `model_name_or_path`, or use `engine` 'transformers'"
+        )
     tokenizer, room = prompt_tokenizer(options), context_length(options)
     llm = LLM(
         model=resolve_model(name), revision=options.model_revision, dtype=options.dtype, seed=options.seed,

@@ -39,6 +39,11 @@ def adapter_base(adapter: str) -> str:
     return resolve_model(name)
 
 
+def base_key(adapter: str) -> str:
+    """Where an adapter's folder names its base, for a sentence that says that the base can't be had."""
+    return f"base_model_name_or_path of {Path(adapter) / 'adapter_config.json'}"
+
+
 def run_record(folder: str | Path) -> dict[str, Any]:
     """Options and model of the run that `folder` is of, as its last checkpoint keeps them; empty where it has none."""
     folder = Path(folder)
@@ -62,13 +67,15 @@ def has_tokenizer(name: str) -> bool:
     return (Path(name) / "tokenizer_config.json").exists()
 
 
-def load_tokenizer(name: str, trust_remote_code: bool = False, revision: str | None = None):
-    """A policy's tokenizer; of an adapter that comes without one, its base model's."""
+def load_tokenizer(
+    name: str, trust_remote_code: bool = False, revision: str | None = None, key: str = "model_name_or_path"
+):
+    """A policy's tokenizer, of the option `key`; of an adapter that comes without one, its base model's."""
     from transformers import AutoTokenizer
 
     if is_adapter(name) and not has_tokenizer(name):
-        name = adapter_base(name)
-    return from_pretrained(AutoTokenizer, name, revision, trust_remote_code=trust_remote_code)
+        name, key = adapter_base(name), base_key(name)
+    return from_pretrained(AutoTokenizer, name, revision, key, trust_remote_code=trust_remote_code)
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -85,8 +92,9 @@ def load_model(
     trust_remote_code: bool = False,
     quantization=None,
     revision: str | None = None,
+    key: str = "model_name_or_path",
 ) -> Any:
-    """A whole model in eval mode; quantised by `quantization`, a BitsAndBytesConfig, if any.
+    """A whole model, of the option `key`, in eval mode; quantised by `quantization`, a BitsAndBytesConfig, if any.
 
     Raises:
         UserError: it can't be had, or its weights lack a part, as a reward model's lack the language model's head.
@@ -99,7 +107,7 @@ def load_model(
         if isinstance(dtype, torch.dtype):
             quantization.bnb_4bit_compute_dtype = dtype
         options |= {"quantization_config": quantization, "device_map": {"": device}}
-    model, report = from_pretrained(AutoModelForCausalLM, name, revision, output_loading_info=True, **options)
+    model, report = from_pretrained(AutoModelForCausalLM, name, revision, key, output_loading_info=True, **options)
     if report["missing_keys"]:  # transformers would fill them with random numbers and go on
         raise UserError(
             f"{name} is no whole language model ({', '.join(sorted(report['missing_keys'])[:3])} missing in its "
@@ -132,20 +140,23 @@ def add_adapter(model: Any, adapter: str) -> Any:
     return policy.eval()
 
 
-def load_policy(name: str, dtype: str = "auto", trust_remote_code: bool = False, as_trained: bool = False) -> Any:
-    """A model in eval mode on the GPU, if any; of an adapter's folder its base model with the adapter on it.
+def load_policy(
+    name: str, dtype: str = "auto", trust_remote_code: bool = False, key: str = "model_name_or_path"
+) -> Any:
+    """A model, of the option `key`, in eval mode on the GPU, if any.
 
-    Args:
-        as_trained: quantise the adapter's base as the run that made it did, by its record.
+    Of an adapter's folder it is the adapter on its base, which is quantised as in the run that made it, by its record.
 
     Raises:
         UserError: it can't be had.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if not is_adapter(name):
-        return load_model(name, torch_dtype(dtype), device, trust_remote_code)
-    quantization = trained_quantization(name) if as_trained else None
-    base = load_model(adapter_base(name), torch_dtype(dtype), device, trust_remote_code, quantization)
+        return load_model(name, torch_dtype(dtype), device, trust_remote_code, key=key)
+    base = load_model(
+        adapter_base(name), torch_dtype(dtype), device, trust_remote_code, trained_quantization(name),
+        key=base_key(name),
+    )  # fmt: skip
     return add_adapter(base, name)
 
 

@@ -10,33 +10,33 @@ if TYPE_CHECKING:
     from .sampling import SampleOptions
 
 
-def model_and_adapter(options: EngineOptions) -> tuple[str, str | None]:
-    """The base model, and the adapter on it if any: `model_name_or_path` may be an adapter's folder itself."""
-    from .policies import adapter_base, is_adapter
+def model_and_adapter(options: EngineOptions) -> tuple[str, str | None, str]:
+    """The base model, the adapter on it if any, for `model_name_or_path` may be an adapter's folder itself, and what
+    names the base."""
+    from .policies import adapter_base, base_key, is_adapter
 
     name = str(options.model_name_or_path)
     if options.adapter is None and is_adapter(name):
-        return adapter_base(name), name
-    return name, options.adapter
+        return adapter_base(name), name, base_key(name)
+    return name, options.adapter, "model_name_or_path"
 
 
 def prompt_tokenizer(options: EngineOptions):
     """The tokenizer that renders prompts: the adapter's own where it has one, else the model's."""
     from .policies import has_tokenizer, load_tokenizer
 
-    name, adapter = model_and_adapter(options)
+    name, adapter, key = model_and_adapter(options)
     if adapter is not None and has_tokenizer(adapter):
         return load_tokenizer(adapter, options.trust_remote_code)
-    return load_tokenizer(name, options.trust_remote_code, options.model_revision)
+    return load_tokenizer(name, options.trust_remote_code, options.model_revision, key)
 
 
 def context_length(options: EngineOptions) -> int | None:
     """Tokens that the model takes, prompt and completion; None where its configuration doesn't say."""
     from transformers import AutoConfig
 
-    config = from_pretrained(
-        AutoConfig, model_and_adapter(options)[0], options.model_revision, trust_remote_code=options.trust_remote_code
-    )
+    name, _, key = model_and_adapter(options)
+    config = from_pretrained(AutoConfig, name, options.model_revision, key, trust_remote_code=options.trust_remote_code)
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 

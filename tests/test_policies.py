@@ -1,0 +1,108 @@
+"""A policy outside training is the one that was trained, in every mode; what names a model that can't be had."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from conftest import record_nf4
+from nca_align import evaluating, policies
+from nca_align.errors import UserError
+from nca_align.exporting import ExportOptions, export
+from nca_align.implicit import ImplicitOptions, token_logratios
+from nca_align.judges import JudgeOptions, judge
+from nca_align.policies import load_policy, load_tokenizer
+from nca_align.sampling import SampleOptions, sample
+
+
+def save_adapter(base: str, folder: Path) -> str:
+    """An adapter that changes what the base says, with the tokenizer beside it, as a run's folder has it."""
+    torch.manual_seed(1)
+    config = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    return str(folder)
+
+
+def sample_options(folder: Path, model: str, **overrides) -> SampleOptions:
+    (folder / "prompts.txt").write_text("Hi\n")
+    return SampleOptions(
+        dataset_name=str(folder / "prompts.txt"), output=str(folder / "samples.jsonl"), model_name_or_path=model,
+        num_completions=1, max_new_tokens=2, **overrides,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("quantised", [True, False])
+def test_a_qlora_run_is_one_model_in_every_mode(quantised, model_dir, tmp_path, monkeypatch):
+    """Its base is in 4 bits by the run's record, also as the reference and where it is sampled."""
+    run = save_adapter(model_dir, tmp_path / "run")
+    if quantised:
+        record_nf4(Path(run))
+    found: list[bool] = []
+    add_adapter = policies.add_adapter
+
+    def spy(base, folder):
+        found.append(any(type(parameter).__name__ == "Params4bit" for parameter in base.parameters()))
+        return add_adapter(base, folder)
+
+    monkeypatch.setattr(policies, "add_adapter", spy)
+    load_policy(run)  # of `--lm_eval`
+    # of `--scorer`, and without a mode
+    rows = Dataset.from_list([{"prompt": "Hi", "completions": ["the dog", "a fox"], "rewards": [0.0, 1.0]}])
+    evaluating.evaluate_samples(rows, run, run, evaluating.EvaluateOptions(["x"], ["x"], "x"))
+    implicit = ImplicitOptions(dataset_name="x", model_name_or_path="x")
+    token_logratios(run, run, [{"prompt_ids": [5, 6], "completion_ids": [[7, 8]]}], implicit)
+    sample(sample_options(tmp_path, run))
+    (tmp_path / "questions.jsonl").write_text('{"instruction": "Hi"}\n')
+    judge(JudgeOptions(
+        judge="alpaca_eval", dataset_name=str(tmp_path / "questions.jsonl"), output=str(tmp_path / "answers.json"),
+        model_name_or_path=model_dir, adapter=run, max_new_tokens=2,
+    ))  # fmt: skip
+    assert found == [quantised] * 6
+
+
+class TestWhatNamesTheModel:
+    """Each sentence names the option, or the file, that the name came from."""
+
+    @pytest.fixture
+    def lost(self, model_dir, tmp_path) -> str:
+        """An adapter whose base has a relative path, as seen from another folder."""
+        folder = save_adapter(model_dir, tmp_path / "run")
+        about = json.loads((tmp_path / "run" / "adapter_config.json").read_text())
+        about["base_model_name_or_path"] = "chat"
+        (tmp_path / "run" / "adapter_config.json").write_text(json.dumps(about))
+        return folder
+
+    def test_an_adapters_base(self, lost, tmp_path):
+        message = f"`base_model_name_or_path of {lost}/adapter_config.json` chat could not be loaded"
+        with pytest.raises(UserError, match=re.escape(message)):
+            load_policy(lost)
+        for own_tokenizer in (True, False):
+            with pytest.raises(UserError, match=re.escape(message)):
+                sample(sample_options(tmp_path, lost))
+            (tmp_path / "run" / "tokenizer_config.json").unlink(missing_ok=True)
+            assert own_tokenizer or not policies.has_tokenizer(lost)
+        with pytest.raises(UserError, match=re.escape(message)):
+            load_tokenizer(lost)
+
+    def test_the_base_of_an_export(self, lost, tmp_path):
+        message = f"`base, by default base_model_name_or_path of {lost}/adapter_config.json` chat could not be loaded"
+        with pytest.raises(UserError, match=re.escape(message)):
+            export(ExportOptions(lost, str(tmp_path / "out")))
+        with pytest.raises(UserError, match=r"^`base` nowhere could not be loaded"):
+            export(ExportOptions(lost, str(tmp_path / "out"), base="nowhere"))
+        assert not (tmp_path / "out").exists()
+
+    def test_the_reference(self, model_dir, tmp_path):
+        rows = Dataset.from_list([{"prompt": "Hi", "completions": ["the dog", "a fox"], "rewards": [0.0, 1.0]}])
+        with pytest.raises(UserError, match=r"^`reference` nowhere could not be loaded"):
+            evaluating.evaluate_samples(rows, model_dir, "nowhere", evaluating.EvaluateOptions(["x"], ["x"], "x"))
+        implicit = ImplicitOptions(dataset_name="x", model_name_or_path="x")
+        rows = [{"prompt_ids": [5, 6], "completion_ids": [[7, 8]]}]
+        with pytest.raises(UserError, match=r"^`reference` nowhere could not be loaded"):
+            token_logratios(model_dir, "nowhere", rows, implicit)
