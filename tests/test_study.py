@@ -17,7 +17,7 @@ study_results = pytest.importorskip("study_results")
 
 TASKS = {"vader": (4, vader), "words": (8, within_words)}
 SPLITS = {"train": 112, "validation": 32, "test": 64}  # at the least
-CELLS = {"task1": 21, "task2": 12, "alpha": 9, "completions": 9}
+CELLS = {"task1": 21, "task2": 12, "alpha": 6, "completions": 6}
 
 
 def rows(task: str, split: str) -> list[dict]:
