@@ -354,6 +354,8 @@ def test_base_and_aligned_answer_and_are_compared(model_dir, adapter_dir, tmp_pa
     base, aligned = lines
     assert base.kl == (0, 0)
     assert aligned.kl.mean != 0
+    assert base.win_rate == (0.5, 0)
+    assert 0 <= aligned.win_rate.mean <= 1  # not NaN: the base's answers are here
     assert (base.prompts, base.completions, aligned.prompts) == (4, 12, 4)
     text = capsys.readouterr().out
     rewards = [

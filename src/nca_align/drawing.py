@@ -94,9 +94,10 @@ def _drawn(model: nn.Module, ids: Tensor, mask: Tensor, ends: list[int], uniform
 
 def _inverse(logits: Tensor, uniform: Tensor) -> Tensor:
     """(N,) the first token of each row up to which the probabilities' sum is more than its share `uniform` of all."""
-    cumulative = logits.float().softmax(-1).cumsum(-1, dtype=torch.float64)
-    token = torch.searchsorted(cumulative, (uniform * cumulative[:, -1])[:, None], right=True).squeeze(1)
-    return token.clamp(max=logits.shape[1] - 1)
+    cumulative = logits.float().softmax(-1).cumsum(-1)
+    whole = cumulative[:, -1]
+    share = torch.minimum((uniform * whole).float(), whole.nextafter(torch.zeros_like(whole)))  # not rounded up to it
+    return torch.searchsorted(cumulative, share[:, None], right=True).squeeze(1)
 
 
 @contextmanager
