@@ -64,7 +64,8 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change_and_names_the
     weights = Weights()
     nca = poisoned(tmp_path, rows_with_poison(16, 9, 11), callbacks=[weights], **OPTIONS, **own)
     with pytest.raises(
-        UserError, match=r"Step 3: the log-probabilities of rows 9, 11 are not finite\. .*`nonfinite: sk"
+        UserError,
+        match=r"Step 3: the log-probabilities of rows 9, 11 of the training split are not finite\. .*`nonfinite: skip`",
     ):
         nca.train()
     assert list(weights.after) == [1, 2]
@@ -85,7 +86,8 @@ def test_skip_leaves_out_that_step_alone(tmp_path, caplog):
     assert [line["step"] for line in lines] == [1, 2, 4]
     assert all(torch.tensor(value).isfinite() for line in nca.state.log_history for value in line.values())
     assert nca.state.log_history[-1]["train_loss"] == pytest.approx(sum(line["loss"] for line in lines) / 3)
-    assert "Step 3: the log-probabilities of row 9 are not finite: the step is left out" in caplog.text
+    assert "row 9 of the training split are not finite: the step is left out" in caplog.text
+    assert "Step 3: the log-probabilities of row 9" in caplog.text
 
     whole = poisoned(tmp_path, rows_with_poison(16, 9), nonfinite="skip", logging_steps=4, **OPTIONS)
     whole.train()
@@ -103,13 +105,13 @@ def test_a_gradient_alone_stops_too(tmp_path):
     """Finite losses whose gradient overflows, as in a backward of half precision."""
     nca = trainer(tmp_path, rows=reward_rows(8), **OPTIONS)
     nca.model.lm_head.weight.register_hook(lambda gradient: gradient * torch.inf)
-    with pytest.raises(UserError, match=r"Step 1: the gradient of rows 0, 1, 2, 3 of the training data is not finite"):
+    with pytest.raises(UserError, match=r"Step 1: the gradient of rows 0, 1, 2, 3 of the training split is not finite"):
         nca.train()
 
 
 def test_rows_of_a_stream_are_numbered(tmp_path):
     stream = Dataset.from_list(rows_with_poison(8, 5)).to_iterable_dataset()
-    with pytest.raises(UserError, match="Step 2: the log-probabilities of row 5 are not finite"):
+    with pytest.raises(UserError, match="Step 2: the log-probabilities of row 5 of the training split are not finite"):
         poisoned(tmp_path, stream, gradient_accumulation_steps=2, max_steps=2).train()
 
 
@@ -233,7 +235,7 @@ def test_two_processes_decide_alike(nonfinite, tmp_path):
         cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     said = run.stderr + run.stdout
-    sentence = "Step 2: the log-probabilities of row 15 are not finite"
+    sentence = "Step 2: the log-probabilities of row 15 of the training split are not finite"
     if nonfinite == "stop":
         assert run.returncode == 1
         assert f"train: error: {sentence}" in said

@@ -7,10 +7,13 @@ import importlib.util
 import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
 import sysconfig
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -20,6 +23,7 @@ from safetensors.torch import load_file
 
 from conftest import reward_rows
 from launched import FACTORS, PROCESSES
+from nca_align.checkpoints import whole_checkpoints
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = sysconfig.get_path("scripts")  # DeepSpeed looks for ninja on PATH
@@ -190,3 +194,62 @@ def test_the_command_on_two_processes_trains_like_on_one(model_dir, tmp_path):
         same(line, other_line)
     for name, value in weights.items():  # Adam turns rounding of small gradients into steps
         torch.testing.assert_close(other_weights[name], value, rtol=1e-4, atol=1e-5)
+
+
+# Ended from outside
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the end of a parent is a signal on Linux alone")
+@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
+def test_the_end_of_accelerate_launch_is_a_sigterm_for_the_run(end, model_dir, tmp_path):
+    """accelerate passes no signal on: its child would train on, with nobody to stop it."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("\n".join(map(json.dumps, reward_rows(24, [4, 2]))))
+    output, said = tmp_path / "run", tmp_path / "said.txt"
+    own = {
+        "model_name_or_path": model_dir, "dataset_name": rows, "output_dir": output, "max_steps": 100_000,
+        "num_train_epochs": 100_000, "save_strategy": "steps", "save_steps": 20, "save_total_limit": 1,
+        "eval_strategy": "no", "logging_steps": 1000,
+    }  # fmt: skip
+    flags = [part for name, value in (TRAIN | own).items() for part in (f"--{name}", str(value))]
+    launcher = [
+        sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines", "1",
+        "--mixed_precision", "no", "--dynamo_backend", "no",
+    ]  # fmt: skip
+    environment = ENVIRONMENT | {"HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    with said.open("w") as file:
+        process = subprocess.Popen(
+            [*launcher, "scripts/train.py", *flags], cwd=ROOT, env=environment, stdout=file, stderr=file,
+            start_new_session=True,
+        )  # fmt: skip
+    try:
+        assert wait_for(lambda: list(output.glob("checkpoint-*")), 120), said.read_text()[-4000:]
+        process.send_signal(end)
+        assert process.wait(timeout=30) == -end  # the launcher alone
+        assert wait_for(lambda: "goes on from it (exit code 75)" in said.read_text(), 60), said.read_text()[-4000:]
+        assert wait_for(lambda: not alive(process.pid), 60), "the run trains on"
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    step = max(whole_checkpoints(output))
+    assert f"SIGTERM: checkpoint-{step} is written" in said.read_text()
+
+
+def alive(group: int) -> bool:
+    """Whether any process of a group is left that is no zombie: who adopted it may not have looked yet."""
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it has just ended
+            state, _, own = path.read_text().rpartition(")")[2].split()[:3]
+            if int(own) == group and state != "Z":
+                return True
+    return False
+
+
+def wait_for(ready: Callable[[], object], seconds: float) -> bool:
+    until = time.monotonic() + seconds
+    while not ready():
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.1)
+    return True

@@ -23,7 +23,7 @@ from transformers import TrainerCallback
 from transformers.trainer_pt_utils import BatchRebalanceSampler
 from transformers.trainer_utils import get_last_checkpoint
 
-from conftest import reward_rows
+from conftest import build_model, build_tokenizer, reward_rows
 from nca_align import NCAConfig, NCATrainer
 from nca_align.checkpoints import MANIFEST, is_whole, read_manifest, whole_checkpoints
 from nca_align.dealing import prepare_to_skip
@@ -151,6 +151,7 @@ DAMAGE = {
     "no random state": lambda folder: (folder / "rng_state.pth").unlink(),
     "a shorter file": lambda folder: os.truncate(folder / "optimizer.pt", 100),
     "marked as being written": lambda folder: (folder / MANIFEST).write_text('{"complete": false}'),
+    "a mark that is a list": lambda folder: (folder / MANIFEST).write_text("[1]"),
     "an unreadable mark": lambda folder: (folder / MANIFEST).write_text("{"),
 }
 
@@ -204,6 +205,66 @@ class TestHalfWritten:
             make(tmp_path).train(resume_from_checkpoint=True)
         with pytest.raises(UserError, match=r"is not a whole checkpoint.*holds no whole one"):
             make(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+    @pytest.mark.parametrize(
+        "file", ["adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"]
+    )
+    def test_what_was_damaged_later_is_told_with_the_one_before_it(self, file, run, monkeypatch):
+        damaged = run / "checkpoint-12" / file
+        damaged.write_bytes(b"\0" * damaged.stat().st_size)
+        assert is_whole(run / "checkpoint-12")  # by the sizes
+        own = {"save_steps": 4, "num_train_epochs": 3, "resume_changed": ["num_train_epochs"]}
+        with pytest.raises(UserError) as error:
+            make(run, **own).train(resume_from_checkpoint=True)
+        said = str(error.value)
+        assert said.startswith(f"`resume_from_checkpoint` {run / 'checkpoint-12'} can't be loaded (")
+        assert f"the last other one is {run / 'checkpoint-8'}: give it as `resume_from_checkpoint`" in said
+        assert "\n" not in said
+        assert "weights_only" not in said
+        monkeypatch.setenv("NCA_ALIGN_TRACEBACK", "1")
+        with pytest.raises(Exception, match=r"^(?!`resume_from_checkpoint`)"):
+            make(run, **own).train(resume_from_checkpoint=True)
+
+    @pytest.mark.parametrize("file", ["adapter_model.safetensors", "optimizer.pt", "trainer_state.json"])
+    def test_a_cut_file_of_another_trainer_is_told(self, file, run):
+        for folder in run.glob("checkpoint-*"):
+            (folder / MANIFEST).unlink()
+            if folder.name != "checkpoint-12":
+                shutil.rmtree(folder)
+        os.truncate(run / "checkpoint-12" / file, 60)
+        with pytest.raises(UserError, match=r"checkpoint-12 can't be loaded \(.*holds no other one: leave"):
+            make(run, save_steps=4).train(resume_from_checkpoint=True)
+
+    def test_an_error_in_training_keeps_its_traceback(self, run):
+        with pytest.raises(KeyError):
+            make(run, At("on_train_begin", 12, lambda: {}["missing"]), save_steps=4).train(resume_from_checkpoint=True)
+
+    def test_a_model_alone_is_refused_and_sigterm_saves_all(self, tmp_path):
+        """Without optimizer and random state transformers would go on otherwise, and not say so."""
+        own = {"save_only_model": True}
+        expected = whole_run(tmp_path / "whole", **own)
+        with pytest.raises(KeyboardInterrupt):
+            make(tmp_path / "cut", At("on_save", 5, interrupt), **own).train()
+        alone = r"checkpoint-5 holds the model alone, as `save_only_model` asked, and no state to go on from; "
+        for now in (own, {}):
+            with pytest.raises(UserError, match=alone + r"\S+ holds no other one"):
+                make(tmp_path / "cut", **now).train(resume_from_checkpoint=True)
+        shutil.rmtree(tmp_path / "cut")
+        handler = signal.getsignal(signal.SIGTERM)
+        try:
+            with pytest.raises(SystemExit):
+                make(tmp_path / "cut", At("on_step_begin", 4, terminate), **own).train()
+        finally:
+            signal.signal(signal.SIGTERM, handler)
+        nca = make(tmp_path / "cut", At("on_save", 7, interrupt), **own)
+        with pytest.raises(KeyboardInterrupt):
+            nca.train(resume_from_checkpoint=True)
+        assert nca.args.save_only_model
+        with pytest.raises(UserError, match=r"checkpoint-7 holds the model alone.*the last other one is \S+-5: give"):
+            make(tmp_path / "cut", **own).train(resume_from_checkpoint=True)
+        nca = make(tmp_path / "cut", **own)
+        nca.train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-5"))
+        assert_same(nca, expected)
 
     def test_another_trainers_checkpoint_is_taken_and_said_to_be_unknown(self, run, caplog):
         for folder in run.glob("checkpoint-*"):
@@ -273,6 +334,24 @@ class TestChanges:
         assert "`adapter.default.r` 4 → 8" in self.refused(run, peft_config=adapter)
         assert "`adapter.default.r` 4 → null" in self.refused(run, peft_config=None)
 
+    def test_a_reference_that_was_given_belongs_to_it(self, tmp_path):
+        def reference(scale: float):
+            model = build_model(build_tokenizer())
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.mul_(scale)
+            return model
+
+        own = {"peft_config": None}
+        with pytest.raises(KeyboardInterrupt):
+            make(tmp_path, At("on_save", 1, interrupt), ref_model=reference(1.0), **own).train()
+        self.resume(tmp_path, ref_model=reference(1.0), **own)
+        self.resume(tmp_path, ref_model=reference(1.0), precompute_ref_log_probs=True, **own)
+        said = self.refused(tmp_path, ref_model=reference(1.5), **own)
+        assert re.search(r"another run: `ref_model` [0-9a-f]{16} → [0-9a-f]{16};", said)
+        assert re.search(r"another run: `ref_model` [0-9a-f]{16} → null;", self.refused(tmp_path, **own))
+        self.resume(tmp_path, ref_model=reference(1.5), resume_changed=["ref_model"], **own)
+
     @pytest.mark.parametrize(("name", "value"), [("learning_rate", 5e-4), ("weight_decay", 0.1), ("adam_beta2", 0.9)])
     def test_what_the_optimizers_state_keeps_can_not_change(self, name, value, run):
         for allowed in ([], [name]):
@@ -298,7 +377,8 @@ class TestChanges:
         """The lists name options that there are, and what TRL adds is compared."""
         identity = read_manifest(run / "checkpoint-1")["identity"]
         options = set(make(run).args.to_dict())
-        assert options >= FREE | FIXED
+        newer = {"activation_checkpointing", "activation_checkpointing_kwargs"}  # than the oldest transformers
+        assert options >= (FREE | FIXED) - newer
         assert not FREE & FIXED
         assert options - FREE <= identity.keys()
         assert identity.keys() - options >= {"data", "model", "global_batch_size", "model.hidden_size"}
@@ -344,6 +424,29 @@ class TestSigterm:
         finally:
             signal.signal(signal.SIGTERM, handler)
         assert len(seen) == 1  # of four
+        nca = make(tmp_path / "cut", **own)
+        nca.train(resume_from_checkpoint=True)
+        assert_same(nca, expected)
+
+    def test_an_evaluation_that_is_cut_again_leaves_its_checkpoint_as_it_is(self, tmp_path, monkeypatch):
+        """It may be the only one: a kill or a full disk in a second save of the same would leave none."""
+        own = {"save_steps": 4, "save_total_limit": 1, "eval_strategy": "steps", "eval_steps": 4,
+               "per_device_eval_batch_size": 1}  # fmt: skip
+        expected = whole_run(tmp_path / "whole", **own)
+        handler = signal.getsignal(signal.SIGTERM)
+        try:
+            for resume in (None, True):
+                with pytest.raises(SystemExit) as left:
+                    make(tmp_path / "cut", At("on_prediction_step", 4, terminate), **own).train(
+                        resume_from_checkpoint=resume
+                    )
+                assert left.value.code == PREEMPTED
+                assert read_manifest(tmp_path / "cut" / "checkpoint-4")["run"]["owes_evaluation"]
+                signal.signal(signal.SIGTERM, handler)
+                monkeypatch.setattr("nca_align.resume.sync", lambda path: pytest.fail("it is written anew"))
+        finally:
+            signal.signal(signal.SIGTERM, handler)
+        monkeypatch.undo()
         nca = make(tmp_path / "cut", **own)
         nca.train(resume_from_checkpoint=True)
         assert_same(nca, expected)

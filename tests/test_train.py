@@ -1,7 +1,9 @@
 """`scripts/train.py` from YAML and flags, in this process where it can be, and what it leaves in the run's folder."""
 
+import ctypes
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +12,7 @@ import pytest
 from datasets import Dataset
 
 from conftest import DATA, build_tokenizer, reward_rows
-from nca_align.train import main
+from nca_align.train import _follow_launcher, main
 
 ROOT = Path(__file__).resolve().parents[1]
 FAST = {
@@ -123,6 +125,13 @@ MISTAKES = {
         "`metric_for_best_model` is bleu, which no evaluation gives",
     ),
     "answers": (["--eval_scorer", "nca_align.scorers:vader"], "`eval_scorer` is set, but nothing is evaluated"),
+    "metric of answers": (
+        [
+            *("--load_best_model_at_end", "true", "--eval_strategy", "steps", "--eval_steps", "1"),
+            *("--save_strategy", "steps", "--save_steps", "1", "--metric_for_best_model", "generation/reward"),
+        ],
+        "`metric_for_best_model` is generation/reward, which no evaluation gives",
+    ),
     "a file for a folder": (["--output_dir", __file__], "is a file; give a folder"),
     "modules": (["--use_peft", "true", "--lora_target_modules", "foo"], "setting up the training failed: "),
     "tracker": (["--report_to", "foo"], "foo"),
@@ -230,3 +239,19 @@ def test_an_unknown_key_in_yaml_names_the_nearest(model_dir, data_file, tmp_path
 def test_dataset_rows_that_load_dataset_gives_train_too(model_dir, tmp_path):
     Dataset.from_list(reward_rows(6)).save_to_disk(tmp_path / "saved")
     assert main(flags(model_name_or_path=model_dir, dataset_name=tmp_path / "saved", output_dir=tmp_path / "run")) == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the end of a parent is a signal on Linux alone")
+@pytest.mark.parametrize(("launched", "expected"), [(True, signal.SIGTERM), (False, 0)])
+def test_a_run_ends_with_accelerate_launch_and_with_no_shell(launched, expected, monkeypatch):
+    """Under nohup it outlives the shell that started it."""
+    monkeypatch.delenv("ACCELERATE_DYNAMO_MODE", raising=False)
+    if launched:
+        monkeypatch.setenv("ACCELERATE_DYNAMO_MODE", "default")
+    libc, found = ctypes.CDLL(None), ctypes.c_int(-1)
+    try:
+        _follow_launcher()
+        assert libc.prctl(2, ctypes.byref(found)) == 0  # PR_GET_PDEATHSIG
+    finally:
+        libc.prctl(1, 0)
+    assert found.value == expected

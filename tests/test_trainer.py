@@ -1,8 +1,10 @@
 """NCATrainer end to end on tiny models: its log-probabilities, means, references, adapters and options."""
 
 import copy
+import errno
 import json
 import logging
+import os
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 from conftest import build_model, build_tokenizer, reward_rows
 from nca_align import NCAConfig, NCATrainer
 from nca_align.attention import share_prefixes
+from nca_align.errors import UserError
 from nca_align.logprobs import add_token_logps
 from nca_align.preparation import keep_nf4_differentiable
 
@@ -483,6 +486,68 @@ def test_an_interrupted_computation_goes_on_where_it_stopped(cache, tmp_path, mo
     assert nca.train_dataset["ref_logps"][:] == [
         pytest.approx(row, rel=1e-5) for row in live._reference_logps(batch).tolist()
     ]
+
+
+@pytest.mark.parametrize("damage", [b"", b"PAR1 and no more", "zeros", "short"])
+def test_a_shard_that_a_crash_left_unreadable_is_computed_anew(damage, cache, tmp_path, monkeypatch, caplog):
+    from nca_align import reference
+
+    monkeypatch.setattr(reference, "ROWS_PER_SHARD", 3)
+    options = {"rows": reward_rows(8), "precompute_ref_log_probs": True}
+    expected = trainer(tmp_path, **options).train_dataset["ref_logps"][:]
+    broken, *others = sorted(cache.rglob("*.parquet"))
+    before = [shard.stat().st_mtime_ns for shard in others]
+    size = broken.stat().st_size
+    broken.write_bytes({"zeros": bytes(size), "short": others[-1].read_bytes()}.get(damage, damage))
+    nca = trainer(tmp_path, **options)
+    assert nca.train_dataset["ref_logps"][:] == expected
+    assert [shard.stat().st_mtime_ns for shard in others] == before
+    assert ("000000000.parquet can't be read: its rows'" in caplog.text) == (damage != "short")
+
+
+def test_what_a_killed_run_left_half_written_goes_and_another_runs_stays(cache, tmp_path):
+    from nca_align.reference import ReferenceCache
+
+    own = ReferenceCache(("key",), 2)
+    own.folder.mkdir(parents=True)
+    old, new = own.folder / "000000000.1.partial", own.folder / "000000000.2.partial"
+    for file in (old, new):
+        file.write_bytes(b"PAR1")
+    os.utime(old, (1, 1))
+    ((_, _, shard),) = own.missing()
+    own.write(shard, [[-1.0, -2.0], [-3.0]])
+    assert sorted(own.folder.iterdir()) == [new, shard]
+    assert own.read() == [[-1.0, -2.0], [-3.0]]
+
+
+def test_a_shard_is_on_the_disk_before_it_has_its_name(cache, monkeypatch):
+    from nca_align import reference
+
+    own = reference.ReferenceCache(("key",), 1)
+    ((_, _, shard),) = own.missing()
+    synced = []
+    monkeypatch.setattr(reference, "sync", lambda path: synced.append((path.suffix, shard.exists())))
+    own.write(shard, [[-1.0]])
+    assert synced == [(".partial", False)]
+
+
+def test_a_disk_too_full_for_the_cache_is_told_with_what_to_do(cache, monkeypatch):
+    from nca_align import reference
+
+    def full(table, where):
+        where.write_bytes(b"PAR1")
+        raise OSError(errno.ENOSPC, "Error writing bytes to file")
+
+    own = reference.ReferenceCache(("key",), 1)
+    ((_, _, shard),) = own.missing()
+    monkeypatch.setattr(reference.pq, "write_table", full)
+    with pytest.raises(
+        UserError,
+        match=r"^the cache of reference log-probabilities can't be written: Error writing .* MiB free in .*"
+        r"; make room, or set HF_DATASETS_CACHE to another disk; the same command goes on",
+    ):
+        own.write(shard, [[-1.0]])
+    assert not list(own.folder.iterdir())
 
 
 def test_evaluate_on_new_data_after_training_has_the_right_reference(cache, model_dir, tmp_path):

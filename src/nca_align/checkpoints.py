@@ -7,11 +7,13 @@ import json
 import os
 import re
 import shutil
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.utils import gather_object
 
 from .errors import UserError, one_line
@@ -20,14 +22,20 @@ MANIFEST = "nca_align.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
 # what the errors of safetensors and torch say that are no OSError
 _WRITE_ERRORS = ("I/O error", "No space left", "PytorchStreamWriter", "inline_container")
+# what transformers reads a checkpoint with, to go on from it
+_LOADERS = {
+    "_load_from_checkpoint", "load_from_json", "_load_callback_state", "_load_optimizer_and_scheduler", "_load_scaler",
+    "_load_rng_state", "deepspeed_load_checkpoint",
+}  # fmt: skip
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """What `nca_align.json` in `folder` says; None where there is none, or no readable one."""
     try:
-        return json.loads((folder / MANIFEST).read_text())
+        manifest = json.loads((folder / MANIFEST).read_text())
     except (OSError, ValueError):
         return None
+    return manifest if isinstance(manifest, dict) else None
 
 
 def is_whole(folder: Path) -> bool:
@@ -59,6 +67,18 @@ def last_common_checkpoint(output_dir: str | os.PathLike) -> Path | None:
     return own[max(common)] if common else None
 
 
+def other_checkpoint(folder: Path, output_dir: str | os.PathLike) -> str:
+    """The advice which checkpoint in `output_dir` to go on from in the place of `folder`: the last that has all."""
+    others = [
+        other
+        for other in whole_checkpoints(output_dir).values()
+        if other.resolve() != folder.resolve() and not (read_manifest(other) or {}).get("model_only")
+    ]
+    if others:
+        return f"the last other one is {others[-1]}: give it as `resume_from_checkpoint`"
+    return f"{output_dir} holds no other one: leave `resume_from_checkpoint` out to start anew"
+
+
 @contextmanager
 def write_errors_told(what: str, folder: Path, advice: Callable[[], str]) -> Iterator[None]:
     """Around writing `what`: a full disk and its like become one sentence that ends with `advice`.
@@ -75,6 +95,33 @@ def write_errors_told(what: str, folder: Path, advice: Callable[[], str]) -> Ite
         free = shutil.disk_usage(there).free / 2**20
         reason = error.strerror if isinstance(error, OSError) and error.strerror else one_line(error)[:200]
         raise UserError(f"{what} can't be written: {reason} ({free:,.1f} MiB free in {there}); {advice()}") from error
+
+
+@contextmanager
+def read_errors_told(folder: str | None, output_dir: str) -> Iterator[None]:
+    """Around training that goes on from `folder`: what can't be loaded of it becomes one sentence.
+
+    Raises:
+        UserError: loading failed; `NCA_ALIGN_TRACEBACK=1` shows where.
+    """
+    try:
+        yield
+    except Exception as error:
+        within = {frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)}
+        loading = within & _LOADERS and "_load_best_model" not in within
+        if (
+            folder is None
+            or not loading
+            or os.environ.get("NCA_ALIGN_TRACEBACK")
+            or isinstance(error, torch.OutOfMemoryError)
+        ):
+            raise
+        # torch's own text on a pickle advises to load it without this safeguard
+        reason = type(error).__name__ if "weights_only" in str(error) else one_line(error)[:200]
+        raise UserError(
+            f"`resume_from_checkpoint` {folder} can't be loaded ({reason}): it is damaged, or of another model or "
+            f"trainer; {other_checkpoint(Path(folder), output_dir)} (NCA_ALIGN_TRACEBACK=1 shows where)"
+        ) from error
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -43,7 +43,7 @@ class StepGuard:
         self._skipped = 0
 
     def add_rows(self, numbers: list[int] | None, finite: torch.Tensor) -> None:
-        """Note a micro-batch's rows, by their numbers in the training data, and which are finite, (B,) bool."""
+        """Note a micro-batch's rows, by their numbers in the training split, and which are finite, (B,) bool."""
         self._rows.append((numbers, finite))
 
     def add_loss(self, loss: torch.Tensor, logged: torch.Tensor) -> None:
@@ -107,9 +107,10 @@ class StepGuard:
         parts = [pair for part in gather_object([own]) for pair in part]
         broken = sorted({number for number, finite in parts if not finite})
         if broken:
-            return f"Step {step}: the log-probabilities of row{'s' * (len(broken) > 1)} {_list(broken)} are not finite"
+            rows_ = f"row{'s' * (len(broken) > 1)} {_list(broken)} of the training split"
+            return f"Step {step}: the log-probabilities of {rows_} are not finite"
         all_rows = sorted({number for number, _ in parts})
-        where = f"rows {_list(all_rows)} of the training data" if all_rows else "rows that carry no `row_number`"
+        where = f"rows {_list(all_rows)} of the training split" if all_rows else "rows that carry no `row_number`"
         return f"Step {step}: the {'loss' if loss_broken else 'gradient'} of {where} is not finite"
 
     def watch(self, best: float | None, step: int) -> None:

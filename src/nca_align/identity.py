@@ -45,10 +45,13 @@ FIXED = {
     "adam_epsilon",
 }  # fmt: skip
 _STREAM_ROWS = 8  # of a stream that are read to know it again
+_NOT_OF_THE_MODEL = ("token", "use_auth_token", "proxies")  # how it is fetched; secrets stay out of checkpoints
 _CONTENT = ("prompt_ids", "completion_ids", "rewards")
 
 
-def run_identity(args: NCAConfig, model: nn.Module, dataset, processes: int) -> dict[str, Any]:
+def run_identity(
+    args: NCAConfig, model: nn.Module, dataset, processes: int, reference: str | None = None
+) -> dict[str, Any]:
     """What decides a run's result, as JSON values: `args` without `FREE`, the batch, the model, adapter and data.
 
     Args:
@@ -56,8 +59,14 @@ def run_identity(args: NCAConfig, model: nn.Module, dataset, processes: int) -> 
         model: the policy, with its adapters if it has any.
         dataset: tokenised training rows; a stream is known by its first rows.
         processes: of the launch; only the prompts of a whole step count, not how they are dealt to processes.
+        reference: `reference_hash` of a `ref_model` that was given.
     """
     identity = {name: value for name, value in args.to_dict().items() if name not in FREE}
+    kwargs = args.model_init_kwargs
+    if isinstance(kwargs, dict):
+        identity["model_init_kwargs"] = {name: kwargs[name] for name in kwargs if name not in _NOT_OF_THE_MODEL}
+    if reference is not None:
+        identity["ref_model"] = reference[:16]
     identity["global_batch_size"] = args.train_batch_size * args.gradient_accumulation_steps * processes
     if args.train_sampling_strategy == "group_by_length":  # there the order of the rows depends on it
         identity["prompts_a_process"] = args.train_batch_size * args.gradient_accumulation_steps

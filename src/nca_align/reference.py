@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,13 @@ from datasets import Dataset
 from datasets.fingerprint import Hasher
 from torch import nn
 
+from .checkpoints import sync, write_errors_told
 from .collator import RewardCollator
-from .preparation import base_model
+from .preparation import base_model, say
 
 ROWS_PER_SHARD = 512
+# A half-written shard this old, in seconds, is a killed run's: writing one takes no time
+_STALE = 3600
 # What a model's config says beside what its forward computes
 _NOT_COMPUTED = (  # saving writes some of these, and each training sets the ids
     "_name_or_path", "transformers_version", "use_cache", "architectures", "bos_token_id", "eos_token_id",
@@ -107,19 +111,45 @@ class ReferenceCache:
             yield start, min(start + ROWS_PER_SHARD, self.num_rows), self.folder / f"{start:09d}.parquet"
 
     def missing(self) -> list[tuple[int, int, Path]]:
-        """The shards that are still to be computed; a file is whole or isn't there."""
-        return [shard for shard in self.shards() if not shard[2].exists()]
+        """The shards that are still to be computed, with those that a crash of the machine left unreadable."""
+        return [shard for shard in self.shards() if not _is_whole(*shard)]
 
     def write(self, file: Path, logps: list[list[float]]) -> None:
-        """Write one shard so that a run killed meanwhile leaves no half of it."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(f".{os.getpid()}.partial")
-        pq.write_table(pa.table({"ref_logps": pa.array(logps, pa.list_(pa.float64()))}), partial)
-        os.replace(partial, file)
+        """Write one shard so that a run killed meanwhile leaves no half of it, nor a machine that goes down.
+
+        Raises:
+            UserError: the disk is full, or the folder can't be written.
+        """
+        partial = file.with_suffix(f".{os.getpid()}.partial")  # another run may be writing the same shard
+        advice = (
+            "make room, or set HF_DATASETS_CACHE to another disk; the same command goes on from the rows done so far"
+        )
+        with write_errors_told("the cache of reference log-probabilities", self.folder, lambda: advice):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for left in self.folder.glob("*.partial"):
+                if left.stat().st_mtime < time.time() - _STALE:
+                    left.unlink(missing_ok=True)
+            try:
+                pq.write_table(pa.table({"ref_logps": pa.array(logps, pa.list_(pa.float64()))}), partial)
+                sync(partial)
+                os.replace(partial, file)
+            except BaseException:
+                partial.unlink(missing_ok=True)
+                raise
 
     def read(self) -> list[list[float]]:
         """(rows) lists of K log-probabilities, nats."""
         return [row for *_, file in self.shards() for row in pq.read_table(file)["ref_logps"].to_pylist()]
+
+
+def _is_whole(start: int, end: int, file: Path) -> bool:
+    try:
+        return pq.read_metadata(file).num_rows == end - start
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError):  # Arrow's own errors are the latter
+        say(f"{file} can't be read: its rows' reference log-probabilities are computed anew.")
+        return False
 
 
 def add_reference_logps(

@@ -24,6 +24,7 @@ from .checkpoints import (
     MANIFEST,
     is_whole,
     last_common_checkpoint,
+    other_checkpoint,
     read_manifest,
     sync,
     whole_checkpoints,
@@ -57,7 +58,8 @@ class Resume(TrainerCallback):
         self.steps_without_loss = 0  # that don't count in the mean loss of the run
         self._deferred = False
         self._identity: dict[str, Any] | None = None
-        self._loaded: dict[str, Any] = {}  # the manifest that the run goes on from
+        self._folder: Path | None = None  # the checkpoint that the run goes on from
+        self._loaded: dict[str, Any] = {}  # its manifest
 
     # Finding a checkpoint
 
@@ -65,9 +67,9 @@ class Resume(TrainerCallback):
         """The checkpoint that `train(resume_from_checkpoint=wanted)` goes on from.
 
         Raises:
-            UserError: there is none, it is half written, or it belongs to another run.
+            UserError: there is none, it is half written or the model alone, or it belongs to another run.
         """
-        self._loaded = {}
+        self._folder, self._loaded = None, {}
         if wanted is None or wanted is False:
             return None
         args = self.trainer.args
@@ -84,7 +86,12 @@ class Resume(TrainerCallback):
                 f"`resume_from_checkpoint` {folder} is not a whole checkpoint: a save was cut off, or files are "
                 f"missing; {instead}"
             )
-        self._loaded = read_manifest(folder) or {}
+        self._folder, self._loaded = folder, read_manifest(folder) or {}
+        if self._loaded.get("model_only"):
+            raise UserError(
+                f"`resume_from_checkpoint` {folder} holds the model alone, as `save_only_model` asked, and no state to "
+                f"go on from; {other_checkpoint(folder, args.output_dir)}, or with its weights as `model_name_or_path`"
+            )
         self._refuse_changes(folder)
         PartialState().wait_for_everyone()  # before a process removes what another may be looking at
         if args.should_save:
@@ -113,7 +120,8 @@ class Resume(TrainerCallback):
         if self._identity is None:
             t = self.trainer
             model = t.accelerator.unwrap_model(t.model)
-            self._identity = run_identity(t.args, model, t.train_dataset, t.accelerator.num_processes)
+            reference = t._reference_hash if t._reference_given else None
+            self._identity = run_identity(t.args, model, t.train_dataset, t.accelerator.num_processes, reference)
         return self._identity
 
     def epochs_done(self, max_steps: int, epochs: int, epochs_trained: int) -> int:
@@ -130,6 +138,8 @@ class Resume(TrainerCallback):
         trainer, args = self.trainer, self.trainer.args
         folder = output / f"checkpoint-{trainer.state.global_step}"
         limit, args.save_total_limit = args.save_total_limit, None  # not before the new one is whole
+        model_only = args.save_only_model
+        args.save_only_model = model_only and not self.stopping  # what SIGTERM leaves is to be gone on from
         try:
             with write_errors_told(folder.name, folder, lambda: self._give_up(folder)):
                 if args.should_save:
@@ -146,13 +156,14 @@ class Resume(TrainerCallback):
                         sync(file)
                     about = {
                         "complete": True,
+                        "model_only": args.save_only_model,
                         "files": {str(file.relative_to(folder)): file.stat().st_size for file in files},
                         "run": run,
                         "identity": self.identity(),
                     }
                     write_json(folder / MANIFEST, about)
         finally:
-            args.save_total_limit = limit
+            args.save_total_limit, args.save_only_model = limit, model_only
         trainer.accelerator.wait_for_everyone()
         if args.should_save:
             best = trainer.state.best_model_checkpoint
@@ -239,13 +250,19 @@ class Resume(TrainerCallback):
             SystemExit: always.
         """
         step = self.trainer.state.global_step
-        if owing_evaluation and step:
+        if owing_evaluation and step and not self._owed_already(step):
             self.owes_evaluation = True
             self.trainer._save_checkpoint(self.trainer.model_wrapped, None)
         done = f"checkpoint-{step} is written, and `resume_from_checkpoint: true` goes on from it"
         say(f"SIGTERM: {done if step else 'no step was done yet, and nothing is lost'} (exit code {PREEMPTED}).")
         self.trainer.accelerator.wait_for_everyone()
         raise SystemExit(PREEMPTED)
+
+    def _owed_already(self, step: int) -> bool:
+        """Whether the run goes on from this step's checkpoint: writing it anew would put the only one at risk."""
+        own = Path(self.trainer.args.output_dir, f"checkpoint-{step}").resolve()
+        owing = self._loaded.get("run", {}).get("owes_evaluation", False)
+        return owing and self._folder is not None and self._folder.resolve() == own
 
     # Callbacks
 
@@ -257,7 +274,7 @@ class Resume(TrainerCallback):
         self._restore_sums(run["processes"])
         if run["owes_evaluation"]:
             self.owes_evaluation = False
-            control.should_evaluate = True
+            control.should_evaluate, control.should_save = True, False  # this step's checkpoint is what it goes on from
             trainer._maybe_log_save_evaluate(
                 trainer._tr_loss, None, trainer.model_wrapped, trial=None, epoch=state.epoch,
                 ignore_keys_for_eval=None, start_time=0.0,

@@ -1,8 +1,10 @@
 """`nca-align train` and `scripts/train.py`: options → data → NCATrainer → a run folder, and in words what moved."""
 
+import ctypes
 import json
 import logging
 import os
+import signal
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -59,6 +61,7 @@ def main(argv: list[str] | None = None) -> int:
         "train",
         "Align a language model on K rewarded completions per prompt.",
     )
+    _follow_launcher()
     if args.process_index == 0:
         logging.basicConfig(format="%(message)s", stream=sys.stdout)
         logger.setLevel(logging.INFO)
@@ -128,6 +131,15 @@ def main(argv: list[str] | None = None) -> int:
     trainer.accelerator.wait_for_everyone()  # a process that leaves first makes gloo hang in the other's clean-up
     trainer.end()
     return 0
+
+
+def _follow_launcher() -> None:
+    """Where `accelerate launch` started this process, its end is a SIGTERM here: it passes on none (accelerate 1.15).
+
+    Not elsewhere: a run of `nohup` outlives its shell.
+    """
+    if sys.platform == "linux" and "ACCELERATE_DYNAMO_MODE" in os.environ:
+        ctypes.CDLL(None).prctl(1, int(signal.SIGTERM))  # PR_SET_PDEATHSIG
 
 
 def _require(value: Any, name: str, what: str) -> None:

@@ -21,6 +21,7 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import create_model_from_path, get_config_model_id, global_then_local_main_first, use_adapter
 
 from . import layout
+from .checkpoints import read_errors_told
 from .chunks import backward, gradient_sync, restore_rng, rng_restored, rng_state
 from .collator import RewardCollator
 from .config import NCAConfig
@@ -119,6 +120,7 @@ class NCATrainer(DPOTrainer):
             eval_dataset = reward_rows(eval_dataset, "eval")
         evaluated = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
         settle(args, model, [train_dataset, *evaluated])
+        self._reference_given = ref_model is not None  # a checkpoint belongs to it
         if ref_model is None:
             ref_model = own_reference(model, peft_config, args)
         self._rebalancer: BatchRebalanceSampler | None = None
@@ -247,7 +249,8 @@ class NCATrainer(DPOTrainer):
         for model in models:
             add_token_logps(model)
             keep_nf4_differentiable(model)
-        if self.precompute_ref_logps:  # before any forward: bitsandbytes repacks its weights there on a CPU
+        # Before any forward: bitsandbytes repacks its weights there on a CPU
+        if self.precompute_ref_logps or self._reference_given:
             self._reference_hash = reference_hash(models[-1] if self.ref_model is not None else self.model)
         self._layout_to_verify: str | None = None
         if self._given_collator is None:
@@ -479,11 +482,11 @@ class NCATrainer(DPOTrainer):
         """As transformers', exactly as if the run had not stopped; `True` takes the last checkpoint that is whole.
 
         Raises:
-            UserError: no whole checkpoint, or options, model or data that are not those of the checkpoint.
+            UserError: no whole checkpoint, one that can't be loaded, or options, model or data that are not its own.
             SystemExit: with code 75, after SIGTERM and a checkpoint at the end of the step.
         """
         checkpoint = self._resume.find(resume_from_checkpoint)
-        with self._resume.watching_sigterm():
+        with self._resume.watching_sigterm(), read_errors_told(checkpoint, self.args.output_dir):
             return super().train(checkpoint, *args, **kwargs)
 
     def _init_training_state(self, max_steps, steps_an_epoch, num_train_epochs, checkpoint, trial):
