@@ -518,3 +518,21 @@ def test_a_cell_over_its_time_is_stopped_and_the_next_one_runs(config, tmp_path,
     said = capfd.readouterr()
     assert said.err.count("it took longer than `timeout_minutes`, 0.02") == 2
     assert not (tmp_path / "out" / "comparison.csv").exists()
+
+
+def test_what_is_deaf_to_sigterm_is_not_waited_for(monkeypatch):
+    """As a cell is in a long evaluation: it goes on from the one before."""
+    monkeypatch.setattr(cells, "_GRACE", 0.5)
+    deaf = "import signal, sys; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); sys.stdin.read()"
+    hears = "import sys; print(flush=True); sys.stdin.read()"
+    processes = [
+        subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        for code in (deaf, hears)
+    ]
+    for process in processes:
+        process.stdout.readline()
+    cells._end(processes)
+    assert [process.wait(5) for process in processes] == [-signal.SIGKILL, -signal.SIGTERM]
+    for process in processes:
+        process.stdin.close()
+        process.stdout.close()

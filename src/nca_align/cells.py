@@ -7,6 +7,7 @@ import queue
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict
@@ -27,6 +28,7 @@ from .resume import PREEMPTED
 from .reward_functions import find_function, is_function, source_fingerprint
 from .smollm2 import resolve_model
 
+_GRACE = 20.0  # seconds
 SETTINGS, CONFIG, LOG, ERROR, DONE = "settings.json", "config.yaml", "log.txt", "error.txt", "done.json"
 # Of `nca-align train`, for every cell
 _FORCED = {"eval_strategy": "no", "eval_on_start": False, "save_strategy": "no", "disable_tqdm": True}
@@ -128,9 +130,20 @@ def run_cells(cells: Sequence[Cell], output: Path, parallel: int, timeout_minute
         except BaseException:
             for future in futures:
                 future.cancel()
-            for process in list(running):
-                process.terminate()
+            _end(list(running))
             raise
+
+
+def _end(processes: Sequence[subprocess.Popen]) -> None:
+    """Let them save at the end of their step; one that is in the midst of a long evaluation is not waited for."""
+    for process in processes:
+        process.terminate()
+    until = time.monotonic() + _GRACE
+    for process in processes:
+        try:
+            process.wait(max(0.0, until - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
 
 
 def _run(
