@@ -89,12 +89,12 @@ def main(runs: Path, output: Path) -> None:
     found = {path.parent.name: path for path in sorted(runs.glob("*/comparison.csv"))}
     for name, path in found.items():
         rows = read(path)
+        last = {row["cell"]: float(row["minutes"]) for row in rows if row["minutes"]}
         if name in ABLATIONS and "task1" in found:  # its own setting among those that it varies
             rows += [row for row in read(found["task1"]) if row["method"] == "nca"]
         write_csv(output / f"{name}.csv", rows)
         tables[name] = means(rows)
         write_csv(output / f"{name}-means.csv", tables[name], [*NAMES, "figure", "mean", "low", "high", "n"])
-        last = {row["cell"]: float(row["minutes"]) for row in rows if row["minutes"]}
         known = json.loads((path.parent / "provenance.json").read_text(encoding="utf-8"))
         provenance[name] = {**known, "minutes": round(sum(last.values()), 1), "cells": len(last)}
     if not provenance:

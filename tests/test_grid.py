@@ -110,6 +110,7 @@ def test_evaluation():
         ({"scorers": "m:f"}, "unknown key `scorers` in `evaluation` (did you mean `scorer`?)"),
         ("m:f", "`evaluation` is 'm:f'; it must be a mapping in the YAML file"),
         ({}, "`scorer` is missing from `evaluation`"),
+        ({"scorer": 3}, "`scorer` is missing from `evaluation`"),
         ({"scorer": "m:f", "steps": 0}, "`steps` of `evaluation` is 0; it must be a whole number, at least 1"),
         ({"scorer": "m:f", "prompts": True}, "`prompts` of `evaluation` is True; it must be a whole number"),
     ]:

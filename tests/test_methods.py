@@ -108,6 +108,9 @@ def test_sft_is_the_likelihood_of_the_best_alone(tokenizer, tmp_path):
 def test_what_can_not_be_is_refused_in_one_sentence():
     with pytest.raises(ValueError, match=r"must be one of nca, infonca.*kto .* did you mean 'dpo'"):
         check_method("dpoo", None)
+    for typo in ("best_wurst", 3):
+        with pytest.raises(ValueError, match="must be one of rewards, first_N, best_plus_N"):
+            check_method("nca", typo)
     with pytest.raises(ValueError, match="`strategy` is 'rewards' with `method` dpo, which trains on pairs"):
         check_method("dpo", "rewards")
     with pytest.raises(ValueError, match="`strategy` is 'all_pairs' with `method` kto, which trains on no pairs"):

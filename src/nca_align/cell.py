@@ -70,7 +70,8 @@ def run_cell(folder: Path) -> None:
             quantization_config=quantization_config,
         )  # fmt: skip
     last_step = trainer.args.max_steps
-    steps = {round(last_step * i / evaluation.steps) for i in range(evaluation.steps + 1)}
+    # reward bends with the KL, most at a run's beginning: halves of halves, so that the curve is known there too
+    steps = {0, *(max(1, round(last_step / 2**i)) for i in range(evaluation.steps))}
     evaluators = {
         split: GenerationEvaluator(
             rows, tokenizer, evaluation.scorer, scorer_weights=evaluation.scorer_weights or None,

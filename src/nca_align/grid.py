@@ -47,7 +47,8 @@ class Evaluation:
         prompts: most prompts of each that are taken, its first; None for all.
         num_completions: answers a prompt.
         max_new_tokens: tokens at which an answer is cut.
-        steps: evaluations of a run, evenly spaced and the last at its end; there is one before the first step beside.
+        steps: evaluations of a run, the last at its end and each of the others half-way to the next, from the start;
+            there is one before the first step beside.
         batch_size: answers at a time.
         seed: of the answers, alike for all cells.
     """
@@ -66,7 +67,7 @@ class Evaluation:
     def __post_init__(self):
         if isinstance(self.scorer, str):
             object.__setattr__(self, "scorer", [self.scorer])
-        if not self.scorer:
+        if not self.scorer or not (isinstance(self.scorer, list) and all(isinstance(own, str) for own in self.scorer)):
             raise ValueError("`scorer` is missing from `evaluation`; give what rewards answers, as `nca-align score`")
         for name in ("prompts", "num_completions", "max_new_tokens", "steps", "batch_size"):
             value = getattr(self, name)
@@ -155,7 +156,7 @@ def _check_base(base: Any) -> None:
 
 
 def _combinations(grid: Any) -> Iterable[dict[str, Any]]:
-    for one in grid if isinstance(grid, list) else [grid]:
+    for one in grid if isinstance(grid, list) and grid else [grid]:
         if not isinstance(one, Mapping) or not one:
             raise UserError(
                 f"`grid` is {grid!r}; it must map {', '.join(KEYS)} to values, or be a list of such mappings"

@@ -10,7 +10,7 @@ from transformers import Trainer
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 
 from .config import NCAConfig
-from .data.strategies import PAIRS, select_completions, to_preference_pairs, to_unpaired
+from .data.strategies import PAIRS, check_strategy, select_completions, to_preference_pairs, to_unpaired
 from .losses import LOSSES, loss_name
 
 # TRL's name of a DPOTrainer loss for each method that goes through it
@@ -29,6 +29,8 @@ def check_method(method: str, strategy: str | None) -> tuple[str, str]:
         ValueError: no such method, or a strategy that it can't train on.
     """
     name = loss_name(method, METHODS)
+    if strategy is not None:
+        check_strategy(strategy)
     if name in _DPO_LOSSES:
         strategy = strategy or "best_worst"
         if strategy not in PAIRS:
