@@ -15,6 +15,14 @@ from .preparation import base_model, keep_nf4_differentiable
 from .tokenization import tokenize_dataset
 
 
+def log_within_step(trainer: Trainer, values: dict[str, float]) -> None:
+    """A line of its own in the log, which leaves the step's own line, due after the callbacks, as it is."""
+    due = trainer.control.should_log
+    # transformers' own: TRL's adds, and empties, the training metrics that are still being collected
+    Trainer.log(trainer, values)
+    trainer.control.should_log = due
+
+
 class _EvaluationCallback(TrainerCallback):
     """What both have in common: when they run, and how they log; `mark` is a key of each line that they log."""
 
@@ -60,10 +68,7 @@ class _EvaluationCallback(TrainerCallback):
         model = trainer.accelerator.unwrap_model(trainer.model)
         with trainer.accelerator.autocast():
             values = self.measure(model)
-        due = trainer.control.should_log  # of the step's own line, which comes after the callbacks
-        # transformers' own: TRL's adds, and empties, the training metrics that are still being collected
-        Trainer.log(trainer, values)
-        trainer.control.should_log = due
+        log_within_step(trainer, values)
         return values
 
     def _is_logged(self) -> bool:

@@ -11,11 +11,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset, disable_progress_bars
 from transformers import Trainer, TrainerCallback
 
-from .callbacks import GenerationCallback, RankingCallback
+from .callbacks import GenerationCallback, RankingCallback, log_within_step
 from .checkpoints import last_common_checkpoint, write_json
 from .data import RewardData, read_reward_dataset
 from .data.splits import find_split, is_training, split_validation
@@ -27,7 +26,7 @@ from .locking import alone_at
 from .methods import build_trainer
 from .provenance import versions
 from .smollm2 import resolve_model
-from .train import open_policy, open_tokenizer
+from .train import open_policy, open_tokenizer, set_threads
 
 # What a checkpoint holds for going on, and a finished cell's model doesn't need
 _STATE = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin")
@@ -51,8 +50,7 @@ def run_cell(folder: Path) -> None:
     about = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
     settings, evaluation = about["settings"], Evaluation(**about["evaluation"])
     script, data_options, run, args, model_args = cell_options(folder / "config.yaml")
-    if run.cpu_threads is not None:
-        torch.set_num_threads(run.cpu_threads or os.cpu_count() or 1)
+    set_threads(run)
     keep_checkpoints = args.save_total_limit is not None
     args.save_total_limit = args.save_total_limit or 1
     name = resolve_model(str(model_args.model_name_or_path))
@@ -113,10 +111,8 @@ class _Keep(TrainerCallback):
             control.should_save = True
 
     def _log(self) -> None:
-        due = self._trainer.control.should_log  # of the step's own line, which comes after the callbacks
         minutes = self._earlier + (time.monotonic() - self._began) / 60
-        Trainer.log(self._trainer, {"minutes": round(minutes, 3)})
-        self._trainer.control.should_log = due
+        log_within_step(self._trainer, {"minutes": round(minutes, 3)})
 
 
 def three_splits(
@@ -132,7 +128,8 @@ def three_splits(
     """
     splits: Any = data.dataset
     names = {name: find_split(splits, getattr(evaluation, name)) for name in ("validation", "test")}
-    train, seen = splits[find_split(splits, train_name)], find_split(splits, train_name)
+    seen = find_split(splits, train_name)
+    train = splits[seen]
     rows = {name: splits[split] for name, split in names.items()}
     for name, split in names.items():
         if split == seen or is_training(split):

@@ -18,9 +18,8 @@ from .errors import UserError
 from .frontier import SETTINGS
 from .identity import FREE
 from .methods import READS_ALPHA, check_method
-from .train import RunOptions
+from .train import TRAIN_OPTIONS, RunOptions
 
-TRAIN_OPTIONS = (ScriptArguments, DataOptions, RunOptions, NCAConfig, ModelConfig)
 KEYS = (*SETTINGS, "seed")
 _OWN = ("method", "strategy", "num_completions")  # of the grid's keys those that `train` has no option for
 _SHORT = {"method": "", "strategy": "", "learning_rate": "lr", "num_completions": "K"}

@@ -52,14 +52,15 @@ class RunOptions:
     eval_new_tokens: int = field(default=128, metadata={"help": "Tokens at which such an answer is cut."})
 
 
+# in this order, for a cell of `nca-align compare` too
+TRAIN_OPTIONS = (ScriptArguments, DataOptions, RunOptions, NCAConfig, ModelConfig)
+
+
 @command("train", goes_on="with `resume_from_checkpoint: true` it goes on from the last checkpoint")
 def main(argv: list[str] | None = None) -> int:
     """Train as the options say; 0, or 2 after a user's mistake, told in one sentence."""
     script, data_options, run, args, model_args = parse(
-        (ScriptArguments, DataOptions, RunOptions, NCAConfig, ModelConfig),
-        argv,
-        "train",
-        "Align a language model on K rewarded completions per prompt.",
+        TRAIN_OPTIONS, argv, "train", "Align a language model on K rewarded completions per prompt."
     )
     _follow_launcher()
     if args.process_index == 0:
@@ -67,8 +68,7 @@ def main(argv: list[str] | None = None) -> int:
         logger.setLevel(logging.INFO)
     else:
         disable_progress_bars()
-    if run.cpu_threads is not None:
-        torch.set_num_threads(run.cpu_threads or os.cpu_count() or 1)
+    set_threads(run)
     _require(script.dataset_name, "dataset_name", "a Hub id, a file or a folder with rewarded completions")
     _require(model_args.model_name_or_path, "model_name_or_path", "a Hub id or a folder with a language model")
     _check(script, run, args, model_args)
@@ -131,6 +131,12 @@ def main(argv: list[str] | None = None) -> int:
     trainer.accelerator.wait_for_everyone()  # a process that leaves first makes gloo hang in the other's clean-up
     trainer.end()
     return 0
+
+
+def set_threads(run: RunOptions) -> None:
+    """The threads of a run on the CPU, as its options say."""
+    if run.cpu_threads is not None:
+        torch.set_num_threads(run.cpu_threads or os.cpu_count() or 1)
 
 
 def _follow_launcher() -> None:

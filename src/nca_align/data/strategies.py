@@ -134,14 +134,16 @@ def to_unpaired(dataset: Dataset, threshold: float | None = None) -> Dataset:
         ValueError: no completion is left.
     """
 
+    def border(rewards: list[float]) -> float:
+        return sum(rewards) / len(rewards) if threshold is None else threshold
+
     def label(row: dict[str, Any], places: list[int]) -> dict[str, Any]:
         (i,) = places
-        border = sum(row["rewards"]) / len(row["rewards"]) if threshold is None else threshold
-        return {"prompt": row["prompt"], "completion": row["completions"][i], "label": row["rewards"][i] > border}
+        desirable = row["rewards"][i] > border(row["rewards"])
+        return {"prompt": row["prompt"], "completion": row["completions"][i], "label": desirable}
 
     def each(rewards: list[float], strategy: str, draw: random.Random) -> list[list[int]]:
-        border = sum(rewards) / len(rewards) if threshold is None else threshold
-        return [[i] for i, reward in enumerate(rewards) if reward != border]
+        return [[i] for i, reward in enumerate(rewards) if reward != border(rewards)]
 
     return _rows(dataset, "unpaired", 0, label, each)
 
