@@ -21,7 +21,7 @@ def options(tmp_path, **more) -> NCAConfig:
     )  # fmt: skip
 
 
-def trained(method, tokenizer, tmp_path, with_callbacks: bool, **more):
+def trained(method, tokenizer, tmp_path, with_callbacks: bool, starts_as_reference: bool = False, **more):
     dataset = Dataset.from_list(reward_rows(4, 3))
     lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", lora_dropout=0.1)
     trainer = build_trainer(
@@ -29,9 +29,13 @@ def trained(method, tokenizer, tmp_path, with_callbacks: bool, **more):
     )
     if with_callbacks:
         generation = {name: evaluator(tokenizer) for name in ("validation", "test")}
-        trainer.add_callback(GenerationCallback(trainer, generation, steps=[0, 2, 4]))
+        trainer.add_callback(GenerationCallback(trainer, generation, [0, 2, 4], None, starts_as_reference))
         ranking = {"test": dataset}
-        trainer.add_callback(RankingCallback(trainer, ranking, tokenizer, alpha=0.3, beta=0.1, steps=[0, 4]))
+        trainer.add_callback(
+            RankingCallback(
+                trainer, ranking, tokenizer, alpha=0.3, beta=0.1, steps=[0, 4], starts_as_reference=starts_as_reference
+            )
+        )
     trainer.train()
     return trainer
 
@@ -62,6 +66,24 @@ class TestCallbacks:
         assert losses[0] == losses[1]
         weights = [[p for p in own.model.parameters() if p.requires_grad] for own in (without, trainer)]
         assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
+
+    @pytest.mark.parametrize("method", ["nca", "dpo"])
+    def test_a_start_that_is_the_reference_is_told_by_its_answers(self, method, tokenizer, tmp_path):
+        usual, short = (
+            [
+                line
+                for line in trained(method, tokenizer, tmp_path, True, starts).state.log_history
+                if "loss" not in line
+            ]
+            for starts in (False, True)
+        )
+        first = [line for line in short if line["step"] == 0]
+        figures = {key: value for line in first for key, value in line.items()}
+        assert figures["eval_test_generation/kl"] == figures["eval_test_logratios/best"] == 0
+        assert figures["eval_test_generation/win_rate"] == 0.5
+        assert {*figures} == {key for line in usual if line["step"] == 0 for key in line}
+        later = [[line for line in own if line["step"] > 0 and "train_runtime" not in line] for own in (usual, short)]
+        assert later[0] == later[1]  # and wins are over those same answers
 
     def test_ranking_logs_what_nca_trainer_logs_itself(self, tokenizer, tmp_path):
         dataset = Dataset.from_list(reward_rows(4, [2, 4, 3]))

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, concatenate_datasets
 from transformers import TrainerCallback
 
 from conftest import reward_rows
@@ -184,9 +184,12 @@ def test_selection_at_equal_kl():
     table = [*rows(cell(beta=0.1), [0, 1.0, 2.0], [0, 1, 2], kl=4.0), *rows(cell(beta=0.5), [0, 1.5], [0, 5], kl=4.0)]
     assert selected_rows(table, Selection())[0]["beta"] == 0.1
     (line,) = selected_rows(table, Selection(at_kl=2.0))
-    assert (line["beta"], line["validation_reward"], line["test_reward_at_kl"]) == (0.5, 0.75, 2.5)
+    assert (line["beta"], line["validation_reward"], line["test_reward_at_kl"]) == (
+        0.5,
+        *(pytest.approx(x / 2**0.5) for x in (1.5, 5)),
+    )
     (line,) = selected_rows(table, Selection(at_kl=6.0))  # which only one of them reaches
-    assert (line["beta"], line["validation_reward"]) == (0.1, 1.5)
+    assert (line["beta"], line["validation_reward"]) == (0.1, pytest.approx(1 + (6**0.5 - 2) / (8**0.5 - 2)))
     for values, message in [
         ({"metric": "loss"}, "`metric` of `select` is 'loss'; it must be one of reward,"),
         ({"at_kl": 0}, "`at_kl` of `select` is 0; it must be a finite number of nats, above 0"),
@@ -222,6 +225,16 @@ def test_three_splits():
             )
 
 
+@pytest.mark.parametrize(("one", "other"), [("train", "validation"), ("train", "test"), ("validation", "test")])
+def test_a_prompt_in_two_splits_is_refused(one, other):
+    made = {name: Dataset.from_list(reward_rows(4, seed=i)) for i, name in enumerate(("train", "validation", "test"))}
+    made[other] = concatenate_datasets([made[other], made[one].select([2])])
+    with pytest.raises(
+        UserError, match=rf"1 prompts of the {other} split are also in the {'training' if one == 'train' else one}"
+    ):
+        three_splits(RewardData(DatasetDict(made)), "train", Evaluation(scorer=["m:f"]), DataOptions())
+
+
 # The command, without running a cell
 
 
@@ -233,11 +246,19 @@ def test_refusals_of_the_command(config, tmp_path, capsys):
     assert "`grid` is missing; `nca-align compare` takes it from the YAML file" in said(grid=None)
     assert "unknown key `gird`" in said(gird={})
     assert "`parallel` is 0; it must be at least 1" in said(["--parallel", "0"])
+    assert "`seed` in `grid` is 'one'; it must be a whole number" in said(grid={"method": "nca", "seed": "one"})
     assert "`timeout_minutes` is 0.0; it must be above 0" in said(["--timeout_minutes", "0"])
     assert "`only` is 'kto*', which matches none of the 8 cells: nca-beta0.1-seed1" in said(["--only", "kto*"])
     assert "`beta` in the comparison's YAML file is 'x'" in said(grid={"method": "nca", "beta": "x"})
     assert "missing_scorer" in said(evaluation={"scorer": "missing_scorer:f"})
+    assert "`at_kl` of `select` is 2, but `validation_steps` of `evaluation` is 1" in said(
+        evaluation=config["evaluation"] | {"validation_steps": 1}, select={"at_kl": 2}
+    )
     assert not list((tmp_path / "out").glob("cells/*"))
+    assert "`test` of `evaluation` is 'train', which is trained on" in said(
+        evaluation=config["evaluation"] | {"test": "train"}
+    )  # at once, not in each cell
+    assert not [*(tmp_path / "out" / "cells").glob("*/log.txt")]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("compare/*.yaml")), ids=lambda path: path.stem)
@@ -380,8 +401,8 @@ def test_a_cell_goes_on_from_its_last_evaluation(method, config, tmp_path):
         cells.prepare([own], folder.parents[1], evaluation)
         if folder is folders[1]:
             with pytest.MonkeyPatch.context() as patch:
-                # the reference's and the policy's answers to two splits at step 0, the policy's at steps 2 and 4
-                patch.setattr(tiny_scorer, "long", until(tiny_scorer.long, 8))
+                # the reference's answers to two splits at step 0, the policy's at steps 2 and 4
+                patch.setattr(tiny_scorer, "long", until(tiny_scorer.long, 6))
                 with pytest.raises(UserError, match="cut off"):
                     run_cell(folder)
             assert last_common_checkpoint(folder).name == "checkpoint-4"

@@ -1,4 +1,4 @@
-"""Curves and intervals: exact where they are measured, between that a line, and Student's t against scipy."""
+"""Curves and intervals: exact where they are measured, between that a line in √KL, and Student's t against scipy."""
 
 import math
 import random
@@ -8,6 +8,7 @@ import pytest
 
 from nca_align.frontier import (
     Curve,
+    at_the_end,
     common_reach,
     curves_of,
     mean_and_interval,
@@ -37,7 +38,31 @@ def test_interpolation_is_exact_at_evaluations_and_monotone_between(seed):
     values = [reward_at_kl(curve, kl) for kl in grid]
     assert values == sorted(values)
     for (_, a, low), (_, b, high) in zip(curve.points, curve.points[1:], strict=False):
-        assert reward_at_kl(curve, (a + b) / 2) == pytest.approx((low + high) / 2)
+        assert reward_at_kl(curve, (a**0.5 + b**0.5) ** 2 / 4) == pytest.approx((low + high) / 2)
+
+
+def tilted(t: float) -> tuple[float, float]:
+    """KL and reward of π ∝ exp(t · r) over three answers: of all policies with this KL the one with most reward."""
+    rewards, reference = (0.0, 0.6, 1.0), (0.5, 0.3, 0.2)
+    weights = [p * math.exp(t * r) for p, r in zip(reference, rewards, strict=True)]
+    policy = [w / sum(weights) for w in weights]
+    kl = sum(p * math.log(p / q) for p, q in zip(policy, reference, strict=True))
+    return kl, sum(p * r for p, r in zip(policy, rewards, strict=True))
+
+
+@pytest.mark.parametrize("kl", [0.05, 0.1, 0.2, 0.4])
+def test_a_fast_and_a_slow_run_along_one_frontier_have_the_same_reward_at_equal_kl(kl):
+    """A straight line in the KL itself puts the fast one, with its first evaluation far out, up to 0.1 lower."""
+    slow, fast = (
+        Curve("", tuple((i, *tilted(speed * i)) for i in (0, 1, 2, 4))) for speed in (0.6, 2.4)
+    )  # a quarter, a half and the end of each
+    exact = next(reward for own, reward in (tilted(t / 1000) for t in range(9600)) if own >= kl)
+    assert reward_at_kl(slow, kl) == pytest.approx(exact, abs=0.01)
+    assert reward_at_kl(fast, kl) == pytest.approx(exact, abs=0.02)
+
+
+def test_an_estimate_below_zero_counts_as_zero():
+    assert reward_at_kl(Curve("", ((0, 0.0, 0.0), (1, -0.01, 0.2), (2, 4.0, 1.2))), 1.0) == pytest.approx(0.7)
 
 
 def test_nothing_is_said_beyond_where_a_run_came():
@@ -49,9 +74,9 @@ def test_nothing_is_said_beyond_where_a_run_came():
 
 def test_a_run_that_comes_back_counts_where_it_first_came():
     curve = Curve("", ((0, 0.0, 0.0), (1, 2.0, 1.0), (2, 1.0, 5.0), (3, 3.0, 9.0)))
-    assert reward_at_kl(curve, 1.0) == 0.5
-    assert reward_at_kl(curve, 1.5) == 0.75
-    assert reward_at_kl(curve, 2.5) == pytest.approx(5 + 0.75 * 4)
+    assert reward_at_kl(curve, 0.5) == pytest.approx(0.5)
+    assert reward_at_kl(curve, 1.125) == pytest.approx(0.75)
+    assert reward_at_kl(curve, 2.25) == pytest.approx(5 + 0.5 / (3**0.5 - 1) * 4)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -99,6 +124,16 @@ def test_means_over_steps_are_of_the_steps_that_all_seeds_have():
     assert (a, first.mean, first.n) == (0, 1.5, 2)
     assert (b, second.mean, second.n) == (5, 6.5, 2)
     assert over_steps(table, setting_of(table[0]), "accuracy") == []
+
+
+def test_the_end_is_each_runs_last_step_and_of_all_seeds_or_none():
+    table = rows([(1, s, "test", step, 0, r) for s, step, r in ((1, 5, 1), (2, 5, 2), (1, 9, 3), (2, 9, 5))])
+    step, end = at_the_end(table, setting_of(table[0]), "reward")
+    assert (step, end.mean, end.n) == (9, 4, 2)
+    table[-1]["reward"] = "nan"  # it diverged: step 5 is not its end
+    assert at_the_end(table, setting_of(table[0]), "reward") is None
+    assert at_the_end(table, setting_of(table[0]), "accuracy") is None
+    assert at_the_end(table, setting_of(table[0]), "reward", "validation") is None
 
 
 @pytest.mark.parametrize("level", [0.5, 0.9, 0.95, 0.999])

@@ -4,9 +4,9 @@ import itertools
 import json
 import math
 import os
-import re
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -53,6 +53,20 @@ class TestFigures:
         assert figures == bare
         assert figures.kl.mean > 0.05
         assert given.kl.mean == pytest.approx(0, abs=1e-5)
+
+    def test_against_itself_the_figures_are_of_the_answers_that_wins_are_over(self, tokenizer, policy):
+        own = evaluator(tokenizer)
+        with policy.disable_adapter():
+            start = own(policy, policy)
+        assert own(policy) == evaluator(tokenizer)(policy)  # which draws the reference's answers itself
+        assert start.kl == start.win_rate._replace(mean=0)
+        assert start.reward != own(policy).reward
+
+    def test_the_references_answers_have_a_seed_of_their_own(self, tokenizer, policy):
+        with policy.disable_adapter():
+            figures = evaluator(tokenizer)(policy, nullcontext)
+        assert figures.kl.mean == pytest.approx(0, abs=1e-5)
+        assert figures.win_rate.error > 0  # one policy, but not the same answers: its ties are no half wins by itself
 
     def test_kl_is_that_of_the_enumerated_distributions(self):
         """Answers of at most two tokens of a vocabulary of seven: the KL is a sum over all of them."""
@@ -157,6 +171,7 @@ def test_distinct_is_one_without_repetition_and_falls_with_it():
 
 _EVALUATION = """
 import json, sys
+from pathlib import Path
 import torch
 from accelerate import PartialState
 from peft import LoraConfig, get_peft_model
@@ -167,9 +182,9 @@ state = PartialState(cpu=True)
 assert state.num_processes == 2
 torch.manual_seed(1)
 policy = get_peft_model(build_model(build_tokenizer()), LORA).eval()
-for rows in (PROMPTS, PROMPTS[:1]):  # shares of two and one, and of one and none
-    figures = evaluator(build_tokenizer(), rows)(policy)
-    print(json.dumps([state.process_index, figures.log() | {"completions": figures.completions}]), flush=True)
+found = [evaluator(build_tokenizer(), rows)(policy) for rows in (PROMPTS, PROMPTS[:1])]  # shares: 2 and 1, 1 and 0
+told = [figures.log() | {"completions": figures.completions} for figures in found]
+Path(sys.argv[1], f"{state.process_index}.json").write_text(json.dumps(told))
 state.destroy_process_group()
 """
 
@@ -180,12 +195,12 @@ def test_each_of_two_processes_answers_a_share_and_both_have_the_figures_of_all(
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
-        [*launch, str(tmp_path / "evaluation.py")], env=environment, capture_output=True, text=True, timeout=100
-    )
+        [*launch, str(tmp_path / "evaluation.py"), str(tmp_path)],
+        env=environment, capture_output=True, text=True, timeout=100,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
-    found: dict[int, list] = {0: [], 1: []}
-    for process, figures in map(json.loads, re.findall(r"^\[\d, .+$", done.stdout, re.M)):
-        found[process].append(figures)
+    # a file each: what two processes print can come on one line
+    found = [json.loads((tmp_path / f"{process}.json").read_text()) for process in (0, 1)]
     assert repr(found[0]) == repr(found[1])  # there are NaNs in them
     assert [figures["completions"] for figures in found[0]] == [9, 3]
     alone = evaluator(tokenizer, PROMPTS[:1])(policy)

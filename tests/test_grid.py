@@ -117,3 +117,10 @@ def test_evaluation():
         with pytest.raises(ValueError) as error:
             from_mapping(Evaluation, "evaluation", values)
         assert str(error.value).startswith(message)
+
+
+def test_a_weight_a_scorer_or_none():
+    with pytest.raises(ValueError, match="`scorer_weights` of `evaluation` has 1 numbers for 2 scorers; give one each"):
+        Evaluation(scorer=["a:b", "c:d"], scorer_weights=[1.0])
+    with pytest.raises(ValueError, match=r"`seed` of `evaluation` is 1.5; it must be a whole number"):
+        Evaluation(scorer=["a:b"], seed=1.5)

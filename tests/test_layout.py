@@ -182,6 +182,20 @@ def test_a_quantised_model_computes_in_a_dtype_of_its_own():
     assert not layout.judge([(1e-2, 1e-2)], "no", torch.float32, None)[0]
 
 
+@pytest.mark.parametrize(
+    ("backend", "rounded"),
+    [(torch.backends, "tf32"), (torch.backends.cuda.matmul, "tf32"), (torch.backends.mkldnn.matmul, "bf16")],
+)
+def test_products_of_float32_may_be_rounded_by_a_setting(backend, rounded):
+    before = backend.fp32_precision
+    assert not layout.judge([(1e-2, 1e-2)], "no", torch.float32)[0]
+    backend.fp32_precision = rounded  # `tf32` of TrainingArguments is the first
+    try:
+        assert layout.judge([(1e-2, 1e-2)], "no", torch.float32)[0]
+    finally:
+        backend.fp32_precision = before
+
+
 @pytest.mark.parametrize("wrong", [(1.0, 0.0), (0.0, 1.0), (math.nan, 0.0), (0.0, math.nan), (math.inf, 0.0)])
 @pytest.mark.parametrize("process", [0, 1, 2])
 def test_one_process_that_disagrees_decides_for_all(process, wrong):

@@ -45,13 +45,14 @@ def test_every_method_trains_as_many_steps_as_there_are_batches_of_prompts(metho
 
 
 @pytest.mark.parametrize(
-    ("method", "strategy", "rows"),
-    [("dpo", "all_pairs", 12), ("dpo", "best_each", 6), ("dpo", "best_worst", 2), ("kto", "rewards", 8),
-     ("infonca", "best_worst", 2), ("infonca", "all_pairs", 12), ("nca", "first_3", 2)],
+    ("method", "strategy", "rows", "times"),
+    [("dpo", "all_pairs", 2, 6), ("dpo", "best_each", 2, 3), ("dpo", "best_worst", 2, 1), ("kto", "rewards", 8, 1),
+     ("infonca", "best_worst", 2, 1), ("infonca", "all_pairs", 2, 6), ("nca", "first_3", 2, 1)],
 )  # fmt: skip
-def test_a_batch_holds_rows_in_proportion_to_those_of_a_prompt(method, strategy, rows, tokenizer, tmp_path):
+def test_a_batch_holds_rows_in_proportion_to_those_of_a_prompt(method, strategy, rows, times, tokenizer, tmp_path):
     trainer = trainer_of(method, tokenizer, tmp_path, strategy=strategy)
     assert trainer.args.per_device_train_batch_size == rows
+    assert trainer.args.gradient_accumulation_steps == times
     assert trainer.args.max_steps == 3
 
 
@@ -115,5 +116,7 @@ def test_what_can_not_be_is_refused_in_one_sentence():
         check_method("dpo", "rewards")
     with pytest.raises(ValueError, match="`strategy` is 'all_pairs' with `method` kto, which trains on no pairs"):
         check_method("KTO", "all_pairs")
+    with pytest.raises(ValueError, match="`strategy` is 'all_pairs' with `method` sft, which trains on the best"):
+        check_method("sft", "all_pairs")
     assert check_method("InfoNCA", None) == ("infonca", "rewards")
     assert check_method("ipo", None) == ("ipo", "best_worst")

@@ -7,8 +7,9 @@ from datasets import Dataset
 from trl.data_utils import common_prefix_length
 
 from conftest import CHAT_TEMPLATE, build_tokenizer, reward_rows
+from nca_align.config import NCAConfig
 from nca_align.errors import is_users_mistake
-from nca_align.tokenization import tokenize_dataset, tokenize_rows
+from nca_align.tokenization import rows_that_fit, tokenize_dataset, tokenize_rows
 
 LIMITS = {"max_prompt_length": None, "max_length": None, "length_column": "length"}
 
@@ -192,6 +193,31 @@ def test_several_processes_and_a_stream_give_the_same_ids(tmp_path):
     assert [row["completion_ids"] for row in stream] == one["completion_ids"][:]
     assert "completions_cut" not in next(iter(stream))
     assert len(notices) == 1
+
+
+class TestRowsThatFit:
+    def config(self, **limits) -> NCAConfig:
+        return NCAConfig(output_dir="unused", use_cpu=True, bf16=False, **limits)
+
+    def test_they_are_those_of_which_nothing_is_cut(self, caplog):
+        given = Dataset.from_list(reward_rows(12, [2, 4]))
+        whole = tokenize_rows(given[:], [*range(12)], build_tokenizer(), **LIMITS)
+        longest = [len(p) + max(map(len, c)) for p, c in zip(whole["prompt_ids"], whole["completion_ids"], strict=True)]
+        limits = {"max_prompt_length": sorted(map(len, whole["prompt_ids"]))[9], "max_length": sorted(longest)[8]}
+        cut = tokenize_rows(given[:], [*range(12)], build_tokenizer(), **(LIMITS | limits))
+        expected = [i for i in range(12) if not cut["prompt_cut"][i] and not cut["completions_cut"][i]]
+        assert 0 < len(expected) < 12
+        with caplog.at_level("WARNING", "nca_align"):
+            kept = rows_that_fit(given, build_tokenizer(), self.config(**limits))
+        assert kept[:] == given.select(expected)[:]
+        assert f"{12 - len(expected)} of 12 training prompts are left out, for every method alike" in caplog.text
+        assert rows_that_fit(given, build_tokenizer(), self.config(max_length=None))[:] == given[:]
+
+    def test_none_is_refused(self):
+        with pytest.raises(ValueError, match="every prompt is longer than `max_prompt_length` 2, or with a completion"):
+            rows_that_fit(
+                Dataset.from_list(reward_rows(3)), build_tokenizer(), self.config(max_prompt_length=2, max_length=4)
+            )
 
 
 def test_a_row_that_fails_in_a_worker_is_told_like_any_other():

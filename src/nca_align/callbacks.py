@@ -26,7 +26,10 @@ def log_within_step(trainer: Trainer, values: dict[str, float]) -> None:
 class _EvaluationCallback(TrainerCallback):
     """What both have in common: when they run, and how they log; `mark` is a key of each line that they log."""
 
-    def __init__(self, trainer: Trainer, steps: Iterable[int] | None, reference: Reference | None, mark: str):
+    def __init__(
+        self, trainer: Trainer, steps: Iterable[int] | None, reference: Reference | None, starts_as_reference: bool,
+        mark: str,
+    ):  # fmt: skip
         if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
             raise NotImplementedError(
                 f"{type(self).__name__} runs the model outside of training, which a model that FSDP or DeepSpeed has "
@@ -35,9 +38,10 @@ class _EvaluationCallback(TrainerCallback):
         self._trainer: Any = trainer
         self._steps = None if steps is None else frozenset(steps)
         self._reference = reference
+        self._starts_as_reference = starts_as_reference
         self._mark = mark
         model = trainer.accelerator.unwrap_model(trainer.model)
-        self._reference_of(model)
+        self._known_reference(model)
         keep_nf4_differentiable(base_model(model))  # a forward without gradients, and training would stand still
 
     def measure(self, model: nn.Module) -> dict[str, float]:
@@ -76,7 +80,12 @@ class _EvaluationCallback(TrainerCallback):
         return any(line["step"] == state.global_step and self._mark in line for line in state.log_history)
 
     def _reference_of(self, model: nn.Module) -> Reference:
-        """The given one, the trainer's, or the model with its adapter switched off."""
+        """The given one, the trainer's, or the model with its adapter switched off; at the start perhaps `model`."""
+        if self._starts_as_reference and self._trainer.state.global_step == 0:
+            return model
+        return self._known_reference(model)
+
+    def _known_reference(self, model: nn.Module) -> Reference:
         known = self._reference if self._reference is not None else getattr(self._trainer, "ref_model", None)
         if known is not None:
             unwrap = self._trainer.accelerator.unwrap_model
@@ -97,6 +106,8 @@ class GenerationCallback(_EvaluationCallback):
         evaluators: name → evaluator; with one of them alone, named "", the metrics are `eval_generation/…`.
         steps: steps after which it runs, 0 before the first; None for wherever the trainer evaluates.
         reference: what KL and wins are measured against; by default the trainer's reference, or the bare base model.
+        starts_as_reference: the policy is its reference until the first step, as with a fresh adapter: at step 0 the
+            reference's answers are then the policy's too.
 
     Raises:
         NotImplementedError: a launch that shards the model.
@@ -109,10 +120,11 @@ class GenerationCallback(_EvaluationCallback):
         evaluators: Mapping[str, GenerationEvaluator],
         steps: Iterable[int] | None = None,
         reference: Reference | None = None,
+        starts_as_reference: bool = False,
     ):
         self._evaluators = dict(evaluators)
         first = next(iter(self._evaluators))
-        super().__init__(trainer, steps, reference, f"{_prefix(first)}generation/reward")
+        super().__init__(trainer, steps, reference, starts_as_reference, f"{_prefix(first)}generation/reward")
 
     def measure(self, model: nn.Module) -> dict[str, float]:
         reference = self._reference_of(model)
@@ -132,7 +144,7 @@ class RankingCallback(_EvaluationCallback):
         datasets: name → rows of `prompt, completions, rewards`; one alone named "" logs `eval_…`.
         tokenizer: the model's.
         alpha, beta: as in `NCAConfig`.
-        steps, reference: as in `GenerationCallback`.
+        steps, reference, starts_as_reference: as in `GenerationCallback`.
         batch_size: completions at a time.
         max_length: tokens of prompt and completion that are kept; None for all.
 
@@ -151,10 +163,12 @@ class RankingCallback(_EvaluationCallback):
         beta: float,
         steps: Iterable[int] | None = None,
         reference: Reference | None = None,
+        starts_as_reference: bool = False,
         batch_size: int = 32,
         max_length: int | None = None,
     ):
-        super().__init__(trainer, steps, reference, f"{_prefix(next(iter(datasets)))}rewards/rank_1")
+        mark = f"{_prefix(next(iter(datasets)))}rewards/rank_1"
+        super().__init__(trainer, steps, reference, starts_as_reference, mark)
         if trainer.args.world_size > 1:
             raise NotImplementedError(
                 f"RankingCallback runs in one process, but there are {trainer.args.world_size}; give the rows to "
@@ -173,15 +187,19 @@ class RankingCallback(_EvaluationCallback):
         model.eval()
         try:
             values: dict[str, float] = {}
+            reference = self._reference_of(model)
             for name, rows in self._rows.items():
                 if name not in self._reference_logps:
-                    other, switched = reference_model(self._reference_of(model), model)
+                    other, switched = reference_model(reference, model)
                     with switched():
                         self._reference_logps[name] = completion_logps(other, rows, self._batch_size)
-                policy = completion_logps(model, rows, self._batch_size)
+                if reference is model:
+                    policy = self._reference_logps[name]
+                else:
+                    policy = completion_logps(model, rows, self._batch_size)
                 means = PromptMeans()
-                for row, logps, reference in zip(rows, policy, self._reference_logps[name], strict=True):
-                    pi_logps, ref_logps, rewards = (torch.tensor([own]) for own in (logps, reference, row["rewards"]))
+                for row, *logps in zip(rows, policy, self._reference_logps[name], strict=True):
+                    pi_logps, ref_logps, rewards = (torch.tensor([own]) for own in (*logps, row["rewards"]))
                     about = (pi_logps, ref_logps, rewards, None, self._alpha, self._beta)
                     means.add(row_metrics(*about) | calibration(*about))
                 values |= {f"{_prefix(name)}{key}": value for key, value in means.gather().items()}

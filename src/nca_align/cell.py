@@ -8,6 +8,8 @@ import stat
 import sys
 import threading
 import time
+from collections.abc import Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +26,9 @@ from .generation import GenerationEvaluator
 from .grid import Evaluation, cell_options
 from .locking import alone_at
 from .methods import build_trainer
-from .provenance import versions
+from .provenance import LIBRARIES, commit, versions
 from .smollm2 import resolve_model
+from .tokenization import rows_that_fit
 from .train import open_policy, open_tokenizer, set_threads
 
 # What a checkpoint holds for going on, and a finished cell's model doesn't need
@@ -49,16 +52,14 @@ def run_cell(folder: Path) -> None:
     began = time.monotonic()
     about = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
     settings, evaluation = about["settings"], Evaluation(**about["evaluation"])
-    script, data_options, run, args, model_args = cell_options(folder / "config.yaml")
+    _, _, run, args, model_args = cell_options(folder / "config.yaml")
     set_threads(run)
     keep_checkpoints = args.save_total_limit is not None
     args.save_total_limit = args.save_total_limit or 1
     name = resolve_model(str(model_args.model_name_or_path))
     tokenizer = open_tokenizer(name, model_args.model_revision, args.trust_remote_code)
-    data = read_reward_dataset(
-        str(script.dataset_name), name=script.dataset_config, num_proc=args.dataset_num_proc, options=data_options
-    )
-    train, held_out = three_splits(data, script.dataset_train_split, evaluation, data_options)
+    train, held_out = read_splits(folder, evaluation)
+    train = rows_that_fit(train, tokenizer, args)
     if settings["num_completions"] is not None:
         train = select_completions(train, f"first_{settings['num_completions']}")
     with refused_by("setting up the training"):
@@ -69,21 +70,21 @@ def run_cell(folder: Path) -> None:
         )  # fmt: skip
     last_step = trainer.args.max_steps
     # reward bends with the KL, most at a run's beginning: halves of halves, so that the curve is known there too
-    steps = {0, *(max(1, round(last_step / 2**i)) for i in range(evaluation.steps))}
-    evaluators = {
-        split: GenerationEvaluator(
+    steps = [0, *sorted({max(1, round(last_step / 2**i)) for i in range(evaluation.steps)})]
+    for split, rows in held_out.items():
+        when = steps[-evaluation.validation_steps :] if split == "validation" and evaluation.validation_steps else steps
+        evaluator = GenerationEvaluator(
             rows, tokenizer, evaluation.scorer, scorer_weights=evaluation.scorer_weights or None,
-            num_completions=evaluation.num_completions, max_new_tokens=evaluation.max_new_tokens, seed=evaluation.seed,
-            batch_size=evaluation.batch_size,
-        )
-        for split, rows in held_out.items()
-    }  # fmt: skip
-    ranking = RankingCallback(
-        trainer, held_out, tokenizer, alpha=args.alpha, beta=args.beta, steps=steps, max_length=args.max_length,
-        batch_size=evaluation.batch_size,
-    )  # fmt: skip
-    for callback in (ranking, GenerationCallback(trainer, evaluators, steps), _Keep(trainer, steps, began)):
-        trainer.add_callback(callback)
+            num_completions=evaluation.num_completions, max_new_tokens=evaluation.max_new_tokens,
+            seed=evaluation.seed + settings["seed"], batch_size=evaluation.batch_size,
+        )  # fmt: skip
+        ranking = RankingCallback(
+            trainer, {split: rows}, tokenizer, alpha=args.alpha, beta=args.beta, steps=when, max_length=args.max_length,
+            batch_size=evaluation.batch_size, starts_as_reference=True,
+        )  # fmt: skip
+        trainer.add_callback(ranking)
+        trainer.add_callback(GenerationCallback(trainer, {split: evaluator}, when, starts_as_reference=True))
+    trainer.add_callback(_Keep(trainer, steps, began))
     last = last_common_checkpoint(folder)
     if last is None or _step(last) < last_step:  # else it was stopped after its last step: transformers would add one
         trainer.train(resume_from_checkpoint=str(last) if last else None)
@@ -96,7 +97,7 @@ def run_cell(folder: Path) -> None:
 class _Keep(TrainerCallback):
     """After the evaluations of a step: logs the cell's minutes until then, over all its starts, and saves."""
 
-    def __init__(self, trainer: Trainer, steps: set[int], began: float):
+    def __init__(self, trainer: Trainer, steps: Sequence[int], began: float):
         self._trainer, self._steps, self._began = trainer, steps, began
         self._earlier = 0.0
 
@@ -115,6 +116,15 @@ class _Keep(TrainerCallback):
         log_within_step(self._trainer, {"minutes": round(minutes, 3)})
 
 
+def read_splits(folder: Path, evaluation: Evaluation) -> tuple[Dataset, dict[str, Dataset]]:
+    """The rows that the cell in `folder` trains on, and those of `validation` and `test`; see `three_splits`."""
+    script, options, _, args, _ = cell_options(folder / "config.yaml")
+    data = read_reward_dataset(
+        str(script.dataset_name), name=script.dataset_config, num_proc=args.dataset_num_proc, options=options
+    )
+    return three_splits(data, script.dataset_train_split, evaluation, options)
+
+
 def three_splits(
     data: RewardData, train_name: str, evaluation: Evaluation, options: Any
 ) -> tuple[Dataset, dict[str, Dataset]]:
@@ -124,7 +134,7 @@ def three_splits(
     prompts is held out for validation.
 
     Raises:
-        UserError: a split that isn't there, or is also trained on.
+        UserError: a split that isn't there, or is also trained on; a prompt that is in two of them.
     """
     splits: Any = data.dataset
     names = {name: find_split(splits, getattr(evaluation, name)) for name in ("validation", "test")}
@@ -141,6 +151,14 @@ def three_splits(
                 f"`validation` and `test` of `evaluation` are both {names['test']!r}, and `validation_fraction` "
                 f"{options.validation_fraction} holds out no prompt of {seen!r}; make it larger, or name two splits"
             )
+    texts = {name: {json.dumps(prompt) for prompt in split["prompt"]}
+             for name, split in {"training": train, **rows}.items()}  # fmt: skip
+    for one, other in combinations(texts, 2):
+        if both := texts[one] & texts[other]:
+            raise UserError(
+                f"{len(both)} prompts of the {other} split are also in the {one} split, such as {min(both)[:80]}; "
+                "leave them out of one, or the figures say nothing of new prompts"
+            )
     if evaluation.prompts is not None:
         rows = {name: split.select(range(min(evaluation.prompts, len(split)))) for name, split in rows.items()}
     return train, rows
@@ -151,8 +169,8 @@ def _finish(folder: Path, checkpoint: Path, about: dict[str, Any], keep_checkpoi
     shutil.copyfile(checkpoint / "trainer_state.json", folder / "trainer_state.json")
     log = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
     minutes = max(line["minutes"] for line in log if "minutes" in line)
-    found = versions("torch", "transformers", "trl", "peft", "datasets", "accelerate")
-    write_json(folder / "cell.json", {"settings": about["settings"], "minutes": minutes, "versions": found})
+    found = {"settings": about["settings"], "minutes": minutes, "commit": commit(), "versions": versions(*LIBRARIES)}
+    write_json(folder / "cell.json", found)
     write_json(folder / "done.json", {"steps": _step(checkpoint), "minutes": minutes})
     if not keep_checkpoints:
         for name in _STATE:

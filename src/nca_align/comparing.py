@@ -5,7 +5,6 @@ import json
 import os
 import platform
 import signal
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -18,13 +17,14 @@ from rich.console import Console
 from rich.table import Table
 
 from .arguments import parse
+from .cell import read_splits
 from .cells import DONE, LOG, failure, is_done, prepare, run_cells
 from .comparison import COLUMNS, Selection, rows_of, selected_rows, write_csv
 from .errors import UserError, command
 from .files import replacing
 from .grid import Cell, Evaluation, expand, from_mapping
 from .locking import alone_at
-from .provenance import versions
+from .provenance import LIBRARIES, commit, versions
 
 
 @dataclass
@@ -74,6 +74,11 @@ def main(argv: list[str] | None = None) -> int:
             raise UserError(f"`{name}` is missing; `nca-align compare` takes it from the YAML file of `--config`")
     evaluation = from_mapping(Evaluation, "evaluation", options.evaluation)
     selection = from_mapping(Selection, "select", options.select or {})
+    if selection.at_kl is not None and evaluation.validation_steps is not None:
+        raise UserError(
+            f"`at_kl` of `select` is {selection.at_kl}, but `validation_steps` of `evaluation` is "
+            f"{evaluation.validation_steps}: choosing at a KL needs validation at every evaluation; leave one out"
+        )
     cells = expand(options.base, options.grid, "the comparison's YAML file")
     chosen = [cell for cell in cells if fnmatch.fnmatch(cell.name, options.only)]
     if not chosen:
@@ -85,6 +90,8 @@ def main(argv: list[str] | None = None) -> int:
     with alone_at(output / "comparison.csv"):
         prepare(cells, output, evaluation)
         todo = [cell for cell in chosen if not is_done(output, cell)]
+        if todo:  # what is wrong with the data, once and at once
+            read_splits(output / "cells" / todo[0].name, evaluation)
         print(f"{len(chosen)} cells, {len(chosen) - len(todo)} of them finished; in {output}")
         _write_provenance(output, argv, options, cells)
         before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is running ends with us
@@ -159,30 +166,14 @@ def _write_provenance(output: Path, argv: list[str], options: CompareOptions, ce
     about = {
         "command": ["nca-align", "compare", *argv],
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": versions("torch", "transformers", "trl", "peft", "datasets", "accelerate"),
-        "commit": _commit(),
+        "versions": versions(*LIBRARIES),
+        "commit": commit(),
         "machine": {"system": platform.platform(), "cores": os.cpu_count(), "python": platform.python_version()},
         "config": asdict(options),
         "cells": [cell.name for cell in cells],
     }
     with replacing(output / "provenance.json") as file:
         file.write(json.dumps(about, indent=1, default=str) + "\n")
-
-
-def _commit() -> str | None:
-    """The library's commit where it runs from a git checkout, with `-dirty` where a tracked file differs."""
-    here = Path(__file__)
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(here.parent), *arguments], capture_output=True, text=True, check=True
-        ).stdout.strip()
-
-    try:
-        git("ls-files", "--error-unmatch", here.name)  # else it is installed somewhere below another's checkout
-        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 def _names(cells: Sequence[Cell]) -> str:

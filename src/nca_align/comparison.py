@@ -100,11 +100,11 @@ def select(validation: ValidationRows, selection: Selection) -> dict[tuple, dict
         runs.setdefault(tuple(dict(settings)[name] for name in COMPARED), {})[settings] = values
     chosen = {}
     for group, candidates in runs.items():
-        most = max(map(len, candidates.values()))
+        every = set().union(*candidates.values())
         whole = {
             settings: [value for value in values.values() if value is not None]
             for settings, values in candidates.items()
-            if len(values) == most and None not in values.values()
+            if values.keys() == every and None not in values.values()
         }
         if whole:
             best = max(whole, key=lambda settings: sum(whole[settings]))

@@ -59,7 +59,11 @@ def curves_of(rows: Iterable[Mapping[str, str]], split: str = "test") -> dict[Se
 
 
 def reward_at_kl(curve: Curve, kl: float) -> float | None:
-    """The reward where the run first came to `kl`, on the straight line between the evaluations around that place.
+    """The reward where the run first came to `kl`, between the evaluations around that place straight in √KL.
+
+    The best policies of a given KL gain in proportion to √KL near the start (of a tilt by exp(t·r), KL is t²·Var(r)/2
+    and the gain t·Var(r)), so that a straight line in the KL itself would lie below the curve of a fast run, with few
+    evaluations there, and less so below that of a slow one.
 
     Args:
         curve: one run.
@@ -67,6 +71,8 @@ def reward_at_kl(curve: Curve, kl: float) -> float | None:
 
     Returns:
         The reward; None where the run never came to `kl`, or was beyond it at its first evaluation already.
+
+    Source: Gao et al., "Scaling Laws for Reward Model Overoptimization", 2023, for reward as a function of √KL.
     """
     before: tuple[float, float] | None = None
     for _, here, reward in curve.points:
@@ -75,10 +81,14 @@ def reward_at_kl(curve: Curve, kl: float) -> float | None:
         if here > kl:
             if before is None:
                 return None
-            share = (kl - before[0]) / (here - before[0])
+            share = (_root(kl) - _root(before[0])) / (_root(here) - _root(before[0]))
             return before[1] + share * (reward - before[1])
         before = here, reward
     return None
+
+
+def _root(kl: float) -> float:
+    return math.sqrt(max(kl, 0.0))  # an estimate near 0 may fall below it
 
 
 def common_reach(groups: Iterable[Sequence[Curve]]) -> float | None:
@@ -106,6 +116,22 @@ def over_steps(
                 values.setdefault(int(float(row["step"])), {})[row.get("seed", "")] = value
     most = max(map(len, values.values()), default=0)
     return [(step, mean_and_interval([*own.values()])) for step, own in sorted(values.items()) if len(own) == most]
+
+
+def at_the_end(
+    rows: Iterable[Mapping[str, str]], setting: Setting, column: str, split: str = "test"
+) -> tuple[int, Interval] | None:
+    """(step, mean over seeds) of a column at the end of the runs; None where one of them has no finite value there."""
+    last: dict[str, tuple[int, float]] = {}
+    for row in rows:
+        if row.get("split") == split and setting_of(row) == setting:
+            seed, step = row.get("seed", ""), int(float(row["step"]))
+            if step >= last.get(seed, (0, 0.0))[0]:
+                last[seed] = step, float(row.get(column) or math.nan)
+    values = [value for _, value in last.values()]
+    if not values or not all(map(math.isfinite, values)):
+        return None
+    return max(step for step, _ in last.values()), mean_and_interval(values)
 
 
 def mean_and_interval(values: Sequence[float], level: float = 0.95) -> Interval:

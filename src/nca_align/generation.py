@@ -33,7 +33,8 @@ class GenerationEvaluator:
         scorer_weights: one a scorer, 1 by default.
         num_completions: answers a prompt.
         max_new_tokens: tokens at which an answer is cut.
-        seed: of the answers: the same at each call, so that what differs from step to step is the policy.
+        seed: of the answers: the same at each call, so that what differs from step to step is the policy. Those of
+            the reference have another, so that wins are over independent answers.
         batch_size: answers at a time.
 
     Raises:
@@ -73,13 +74,14 @@ class GenerationEvaluator:
         self._max_new_tokens = max_new_tokens
         self._seed = seed
         self._batch_size = batch_size
-        self._reference_rewards: dict[int, list[float]] | None = None
+        self._reference_answers: dict[int, dict[str, Any]] | None = None
 
     def __call__(self, model: Any, reference: Reference | None = None) -> GenerationFigures:
         """Figures of `model` against `reference`: a model, or a context in which `model` is the reference.
 
-        Without one an adapter is switched off. Each process answers its share of the prompts, and all get the figures
-        of the whole. The model's mode and the random state are as they were afterwards.
+        Without one an adapter is switched off; where it is `model` itself, they are of the reference's answers. Each
+        process answers its share of the prompts, and all get the figures of the whole. The model's mode and the random
+        state are as they were afterwards.
 
         Raises:
             ValueError: no `reference`, and no adapter to be switched off.
@@ -101,30 +103,31 @@ class GenerationEvaluator:
         try:
             for own, _ in modes:
                 own.eval()
-            if self._reference_rewards is None:
+            if self._reference_answers is None:
                 with switched():
-                    drawn = self._draw(other, mine)
-                self._reference_rewards = self._reward(drawn)
-            drawn = self._draw(model, mine)
-            rewards = self._reward(drawn)
-            rows = [{"prompt_ids": self._prompts[i], "completion_ids": [ids for ids, _ in drawn[i]]} for i in mine]
-            logps = completion_logps(model, rows, self._batch_size)
-            with switched():
-                reference_logps = completion_logps(other, rows, self._batch_size)
+                    self._reference_answers = self._answer(other, mine, 0)
+            if reference is model:
+                answers = self._reference_answers
+                kl = [[0.0] * self._num_completions for _ in mine]
+            else:
+                answers = self._answer(model, mine, 1)
+                rows = [{"prompt_ids": self._prompts[i], "completion_ids": answers[i]["ids"]} for i in mine]
+                logps = completion_logps(model, rows, self._batch_size)
+                with switched():
+                    reference_logps = completion_logps(other, rows, self._batch_size)
+                pairs = zip(logps, reference_logps, strict=True)
+                kl = [[p - q for p, q in zip(*pair, strict=True)] for pair in pairs]
         finally:
             for own, training in modes:
                 own.train(training)
             restore_rng(random, device)
         found = [
             {
-                "rewards": rewards[i],
-                "kl": [p - q for p, q in zip(*pair, strict=True)],
-                "wins": win_rate(rewards[i], self._reference_rewards[i]),
-                "tokens": [len(ids) for ids, _ in drawn[i]],
-                "texts": [self._text(ids) for ids, _ in drawn[i]],
-                "cut": [cut for _, cut in drawn[i]],
+                **{name: answers[i][name] for name in ("rewards", "tokens", "texts", "cut")},
+                "kl": own,
+                "wins": win_rate(answers[i]["rewards"], self._reference_answers[i]["rewards"]),
             }
-            for i, pair in zip(mine, zip(logps, reference_logps, strict=True), strict=True)
+            for i, own in zip(mine, kl, strict=True)
         ]
         rows = gather_object(found)
         return GenerationFigures(**figures_of(rows), win_rate=mean_over_prompts([row["wins"]] for row in rows))
@@ -138,39 +141,43 @@ class GenerationEvaluator:
                 f"more than the model's {room}; leave it out of `dataset` or lower it"
             )
 
-    def _draw(self, model: Any, mine: range) -> dict[int, list[tuple[list[int], bool]]]:
-        """Row → its answers: the token ids that were drawn, the end included, and whether they were cut."""
+    def _answer(self, model: Any, mine: range, which: int) -> dict[int, dict[str, Any]]:
+        """Row → of its answers `ids`, the end included, `texts`, `tokens`, `rewards`, and `cut`, whether they were."""
         own = base_model(model).generation_config.eos_token_id
         own = self._tokenizer.eos_token_id if own is None else own
         ends = own if isinstance(own, list) else [own]
         places = sorted(mine, key=lambda i: len(self._prompts[i]))
         size = max(1, self._batch_size // self._num_completions)
-        drawn: dict[int, list[tuple[list[int], bool]]] = {}
+        found: dict[int, dict[str, Any]] = {}
         for start in range(0, len(places), size):
             batch = places[start : start + size]
-            prompts, seed = [self._prompts[i] for i in batch], seed_of(self._seed, batch[0])
+            prompts, seed = [self._prompts[i] for i in batch], seed_of(self._seed, which, batch[0])
             answers = draw(model, prompts, self._num_completions, self._max_new_tokens, ends, seed)
             for i, own_answers in zip(batch, answers, strict=True):
-                drawn[i] = [(ids, ids[-1] not in ends) for ids in own_answers]
-        return drawn
+                found[i] = {
+                    "ids": own_answers,
+                    "texts": [self._tokenizer.decode(ids, skip_special_tokens=True) for ids in own_answers],
+                    "tokens": [len(ids) for ids in own_answers],
+                    "cut": [ids[-1] not in ends for ids in own_answers],
+                }
+        for i, rewards in self._reward({i: own["texts"] for i, own in found.items()}).items():
+            found[i]["rewards"] = rewards
+        return found
 
-    def _text(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=True)
-
-    def _reward(self, drawn: dict[int, list[tuple[list[int], bool]]]) -> dict[int, list[float]]:
-        if not drawn:  # more processes than prompts
+    def _reward(self, answers: dict[int, list[str]]) -> dict[int, list[float]]:
+        if not answers:  # more processes than prompts
             return {}
         rows = []
-        for i, answers in drawn.items():
-            texts: list[Any] = [self._text(ids) for ids, _ in answers]
+        for i, own in answers.items():
+            texts: list[Any] = own
             if not isinstance(self._rows[i]["prompt"], str):
-                texts = [[{"role": "assistant", "content": text}] for text in texts]
+                texts = [[{"role": "assistant", "content": text}] for text in own]
             kept = {k: v for k, v in self._rows[i].items() if k not in ("completions", "rewards", "truncated")}
             rows.append({**kept, "completions": texts})
         shard = self._work(0, 0, rows, lambda done: None)
         if shard.failed:
             raise UserError(f"an answer could not be scored: {next(iter(shard.failed.values()))}")
-        return {i: row["rewards"] for i, row in zip(drawn, shard.rows, strict=True)}
+        return {i: row["rewards"] for i, row in zip(answers, shard.rows, strict=True)}
 
 
 def reference_model(reference: Reference, model: nn.Module) -> tuple[nn.Module, Callable[[], AbstractContextManager]]:

@@ -22,6 +22,7 @@ from .train import TRAIN_OPTIONS, RunOptions
 
 KEYS = (*SETTINGS, "seed")
 _OWN = ("method", "strategy", "num_completions")  # of the grid's keys those that `train` has no option for
+_OPTIONAL = ("prompts", "validation_steps")  # of `evaluation`: None has a meaning
 _SHORT = {"method": "", "strategy": "", "learning_rate": "lr", "num_completions": "K"}
 # Options of `train` that a comparison decides itself: for all cells alike, or by another of its keys
 _DECIDED = {
@@ -48,8 +49,9 @@ class Evaluation:
         max_new_tokens: tokens at which an answer is cut.
         steps: evaluations of a run, the last at its end and each of the others half-way to the next, from the start;
             there is one before the first step beside.
+        validation_steps: how many of these evaluations, the last ones, answer the validation prompts too; None for all.
         batch_size: answers at a time.
-        seed: of the answers, alike for all cells.
+        seed: of the answers, with a cell's own seed added: alike for all methods, and new with each seed.
     """
 
     scorer: list[str] = field(default_factory=list)
@@ -60,6 +62,7 @@ class Evaluation:
     num_completions: int = 4
     max_new_tokens: int = 128
     steps: int = 4
+    validation_steps: int | None = None
     batch_size: int = 64
     seed: int = 42
 
@@ -68,9 +71,16 @@ class Evaluation:
             object.__setattr__(self, "scorer", [self.scorer])
         if not self.scorer or not (isinstance(self.scorer, list) and all(isinstance(own, str) for own in self.scorer)):
             raise ValueError("`scorer` is missing from `evaluation`; give what rewards answers, as `nca-align score`")
-        for name in ("prompts", "num_completions", "max_new_tokens", "steps", "batch_size"):
+        if self.scorer_weights and len(self.scorer_weights) != len(self.scorer):
+            raise ValueError(
+                f"`scorer_weights` of `evaluation` has {len(self.scorer_weights)} numbers for {len(self.scorer)} "
+                "scorers; give one each, or none"
+            )
+        if not _is_whole(self.seed):
+            raise ValueError(f"`seed` of `evaluation` is {self.seed!r}; it must be a whole number")
+        for name in ("prompts", "num_completions", "max_new_tokens", "steps", "validation_steps", "batch_size"):
             value = getattr(self, name)
-            if not (_is_whole(value) and value >= 1) and not (name == "prompts" and value is None):
+            if not (_is_whole(value) and value >= 1) and not (value is None and name in _OPTIONAL):
                 raise ValueError(f"`{name}` of `evaluation` is {value!r}; it must be a whole number, at least 1")
 
 
@@ -179,6 +189,8 @@ def _cell(base: Mapping[str, Any], given: dict[str, Any], path: Path, source: st
     count = given.get("num_completions")
     if count is not None and not (_is_whole(count) and count >= 2):
         raise UserError(f"`num_completions` in `grid` is {count!r}; it must be a whole number, at least 2")
+    if not _is_whole(given.get("seed", 0)):
+        raise UserError(f"`seed` in `grid` is {given['seed']!r}; it must be a whole number")
     own = {key: value for key, value in given.items() if key not in _OWN and key not in unread}
     options = {**base, **own}
     path.write_text(yaml.safe_dump(options))

@@ -85,6 +85,8 @@ def judge(
         dtypes: those that the model computes in.
     """
     half = mixed_precision in ("bf16", "fp16") or bool({*dtypes} & {torch.bfloat16, torch.float16})
+    products = (torch.backends, torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+    half |= any(own.fp32_precision not in ("none", "ieee") for own in products)  # TF32, or bfloat16 on the CPU
     allowed = (2e-2, 1e-1) if half else (1e-4, 1e-3)
     worst = torch.tensor(differences, dtype=torch.float64).amax(0).tolist()  # a NaN anywhere stays one
     figures = f"log-probabilities within {worst[0]:.1e}, gradients within {worst[1]:.1e}, relative"

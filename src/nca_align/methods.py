@@ -38,6 +38,10 @@ def check_method(method: str, strategy: str | None) -> tuple[str, str]:
                 f"`strategy` is {strategy!r} with `method` {name}, which trains on pairs; it must be one of "
                 f"{', '.join(PAIRS)}"
             )
+        if name == "sft" and strategy != "best_worst":
+            raise ValueError(
+                f"`strategy` is {strategy!r} with `method` sft, which trains on the best completion: use best_worst"
+            )
     elif name == "kto" and (strategy or "rewards") in PAIRS:
         raise ValueError(f"`strategy` is {strategy!r} with `method` kto, which trains on no pairs; use rewards")
     return name, strategy or "rewards"
@@ -80,7 +84,7 @@ def build_trainer(
         rows = to_unpaired(select_completions(train_dataset, strategy, args.seed))
     else:
         rows = select_completions(train_dataset, strategy, args.seed)
-    args = _same_steps(args, len(train_dataset), len(rows))
+    args = _same_steps(args, len(train_dataset), len(rows), whole=name == "kto")
     common: dict[str, Any] = {
         "model": model, "train_dataset": rows, "processing_class": tokenizer, "peft_config": peft_config,
         "quantization_config": quantization_config, "callbacks": list(callbacks),
@@ -97,12 +101,20 @@ def build_trainer(
     return NCATrainer(args=_shared(NCAConfig, args, loss_type=[name], loss_weights=None), **common)
 
 
-def _same_steps(args: NCAConfig, prompts: int, rows: int) -> NCAConfig:
-    """As many steps as there are of batches of prompts, and a batch's rows in proportion."""
+def _same_steps(args: NCAConfig, prompts: int, rows: int, whole: bool) -> NCAConfig:
+    """As many steps as there are of batches of prompts, and a batch's rows in proportion.
+
+    More rows are accumulated, so that they need no more memory; `whole` leaves them one batch, over which KTO's
+    estimate of the KL goes.
+    """
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * math.ceil(prompts / batch))
-    per_device = max(1, round(args.per_device_train_batch_size * rows / prompts))
-    return _shared(NCAConfig, args, max_steps=steps, per_device_train_batch_size=per_device)
+    wanted = args.per_device_train_batch_size * rows / prompts
+    times = 1 if whole else max(1, math.ceil(rows / prompts))
+    return _shared(
+        NCAConfig, args, max_steps=steps, per_device_train_batch_size=max(1, round(wanted / times)),
+        gradient_accumulation_steps=times * args.gradient_accumulation_steps,
+    )  # fmt: skip
 
 
 def _shared(kind: type, args: NCAConfig, **changes: Any) -> Any:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from . import pages
 from .charts import card, whiskers
-from .frontier import Interval, Setting, curves_of, mean_and_interval, over_steps, reward_at_kl
+from .frontier import Interval, at_the_end, curves_of, mean_and_interval, reward_at_kl
 from .pages import Tile, figure
 from .report_charts import MOST_CURVES, Groups, frontier_chart, likelihood_charts, run_charts
 from .reporting import Comparison, Run, equal_kls, labels
@@ -16,7 +16,7 @@ _LAST = {
 }  # fmt: skip
 
 _EQUAL = (
-    "Each seed’s reward where its run first came to a KL, on the straight line between its evaluations; then the mean "
+    "Each seed’s reward where its run first came to a KL, between its evaluations straight in √KL; then the mean "
     "over n seeds ± its 95% t-interval, a bar in the chart. Behind the first: the mean difference from the first row, "
     "seed by seed. Where that is smaller than its ±, these runs don’t show which of the two is better; the intervals "
     "are not corrected for the number of rows. Unless `at_kl` names KLs, the first is the furthest that every run came "
@@ -58,7 +58,7 @@ def _comparison(found: Comparison, at_kl: Sequence[float]) -> str:
         parts += [
             pages.section("Test reward against KL, and likelihood", *map(card, charts), grid="grid wide"),
             pages.section("Test reward at equal KL", equal),
-            pages.section("Where training ended, test split", _last(found, [*chosen])),
+            pages.section("Where training ended, test split", _last(found, chosen)),
         ]
     else:
         parts.append(pages.bullets(["No selected setting has figures on the test split yet."]))
@@ -77,7 +77,7 @@ def _comparison(found: Comparison, at_kl: Sequence[float]) -> str:
         title = "Every setting of the grid"
         if len(every) <= MOST_CURVES:
             parts.append(pages.section(title, card(frontier_chart(found, every)), grid="grid wide"))
-        parts.append(pages.section(f"{title}, where training ended, test split", _last(found, [*every])))
+        parts.append(pages.section(f"{title}, where training ended, test split", _last(found, every)))
     if found.failed:
         parts.append(
             pages.section("Failed cells", figure("Cell and reason", pages.table([], found.failed, words=True)))
@@ -118,14 +118,14 @@ def _equal_kl(groups: Groups, at_kl: Sequence[float]) -> list[str]:
     return cards
 
 
-def _last(found: Comparison, settings: Sequence[Setting]) -> str:
+def _last(found: Comparison, groups: Groups) -> str:
     """Means and intervals of the last evaluation."""
-    names, rows = labels(settings), []
+    names, rows = labels([*groups]), []
     columns = [name for name in _LAST if name in found.rows[0]]
-    for setting in settings:
-        points = [over_steps(found.rows, setting, column) for column in columns]
-        step, reward = points[0][-1]
-        rows.append((names[setting], reward.n, step, *(_text(own[-1][1]) if own else "–" for own in points)))
+    for setting in groups:
+        ends = [at_the_end(found.rows, setting, column) for column in columns]
+        step = next((str(own[0]) for own in ends if own), "–")
+        rows.append((names[setting], len(groups[setting]), step, *(_text(own[1]) if own else "–" for own in ends)))
     note = (
         "Means over n seeds ± their 95% t-intervals. A run that went further from the reference has more reward "
         "for that alone: methods are compared at equal KL, above, not here."

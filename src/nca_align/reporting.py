@@ -145,15 +145,16 @@ def _comparison(path: Path) -> Comparison:
         )
     if not (path / "selected.csv").is_file():
         raise UserError(f"{path} has no selected.csv; run `nca-align compare` again, which writes it at its end")
+    about = path / "provenance.json"
+    provenance = _json(about) if about.is_file() else {}
     failed = []
     for reason in sorted(path.glob("cells/*/error.txt")):
-        if (reason.parent / "done.json").exists():  # it failed once, and was done later
-            continue
+        cell = reason.parent
+        if (cell / "done.json").exists() or cell.name not in provenance.get("cells", [cell.name]):
+            continue  # it failed once, and was done later, or has left the grid
         lines = reason.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        failed.append((reason.parent.name, lines[-1] if lines else "no reason was written"))
-    about = path / "provenance.json"
-    selected = _csv(path / "selected.csv")
-    return Comparison(path.resolve().name, rows, selected, failed, _json(about) if about.is_file() else {})
+        failed.append((cell.name, lines[-1] if lines else "no reason was written"))
+    return Comparison(path.resolve().name, rows, _csv(path / "selected.csv"), failed, provenance)
 
 
 def _csv(path: Path) -> list[dict[str, str]]:

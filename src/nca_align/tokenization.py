@@ -1,6 +1,8 @@
 """Rows of `prompt, completions, rewards` → `prompt_ids, completion_ids, rewards`, a prompt's ids once for all K."""
 
 import json
+import logging
+import sys
 from functools import partial
 from typing import Any
 
@@ -9,7 +11,9 @@ from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 from trl.data_utils import common_prefix_length
 
-from .config import prompt_limit
+from .config import NCAConfig, prompt_limit
+
+logger = logging.getLogger("nca_align")
 
 # Counts beside the ids, one number a row, which the trainer adds up, reports and drops
 CUT_COLUMNS = ("prompt_cut", "completions_cut", "boundary_tokens")
@@ -73,6 +77,34 @@ def tokenize_dataset(
             f"(`max_prompt_length`), {cut['completions_cut']} completions at {max_length} (`max_length`)."
         )
     return dataset.remove_columns(list(CUT_COLUMNS)), notices
+
+
+def rows_that_fit(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: NCAConfig) -> Dataset:
+    """The rows of which nothing would be cut by `max_prompt_length` and `max_length`, and in the log how many others.
+
+    NCATrainer cuts a prompt's beginning, TRL's trainers a conversation's end: of these all see the same tokens.
+
+    Raises:
+        ValueError: there is none.
+    """
+    limits = prompt_limit(args.max_prompt_length, args.max_length), args.max_length
+    whole: Any = tokenize_dataset(dataset, tokenizer, None, None, "length")[0]
+    most_of_prompt, most = (limit if limit is not None else sys.maxsize for limit in limits)
+    kept = [
+        i for i, (prompt, completions) in enumerate(zip(whole["prompt_ids"], whole["completion_ids"], strict=True))
+        if len(prompt) <= most_of_prompt and len(prompt) + max(map(len, completions)) <= most
+    ]  # fmt: skip
+    if not kept:
+        raise ValueError(
+            f"every prompt is longer than `max_prompt_length` {limits[0]}, or with a completion than `max_length` "
+            f"{limits[1]}; raise them"
+        )
+    if len(kept) < len(dataset):
+        logger.warning(
+            "%d of %d training prompts are left out, for every method alike: they are longer than `max_prompt_length` "
+            "%s, or with a completion than `max_length` %s.", len(dataset) - len(kept), len(dataset), *limits,
+        )  # fmt: skip
+    return dataset.select(kept)
 
 
 def tokenize_rows(
