@@ -1,109 +1,184 @@
-"""What the study's runs gave → docs/study: every evaluation, and means over seeds, as CSV; tables for docs/study.md.
+"""What the study's runs gave → docs/study: evaluations, means over seeds, cells and plots; and the figures in the text.
 
     python scripts/study_results.py [RUNS] [OUTPUT]        (runs/study and docs/study by default)
 
-`TASK.csv` has a row a cell, split and evaluation; `TASK-means.csv` a row a setting, on the test split: at the run's end
-and at equal KL, each a mean over seeds with its 95 % t-interval, and n. `provenance.json` has commands, versions and
-minutes. In OUTPUT.md the lines between `<!-- TASK -->` and `<!-- end -->` become the table of `TASK-means.csv`.
+A part (`PARTS`) has `PART.csv`, a row a cell, split and evaluation; `PART-means.csv`, a row a setting and figure of the
+test split, at the run's end and at equal KL: mean over seeds, 95 % t-interval, n, and the same of the difference from
+NCA, seed by seed; and `PART.png`. `cells.csv` has each cell's seed, minutes, commit and versions.
+
+In OUTPUT.md and the README the text between `<!-- table PART KIND -->` and `<!-- end -->` becomes a table, that between
+`<!-- PART; LABEL; FIGURE -->` and `<!-- -->` the mean with its interval, and with `; behind` the difference from NCA.
 """
 
-import csv
 import json
 import math
 import re
 import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from nca_align.comparison import write_csv
-from nca_align.frontier import curves_of, mean_and_interval, over_steps, reward_at_kl
+from nca_align.files import read_csv, write_csv
+from nca_align.frontier import Curve, Interval, Setting, curves_of, mean_and_interval, reward_at_kl, setting_of
+from nca_align.report_charts import frontier_chart, likelihood_charts
+from nca_align.report_figures import plot
+from nca_align.reporting import labels
 
 ROOT = Path(__file__).resolve().parents[1]
-NAMES = ("method", "strategy", "alpha", "beta", "learning_rate", "num_completions")
-ABLATIONS = ("alpha", "completions")
+Row = Mapping[str, str]
 EQUAL_KL = (1.0, 2.0, 3.0, 5.0)
 AT_THE_END = ("reward", "kl", "win_rate", "tokens", "distinct_2", "logratio_best", "logratio_worst", "accuracy")
+COLUMNS = ("label", "figure", "mean", "low", "high", "n", "behind", "behind_low", "behind_high")
 
 
-def read(path: Path) -> list[dict[str, str]]:
-    with open(path, encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
+def _nca(row: Row) -> bool:
+    return row["method"] == "nca"
 
 
-def means(rows: list[dict[str, str]]) -> list[dict[str, object]]:
-    """A row a setting and figure: `setting` names what varies, `figure` is a column at the run's end, or at a KL."""
+def _pairs(row: Row) -> bool:
+    return row["strategy"] == "best_worst"
+
+
+# part → the comparisons that it is made of, and which of their rows
+PARTS: dict[str, Sequence[tuple[str, Callable[[Row], bool]]]] = {
+    "task1": [("task1", lambda row: True)],
+    "task2": [("task2", lambda row: True)],
+    "alpha": [("task1", _nca), ("alpha", lambda row: True)],
+    "completions": [("task1", _nca), ("completions", lambda row: not _pairs(row))],
+    "preferences": [("task1", _nca), ("completions", _pairs)],
+}
+
+
+def seed_values(curves: Sequence[Curve], rows: Sequence[Row], setting: Setting) -> dict[str, dict[str, float]]:
+    """Figure → seed → value; a figure that not every seed has is left out."""
+    ends: dict[str, Row] = {}
+    for row in rows:
+        if row["split"] == "test" and setting_of(row) == setting:
+            ends[row["seed"]] = max(row, ends.get(row["seed"], row), key=lambda own: int(own["step"]))
+    found = {name: {seed: float(row[name] or "nan") for seed, row in ends.items()} for name in AT_THE_END}
+    for kl in EQUAL_KL:
+        at = {curve.seed: reward_at_kl(curve, kl) for curve in curves}
+        found[f"reward at KL {kl:g}"] = {seed: math.nan if value is None else value for seed, value in at.items()}
+    return {name: values for name, values in found.items() if values and all(map(math.isfinite, values.values()))}
+
+
+def means(rows: Sequence[Row]) -> list[dict[str, object]]:
+    """The rows of `PART-means.csv`; the first setting of NCA is what the others are compared with."""
+    groups = curves_of(rows)
+    names = labels([*groups])
+    values = {setting: seed_values(groups[setting], rows, setting) for setting in groups}
+    first = next(setting for setting in groups if dict(setting)["method"] == "nca")
     table: list[dict[str, object]] = []
-    for setting, curves in curves_of(rows).items():
-        found = {name: values[-1][1] for name in AT_THE_END if (values := over_steps(rows, setting, name))}
-        for kl in EQUAL_KL:
-            reached = [value for curve in curves if (value := reward_at_kl(curve, kl)) is not None]
-            if len(reached) == len(curves):
-                found[f"reward at KL {kl:g}"] = mean_and_interval(reached)
-        for figure, interval in found.items():
-            low, high = (value if math.isfinite(value) else None for value in (interval.low, interval.high))
-            table.append(
-                {**dict(setting), "figure": figure, "mean": interval.mean, "low": low, "high": high, "n": interval.n}
-            )
+    for setting, figures in values.items():
+        for figure, seeds in figures.items():
+            line: dict[str, object] = {
+                "label": names[setting],
+                "figure": figure,
+                **_fields(("mean", "low", "high"), [*seeds.values()]),
+            }
+            base = values[first].get(figure, {})
+            if setting != first and base.keys() == seeds.keys():
+                gaps = [seeds[seed] - base[seed] for seed in seeds]
+                line |= _fields(("behind", "behind_low", "behind_high"), gaps)
+            table.append(line | {"n": len(seeds)})
     return table
 
 
-def markdown(table: list[dict[str, object]]) -> str:
-    """A row a setting, sorted by the reward at the highest KL that all came to; intervals behind ±."""
-    settings: dict[tuple, dict[str, str]] = {}
-    order: dict[tuple, float] = {}
-    varied = [name for name in NAMES if len({str(row.get(name) or "") for row in table}) > 1] or ["method"]
-    shared = [f"reward at KL {kl:g}" for kl in EQUAL_KL]
-    counts = {figure: sum(row["figure"] == figure for row in table) for figure in shared}
-    every = len({tuple(str(row.get(name) or "") for name in NAMES) for row in table})
-    at = next((figure for figure in reversed(shared) if counts[figure] == every), "reward")
+def _fields(names: Sequence[str], values: Sequence[float]) -> dict[str, object]:
+    interval: Interval = mean_and_interval(values)
+    return {name: value if math.isfinite(value) else None for name, value in zip(names, interval[:3], strict=True)}
+
+
+def shown(row: Row, name: str = "mean") -> str:
+    """`0.71 ± 0.04`, of `behind` with its sign."""
+    value, high = float(row[name]), row["high" if name == "mean" else f"{name}_high"]
+    digits = 1 if name == "mean" and abs(value) >= 10 else 2
+    sign = "+" if name != "mean" else ""
+    spread = f" ± {float(high) - value:.{digits}f}" if high else ""
+    return f"{value:{sign}.{digits}f}{spread}".replace("-", "−")
+
+
+def markdown(table: Sequence[Row], kind: str) -> str:
+    """A row a setting: of kind `equal`, rewards at equal KL and in brackets the difference from NCA; `end`, the end."""
+    figures = [f"reward at KL {kl:g}" for kl in EQUAL_KL] if kind == "equal" else [*AT_THE_END]
+    found: dict[str, dict[str, Row]] = {}
     for row in table:
-        key = tuple(str(row.get(name) or "") for name in varied)
-        settings.setdefault(key, {})[str(row["figure"])] = _shown(row)
-        if row["figure"] == at:
-            order[key] = float(str(row["mean"]))
-    figures = [name for name in (*shared, *AT_THE_END) if any(name in found for found in settings.values())]
-    lines = ["| " + " | ".join([*varied, *figures]) + " |", "| --- " * (len(varied) + len(figures)) + "|"]
-    for key in sorted(settings, key=lambda key: -order.get(key, -math.inf)):
-        cells = [*key, *(settings[key].get(figure, "not reached") for figure in figures)]
-        lines.append("| " + " | ".join(cells) + " |")
+        found.setdefault(row["label"], {})[row["figure"]] = row
+    figures = [name for name in figures if any(name in own for own in found.values())]
+    lines = [f"| | n | {' | '.join(figures)} |", "| --- " * (len(figures) + 2) + "|"]
+    for label, own in found.items():
+        cells = []
+        for name in figures:
+            if name not in own:
+                cells.append("not reached")
+                continue
+            gap = f" ({shown(own[name], 'behind')})" if kind == "equal" and own[name]["behind"] else ""
+            cells.append(f"{shown(own[name])}{gap}")
+        lines.append(f"| {label} | {next(iter(own.values()))['n']} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _shown(row: dict[str, object]) -> str:
-    mean, high = float(str(row["mean"])), row["high"]
-    digits = 1 if abs(mean) >= 10 else 2
-    spread = "" if high in (None, "") else f" ± {float(str(high)) - mean:.{digits}f}"
-    return f"{mean:.{digits}f}{spread}"
+def fill(text: str, tables: Mapping[str, Sequence[Row]]) -> str:
+    """`text` with tables and figures between their marks.
+
+    Raises:
+        KeyError: a mark of a figure that no table has.
+    """
+
+    def table(mark: re.Match) -> str:
+        part, kind = mark[1].split()
+        return f"<!-- table {mark[1]} -->\n{markdown(tables[part], kind)}\n<!-- end -->" if part in tables else mark[0]
+
+    def figure(mark: re.Match) -> str:
+        part, label, name, *which = mark[1].split("; ")
+        for row in tables[part]:
+            if (row["label"], row["figure"]) == (label, name):
+                return f"<!-- {mark[1]} -->{shown(row, *which)}<!-- -->"
+        raise KeyError(mark[1])
+
+    text = re.sub(r"<!-- table (\w+ \w+) -->\n.*?<!-- end -->", table, text, flags=re.DOTALL)
+    return re.sub(r"<!-- (\w+; [^>]+?) -->.*?<!-- -->", figure, text, flags=re.DOTALL)
 
 
-def fill(text: str, tables: dict[str, str]) -> str:
-    """`text` with the tables between their marks."""
-    for name, table in tables.items():
-        mark = re.compile(rf"(<!-- {re.escape(name)} -->\n).*?(<!-- end -->)", re.DOTALL)
-        text = mark.sub(rf"\g<1>{table}\n\g<2>", text)
-    return text
+def read_tables(output: Path) -> dict[str, list[dict[str, str]]]:
+    """Part → the rows of its `-means.csv`."""
+    return {part: read_csv(path) for part in PARTS if (path := output / f"{part}-means.csv").exists()}
+
+
+def write_part(part: str, comparisons: Mapping[str, list[dict[str, str]]], output: Path) -> None:
+    """The tables and the plot of a part."""
+    rows = [row for name, wanted in PARTS[part] for row in comparisons[name] if wanted(row)]
+    write_csv(output / f"{part}.csv", rows)
+    write_csv(output / f"{part}-means.csv", means(rows), COLUMNS)
+    groups = curves_of(rows)
+    charts = [frontier_chart(rows, groups), *likelihood_charts(rows, groups)]
+    plot(charts, f"{part}: test split, means over seeds, bars: 95% t-intervals", output / f"{part}.png")
+
+
+def cells(runs: Path, comparisons: Iterable[str]) -> list[dict[str, object]]:
+    """A row a cell of what it was made with."""
+    table: list[dict[str, object]] = []
+    for name in comparisons:
+        for path in sorted((runs / name / "cells").glob("*/cell.json")):
+            about = json.loads(path.read_text(encoding="utf-8"))
+            own = {"comparison": name, "cell": path.parent.name, "seed": about["settings"]["seed"]}
+            table.append(own | {key: about[key] for key in ("minutes", "commit")} | about["versions"])
+    return table
 
 
 def main(runs: Path, output: Path) -> None:
     output.mkdir(parents=True, exist_ok=True)
-    provenance, tables = {}, {}
-    found = {path.parent.name: path for path in sorted(runs.glob("*/comparison.csv"))}
-    for name, path in found.items():
-        rows = read(path)
-        last = {row["cell"]: float(row["minutes"]) for row in rows if row["minutes"]}
-        if name in ABLATIONS and "task1" in found:  # its own setting among those that it varies
-            rows += [row for row in read(found["task1"]) if row["method"] == "nca"]
-        write_csv(output / f"{name}.csv", rows)
-        tables[name] = means(rows)
-        write_csv(output / f"{name}-means.csv", tables[name], [*NAMES, "figure", "mean", "low", "high", "n"])
-        known = json.loads((path.parent / "provenance.json").read_text(encoding="utf-8"))
-        provenance[name] = {**known, "minutes": round(sum(last.values()), 1), "cells": len(last)}
-    if not provenance:
+    comparisons = {path.parent.name: read_csv(path) for path in sorted(runs.glob("*/comparison.csv"))}
+    parts = [part for part, made_of in PARTS.items() if all(name in comparisons for name, _ in made_of)]
+    if not parts:
         sys.exit(f"{runs} holds no comparison; run scripts/study.sh first")
-    (output / "provenance.json").write_text(json.dumps(provenance, indent=1, default=str) + "\n", encoding="utf-8")
-    page = output.with_suffix(".md")
-    if page.exists():
-        page.write_text(fill(page.read_text(encoding="utf-8"), {k: markdown(v) for k, v in tables.items()}), "utf-8")
-    print(f"{', '.join(tables)}: tables in {output}")
+    for part in parts:
+        write_part(part, comparisons, output)
+    write_csv(output / "cells.csv", cells(runs, comparisons))
+    tables = read_tables(output)
+    for page in (output.with_suffix(".md"), output.parents[1] / "README.md"):
+        if page.exists():
+            page.write_text(fill(page.read_text(encoding="utf-8"), tables), encoding="utf-8")
+    print(f"{', '.join(parts)}: tables and plots in {output}")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ from browser import browser, open_page, overflow
 from conftest import build_model, reward_rows
 from nca_align import NCAConfig, NCATrainer, RankingCallback, reporting
 from nca_align.charts import Chart, Series, curves, whiskers
-from nca_align.comparison import COLUMNS, Selection, selected_rows, write_csv
+from nca_align.comparison import COLUMNS, Selection, selected_rows
+from nca_align.files import write_csv
 from nca_align.frontier import Curve, curves_of, mean_and_interval
 from nca_align.grid import KEYS
 from nca_align.report_charts import run_charts

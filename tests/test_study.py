@@ -1,6 +1,6 @@
 """The study: its data and grids, and that every number that is told of it is one of its tables."""
 
-import csv
+import itertools
 import json
 import re
 import subprocess
@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from nca_align.comparison import FIGURES
+from nca_align.files import read_csv, write_csv
+from nca_align.grid import KEYS
 from nca_align.scorers import vader, within_words
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -61,55 +64,91 @@ def test_grids_are_the_studys(name, cells):
     assert evaluation.prompts is None
 
 
-def comparison(folder: Path) -> None:
-    """Two methods, three seeds: rewards that rise in a straight line with the KL, one method twice as fast."""
-    columns = ["cell", "method", "alpha", "seed", "split", "step", "reward", "kl", "minutes"]
-    folder.mkdir(parents=True)
-    with open(folder / "comparison.csv", "w", newline="") as file:
-        table = csv.DictWriter(file, columns)
-        table.writeheader()
-        for method, slope in (("nca", 0.1), ("dpo", 0.2)):
-            for seed in (1, 2, 3):
-                for split in ("validation", "test"):
-                    for step in (0, 32, 64):
-                        kl = step / 16
-                        table.writerow(
-                            {"cell": f"{method}-{seed}", "method": method, "seed": seed, "split": split, "step": step,
-                             "reward": 0.4 + slope * kl + 0.01 * seed, "kl": kl, "minutes": step / 10,
-                             "alpha": 0.3 if method == "nca" else ""}
-                        )  # fmt: skip
-    (folder / "provenance.json").write_text(json.dumps({"commit": "abc"}))
+def comparison(folder: Path, slopes=(("nca", 0.1), ("dpo", 0.2)), **more) -> None:
+    """Two methods, three seeds: rewards that rise with √KL, one method's twice as fast."""
+    columns = ["cell", *KEYS, "split", "step", *FIGURES, "minutes"]
+    rows = []
+    for method, slope in slopes:
+        for seed in (1, 2, 3):
+            about = {
+                "cell": f"{method}-{seed}",
+                "method": method,
+                "seed": seed,
+                "alpha": 0.3 if method == "nca" else "",
+            }
+            cell = folder / "cells" / f"{method}-{seed}"
+            cell.mkdir(parents=True)
+            made = {"settings": {"seed": seed}, "minutes": 6.4, "commit": "abc", "versions": {"trl": "1.16.0"}}
+            (cell / "cell.json").write_text(json.dumps(made))
+            for split, step in itertools.product(("validation", "test"), (0, 32, 64)):
+                kl = step / 16
+                drawn = {"reward": 0.4 + slope * kl**0.5 + 0.01 * seed, "kl": kl, "logratio_best": -1, "accuracy": 0.5}
+                rows.append(about | {"split": split, "step": step, "minutes": step / 10} | drawn | more)
+    write_csv(folder / "comparison.csv", rows, columns)
 
 
 def test_tables_are_means_over_seeds_at_the_end_and_at_equal_kl(tmp_path):
-    comparison(tmp_path / "runs" / "task")
-    page = tmp_path / "study.md"
-    page.write_text("before\n<!-- task -->\nold\n<!-- end -->\nafter\n")
-    study_results.main(tmp_path / "runs", tmp_path / "study")
-    means = study_results.read(tmp_path / "study" / "task-means.csv")
-    found = {(row["method"], row["figure"]): row for row in means}
-    assert float(found["nca", "reward at KL 2"]["mean"]) == pytest.approx(0.4 + 0.2 + 0.02)
-    assert float(found["dpo", "reward"]["mean"]) == pytest.approx(0.4 + 0.8 + 0.02)
+    pytest.importorskip("matplotlib")
+    comparison(tmp_path / "runs" / "task1")
+    page = tmp_path / "docs" / "study.md"
+    page.parent.mkdir()
+    page.write_text(
+        "before\n<!-- table task1 equal -->\nold\n<!-- end -->\n<!-- table task1 end --><!-- end -->\nafter\n"
+        "DPO has <!-- task1; dpo; reward at KL 2 -->?<!-- -->, "
+        "<!-- task1; dpo; reward at KL 2; behind --><!-- --> more.\n"
+    )
+    (tmp_path / "README.md").write_text("NCA has <!-- task1; nca; reward -->9<!-- -->.\n")
+    study_results.main(tmp_path / "runs", tmp_path / "docs" / "study")
+    found = {(row["label"], row["figure"]): row for row in read_csv(tmp_path / "docs" / "study" / "task1-means.csv")}
+    assert float(found["nca", "reward at KL 2"]["mean"]) == pytest.approx(0.4 + 0.1 * 2**0.5 + 0.02)
+    assert float(found["dpo", "reward"]["mean"]) == pytest.approx(0.4 + 0.4 + 0.02)
     assert ("dpo", "reward at KL 5") not in found  # none came so far
-    row = found["nca", "reward"]
+    assert ("dpo", "win_rate") not in found  # nor had one
+    row = found["dpo", "reward at KL 2"]
     assert float(row["high"]) - float(row["mean"]) == pytest.approx(4.3027 * 0.01 / 3**0.5, abs=1e-5)
+    assert float(row["behind"]) == pytest.approx(0.1 * 2**0.5)
+    assert float(row["behind_high"]) == pytest.approx(float(row["behind"]))  # the seeds differ alike: paired
     assert row["n"] == "3"
+    assert found["nca", "reward"]["behind"] == ""
     text = page.read_text()
-    assert text.startswith("before\n<!-- task -->\n| method | alpha |")
-    assert text.endswith("<!-- end -->\nafter\n")
-    lines = [line for line in text.splitlines() if line.startswith(("| nca", "| dpo"))]
-    assert lines[0].startswith("| dpo")  # sorted by the reward at equal KL
-    assert "0.82 ± 0.02" in lines[1]
-    assert json.loads((tmp_path / "study" / "provenance.json").read_text())["task"]["minutes"] == pytest.approx(38.4)
+    assert text.startswith("before\n<!-- table task1 equal -->\n| | n | reward at KL 1 |")
+    assert "| nca | 3 | 0.52 ± 0.02 | 0.56 ± 0.02 | 0.59 ± 0.02 |" in text
+    assert "| dpo | 3 | 0.62 ± 0.02 (+0.10 ± 0.00) | 0.70 ± 0.02 (+0.14 ± 0.00) |" in text
+    assert "-->0.70 ± 0.02<!-- -->, <!-- task1; dpo; reward at KL 2; behind -->+0.14 ± 0.00<!-- --> more." in text
+    assert (tmp_path / "README.md").read_text() == "NCA has <!-- task1; nca; reward -->0.62 ± 0.02<!-- -->.\n"
+    cells = read_csv(tmp_path / "docs" / "study" / "cells.csv")
+    assert [row["seed"] for row in cells] == ["1", "2", "3"] * 2
+    assert (cells[0]["commit"], cells[0]["trl"], cells[0]["minutes"]) == ("abc", "1.16.0", "6.4")
+    assert (tmp_path / "docs" / "study" / "task1.png").stat().st_size > 10_000
 
 
-def test_an_ablations_table_has_task_1s_own_setting_beside_the_others(tmp_path):
-    for name in ("task1", "alpha"):
-        comparison(tmp_path / "runs" / name)
-    study_results.main(tmp_path / "runs", tmp_path / "study")
-    rows = study_results.read(tmp_path / "study" / "alpha.csv")
-    assert len(rows) == 36 + 18
-    assert sum(row["method"] == "dpo" for row in rows) == 18
+def test_a_seed_that_diverged_leaves_no_mean(tmp_path):
+    pytest.importorskip("matplotlib")
+    comparison(tmp_path / "task1")
+    rows = read_csv(tmp_path / "task1" / "comparison.csv")
+    next(row for row in rows if (row["cell"], row["split"], row["step"]) == ("dpo-2", "test", "64"))["reward"] = "nan"
+    figures = {(row["label"], row["figure"]) for row in study_results.means(rows)}
+    assert ("dpo", "reward") not in figures
+    assert ("dpo", "reward at KL 2") in figures  # it had come so far before
+    assert ("dpo", "reward at KL 3") not in figures
+
+
+def test_an_ablations_table_has_task_1s_own_setting_first(tmp_path):
+    pytest.importorskip("matplotlib")
+    comparison(tmp_path / "runs" / "task1")
+    comparison(tmp_path / "runs" / "alpha", [("nca", 0.1)], alpha=1.0)
+    comparison(tmp_path / "runs" / "completions", [("nca", 0.1)], strategy="best_worst")
+    study_results.main(tmp_path / "runs", tmp_path / "docs" / "study")
+    tables = study_results.read_tables(tmp_path / "docs" / "study")
+    assert list(dict.fromkeys(row["label"] for row in tables["alpha"])) == ["nca, α 0.3", "nca, α 1"]
+    assert {row["label"] for row in tables["preferences"]} == {"nca", "nca, best_worst"}
+    assert {row["label"] for row in tables["completions"]} == {"nca"}
+    assert all(row["behind"] for row in tables["alpha"] if row["label"] == "nca, α 1")
+
+
+def test_a_mark_of_a_figure_that_is_in_no_table_is_an_error():
+    with pytest.raises(KeyError, match="task1; nca; rewards"):
+        study_results.fill("<!-- task1; nca; rewards -->1<!-- -->", {"task1": []})
 
 
 def test_without_runs_it_says_what_to_run(tmp_path):
@@ -121,33 +160,50 @@ def test_without_runs_it_says_what_to_run(tmp_path):
 
 
 class TestNumbers:
-    """Numbers with a decimal point; others are settings and counts."""
+    """Every number with a decimal point that is told of a result stands between marks, and is its table's."""
 
-    def tables(self) -> dict[str, str]:
-        found = sorted((ROOT / "docs/study").glob("*-means.csv"))
+    PAGES = ("docs/study.md", "README.md")
+
+    def tables(self) -> dict[str, list[dict[str, str]]]:
+        found = study_results.read_tables(ROOT / "docs/study")
         if not found:
+            told = [page for page in self.PAGES if re.search(r"<!-- \w+; ", (ROOT / page).read_text())]
+            assert not told, "figures are told, but docs/study has no table"
             pytest.skip("the study's tables are not in docs/study")
-        return {
-            path.name.removesuffix("-means.csv"): study_results.markdown(study_results.read(path)) for path in found
-        }
+        return found
 
-    def test_the_pages_tables_are_those_of_the_csv_files(self):
+    def test_the_pages_tables_and_figures_are_those_of_the_csv_files(self):
+        tables = self.tables()
+        for page in self.PAGES:
+            text = (ROOT / page).read_text()
+            assert study_results.fill(text, tables) == text
         text = (ROOT / "docs/study.md").read_text()
-        assert study_results.fill(text, self.tables()) == text
-        assert all(f"<!-- {name} -->" in text for name in self.tables())
+        assert all(f"<!-- table {part} {kind} -->" in text for part in tables for kind in ("equal", "end"))
 
     def test_the_means_are_those_of_the_evaluations(self):
-        for name in self.tables():
-            means = study_results.means(study_results.read(ROOT / "docs/study" / f"{name}.csv"))
-            for told, again in zip(study_results.read(ROOT / "docs/study" / f"{name}-means.csv"), means, strict=True):
-                assert float(told["mean"]) == pytest.approx(float(str(again["mean"])))
+        for name, told in self.tables().items():
+            means = study_results.means(read_csv(ROOT / f"docs/study/{name}.csv"))
+            for line, again in zip(told, means, strict=True):
+                for key in ("mean", "low", "high", "behind", "behind_low", "behind_high"):
+                    assert line[key] == ("" if again.get(key) is None else str(again[key])), (name, line)
 
-    def test_numbers_in_prose_are_in_a_table_of_the_page(self):
-        tables = "\n".join(self.tables().values())
-        known = set(re.findall(r"\d+\.\d+", tables))
-        page = re.sub(r"<!-- \w+ -->\n.*?<!-- end -->", "", (ROOT / "docs/study.md").read_text(), flags=re.DOTALL)
-        results = page[page.index("## Results") :]
-        readme = (ROOT / "README.md").read_text()
-        section = re.search(r"## The study\n.*?(?=\n## )", readme, re.DOTALL)
-        for number in re.findall(r"(?<![\w.])\d+\.\d+", results + (section[0] if section else "")):
-            assert number in known, number
+    def test_every_cell_says_what_it_was_made_with(self):
+        tables = self.tables()
+        known = {row["cell"] for row in read_csv(ROOT / "docs/study/cells.csv")}
+        used = {row["cell"] for name in tables for row in read_csv(ROOT / f"docs/study/{name}.csv")}
+        assert used <= known
+        for row in read_csv(ROOT / "docs/study/cells.csv"):
+            assert re.fullmatch("[0-9a-f]{40}", row["commit"])
+            assert float(row["minutes"]) > 0
+            assert row["trl"]
+
+    def test_a_number_in_the_text_stands_between_marks(self):
+        self.tables()
+        page = (ROOT / "docs/study.md").read_text()
+        section = re.search(r"## The study\n.*?(?=\n## )", (ROOT / "README.md").read_text(), re.DOTALL)
+        assert section is not None
+        for text in (page[page.index("## Results") :], section[0]):
+            bare = re.sub(
+                r"<!-- table .*?<!-- end -->|<!-- \w+; [^>]+ -->.*?<!-- -->|`[^`]*`", "", text, flags=re.DOTALL
+            )
+            assert not re.findall(r"(?<![\w.])[+−-]?\d+\.\d+", bare)

@@ -19,9 +19,9 @@ from rich.table import Table
 from .arguments import parse
 from .cell import read_splits
 from .cells import DONE, LOG, failure, is_done, prepare, run_cells
-from .comparison import COLUMNS, Selection, rows_of, selected_rows, write_csv
+from .comparison import COLUMNS, Selection, rows_of, selected_rows
 from .errors import UserError, command
-from .files import replacing
+from .files import replacing, write_csv
 from .grid import Cell, Evaluation, expand, from_mapping
 from .locking import alone_at
 from .provenance import LIBRARIES, commit, versions

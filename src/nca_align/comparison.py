@@ -1,14 +1,12 @@
 """A comparison's tables: rows out of the cells' `trainer_state.json`, and settings chosen on validation rows alone."""
 
-import csv
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .files import replacing
 from .frontier import Curve, mean_and_interval, reward_at_kl
 from .grid import KEYS, Cell
 
@@ -130,15 +128,6 @@ def selected_rows(rows: Sequence[Row], selection: Selection) -> list[Row]:
         line |= _figure("minutes", [run[-1]["minutes"] for run in runs])
         table.append(line)
     return table
-
-
-def write_csv(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None) -> None:
-    """`rows` in the place of `path`; an empty field where there is no value."""
-    names = list(columns or dict.fromkeys(name for row in rows for name in row))
-    with replacing(path) as file:
-        table = csv.DictWriter(file, names, lineterminator="\n")
-        table.writeheader()
-        table.writerows(rows)
 
 
 def _by_settings(rows: Iterable[Row]) -> dict[tuple, dict[Any, list[Row]]]:

@@ -7,9 +7,10 @@ from typing import Any
 from .charts import Chart, Series
 from .curves import by_rank
 from .frontier import Curve, Interval, Setting, over_steps
-from .reporting import Comparison, Run, curve, labels, prefixes
+from .reporting import Run, curve, labels, prefixes
 
 Groups = Mapping[Setting, Sequence[Curve]]
+Rows = Sequence[Mapping[str, str]]  # of `comparison.csv`
 MOST_CURVES = 8  # of a chart with bars
 
 
@@ -111,11 +112,11 @@ def _generation(log: list[dict[str, Any]], prefix: str, name: str) -> list[Chart
     return charts
 
 
-def frontier_chart(found: Comparison, groups: Groups) -> Chart:
+def frontier_chart(rows: Rows, groups: Groups) -> Chart:
     """Mean reward against mean KL of each setting, evaluation by evaluation, on the test split."""
     names, shown = labels([*groups]), []
     for setting in groups:
-        reward, kl = (dict(over_steps(found.rows, setting, column)) for column in ("reward", "kl"))
+        reward, kl = (dict(over_steps(rows, setting, column)) for column in ("reward", "kl"))
         steps = [step for step in reward if step in kl]
         x, y = [kl[step] for step in steps], [reward[step] for step in steps]
         shown.append(Series(names[setting], _means(x), _means(y), _bars(x), _bars(y)))
@@ -127,7 +128,7 @@ def frontier_chart(found: Comparison, groups: Groups) -> Chart:
     )  # fmt: skip
 
 
-def likelihood_charts(found: Comparison, groups: Groups) -> list[Chart]:
+def likelihood_charts(rows: Rows, groups: Groups) -> list[Chart]:
     """Log-ratios of the best and the worst completion, and the ranking accuracy, setting by setting over steps."""
     names, charts = labels([*groups]), []
     ratio = (
@@ -144,7 +145,7 @@ def likelihood_charts(found: Comparison, groups: Groups) -> list[Chart]:
     ):
         shown = []
         for setting in groups:
-            if points := over_steps(found.rows, setting, column):
+            if points := over_steps(rows, setting, column):
                 steps, values = zip(*points, strict=True)
                 shown.append(Series(names[setting], steps, _means(values), y_bars=_bars(values)))
         if shown:

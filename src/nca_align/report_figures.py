@@ -32,7 +32,7 @@ def charts_of(one: Run | Comparison) -> list[Chart]:
     if isinstance(one, Run):
         return next(reversed(run_charts(one).values()), [])
     chosen = one.chosen()
-    return [frontier_chart(one, chosen), *likelihood_charts(one, chosen)] if chosen else []
+    return [frontier_chart(one.rows, chosen), *likelihood_charts(one.rows, chosen)] if chosen else []
 
 
 def bars_of(one: Run | Comparison) -> str:

@@ -51,7 +51,7 @@ def _comparison(found: Comparison, at_kl: Sequence[float]) -> str:
     ]
     parts = [f"<h2>{pages.escape(found.name)}</h2>", pages.tiles(tiles)]
     if chosen:
-        charts = [frontier_chart(found, chosen), *likelihood_charts(found, chosen)]
+        charts = [frontier_chart(found.rows, chosen), *likelihood_charts(found.rows, chosen)]
         cards = _equal_kl(chosen, at_kl)
         nothing = pages.bullets(["No run has moved from the reference: there is no KL to compare at."])
         equal = f'<p class="note">{_EQUAL}</p><div class="grid wide">{"".join(cards)}</div>' if cards else nothing
@@ -76,7 +76,7 @@ def _comparison(found: Comparison, at_kl: Sequence[float]) -> str:
     if len(every) > len(chosen):
         title = "Every setting of the grid"
         if len(every) <= MOST_CURVES:
-            parts.append(pages.section(title, card(frontier_chart(found, every)), grid="grid wide"))
+            parts.append(pages.section(title, card(frontier_chart(found.rows, every)), grid="grid wide"))
         parts.append(pages.section(f"{title}, where training ended, test split", _last(found, every)))
     if found.failed:
         parts.append(

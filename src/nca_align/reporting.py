@@ -1,6 +1,5 @@
 """`nca-align report RUN …`: what runs of `train` and `compare` wrote down, as one page and as plots."""
 
-import csv
 import json
 import math
 import re
@@ -13,7 +12,7 @@ from typing import Any
 
 from .arguments import parse
 from .errors import UserError, command
-from .files import replacing
+from .files import read_csv, replacing
 from .frontier import Curve, Setting, common_reach, curves_of, setting_of
 
 _COLUMNS = ("method", "seed", "split", "step", "reward", "kl")
@@ -138,7 +137,7 @@ def read_run(path: Path) -> Run | Comparison:
 
 
 def _comparison(path: Path) -> Comparison:
-    rows = _csv(path / "comparison.csv")
+    rows = read_csv(path / "comparison.csv")
     if missing := [name for name in _COLUMNS if not rows or name not in rows[0]]:
         raise UserError(
             f"{path / 'comparison.csv'} has no rows with `{missing[0]}`; run `nca-align compare` until a cell is done"
@@ -154,12 +153,7 @@ def _comparison(path: Path) -> Comparison:
             continue  # it failed once, and was done later, or has left the grid
         lines = reason.read_text(encoding="utf-8", errors="replace").strip().splitlines()
         failed.append((cell.name, lines[-1] if lines else "no reason was written"))
-    return Comparison(path.resolve().name, rows, _csv(path / "selected.csv"), failed, provenance)
-
-
-def _csv(path: Path) -> list[dict[str, str]]:
-    with open(path, encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(line for line in file if not line.startswith("#")))
+    return Comparison(path.resolve().name, rows, read_csv(path / "selected.csv"), failed, provenance)
 
 
 def _json(path: Path) -> dict[str, Any]:
