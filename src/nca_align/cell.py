@@ -17,11 +17,12 @@ from datasets import Dataset, disable_progress_bars
 from transformers import Trainer, TrainerCallback
 
 from .callbacks import GenerationCallback, RankingCallback, log_within_step
-from .checkpoints import last_common_checkpoint, write_json
+from .checkpoints import last_common_checkpoint
 from .data import RewardData, read_reward_dataset
 from .data.splits import find_split, is_training, split_validation
 from .data.strategies import select_completions
 from .errors import UserError, command, refused_by
+from .files import write_json
 from .generation import GenerationEvaluator
 from .grid import Evaluation, cell_options
 from .locking import alone_at

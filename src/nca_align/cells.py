@@ -19,9 +19,9 @@ import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from .checkpoints import whole_checkpoints, write_json
+from .checkpoints import whole_checkpoints
 from .errors import UserError
-from .files import replacing
+from .files import replacing, write_json
 from .grid import Cell, Evaluation
 from .provenance import weights_fingerprint
 from .resume import PREEMPTED

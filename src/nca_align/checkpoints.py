@@ -122,21 +122,3 @@ def read_errors_told(folder: str | None, output_dir: str) -> Iterator[None]:
             f"`resume_from_checkpoint` {folder} can't be loaded ({reason}): it is damaged, or of another model or "
             f"trainer; {other_checkpoint(Path(folder), output_dir)} (NCA_ALIGN_TRACEBACK=1 shows where)"
         ) from error
-
-
-def write_json(path: Path, value: Any) -> None:
-    """`value` in the place of `path` at once, or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(value, indent=1))
-    sync(temporary)
-    os.replace(temporary, path)
-    sync(path.parent)
-
-
-def sync(path: Path) -> None:
-    """Onto the disk: a machine that goes down keeps no more than that."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

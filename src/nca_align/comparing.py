@@ -21,7 +21,7 @@ from .cell import read_splits
 from .cells import DONE, LOG, failure, is_done, prepare, run_cells
 from .comparison import COLUMNS, Selection, rows_of, selected_rows
 from .errors import UserError, command
-from .files import replacing, write_csv
+from .files import write_csv, write_json
 from .grid import Cell, Evaluation, expand, from_mapping
 from .locking import alone_at
 from .provenance import LIBRARIES, commit, versions
@@ -172,8 +172,7 @@ def _write_provenance(output: Path, argv: list[str], options: CompareOptions, ce
         "config": asdict(options),
         "cells": [cell.name for cell in cells],
     }
-    with replacing(output / "provenance.json") as file:
-        file.write(json.dumps(about, indent=1, default=str) + "\n")
+    write_json(output / "provenance.json", about)
 
 
 def _names(cells: Sequence[Cell]) -> str:

@@ -1,6 +1,5 @@
 """`nca-align evaluate`: its modes, and the plain one: mean reward and KL of policies by their own scored samples."""
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -16,7 +15,7 @@ from rich.table import Table
 from .arguments import given_options, parse
 from .errors import UserError, command
 from .figures import ESTIMATES, UNKNOWN, Estimate, GenerationFigures, figures_of, rewards_by_prompt, wins_over
-from .files import check_writable, read_table, replacing
+from .files import check_writable, read_table, write_json
 from .policies import completion_logps, load_policy, load_tokenizer
 from .prompts import text_of
 from .provenance import data_fingerprint, weights_fingerprint
@@ -132,8 +131,7 @@ def evaluate(options: EvaluateOptions) -> list[Evaluation]:
         lines.append(replace(line, win_rate=wins_over(own, of_reference)))
         known[key] = asdict(lines[-1])
         if path is not None:  # after each line, and whole: a kill loses the one in work
-            with replacing(path) as file:
-                file.write(json.dumps(known, indent=1) + "\n")
+            write_json(path, known)
     return lines
 
 

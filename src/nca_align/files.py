@@ -23,9 +23,25 @@ def replacing(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        sync(path.parent)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def sync(path: Path) -> None:
+    """Onto the disk: a machine that goes down keeps no more than that."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: Path, value: Any, ensure_ascii: bool = True) -> None:
+    """`value` as JSON in the place of `path` at once, or not at all."""
+    with replacing(path) as file:
+        file.write(json.dumps(value, indent=1, ensure_ascii=ensure_ascii, default=str) + "\n")
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None) -> None:

@@ -17,7 +17,7 @@ from jinja2 import TemplateError
 
 from .arguments import nearest
 from .errors import UserError, one_line, refused_by
-from .files import check_writable, read_table, replacing
+from .files import check_writable, read_table, write_json
 from .harness_table import Line, compare, plain_results, print_table
 from .hub import go_offline_without_network
 from .policies import adapter_base, as_reference, is_adapter, load_policy, load_tokenizer
@@ -112,8 +112,7 @@ def harness(options: HarnessOptions) -> list[Line]:
                     )  # fmt: skip
                 known[keys[name]] = plain_results(results)
                 if path is not None:  # after each task, and whole: a kill loses the one in work
-                    with replacing(path) as file:
-                        file.write(json.dumps(known, indent=1) + "\n")
+                    write_json(path, known)
         found[side] = {task: figures for name in tasks for task, figures in known[keys[name]].items()}
     lines = compare(found["base"], found["aligned"])
     base = options.reference or adapter_base(policy)

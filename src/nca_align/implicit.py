@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from .config import NCAConfig, prompt_limit
 from .data import DataOptions, read_reward_dataset, select_split
 from .errors import UserError
-from .files import check_writable, replacing
+from .files import check_writable, replacing, write_json
 from .policies import as_reference, is_adapter, load_policy, load_tokenizer, run_record, token_logps
 from .ranking import LENGTH_MATCH, Completions, Interval, compare_scores, padded, pair_kinds, without_length
 from .tokenization import tokenize_dataset
@@ -218,8 +218,7 @@ def implicit(options: ImplicitOptions) -> ImplicitEvaluation:
     if options.token_scores is not None:
         write_token_scores(options.token_scores, tokenizer, rows, logratios, beta)
     if options.output is not None:
-        with replacing(Path(options.output)) as file:
-            file.write(json.dumps(_as_json(found), indent=1) + "\n")
+        write_json(Path(options.output), _as_json(found))
     print_table(found)
     return found
 

@@ -11,7 +11,7 @@ from datasets import Dataset, Features
 
 from .engines import Advance, Engine, EngineOptions, require_object, seed_of
 from .errors import UserError
-from .files import check_writable, replacing
+from .files import check_writable, write_json
 from .hub import from_the_hub
 from .judge_formats import JUDGES, gpt4o_encoding
 from .prompts import load_raw
@@ -110,8 +110,7 @@ def judge(options: JudgeOptions) -> None:
     )
     if lines != path:  # AlpacaEval reads an array; the lines stay, and say what made them
         records = [json.loads(line) for line in lines.read_text(encoding="utf-8").splitlines()]
-        with replacing(path) as file:
-            file.write(json.dumps(records, ensure_ascii=False, indent=1) + "\n")
+        write_json(path, records, ensure_ascii=False)
     print(
         f"{options.output}: {counts['rows']} questions answered by {name}, {counts.get('truncated', 0)} of "
         f"{counts['answers']} answers cut at {sampling.max_new_tokens} tokens; docs/evaluation.md says how "

@@ -19,8 +19,9 @@ from datasets import Dataset
 from datasets.fingerprint import Hasher
 from torch import nn
 
-from .checkpoints import sync, write_errors_told
+from .checkpoints import write_errors_told
 from .collator import RewardCollator
+from .files import sync
 from .preparation import base_model, say
 
 ROWS_PER_SHARD = 512

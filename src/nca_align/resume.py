@@ -26,12 +26,11 @@ from .checkpoints import (
     last_common_checkpoint,
     other_checkpoint,
     read_manifest,
-    sync,
     whole_checkpoints,
     write_errors_told,
-    write_json,
 )
 from .errors import UserError
+from .files import sync, write_json
 from .identity import refuse_changes, run_identity
 from .preparation import say
 
