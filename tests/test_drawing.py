@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 
 from conftest import build_model
 from nca_align import drawing
 from nca_align.drawing import draw
+from nca_align.errors import UserError
 from nca_align.layout import obstacle
 from nca_align.logprobs import add_token_logps
 from test_attention import FAMILIES, VOCABULARY, build, share_prefixes
@@ -67,20 +68,22 @@ def test_shares_are_the_models_probabilities():
     assert drawing._inverse(torch.tensor([[-torch.inf, 0.0, 0.0]] * 2), edges).tolist() == [1, 2]
 
 
-@pytest.mark.filterwarnings("ignore:Position ids are not supported")  # PEFT, of `generate`
-@pytest.mark.parametrize("kind", ["adapter", "virtual tokens"])
-def test_an_adapter_draws_as_it_answers_alone(kind, tokenizer):
-    """With virtual tokens in front it goes through `generate`."""
-    model = build_model(tokenizer)
+def test_an_adapter_draws_as_it_answers_alone(tokenizer):
     lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
-    virtual = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     torch.manual_seed(0)
-    policy = get_peft_model(model, lora if kind == "adapter" else virtual).eval()
-    assert (obstacle([model], policy, None) is None) == (kind == "adapter")
+    policy = get_peft_model(build_model(tokenizer), lora).eval()
     (answers,) = draw(policy, [PROMPTS[0]], 5, 6, ENDS, 0)
     assert len(answers) == 5
     assert len({*map(tuple, answers)}) > 1
     assert all(ids[-1] in ENDS or len(ids) == 6 for ids in answers)
+
+
+@pytest.mark.parametrize("kind", [PromptTuningConfig, PrefixTuningConfig])
+def test_virtual_tokens_are_refused(kind, tokenizer):
+    policy = get_peft_model(build_model(tokenizer), kind(task_type="CAUSAL_LM", num_virtual_tokens=3)).eval()
+    own = policy.peft_config["default"].peft_type.value
+    with pytest.raises(UserError, match=f"the adapter is of the kind {own}, with which `generate` draws from another"):
+        draw(policy, [PROMPTS[0]], 5, 6, ENDS, 0)
 
 
 @torch.no_grad()

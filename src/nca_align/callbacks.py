@@ -11,7 +11,7 @@ from transformers import Trainer, TrainerCallback
 from .generation import GenerationEvaluator, Reference, reference_model
 from .metrics import PromptMeans, calibration, row_metrics
 from .policies import as_reference, completion_logps
-from .preparation import base_model, keep_nf4_differentiable
+from .preparation import base_model, keep_nf4_differentiable, refuse_virtual_tokens
 from .tokenization import tokenize_dataset
 
 
@@ -112,6 +112,7 @@ class GenerationCallback(_EvaluationCallback):
     Raises:
         NotImplementedError: a launch that shards the model.
         ValueError: nothing that could be the reference.
+        UserError: an adapter that puts virtual tokens in front.
     """
 
     def __init__(
@@ -125,6 +126,7 @@ class GenerationCallback(_EvaluationCallback):
         self._evaluators = dict(evaluators)
         first = next(iter(self._evaluators))
         super().__init__(trainer, steps, reference, starts_as_reference, f"{_prefix(first)}generation/reward")
+        refuse_virtual_tokens(trainer.model)
 
     def measure(self, model: nn.Module) -> dict[str, float]:
         reference = self._reference_of(model)

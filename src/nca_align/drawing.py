@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig
 
 from . import layout
-from .preparation import base_model
+from .preparation import base_model, refuse_virtual_tokens
 
 
 @torch.no_grad()
@@ -33,7 +33,11 @@ def draw(
 
     Returns:
         For each prompt K answers, the token that ended one included.
+
+    Raises:
+        UserError: see `refuse_virtual_tokens`.
     """
+    refuse_virtual_tokens(model)
     longest = max(map(len, prompts))
     device = next(model.parameters()).device
     padding = [longest - len(ids) for ids in prompts]

@@ -25,7 +25,7 @@ def transformers_engine(options: "SampleOptions") -> Engine:
     from transformers import GenerationConfig
 
     from .policies import add_adapter, load_model, torch_dtype, trained_quantization
-    from .preparation import base_model
+    from .preparation import base_model, refuse_virtual_tokens
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = prompt_tokenizer(options)
@@ -40,6 +40,7 @@ def transformers_engine(options: "SampleOptions") -> Engine:
     )  # fmt: skip
     if adapter is not None:
         model = add_adapter(model, adapter)
+        refuse_virtual_tokens(model)
 
     own = model.generation_config
     end = tokenizer.eos_token_id if own.eos_token_id is None else own.eos_token_id

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from .config import NCAConfig
 from .data import DataOptions, to_reward_dataset
+from .errors import UserError
 
 logger = logging.getLogger("nca_align")
 
@@ -91,3 +92,20 @@ def own_reference(model, peft_config, args: NCAConfig) -> PreTrainedModel | None
 def base_model(model) -> PreTrainedModel:
     """The language model under an adapter, or `model` itself."""
     return model.get_base_model() if is_peft_model(model) else model
+
+
+def refuse_virtual_tokens(model: Any) -> None:
+    """Refuse to draw from an adapter that puts virtual tokens in front: the answers would be no samples of it.
+
+    What `generate` draws with PEFT 0.21 and transformers 5.24 is from another distribution than a forward's, which is
+    what training and scoring see; measured on prompt and prefix tuning, from the first or second token on.
+
+    Raises:
+        UserError: `model` has such an adapter.
+    """
+    for config in getattr(model, "peft_config", {}).values():
+        if getattr(config, "is_prompt_learning", False):
+            raise UserError(
+                f"the adapter is of the kind {config.peft_type.value}, with which `generate` draws from "
+                "another distribution than was trained; use LoRA, or another kind that changes weights"
+            )
