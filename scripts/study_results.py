@@ -25,8 +25,11 @@ from nca_align.reporting import labels
 
 ROOT = Path(__file__).resolve().parents[1]
 Row = Mapping[str, str]
-EQUAL_KL = (1.0, 2.0, 3.0, 5.0)
-AT_THE_END = ("reward", "kl", "win_rate", "tokens", "distinct_2", "logratio_best", "logratio_worst", "accuracy")
+EQUAL_KL = (0.5, 1.0, 2.0, 4.0)
+AT_THE_END = (
+    "reward", "kl", "win_rate", "tokens", "distinct_2", "train logratio_best", "train logratio_worst", "logratio_best",
+    "logratio_worst", "accuracy",
+)  # fmt: skip
 COLUMNS = ("label", "figure", "mean", "low", "high", "n", "behind", "behind_low", "behind_high")
 
 
@@ -50,11 +53,14 @@ PARTS: dict[str, Sequence[tuple[str, Callable[[Row], bool]]]] = {
 
 def seed_values(curves: Sequence[Curve], rows: Sequence[Row], setting: Setting) -> dict[str, dict[str, float]]:
     """Figure → seed → value; a figure that not every seed has is left out."""
-    ends: dict[str, Row] = {}
-    for row in rows:
-        if row["split"] == "test" and setting_of(row) == setting:
-            ends[row["seed"]] = max(row, ends.get(row["seed"], row), key=lambda own: int(own["step"]))
-    found = {name: {seed: float(row[name] or "nan") for seed, row in ends.items()} for name in AT_THE_END}
+    found: dict[str, dict[str, float]] = {}
+    for name in AT_THE_END:
+        split, column = ("train", name.removeprefix("train ")) if name.startswith("train ") else ("test", name)
+        ends: dict[str, Row] = {}
+        for row in rows:
+            if row["split"] == split and setting_of(row) == setting:
+                ends[row["seed"]] = max(row, ends.get(row["seed"], row), key=lambda own: int(own["step"]))
+        found[name] = {seed: float(row[column] or "nan") for seed, row in ends.items()}
     for kl in EQUAL_KL:
         at = {curve.seed: reward_at_kl(curve, kl) for curve in curves}
         found[f"reward at KL {kl:g}"] = {seed: math.nan if value is None else value for seed, value in at.items()}

@@ -72,19 +72,22 @@ def run_cell(folder: Path) -> None:
     last_step = trainer.args.max_steps
     # reward bends with the KL, most at a run's beginning: halves of halves, so that the curve is known there too
     steps = [0, *sorted({max(1, round(last_step / 2**i)) for i in range(evaluation.steps)})]
-    for split, rows in held_out.items():
+    # and the losses' own training prompts, as many as validation's: what becomes of the completions that they see
+    seen = train.select(range(min(len(train), len(held_out["validation"]))))
+    for split, rows in {"train": seen, **held_out}.items():
         when = steps[-evaluation.validation_steps :] if split == "validation" and evaluation.validation_steps else steps
-        evaluator = GenerationEvaluator(
-            rows, tokenizer, evaluation.scorer, scorer_weights=evaluation.scorer_weights or None,
-            num_completions=evaluation.num_completions, max_new_tokens=evaluation.max_new_tokens,
-            seed=evaluation.seed + settings["seed"], batch_size=evaluation.batch_size,
-        )  # fmt: skip
         ranking = RankingCallback(
             trainer, {split: rows}, tokenizer, alpha=args.alpha, beta=args.beta, steps=when, max_length=args.max_length,
             batch_size=evaluation.batch_size, starts_as_reference=True,
         )  # fmt: skip
         trainer.add_callback(ranking)
-        trainer.add_callback(GenerationCallback(trainer, {split: evaluator}, when, starts_as_reference=True))
+        if split in held_out:
+            evaluator = GenerationEvaluator(
+                rows, tokenizer, evaluation.scorer, scorer_weights=evaluation.scorer_weights or None,
+                num_completions=evaluation.num_completions, max_new_tokens=evaluation.max_new_tokens,
+                seed=evaluation.seed + settings["seed"], batch_size=evaluation.batch_size,
+            )  # fmt: skip
+            trainer.add_callback(GenerationCallback(trainer, {split: evaluator}, when, starts_as_reference=True))
     trainer.add_callback(_Keep(trainer, steps, began))
     last = last_common_checkpoint(folder)
     if last is None or _step(last) < last_step:  # else it was stopped after its last step: transformers would add one

@@ -11,7 +11,7 @@ from .frontier import Curve, mean_and_interval, reward_at_kl
 from .grid import KEYS, Cell
 
 Row = dict[str, Any]
-SPLITS = ("validation", "test")
+SPLITS = ("train", "validation", "test")  # of train log-ratios alone
 # column → name in the log, behind `eval_SPLIT_`
 FIGURES = {
     **{name: f"generation/{name}" for name in (

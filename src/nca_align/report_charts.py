@@ -134,18 +134,17 @@ def likelihood_charts(rows: Rows, groups: Groups) -> list[Chart]:
     ratio = (
         "log(π/π_ref) in nats of the {} completion of the test rows, the mean over prompts; above 0 it is likelier now"
     )
-    for column, title, what in (
-        ("logratio_best", "Log-ratio of the best completion", ratio.format("best")),
-        ("logratio_worst", "Log-ratio of the worst completion", ratio.format("worst")),
-        (
-            "accuracy",
-            "Ranking accuracy",
-            "Share of the pairs with unequal rewards that the implicit reward orders right",
-        ),
+    seen = "log(π/π_ref) in nats of the best completion of training prompts: the paper's Figure 2"
+    accuracy = "Share of the pairs with unequal rewards that the implicit reward orders right"
+    for split, column, title, what in (
+        ("train", "logratio_best", "Log-ratio of the best completion, training prompts", seen),
+        ("test", "logratio_best", "Log-ratio of the best completion", ratio.format("best")),
+        ("test", "logratio_worst", "Log-ratio of the worst completion", ratio.format("worst")),
+        ("test", "accuracy", "Ranking accuracy", accuracy),
     ):
         shown = []
         for setting in groups:
-            if points := over_steps(rows, setting, column):
+            if points := over_steps(rows, setting, column, split):
                 steps, values = zip(*points, strict=True)
                 shown.append(Series(names[setting], steps, _means(values), y_bars=_bars(values)))
         if shown:
