@@ -18,7 +18,7 @@ from nca_align.comparison import COLUMNS, Selection, selected_rows
 from nca_align.files import write_csv
 from nca_align.frontier import Curve, curves_of, mean_and_interval
 from nca_align.grid import KEYS
-from nca_align.report_charts import run_charts
+from nca_align.report_charts import likelihood_charts, run_charts
 from nca_align.report_page import build_page
 from nca_align.reporting import Run, equal_kls, labels, main, prefixes, read_run, write_report
 
@@ -104,6 +104,19 @@ def table(html: str, title: str) -> list[list[str]]:
 @pytest.fixture
 def comparison(tmp_path) -> Path:
     return write_comparison(tmp_path / "compare", comparison_rows(), {"kto-1": "Trace\nout of memory <script>"})
+
+
+def test_training_prompts_have_a_chart_of_their_own():
+    rows = [{key: str(value) for key, value in row.items()} for row in comparison_rows()]
+    seen = [
+        {**row, "split": "train", "reward": "", "kl": "", "logratio_best": str(float(row["logratio_best"]) + 5)}
+        for row in rows
+        if row["split"] == "test"
+    ]
+    titles = [[chart.title for chart in likelihood_charts(own, curves_of(own))] for own in (rows, rows + seen)]
+    assert set(titles[1]) - set(titles[0]) == {"Log-ratio of the best completion, training prompts"}
+    train, test = (chart.series[0].y for chart in likelihood_charts(rows + seen, curves_of(rows + seen))[:2])
+    assert train == pytest.approx([value + 5 for value in test])
 
 
 # What is read
