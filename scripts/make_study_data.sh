@@ -35,3 +35,8 @@ for split in train validation test; do
             > "$work/words-$split.txt"
     make_one words $split 8 nca_align.scorers:within_words
 done
+# test prompts that are a training prompt in other words
+for task in vader words; do
+    grep -v -F -f data/study/near_copies.txt "data/study/$task/test.jsonl" > "$work/kept.jsonl"
+    mv "$work/kept.jsonl" "data/study/$task/test.jsonl"
+done

@@ -8,9 +8,9 @@
 # back and asks for it again at every layer.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-jemalloc=$(ldconfig -p | awk '/libjemalloc\.so\.2/ {print $NF; exit}')
+jemalloc=$({ PATH=$PATH:/sbin:/usr/sbin ldconfig -p 2>/dev/null || true; } | awk '/libjemalloc\.so\.2/ {f=$NF} END {print f}')
 [ -z "$jemalloc" ] || export LD_PRELOAD=$jemalloc MALLOC_CONF=dirty_decay_ms:-1,muzzy_decay_ms:-1
-for part in task1 task2 alpha completions; do
+for part in task1 task2 ablations; do
     nca-align compare --config "configs/study/$part.yaml" --report || failed="${failed:-} $part"
 done
 python scripts/study_results.py

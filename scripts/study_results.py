@@ -25,7 +25,7 @@ from nca_align.reporting import labels
 
 ROOT = Path(__file__).resolve().parents[1]
 Row = Mapping[str, str]
-EQUAL_KL = (0.5, 1.0, 2.0, 4.0)
+EQUAL_KL = (0.5, 1.0, 1.5, 3.0)
 AT_THE_END = (
     "reward", "kl", "win_rate", "tokens", "distinct_2", "train logratio_best", "train logratio_worst", "logratio_best",
     "logratio_worst", "accuracy",
@@ -37,17 +37,25 @@ def _nca(row: Row) -> bool:
     return row["method"] == "nca"
 
 
+def _count(row: Row) -> bool:
+    return bool(row["num_completions"])
+
+
 def _pairs(row: Row) -> bool:
     return row["strategy"] == "best_worst"
+
+
+def _alpha(row: Row) -> bool:
+    return not _count(row) and not _pairs(row)
 
 
 # part → the comparisons that it is made of, and which of their rows
 PARTS: dict[str, Sequence[tuple[str, Callable[[Row], bool]]]] = {
     "task1": [("task1", lambda row: True)],
     "task2": [("task2", lambda row: True)],
-    "alpha": [("task1", _nca), ("alpha", lambda row: True)],
-    "completions": [("task1", _nca), ("completions", lambda row: not _pairs(row))],
-    "preferences": [("task1", _nca), ("completions", _pairs)],
+    "alpha": [("task1", _nca), ("ablations", _alpha)],
+    "completions": [("task1", _nca), ("ablations", _count)],
+    "preferences": [("task1", _nca), ("ablations", _pairs)],
 }
 
 

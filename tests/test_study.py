@@ -20,7 +20,7 @@ study_results = pytest.importorskip("study_results")
 
 TASKS = {"vader": (4, vader), "words": (8, within_words)}
 SPLITS = {"train": 112, "validation": 32, "test": 64}  # at the least
-CELLS = {"task1": 21, "task2": 12, "alpha": 6, "completions": 6}
+CELLS = {"task1": 21, "task2": 12, "ablations": 15}
 
 
 def rows(task: str, split: str) -> list[dict]:
@@ -136,8 +136,11 @@ def test_a_seed_that_diverged_leaves_no_mean(tmp_path):
 def test_an_ablations_table_has_task_1s_own_setting_first(tmp_path):
     pytest.importorskip("matplotlib")
     comparison(tmp_path / "runs" / "task1")
-    comparison(tmp_path / "runs" / "alpha", [("nca", 0.1)], alpha=1.0)
-    comparison(tmp_path / "runs" / "completions", [("nca", 0.1)], strategy="best_worst")
+    comparison(tmp_path / "runs" / "ablations", [("nca", 0.1)], alpha=1.0)
+    rows = read_csv(tmp_path / "runs" / "ablations" / "comparison.csv")
+    for changes in ({"num_completions": 2}, {"strategy": "best_worst"}):
+        rows += [{**row, "alpha": 0.3, **changes} for row in rows[: 3 * 6]]
+    write_csv(tmp_path / "runs" / "ablations" / "comparison.csv", rows)
     study_results.main(tmp_path / "runs", tmp_path / "docs" / "study")
     tables = study_results.read_tables(tmp_path / "docs" / "study")
     assert list(dict.fromkeys(row["label"] for row in tables["alpha"])) == ["nca, α 0.3", "nca, α 1"]

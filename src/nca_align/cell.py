@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def run_cell(folder: Path) -> None:
     """Train and evaluate what `settings.json` and `config.yaml` in `folder` say, and leave `done.json` there."""
-    began = time.monotonic()
+    began, code = time.monotonic(), commit()
     about = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
     settings, evaluation = about["settings"], Evaluation(**about["evaluation"])
     _, _, run, args, model_args = cell_options(folder / "config.yaml")
@@ -95,7 +95,7 @@ def run_cell(folder: Path) -> None:
         last = last_common_checkpoint(folder)
     if last is None or _step(last) != last_step:
         raise UserError(f"training ended before its last step, {last_step}; see the log above for what stopped it")
-    _finish(folder, last, about, keep_checkpoints)
+    _finish(folder, last, about | {"commit": code}, keep_checkpoints)
 
 
 class _Keep(TrainerCallback):
@@ -173,8 +173,8 @@ def _finish(folder: Path, checkpoint: Path, about: dict[str, Any], keep_checkpoi
     shutil.copyfile(checkpoint / "trainer_state.json", folder / "trainer_state.json")
     log = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
     minutes = max(line["minutes"] for line in log if "minutes" in line)
-    found = {"settings": about["settings"], "minutes": minutes, "commit": commit(), "versions": versions(*LIBRARIES)}
-    write_json(folder / "cell.json", found)
+    made = {"minutes": minutes, "versions": versions(*LIBRARIES)}
+    write_json(folder / "cell.json", {name: about[name] for name in ("settings", "commit")} | made)
     write_json(folder / "done.json", {"steps": _step(checkpoint), "minutes": minutes})
     if not keep_checkpoints:
         for name in _STATE:

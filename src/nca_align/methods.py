@@ -109,11 +109,12 @@ def _same_steps(args: NCAConfig, prompts: int, rows: int, whole: bool) -> NCACon
     """
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * math.ceil(prompts / batch))
-    wanted = args.per_device_train_batch_size * rows / prompts
-    times = 1 if whole else max(1, math.ceil(rows / prompts))
+    times, share = args.gradient_accumulation_steps, rows / prompts
+    accumulated = times if whole else max(1, round(times * share))
+    per_device = max(1, round(args.per_device_train_batch_size * times * share / accumulated))
     return _shared(
-        NCAConfig, args, max_steps=steps, per_device_train_batch_size=max(1, round(wanted / times)),
-        gradient_accumulation_steps=times * args.gradient_accumulation_steps,
+        NCAConfig, args, max_steps=steps, per_device_train_batch_size=per_device,
+        gradient_accumulation_steps=accumulated,
     )  # fmt: skip
 
 
