@@ -225,13 +225,22 @@ def test_three_splits():
             )
 
 
-@pytest.mark.parametrize(("one", "other"), [("train", "validation"), ("train", "test"), ("validation", "test")])
-def test_a_prompt_in_two_splits_is_refused(one, other):
-    made = {name: Dataset.from_list(reward_rows(4, seed=i)) for i, name in enumerate(("train", "validation", "test"))}
-    made[other] = concatenate_datasets([made[other], made[one].select([2])])
-    with pytest.raises(
-        UserError, match=rf"1 prompts of the {other} split are also in the {'training' if one == 'train' else one}"
-    ):
+def test_a_prompt_in_two_splits_stays_in_the_one_that_is_held_out(caplog):
+    names = ("train", "validation", "test")
+    made = {name: Dataset.from_list(reward_rows(4, seed=i)) for i, name in enumerate(names)}
+    own = {name: split["prompt"][:] for name, split in made.items()}
+    made["train"] = concatenate_datasets([made[name].select([2]) for name in names] + [made["train"].select([0])])
+    made["validation"] = concatenate_datasets([made["validation"], made["test"].select([0, 1])])
+    with caplog.at_level("WARNING", "nca_align"):
+        train, held_out = three_splits(
+            RewardData(DatasetDict(made)), "train", Evaluation(scorer=["m:f"]), DataOptions()
+        )
+    assert train["prompt"][:] == [own["train"][2], own["train"][0]]
+    assert {name: split["prompt"][:] for name, split in held_out.items()} == {k: own[k] for k in names[1:]}
+    assert "2 of 4 training prompts are left out: a held-out split has them too." in caplog.text
+    assert "2 of 6 validation prompts are left out" in caplog.text
+    made["train"] = made["test"]
+    with pytest.raises(UserError, match="every prompt of the training split is also in a held-out split"):
         three_splits(RewardData(DatasetDict(made)), "train", Evaluation(scorer=["m:f"]), DataOptions())
 
 

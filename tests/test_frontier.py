@@ -8,9 +8,9 @@ import pytest
 
 from nca_align.frontier import (
     Curve,
-    at_the_end,
     common_reach,
     curves_of,
+    ends,
     mean_and_interval,
     over_steps,
     reward_at_kl,
@@ -128,12 +128,11 @@ def test_means_over_steps_are_of_the_steps_that_all_seeds_have():
 
 def test_the_end_is_each_runs_last_step_and_of_all_seeds_or_none():
     table = rows([(1, s, "test", step, 0, r) for s, step, r in ((1, 5, 1), (2, 5, 2), (1, 9, 3), (2, 9, 5))])
-    step, end = at_the_end(table, setting_of(table[0]), "reward")
-    assert (step, end.mean, end.n) == (9, 4, 2)
+    assert ends(table, setting_of(table[0]), "reward") == {"1": (9, 3), "2": (9, 5)}
     table[-1]["reward"] = "nan"  # it diverged: step 5 is not its end
-    assert at_the_end(table, setting_of(table[0]), "reward") is None
-    assert at_the_end(table, setting_of(table[0]), "accuracy") is None
-    assert at_the_end(table, setting_of(table[0]), "reward", "validation") is None
+    assert ends(table, setting_of(table[0]), "reward") == {}
+    assert ends(table, setting_of(table[0]), "accuracy") == {}
+    assert ends(table, setting_of(table[0]), "reward", "validation") == {}
 
 
 @pytest.mark.parametrize("level", [0.5, 0.9, 0.95, 0.999])

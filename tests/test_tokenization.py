@@ -210,11 +210,13 @@ class TestRowsThatFit:
         with caplog.at_level("WARNING", "nca_align"):
             kept = rows_that_fit(given, build_tokenizer(), self.config(**limits))
         assert kept[:] == given.select(expected)[:]
-        assert f"{12 - len(expected)} of 12 training prompts are left out, for every method alike" in caplog.text
+        assert f"{12 - len(expected)} of 12 prompts of `train` are left out, for every method alike" in caplog.text
         assert rows_that_fit(given, build_tokenizer(), self.config(max_length=None))[:] == given[:]
 
     def test_none_is_refused(self):
-        with pytest.raises(ValueError, match="every prompt is longer than `max_prompt_length` 2, or with a completion"):
+        with pytest.raises(
+            ValueError, match="every prompt of `train` is longer than `max_prompt_length` 2, or with a completion"
+        ):
             rows_that_fit(
                 Dataset.from_list(reward_rows(3)), build_tokenizer(), self.config(max_prompt_length=2, max_length=4)
             )

@@ -9,16 +9,17 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, disable_progress_bars
 from transformers import Trainer, TrainerCallback
+from trl import ScriptArguments
 
 from .callbacks import GenerationCallback, RankingCallback, log_within_step
 from .checkpoints import last_common_checkpoint
-from .data import RewardData, read_reward_dataset
+from .config import NCAConfig
+from .data import DataOptions, RewardData, read_reward_dataset
 from .data.splits import find_split, is_training, split_validation
 from .data.strategies import select_completions
 from .errors import UserError, command, refused_by
@@ -28,9 +29,12 @@ from .grid import Evaluation, cell_options
 from .locking import alone_at
 from .methods import build_trainer
 from .provenance import LIBRARIES, commit, versions
+from .scoring import open_scorers
 from .smollm2 import resolve_model
 from .tokenization import rows_that_fit
 from .train import open_policy, open_tokenizer, set_threads
+
+logger = logging.getLogger("nca_align")
 
 # What a checkpoint holds for going on, and a finished cell's model doesn't need
 _STATE = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin")
@@ -53,13 +57,13 @@ def run_cell(folder: Path) -> None:
     began, code = time.monotonic(), commit()
     about = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
     settings, evaluation = about["settings"], Evaluation(**about["evaluation"])
-    _, _, run, args, model_args = cell_options(folder / "config.yaml")
+    script, data_options, run, args, model_args = cell_options(folder / "config.yaml")
     set_threads(run)
     keep_checkpoints = args.save_total_limit is not None
     args.save_total_limit = args.save_total_limit or 1
     name = resolve_model(str(model_args.model_name_or_path))
     tokenizer = open_tokenizer(name, model_args.model_revision, args.trust_remote_code)
-    train, held_out = read_splits(folder, evaluation)
+    train, held_out = read_splits(script, data_options, args, evaluation)
     train = rows_that_fit(train, tokenizer, args)
     if settings["num_completions"] is not None:
         train = select_completions(train, f"first_{settings['num_completions']}")
@@ -72,20 +76,21 @@ def run_cell(folder: Path) -> None:
     last_step = trainer.args.max_steps
     # reward bends with the KL, most at a run's beginning: halves of halves, so that the curve is known there too
     steps = [0, *sorted({max(1, round(last_step / 2**i)) for i in range(evaluation.steps)})]
+    scorers = open_scorers(evaluation.scorer, evaluation.scorer_weights or None)
     # and the losses' own training prompts, as many as validation's: what becomes of the completions that they see
     seen = train.select(range(min(len(train), len(held_out["validation"]))))
     for split, rows in {"train": seen, **held_out}.items():
         when = steps[-evaluation.validation_steps :] if split == "validation" and evaluation.validation_steps else steps
         ranking = RankingCallback(
-            trainer, {split: rows}, tokenizer, alpha=args.alpha, beta=args.beta, steps=when, max_length=args.max_length,
-            batch_size=evaluation.batch_size, starts_as_reference=True,
+            trainer, {split: rows_that_fit(rows, tokenizer, args, split)}, tokenizer, alpha=args.alpha, beta=args.beta,
+            steps=when, max_length=args.max_length, batch_size=evaluation.batch_size, starts_as_reference=True,
         )  # fmt: skip
         trainer.add_callback(ranking)
         if split in held_out:
             evaluator = GenerationEvaluator(
-                rows, tokenizer, evaluation.scorer, scorer_weights=evaluation.scorer_weights or None,
-                num_completions=evaluation.num_completions, max_new_tokens=evaluation.max_new_tokens,
-                seed=evaluation.seed + settings["seed"], batch_size=evaluation.batch_size,
+                rows, tokenizer, scorers, num_completions=evaluation.num_completions,
+                max_new_tokens=evaluation.max_new_tokens, seed=evaluation.seed + settings["seed"],
+                batch_size=evaluation.batch_size,
             )  # fmt: skip
             trainer.add_callback(GenerationCallback(trainer, {split: evaluator}, when, starts_as_reference=True))
     trainer.add_callback(_Keep(trainer, steps, began))
@@ -120,9 +125,10 @@ class _Keep(TrainerCallback):
         log_within_step(self._trainer, {"minutes": round(minutes, 3)})
 
 
-def read_splits(folder: Path, evaluation: Evaluation) -> tuple[Dataset, dict[str, Dataset]]:
-    """The rows that the cell in `folder` trains on, and those of `validation` and `test`; see `three_splits`."""
-    script, options, _, args, _ = cell_options(folder / "config.yaml")
+def read_splits(
+    script: ScriptArguments, options: DataOptions, args: NCAConfig, evaluation: Evaluation
+) -> tuple[Dataset, dict[str, Dataset]]:
+    """`three_splits` of the data that a cell's options name."""
     data = read_reward_dataset(
         str(script.dataset_name), name=script.dataset_config, num_proc=args.dataset_num_proc, options=options
     )
@@ -135,10 +141,11 @@ def three_splits(
     """The rows to train on, and those of `validation` and `test`.
 
     Where the data has one held-out split for both, it is the test's, and a share `validation_fraction` of the training
-    prompts is held out for validation.
+    prompts is held out for validation. A prompt of the test is left out of the others, and one of validation out of
+    training, with a line in the log.
 
     Raises:
-        UserError: a split that isn't there, or is also trained on; a prompt that is in two of them.
+        UserError: a split that isn't there, or is also trained on; one of which nothing is left.
     """
     splits: Any = data.dataset
     names = {name: find_split(splits, getattr(evaluation, name)) for name in ("validation", "test")}
@@ -155,17 +162,26 @@ def three_splits(
                 f"`validation` and `test` of `evaluation` are both {names['test']!r}, and `validation_fraction` "
                 f"{options.validation_fraction} holds out no prompt of {seen!r}; make it larger, or name two splits"
             )
-    texts = {name: {json.dumps(prompt) for prompt in split["prompt"]}
-             for name, split in {"training": train, **rows}.items()}  # fmt: skip
-    for one, other in combinations(texts, 2):
-        if both := texts[one] & texts[other]:
-            raise UserError(
-                f"{len(both)} prompts of the {other} split are also in the {one} split, such as {min(both)[:80]}; "
-                "leave them out of one, or the figures say nothing of new prompts"
-            )
+    taken: set[str] = set()
+    rows["test"] = _without(rows["test"], taken, "test")
+    rows["validation"] = _without(rows["validation"], taken, "validation")
+    train = _without(train, taken, "training")
     if evaluation.prompts is not None:
         rows = {name: split.select(range(min(evaluation.prompts, len(split)))) for name, split in rows.items()}
     return train, rows
+
+
+def _without(split: Dataset, seen: set[str], name: str) -> Dataset:
+    """The rows whose prompt isn't in `seen`, to which their prompts are added."""
+    prompts = [json.dumps(prompt) for prompt in split["prompt"]]
+    kept = [i for i, prompt in enumerate(prompts) if prompt not in seen]
+    if not kept:
+        raise UserError(f"every prompt of the {name} split is also in a held-out split; give it prompts of its own")
+    if len(kept) < len(split):
+        count = len(split) - len(kept)
+        logger.warning("%d of %d %s prompts are left out: a held-out split has them too.", count, len(split), name)
+    seen.update(prompts)
+    return split.select(kept)
 
 
 def _finish(folder: Path, checkpoint: Path, about: dict[str, Any], keep_checkpoints: bool) -> None:

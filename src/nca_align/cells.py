@@ -130,7 +130,9 @@ def run_cells(cells: Sequence[Cell], output: Path, parallel: int, timeout_minute
         except BaseException:
             for future in futures:
                 future.cancel()
-            _end(list(running))
+            ours = list(running)
+            running.clear()  # what ends now hasn't failed
+            _end(ours)
             raise
 
 
@@ -166,10 +168,11 @@ def _run(
             process.wait()
             why = f"it took longer than `timeout_minutes`, {timeout_minutes:g}; it goes on from its last evaluation"
         finally:
+            interrupted = process not in running
             running.discard(process)
             if process.stdin is not None:
                 process.stdin.close()
-    if why is not None:
+    if why is not None and not interrupted:
         (folder / ERROR).write_text(f"{why}\n", encoding="utf-8")
     return why
 

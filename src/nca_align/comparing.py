@@ -18,11 +18,11 @@ from rich.table import Table
 
 from .arguments import parse
 from .cell import read_splits
-from .cells import DONE, LOG, failure, is_done, prepare, run_cells
+from .cells import CONFIG, DONE, LOG, failure, is_done, prepare, run_cells
 from .comparison import COLUMNS, Selection, rows_of, selected_rows
 from .errors import UserError, command
 from .files import write_csv, write_json
-from .grid import Cell, Evaluation, expand, from_mapping
+from .grid import Cell, Evaluation, cell_options, expand, from_mapping
 from .locking import alone_at
 from .provenance import LIBRARIES, commit, versions
 
@@ -91,7 +91,8 @@ def main(argv: list[str] | None = None) -> int:
         prepare(cells, output, evaluation)
         todo = [cell for cell in chosen if not is_done(output, cell)]
         if todo:  # what is wrong with the data, once and at once
-            read_splits(output / "cells" / todo[0].name, evaluation)
+            script, data_options, _, args, _ = cell_options(output / "cells" / todo[0].name / CONFIG)
+            read_splits(script, data_options, args, evaluation)
         print(f"{len(chosen)} cells, {len(chosen) - len(todo)} of them finished; in {output}")
         _write_provenance(output, argv, options, cells)
         before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is running ends with us

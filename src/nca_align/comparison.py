@@ -24,7 +24,7 @@ FIGURES = {
 COLUMNS = ("cell", *KEYS, "split", "step", *FIGURES, "minutes")
 # What is compared; the other settings are chosen for each of these
 COMPARED = ("method", "strategy", "num_completions")
-_REPORTED = ("reward", "kl", "win_rate", "tokens", "distinct_2", "logratio_best", "accuracy")
+_REPORTED = ("reward", "kl", "win_rate", "tokens", "cut", "distinct_2", "logratio_best", "accuracy")
 
 
 @dataclass(frozen=True)

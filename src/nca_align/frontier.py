@@ -118,20 +118,17 @@ def over_steps(
     return [(step, mean_and_interval([*own.values()])) for step, own in sorted(values.items()) if len(own) == most]
 
 
-def at_the_end(
+def ends(
     rows: Iterable[Mapping[str, str]], setting: Setting, column: str, split: str = "test"
-) -> tuple[int, Interval] | None:
-    """(step, mean over seeds) of a column at the end of the runs; None where one of them has no finite value there."""
+) -> dict[str, tuple[int, float]]:
+    """Seed → the last step of its run and a column's value there; empty where one has no finite value."""
     last: dict[str, tuple[int, float]] = {}
     for row in rows:
         if row.get("split") == split and setting_of(row) == setting:
             seed, step = row.get("seed", ""), int(float(row["step"]))
             if step >= last.get(seed, (0, 0.0))[0]:
                 last[seed] = step, float(row.get(column) or math.nan)
-    values = [value for _, value in last.values()]
-    if not values or not all(map(math.isfinite, values)):
-        return None
-    return max(step for step, _ in last.values()), mean_and_interval(values)
+    return last if all(math.isfinite(value) for _, value in last.values()) else {}
 
 
 def mean_and_interval(values: Sequence[float], level: float = 0.95) -> Interval:

@@ -17,6 +17,7 @@ from .figures import GenerationFigures, figures_of, mean_over_prompts, win_rate
 from .policies import as_reference, completion_logps
 from .preparation import base_model
 from .scoring import open_scorers
+from .shards import Work
 
 Reference = nn.Module | Callable[[], AbstractContextManager]
 
@@ -29,7 +30,7 @@ class GenerationEvaluator:
     Args:
         dataset: rows of `prompt` (text or messages), and any columns that the scorers read.
         tokenizer: the model's.
-        scorers: as `nca-align score --scorer`.
+        scorers: as `nca-align score --scorer`; or what `scoring.open_scorers` made of them, for several evaluators.
         scorer_weights: one a scorer, 1 by default.
         num_completions: answers a prompt.
         max_new_tokens: tokens at which an answer is cut.
@@ -46,7 +47,7 @@ class GenerationEvaluator:
         self,
         dataset: Dataset | Iterable[dict[str, Any]],
         tokenizer: Any,
-        scorers: list[str],
+        scorers: list[str] | Work,
         *,
         scorer_weights: list[float] | None = None,
         num_completions: int = 4,
@@ -69,7 +70,7 @@ class GenerationEvaluator:
         except PromptError as error:
             raise UserError(f"a prompt to be answered can't be rendered: {error}") from error
         self._tokenizer = tokenizer
-        self._work = open_scorers(scorers, scorer_weights)
+        self._work = scorers if callable(scorers) else open_scorers(scorers, scorer_weights)
         self._num_completions = num_completions
         self._max_new_tokens = max_new_tokens
         self._seed = seed

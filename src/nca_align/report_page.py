@@ -5,14 +5,14 @@ from collections.abc import Mapping, Sequence
 
 from . import pages
 from .charts import card, whiskers
-from .frontier import Interval, at_the_end, curves_of, mean_and_interval, reward_at_kl
+from .frontier import Interval, curves_of, ends, mean_and_interval, reward_at_kl
 from .pages import Tile, figure
 from .report_charts import MOST_CURVES, Groups, frontier_chart, likelihood_charts, run_charts
 from .reporting import Comparison, Run, equal_kls, labels
 
 _LAST = {
-    "reward": "reward", "kl": "KL, nats", "win_rate": "win rate", "tokens": "tokens", "distinct_2": "distinct-2",
-    "logratio_best": "best’s log-ratio", "accuracy": "accuracy",
+    "reward": "reward", "kl": "KL, nats", "win_rate": "win rate", "tokens": "tokens", "cut": "cut",
+    "distinct_2": "distinct-2", "logratio_best": "best’s log-ratio", "accuracy": "accuracy",
 }  # fmt: skip
 
 _EQUAL = (
@@ -123,9 +123,10 @@ def _last(found: Comparison, groups: Groups) -> str:
     names, rows = labels([*groups]), []
     columns = [name for name in _LAST if name in found.rows[0]]
     for setting in groups:
-        ends = [at_the_end(found.rows, setting, column) for column in columns]
-        step = next((str(own[0]) for own in ends if own), "–")
-        rows.append((names[setting], len(groups[setting]), step, *(_text(own[1]) if own else "–" for own in ends)))
+        last = [ends(found.rows, setting, column) for column in columns]
+        step = max((step for own in last for step, _ in own.values()), default="–")
+        means = [_text(mean_and_interval([value for _, value in own.values()])) if own else "–" for own in last]
+        rows.append((names[setting], len(groups[setting]), step, *means))
     note = (
         "Means over n seeds ± their 95% t-intervals. A run that went further from the reference has more reward "
         "for that alone: methods are compared at equal KL, above, not here."

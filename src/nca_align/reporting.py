@@ -13,7 +13,7 @@ from typing import Any
 from .arguments import parse
 from .errors import UserError, command
 from .files import read_csv, replacing
-from .frontier import Curve, Setting, common_reach, curves_of, setting_of
+from .frontier import SETTINGS, Curve, Setting, common_reach, curves_of, setting_of
 
 _COLUMNS = ("method", "seed", "split", "step", "reward", "kl")
 _MOST_KL = 3  # equal-KL tables beside that of the common reach
@@ -73,11 +73,12 @@ def labels(settings: Sequence[Setting]) -> dict[Setting, str]:
     for setting in settings:
         own = dict(setting)
         others = methods[own.get("method", "")]
-        parts = [
-            value if name == "strategy" else f"{_SIGNS.get(name, name)} {value}"
-            for name, value in setting
-            if name != "method" and any(other.get(name) != value for other in others)
-        ]
+        parts = []
+        for name in SETTINGS[1:]:
+            if any(other.get(name) != own.get(name) for other in others):
+                value = own.get(name, "all" if name == "num_completions" else None)
+                if value is not None:
+                    parts.append(value if name == "strategy" else f"{_SIGNS.get(name, name)} {value}")
         named[setting] = ", ".join([own.get("method", "run"), *parts])
     return named
 

@@ -79,7 +79,9 @@ def tokenize_dataset(
     return dataset.remove_columns(list(CUT_COLUMNS)), notices
 
 
-def rows_that_fit(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: NCAConfig) -> Dataset:
+def rows_that_fit(
+    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: NCAConfig, name: str = "train"
+) -> Dataset:
     """The rows of which nothing would be cut by `max_prompt_length` and `max_length`, and in the log how many others.
 
     NCATrainer cuts a prompt's beginning, TRL's trainers a conversation's end: of these all see the same tokens.
@@ -88,7 +90,7 @@ def rows_that_fit(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: NC
         ValueError: there is none.
     """
     limits = prompt_limit(args.max_prompt_length, args.max_length), args.max_length
-    whole: Any = tokenize_dataset(dataset, tokenizer, None, None, "length")[0]
+    whole: Any = tokenize_dataset(dataset, tokenizer, None, None, "length", name=name)[0]
     most_of_prompt, most = (limit if limit is not None else sys.maxsize for limit in limits)
     kept = [
         i for i, (prompt, completions) in enumerate(zip(whole["prompt_ids"], whole["completion_ids"], strict=True))
@@ -96,13 +98,13 @@ def rows_that_fit(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: NC
     ]  # fmt: skip
     if not kept:
         raise ValueError(
-            f"every prompt is longer than `max_prompt_length` {limits[0]}, or with a completion than `max_length` "
-            f"{limits[1]}; raise them"
+            f"every prompt of `{name}` is longer than `max_prompt_length` {limits[0]}, or with a completion than "
+            f"`max_length` {limits[1]}; raise them"
         )
     if len(kept) < len(dataset):
         logger.warning(
-            "%d of %d training prompts are left out, for every method alike: they are longer than `max_prompt_length` "
-            "%s, or with a completion than `max_length` %s.", len(dataset) - len(kept), len(dataset), *limits,
+            "%d of %d prompts of `%s` are left out, for every method alike: they are longer than `max_prompt_length` "
+            "%s, or with a completion than `max_length` %s.", len(dataset) - len(kept), len(dataset), name, *limits,
         )  # fmt: skip
     return dataset.select(kept)
 
