@@ -7,7 +7,7 @@ test split, at the run's end and at equal KL: mean over seeds, 95 % t-interval, 
 NCA, seed by seed; and `PART.png`. `cells.csv` has each cell's seed, minutes, commit and versions.
 
 In OUTPUT.md and the README the text between `<!-- table PART KIND -->` and `<!-- end -->` becomes a table, that between
-`<!-- PART; LABEL; FIGURE -->` and `<!-- -->` the mean with its interval, and with `; behind` the difference from NCA.
+`<!-- PART; LABEL; FIGURE -->` and `<!-- -->` a mean with its interval, with `; minus_nca` the difference from NCA.
 """
 
 import json
@@ -17,8 +17,9 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
+from nca_align.charts import Chart, Series
 from nca_align.files import read_csv, write_csv
-from nca_align.frontier import Curve, Interval, Setting, curves_of, mean_and_interval, reward_at_kl, setting_of
+from nca_align.frontier import Curve, Interval, Setting, curves_of, ends, mean_and_interval, reward_at_kl
 from nca_align.report_charts import frontier_chart, likelihood_charts
 from nca_align.report_figures import plot
 from nca_align.reporting import labels
@@ -27,10 +28,13 @@ ROOT = Path(__file__).resolve().parents[1]
 Row = Mapping[str, str]
 EQUAL_KL = (0.5, 1.0, 1.5, 3.0)
 AT_THE_END = (
-    "reward", "kl", "win_rate", "tokens", "distinct_2", "train logratio_best", "train logratio_worst", "logratio_best",
-    "logratio_worst", "accuracy",
+    "reward", "kl", "win_rate", "tokens", "cut", "distinct_2", "train logratio_best", "train logratio_worst",
+    "logratio_best", "logratio_worst", "accuracy",
 )  # fmt: skip
-COLUMNS = ("label", "figure", "mean", "low", "high", "n", "behind", "behind_low", "behind_high")
+MINUS_NCA = ("minus_nca", "minus_nca_low", "minus_nca_high")
+COLUMNS = ("label", "figure", "mean", "low", "high", "n", *MINUS_NCA)
+FIGURES = (*(f"reward at KL {kl:g}" for kl in EQUAL_KL), *AT_THE_END)
+MISSING = "not reached"
 
 
 def _nca(row: Row) -> bool:
@@ -49,6 +53,8 @@ def _alpha(row: Row) -> bool:
     return not _count(row) and not _pairs(row)
 
 
+# parts with a number that varies: its name, and its value where all completions are taken
+AXES = {"alpha": ("alpha", math.nan), "completions": ("num_completions", 4.0)}
 # part → the comparisons that it is made of, and which of their rows
 PARTS: dict[str, Sequence[tuple[str, Callable[[Row], bool]]]] = {
     "task1": [("task1", lambda row: True)],
@@ -64,15 +70,11 @@ def seed_values(curves: Sequence[Curve], rows: Sequence[Row], setting: Setting) 
     found: dict[str, dict[str, float]] = {}
     for name in AT_THE_END:
         split, column = ("train", name.removeprefix("train ")) if name.startswith("train ") else ("test", name)
-        ends: dict[str, Row] = {}
-        for row in rows:
-            if row["split"] == split and setting_of(row) == setting:
-                ends[row["seed"]] = max(row, ends.get(row["seed"], row), key=lambda own: int(own["step"]))
-        found[name] = {seed: float(row[column] or "nan") for seed, row in ends.items()}
+        found[name] = {seed: value for seed, (_, value) in ends(rows, setting, column, split).items()}
     for kl in EQUAL_KL:
-        at = {curve.seed: reward_at_kl(curve, kl) for curve in curves}
-        found[f"reward at KL {kl:g}"] = {seed: math.nan if value is None else value for seed, value in at.items()}
-    return {name: values for name, values in found.items() if values and all(map(math.isfinite, values.values()))}
+        at = {curve.seed: value for curve in curves if (value := reward_at_kl(curve, kl)) is not None}
+        found[f"reward at KL {kl:g}"] = at if len(at) == len(curves) else {}
+    return {name: values for name, values in found.items() if values}
 
 
 def means(rows: Sequence[Row]) -> list[dict[str, object]]:
@@ -80,20 +82,16 @@ def means(rows: Sequence[Row]) -> list[dict[str, object]]:
     groups = curves_of(rows)
     names = labels([*groups])
     values = {setting: seed_values(groups[setting], rows, setting) for setting in groups}
-    first = next(setting for setting in groups if dict(setting)["method"] == "nca")
+    first = next((setting for setting in groups if dict(setting)["method"] == "nca"), None)
     table: list[dict[str, object]] = []
     for setting, figures in values.items():
         for figure, seeds in figures.items():
-            line: dict[str, object] = {
-                "label": names[setting],
-                "figure": figure,
-                **_fields(("mean", "low", "high"), [*seeds.values()]),
-            }
-            base = values[first].get(figure, {})
-            if setting != first and base.keys() == seeds.keys():
-                gaps = [seeds[seed] - base[seed] for seed in seeds]
-                line |= _fields(("behind", "behind_low", "behind_high"), gaps)
-            table.append(line | {"n": len(seeds)})
+            line: dict[str, object] = {"label": names[setting], "figure": figure, "n": len(seeds)}
+            line |= _fields(("mean", "low", "high"), [*seeds.values()])
+            base = {} if first in (None, setting) else values[first].get(figure, {})
+            if base.keys() == seeds.keys():
+                line |= _fields(MINUS_NCA, [seeds[seed] - base[seed] for seed in seeds])
+            table.append(line)
     return table
 
 
@@ -103,39 +101,40 @@ def _fields(names: Sequence[str], values: Sequence[float]) -> dict[str, object]:
 
 
 def shown(row: Row, name: str = "mean") -> str:
-    """`0.71 ± 0.04`, of `behind` with its sign."""
+    """`0.71 ± 0.04`, of `minus_nca` with its sign."""
     value, high = float(row[name]), row["high" if name == "mean" else f"{name}_high"]
     digits = 1 if name == "mean" and abs(value) >= 10 else 2
-    sign = "+" if name != "mean" else ""
+    text = f"{value:{'+' if name != 'mean' else ''}.{digits}f}"
+    text = text.lstrip("+-") if not float(text) else text
     spread = f" ± {float(high) - value:.{digits}f}" if high else ""
-    return f"{value:{sign}.{digits}f}{spread}".replace("-", "−")
+    return f"{text}{spread}".replace("-", "−")
 
 
 def markdown(table: Sequence[Row], kind: str) -> str:
     """A row a setting: of kind `equal`, rewards at equal KL and in brackets the difference from NCA; `end`, the end."""
-    figures = [f"reward at KL {kl:g}" for kl in EQUAL_KL] if kind == "equal" else [*AT_THE_END]
+    figures = FIGURES[: len(EQUAL_KL)] if kind == "equal" else AT_THE_END
     found: dict[str, dict[str, Row]] = {}
     for row in table:
         found.setdefault(row["label"], {})[row["figure"]] = row
-    figures = [name for name in figures if any(name in own for own in found.values())]
+    figures = tuple(name for name in figures if any(name in own for own in found.values()))
     lines = [f"| | n | {' | '.join(figures)} |", "| --- " * (len(figures) + 2) + "|"]
     for label, own in found.items():
         cells = []
         for name in figures:
             if name not in own:
-                cells.append("not reached")
+                cells.append(MISSING)
                 continue
-            gap = f" ({shown(own[name], 'behind')})" if kind == "equal" and own[name]["behind"] else ""
+            gap = f" ({shown(own[name], 'minus_nca')})" if kind == "equal" and own[name]["minus_nca"] else ""
             cells.append(f"{shown(own[name])}{gap}")
         lines.append(f"| {label} | {next(iter(own.values()))['n']} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def fill(text: str, tables: Mapping[str, Sequence[Row]]) -> str:
-    """`text` with tables and figures between their marks.
+    """`text` with tables and figures between their marks; "not reached" where a table has no such figure.
 
     Raises:
-        KeyError: a mark of a figure that no table has.
+        KeyError: a mark of a setting that no table has.
     """
 
     def table(mark: re.Match) -> str:
@@ -144,13 +143,13 @@ def fill(text: str, tables: Mapping[str, Sequence[Row]]) -> str:
 
     def figure(mark: re.Match) -> str:
         part, label, name, *which = mark[1].split("; ")
-        for row in tables[part]:
-            if (row["label"], row["figure"]) == (label, name):
-                return f"<!-- {mark[1]} -->{shown(row, *which)}<!-- -->"
-        raise KeyError(mark[1])
+        known = {row["figure"]: row for row in tables[part] if row["label"] == label}
+        if not known or name not in FIGURES:
+            raise KeyError(mark[1])
+        return f"<!-- {mark[1]} -->{shown(known[name], *which) if name in known else MISSING}<!-- -->"
 
-    text = re.sub(r"<!-- table (\w+ \w+) -->\n.*?<!-- end -->", table, text, flags=re.DOTALL)
-    return re.sub(r"<!-- (\w+; [^>]+?) -->.*?<!-- -->", figure, text, flags=re.DOTALL)
+    text = re.sub(r"<!-- table (\w+ \w+) -->.*?<!-- end -->", table, text, flags=re.DOTALL)
+    return re.sub(r"<!-- (\w+; [^>]+?) -->(?:(?!<!--).)*<!-- -->", figure, text, flags=re.DOTALL)
 
 
 def read_tables(output: Path) -> dict[str, list[dict[str, str]]]:
@@ -160,12 +159,30 @@ def read_tables(output: Path) -> dict[str, list[dict[str, str]]]:
 
 def write_part(part: str, comparisons: Mapping[str, list[dict[str, str]]], output: Path) -> None:
     """The tables and the plot of a part."""
-    rows = [row for name, wanted in PARTS[part] for row in comparisons[name] if wanted(row)]
+    rows = [{"comparison": name} | row for name, wanted in PARTS[part] for row in comparisons[name] if wanted(row)]
     write_csv(output / f"{part}.csv", rows)
-    write_csv(output / f"{part}-means.csv", means(rows), COLUMNS)
+    table = means(rows)
+    write_csv(output / f"{part}-means.csv", table, COLUMNS)
     groups = curves_of(rows)
     charts = [frontier_chart(rows, groups), *likelihood_charts(rows, groups)]
-    plot(charts, f"{part}: test split, means over seeds, bars: 95% t-intervals", output / f"{part}.png")
+    if part in AXES:
+        charts = [*charts, *axis_charts(*AXES[part], groups, read_csv(output / f"{part}-means.csv"))]
+    plot(charts, f"{part}: means over seeds, bars: 95% t-intervals", output / f"{part}.png")
+
+
+def axis_charts(
+    name: str, default: float, groups: Mapping[Setting, Sequence[Curve]], table: Sequence[Row]
+) -> list[Chart]:
+    """Figures with the setting `name` across; `default` is its value where a setting doesn't name it."""
+    at = {label: float(dict(setting).get(name, default)) for setting, label in labels([*groups]).items()}
+    charts = []
+    for figure in ("reward at KL 1", "reward", "train logratio_best"):
+        rows = sorted((row for row in table if row["figure"] == figure), key=lambda row: at[row["label"]])
+        x, y = [at[row["label"]] for row in rows], [float(row["mean"]) for row in rows]
+        bars = [(float(row["low"] or -math.inf), float(row["high"] or math.inf)) for row in rows]
+        if rows:
+            charts.append(Chart(figure, [Series("nca", x, y, y_bars=bars)], name, ""))
+    return charts
 
 
 def cells(runs: Path, comparisons: Iterable[str]) -> list[dict[str, object]]:
@@ -180,6 +197,7 @@ def cells(runs: Path, comparisons: Iterable[str]) -> list[dict[str, object]]:
 
 
 def main(runs: Path, output: Path) -> None:
+    output = output.resolve()
     output.mkdir(parents=True, exist_ok=True)
     comparisons = {path.parent.name: read_csv(path) for path in sorted(runs.glob("*/comparison.csv"))}
     parts = [part for part, made_of in PARTS.items() if all(name in comparisons for name, _ in made_of)]

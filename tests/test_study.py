@@ -94,27 +94,30 @@ def test_tables_are_means_over_seeds_at_the_end_and_at_equal_kl(tmp_path):
     page.parent.mkdir()
     page.write_text(
         "before\n<!-- table task1 equal -->\nold\n<!-- end -->\n<!-- table task1 end --><!-- end -->\nafter\n"
-        "DPO has <!-- task1; dpo; reward at KL 2 -->?<!-- -->, "
-        "<!-- task1; dpo; reward at KL 2; behind --><!-- --> more.\n"
+        "DPO has <!-- task1; dpo; reward at KL 1.5 -->?<!-- -->, "
+        "<!-- task1; dpo; reward at KL 1.5; minus_nca --><!-- --> more.\n"
     )
     (tmp_path / "README.md").write_text("NCA has <!-- task1; nca; reward -->9<!-- -->.\n")
     study_results.main(tmp_path / "runs", tmp_path / "docs" / "study")
     found = {(row["label"], row["figure"]): row for row in read_csv(tmp_path / "docs" / "study" / "task1-means.csv")}
-    assert float(found["nca", "reward at KL 2"]["mean"]) == pytest.approx(0.4 + 0.1 * 2**0.5 + 0.02)
+    assert float(found["nca", "reward at KL 1.5"]["mean"]) == pytest.approx(0.4 + 0.1 * 1.5**0.5 + 0.02)
     assert float(found["dpo", "reward"]["mean"]) == pytest.approx(0.4 + 0.4 + 0.02)
     assert ("nca", "train logratio_best") not in found  # no row has one
     assert ("dpo", "win_rate") not in found  # nor had one
-    row = found["dpo", "reward at KL 2"]
+    row = found["dpo", "reward at KL 1.5"]
     assert float(row["high"]) - float(row["mean"]) == pytest.approx(4.3027 * 0.01 / 3**0.5, abs=1e-5)
-    assert float(row["behind"]) == pytest.approx(0.1 * 2**0.5)
-    assert float(row["behind_high"]) == pytest.approx(float(row["behind"]))  # the seeds differ alike: paired
+    assert float(row["minus_nca"]) == pytest.approx(0.1 * 1.5**0.5)
+    assert float(row["minus_nca_high"]) == pytest.approx(float(row["minus_nca"]))  # the seeds differ alike: paired
     assert row["n"] == "3"
-    assert found["nca", "reward"]["behind"] == ""
+    assert found["nca", "reward"]["minus_nca"] == ""
     text = page.read_text()
     assert text.startswith("before\n<!-- table task1 equal -->\n| | n | reward at KL 0.5 |")
-    assert "| nca | 3 | 0.49 ± 0.02 | 0.52 ± 0.02 | 0.56 ± 0.02 | 0.62 ± 0.02 |" in text
-    assert "| dpo | 3 | 0.56 ± 0.02 (+0.07 ± 0.00) | 0.62 ± 0.02 (+0.10 ± 0.00) | 0.70 ± 0.02 (+0.14 ± 0.00) |" in text
-    assert "-->0.70 ± 0.02<!-- -->, <!-- task1; dpo; reward at KL 2; behind -->+0.14 ± 0.00<!-- --> more." in text
+    assert "| nca | 3 | 0.49 ± 0.02 | 0.52 ± 0.02 | 0.54 ± 0.02 | 0.59 ± 0.02 |" in text
+    assert (
+        "| dpo | 3 | 0.56 ± 0.02 (+0.07 ± 0.00) | 0.62 ± 0.02 (+0.10 ± 0.00) | 0.66 ± 0.02 (+0.12 ± 0.00) | 0.77"
+        in text
+    )
+    assert "-->0.66 ± 0.02<!-- -->, <!-- task1; dpo; reward at KL 1.5; minus_nca -->+0.12 ± 0.00<!-- --> more." in text
     assert (tmp_path / "README.md").read_text() == "NCA has <!-- task1; nca; reward -->0.62 ± 0.02<!-- -->.\n"
     cells = read_csv(tmp_path / "docs" / "study" / "cells.csv")
     assert [row["seed"] for row in cells] == ["1", "2", "3"] * 2
@@ -129,8 +132,8 @@ def test_a_seed_that_diverged_leaves_no_mean(tmp_path):
     next(row for row in rows if (row["cell"], row["split"], row["step"]) == ("dpo-2", "test", "64"))["reward"] = "nan"
     figures = {(row["label"], row["figure"]) for row in study_results.means(rows)}
     assert ("dpo", "reward") not in figures
-    assert ("dpo", "reward at KL 2") in figures  # it had come so far before
-    assert ("dpo", "reward at KL 4") not in figures
+    assert ("dpo", "reward at KL 1.5") in figures  # it had come so far before
+    assert ("dpo", "reward at KL 3") not in figures
 
 
 def test_an_ablations_table_has_task_1s_own_setting_first(tmp_path):
@@ -145,13 +148,18 @@ def test_an_ablations_table_has_task_1s_own_setting_first(tmp_path):
     tables = study_results.read_tables(tmp_path / "docs" / "study")
     assert list(dict.fromkeys(row["label"] for row in tables["alpha"])) == ["nca, α 0.3", "nca, α 1"]
     assert {row["label"] for row in tables["preferences"]} == {"nca", "nca, best_worst"}
-    assert {row["label"] for row in tables["completions"]} == {"nca"}
-    assert all(row["behind"] for row in tables["alpha"] if row["label"] == "nca, α 1")
+    assert {row["label"] for row in tables["completions"]} == {"nca, K all", "nca, K 2"}
+    assert all(row["minus_nca"] for row in tables["alpha"] if row["label"] == "nca, α 1")
 
 
-def test_a_mark_of_a_figure_that_is_in_no_table_is_an_error():
-    with pytest.raises(KeyError, match="task1; nca; rewards"):
-        study_results.fill("<!-- task1; nca; rewards -->1<!-- -->", {"task1": []})
+def test_what_was_not_reached_is_told_and_a_setting_that_is_in_no_table_is_an_error():
+    rows = [{"label": "nca", "figure": "reward", "mean": "-0.001", "high": "", "n": "1"}]
+    mark = "<!-- task1; nca; reward at KL 3 -->1.5<!-- -->"
+    assert study_results.fill(mark, {"task1": rows}) == mark.replace("1.5", "not reached")
+    assert study_results.fill("<!-- task1; nca; reward --><!-- -->", {"task1": rows}).endswith("-->0.00<!-- -->")
+    for wrong in ("task1; nca; rewards", "task1; dpo; reward"):
+        with pytest.raises(KeyError, match=wrong):
+            study_results.fill(f"<!-- {wrong} -->1<!-- -->", {"task1": rows})
 
 
 def test_without_runs_it_says_what_to_run(tmp_path):
@@ -181,20 +189,21 @@ class TestNumbers:
             text = (ROOT / page).read_text()
             assert study_results.fill(text, tables) == text
         text = (ROOT / "docs/study.md").read_text()
-        assert all(f"<!-- table {part} {kind} -->" in text for part in tables for kind in ("equal", "end"))
+        assert all(f"<!-- table {part} {kind} -->\n| |" in text for part in tables for kind in ("equal", "end"))
 
     def test_the_means_are_those_of_the_evaluations(self):
         for name, told in self.tables().items():
             means = study_results.means(read_csv(ROOT / f"docs/study/{name}.csv"))
             for line, again in zip(told, means, strict=True):
-                for key in ("mean", "low", "high", "behind", "behind_low", "behind_high"):
-                    assert line[key] == ("" if again.get(key) is None else str(again[key])), (name, line)
+                for key in ("mean", "low", "high", *study_results.MINUS_NCA):
+                    value = again.get(key)
+                    assert line[key] == "" if value is None else float(line[key]) == pytest.approx(value), (name, line)
 
     def test_every_cell_says_what_it_was_made_with(self):
         tables = self.tables()
-        known = {row["cell"] for row in read_csv(ROOT / "docs/study/cells.csv")}
-        used = {row["cell"] for name in tables for row in read_csv(ROOT / f"docs/study/{name}.csv")}
-        assert used <= known
+        known = {(row["comparison"], row["cell"]) for row in read_csv(ROOT / "docs/study/cells.csv")}
+        rows = [row for name in tables for row in read_csv(ROOT / f"docs/study/{name}.csv")]
+        assert {(row["comparison"], row["cell"]) for row in rows} == known
         for row in read_csv(ROOT / "docs/study/cells.csv"):
             assert re.fullmatch("[0-9a-f]{40}", row["commit"])
             assert float(row["minutes"]) > 0
