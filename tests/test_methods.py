@@ -8,7 +8,7 @@ from datasets import Dataset
 from peft import LoraConfig
 
 from conftest import build_model, reward_rows
-from nca_align import NCAConfig
+from nca_align import NCAConfig, methods
 from nca_align.methods import METHODS, build_trainer, check_method
 
 BETA = 0.1
@@ -17,8 +17,8 @@ BETA = 0.1
 def options(tmp_path, **more) -> NCAConfig:
     return NCAConfig(
         output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to=[], disable_tqdm=True, logging_steps=1,
-        gradient_checkpointing=False, per_device_train_batch_size=2, num_train_epochs=1, learning_rate=1e-3, beta=BETA,
-        max_length=None, save_strategy="no", warmup_steps=0, **({"alpha": 0.3} | more),
+        gradient_checkpointing=False, num_train_epochs=1, learning_rate=1e-3, beta=BETA, max_length=None,
+        save_strategy="no", warmup_steps=0, **({"alpha": 0.3, "per_device_train_batch_size": 2} | more),
     )  # fmt: skip
 
 
@@ -54,6 +54,18 @@ def test_a_batch_holds_rows_in_proportion_to_those_of_a_prompt(method, strategy,
     assert trainer.args.per_device_train_batch_size == rows
     assert trainer.args.gradient_accumulation_steps == times
     assert trainer.args.max_steps == 3
+
+
+@pytest.mark.parametrize("share", [0.6, 1.0, 1.02, 2.1, 5.1, 5.8])
+@pytest.mark.parametrize(("size", "times"), [(1, 32), (2, 16), (4, 4), (8, 1)])
+def test_a_step_takes_rows_in_proportion_whatever_is_accumulated(size, times, share, tmp_path):
+    given = options(tmp_path, per_device_train_batch_size=size, gradient_accumulation_steps=times)
+    for whole in (False, True) if share >= 1 else (False,):
+        args = methods._same_steps(given, 1000, round(1000 * share), whole)
+        taken = args.per_device_train_batch_size * args.gradient_accumulation_steps
+        assert taken == pytest.approx(size * times * share, rel=0.5 / size if whole else 0.07)
+        assert args.max_steps == math.ceil(1000 / (size * times))
+        assert args.gradient_accumulation_steps == times or not whole
 
 
 def test_trls_trainers_get_the_same_tokens(tokenizer, tmp_path):

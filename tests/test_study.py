@@ -218,4 +218,4 @@ class TestNumbers:
             bare = re.sub(
                 r"<!-- table .*?<!-- end -->|<!-- \w+; [^>]+ -->.*?<!-- -->|`[^`]*`", "", text, flags=re.DOTALL
             )
-            assert not re.findall(r"(?<![\w.])[+−-]?\d+\.\d+", bare)
+            assert not re.findall(r"(?<![\w.])(?:[+−-]?\d+\.\d+|\d+ ?(?:%|per cent|nats))", bare)
