@@ -10,14 +10,16 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from conftest import record_nf4
+from conftest import build_model, record_nf4
 from nca_align import evaluating, policies
 from nca_align.errors import UserError
 from nca_align.exporting import ExportOptions, export
 from nca_align.implicit import ImplicitOptions, token_logratios
 from nca_align.judges import JudgeOptions, judge
-from nca_align.policies import load_policy, load_tokenizer
+from nca_align.policies import load_policy, load_tokenizer, merged
 from nca_align.sampling import SampleOptions, sample
+
+PREFIX = "base_model.model.model.layers.0.self_attn"
 
 
 def save_adapter(base: str, folder: Path) -> str:
@@ -64,6 +66,47 @@ def test_a_qlora_run_is_one_model_in_every_mode(quantised, model_dir, tmp_path, 
         model_name_or_path=model_dir, adapter=run, max_new_tokens=2,
     ))  # fmt: skip
     assert found == [quantised] * 6
+
+
+class TestMerged:
+    def policy(self, tokenizer, dtype=torch.float32, **more):
+        torch.manual_seed(0)
+        lora = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False, **more)
+        return get_peft_model(build_model(tokenizer).to(dtype), lora).eval()
+
+    @torch.no_grad()
+    @pytest.mark.parametrize("more", [{}, {"use_dora": True}, {"use_rslora": True}])
+    def test_the_adapter_stands_in_the_weights_and_they_are_put_back_bit_for_bit(self, more, tokenizer):
+        policy = self.policy(tokenizer, **more)
+        ids = torch.arange(40)[None]
+        before, logits = {k: v.clone() for k, v in policy.state_dict().items()}, policy(ids).logits
+        layer = policy.get_base_model().model.layers[0].self_attn.q_proj
+        with merged(policy):
+            assert layer.merged  # it is on
+            assert not torch.equal(layer.base_layer.weight, before[f"{PREFIX}.q_proj.base_layer.weight"])
+            torch.testing.assert_close(policy(ids).logits, logits, rtol=1e-4, atol=1e-5)
+        assert not layer.merged
+        assert all(torch.equal(value, before[name]) for name, value in policy.state_dict().items())
+        assert torch.equal(policy(ids).logits, logits)
+
+    def test_they_are_put_back_after_an_error_too(self, tokenizer):
+        policy = self.policy(tokenizer)
+        before = {k: v.clone() for k, v in policy.state_dict().items()}
+        with pytest.raises(KeyError), merged(policy):
+            raise KeyError
+        assert all(torch.equal(value, before[name]) for name, value in policy.state_dict().items())
+
+    def test_where_it_would_round_the_adapter_away_nothing_changes(self, tokenizer):
+        half, whole = self.policy(tokenizer, torch.bfloat16), self.policy(tokenizer)
+        layers = [own.get_base_model().model.layers[0].self_attn.q_proj for own in (half, whole)]
+        with merged(half):
+            assert not layers[0].merged
+        with torch.autocast("cpu", torch.bfloat16), merged(whole):
+            assert not layers[1].merged
+        with whole.disable_adapter(), merged(whole):
+            assert not layers[1].merged
+        with merged(build_model(tokenizer)):  # no adapter
+            pass
 
 
 class TestWhatNamesTheModel:

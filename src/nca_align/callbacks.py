@@ -10,7 +10,7 @@ from transformers import Trainer, TrainerCallback
 
 from .generation import GenerationEvaluator, Reference, reference_model
 from .metrics import PromptMeans, calibration, row_metrics
-from .policies import as_reference, completion_logps
+from .policies import as_reference, completion_logps, merged
 from .preparation import base_model, keep_nf4_differentiable, refuse_virtual_tokens
 from .tokenization import tokenize_dataset
 
@@ -198,7 +198,8 @@ class RankingCallback(_EvaluationCallback):
                 if reference is model:
                     policy = self._reference_logps[name]
                 else:
-                    policy = completion_logps(model, rows, self._batch_size)
+                    with merged(model):
+                        policy = completion_logps(model, rows, self._batch_size)
                 means = PromptMeans()
                 for row, *logps in zip(rows, policy, self._reference_logps[name], strict=True):
                     pi_logps, ref_logps, rewards = (torch.tensor([own]) for own in (*logps, row["rewards"]))

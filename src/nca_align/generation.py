@@ -14,7 +14,7 @@ from .drawing import draw
 from .engines import PromptError, prompt_ids, seed_of
 from .errors import UserError
 from .figures import GenerationFigures, figures_of, mean_over_prompts, win_rate
-from .policies import as_reference, completion_logps
+from .policies import as_reference, completion_logps, merged
 from .preparation import base_model
 from .scoring import open_scorers
 from .shards import Work
@@ -111,9 +111,10 @@ class GenerationEvaluator:
                 answers = self._reference_answers
                 kl = [[0.0] * self._num_completions for _ in mine]
             else:
-                answers = self._answer(model, mine, 1)
-                rows = [{"prompt_ids": self._prompts[i], "completion_ids": answers[i]["ids"]} for i in mine]
-                logps = completion_logps(model, rows, self._batch_size)
+                with merged(model):
+                    answers = self._answer(model, mine, 1)
+                    rows = [{"prompt_ids": self._prompts[i], "completion_ids": answers[i]["ids"]} for i in mine]
+                    logps = completion_logps(model, rows, self._batch_size)
                 with switched():
                     reference_logps = completion_logps(other, rows, self._batch_size)
                 pairs = zip(logps, reference_logps, strict=True)
