@@ -22,9 +22,10 @@ from transformers import TrainerCallback
 from conftest import reward_rows
 from nca_align import cell as cell_module
 from nca_align import cells, comparing
-from nca_align.cell import run_cell, three_splits
+from nca_align.cell import run_cell
 from nca_align.checkpoints import last_common_checkpoint
 from nca_align.comparison import COLUMNS, Selection, ValidationRows, rows_of, select, selected_rows
+from nca_align.comparison_splits import three_splits
 from nca_align.data import DataOptions, RewardData
 from nca_align.data.strategies import PAIRS
 from nca_align.errors import UserError

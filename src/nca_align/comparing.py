@@ -17,9 +17,9 @@ from rich.console import Console
 from rich.table import Table
 
 from .arguments import parse
-from .cell import read_splits
 from .cells import CONFIG, DONE, LOG, failure, is_done, prepare, run_cells
 from .comparison import COLUMNS, Selection, rows_of, selected_rows
+from .comparison_splits import read_splits
 from .errors import UserError, command
 from .files import write_csv, write_json
 from .grid import Cell, Evaluation, cell_options, expand, from_mapping
