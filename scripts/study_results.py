@@ -2,9 +2,11 @@
 
     python scripts/study_results.py [RUNS] [OUTPUT]        (runs/study and docs/study by default)
 
-A part (`PARTS`) has `PART.csv`, a row a cell, split and evaluation; `PART-means.csv`, a row a setting and figure of the
-test split, at the run's end and at equal KL: mean over seeds, 95 % t-interval, n, and the same of the difference from
-NCA, seed by seed; and `PART.png`. `cells.csv` has each cell's seed, minutes, commit and versions.
+Each comparison has a CSV file with a row a cell, split and evaluation; `cells.csv` has each cell's seed, minutes,
+commit and versions. Cells that OUTPUT has and RUNS has not stay as they are, so that machines can share the work.
+A part (`PARTS`) has `PART-means.csv`, a row a setting and figure of the test split, at the run's end and at equal KL:
+mean over seeds, 95 % t-interval, n, and the same of the difference from NCA, seed by seed; and `PART.png`. A setting
+is in them once it has all of the seeds.
 
 In OUTPUT.md and the README the text between `<!-- table PART KIND -->` and `<!-- end -->` becomes a table, that between
 `<!-- PART; LABEL; FIGURE -->` and `<!-- -->` a mean with its interval, with `; minus_nca` the difference from NCA.
@@ -14,12 +16,12 @@ import json
 import math
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from nca_align.charts import Chart, Series
 from nca_align.files import read_csv, write_csv
-from nca_align.frontier import Curve, Interval, Setting, curves_of, ends, mean_and_interval, reward_at_kl
+from nca_align.frontier import Curve, Interval, Setting, curves_of, ends, mean_and_interval, reward_at_kl, setting_of
 from nca_align.report_charts import frontier_chart, likelihood_charts
 from nca_align.report_figures import plot
 from nca_align.reporting import labels
@@ -63,6 +65,22 @@ PARTS: dict[str, Sequence[tuple[str, Callable[[Row], bool]]]] = {
     "completions": [("task1", _nca), ("ablations", _count)],
     "preferences": [("task1", _nca), ("ablations", _pairs)],
 }
+COMPARISONS = tuple(dict.fromkeys(name for made_of in PARTS.values() for name, _ in made_of))
+
+
+def part_rows(part: str, comparisons: Mapping[str, Sequence[dict[str, str]]]) -> list[dict[str, str]]:
+    """The rows of a part, of settings with all seeds; none where a comparison has nothing for it yet."""
+    own = [[row for row in whole(comparisons.get(name, [])) if wanted(row)] for name, wanted in PARTS[part]]
+    return [row for rows in own for row in rows] if all(own) else []
+
+
+def whole(rows: Sequence[dict[str, str]]) -> list[dict[str, str]]:
+    """The rows of settings with as many seeds as any has."""
+    seeds: dict[Setting, set[str]] = {}
+    for row in rows:
+        seeds.setdefault(setting_of(row), set()).add(row["seed"])
+    most = max(map(len, seeds.values()), default=0)
+    return [row for row in rows if len(seeds[setting_of(row)]) == most]
 
 
 def seed_values(curves: Sequence[Curve], rows: Sequence[Row], setting: Setting) -> dict[str, dict[str, float]]:
@@ -152,15 +170,18 @@ def fill(text: str, tables: Mapping[str, Sequence[Row]]) -> str:
     return re.sub(r"<!-- (\w+; [^>]+?) -->(?:(?!<!--).)*<!-- -->", figure, text, flags=re.DOTALL)
 
 
+def read_comparisons(output: Path) -> dict[str, list[dict[str, str]]]:
+    """Comparison → the rows of its CSV file."""
+    return {name: read_csv(path) for name in COMPARISONS if (path := output / f"{name}.csv").exists()}
+
+
 def read_tables(output: Path) -> dict[str, list[dict[str, str]]]:
     """Part → the rows of its `-means.csv`."""
     return {part: read_csv(path) for part in PARTS if (path := output / f"{part}-means.csv").exists()}
 
 
-def write_part(part: str, comparisons: Mapping[str, list[dict[str, str]]], output: Path) -> None:
-    """The tables and the plot of a part."""
-    rows = [{"comparison": name} | row for name, wanted in PARTS[part] for row in comparisons[name] if wanted(row)]
-    write_csv(output / f"{part}.csv", rows)
+def write_part(part: str, rows: Sequence[dict[str, str]], output: Path) -> None:
+    """The means and the plot of a part."""
     table = means(rows)
     write_csv(output / f"{part}-means.csv", table, COLUMNS)
     groups = curves_of(rows)
@@ -185,27 +206,37 @@ def axis_charts(
     return charts
 
 
-def cells(runs: Path, comparisons: Iterable[str]) -> list[dict[str, object]]:
+def gathered(path: Path, rows: Sequence[Mapping[str, object]]) -> list[Mapping[str, object]]:
+    """What the CSV file `path` has of other cells, if it is there, and `rows`."""
+    new = {(row.get("comparison"), row["cell"]) for row in rows}
+    known = read_csv(path) if path.exists() else []
+    return [*(row for row in known if (row.get("comparison"), row["cell"]) not in new), *rows]
+
+
+def cells(runs: Path) -> list[dict[str, object]]:
     """A row a cell of what it was made with."""
     table: list[dict[str, object]] = []
-    for name in comparisons:
-        for path in sorted((runs / name / "cells").glob("*/cell.json")):
-            about = json.loads(path.read_text(encoding="utf-8"))
-            own = {"comparison": name, "cell": path.parent.name, "seed": about["settings"]["seed"]}
-            table.append(own | {key: about[key] for key in ("minutes", "commit")} | about["versions"])
+    for path in sorted(runs.glob("*/cells/*/cell.json")):
+        about = json.loads(path.read_text(encoding="utf-8"))
+        own = {"comparison": path.parents[2].name, "cell": path.parent.name, "seed": about["settings"]["seed"]}
+        table.append(own | {key: about[key] for key in ("minutes", "commit")} | about["versions"])
     return table
 
 
 def main(runs: Path, output: Path) -> None:
     output = output.resolve()
     output.mkdir(parents=True, exist_ok=True)
-    comparisons = {path.parent.name: read_csv(path) for path in sorted(runs.glob("*/comparison.csv"))}
-    parts = [part for part, made_of in PARTS.items() if all(name in comparisons for name, _ in made_of)]
-    if not parts:
+    found = sorted(runs.glob("*/comparison.csv"))
+    if not found:
         sys.exit(f"{runs} holds no comparison; run scripts/study.sh first")
-    for part in parts:
-        write_part(part, comparisons, output)
-    write_csv(output / "cells.csv", cells(runs, comparisons))
+    for path in found:
+        own = output / f"{path.parent.name}.csv"
+        write_csv(own, gathered(own, read_csv(path)))
+    write_csv(output / "cells.csv", gathered(output / "cells.csv", cells(runs)))
+    comparisons = read_comparisons(output)
+    parts = {part: rows for part in PARTS if (rows := part_rows(part, comparisons))}
+    for part, rows in parts.items():
+        write_part(part, rows, output)
     tables = read_tables(output)
     for page in (output.with_suffix(".md"), output.parents[1] / "README.md"):
         if page.exists():

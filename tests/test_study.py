@@ -152,6 +152,26 @@ def test_an_ablations_table_has_task_1s_own_setting_first(tmp_path):
     assert all(row["minus_nca"] for row in tables["alpha"] if row["label"] == "nca, α 1")
 
 
+def test_cells_of_another_machine_join_those_that_are_there(tmp_path):
+    pytest.importorskip("matplotlib")
+    output = tmp_path / "docs" / "study"
+    comparison(tmp_path / "first" / "task1", [("nca", 0.1)])
+    study_results.main(tmp_path / "first", output)
+    second = tmp_path / "second" / "task1"
+    comparison(second)
+    rows = [row for row in read_csv(second / "comparison.csv") if row["cell"] in ("nca-3", "dpo-1", "dpo-2")]
+    write_csv(second / "comparison.csv", [{**row, "accuracy": 0.9} for row in rows])
+    for name in ("nca-1", "nca-2", "dpo-3"):
+        (second / "cells" / name / "cell.json").unlink()
+    study_results.main(tmp_path / "second", output)
+    found = {row["cell"]: row["accuracy"] for row in read_csv(output / "task1.csv")}
+    assert found == {"nca-1": "0.5", "nca-2": "0.5", "nca-3": "0.9", "dpo-1": "0.9", "dpo-2": "0.9"}
+    assert {row["cell"] for row in read_csv(output / "cells.csv")} == set(found)
+    assert {row["label"] for row in study_results.read_tables(output)["task1"]} == {"nca"}  # DPO has two seeds yet
+    study_results.main(tmp_path / "second", output)
+    assert len(read_csv(output / "task1.csv")) == 5 * 6
+
+
 def test_what_was_not_reached_is_told_and_a_setting_that_is_in_no_table_is_an_error():
     rows = [{"label": "nca", "figure": "reward", "mean": "-0.001", "high": "", "n": "1"}]
     mark = "<!-- task1; nca; reward at KL 3 -->1.5<!-- -->"
@@ -192,18 +212,19 @@ class TestNumbers:
         assert all(f"<!-- table {part} {kind} -->\n| |" in text for part in tables for kind in ("equal", "end"))
 
     def test_the_means_are_those_of_the_evaluations(self):
+        comparisons = study_results.read_comparisons(ROOT / "docs/study")
         for name, told in self.tables().items():
-            means = study_results.means(read_csv(ROOT / f"docs/study/{name}.csv"))
+            means = study_results.means(study_results.part_rows(name, comparisons))
             for line, again in zip(told, means, strict=True):
                 for key in ("mean", "low", "high", *study_results.MINUS_NCA):
                     value = again.get(key)
                     assert line[key] == "" if value is None else float(line[key]) == pytest.approx(value), (name, line)
 
     def test_every_cell_says_what_it_was_made_with(self):
-        tables = self.tables()
+        self.tables()
         known = {(row["comparison"], row["cell"]) for row in read_csv(ROOT / "docs/study/cells.csv")}
-        rows = [row for name in tables for row in read_csv(ROOT / f"docs/study/{name}.csv")]
-        assert {(row["comparison"], row["cell"]) for row in rows} == known
+        comparisons = study_results.read_comparisons(ROOT / "docs/study")
+        assert {(name, row["cell"]) for name, rows in comparisons.items() for row in rows} == known
         for row in read_csv(ROOT / "docs/study/cells.csv"):
             assert re.fullmatch("[0-9a-f]{40}", row["commit"])
             assert float(row["minutes"]) > 0
