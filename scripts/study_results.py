@@ -5,8 +5,8 @@
 Each comparison has a CSV file with a row a cell, split and evaluation; `cells.csv` has each cell's seed, minutes,
 commit and versions. Cells that OUTPUT has and RUNS has not stay as they are, so that machines can share the work.
 A part (`PARTS`) has `PART-means.csv`, a row a setting and figure of the test split, at the run's end and at equal KL:
-mean over seeds, 95 % t-interval, n, and the same of the difference from NCA, seed by seed; and `PART.png`. A setting
-is in them once it has all of the seeds.
+mean over seeds, 95 % t-interval, n, and the same of the difference from NCA, seed by seed; and `PART.png`. Its first
+rows are of the model before training. A setting is in them once it has all of the seeds.
 
 In OUTPUT.md and the README the text between `<!-- table PART KIND -->` and `<!-- end -->` becomes a table, that between
 `<!-- PART; LABEL; FIGURE -->` and `<!-- -->` a mean with its interval, with `; minus_nca` the difference from NCA.
@@ -36,7 +36,8 @@ AT_THE_END = (
 MINUS_NCA = ("minus_nca", "minus_nca_low", "minus_nca_high")
 COLUMNS = ("label", "figure", "mean", "low", "high", "n", *MINUS_NCA)
 FIGURES = (*(f"reward at KL {kl:g}" for kl in EQUAL_KL), *AT_THE_END)
-MISSING = "not reached"
+MISSING = {"equal": "not reached", "end": "–"}
+START = "before training"
 
 
 def _nca(row: Row) -> bool:
@@ -102,9 +103,15 @@ def means(rows: Sequence[Row]) -> list[dict[str, object]]:
     values = {setting: seed_values(groups[setting], rows, setting) for setting in groups}
     first = next((setting for setting in groups if dict(setting)["method"] == "nca"), None)
     table: list[dict[str, object]] = []
+    if first is not None:
+        start = seed_values([], [row for row in rows if float(row["step"]) == 0], first)
+        start.pop("accuracy", None)  # of ties alone, which count as wrong
+        for figure, seeds in start.items():
+            line = {"label": START, "figure": figure, "n": len(seeds)}
+            table.append(line | _fields(("mean", "low", "high"), [*seeds.values()]))
     for setting, figures in values.items():
         for figure, seeds in figures.items():
-            line: dict[str, object] = {"label": names[setting], "figure": figure, "n": len(seeds)}
+            line = {"label": names[setting], "figure": figure, "n": len(seeds)}
             line |= _fields(("mean", "low", "high"), [*seeds.values()])
             base = {} if first in (None, setting) else values[first].get(figure, {})
             if base.keys() == seeds.keys():
@@ -133,14 +140,15 @@ def markdown(table: Sequence[Row], kind: str) -> str:
     figures = FIGURES[: len(EQUAL_KL)] if kind == "equal" else AT_THE_END
     found: dict[str, dict[str, Row]] = {}
     for row in table:
-        found.setdefault(row["label"], {})[row["figure"]] = row
+        if kind == "end" or row["label"] != START:
+            found.setdefault(row["label"], {})[row["figure"]] = row
     figures = tuple(name for name in figures if any(name in own for own in found.values()))
     lines = [f"| | n | {' | '.join(figures)} |", "| --- " * (len(figures) + 2) + "|"]
     for label, own in found.items():
         cells = []
         for name in figures:
             if name not in own:
-                cells.append(MISSING)
+                cells.append(MISSING[kind])
                 continue
             gap = f" ({shown(own[name], 'minus_nca')})" if kind == "equal" and own[name]["minus_nca"] else ""
             cells.append(f"{shown(own[name])}{gap}")
@@ -164,7 +172,8 @@ def fill(text: str, tables: Mapping[str, Sequence[Row]]) -> str:
         known = {row["figure"]: row for row in tables[part] if row["label"] == label}
         if not known or name not in FIGURES:
             raise KeyError(mark[1])
-        return f"<!-- {mark[1]} -->{shown(known[name], *which) if name in known else MISSING}<!-- -->"
+        value = shown(known[name], *which) if name in known else MISSING["equal"]
+        return f"<!-- {mark[1]} -->{value}<!-- -->"
 
     text = re.sub(r"<!-- table (\w+ \w+) -->.*?<!-- end -->", table, text, flags=re.DOTALL)
     return re.sub(r"<!-- (\w+; [^>]+?) -->(?:(?!<!--).)*<!-- -->", figure, text, flags=re.DOTALL)
@@ -198,7 +207,8 @@ def axis_charts(
     at = {label: float(dict(setting).get(name, default)) for setting, label in labels([*groups]).items()}
     charts = []
     for figure in ("reward at KL 1", "reward", "train logratio_best"):
-        rows = sorted((row for row in table if row["figure"] == figure), key=lambda row: at[row["label"]])
+        told = (row for row in table if row["figure"] == figure and row["label"] in at)
+        rows = sorted(told, key=lambda row: at[row["label"]])
         x, y = [at[row["label"]] for row in rows], [float(row["mean"]) for row in rows]
         bars = [(float(row["low"] or -math.inf), float(row["high"] or math.inf)) for row in rows]
         if rows:
@@ -232,8 +242,10 @@ def main(runs: Path, output: Path) -> None:
     for path in found:
         own = output / f"{path.parent.name}.csv"
         write_csv(own, gathered(own, read_csv(path)))
-    write_csv(output / "cells.csv", gathered(output / "cells.csv", cells(runs)))
     comparisons = read_comparisons(output)
+    told = {(name, row["cell"]) for name, rows in comparisons.items() for row in rows}
+    made = [row for row in cells(runs) if (row["comparison"], row["cell"]) in told]
+    write_csv(output / "cells.csv", gathered(output / "cells.csv", made))
     parts = {part: rows for part in PARTS if (rows := part_rows(part, comparisons))}
     for part, rows in parts.items():
         write_part(part, rows, output)

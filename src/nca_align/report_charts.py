@@ -135,7 +135,10 @@ def likelihood_charts(rows: Rows, groups: Groups) -> list[Chart]:
         "log(π/π_ref) in nats of the {} completion of the test rows, the mean over prompts; above 0 it is likelier now"
     )
     seen = "log(π/π_ref) in nats of the best completion of training prompts: the paper's Figure 2"
-    accuracy = "Share of the pairs with unequal rewards that the implicit reward orders right"
+    accuracy = (
+        "Share of the pairs with unequal rewards that the implicit reward orders right (a coin gets 0.5; equal counts "
+        "as wrong, so that step 0 has 0)"
+    )
     for split, column, title, what in (
         ("train", "logratio_best", "Log-ratio of the best completion, training prompts", seen),
         ("test", "logratio_best", "Log-ratio of the best completion", ratio.format("best")),
