@@ -11,6 +11,7 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+from datasets import Dataset, DatasetDict
 
 from conftest import reward_rows
 from nca_align.inspecting import main as inspect
@@ -53,6 +54,28 @@ def test_named_files_and_keys_exist():
             r"`((?:configs|examples|benchmarks|scripts|tests|src)/[\w./-]+\.\w+)`", page.read_text()
         ):
             assert (ROOT / name).exists(), f"{name} in {page.name}"
+
+
+def test_the_readmes_script_trains_and_leaves_its_adapter(tmp_path, model_dir, monkeypatch):
+    """As it stands, but for the names of the Hub, the number of steps and what only a GPU has."""
+    DatasetDict({split: Dataset.from_list(reward_rows(3)) for split in ("train_prefs", "test_prefs")}).save_to_disk(
+        tmp_path / "data"
+    )
+    script = re.search(r"^```python\n(from nca_align import .*?)```", (ROOT / "README.md").read_text(), re.M | re.S)[1]
+    for theirs, ours in (
+        ('"ChenDRAG/ultrafeedback_reward"', repr(str(tmp_path / "data"))),
+        ('"HuggingFaceH4/mistral-7b-sft-beta"', repr(model_dir)),
+        ("eval_steps=200", "eval_steps=1, max_steps=1, bf16=False, use_cpu=True, report_to='none'"),
+        ("gradient_accumulation_steps=32", "gradient_accumulation_steps=2"),
+    ):
+        assert script.count(theirs) == 1
+        script = script.replace(theirs, ours)
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(script, names)
+    assert names["trainer"].model.base_model.model.config.quantization_config.load_in_4bit
+    assert any("eval_loss" in line for line in names["trainer"].state.log_history)
+    assert (tmp_path / "runs/mine/adapter_model.safetensors").exists()
 
 
 # Troubleshooting
