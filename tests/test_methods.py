@@ -1,5 +1,6 @@
 """Methods on the same reward data: the same tokens, prompts and steps, and losses that are known to be equal."""
 
+import json
 import math
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 
-from conftest import build_model, reward_rows
+from conftest import CHAT_TEMPLATE, build_model, build_tokenizer, reward_rows
 from nca_align import NCAConfig, methods
 from nca_align.methods import METHODS, build_trainer, check_method
 
@@ -79,6 +80,23 @@ def test_trls_trainers_get_the_same_tokens(tokenizer, tmp_path):
         assert pair["chosen_ids"] == row["completion_ids"][high]
         assert pair["rejected_ids"] == row["completion_ids"][1 - high]
     assert sorted(single["completion_ids"]) == sorted(ids for row in ours for ids in row["completion_ids"])
+
+
+@pytest.mark.parametrize(("method", "strategy"), [("nca", None), ("nca", "best_plus_1"), ("dpo", None), ("kto", None)])
+def test_every_method_renders_the_prompt_with_its_tools_and_template_arguments(method, strategy, tmp_path):
+    """As `rows_that_fit`, and the evaluations, do."""
+    template = "{% if tools %}[{{ tools[0]['function']['name'] }}]{% endif %}{% if loud %}LOUD{% endif %}"
+    tokenizer = build_tokenizer(template + CHAT_TEMPLATE)
+    tools = json.dumps([{"type": "function", "function": {"name": "weather", "parameters": {}}}])
+    one, two, three = reward_rows(3, 2)
+    rows = [
+        one | {"tools": tools, "chat_template_kwargs": {"loud": True}},
+        two | {"tools": None, "chat_template_kwargs": None},
+        three | {"tools": tools, "chat_template_kwargs": {"loud": False}},
+    ]
+    tokens = trainer_of(method, tokenizer, tmp_path, rows, strategy=strategy).train_dataset["prompt_ids"]
+    started = {tokenizer.decode(ids).split("<|im_start|>")[0] for ids in tokens}
+    assert started == {"[weather]LOUD", "", "[weather]"}
 
 
 def first_loss(trainer) -> float:

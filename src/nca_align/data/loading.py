@@ -61,7 +61,7 @@ def read_reward_dataset(
     for split_name in wanted:
         splits[split_name], report = convert_dataset(source[split_name], options, name=split_name, num_proc=num_proc)
         if isinstance(arguments := options.chat_template_kwargs, dict) and arguments:
-            splits[split_name] = _with_template_arguments(splits[split_name], arguments)
+            splits[split_name] = with_template_arguments(splits[split_name], arguments)
         if report is not None:
             reports[split_name] = report
             if unreadable:  # of files that are one split
@@ -122,7 +122,8 @@ def load_reward_dataset(
     return data if split is None else next(iter(data.values()))
 
 
-def _with_template_arguments(dataset: Dataset | IterableDataset, arguments: dict[str, Any]) -> Any:
+def with_template_arguments(dataset: Dataset | IterableDataset, arguments: dict[str, Any]) -> Any:
+    """`dataset` with `arguments` in each row's `chat_template_kwargs`, of which what a row says itself comes first."""
     features = dataset.features and Features({**dataset.features, "chat_template_kwargs": Json()})
     function = partial(_fill_template_arguments, arguments=arguments)
     return dataset.map(function, batched=True, features=features)

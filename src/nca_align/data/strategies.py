@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 
+from .flat import SHARED
+from .loading import with_template_arguments
 from .pairs import HARD
 
 PAIRS = ("best_random", "best_worst", "best_each", "all_pairs")
@@ -71,7 +73,7 @@ def select_completions(dataset: Dataset, strategy: str, seed: int = 42) -> Datas
     """Reward rows of what `strategy` takes; preference pairs are K = 2 with rewards 1 and 0.
 
     Args:
-        dataset: `prompt, completions, rewards`.
+        dataset: `prompt, completions, rewards`, and `tools`, `chat_template_kwargs` if any, which are kept.
         strategy: one of `STRATEGIES`.
         seed: of the random ones; each row draws from it and its own number, whatever the others are.
 
@@ -82,7 +84,7 @@ def select_completions(dataset: Dataset, strategy: str, seed: int = 42) -> Datas
         ValueError: another strategy, or one by which no row is left.
     """
     if check_strategy(strategy) == "rewards":
-        return dataset.select_columns(["prompt", "completions", "rewards"])
+        return dataset.select_columns(["prompt", "completions", "rewards", *_shared(dataset)])
 
     def select(row: dict[str, Any], places: list[int]) -> dict[str, Any]:
         rewards = list(HARD) if strategy in PAIRS else [row["rewards"][i] for i in places]
@@ -95,7 +97,7 @@ def to_preference_pairs(dataset: Dataset, strategy: str = "best_worst", seed: in
     """Preference pairs as TRL's DPOTrainer takes them, from K rewarded completions a prompt.
 
     Args:
-        dataset: `prompt, completions, rewards`.
+        dataset: as of `select_completions`.
         strategy: best_worst, best_random, best_each or all_pairs, as in `choose`.
         seed: of best_random.
 
@@ -123,7 +125,7 @@ def to_unpaired(dataset: Dataset, threshold: float | None = None) -> Dataset:
     """Desirable and undesirable completions as TRL's KTOTrainer takes them.
 
     Args:
-        dataset: `prompt, completions, rewards`.
+        dataset: as of `select_completions`.
         threshold: the reward above which a completion is desirable, below which it is not; None for the mean of its
             prompt's rewards. One whose reward equals it is left out.
 
@@ -158,13 +160,24 @@ def _rows(dataset: Dataset, strategy: str, seed: int, make, pick=choose) -> Data
     )  # fmt: skip
     if not len(made):
         raise ValueError(f"`strategy` {strategy} leaves no row: every prompt has too few completions, or equal rewards")
-    return made
+    numbers, made = made["row"], made.remove_columns("row")
+    if not _shared(dataset):
+        return made
+    shared = dataset.select(numbers).select_columns(_shared(dataset))
+    if "chat_template_kwargs" in shared.column_names:
+        shared = with_template_arguments(shared, {})  # TRL takes an empty mapping, but no None
+    return concatenate_datasets([made, shared], axis=1)
+
+
+def _shared(dataset: Dataset) -> list[str]:
+    """What a prompt is rendered with beside its messages."""
+    return [name for name in SHARED if name in dataset.column_names]
 
 
 def _made(batch: dict[str, list], numbers: list[int], *, strategy: str, seed: int, make, pick) -> dict[str, list]:
     rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
     made = [
-        make(row, places)
+        make(row, places) | {"row": number}
         for number, row in zip(numbers, rows, strict=True)
         for places in pick(row["rewards"], strategy, random.Random(f"{seed} {number}"))
     ]
