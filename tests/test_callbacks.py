@@ -9,6 +9,7 @@ from transformers.trainer_utils import IntervalStrategy
 
 from conftest import build_model, reward_rows
 from nca_align import GenerationCallback, NCAConfig, NCATrainer, RankingCallback
+from nca_align.errors import UserError
 from nca_align.methods import build_trainer
 from test_generation import LORA, evaluator
 
@@ -214,6 +215,20 @@ class TestCallbacks:
             GenerationCallback(trainer, {"": evaluator(tokenizer)})
         given = GenerationCallback(trainer, {"": evaluator(tokenizer)}, reference=build_model(tokenizer))
         assert given.measure(trainer.model)["eval_generation/kl"] == pytest.approx(0, abs=1e-5)
+
+    @pytest.mark.parametrize("adapter", [None, LORA])
+    def test_the_trained_model_is_no_reference_for_itself(self, adapter, tokenizer, tmp_path):
+        dataset = Dataset.from_list(reward_rows(4, 3))
+        model = build_model(tokenizer)
+        trainer = build_trainer("nca", model, options(tmp_path), dataset, tokenizer, peft_config=adapter)
+        with pytest.raises(ValueError, match="`reference` of GenerationCallback is the model that is trained"):
+            GenerationCallback(trainer, {"": evaluator(tokenizer)}, reference=model)  # also below its adapter
+
+    def test_a_prompt_that_is_too_long_is_refused_before_training(self, tokenizer, tmp_path):
+        dataset = Dataset.from_list(reward_rows(4, 3))
+        trainer = build_trainer("nca", build_model(tokenizer), options(tmp_path), dataset, tokenizer, peft_config=LORA)
+        with pytest.raises(UserError, match="is more than the model's 2048"):
+            GenerationCallback(trainer, {"": evaluator(tokenizer, max_new_tokens=2048)})
 
     def test_a_sharded_launch_is_refused(self, tokenizer, tmp_path, monkeypatch):
         dataset = Dataset.from_list(reward_rows(4, 3))

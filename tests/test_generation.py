@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -108,6 +109,17 @@ class TestFigures:
         figures = GenerationEvaluator(rows, tokenizer, ["test_generation:wanted_of"], max_new_tokens=2)(policy)
         assert figures.reward.mean == 1.0
         assert figures.win_rate.mean == 0.5
+
+    def test_scorers_may_be_the_functions_themselves(self, tokenizer, policy):
+        named = evaluator(tokenizer)(policy)
+        for given in (length_of, [length_of], "test_generation:length_of"):
+            own = GenerationEvaluator(PROMPTS, tokenizer, given, num_completions=3, max_new_tokens=6, batch_size=6)
+            assert own(policy) == named
+        both = [length_of, partial(length_of)]
+        figures = GenerationEvaluator(PROMPTS, tokenizer, both, num_completions=3, max_new_tokens=6, batch_size=6)(
+            policy
+        )
+        assert figures.reward.mean == pytest.approx(2 * named.reward.mean)
 
     @pytest.mark.parametrize(
         ("rows", "more", "message"),

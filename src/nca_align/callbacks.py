@@ -89,7 +89,13 @@ class _EvaluationCallback(TrainerCallback):
         known = self._reference if self._reference is not None else getattr(self._trainer, "ref_model", None)
         if known is not None:
             unwrap = self._trainer.accelerator.unwrap_model
-            return unwrap(known) if isinstance(known, nn.Module) else known
+            known = unwrap(known) if isinstance(known, nn.Module) else known
+            if isinstance(known, nn.Module) and base_model(known) is base_model(model):
+                raise ValueError(
+                    f"`reference` of {type(self).__name__} is the model that is trained, which would be measured "
+                    "against itself; give a copy of it from before training"
+                )
+            return known
         if not hasattr(model, "peft_config"):
             raise ValueError(
                 f"`reference` is missing for {type(self).__name__}: the trainer holds no reference model, and the "
@@ -111,8 +117,8 @@ class GenerationCallback(_EvaluationCallback):
 
     Raises:
         NotImplementedError: a launch that shards the model.
-        ValueError: nothing that could be the reference.
-        UserError: an adapter that puts virtual tokens in front.
+        ValueError: nothing that could be the reference, or the trained model as `reference`.
+        UserError: an adapter that puts virtual tokens in front; a prompt that is too long for the model.
     """
 
     def __init__(
@@ -127,6 +133,8 @@ class GenerationCallback(_EvaluationCallback):
         first = next(iter(self._evaluators))
         super().__init__(trainer, steps, reference, starts_as_reference, f"{_prefix(first)}generation/reward")
         refuse_virtual_tokens(trainer.model)
+        for evaluator in self._evaluators.values():
+            evaluator.check_room(trainer.accelerator.unwrap_model(trainer.model))
 
     def measure(self, model: nn.Module) -> dict[str, float]:
         reference = self._reference_of(model)

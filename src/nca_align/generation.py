@@ -1,6 +1,6 @@
 """A policy by what it answers: rewards, KL, wins, lengths and diversity of its own samples, also during training."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -16,8 +16,7 @@ from .errors import UserError
 from .figures import GenerationFigures, figures_of, mean_over_prompts, win_rate
 from .policies import as_reference, completion_logps, merged
 from .preparation import base_model
-from .scoring import open_scorers
-from .shards import Work
+from .scoring import Scorers, open_scorers
 
 Reference = nn.Module | Callable[[], AbstractContextManager]
 
@@ -30,7 +29,8 @@ class GenerationEvaluator:
     Args:
         dataset: rows of `prompt` (text or messages), and any columns that the scorers read.
         tokenizer: the model's.
-        scorers: as `nca-align score --scorer`; or what `scoring.open_scorers` made of them, for several evaluators.
+        scorers: one or several, as `nca-align score --scorer` or as Python functions of TRL's reward-function
+            signature; or what `scoring.open_scorers` made of them, for several evaluators.
         scorer_weights: one a scorer, 1 by default.
         num_completions: answers a prompt.
         max_new_tokens: tokens at which an answer is cut.
@@ -47,7 +47,7 @@ class GenerationEvaluator:
         self,
         dataset: Dataset | Iterable[dict[str, Any]],
         tokenizer: Any,
-        scorers: list[str] | Work,
+        scorers: Scorers | str | Callable | Sequence[str | Callable],
         *,
         scorer_weights: list[float] | None = None,
         num_completions: int = 4,
@@ -70,7 +70,9 @@ class GenerationEvaluator:
         except PromptError as error:
             raise UserError(f"a prompt to be answered can't be rendered: {error}") from error
         self._tokenizer = tokenizer
-        self._work = scorers if callable(scorers) else open_scorers(scorers, scorer_weights)
+        if isinstance(scorers, str) or (callable(scorers) and not isinstance(scorers, Scorers)):
+            scorers = [scorers]
+        self._score = scorers if isinstance(scorers, Scorers) else open_scorers(scorers, scorer_weights)
         self._num_completions = num_completions
         self._max_new_tokens = max_new_tokens
         self._seed = seed
@@ -96,7 +98,7 @@ class GenerationEvaluator:
                 )
             reference = lambda: as_reference(model)  # noqa: E731
         other, switched = reference_model(reference, model)
-        self._check_room(model)
+        self.check_room(model)
         state = PartialState()
         mine = range(state.process_index, len(self._rows), state.num_processes)
         device = next(model.parameters()).device
@@ -134,13 +136,14 @@ class GenerationEvaluator:
         rows = gather_object(found)
         return GenerationFigures(**figures_of(rows), win_rate=mean_over_prompts([row["wins"]] for row in rows))
 
-    def _check_room(self, model: Any) -> None:
+    def check_room(self, model: Any) -> None:
+        """Raise a UserError where a prompt and its answer don't fit the positions of `model`."""
         room = getattr(base_model(model).config.get_text_config(), "max_position_embeddings", None)
         longest = max(map(len, self._prompts))
         if room is not None and longest + self._max_new_tokens > room:
             raise UserError(
                 f"a prompt to be answered has {longest} tokens, which with `max_new_tokens` {self._max_new_tokens} is "
-                f"more than the model's {room}; leave it out of `dataset` or lower it"
+                f"more than the model's {room}; leave that prompt out, or lower the number"
             )
 
     def _answer(self, model: Any, mine: range, which: int) -> dict[int, dict[str, Any]]:
@@ -176,7 +179,7 @@ class GenerationEvaluator:
                 texts = [[{"role": "assistant", "content": text}] for text in own]
             kept = {k: v for k, v in self._rows[i].items() if k not in ("completions", "rewards", "truncated")}
             rows.append({**kept, "completions": texts})
-        shard = self._work(0, 0, rows, lambda done: None)
+        shard = self._score(0, 0, rows, lambda done: None)
         if shard.failed:
             raise UserError(f"an answer could not be scored: {next(iter(shard.failed.values()))}")
         return {i: row["rewards"] for i, row in zip(answers, shard.rows, strict=True)}

@@ -5,6 +5,7 @@ import os
 import re
 import sys
 from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Literal
@@ -18,7 +19,7 @@ from .prompts import load_completions
 from .provenance import data_fingerprint, read_provenance, versions, weights_fingerprint
 from .reward_functions import find_function, function_scorer, is_function, source_fingerprint
 from .reward_models import Scorer, pipeline_scorer, reward_model
-from .shards import Shard, Work, run_sharded
+from .shards import Shard, run_sharded
 
 
 @dataclass
@@ -84,7 +85,7 @@ def score(options: ScoreOptions) -> dict[str, int]:
     kept = {name: kind for name, kind in dataset.features.items() if name not in new}
     dataset = dataset.select_columns(list(kept))
 
-    def start() -> Work:
+    def start() -> Scorers:
         return open_scorers(
             options.scorer, options.scorer_weights, options.tokenizer, options.batch_size, options.dtype,
             options.trust_remote_code,
@@ -109,25 +110,81 @@ def score(options: ScoreOptions) -> dict[str, int]:
     return counts
 
 
+class Scorers:
+    """Rewards for rows, by one or several scorers: what `shards.run_sharded` calls for each shard.
+
+    Args:
+        scorers: name of a score → scorer.
+        weights: one each.
+    """
+
+    def __init__(self, scorers: dict[str, Scorer], weights: list[float]):
+        self._scorers, self._weights = scorers, weights
+
+    def __call__(self, shard: int, first_row: int, rows: list[dict], advance: Advance) -> Shard:
+        failed: dict[int, str] = {}
+        table: dict[str, list] = {}
+        for name, scorer in self._scorers.items():
+            try:
+                table[name] = _score_rows(scorer, rows)
+            except UserError:
+                raise
+            except Exception:  # a row that it can't score: find which, and keep the others
+                table[name] = []
+                for i, row in enumerate(rows):
+                    try:
+                        table[name] += _score_rows(scorer, [row])
+                    except UserError:
+                        raise
+                    except Exception as error:
+                        failed[first_row + i] = f"`{name}` raised {type(error).__name__}: {one_line(error)[:200]}"
+                        table[name].append([None] * len(row["completions"]))
+        result = Shard([], Counter(completions=0), failed)
+        for i, row in enumerate(rows):
+            scores = {name: table[name][i] for name in self._scorers}
+            problem = _problem(scores)
+            if first_row + i in failed or problem:
+                failed.setdefault(first_row + i, problem)
+                continue
+            pairs = zip(self._weights, scores.values(), strict=True)
+            weighted = [[None if value is None else weight * value for value in values] for weight, values in pairs]
+            rewards = [sum(v for v in values if v is not None) for values in zip(*weighted, strict=True)]
+            result.counts["completions"] += len(rewards)
+            result.rows.append({**row, "rewards": rewards, **scores})
+        result.failed = dict(sorted(failed.items()))
+        return result
+
+
 def open_scorers(
-    specs: list[str],
+    specs: Sequence[str | Callable],
     weights: list[float] | None = None,
     tokenizer: str | None = None,
     batch_size: int = 16,
     dtype: str = "auto",
     trust_remote_code: bool = False,
-) -> Work:
-    """What gives rows of `prompt`, `completions` and other columns their `rewards`; arguments as in `ScoreOptions`."""
+) -> Scorers:
+    """What gives rows of `prompt`, `completions` and other columns their `rewards`.
+
+    Arguments are as in `ScoreOptions`; a scorer may be the function itself too.
+    """
     scorers: dict[str, Scorer] = {}
-    for name, spec in zip(column_names(specs), specs, strict=True):
-        if is_function(spec):
+    for name, spec in zip(column_names([_name(spec) for spec in specs]), specs, strict=True):
+        if callable(spec):
+            scorers[name] = function_scorer(spec, _name(spec), tokenizer)
+        elif is_function(spec):
             scorers[name] = function_scorer(find_function(spec), spec, tokenizer)
         elif spec.startswith("pipeline:"):
             model, _, label = spec.removeprefix("pipeline:").partition(":")
             scorers[name] = pipeline_scorer(model, label or None, batch_size)
         else:
             scorers[name] = reward_model(spec, batch_size, dtype, trust_remote_code)
-    return _work(scorers, weights or [1.0] * len(scorers))
+    return Scorers(scorers, weights or [1.0] * len(scorers))
+
+
+def _name(spec: str | Callable) -> str:
+    """`module:function` of a function."""
+    function = getattr(spec, "func", spec)  # a partial's own
+    return spec if isinstance(spec, str) else f"{function.__module__}:{getattr(function, '__qualname__', 'scorer')}"
 
 
 def column_names(specs: list[str]) -> list[str]:
@@ -149,54 +206,18 @@ def _identity(spec: str) -> str | None:
     return ":".join(filter(None, (prefix, weights_fingerprint(model), label)))
 
 
-def _work(scorers: dict[str, Scorer], weights: list[float]) -> Work:
-    def score_rows(scorer: Scorer, rows: list[dict]) -> list[list[float | None]]:
-        counts = [len(row["completions"]) for row in rows]
-        flat = [row for row, count in zip(rows, counts, strict=True) for _ in range(count)]
-        columns = {
-            key: [row[key] for row in flat] for key in rows[0] if key not in ("prompt", "completions", "completion_ids")
-        }
-        completions = [completion for row in rows for completion in row["completions"]]
-        scores = list(scorer([row["prompt"] for row in flat], completions, columns))
-        ends = [0]
-        for count in counts:
-            ends.append(ends[-1] + count)
-        return [scores[a:b] for a, b in pairwise(ends)]
-
-    def work(shard: int, first_row: int, rows: list[dict], advance: Advance) -> Shard:
-        failed: dict[int, str] = {}
-        table: dict[str, list] = {}
-        for name, scorer in scorers.items():
-            try:
-                table[name] = score_rows(scorer, rows)
-            except UserError:
-                raise
-            except Exception:  # a row that it can't score: find which, and keep the others
-                table[name] = []
-                for i, row in enumerate(rows):
-                    try:
-                        table[name] += score_rows(scorer, [row])
-                    except UserError:
-                        raise
-                    except Exception as error:
-                        failed[first_row + i] = f"`{name}` raised {type(error).__name__}: {one_line(error)[:200]}"
-                        table[name].append([None] * len(row["completions"]))
-        result = Shard([], Counter(completions=0), failed)
-        for i, row in enumerate(rows):
-            scores = {name: table[name][i] for name in scorers}
-            problem = _problem(scores)
-            if first_row + i in failed or problem:
-                failed.setdefault(first_row + i, problem)
-                continue
-            pairs = zip(weights, scores.values(), strict=True)
-            weighted = [[None if value is None else weight * value for value in values] for weight, values in pairs]
-            rewards = [sum(v for v in values if v is not None) for values in zip(*weighted, strict=True)]
-            result.counts["completions"] += len(rewards)
-            result.rows.append({**row, "rewards": rewards, **scores})
-        result.failed = dict(sorted(failed.items()))
-        return result
-
-    return work
+def _score_rows(scorer: Scorer, rows: list[dict]) -> list[list[float | None]]:
+    counts = [len(row["completions"]) for row in rows]
+    flat = [row for row, count in zip(rows, counts, strict=True) for _ in range(count)]
+    columns = {
+        key: [row[key] for row in flat] for key in rows[0] if key not in ("prompt", "completions", "completion_ids")
+    }
+    completions = [completion for row in rows for completion in row["completions"]]
+    scores = list(scorer([row["prompt"] for row in flat], completions, columns))
+    ends = [0]
+    for count in counts:
+        ends.append(ends[-1] + count)
+    return [scores[a:b] for a, b in pairwise(ends)]
 
 
 def _problem(scores: dict[str, list]) -> str:
