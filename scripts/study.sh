@@ -12,7 +12,11 @@ cd "$(dirname "$0")/.."
 jemalloc=$({ PATH=$PATH:/sbin:/usr/sbin ldconfig -p 2>/dev/null || true; } | awk '/libjemalloc\.so\.2/ {f=$NF} END {print f}')
 [ -z "$jemalloc" ] || export LD_PRELOAD=$jemalloc MALLOC_CONF=narenas:1,oversize_threshold:0,dirty_decay_ms:10000,muzzy_decay_ms:-1
 for part in task1 task2 ablations; do
-    nca-align compare --config "configs/study/$part.yaml" --report || failed="${failed:-} $part"
+    nca-align compare --config "configs/study/$part.yaml" --report || {
+        code=$?
+        [ $code = 1 ] || exit $code  # 1: cells failed and the others are done; else it was stopped, or can't run at all
+        failed="${failed:-} $part"
+    }
 done
 python scripts/study_results.py
 if [ -n "${failed:-}" ]; then

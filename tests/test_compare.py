@@ -6,6 +6,7 @@ import os
 import random
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,12 +25,13 @@ from nca_align import cell as cell_module
 from nca_align import cells, comparing
 from nca_align.cell import run_cell
 from nca_align.checkpoints import last_common_checkpoint
-from nca_align.comparison import COLUMNS, Selection, ValidationRows, rows_of, select, selected_rows
+from nca_align.comparison import COLUMNS, Selection, ValidationRows, left_out, rows_of, select, selected_rows
 from nca_align.comparison_splits import three_splits
 from nca_align.data import DataOptions, RewardData
 from nca_align.data.strategies import PAIRS
 from nca_align.errors import UserError
 from nca_align.grid import Cell, Evaluation, expand, from_mapping
+from nca_align.reporting import read_run
 
 ROOT = Path(__file__).resolve().parents[1]
 SCORER = "def long(completions, **kwargs):\n    return [min(len(c[0]['content']), 60) / 60 for c in completions]\n"
@@ -356,6 +358,76 @@ def test_a_cell_that_was_trained_is_not_trained_otherwise(config, tmp_path, caps
         assert part in said
 
 
+def test_the_datas_fingerprint_is_of_every_file_whole(tmp_path):
+    """Folders, files saved to disk in one, and patterns; what `datasets` caches there changes nothing."""
+    rows = reward_rows(3)
+    saved = tmp_path / "saved"
+    prints = []
+    for reward in (0.25, 0.5):
+        changed = [rows[0] | {"rewards": [reward, *rows[0]["rewards"][1:]]}, *rows[1:]]
+        DatasetDict({"train": Dataset.from_list(changed)}).save_to_disk(saved)
+        (tmp_path / "part-1.jsonl").write_text("\n".join(map(json.dumps, changed)))
+        prints.append((cells._data_content(str(saved)), cells._data_content(str(tmp_path / "part-*.jsonl"))))
+    assert all(before != after for before, after in zip(*prints, strict=True))
+    assert cells._data_content(str(tmp_path / "part-1.jsonl")) == prints[1][1]
+    (saved / "train" / "cache-0123.arrow").write_text("x")
+    assert cells._data_content(str(saved)) == prints[1][0]
+    assert cells._data_content("org/data") == "org/data"
+
+
+def test_another_reward_model_in_the_same_folder_is_another_scorer(config, tmp_path, model_dir, capsys, monkeypatch):
+    monkeypatch.setattr(comparing, "run_cells", lambda *_: None)
+    reward_model = tmp_path / "reward-model"
+    shutil.copytree(model_dir, reward_model)
+    config["grid"], config["evaluation"]["scorer"] = {"method": "nca"}, [str(reward_model)]
+    assert comparing.main(write(config, tmp_path)) == 0
+    checkpoint = tmp_path / "out" / "cells" / "nca" / "checkpoint-2"
+    checkpoint.mkdir()
+    (checkpoint / "trainer_state.json").write_text("{}")
+    assert comparing.main(write(config, tmp_path)) == 0
+    (reward_model / "model.safetensors").write_bytes(b"others")
+    assert comparing.main(write(config, tmp_path)) == 2
+    assert "was trained with other settings: `scorer`" in capsys.readouterr().err
+
+
+def test_failures_are_named_whatever_is_asked_for_beside(config, tmp_path, capsys, monkeypatch):
+    """Of a comparison without a figure there is no report, and what failed is said; one that is done hasn't failed."""
+
+    def fail(todo, output, *_):
+        for own in todo:
+            (output / "cells" / own.name / "error.txt").write_text("no such reward model\n")
+
+    monkeypatch.setattr(comparing, "run_cells", fail)
+    config["grid"] = {"method": ["nca", "dpo"]}
+    assert comparing.main([*write(config, tmp_path), "--report"]) == 1
+    said = capsys.readouterr()
+    assert said.err.count("no such reward model") == 2
+    assert "Prompts: training 8, validation 3, test 4" in said.out
+    folder = tmp_path / "out"
+    assert json.loads((folder / "provenance.json").read_text())["prompts"] == {
+        "training": 8, "validation": 3, "test": 4
+    }  # fmt: skip
+    with pytest.raises(UserError, match="is a comparison of which no cell is finished"):
+        read_run(folder)
+    own = folder / "cells" / "dpo"
+    (own / "done.json").write_text(json.dumps({"steps": 8, "minutes": 1.0}))
+    assert cells.failure(folder, Cell("dpo", {}, {})) is None
+    assert cells.failure(folder, Cell("nca", {}, {})) == "no such reward model"
+
+
+def test_what_nothing_can_be_chosen_of_is_told():
+    own = {
+        "sft": rows(cell("sft"), [0.1, 0.2], [0.1, 0.2], kl=1.0),
+        "nca": rows(cell(), [0.1, 0.2], [0.1, 0.2], kl=6.0),
+    }
+    every = [row for found in own.values() for row in found]
+    assert left_out(every, Selection()) == []
+    (line,) = left_out(every, Selection(at_kl=5))
+    assert line == "Nothing chosen of sft rewards: a run has no finite `reward`, or never came to a KL of 5."
+    lacking = [*rows(cell(beta=0.1, seed=1), [0.1], [0.1]), *rows(cell(beta=0.5, seed=2), [0.1], [0.1])]
+    assert left_out(lacking, Selection()) == ["Nothing chosen of nca rewards: each setting lacks a seed."]
+
+
 def test_cells_share_what_there_is(monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
@@ -505,7 +577,9 @@ def test_a_grid_killed_half_way_and_resumed(config, tmp_path, capfd):
         wait_for(folders / f"nca-beta0.1-seed{seed}" / "done.json", process)
     (tmp_path / "hold").touch()
     wait_for(folders / "nca-beta0.5-seed2" / "checkpoint-2", process)
+    wait_for(output / "comparison.csv", process)  # of what is finished, while others run
     finished = {path: path.stat().st_mtime_ns for path in folders.glob("*/done.json")}
+    assert {row["cell"] for row in read(output / "comparison.csv")} <= {path.parent.name for path in finished}
     process.kill()
     process.communicate()
     assert 2 <= len(finished) < 8

@@ -1,5 +1,6 @@
 """Running the cells of a comparison: a folder and a process each, finished ones left alone, failed ones told."""
 
+import glob
 import hashlib
 import json
 import os
@@ -8,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict
 from pathlib import Path
@@ -26,6 +27,7 @@ from .grid import Cell, Evaluation
 from .provenance import weights_fingerprint
 from .resume import PREEMPTED
 from .reward_functions import find_function, is_function, source_fingerprint
+from .scoring import scorer_identity
 from .smollm2 import resolve_model
 
 _GRACE = 20.0  # seconds
@@ -41,16 +43,21 @@ def prepare(cells: Sequence[Cell], output: Path, evaluation: Evaluation) -> None
         UserError: a cell that has been trained there had other settings, data, model or evaluation.
     """
     fingerprints: dict[str, str | None] = {}
+    scorers = [
+        source_fingerprint(find_function(own)) if is_function(own) else scorer_identity(own)
+        for own in evaluation.scorer
+    ]
     about = {}
     for cell in cells:
         for key, name in (("data", "dataset_name"), ("model", "model_name_or_path")):
             if cell.options[name] not in fingerprints:
-                fingerprints[cell.options[name]] = _content(cell.options[name], key)
+                content = _data_content if key == "data" else _model_content
+                fingerprints[cell.options[name]] = content(cell.options[name])
         about[cell.name] = json.loads(json.dumps({
-            "name": cell.name, "settings": cell.settings, "evaluation": asdict(evaluation),
+            "settings": cell.settings, "evaluation": asdict(evaluation),
             "identity": {
                 **cell.identity(), **{f"evaluation.{key}": value for key, value in asdict(evaluation).items()},
-                "scorer": [source_fingerprint(find_function(own)) for own in evaluation.scorer if is_function(own)],
+                "scorer": scorers,
                 "data": fingerprints[cell.options["dataset_name"]],
                 "model": fingerprints[cell.options["model_name_or_path"]],
             },
@@ -80,13 +87,23 @@ def _refuse_changes(folder: Path, new: dict[str, Any]) -> None:
         )
 
 
-def _content(name: str, kind: str) -> str | None:
-    """A fingerprint of data or of a model: of its content where it is here, else its name."""
-    path = Path(resolve_model(name) if kind == "model" else name)
-    if path.is_file():
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()[:16]
-    return weights_fingerprint(str(path) if path.is_dir() else name)
+def _data_content(name: str) -> str:
+    """A hash of the file, folder or pattern of files that is here, whole; of a data set of the Hub its name."""
+    path = Path(name).expanduser()
+    found = path.rglob("*") if path.is_dir() else map(Path, glob.glob(str(path), recursive=True))
+    digest = hashlib.sha256()
+    # `datasets` writes cache-….arrow beside data that was saved to disk
+    files = [own for own in sorted(found) if own.is_file() and not own.match("cache-*.arrow")]
+    for own in files:
+        with open(own, "rb") as file:
+            digest.update(f"{own.relative_to(path) if path.is_dir() else own.name}:".encode())
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16] if files else name
+
+
+def _model_content(name: str) -> str | None:
+    path = str(resolve_model(name))
+    return weights_fingerprint(path if Path(path).is_dir() else name)
 
 
 def is_done(output: Path, cell: Cell) -> bool:
@@ -95,15 +112,18 @@ def is_done(output: Path, cell: Cell) -> bool:
 
 
 def failure(output: Path, cell: Cell) -> str | None:
-    """Why the cell failed the last time that it ran; None where it didn't."""
+    """Why the cell failed the last time that it ran; None where it didn't, or was finished all the same."""
     path = output / "cells" / cell.name / ERROR
-    return path.read_text(encoding="utf-8").strip() if path.exists() else None
+    return path.read_text(encoding="utf-8").strip() if path.exists() and not is_done(output, cell) else None
 
 
-def run_cells(cells: Sequence[Cell], output: Path, parallel: int, timeout_minutes: float | None) -> None:
+def run_cells(
+    cells: Sequence[Cell], output: Path, parallel: int, timeout_minutes: float | None, after_each: Callable[[], object]
+) -> None:
     """Run each in a process of its own, `parallel` at a time; whatever one does, the others go on.
 
-    An interrupt ends those that are running, which go on from their last evaluation another time.
+    `after_each` is called, here, whenever one has ended. An interrupt ends those that are running, which go on from
+    their last evaluation another time.
     """
     slots: queue.SimpleQueue[int] = queue.SimpleQueue()
     for slot in range(parallel):
@@ -125,6 +145,7 @@ def run_cells(cells: Sequence[Cell], output: Path, parallel: int, timeout_minute
         try:
             for future in as_completed(futures):
                 why, name = future.result(), futures[future].name
+                after_each()
                 progress.advance(bar)
                 progress.console.print(f"{name}: {'done' if why is None else f'failed: {why}'}", markup=False)
         except BaseException:

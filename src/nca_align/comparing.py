@@ -18,7 +18,7 @@ from rich.table import Table
 
 from .arguments import parse
 from .cells import CONFIG, DONE, LOG, failure, is_done, prepare, run_cells
-from .comparison import COLUMNS, Selection, rows_of, selected_rows
+from .comparison import COLUMNS, Row, Selection, left_out, rows_of, selected_rows
 from .comparison_splits import read_splits
 from .errors import UserError, command
 from .files import write_csv, write_json
@@ -90,37 +90,43 @@ def main(argv: list[str] | None = None) -> int:
     with alone_at(output / "comparison.csv"):
         prepare(cells, output, evaluation)
         todo = [cell for cell in chosen if not is_done(output, cell)]
+        print(f"{len(chosen)} cells, {len(chosen) - len(todo)} of them finished; in {output}")
         if todo:  # what is wrong with the data, once and at once
             script, data_options, _, args, _ = cell_options(output / "cells" / todo[0].name / CONFIG)
-            read_splits(script, data_options, args, evaluation)
-        print(f"{len(chosen)} cells, {len(chosen) - len(todo)} of them finished; in {output}")
-        _write_provenance(output, argv, options, cells)
+            train, held_out = read_splits(script, data_options, args, evaluation)
+            prompts = {name: len(rows) for name, rows in {"training": train, **held_out}.items()}
+            print(f"Prompts: {', '.join(f'{name} {count}' for name, count in prompts.items())}")
+            _write_provenance(output, argv, options, cells, prompts)
         before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is running ends with us
         try:
-            run_cells(todo, output, options.parallel, options.timeout_minutes)
+            tables = lambda: _write_tables(output, cells, selection)  # noqa: E731
+            run_cells(todo, output, options.parallel, options.timeout_minutes, tables)
         finally:
             signal.signal(signal.SIGTERM, before)
-        _write_tables(output, cells, selection)
-    if options.report:
+        rows = tables()
+    failed = {cell.name: why for cell in chosen if (why := failure(output, cell))}
+    for name, why in failed.items():
+        print(f"Failed: {name}: {why} ({output / 'cells' / name / LOG})", file=sys.stderr)
+    if rows:
+        _print_selected(selected_rows(rows, selection))
+        for line in left_out(rows, selection):
+            print(line)
+        print(f"All figures: {output / 'comparison.csv'}; chosen on validation: {output / 'selected.csv'}")
+    if rows and options.report:
         from .reporting import write_report
 
         for path in write_report([output], output):
             print(f"Written: {path}")
-    failed = {cell.name: why for cell in chosen if (why := failure(output, cell))}
-    for name, why in failed.items():
-        print(f"Failed: {name}: {why} ({output / 'cells' / name / LOG})", file=sys.stderr)
     return 1 if failed else 0
 
 
-def _write_tables(output: Path, cells: Sequence[Cell], selection: Selection) -> None:
+def _write_tables(output: Path, cells: Sequence[Cell], selection: Selection) -> list[Row]:
+    """The tables of all cells that are finished."""
     rows = [row for cell in cells if is_done(output, cell) for row in rows_of(cell, output / "cells" / cell.name)]
-    if not rows:
-        return
-    write_csv(output / "comparison.csv", rows, COLUMNS)
-    selected = selected_rows(rows, selection)
-    write_csv(output / "selected.csv", selected)
-    _print_selected(selected)
-    print(f"All figures: {output / 'comparison.csv'}; chosen on validation: {output / 'selected.csv'}")
+    if rows:
+        write_csv(output / "comparison.csv", rows, COLUMNS)
+        write_csv(output / "selected.csv", selected_rows(rows, selection))
+    return rows
 
 
 def _print_selected(selected: Sequence[dict[str, Any]]) -> None:
@@ -163,7 +169,9 @@ def _print_cells(cells: Sequence[Cell], output: Path, parallel: int) -> None:
     print(f"{len(cells)} cells, {left} to run: {estimate if left else 'nothing to do'}")
 
 
-def _write_provenance(output: Path, argv: list[str], options: CompareOptions, cells: Sequence[Cell]) -> None:
+def _write_provenance(
+    output: Path, argv: list[str], options: CompareOptions, cells: Sequence[Cell], prompts: dict[str, int]
+) -> None:
     about = {
         "command": ["nca-align", "compare", *argv],
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -172,6 +180,7 @@ def _write_provenance(output: Path, argv: list[str], options: CompareOptions, ce
         "machine": {"system": platform.platform(), "cores": os.cpu_count(), "python": platform.python_version()},
         "config": asdict(options),
         "cells": [cell.name for cell in cells],
+        "prompts": prompts,
     }
     write_json(output / "provenance.json", about)
 

@@ -92,12 +92,8 @@ def select(validation: ValidationRows, selection: Selection) -> dict[tuple, dict
         (method, strategy, num_completions) → `settings`, `values` (one a seed), and `candidates`, the number of
         settings that there was to choose from.
     """
-    runs: dict[tuple, dict[tuple, dict[Any, float | None]]] = {}
-    for settings, seeds in _by_settings(validation.rows).items():
-        values = {seed: _value(rows, selection.column, selection.at_kl) for seed, rows in seeds.items()}
-        runs.setdefault(tuple(dict(settings)[name] for name in COMPARED), {})[settings] = values
     chosen = {}
-    for group, candidates in runs.items():
+    for group, candidates in _candidates(validation, selection).items():
         every = set().union(*candidates.values())
         whole = {
             settings: [value for value in values.values() if value is not None]
@@ -108,6 +104,31 @@ def select(validation: ValidationRows, selection: Selection) -> dict[tuple, dict
             best = max(whole, key=lambda settings: sum(whole[settings]))
             chosen[group] = {"settings": dict(best), "values": whole[best], "candidates": len(candidates)}
     return chosen
+
+
+def left_out(rows: Sequence[Row], selection: Selection) -> list[str]:
+    """A line for each of what is compared of which no setting could be chosen, with the reason."""
+    validation, lines = ValidationRows.of(rows), []
+    chosen = select(validation, selection)
+    for group, candidates in _candidates(validation, selection).items():
+        if group in chosen:
+            continue
+        every = set().union(*candidates.values())
+        whole = [own for own in candidates.values() if own.keys() == every]
+        never = "" if selection.at_kl is None else f", or never came to a KL of {selection.at_kl:g}"
+        why = f"a run has no finite `{selection.column}`{never}" if whole else "each setting lacks a seed"
+        name = " ".join(f"{own}" for own in group if own is not None)
+        lines.append(f"Nothing chosen of {name}: {why}.")
+    return lines
+
+
+def _candidates(validation: ValidationRows, selection: Selection) -> dict[tuple, dict[tuple, dict[Any, float | None]]]:
+    """What is compared → settings → seed → the metric, None where it isn't finite or the KL wasn't come to."""
+    runs: dict[tuple, dict[tuple, dict[Any, float | None]]] = {}
+    for settings, seeds in _by_settings(validation.rows).items():
+        values = {seed: _value(rows, selection.column, selection.at_kl) for seed, rows in seeds.items()}
+        runs.setdefault(tuple(dict(settings)[name] for name in COMPARED), {})[settings] = values
+    return runs
 
 
 def selected_rows(rows: Sequence[Row], selection: Selection) -> list[Row]:

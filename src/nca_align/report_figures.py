@@ -28,9 +28,10 @@ def write_figures(found: Sequence[Run | Comparison], output: Path) -> list[Path]
 
 
 def charts_of(one: Run | Comparison) -> list[Chart]:
-    """What is plotted: of a run the last of its splits, which is the only one of `nca-align train`."""
+    """What is plotted: of a run its held-out prompts, of a comparison's cell those of the test."""
     if isinstance(one, Run):
-        return next(reversed(run_charts(one).values()), [])
+        charts = run_charts(one)
+        return charts.get("test") or next(reversed(charts.values()), [])
     chosen = one.chosen()
     return [frontier_chart(one.rows, chosen), *likelihood_charts(one.rows, chosen)] if chosen else []
 

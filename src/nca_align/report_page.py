@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from . import pages
 from .charts import card, whiskers
+from .comparison import COMPARED
 from .frontier import Interval, curves_of, ends, mean_and_interval, reward_at_kl
 from .pages import Tile, figure
 from .report_charts import MOST_CURVES, Groups, frontier_chart, likelihood_charts, run_charts
@@ -62,6 +63,10 @@ def _comparison(found: Comparison, at_kl: Sequence[float]) -> str:
         ]
     else:
         parts.append(pages.bullets(["No selected setting has figures on the test split yet."]))
+    if absent := _compared(found.rows).keys() - _compared(found.selected):
+        told = ", ".join(name for name in _compared(found.rows) if name in absent)
+        why = "each of their settings has a run that is missing, diverged, or never came to the KL of the choice"
+        parts.append(pages.bullets([f"Nothing was chosen of {told}: {why}."]))
     if found.selected:
         names = [
             name for name in found.selected[0] if not name.startswith("test_") and not name.endswith(("_low", "_high"))
@@ -86,6 +91,11 @@ def _comparison(found: Comparison, at_kl: Sequence[float]) -> str:
         rows = [[key, f"{value}"] for key, value in found.provenance.items()]
         parts.append(pages.section("Where this comes from", figure("Provenance", pages.table([], rows, words=True))))
     return "\n".join(parts)
+
+
+def _compared(rows: Sequence[Mapping[str, str]]) -> dict[str, None]:
+    """What settings were to be chosen for, each once."""
+    return dict.fromkeys(" ".join(row[name] for name in COMPARED if row.get(name)) for row in rows)
 
 
 def _equal_kl(groups: Groups, at_kl: Sequence[float]) -> list[str]:

@@ -125,6 +125,10 @@ def read_run(path: Path) -> Run | Comparison:
     state = path / "trainer_state.json"
     if not state.is_file():
         states = sorted(path.glob("checkpoint-*/trainer_state.json"), key=lambda p: int(p.parent.name.split("-")[1]))
+        if (path / "cells").is_dir():
+            raise UserError(
+                f"run {path} is a comparison of which no cell is finished; its tables are written when the first one is"
+            )
         if not states:
             raise UserError(
                 f"run {path} holds neither trainer_state.json nor comparison.csv; give the `output_dir` of a run of "
@@ -144,7 +148,7 @@ def _comparison(path: Path) -> Comparison:
             f"{path / 'comparison.csv'} has no rows with `{missing[0]}`; run `nca-align compare` until a cell is done"
         )
     if not (path / "selected.csv").is_file():
-        raise UserError(f"{path} has no selected.csv; run `nca-align compare` again, which writes it at its end")
+        raise UserError(f"{path} has no selected.csv; run `nca-align compare` again, which writes it")
     about = path / "provenance.json"
     provenance = _json(about) if about.is_file() else {}
     failed = []

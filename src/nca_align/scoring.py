@@ -92,7 +92,7 @@ def score(options: ScoreOptions) -> dict[str, int]:
         )  # fmt: skip
 
     config = {
-        "scorers": [_identity(spec) for spec in options.scorer],
+        "scorers": [scorer_identity(spec) for spec in options.scorer],
         "weights": options.scorer_weights or [1.0] * len(names),
         "tokenizer": weights_fingerprint(options.tokenizer), "dtype": options.dtype,
         "shard_size": options.shard_size, "data": data_fingerprint(dataset),
@@ -198,7 +198,8 @@ def column_names(specs: list[str]) -> list[str]:
     return names
 
 
-def _identity(spec: str) -> str | None:
+def scorer_identity(spec: str) -> str | None:
+    """A scorer's name, with a fingerprint of its weights where it is a model that is here."""
     if is_function(spec):
         return spec
     prefix, _, rest = spec.partition(":") if spec.startswith("pipeline:") else ("", "", spec)
