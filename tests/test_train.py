@@ -39,7 +39,7 @@ def test_a_run_leaves_everything_that_people_look_for(model_dir, data_file, tmp_
         model_name_or_path=model_dir, dataset_name=data_file, output_dir=output, eval_strategy="steps", eval_steps=1,
         eval_on_start="true", validation_fraction=0.25, use_peft="true", lora_target_modules="q_proj", show_answers=1,
         save_strategy="steps", save_steps=2, eval_scorer="nca_align.scorers:vader", eval_completions=2,
-        eval_new_tokens=4,
+        eval_new_tokens=4, eval_prompts=2,
     )  # fmt: skip
     assert main(arguments) == 0
     names = {path.name for path in output.iterdir()}
@@ -124,6 +124,7 @@ MISTAKES = {
         ],
         "`metric_for_best_model` is bleu, which no evaluation gives",
     ),
+    "no prompts": (["--eval_prompts", "0"], "`eval_prompts` is 0, but must be at least 1"),
     "answers": (["--eval_scorer", "nca_align.scorers:vader"], "`eval_scorer` is set, but nothing is evaluated"),
     "metric of answers": (
         [

@@ -62,6 +62,9 @@ def run_cell(folder: Path) -> None:
     train = rows_that_fit(train, tokenizer, args)
     if settings["num_completions"] is not None:
         train = select_completions(train, f"first_{settings['num_completions']}")
+    scorers = open_scorers(  # before the model, which takes longer
+        evaluation.scorer, evaluation.scorer_weights or None, trust_remote_code=args.trust_remote_code
+    )
     with refused_by("setting up the training"):
         model, peft_config, quantization_config = open_policy(name, model_args, args)
         trainer = build_trainer(
@@ -71,7 +74,6 @@ def run_cell(folder: Path) -> None:
     last_step = trainer.args.max_steps
     # reward bends with the KL, most at a run's beginning: halves of halves, so that the curve is known there too
     steps = [0, *sorted({max(1, round(last_step / 2**i)) for i in range(evaluation.steps)})]
-    scorers = open_scorers(evaluation.scorer, evaluation.scorer_weights or None)
     # and the losses' own training prompts, as many as validation's: what becomes of the completions that they see
     seen = train.select(range(min(len(train), len(held_out["validation"]))))
     for split, rows in {"train": seen, **held_out}.items():

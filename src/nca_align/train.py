@@ -50,6 +50,9 @@ class RunOptions:
     )  # fmt: skip
     eval_completions: int = field(default=4, metadata={"help": "Such answers a prompt, at temperature 1."})
     eval_new_tokens: int = field(default=128, metadata={"help": "Tokens at which such an answer is cut."})
+    eval_prompts: int | None = field(
+        default=None, metadata={"help": "Held-out prompts that are so answered, the first ones; all by default."}
+    )
 
 
 # in this order, for a cell of `nca-align compare` too
@@ -93,9 +96,12 @@ def main(argv: list[str] | None = None) -> int:
 
     from .callbacks import GenerationCallback
     from .generation import GenerationEvaluator
+    from .scoring import open_scorers
     from .trainer import NCATrainer  # late: what can be wrong above is said before seconds of imports
 
     with refused_by("setting up the training"):
+        # a scorer that can't be had is told before the model is read
+        scorers = open_scorers(run.eval_scorer, trust_remote_code=args.trust_remote_code) if run.eval_scorer else None
         model, peft_config, quantization_config = open_policy(model, model_args, args)
         trainer = NCATrainer(
             model=model,
@@ -106,9 +112,10 @@ def main(argv: list[str] | None = None) -> int:
             quantization_config=quantization_config,
             peft_config=peft_config,
         )
-        if run.eval_scorer:
+        if scorers is not None and eval_dataset is not None:
+            answered = eval_dataset if run.eval_prompts is None else eval_dataset.take(run.eval_prompts)
             evaluator = GenerationEvaluator(
-                eval_dataset, tokenizer, run.eval_scorer, num_completions=run.eval_completions,
+                answered, tokenizer, scorers, num_completions=run.eval_completions,
                 max_new_tokens=run.eval_new_tokens, seed=args.seed,
             )  # fmt: skip
             trainer.add_callback(GenerationCallback(trainer, {"": evaluator}))
@@ -159,6 +166,8 @@ def _check(script: ScriptArguments, run: RunOptions, args: NCAConfig, model_args
         raise UserError(f"`output_dir` {args.output_dir} is a file; give a folder")
     if (model_args.load_in_4bit or model_args.load_in_8bit) and not model_args.use_peft:
         raise UserError("`load_in_4bit` and `load_in_8bit` leave no weight that can be trained; add `use_peft: true`")
+    if run.eval_prompts is not None and run.eval_prompts < 1:
+        raise UserError(f"`eval_prompts` is {run.eval_prompts}, but must be at least 1; leave it out for all")
     if model_args.use_peft and model_args.lora_r < 1:
         raise UserError(f"`lora_r` is {model_args.lora_r}, but must be at least 1")
     if script.dataset_streaming and args.max_steps < 1:
