@@ -1,8 +1,9 @@
-"""Result files → `tables.md` (targets first) and `steps.png` beside them.
+"""Result files → `tables.md` (targets first), `figures.csv` and `steps.png` beside them.
 
 python benchmarks/summarise.py [folder]
 """
 
+import csv
 import json
 import re
 import statistics
@@ -161,6 +162,13 @@ def tables(results: Results) -> str:
     return "\n".join(lines) + "\n"
 
 
+def figures(results: Results) -> Iterator[tuple[str, str, float]]:
+    """(result, row, figure): the targets, and each row's median in seconds."""
+    yield from (("targets", target.what, target.value) for target in targets(results) if target.value is not None)
+    for name, result in results.items():
+        yield from ((name, row, found["median"]) for row, found in result["rows"].items() if "median" in found)
+
+
 def _time_table(rows: dict[str, dict[str, Any]]) -> list[str]:
     memory = any("peak_bytes" in row for row in rows.values())
     against = [name for name in ("limit", "baseline") if "median" in rows.get(name, {})]
@@ -257,8 +265,10 @@ def main(folder: Path) -> None:
     if not results:
         sys.exit(f"{folder} holds no result files; run benchmarks/run.py first.")
     (folder / "tables.md").write_text(tables(results))
+    with open(folder / "figures.csv", "w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([("result", "row", "figure"), *figures(results)])
     plot(results, folder / "steps.png")
-    print(f"{folder / 'tables.md'} and {folder / 'steps.png'} written")
+    print(f"tables.md, figures.csv and steps.png written in {folder}")
 
 
 if __name__ == "__main__":

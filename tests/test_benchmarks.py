@@ -1,7 +1,9 @@
 """The benchmarks' own parts: lengths, examples, the summary, the GPU script on a CPU. No figure is measured here."""
 
+import csv
 import itertools
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +18,7 @@ sys.path.insert(0, str(BENCHMARKS))
 import lengths  # noqa: E402
 import shapes  # noqa: E402
 import summarise  # noqa: E402
-from machine import peak_memory, provenance, refusal  # noqa: E402
+from machine import RESULTS, peak_memory, provenance, refusal  # noqa: E402
 
 SOURCES = {"ultrafeedback": (300, 2), "vicuna": (60, 4)}
 
@@ -25,6 +27,54 @@ def script(name: str, *arguments: object) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, str(BENCHMARKS / name), *map(str, arguments)], capture_output=True, text=True, timeout=300
     )
+
+
+def told_figures() -> dict[tuple[str, str], float]:
+    with open(RESULTS / "figures.csv") as file:
+        return {(row["result"], row["row"]): float(row["figure"]) for row in csv.DictReader(file)}
+
+
+class TestTold:
+    """Every figure of speed and memory that is told is one of `figures.csv`, and that is of the result files."""
+
+    def test_the_file_is_of_the_results(self):
+        told = told_figures()
+        found = {(result, row): value for result, row, value in summarise.figures(summarise.read_results(RESULTS))}
+        assert told == pytest.approx(found)
+
+    def test_the_readmes_table(self):
+        told = told_figures()
+
+        def cell(k: int, *rows: str) -> str:
+            values = [told.get((f"mistral-60m-k{k}", row)) for row in rows]
+            return " / ".join(f"{value:#.3g}" for value in values if value is not None)
+
+        text = (BENCHMARKS.parent / "README.md").read_text().replace("**", "")
+        for name, rows in {
+            "the authors' way: padded, full logits, a reference pass a step": ["baseline"],
+            "TRL's DPOTrainer on the pairs, best against each other one": ["trl"],
+            "padded, reference pass / cached": ["padded", "padded_cached"],
+            "prefix_shared, reference pass / cached": ["prefix_shared", "prefix_shared_cached"],
+            "the limit: language modelling on the same unique tokens": ["limit"],
+        }.items():
+            assert f"| {name} | {cell(4, *rows)} | {cell(16, *rows)} |".replace("|  |", "| |") in text
+
+    def test_figures_in_the_text(self):
+        told = told_figures()
+        readme, moving = (
+            (BENCHMARKS.parent / name).read_text() for name in ("README.md", "docs/moving-from-dpotrainer.md")
+        )
+        straight = "cached, R² of time against unique tokens, K = 4 to 32, "
+        memory = "memory of K = 32, 4 completions a forward, over that of K = 4"
+        linear = [told["targets", straight + malloc] for malloc in ("glibc's default", "jemalloc")]
+        assert "R² {:.2f} ({:.3f} under jemalloc".format(*linear) in readme
+        times = [told["targets", memory + malloc] for malloc in (", glibc's default", "")]
+        assert "takes {:.2f} times the memory of K = 4 ({:.2f} with".format(*times) in readme
+        steps = [told["mistral-60m-k4", row] for row in ("prefix_shared_cached", "trl_cached")]
+        ours, theirs = (f"{value:.2f} s" for value in steps)
+        assert re.search(
+            rf"four completions took {ours}, and TRL's on the three pairs .*?\s{theirs}, both", moving, re.S
+        )
 
 
 class TestLengths:
@@ -195,6 +245,7 @@ class TestSummary:
         summarise.main(tmp_path)
         assert (tmp_path / "tables.md").read_text().startswith("# Results")
         assert (tmp_path / "steps.png").read_bytes().startswith(b"\x89PNG")
+        assert "mistral-60m-k4,baseline,5120.0\n" in (tmp_path / "figures.csv").read_text()
 
     def test_an_empty_folder_stops_with_what_to_run(self, tmp_path):
         with pytest.raises(SystemExit, match="holds no result files; run"):
