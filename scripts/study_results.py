@@ -127,7 +127,7 @@ def _fields(names: Sequence[str], values: Sequence[float]) -> dict[str, object]:
 
 def shown(row: Row, name: str = "mean") -> str:
     """`0.71 ± 0.04`, of `minus_nca` with its sign."""
-    value, high = float(row[name]), row["high" if name == "mean" else f"{name}_high"]
+    value, high = float(row[name]), row.get("high" if name == "mean" else f"{name}_high")
     digits = 1 if name == "mean" and abs(value) >= 10 else 2
     text = f"{value:{'+' if name != 'mean' else ''}.{digits}f}"
     text = text.lstrip("+-") if not float(text) else text
@@ -170,7 +170,7 @@ def fill(text: str, tables: Mapping[str, Sequence[Row]]) -> str:
     def figure(mark: re.Match) -> str:
         part, label, name, *which = mark[1].split("; ")
         known = {row["figure"]: row for row in tables[part] if row["label"] == label}
-        if not known or name not in FIGURES:
+        if not known or name not in (*FIGURES, *known):
             raise KeyError(mark[1])
         value = shown(known[name], *which) if name in known else MISSING["equal"]
         return f"<!-- {mark[1]} -->{value}<!-- -->"
@@ -187,6 +187,19 @@ def read_comparisons(output: Path) -> dict[str, list[dict[str, str]]]:
 def read_tables(output: Path) -> dict[str, list[dict[str, str]]]:
     """Part → the rows of its `-means.csv`."""
     return {part: read_csv(path) for part in PARTS if (path := output / f"{part}-means.csv").exists()}
+
+
+def read_told(output: Path) -> dict[str, list[dict[str, str]]]:
+    """All tables of which figures are told: the parts', and the quickstart's."""
+    quickstart = output.parent / "quickstart.csv"
+    return read_tables(output) | ({"quickstart": read_csv(quickstart)} if quickstart.exists() else {})
+
+
+def fill_pages(pages: Sequence[Path], tables: Mapping[str, Sequence[Row]]) -> None:
+    """`fill` those of the files that are there."""
+    for page in pages:
+        if page.exists():
+            page.write_text(fill(page.read_text(encoding="utf-8"), tables), encoding="utf-8")
 
 
 def write_part(part: str, rows: Sequence[dict[str, str]], output: Path) -> None:
@@ -249,10 +262,7 @@ def main(runs: Path, output: Path) -> None:
     parts = {part: rows for part in PARTS if (rows := part_rows(part, comparisons))}
     for part, rows in parts.items():
         write_part(part, rows, output)
-    tables = read_tables(output)
-    for page in (output.with_suffix(".md"), output.parents[1] / "README.md"):
-        if page.exists():
-            page.write_text(fill(page.read_text(encoding="utf-8"), tables), encoding="utf-8")
+    fill_pages([output.with_suffix(".md"), output.parents[1] / "README.md"], read_told(output))
     print(f"{', '.join(parts)}: tables and plots in {output}")
 
 

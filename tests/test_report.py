@@ -19,6 +19,7 @@ from nca_align.files import write_csv
 from nca_align.frontier import Curve, curves_of, mean_and_interval
 from nca_align.grid import KEYS
 from nca_align.report_charts import likelihood_charts, run_charts
+from nca_align.report_figures import charts_of
 from nca_align.report_page import build_page
 from nca_align.reporting import Run, equal_kls, labels, main, prefixes, read_run, write_report
 
@@ -174,6 +175,24 @@ def test_a_run_without_evaluation_shows_its_training():
     log = [{"step": s, "rewards/rank_1": s, "logratios/best": s, "logratios/worst": -s} for s in (1, 2)]
     assert [*run_charts(Run("run", log))] == ["training"]
     assert "no metric by rank" in build_page([Run("run", [{"step": 1, "loss": 1.0}])])
+
+
+def test_a_cells_plot_is_of_the_test_prompts():
+    splits = {split: log_of(f"eval_{split}_", steps=steps) for split, steps in
+              (("test", (0, 24, 48)), ("train", (0, 24, 48)), ("validation", (24, 48)))}  # fmt: skip
+    charts = charts_of(Run("cell", [line for log in splits.values() for line in log]))
+    names = {series.name for chart in charts for series in chart.series}
+    assert "best, test" in names
+    assert "best, validation" not in names
+
+
+def test_what_nothing_was_chosen_of_is_told(tmp_path):
+    rows = comparison_rows()
+    own = write_comparison(tmp_path / "out", rows)
+    assert "Nothing was chosen of" not in build_page([read_run(own)])
+    selected = [row for row in selected_rows(rows, Selection()) if row["method"] != "sft"]
+    write_csv(own / "selected.csv", selected)
+    assert "Nothing was chosen of sft" in build_page([read_run(own)])
 
 
 def test_rewards_at_equal_kl_are_sorted_and_those_that_stopped_before_say_so(comparison):
