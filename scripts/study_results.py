@@ -100,20 +100,19 @@ def means(rows: Sequence[Row]) -> list[dict[str, object]]:
     """The rows of `PART-means.csv`; the first setting of NCA is what the others are compared with."""
     groups = curves_of(rows)
     names = labels([*groups])
-    values = {setting: seed_values(groups[setting], rows, setting) for setting in groups}
-    first = next((setting for setting in groups if dict(setting)["method"] == "nca"), None)
-    table: list[dict[str, object]] = []
-    if first is not None:
-        start = seed_values([], [row for row in rows if float(row["step"]) == 0], first)
+    values = {names[setting]: seed_values(groups[setting], rows, setting) for setting in groups}
+    first: dict[str, dict[str, float]] = {}
+    if nca := next((setting for setting in groups if dict(setting)["method"] == "nca"), None):
+        first = values[names[nca]]
+        start = seed_values([], [row for row in rows if float(row["step"]) == 0], nca)
         start.pop("accuracy", None)  # of ties alone, which count as wrong
-        for figure, seeds in start.items():
-            line = {"label": START, "figure": figure, "n": len(seeds)}
-            table.append(line | _fields(("mean", "low", "high"), [*seeds.values()]))
-    for setting, figures in values.items():
+        values = {START: start} | values
+    table: list[dict[str, object]] = []
+    for label, figures in values.items():
         for figure, seeds in figures.items():
-            line = {"label": names[setting], "figure": figure, "n": len(seeds)}
+            line: dict[str, object] = {"label": label, "figure": figure, "n": len(seeds)}
             line |= _fields(("mean", "low", "high"), [*seeds.values()])
-            base = {} if first in (None, setting) else values[first].get(figure, {})
+            base = {} if label == START or figures is first else first.get(figure, {})
             if base.keys() == seeds.keys():
                 line |= _fields(MINUS_NCA, [seeds[seed] - base[seed] for seed in seeds])
             table.append(line)

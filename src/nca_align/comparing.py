@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -97,9 +98,9 @@ def main(argv: list[str] | None = None) -> int:
             prompts = {name: len(rows) for name, rows in {"training": train, **held_out}.items()}
             print(f"Prompts: {', '.join(f'{name} {count}' for name, count in prompts.items())}")
             _write_provenance(output, argv, options, cells, prompts)
+        tables = partial(_write_tables, output, cells, selection)
         before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is running ends with us
         try:
-            tables = lambda: _write_tables(output, cells, selection)  # noqa: E731
             run_cells(todo, output, options.parallel, options.timeout_minutes, tables)
         finally:
             signal.signal(signal.SIGTERM, before)

@@ -11,6 +11,7 @@ from .frontier import Curve, mean_and_interval, reward_at_kl
 from .grid import KEYS, Cell
 
 Row = dict[str, Any]
+Candidates = dict[tuple, dict[Any, float | None]]  # settings → seed → the metric
 SPLITS = ("train", "validation", "test")  # of train log-ratios alone
 # column → name in the log, behind `eval_SPLIT_`
 FIGURES = {
@@ -94,15 +95,14 @@ def select(validation: ValidationRows, selection: Selection) -> dict[tuple, dict
     """
     chosen = {}
     for group, candidates in _candidates(validation, selection).items():
-        every = set().union(*candidates.values())
-        whole = {
+        known = {
             settings: [value for value in values.values() if value is not None]
-            for settings, values in candidates.items()
-            if values.keys() == every and None not in values.values()
+            for settings, values in _whole(candidates).items()
+            if None not in values.values()
         }
-        if whole:
-            best = max(whole, key=lambda settings: sum(whole[settings]))
-            chosen[group] = {"settings": dict(best), "values": whole[best], "candidates": len(candidates)}
+        if known:
+            best = max(known, key=lambda settings: sum(known[settings]))
+            chosen[group] = {"settings": dict(best), "values": known[best], "candidates": len(candidates)}
     return chosen
 
 
@@ -113,22 +113,26 @@ def left_out(rows: Sequence[Row], selection: Selection) -> list[str]:
     for group, candidates in _candidates(validation, selection).items():
         if group in chosen:
             continue
-        every = set().union(*candidates.values())
-        whole = [own for own in candidates.values() if own.keys() == every]
         never = "" if selection.at_kl is None else f", or never came to a KL of {selection.at_kl:g}"
-        why = f"a run has no finite `{selection.column}`{never}" if whole else "each setting lacks a seed"
+        why = f"a run has no finite `{selection.column}`{never}" if _whole(candidates) else "each setting lacks a seed"
         name = " ".join(f"{own}" for own in group if own is not None)
         lines.append(f"Nothing chosen of {name}: {why}.")
     return lines
 
 
-def _candidates(validation: ValidationRows, selection: Selection) -> dict[tuple, dict[tuple, dict[Any, float | None]]]:
-    """What is compared → settings → seed → the metric, None where it isn't finite or the KL wasn't come to."""
-    runs: dict[tuple, dict[tuple, dict[Any, float | None]]] = {}
+def _candidates(validation: ValidationRows, selection: Selection) -> dict[tuple, Candidates]:
+    """What is compared → its candidates; the metric is None where it isn't finite or the KL wasn't come to."""
+    runs: dict[tuple, Candidates] = {}
     for settings, seeds in _by_settings(validation.rows).items():
         values = {seed: _value(rows, selection.column, selection.at_kl) for seed, rows in seeds.items()}
         runs.setdefault(tuple(dict(settings)[name] for name in COMPARED), {})[settings] = values
     return runs
+
+
+def _whole(candidates: Candidates) -> Candidates:
+    """The settings that have every seed which one of them has."""
+    every = set().union(*candidates.values())
+    return {settings: values for settings, values in candidates.items() if values.keys() == every}
 
 
 def selected_rows(rows: Sequence[Row], selection: Selection) -> list[Row]:

@@ -70,9 +70,11 @@ class GenerationEvaluator:
         except PromptError as error:
             raise UserError(f"a prompt to be answered can't be rendered: {error}") from error
         self._tokenizer = tokenizer
-        if isinstance(scorers, str) or (callable(scorers) and not isinstance(scorers, Scorers)):
-            scorers = [scorers]
-        self._score = scorers if isinstance(scorers, Scorers) else open_scorers(scorers, scorer_weights)
+        if not isinstance(scorers, Scorers):
+            if isinstance(scorers, str) or callable(scorers):
+                scorers = [scorers]
+            scorers = open_scorers(scorers, scorer_weights)
+        self._score = scorers
         self._num_completions = num_completions
         self._max_new_tokens = max_new_tokens
         self._seed = seed
