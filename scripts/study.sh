@@ -16,12 +16,12 @@ jemalloc=$({ PATH=$PATH:/sbin:/usr/sbin ldconfig -p 2>/dev/null || true; } | awk
 for part in "$@"; do
     nca-align compare --config "configs/study/$part.yaml" --report || {
         code=$?
-        [ $code = 1 ] || exit $code  # 1: cells failed and the others are done; else it was stopped, or can't run at all
+        [ $code = 1 ] || exit $code  # else it was stopped, or can't run at all
         failed="${failed:-} $part"
     }
 done
 python scripts/study_results.py
 if [ -n "${failed:-}" ]; then
-    echo "cells failed in:$failed; their tables are of the others" >&2
+    echo "failed (see above):$failed; the tables are of the cells that are finished" >&2
     exit 1
 fi

@@ -20,12 +20,12 @@ import yaml
 from datasets import Dataset, DatasetDict, concatenate_datasets
 from transformers import TrainerCallback
 
-from conftest import reward_rows
+from conftest import planned, reward_rows
 from nca_align import cell as cell_module
 from nca_align import cells, comparing
 from nca_align.cell import run_cell
 from nca_align.checkpoints import last_common_checkpoint
-from nca_align.comparison import COLUMNS, Selection, ValidationRows, left_out, rows_of, select, selected_rows
+from nca_align.comparison import COLUMNS, Selection, ValidationRows, left_out, rows_of, seeds_of, select, selected_rows
 from nca_align.comparison_splits import three_splits
 from nca_align.data import DataOptions, RewardData
 from nca_align.data.strategies import PAIRS
@@ -132,19 +132,19 @@ def test_selection_sees_no_test_number():
 
     first = table(draw.random)
     for selection in (Selection(), Selection(at_kl=0.5)):
-        chosen = select(ValidationRows.of(first), selection)
+        chosen = select(ValidationRows.of(first), selection, seeds_of(cells_))
         assert len(chosen) == 2
         for _ in range(5):
             other = table(lambda: draw.uniform(-100, 100))
             assert other != first
-            assert select(ValidationRows.of(other), selection) == chosen
-            assert [line["alpha"] for line in selected_rows(other, selection)] == [
+            assert select(ValidationRows.of(other), selection, seeds_of(cells_)) == chosen
+            assert [line["alpha"] for line in selected_rows(other, selection, seeds_of(cells_))] == [
                 found["settings"]["alpha"] for found in chosen.values()
             ]
     assert all(row["split"] == "validation" for row in ValidationRows.of(first).rows)
     worst = min(cells_, key=lambda own: validation[own.name][-1])
     validation[worst.name] = [9.0, 9.0]
-    found = select(ValidationRows.of(table(draw.random)), Selection())
+    found = select(ValidationRows.of(table(draw.random)), Selection(), seeds_of(cells_))
     (best,) = [found[group]["settings"] for group in found if group[0] == worst.settings["method"]]
     assert best == {k: v for k, v in worst.settings.items() if k != "seed"}
 
@@ -155,7 +155,7 @@ def test_the_mean_over_seeds_decides_and_the_test_is_of_what_was_chosen():
         *rows(cell(seed=1, beta=0.5), [0, 6.0], [0, 3.0]), *rows(cell(seed=2, beta=0.5), [0, 6.5], [0, 5.0]),
         *rows(cell("dpo", alpha=None), [0, 1.0], [0, 7.0]),
     ]  # fmt: skip
-    nca, dpo = selected_rows(table, Selection())
+    nca, dpo = selected_rows(table, Selection(), planned(table))
     assert (nca["beta"], nca["seeds"], nca["candidates"], nca["validation_reward"]) == (0.5, 2, 2, 6.25)
     assert (nca["test_reward"], nca["test_kl"], nca["minutes"]) == (4.0, 1.0, 1)
     # 4 ± t(0.975, 1) · s / √2 with t = 12.7062 and s = √2
@@ -167,7 +167,7 @@ def test_the_mean_over_seeds_decides_and_the_test_is_of_what_was_chosen():
 def test_strategies_are_compared_and_other_settings_chosen():
     table = [row for strategy in ("rewards", "best_worst") for beta in (0.1, 0.5)
              for row in rows(cell(strategy=strategy, beta=beta), [beta], [1.0])]  # fmt: skip
-    lines = selected_rows(table, Selection())
+    lines = selected_rows(table, Selection(), planned(table))
     assert [(line["strategy"], line["beta"]) for line in lines] == [("rewards", 0.5), ("best_worst", 0.5)]
 
 
@@ -177,21 +177,22 @@ def test_unfinished_and_diverged_settings_are_not_chosen():
         *rows(cell(seed=1, beta=0.5), [9.0], [0]),
         *rows(cell(seed=1, beta=2.0), [9.0], [0]), *rows(cell(seed=2, beta=2.0), [float("nan")], [0]),
     ]  # fmt: skip
-    (line,) = selected_rows(table, Selection())
+    (line,) = selected_rows(table, Selection(), planned(table))
     assert (line["beta"], line["candidates"]) == (0.1, 3)
-    assert selected_rows(rows(cell(), [float("inf")], [0]), Selection()) == []
+    table = rows(cell(), [float("inf")], [0])
+    assert selected_rows(table, Selection(), planned(table)) == []
 
 
 def test_selection_at_equal_kl():
     """A run that goes further ends higher, but is behind where both have the same KL."""
     table = [*rows(cell(beta=0.1), [0, 1.0, 2.0], [0, 1, 2], kl=4.0), *rows(cell(beta=0.5), [0, 1.5], [0, 5], kl=4.0)]
-    assert selected_rows(table, Selection())[0]["beta"] == 0.1
-    (line,) = selected_rows(table, Selection(at_kl=2.0))
+    assert selected_rows(table, Selection(), planned(table))[0]["beta"] == 0.1
+    (line,) = selected_rows(table, Selection(at_kl=2.0), planned(table))
     assert (line["beta"], line["validation_reward"], line["test_reward_at_kl"]) == (
         0.5,
         *(pytest.approx(x / 2**0.5) for x in (1.5, 5)),
     )
-    (line,) = selected_rows(table, Selection(at_kl=6.0))  # which only one of them reaches
+    (line,) = selected_rows(table, Selection(at_kl=6.0), planned(table))  # which only one of them reaches
     assert (line["beta"], line["validation_reward"]) == (0.1, pytest.approx(1 + (6**0.5 - 2) / (8**0.5 - 2)))
     for values, message in [
         ({"metric": "loss"}, "`metric` of `select` is 'loss'; it must be one of reward,"),
@@ -371,6 +372,8 @@ def test_the_datas_fingerprint_is_of_every_file_whole(tmp_path):
     assert all(before != after for before, after in zip(*prints, strict=True))
     assert cells._data_content(str(tmp_path / "part-1.jsonl")) == prints[1][1]
     (saved / "train" / "cache-0123.arrow").write_text("x")
+    (saved / ".git").mkdir(exist_ok=True)
+    (saved / ".git" / "index").write_text(str(len(prints)))
     assert cells._data_content(str(saved)) == prints[1][0]
     assert cells._data_content("org/data") == "org/data"
 
@@ -421,11 +424,21 @@ def test_what_nothing_can_be_chosen_of_is_told():
         "nca": rows(cell(), [0.1, 0.2], [0.1, 0.2], kl=6.0),
     }
     every = [row for found in own.values() for row in found]
-    assert left_out(every, Selection()) == []
-    (line,) = left_out(every, Selection(at_kl=5))
+    assert left_out(every, Selection(), planned(every)) == []
+    (line,) = left_out(every, Selection(at_kl=5), planned(every))
     assert line == "Nothing chosen of sft rewards: a run has no finite `reward`, or never came to a KL of 5."
     lacking = [*rows(cell(beta=0.1, seed=1), [0.1], [0.1]), *rows(cell(beta=0.5, seed=2), [0.1], [0.1])]
-    assert left_out(lacking, Selection()) == ["Nothing chosen of nca rewards: each setting lacks a seed."]
+    said = ["Nothing chosen of nca rewards: each setting lacks a seed."]
+    assert left_out(lacking, Selection(), planned(lacking)) == said
+
+
+def test_a_method_of_which_a_seeds_cell_failed_is_not_chosen():
+    """A mean over the seeds that are left would be of other runs than the others'."""
+    grid = [cell(method, seed) for method in ("nca", "sft") for seed in (1, 2, 3)]
+    table = [row for own in grid if own != grid[2] for row in rows(own, [0.5], [0.5])]
+    assert [line["method"] for line in selected_rows(table, Selection(), seeds_of(grid))] == ["sft"]
+    said = ["Nothing chosen of nca rewards: each setting lacks a seed."]
+    assert left_out(table, Selection(), seeds_of(grid)) == said
 
 
 def test_cells_share_what_there_is(monkeypatch):
@@ -453,6 +466,15 @@ def test_why_a_cell_failed(tmp_path):
     assert why(3) == "exit code 3"
     assert why(-signal.SIGKILL, "step 3") == "ended by SIGKILL (out of memory?)"
     assert why(75) == "stopped by SIGTERM; it goes on from its last checkpoint"
+
+
+def test_a_cell_that_was_finished_has_not_failed_whatever_came_after(tmp_path, monkeypatch):
+    finished = "import pathlib, sys; pathlib.Path(sys.argv[-1], 'done.json').write_text('{}'); sys.exit(1)"
+    popen = subprocess.Popen
+    monkeypatch.setattr(cells.subprocess, "Popen", lambda args, **kw: popen([args[0], "-c", finished, args[-1]], **kw))
+    assert cells._run(cell(), tmp_path, 0, 1, None, set()) is None
+    assert (tmp_path / "done.json").exists()
+    assert not (tmp_path / "error.txt").exists()
 
 
 # Real cells

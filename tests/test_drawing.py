@@ -68,6 +68,14 @@ def test_shares_are_the_models_probabilities():
     assert drawing._inverse(torch.tensor([[-torch.inf, 0.0, 0.0]] * 2), edges).tolist() == [1, 2]
 
 
+@torch.no_grad()
+def test_a_model_that_diverged_is_told():
+    model = build("Llama")
+    model.get_input_embeddings().weight.fill_(torch.nan)
+    with pytest.raises(UserError, match="the model's probabilities aren't finite numbers, so no answer can be drawn"):
+        draw(model, PROMPTS, 2, 4, ENDS, 0)
+
+
 def test_an_adapter_draws_as_it_answers_alone(tokenizer):
     lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
     torch.manual_seed(0)

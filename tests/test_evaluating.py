@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
@@ -369,6 +369,18 @@ def test_base_and_aligned_answer_and_are_compared(model_dir, adapter_dir, tmp_pa
     assert f"less {base.policy}: {mean:+.3f} ± {error:.3f}, on the same 4 prompts" in text
     monkeypatch.setattr(evaluating, "evaluate_samples", None)  # the same command again computes nothing anew
     assert evaluate_generations(generation_options(tmp_path, model_dir, adapter_dir)) == lines
+
+
+def test_of_several_splits_the_held_out_one_is_answered(model_dir, adapter_dir, tmp_path, capsys):
+    splits = {"train": ["Hi", "Why?", "How?"], "test": ["When?", "Where?"]}
+    data = DatasetDict({name: Dataset.from_dict({"prompt": prompts}) for name, prompts in splits.items()})
+    data.save_to_disk(tmp_path / "data")
+    options = {"dataset_name": str(tmp_path / "data"), "num_completions": 1}
+    lines = evaluate_generations(generation_options(tmp_path, model_dir, adapter_dir, **options))
+    assert [line.prompts for line in lines] == [2, 2]
+    assert f"Prompts of {tmp_path / 'data'}, split test" in capsys.readouterr().err
+    own = generation_options(tmp_path, model_dir, adapter_dir, **options, split="train", output=str(tmp_path / "own"))
+    assert evaluate_generations(own)[0].prompts == 3
 
 
 def test_another_number_of_answers_in_the_same_folder_is_refused(model_dir, adapter_dir, tmp_path):

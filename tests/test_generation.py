@@ -20,6 +20,7 @@ from nca_align.drawing import neutral_generation
 from nca_align.errors import UserError
 from nca_align.figures import distinct, win_rate, wins_over
 from nca_align.policies import as_reference
+from nca_align.scoring import open_scorers
 
 LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
 PROMPTS = [{"prompt": [{"role": "user", "content": text}]} for text in ("Hello?", "What is the best way?", "And then")]
@@ -103,6 +104,14 @@ class TestFigures:
         assert torch.equal(torch.get_rng_state(), before)
         assert policy.training
         assert evaluator(tokenizer, batch_size=3)(policy) == figures  # the same seeds
+
+    def test_weights_are_one_a_scorer(self, tokenizer):
+        row = [{"prompt": "a b"}]
+        with pytest.raises(ValueError, match="`scorer_weights` has 1 values for 2 scorers"):
+            GenerationEvaluator(row, tokenizer, ["test_generation:nothing"] * 2, scorer_weights=[1.0])
+        scorers = open_scorers(["test_generation:nothing"])
+        with pytest.raises(ValueError, match="`scorer_weights` are given with `Scorers`, which have theirs"):
+            GenerationEvaluator(row, tokenizer, scorers, scorer_weights=[1.0])
 
     def test_scorers_get_the_rows_other_columns(self, tokenizer, policy):
         rows = [row | {"wanted": float(i), "completions": ["x"], "rewards": [9.0]} for i, row in enumerate(PROMPTS)]

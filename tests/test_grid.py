@@ -120,7 +120,11 @@ def test_evaluation():
 
 
 def test_a_weight_a_scorer_or_none():
-    with pytest.raises(ValueError, match="`scorer_weights` of `evaluation` has 1 numbers for 2 scorers; give one each"):
+    with pytest.raises(ValueError, match="`scorer_weights` has 1 values for 2 scorers; give one each, or none"):
         Evaluation(scorer=["a:b", "c:d"], scorer_weights=[1.0])
+    for wrong in (float("nan"), "x", True):
+        with pytest.raises(ValueError, match="they must be finite numbers, one a scorer"):
+            Evaluation(scorer="a:b", scorer_weights=[wrong])
+    assert Evaluation(scorer="a:b", scorer_weights=2.0).scorer_weights == [2.0]
     with pytest.raises(ValueError, match=r"`seed` of `evaluation` is 1.5; it must be a whole number"):
         Evaluation(scorer=["a:b"], seed=1.5)

@@ -11,7 +11,7 @@ import pytest
 from datasets import Dataset
 
 from browser import browser, open_page, overflow
-from conftest import build_model, reward_rows
+from conftest import build_model, planned, reward_rows
 from nca_align import NCAConfig, NCATrainer, RankingCallback, reporting
 from nca_align.charts import Chart, Series, curves, whiskers
 from nca_align.comparison import COLUMNS, Selection, selected_rows
@@ -82,7 +82,7 @@ def comparison_rows(methods=METHODS, seeds=(1, 2, 3), betas=(0.1, 0.3)):
 def write_comparison(folder: Path, rows, failed=None) -> Path:
     folder.mkdir(parents=True)
     write_csv(folder / "comparison.csv", rows, COLUMNS)
-    write_csv(folder / "selected.csv", selected_rows(rows, Selection()))
+    write_csv(folder / "selected.csv", selected_rows(rows, Selection(), planned(rows)))
     (folder / "provenance.json").write_text(json.dumps({"command": f"nca-align compare {SCRIPT}", "commit": "abc123"}))
     for cell, reason in (failed or {}).items():
         (folder / "cells" / cell).mkdir(parents=True)
@@ -190,7 +190,7 @@ def test_what_nothing_was_chosen_of_is_told(tmp_path):
     rows = comparison_rows()
     own = write_comparison(tmp_path / "out", rows)
     assert "Nothing was chosen of" not in build_page([read_run(own)])
-    selected = [row for row in selected_rows(rows, Selection()) if row["method"] != "sft"]
+    selected = [row for row in selected_rows(rows, Selection(), planned(rows)) if row["method"] != "sft"]
     write_csv(own / "selected.csv", selected)
     assert "Nothing was chosen of sft" in build_page([read_run(own)])
 

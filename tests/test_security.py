@@ -160,10 +160,18 @@ def test_code_beside_a_model_runs_only_where_it_was_asked_for(model_with_code, m
     assert (
         sample_main([*flags(model_name_or_path=model_with_code, dataset_name=data, output=tmp_path / "o.jsonl")]) == 2
     )
-    assert score_main([*flags(scorer=model_with_code, dataset_name=data, output=tmp_path / "s.jsonl")]) == 2
-    assert capsys.readouterr().err.count("error:") == 3
+    for scorer in (model_with_code, f"pipeline:{model_with_code}:LABEL_0"):
+        assert score_main([*flags(scorer=scorer, dataset_name=data, output=tmp_path / "s.jsonl")]) == 2
+    assert capsys.readouterr().err.count("error:") == 4
     assert not mark.exists()
     train_main([*arguments, *flags(**FAST, trust_remote_code="true")])
+    assert mark.exists()
+
+
+def test_code_beside_a_classifier_runs_where_it_was_asked_for(model_with_code, mark, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    arguments = flags(dataset_name=write_rows(tmp_path), output=tmp_path / "s.jsonl")
+    score_main([*arguments, *flags(scorer=f"pipeline:{model_with_code}:LABEL_0", trust_remote_code="true")])
     assert mark.exists()
 
 

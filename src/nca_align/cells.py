@@ -42,24 +42,20 @@ def prepare(cells: Sequence[Cell], output: Path, evaluation: Evaluation) -> None
     Raises:
         UserError: a cell that has been trained there had other settings, data, model or evaluation.
     """
-    fingerprints: dict[str, str | None] = {}
+    base = cells[0].options  # data and model are those of all
+    data = _data_content(base["dataset_name"])
+    model = weights_fingerprint(str(resolve_model(base["model_name_or_path"])))
     scorers = [
         source_fingerprint(find_function(own)) if is_function(own) else scorer_identity(own)
         for own in evaluation.scorer
     ]
     about = {}
     for cell in cells:
-        for key, name in (("data", "dataset_name"), ("model", "model_name_or_path")):
-            if cell.options[name] not in fingerprints:
-                content = _data_content if key == "data" else _model_content
-                fingerprints[cell.options[name]] = content(cell.options[name])
         about[cell.name] = json.loads(json.dumps({
             "settings": cell.settings, "evaluation": asdict(evaluation),
             "identity": {
                 **cell.identity(), **{f"evaluation.{key}": value for key, value in asdict(evaluation).items()},
-                "scorer": scorers,
-                "data": fingerprints[cell.options["dataset_name"]],
-                "model": fingerprints[cell.options["model_name_or_path"]],
+                "scorer": scorers, "data": data, "model": model,
             },
         }, default=str))  # fmt: skip
         _refuse_changes(output / "cells" / cell.name, about[cell.name]["identity"])
@@ -90,7 +86,10 @@ def _refuse_changes(folder: Path, new: dict[str, Any]) -> None:
 def _data_content(name: str) -> str:
     """A hash of the file, folder or pattern of files that is here, whole; of a data set of the Hub its name."""
     path = Path(name).expanduser()
-    found = path.rglob("*") if path.is_dir() else map(Path, glob.glob(str(path), recursive=True))
+    if path.is_dir():  # hidden files (.git, .cache) are no data
+        found = [own for own in path.rglob("*") if not any(p.startswith(".") for p in own.relative_to(path).parts)]
+    else:
+        found = [Path(own) for own in glob.glob(str(path), recursive=True)]
     digest = hashlib.sha256()
     # `datasets` writes cache-….arrow beside data that was saved to disk
     files = [own for own in sorted(found) if own.is_file() and not own.match("cache-*.arrow")]
@@ -99,11 +98,6 @@ def _data_content(name: str) -> str:
             digest.update(f"{own.relative_to(path) if path.is_dir() else own.name}:".encode())
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()[:16] if files else name
-
-
-def _model_content(name: str) -> str | None:
-    path = str(resolve_model(name))
-    return weights_fingerprint(path if Path(path).is_dir() else name)
 
 
 def is_done(output: Path, cell: Cell) -> bool:
@@ -193,6 +187,8 @@ def _run(
             running.discard(process)
             if process.stdin is not None:
                 process.stdin.close()
+    if (folder / DONE).exists():  # whatever came after it
+        return None
     if why is not None and not interrupted:
         (folder / ERROR).write_text(f"{why}\n", encoding="utf-8")
     return why

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from .arguments import parse
 from .cells import CONFIG, DONE, LOG, failure, is_done, prepare, run_cells
-from .comparison import COLUMNS, Row, Selection, left_out, rows_of, selected_rows
+from .comparison import COLUMNS, Row, Selection, left_out, rows_of, seeds_of, selected_rows
 from .comparison_splits import read_splits
 from .errors import UserError, command
 from .files import write_csv, write_json
@@ -104,13 +104,13 @@ def main(argv: list[str] | None = None) -> int:
             run_cells(todo, output, options.parallel, options.timeout_minutes, tables)
         finally:
             signal.signal(signal.SIGTERM, before)
-        rows = tables()
+        rows, selected = tables()
     failed = {cell.name: why for cell in chosen if (why := failure(output, cell))}
     for name, why in failed.items():
         print(f"Failed: {name}: {why} ({output / 'cells' / name / LOG})", file=sys.stderr)
     if rows:
-        _print_selected(selected_rows(rows, selection))
-        for line in left_out(rows, selection):
+        _print_selected(selected)
+        for line in left_out(rows, selection, seeds_of(cells)):
             print(line)
         print(f"All figures: {output / 'comparison.csv'}; chosen on validation: {output / 'selected.csv'}")
     if rows and options.report:
@@ -121,13 +121,14 @@ def main(argv: list[str] | None = None) -> int:
     return 1 if failed else 0
 
 
-def _write_tables(output: Path, cells: Sequence[Cell], selection: Selection) -> list[Row]:
-    """The tables of all cells that are finished."""
+def _write_tables(output: Path, cells: Sequence[Cell], selection: Selection) -> tuple[list[Row], list[Row]]:
+    """The tables of all cells that are finished: their rows, and those that were chosen."""
     rows = [row for cell in cells if is_done(output, cell) for row in rows_of(cell, output / "cells" / cell.name)]
+    selected = selected_rows(rows, selection, seeds_of(cells))
     if rows:
         write_csv(output / "comparison.csv", rows, COLUMNS)
-        write_csv(output / "selected.csv", selected_rows(rows, selection))
-    return rows
+        write_csv(output / "selected.csv", selected)
+    return rows, selected
 
 
 def _print_selected(selected: Sequence[dict[str, Any]]) -> None:

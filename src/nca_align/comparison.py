@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from .grid import KEYS, Cell
 
 Row = dict[str, Any]
 Candidates = dict[tuple, dict[Any, float | None]]  # settings → seed → the metric
+Seeds = Mapping[tuple, set[Any]]  # settings → the seeds that the grid has of them
 SPLITS = ("train", "validation", "test")  # of train log-ratios alone
 # column → name in the log, behind `eval_SPLIT_`
 FIGURES = {
@@ -83,11 +84,19 @@ def rows_of(cell: Cell, folder: Path) -> list[Row]:
     ]
 
 
-def select(validation: ValidationRows, selection: Selection) -> dict[tuple, dict[str, Any]]:
+def seeds_of(cells: Iterable[Cell]) -> Seeds:
+    """The seeds that each of the settings is to be run with."""
+    found: dict[tuple, set[Any]] = {}
+    for cell in cells:
+        found.setdefault(_settings(cell.settings), set()).add(cell.settings["seed"])
+    return found
+
+
+def select(validation: ValidationRows, selection: Selection, seeds: Seeds) -> dict[tuple, dict[str, Any]]:
     """For each of what is compared, the settings whose mean over seeds is highest on validation.
 
-    Settings of which a seed is missing that others of the same method have aren't chosen, nor those of which a run has
-    no finite value: one that diverged, or never came to `at_kl`.
+    Settings of which one of the `seeds` is missing aren't chosen, nor those of which a run has no finite value: one
+    that diverged, or never came to `at_kl`.
 
     Returns:
         (method, strategy, num_completions) → `settings`, `values` (one a seed), and `candidates`, the number of
@@ -97,7 +106,7 @@ def select(validation: ValidationRows, selection: Selection) -> dict[tuple, dict
     for group, candidates in _candidates(validation, selection).items():
         known = {
             settings: [value for value in values.values() if value is not None]
-            for settings, values in _whole(candidates).items()
+            for settings, values in _whole(candidates, seeds).items()
             if None not in values.values()
         }
         if known:
@@ -106,15 +115,16 @@ def select(validation: ValidationRows, selection: Selection) -> dict[tuple, dict
     return chosen
 
 
-def left_out(rows: Sequence[Row], selection: Selection) -> list[str]:
+def left_out(rows: Sequence[Row], selection: Selection, seeds: Seeds) -> list[str]:
     """A line for each of what is compared of which no setting could be chosen, with the reason."""
     validation, lines = ValidationRows.of(rows), []
-    chosen = select(validation, selection)
+    chosen = select(validation, selection, seeds)
     for group, candidates in _candidates(validation, selection).items():
         if group in chosen:
             continue
         never = "" if selection.at_kl is None else f", or never came to a KL of {selection.at_kl:g}"
-        why = f"a run has no finite `{selection.column}`{never}" if _whole(candidates) else "each setting lacks a seed"
+        whole = _whole(candidates, seeds)
+        why = f"a run has no finite `{selection.column}`{never}" if whole else "each setting lacks a seed"
         name = " ".join(f"{own}" for own in group if own is not None)
         lines.append(f"Nothing chosen of {name}: {why}.")
     return lines
@@ -129,20 +139,19 @@ def _candidates(validation: ValidationRows, selection: Selection) -> dict[tuple,
     return runs
 
 
-def _whole(candidates: Candidates) -> Candidates:
-    """The settings that have every seed which one of them has."""
-    every = set().union(*candidates.values())
-    return {settings: values for settings, values in candidates.items() if values.keys() == every}
+def _whole(candidates: Candidates, seeds: Seeds) -> Candidates:
+    """The settings that have every seed that they are to have."""
+    return {settings: values for settings, values in candidates.items() if values.keys() >= seeds[settings]}
 
 
-def selected_rows(rows: Sequence[Row], selection: Selection) -> list[Row]:
+def selected_rows(rows: Sequence[Row], selection: Selection, seeds: Seeds) -> list[Row]:
     """A row for each of what is compared: what validation chose, and what the test split says of that.
 
     Figures are means over seeds, with their 95 % t-intervals `_low` and `_high` (empty for a single seed).
     """
     test = _by_settings(row for row in rows if row["split"] == "test")
     table = []
-    for found in select(ValidationRows.of(rows), selection).values():
+    for found in select(ValidationRows.of(rows), selection, seeds).values():
         line: Row = {**found["settings"], "seeds": len(found["values"]), "candidates": found["candidates"]}
         line |= _figure(f"validation_{selection.column}", found["values"])
         runs = test[tuple(found["settings"].items())].values()
@@ -159,9 +168,12 @@ def _by_settings(rows: Iterable[Row]) -> dict[tuple, dict[Any, list[Row]]]:
     """Settings without the seed → seed → that run's rows."""
     found: dict[tuple, dict[Any, list[Row]]] = {}
     for row in rows:
-        settings = tuple((name, row[name]) for name in KEYS if name != "seed")
-        found.setdefault(settings, {}).setdefault(row["seed"], []).append(row)
+        found.setdefault(_settings(row), {}).setdefault(row["seed"], []).append(row)
     return found
+
+
+def _settings(row: Row) -> tuple:
+    return tuple((name, row[name]) for name in KEYS if name != "seed")
 
 
 def _value(rows: list[Row], column: str, at_kl: float | None = None) -> float | None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig
 
 from . import layout
+from .errors import UserError
 from .preparation import base_model, refuse_virtual_tokens
 
 
@@ -35,7 +36,7 @@ def draw(
         For each prompt K answers, the token that ended one included.
 
     Raises:
-        UserError: see `refuse_virtual_tokens`.
+        UserError: the probabilities aren't finite; and see `refuse_virtual_tokens`.
     """
     refuse_virtual_tokens(model)
     longest = max(map(len, prompts))
@@ -100,6 +101,11 @@ def _inverse(logits: Tensor, uniform: Tensor) -> Tensor:
     """(N,) the first token of each row up to which the probabilities' sum is more than its share `uniform` of all."""
     cumulative = logits.float().softmax(-1).cumsum(-1)
     whole = cumulative[:, -1]
+    if not whole.isfinite().all():
+        raise UserError(
+            "the model's probabilities aren't finite numbers, so no answer can be drawn: its training diverged, or its "
+            "weights are damaged; train it with a lower `learning_rate`, or look at the checkpoint before"
+        )
     share = torch.minimum((uniform * whole).float(), whole.nextafter(torch.zeros_like(whole)))  # not rounded up to it
     return torch.searchsorted(cumulative, share[:, None], right=True).squeeze(1)
 

@@ -70,7 +70,10 @@ class GenerationEvaluator:
         except PromptError as error:
             raise UserError(f"a prompt to be answered can't be rendered: {error}") from error
         self._tokenizer = tokenizer
-        if not isinstance(scorers, Scorers):
+        if isinstance(scorers, Scorers):
+            if scorer_weights is not None:
+                raise ValueError("`scorer_weights` are given with `Scorers`, which have theirs; leave them out")
+        else:
             if isinstance(scorers, str) or callable(scorers):
                 scorers = [scorers]
             scorers = open_scorers(scorers, scorer_weights)

@@ -1,5 +1,6 @@
 """`nca-align evaluate --scorer`: base and aligned models answer held-out prompts; their mean reward, KL and length."""
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Literal
 from .evaluating import EvaluateOptions, Evaluation, evaluate, print_table
 from .figures import Estimate, mean_over_prompts, rewards_by_prompt
 from .files import can_be_written
-from .prompts import load_raw
+from .prompts import held_out_split, load_raw
 from .sampling import SampleOptions, sample
 from .scoring import ScoreOptions, score
 
@@ -29,7 +30,9 @@ class GenerationOptions:
         }
     )
     dataset_config: str | None = field(default=None, metadata={"help": "configuration of a data set of the Hub"})
-    split: str = field(default="train", metadata={"help": "split of a data set that has several"})
+    split: str | None = field(
+        default=None, metadata={"help": "split of a data set that has several; the held-out one by default"}
+    )
     model_name_or_path: list[str] = field(
         metadata={"help": "the aligned model, or an adapter's folder; may repeat", "action": "extend"}
     )
@@ -62,13 +65,15 @@ def evaluate_generations(options: GenerationOptions) -> list[Evaluation]:
     with can_be_written(folder):
         folder.mkdir(parents=True, exist_ok=True)
     models = [options.reference, *options.model_name_or_path]
+    split = options.split or held_out_split(options.dataset_name, options.dataset_config)
+    print(f"Prompts of {options.dataset_name}, split {split}", file=sys.stderr)
     files = []
     for i, model in enumerate(models):
         stem = folder / f"{i}-{Path(model).name}"
         samples, scored = f"{stem}.parquet", f"{stem}.jsonl"
         sample(
             SampleOptions(
-                dataset_name=options.dataset_name, dataset_config=options.dataset_config, split=options.split,
+                dataset_name=options.dataset_name, dataset_config=options.dataset_config, split=split,
                 output=samples, model_name_or_path=model, num_completions=options.num_completions,
                 max_new_tokens=options.max_new_tokens, seed=options.seed, dtype=options.dtype,
                 trust_remote_code=options.trust_remote_code, batch_size=options.batch_size,

@@ -18,6 +18,7 @@ from .errors import UserError
 from .frontier import SETTINGS
 from .identity import FREE
 from .methods import READS_ALPHA, check_method
+from .scoring import check_weights
 from .train import TRAIN_OPTIONS, RunOptions
 
 KEYS = (*SETTINGS, "seed")
@@ -71,11 +72,9 @@ class Evaluation:
             object.__setattr__(self, "scorer", [self.scorer])
         if not self.scorer or not (isinstance(self.scorer, list) and all(isinstance(own, str) for own in self.scorer)):
             raise ValueError("`scorer` is missing from `evaluation`; give what rewards answers, as `nca-align score`")
-        if self.scorer_weights and len(self.scorer_weights) != len(self.scorer):
-            raise ValueError(
-                f"`scorer_weights` of `evaluation` has {len(self.scorer_weights)} numbers for {len(self.scorer)} "
-                "scorers; give one each, or none"
-            )
+        if isinstance(self.scorer_weights, (int, float)):
+            object.__setattr__(self, "scorer_weights", [self.scorer_weights])
+        check_weights(self.scorer_weights, len(self.scorer))
         if not _is_whole(self.seed):
             raise ValueError(f"`seed` of `evaluation` is {self.seed!r}; it must be a whole number")
         for name in ("prompts", "num_completions", "max_new_tokens", "steps", "validation_steps", "batch_size"):

@@ -30,12 +30,11 @@ def reward_model(name: str, batch_size: int, dtype: str = "auto", trust_remote_c
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    kind = (torch.bfloat16 if device == "cuda" else torch.float32) if dtype == "auto" else getattr(torch, dtype)
     hide_loading()
     tokenizer = from_pretrained(AutoTokenizer, name, key="scorer", trust_remote_code=trust_remote_code)
     model, report = from_pretrained(
         AutoModelForSequenceClassification, name, key="scorer",
-        dtype=kind, trust_remote_code=trust_remote_code, output_loading_info=True,
+        dtype=_dtype(dtype), trust_remote_code=trust_remote_code, output_loading_info=True,
     )  # fmt: skip
     if report["missing_keys"]:  # transformers would fill a missing head with random numbers and go on
         raise UserError(
@@ -87,13 +86,24 @@ def reward_model(name: str, batch_size: int, dtype: str = "auto", trust_remote_c
     return score
 
 
-def pipeline_scorer(name: str, label: str | None, batch_size: int) -> Scorer:
+def _dtype(name: str) -> Any:
+    import torch
+
+    if name == "auto":
+        return torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    return getattr(torch, name)
+
+
+def pipeline_scorer(
+    name: str, label: str | None, batch_size: int, dtype: str = "auto", trust_remote_code: bool = False
+) -> Scorer:
     """A text-classification pipeline over the completion's text: the probability of `label`.
 
     Args:
         name: a folder or a Hub id.
         label: the label to score; None where the model has one alone.
         batch_size: completions a batch; they are sorted by length.
+        dtype, trust_remote_code: as of `reward_model`.
 
     Raises:
         UserError: no such label, or none given where there are several.
@@ -102,10 +112,10 @@ def pipeline_scorer(name: str, label: str | None, batch_size: int) -> Scorer:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
     hide_loading()
-    tokenizer = from_pretrained(AutoTokenizer, name, key="scorer")
+    tokenizer = from_pretrained(AutoTokenizer, name, key="scorer", trust_remote_code=trust_remote_code)
     model, report = from_pretrained(
         AutoModelForSequenceClassification, name, key="scorer", output_loading_info=True,
-        dtype=torch.bfloat16 if torch.cuda.is_available() else torch.float32,
+        trust_remote_code=trust_remote_code, dtype=_dtype(dtype),
     )  # fmt: skip
     if report["missing_keys"]:
         raise UserError(

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 from datasets import Features, List, Value
 
@@ -59,12 +59,19 @@ class ScoreOptions:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; it must be at least 1")
         if not self.scorer:
             raise ValueError("`scorer` is missing: name a reward model, pipeline:MODEL:LABEL or module:function")
-        if self.scorer_weights and len(self.scorer_weights) != len(self.scorer):
-            raise ValueError(
-                f"`scorer_weights` has {len(self.scorer_weights)} values for {len(self.scorer)} scorers; give one each"
-            )
-        if not all(math.isfinite(weight) for weight in self.scorer_weights):
-            raise ValueError(f"`scorer_weights` is {self.scorer_weights}; they must be finite numbers")
+        check_weights(self.scorer_weights, len(self.scorer))
+
+
+def check_weights(weights: Any, scorers: int) -> None:
+    """Raise a ValueError where `weights` aren't a finite number a scorer, or none at all."""
+    if weights and isinstance(weights, Sequence) and len(weights) != scorers:
+        raise ValueError(f"`scorer_weights` has {len(weights)} values for {scorers} scorers; give one each, or none")
+    if not isinstance(weights, Sequence) or not all(_is_finite(weight) for weight in weights):
+        raise ValueError(f"`scorer_weights` is {weights!r}; they must be finite numbers, one a scorer")
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def score(options: ScoreOptions) -> dict[str, int]:
@@ -166,7 +173,12 @@ def open_scorers(
     """What gives rows of `prompt`, `completions` and other columns their `rewards`.
 
     Arguments are as in `ScoreOptions`; a scorer may be the function itself too.
+
+    Raises:
+        ValueError: `weights` that aren't a finite number each.
+        UserError: a scorer that isn't there.
     """
+    check_weights(weights or [], len(specs))
     scorers: dict[str, Scorer] = {}
     for name, spec in zip(column_names([_name(spec) for spec in specs]), specs, strict=True):
         if callable(spec):
@@ -175,7 +187,7 @@ def open_scorers(
             scorers[name] = function_scorer(find_function(spec), spec, tokenizer)
         elif spec.startswith("pipeline:"):
             model, _, label = spec.removeprefix("pipeline:").partition(":")
-            scorers[name] = pipeline_scorer(model, label or None, batch_size)
+            scorers[name] = pipeline_scorer(model, label or None, batch_size, dtype, trust_remote_code)
         else:
             scorers[name] = reward_model(spec, batch_size, dtype, trust_remote_code)
     return Scorers(scorers, weights or [1.0] * len(scorers))
