@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 
@@ -236,6 +237,24 @@ class TestNumbers:
             assert re.fullmatch("[0-9a-f]{40}", row["commit"])
             assert float(row["minutes"]) > 0
             assert row["trl"]
+
+    def test_the_designs_counts_and_times_are_those_of_the_data_and_the_cells(self):
+        page = " ".join((ROOT / "docs/study.md").read_text().split())
+        cut = {task: [own for row in rows(task, "train") for own in row["truncated"]] for task in TASKS}
+        words, vader = (f"{sum(own)} of the {len(own):,}" for own in (cut["words"], cut["vader"]))
+        assert f"{vader} training completions of task 1 and {words} of task 2 were cut" in page
+        minutes: dict[str, list[float]] = {"kto": [], "dpo-all_pairs": [], "nca-best_worst-seed3": [], "": []}
+        for row in read_csv(ROOT / "docs/study/cells.csv"):
+            minutes[next(name for name in minutes if row["cell"].startswith(name))].append(float(row["minutes"]))
+        kto, all_pairs, last, usual = minutes.values()
+        assert (
+            f"took {min(usual):.0f} to {max(usual):.0f} minutes on one core (KTO's {fmean(kto):.0f} and those of DPO "
+            f"on all pairs {fmean(all_pairs):.0f}; the last one, which had both, {last[0]:.0f})"
+        ) in page
+        every = [*kto, *all_pairs, *last, *usual]
+        assert len(every) == sum(CELLS.values())
+        assert round(sum(every) / 60 / 2) == 7
+        assert "seven hours of two cores" in page
 
     def test_a_number_in_the_text_stands_between_marks(self):
         self.tables()
