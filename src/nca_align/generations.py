@@ -9,7 +9,7 @@ from typing import Literal
 from .evaluating import EvaluateOptions, Evaluation, evaluate, print_table
 from .figures import Estimate, mean_over_prompts, rewards_by_prompt
 from .files import can_be_written
-from .prompts import held_out_split, load_raw
+from .prompts import load_raw, split_to_answer
 from .sampling import SampleOptions, sample
 from .scoring import ScoreOptions, score
 
@@ -65,7 +65,7 @@ def evaluate_generations(options: GenerationOptions) -> list[Evaluation]:
     with can_be_written(folder):
         folder.mkdir(parents=True, exist_ok=True)
     models = [options.reference, *options.model_name_or_path]
-    split = options.split or held_out_split(options.dataset_name, options.dataset_config)
+    split = options.split or split_to_answer(options.dataset_name, options.dataset_config)
     print(f"Prompts of {options.dataset_name}, split {split}", file=sys.stderr)
     files = []
     for i, model in enumerate(models):

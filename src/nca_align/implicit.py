@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .config import NCAConfig, prompt_limit
-from .data import DataOptions, read_reward_dataset, select_split
+from .data import DataOptions, held_out_split, read_reward_dataset
 from .errors import UserError
 from .files import check_writable, replacing, write_json
 from .policies import as_reference, is_adapter, load_policy, load_tokenizer, run_record, token_logps
@@ -100,7 +100,7 @@ def load_rows(options: ImplicitOptions) -> Dataset:
     splits = read_reward_dataset(
         options.dataset_name, split=options.split, name=options.dataset_config, options=options
     ).dataset
-    return next(iter(splits.values())) if len(splits) == 1 else select_split(splits, options.split or "test")
+    return splits[held_out_split(splits)]  # with `split` given it is the only one
 
 
 def token_logratios(

@@ -38,19 +38,19 @@ def load_raw(name: str, config: str | None = None, split: str = "train") -> Data
     return dataset
 
 
-def held_out_split(name: str, config: str | None = None) -> str:
+def split_to_answer(name: str, config: str | None = None) -> str:
     """The split of `name` that isn't trained on; the only one where there is one alone.
 
     Raises:
         ValueError, OSError: no such split, or several; what `nca_align.data` says of the source.
     """
     from .data.source import open_source
-    from .data.splits import find_split
+    from .data.splits import held_out_split
 
     if name.endswith(".txt"):
         return "train"  # as a file of any other kind is called
     splits, _ = open_source(name, config, streaming=False, drop=False)
-    return next(iter(splits)) if len(splits) == 1 else find_split(splits, "test")
+    return held_out_split(splits)
 
 
 def load_prompts(name: str, config: str | None = None, split: str = "train") -> Dataset:

@@ -29,12 +29,14 @@ def reward_model(name: str, batch_size: int, dtype: str = "auto", trust_remote_c
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+    from .policies import torch_dtype
+
     device = "cuda" if torch.cuda.is_available() else "cpu"
     hide_loading()
     tokenizer = from_pretrained(AutoTokenizer, name, key="scorer", trust_remote_code=trust_remote_code)
     model, report = from_pretrained(
         AutoModelForSequenceClassification, name, key="scorer",
-        dtype=_dtype(dtype), trust_remote_code=trust_remote_code, output_loading_info=True,
+        dtype=torch_dtype(dtype), trust_remote_code=trust_remote_code, output_loading_info=True,
     )  # fmt: skip
     if report["missing_keys"]:  # transformers would fill a missing head with random numbers and go on
         raise UserError(
@@ -86,14 +88,6 @@ def reward_model(name: str, batch_size: int, dtype: str = "auto", trust_remote_c
     return score
 
 
-def _dtype(name: str) -> Any:
-    import torch
-
-    if name == "auto":
-        return torch.bfloat16 if torch.cuda.is_available() else torch.float32
-    return getattr(torch, name)
-
-
 def pipeline_scorer(
     name: str, label: str | None, batch_size: int, dtype: str = "auto", trust_remote_code: bool = False
 ) -> Scorer:
@@ -111,11 +105,13 @@ def pipeline_scorer(
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
+    from .policies import torch_dtype
+
     hide_loading()
     tokenizer = from_pretrained(AutoTokenizer, name, key="scorer", trust_remote_code=trust_remote_code)
     model, report = from_pretrained(
         AutoModelForSequenceClassification, name, key="scorer", output_loading_info=True,
-        trust_remote_code=trust_remote_code, dtype=_dtype(dtype),
+        trust_remote_code=trust_remote_code, dtype=torch_dtype(dtype),
     )  # fmt: skip
     if report["missing_keys"]:
         raise UserError(

@@ -3,7 +3,7 @@
 from .conversion import DataReport, convert_dataset, to_reward_dataset
 from .loading import RewardData, load_reward_dataset, read_reward_dataset
 from .options import DataOptions
-from .splits import select_split, split_validation
+from .splits import held_out_split, select_split, split_validation
 from .validation import RowError, check_row
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "RowError",
     "check_row",
     "convert_dataset",
+    "held_out_split",
     "load_reward_dataset",
     "read_reward_dataset",
     "select_split",

@@ -78,6 +78,15 @@ def find_split(names: Mapping[str, Any] | list[str], name: str) -> str:
     )
 
 
+def held_out_split(names: Mapping[str, Any] | list[str]) -> str:
+    """The split to evaluate on: the held-out one, or the only one that there is.
+
+    Raises:
+        ValueError: there are several, and none or more than one of them is held out.
+    """
+    return next(iter(names)) if len(names) == 1 else find_split(names, "test")
+
+
 def select_split(dataset: Mapping[str, Any], name: str) -> Any:
     """The split of a `DatasetDict` that `find_split` finds."""
     return dataset[find_split(dataset, name)]
