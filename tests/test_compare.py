@@ -178,7 +178,11 @@ def test_unfinished_and_diverged_settings_are_not_chosen():
         *rows(cell(seed=1, beta=2.0), [9.0], [0]), *rows(cell(seed=2, beta=2.0), [float("nan")], [0]),
     ]  # fmt: skip
     (line,) = selected_rows(table, Selection(), planned(table))
-    assert (line["beta"], line["candidates"]) == (0.1, 3)
+    assert (line["beta"], line["candidates"]) == (0.1, 1)
+    (why,) = left_out(table, Selection(), planned(table))
+    assert why == (
+        "2 of 3 settings of nca rewards had no part in the choice: a run isn't finished or has no finite `reward`."
+    )
     table = rows(cell(), [float("inf")], [0])
     assert selected_rows(table, Selection(), planned(table)) == []
 
@@ -301,9 +305,6 @@ def test_the_example_of_the_docs(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     dry, real = (shlex.split(line, comments=True) for line in commands.splitlines())
     assert dry[:2] == real[:2] == ["nca-align", "compare"]
-    config = yaml.safe_load(example)
-    config["base"] |= {"use_cpu": True, "bf16": False}  # the example is for a GPU
-    (tmp_path / "compare.yaml").write_text(yaml.safe_dump(config))
     for command in (dry, [*real, "--dry_run"]):
         assert comparing.main(command[2:]) == 0
         assert "24 cells, 24 to run" in capsys.readouterr().out
@@ -418,6 +419,9 @@ def test_failures_are_named_whatever_is_asked_for_beside(config, tmp_path, capsy
     assert cells.failure(folder, Cell("nca", {}, {})) == "no such reward model"
 
 
+UNFINISHED = "of each setting a run isn't finished or has no finite `reward`."
+
+
 def test_what_nothing_can_be_chosen_of_is_told():
     own = {
         "sft": rows(cell("sft"), [0.1, 0.2], [0.1, 0.2], kl=1.0),
@@ -426,19 +430,30 @@ def test_what_nothing_can_be_chosen_of_is_told():
     every = [row for found in own.values() for row in found]
     assert left_out(every, Selection(), planned(every)) == []
     (line,) = left_out(every, Selection(at_kl=5), planned(every))
-    assert line == "Nothing chosen of sft rewards: a run has no finite `reward`, or never came to a KL of 5."
+    assert line == (
+        "Nothing chosen of sft rewards: of each setting a run isn't finished or has no finite `reward` at a KL of 5, "
+        "which it may never have come to."
+    )
     lacking = [*rows(cell(beta=0.1, seed=1), [0.1], [0.1]), *rows(cell(beta=0.5, seed=2), [0.1], [0.1])]
-    said = ["Nothing chosen of nca rewards: each setting lacks a seed."]
+    said = [f"Nothing chosen of nca rewards: {UNFINISHED}"]
     assert left_out(lacking, Selection(), planned(lacking)) == said
 
 
 def test_a_method_of_which_a_seeds_cell_failed_is_not_chosen():
     """A mean over the seeds that are left would be of other runs than the others'."""
     grid = [cell(method, seed) for method in ("nca", "sft") for seed in (1, 2, 3)]
-    table = [row for own in grid if own != grid[2] for row in rows(own, [0.5], [0.5])]
+    grid += [cell("kto", num_completions=2)]  # of which there is nothing at all
+    table = [row for own in grid[:6] if own != grid[2] for row in rows(own, [0.5], [0.5])]
     assert [line["method"] for line in selected_rows(table, Selection(), seeds_of(grid))] == ["sft"]
-    said = ["Nothing chosen of nca rewards: each setting lacks a seed."]
+    said = [f"Nothing chosen of {name}: {UNFINISHED}" for name in ("nca rewards", "kto rewards K 2")]
     assert left_out(table, Selection(), seeds_of(grid)) == said
+
+
+def test_the_choice_goes_by_the_mean_where_settings_have_other_numbers_of_seeds():
+    grid = [*(cell(beta=0.1, seed=seed) for seed in (1, 2, 3)), cell(beta=0.5)]
+    table = [row for own in grid for row in rows(own, [own.settings["beta"]], [0.5])]
+    (line,) = selected_rows(table, Selection(), seeds_of(grid))
+    assert line["beta"] == 0.5
 
 
 def test_cells_share_what_there_is(monkeypatch):
@@ -540,6 +555,19 @@ def test_a_training_that_stops_early_is_no_finished_cell(config, tmp_path, monke
     with pytest.raises(UserError, match="training ended before its last step, 8; see the log above"):
         run_cell(tmp_path / "cells" / own.name)
     assert not (tmp_path / "cells" / own.name / "done.json").exists()
+
+
+def test_prompts_with_fewer_completions_than_a_cells_k_are_told(config, tmp_path, caplog):
+    rows_ = [row | {"completions": row["completions"][: 2 + i % 2], "rewards": row["rewards"][: 2 + i % 2]}
+             for i, row in enumerate(reward_rows(8, 3))]  # fmt: skip
+    (tmp_path / "data" / "train.jsonl").write_text("\n".join(map(json.dumps, rows_)))
+    for count, told in ((2, False), (3, True)):
+        grid = {"method": "nca", "num_completions": count}
+        (own,) = expand(config["base"] | {"max_steps": -1}, grid, "compare.yaml")
+        cells.prepare([own], tmp_path, Evaluation(**config["evaluation"] | {"steps": 1}))
+        with caplog.at_level("WARNING", "nca_align"):
+            run_cell(tmp_path / "cells" / own.name)
+        assert ("4 of 8 training prompts have fewer than 3 completions and are left out of this" in caplog.text) == told
 
 
 def test_checkpoints_stay_where_they_are_asked_for(config, tmp_path):

@@ -49,6 +49,8 @@ def test_shards_by_pattern_and_folders(tmp_path):
     for i in range(3):
         Dataset.from_list(rows[2 * i : 2 * i + 2]).to_parquet(tmp_path / "shards" / f"part-{i}.parquet")
     assert whole(tmp_path / "shards" / "part-*.parquet").to_list() == rows
+    (tmp_path / "shards" / ".vscode").mkdir()
+    write(tmp_path / "shards" / ".vscode" / "settings.json", rows[:1])  # hidden: no data
     assert whole(tmp_path / "shards").to_list() == rows
     assert list(whole(tmp_path / "shards" / "part-*.parquet", streaming=True)) == rows
     (tmp_path / "named").mkdir()

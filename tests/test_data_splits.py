@@ -3,7 +3,7 @@
 import pytest
 from datasets import Dataset, DatasetDict
 
-from nca_align.data import select_split, split_validation
+from nca_align.data import held_out_split, select_split, split_validation
 
 
 def dataset(prompts):
@@ -60,3 +60,20 @@ def test_splits_are_found_by_name_or_purpose():
         select_split({"train": 1}, "test")
     with pytest.raises(ValueError, match=r"the split `eval` .* has validation, test"):
         select_split({"validation": 1, "test": 2}, "eval")
+
+
+@pytest.mark.parametrize(
+    ("names", "found"),
+    [(["train"], "train"), (["train", "test_prefs"], "test_prefs"), (["train", "validation", "test"], "test")],
+)
+def test_what_is_evaluated_is_held_out_or_all_that_there_is(names, found):
+    assert held_out_split(names) == found
+
+
+@pytest.mark.parametrize(
+    ("names", "which"),
+    [(["train", "more"], "none is known to be held out"), (["dev", "validation"], "dev and validation are held out")],
+)
+def test_where_no_one_split_is_held_out_it_must_be_chosen(names, which):
+    with pytest.raises(ValueError, match=f"has the splits {', '.join(names)}, of which {which}; choose one by `split`"):
+        held_out_split(names)

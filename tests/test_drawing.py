@@ -68,10 +68,11 @@ def test_shares_are_the_models_probabilities():
     assert drawing._inverse(torch.tensor([[-torch.inf, 0.0, 0.0]] * 2), edges).tolist() == [1, 2]
 
 
+@pytest.mark.parametrize("family", ["Llama", "Mamba"])  # by the loop, and by `generate`
 @torch.no_grad()
-def test_a_model_that_diverged_is_told():
-    model = build("Llama")
-    model.get_input_embeddings().weight.fill_(torch.nan)
+def test_a_model_that_diverged_is_told(family):
+    model = build(family)
+    model.get_output_embeddings().weight.fill_(torch.nan)
     with pytest.raises(UserError, match="the model's probabilities aren't finite numbers, so no answer can be drawn"):
         draw(model, PROMPTS, 2, 4, ENDS, 0)
 

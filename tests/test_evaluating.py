@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from conftest import build_model, build_tokenizer, reward_rows
-from nca_align import evaluating
+from nca_align import evaluating, generations
 from nca_align.errors import UserError
 from nca_align.evaluating import (
     MODES,
@@ -381,6 +381,21 @@ def test_of_several_splits_the_held_out_one_is_answered(model_dir, adapter_dir, 
     assert f"Prompts of {tmp_path / 'data'}, split test" in capsys.readouterr().err
     own = generation_options(tmp_path, model_dir, adapter_dir, **options, split="train", output=str(tmp_path / "own"))
     assert evaluate_generations(own)[0].prompts == 3
+
+
+@pytest.mark.parametrize(
+    ("scorers", "message"),
+    [
+        ({"scorer": ["a:b", "c:d"], "scorer_weights": [1.0]}, "has 1 values for 2 scorers"),
+        ({"scorer": ["nca_align.scorers:nothing"]}, "nothing"),
+    ],
+)
+def test_scorers_are_looked_at_before_any_model_answers(
+    scorers, message, model_dir, adapter_dir, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(generations, "sample", lambda *_: pytest.fail("a model answered"))
+    with pytest.raises((UserError, ValueError), match=message):
+        evaluate_generations(generation_options(tmp_path, model_dir, adapter_dir, **scorers))
 
 
 def test_another_number_of_answers_in_the_same_folder_is_refused(model_dir, adapter_dir, tmp_path):

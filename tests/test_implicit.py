@@ -257,6 +257,8 @@ def test_rows_are_the_held_out_split_or_all_of_one(data_file, adapter_dir, tmp_p
     assert len(load_rows(options(str(tmp_path), adapter_dir, split="train"))) == 4
     held_out = options(data_file, adapter_dir, split="validation", validation_fraction=0.34)
     assert len(load_rows(held_out)) == 2
+    (tmp_path / "test.jsonl").rename(tmp_path / "dev.jsonl")
+    assert len(load_rows(options(str(tmp_path), adapter_dir, split="dev"))) == 2
 
 
 MISTAKES = {

@@ -951,6 +951,17 @@ class TestSmolLM2:
         assert "Paris" in alone(model, tokenizer, question, max_new_tokens=16)
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_model_that_diverged_is_told(temperature, options, tokenizer, tmp_path):
+    model = build_model(tokenizer)
+    model.lm_head.weight.data.fill_(torch.nan)
+    model.save_pretrained(tmp_path / "diverged")
+    tokenizer.save_pretrained(tmp_path / "diverged")
+    write_prompts(tmp_path / "prompts.txt")
+    with pytest.raises(UserError, match="the model's probabilities aren't finite numbers, so no answer can be drawn"):
+        sample(options(model_name_or_path=str(tmp_path / "diverged"), temperature=temperature, num_completions=1))
+
+
 class TestQuickstartData:
     FOLDER = Path(__file__).resolve().parents[1] / "data" / "quickstart"
 

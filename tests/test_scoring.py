@@ -21,7 +21,7 @@ from trl.rewards import think_format_reward
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from conftest import build_model, build_tokenizer, reward_rows
-from nca_align import cli, smollm2
+from nca_align import cli, reward_models, smollm2
 from nca_align.data import load_reward_dataset
 from nca_align.errors import UserError
 from nca_align.prompts import text_of
@@ -335,6 +335,18 @@ class TestPipeline:
             score(options(f"pipeline:{name}:GOOD"))
         with pytest.raises(UserError, match=r"pipeline:.* has no classification head"):
             score(options(f"pipeline:{model_dir}:LABEL_0"))
+
+    def test_its_dtype_is_the_one_that_is_asked_for(self, tmp_path, options, monkeypatch):
+        name, _, _ = rewards_model(tmp_path, "single")
+        models, load = [], reward_models.from_pretrained
+
+        def spy(cls, *args, **kwargs):
+            models.append(load(cls, *args, **kwargs))
+            return models[-1]
+
+        monkeypatch.setattr(reward_models, "from_pretrained", spy)
+        score(options(f"pipeline:{name}", dtype="bfloat16"))
+        assert models[1][0].dtype == torch.bfloat16
 
     def test_one_label_needs_no_name(self, tmp_path, options):
         name, _, _ = rewards_model(tmp_path, "single")

@@ -20,6 +20,7 @@ from nca_align.inspecting import main as inspect_main
 from nca_align.sampling import main as sample_main
 from nca_align.scoring import main as score_main
 from nca_align.train import main as train_main
+from test_scoring import rewards_model
 
 PICKLE = "pytorch_model.bin"
 FAST = {
@@ -140,16 +141,20 @@ def model_with_code(model_dir, tmp_path, mark) -> str:
     tokenizer = build_tokenizer()
     build_model(tokenizer).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    add_code(folder, mark, "AutoModelForCausalLM", "LlamaForCausalLM")
+    return str(folder)
+
+
+def add_code(folder: Path, mark: Path, auto: str, base: str) -> None:
     config = json.loads((folder / "config.json").read_text())
-    config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.OwnModel"}}
+    config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.Own", auto: "own.OwnModel"}}
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "own.py").write_text(
         f"open({str(mark)!r}, 'w').close()\n"
-        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        f"from transformers import LlamaConfig, {base}\n"
         "class Own(LlamaConfig):\n    model_type = 'own'\n"
-        "class OwnModel(LlamaForCausalLM):\n    config_class = Own\n"
+        f"class OwnModel({base}):\n    config_class = Own\n"
     )
-    return str(folder)
 
 
 def test_code_beside_a_model_runs_only_where_it_was_asked_for(model_with_code, mark, tmp_path, capsys, monkeypatch):
@@ -168,10 +173,18 @@ def test_code_beside_a_model_runs_only_where_it_was_asked_for(model_with_code, m
     assert mark.exists()
 
 
-def test_code_beside_a_classifier_runs_where_it_was_asked_for(model_with_code, mark, tmp_path, monkeypatch):
+def test_code_beside_a_classifier_runs_where_it_was_asked_for(mark, tmp_path, monkeypatch):
+    name, _, _ = rewards_model(tmp_path, "classifier", num_labels=2)
+    add_code(Path(name), mark, "AutoModelForSequenceClassification", "LlamaForSequenceClassification")
+    with open(Path(name) / "own.py", "a") as code:  # its base comes from there
+        code.write(
+            "from transformers import AutoModel, LlamaModel\n"
+            "class Base(LlamaModel):\n    config_class = Own\n"
+            "AutoModel.register(Own, Base)\n"
+        )
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     arguments = flags(dataset_name=write_rows(tmp_path), output=tmp_path / "s.jsonl")
-    score_main([*arguments, *flags(scorer=f"pipeline:{model_with_code}:LABEL_0", trust_remote_code="true")])
+    assert score_main([*arguments, *flags(scorer=f"pipeline:{name}:LABEL_0", trust_remote_code="true")]) == 0
     assert mark.exists()
 
 

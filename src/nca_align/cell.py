@@ -31,6 +31,8 @@ from .smollm2 import resolve_model
 from .tokenization import rows_that_fit
 from .train import open_policy, open_tokenizer, set_threads
 
+logger = logging.getLogger("nca_align")
+
 # What a checkpoint holds for going on, and a finished cell's model doesn't need
 _STATE = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin")
 
@@ -60,8 +62,13 @@ def run_cell(folder: Path) -> None:
     tokenizer = open_tokenizer(name, model_args.model_revision, args.trust_remote_code)
     train, held_out = read_splits(script, data_options, args, evaluation)
     train = rows_that_fit(train, tokenizer, args)
-    if settings["num_completions"] is not None:
-        train = select_completions(train, f"first_{settings['num_completions']}")
+    if (count := settings["num_completions"]) is not None:
+        before, train = len(train), select_completions(train, f"first_{count}")
+        if len(train) < before:
+            logger.warning(
+                "%d of %d training prompts have fewer than %d completions and are left out of this cell, which takes "
+                "fewer steps than those that have them", before - len(train), before, count,
+            )  # fmt: skip
     scorers = open_scorers(  # before the model, which takes longer
         evaluation.scorer, evaluation.scorer_weights or None, trust_remote_code=args.trust_remote_code
     )

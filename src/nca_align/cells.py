@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from .checkpoints import whole_checkpoints
+from .data.source import visible_files
 from .errors import UserError
 from .files import replacing, write_json
 from .grid import Cell, Evaluation
@@ -86,10 +87,7 @@ def _refuse_changes(folder: Path, new: dict[str, Any]) -> None:
 def _data_content(name: str) -> str:
     """A hash of the file, folder or pattern of files that is here, whole; of a data set of the Hub its name."""
     path = Path(name).expanduser()
-    if path.is_dir():  # hidden files (.git, .cache) are no data
-        found = [own for own in path.rglob("*") if not any(p.startswith(".") for p in own.relative_to(path).parts)]
-    else:
-        found = [Path(own) for own in glob.glob(str(path), recursive=True)]
+    found = visible_files(path) if path.is_dir() else map(Path, glob.glob(str(path), recursive=True))
     digest = hashlib.sha256()
     # `datasets` writes cache-….arrow beside data that was saved to disk
     files = [own for own in sorted(found) if own.is_file() and not own.match("cache-*.arrow")]

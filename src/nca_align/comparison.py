@@ -2,17 +2,18 @@
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from .frontier import Curve, mean_and_interval, reward_at_kl
 from .grid import KEYS, Cell
 
 Row = dict[str, Any]
-Candidates = dict[tuple, dict[Any, float | None]]  # settings → seed → the metric
-Seeds = Mapping[tuple, set[Any]]  # settings → the seeds that the grid has of them
+Candidates = dict[tuple, list[float | None]]  # settings → the metric of each seed
+Seeds = Mapping[tuple, Collection[Any]]  # settings → the seeds that the grid has of them
 SPLITS = ("train", "validation", "test")  # of train log-ratios alone
 # column → name in the log, behind `eval_SPLIT_`
 FIGURES = {
@@ -86,9 +87,9 @@ def rows_of(cell: Cell, folder: Path) -> list[Row]:
 
 def seeds_of(cells: Iterable[Cell]) -> Seeds:
     """The seeds that each of the settings is to be run with."""
-    found: dict[tuple, set[Any]] = {}
+    found: dict[tuple, list[Any]] = {}
     for cell in cells:
-        found.setdefault(_settings(cell.settings), set()).add(cell.settings["seed"])
+        found.setdefault(_settings(cell.settings), []).append(cell.settings["seed"])
     return found
 
 
@@ -103,45 +104,45 @@ def select(validation: ValidationRows, selection: Selection, seeds: Seeds) -> di
         settings that there was to choose from.
     """
     chosen = {}
-    for group, candidates in _candidates(validation, selection).items():
+    for group, candidates in _candidates(validation, selection, seeds).items():
         known = {
-            settings: [value for value in values.values() if value is not None]
-            for settings, values in _whole(candidates, seeds).items()
-            if None not in values.values()
+            settings: [value for value in values if value is not None]
+            for settings, values in candidates.items()
+            if None not in values
         }
         if known:
-            best = max(known, key=lambda settings: sum(known[settings]))
-            chosen[group] = {"settings": dict(best), "values": known[best], "candidates": len(candidates)}
+            best = max(known, key=lambda settings: fmean(known[settings]))
+            chosen[group] = {"settings": dict(best), "values": known[best], "candidates": len(known)}
     return chosen
 
 
 def left_out(rows: Sequence[Row], selection: Selection, seeds: Seeds) -> list[str]:
-    """A line for each of what is compared of which no setting could be chosen, with the reason."""
-    validation, lines = ValidationRows.of(rows), []
-    chosen = select(validation, selection, seeds)
-    for group, candidates in _candidates(validation, selection).items():
-        if group in chosen:
-            continue
-        never = "" if selection.at_kl is None else f", or never came to a KL of {selection.at_kl:g}"
-        whole = _whole(candidates, seeds)
-        why = f"a run has no finite `{selection.column}`{never}" if whole else "each setting lacks a seed"
-        name = " ".join(f"{own}" for own in group if own is not None)
-        lines.append(f"Nothing chosen of {name}: {why}.")
+    """A line for each of what is compared of which settings had no part in the choice."""
+    lines = []
+    why = f"a run isn't finished or has no finite `{selection.column}`"
+    if selection.at_kl is not None:
+        why += f" at a KL of {selection.at_kl:g}, which it may never have come to"
+    for (method, strategy, count), candidates in _candidates(ValidationRows.of(rows), selection, seeds).items():
+        lacking = sum(None in values for values in candidates.values())
+        name = f"{method} {strategy}" + ("" if count is None else f" K {count}")
+        if lacking == len(candidates):
+            lines.append(f"Nothing chosen of {name}: of each setting {why}.")
+        elif lacking:
+            lines.append(f"{lacking} of {len(candidates)} settings of {name} had no part in the choice: {why}.")
     return lines
 
 
-def _candidates(validation: ValidationRows, selection: Selection) -> dict[tuple, Candidates]:
-    """What is compared → its candidates; the metric is None where it isn't finite or the KL wasn't come to."""
-    runs: dict[tuple, Candidates] = {}
-    for settings, seeds in _by_settings(validation.rows).items():
-        values = {seed: _value(rows, selection.column, selection.at_kl) for seed, rows in seeds.items()}
-        runs.setdefault(tuple(dict(settings)[name] for name in COMPARED), {})[settings] = values
-    return runs
-
-
-def _whole(candidates: Candidates, seeds: Seeds) -> Candidates:
-    """The settings that have every seed that they are to have."""
-    return {settings: values for settings, values in candidates.items() if values.keys() >= seeds[settings]}
+def _candidates(validation: ValidationRows, selection: Selection, seeds: Seeds) -> dict[tuple, Candidates]:
+    """What is compared → its candidates; None for a run that isn't there, isn't finite, or never came to the KL."""
+    runs = _by_settings(validation.rows)
+    found: dict[tuple, Candidates] = {}
+    for settings, own in seeds.items():
+        values = [
+            _value(runs[settings][seed], selection.column, selection.at_kl) if seed in runs.get(settings, {}) else None
+            for seed in own
+        ]
+        found.setdefault(tuple(dict(settings)[name] for name in COMPARED), {})[settings] = values
+    return found
 
 
 def selected_rows(rows: Sequence[Row], selection: Selection, seeds: Seeds) -> list[Row]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, GenerationConfig
+from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from . import layout
 from .errors import UserError
@@ -54,7 +54,7 @@ def draw(
         with neutral_generation(model, ends):
             drawn = model.generate(  # type: ignore[operator]
                 input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, num_return_sequences=count,
-                use_cache=True,
+                use_cache=True, logits_processor=LogitsProcessorList([FiniteLogits()]),
             )[:, longest:]  # fmt: skip
     answers = [_until_end(row, ends) for row in drawn.tolist()]
     return [answers[b * count : (b + 1) * count] for b in range(len(prompts))]
@@ -101,13 +101,31 @@ def _inverse(logits: Tensor, uniform: Tensor) -> Tensor:
     """(N,) the first token of each row up to which the probabilities' sum is more than its share `uniform` of all."""
     cumulative = logits.float().softmax(-1).cumsum(-1)
     whole = cumulative[:, -1]
-    if not whole.isfinite().all():
+    _refuse_not_finite(whole)
+    share = torch.minimum((uniform * whole).float(), whole.nextafter(torch.zeros_like(whole)))  # not rounded up to it
+    return torch.searchsorted(cumulative, share[:, None], right=True).squeeze(1)
+
+
+class FiniteLogits(LogitsProcessor):
+    """Stops `generate` where it would draw from what is no distribution, or take the largest of NaN."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """`scores` (N, V) as they are.
+
+        Raises:
+            UserError: a row of them has a NaN or +inf, or -inf alone.
+        """
+        _refuse_not_finite(scores.amax(-1))
+        return scores
+
+
+def _refuse_not_finite(rows: Tensor) -> None:
+    """Raise where one of `rows` (N,), whose largest logits or sums of probabilities they are, isn't finite."""
+    if not rows.isfinite().all():
         raise UserError(
             "the model's probabilities aren't finite numbers, so no answer can be drawn: its training diverged, or its "
             "weights are damaged; train it with a lower `learning_rate`, or look at the checkpoint before"
         )
-    share = torch.minimum((uniform * whole).float(), whole.nextafter(torch.zeros_like(whole)))  # not rounded up to it
-    return torch.searchsorted(cumulative, share[:, None], right=True).squeeze(1)
 
 
 @contextmanager

@@ -10,8 +10,9 @@ from .evaluating import EvaluateOptions, Evaluation, evaluate, print_table
 from .figures import Estimate, mean_over_prompts, rewards_by_prompt
 from .files import can_be_written
 from .prompts import load_raw, split_to_answer
+from .reward_functions import find_function, is_function
 from .sampling import SampleOptions, sample
-from .scoring import ScoreOptions, score
+from .scoring import ScoreOptions, check_weights, score
 
 
 @dataclass(kw_only=True)
@@ -49,6 +50,9 @@ class GenerationOptions:
     trust_remote_code: bool = field(default=False, metadata={"help": "run code that comes with a model"})
     batch_size: int = field(default=8, metadata={"help": "prompts a batch of sampling, completions one of the rest"})
 
+    def __post_init__(self):
+        check_weights(self.scorer_weights, len(self.scorer))
+
 
 def evaluate_generations(options: GenerationOptions) -> list[Evaluation]:
     """Answer, score, compare: `nca-align sample` at temperature 1 and top-p 1, `score`, and the table of `evaluate`.
@@ -61,6 +65,8 @@ def evaluate_generations(options: GenerationOptions) -> list[Evaluation]:
     Raises:
         UserError: whatever the user can mend, in one sentence.
     """
+    for spec in filter(is_function, options.scorer):
+        find_function(spec)  # before any model answers
     folder = Path(options.output)
     with can_be_written(folder):
         folder.mkdir(parents=True, exist_ok=True)

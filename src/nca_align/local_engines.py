@@ -22,8 +22,9 @@ def transformers_engine(options: "SampleOptions") -> Engine:
     base is quantised as its run's record says.
     """
     import torch
-    from transformers import GenerationConfig
+    from transformers import GenerationConfig, LogitsProcessorList
 
+    from .drawing import FiniteLogits
     from .policies import add_adapter, load_model, torch_dtype, trained_quantization
     from .preparation import base_model, refuse_virtual_tokens
 
@@ -66,7 +67,7 @@ def transformers_engine(options: "SampleOptions") -> Engine:
             torch.manual_seed(seed_of(options.seed, shard, batch))
             out = model.generate(
                 **inputs, max_new_tokens=options.max_new_tokens, num_return_sequences=options.num_completions,
-                **sampling,
+                logits_processor=LogitsProcessorList([FiniteLogits()]), **sampling,
             )[:, inputs["input_ids"].shape[1] :].tolist()  # fmt: skip
             drawn = []
             for tokens in out:

@@ -47,9 +47,9 @@ class ScoreOptions:
         metadata={"help": "rows that can't be scored: stop, once all others are done and kept, or drop and count them"},
     )
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = field(
-        default="auto", metadata={"help": "of reward models; auto: bfloat16 on a GPU, float32 on a CPU"}
+        default="auto", metadata={"help": "of reward models and classifiers; auto: bfloat16 on a GPU, float32 on a CPU"}
     )
-    trust_remote_code: bool = field(default=False, metadata={"help": "run code that comes with a reward model"})
+    trust_remote_code: bool = field(default=False, metadata={"help": "run code that comes with a scorer's model"})
     batch_size: int = field(default=16, metadata={"help": "completions a batch of a model"})
     shard_size: int = field(default=64, metadata={"help": "rows a shard, the unit in which work is kept"})
 

@@ -55,7 +55,7 @@ def open_source(path: str, name: str | None, streaming: bool, drop: bool) -> tup
             saved = load_from_disk(str(local))
             splits = dict(saved) if isinstance(saved, DatasetDict) else {"train": saved}
             return {key: split.to_iterable_dataset() if streaming else split for key, split in splits.items()}, 0
-        files = sorted(str(file) for file in local.rglob("*") if file.suffix in _BUILDERS)
+        files = [str(file) for file in visible_files(local) if file.suffix in _BUILDERS]
         kind = _kind(files, path)
         return _load(path, kind, files, streaming, (str(local), name), {}), 0
     files = [str(local)] if local.is_file() else sorted(glob.glob(str(local), recursive=True))
@@ -64,6 +64,12 @@ def open_source(path: str, name: str | None, streaming: bool, drop: bool) -> tup
     if path.startswith(("/", ".", "~")) or local.suffix in _BUILDERS or path.count("/") > 1 or glob.has_magic(path):
         raise FileNotFoundError(f"`dataset_name` is {path!r}, and there is no such file; give the path of one")
     return _open_hub(path, name, streaming), 0
+
+
+def visible_files(folder: Path) -> list[Path]:
+    """What is in the folder and those below it, in order; hidden ones (.git, .ipynb_checkpoints) are no data."""
+    found = sorted(folder.rglob("*"))
+    return [path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
 
 
 def _open_hub(path: str, name: str | None, streaming: bool) -> dict[str, Any]:

@@ -84,7 +84,13 @@ def held_out_split(names: Mapping[str, Any] | list[str]) -> str:
     Raises:
         ValueError: there are several, and none or more than one of them is held out.
     """
-    return next(iter(names)) if len(names) == 1 else find_split(names, "test")
+    if len(names) == 1:
+        return next(iter(names))
+    held_out = [name for name in names if name in _HELD_OUT]
+    if "test" in held_out or len(held_out) == 1:
+        return "test" if "test" in held_out else held_out[0]
+    which = "none is known to be held out" if not held_out else f"{' and '.join(held_out)} are held out"
+    raise ValueError(f"the data set has the splits {', '.join(names)}, of which {which}; choose one by `split`")
 
 
 def select_split(dataset: Mapping[str, Any], name: str) -> Any:
