@@ -19,7 +19,7 @@ from nca_align.files import write_csv
 from nca_align.frontier import Curve, curves_of, mean_and_interval
 from nca_align.grid import KEYS
 from nca_align.report_charts import likelihood_charts, run_charts
-from nca_align.report_figures import charts_of
+from nca_align.report_figures import charts_of, plot
 from nca_align.report_page import build_page
 from nca_align.reporting import Run, equal_kls, labels, main, prefixes, read_run, write_report
 
@@ -118,6 +118,50 @@ def test_training_prompts_have_a_chart_of_their_own():
     assert set(titles[1]) - set(titles[0]) == {"Log-ratio of the best completion, training prompts"}
     train, test = (chart.series[0].y for chart in likelihood_charts(rows + seen, curves_of(rows + seen))[:2])
     assert train == pytest.approx([value + 5 for value in test])
+
+
+def test_before_training_all_rewards_are_equal_and_no_accuracy_is_shown():
+    rows = [{key: str(value) for key, value in row.items()} for row in comparison_rows()]
+    charts = {chart.title: chart for chart in likelihood_charts(rows, curves_of(rows))}
+    steps = {int(row["step"]) for row in rows}
+    assert 0 in steps
+    assert set(charts["Log-ratio of the best completion, test prompts"].series[0].x) == steps
+    assert set(charts["Ranking accuracy, test prompts"].series[0].x) == steps - {0}
+
+
+def drawn(charts: list[Chart], path: Path, monkeypatch):
+    """The picture that `plot` saves there."""
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    kept, close = [], pyplot.close
+    monkeypatch.setattr(pyplot, "close", kept.append)
+    plot(charts, "title", path)
+    close(kept[0])
+    assert path.stat().st_size > 5000
+    return kept[0]
+
+
+def test_bars_far_wider_than_the_curves_do_not_stretch_a_plot(tmp_path, monkeypatch):
+    wide = [(-50.0, 50.0)] * 2
+    frontier = Chart("", [Series(name, [0, 2], [0, 1], wide, wide) for name in "ab"], "KL", "")
+    alone = Chart("", [Series("", [0, 2], [0, 1], y_bars=wide)], "α", "")
+    first, second = drawn([frontier, alone], tmp_path / "a.png", monkeypatch).axes
+    assert -0.5 < first.get_xlim()[0] < 0 < 2 < first.get_xlim()[1] < 2.5
+    assert -2 < first.get_ylim()[0] < 0 < 1 < first.get_ylim()[1] < 3
+    assert second.get_ylim()[0] < -50  # of one curve all is shown
+    assert second.get_legend() is None
+
+
+def test_charts_of_the_same_curves_have_one_legend_and_their_bars_stand_beside_each_other(tmp_path, monkeypatch):
+    bars = [(0.0, 1.0)] * 2
+    same = [Chart(f"{i}", [Series(name, [0, 10], [i, 1], y_bars=bars) for name in "ab"], "step", "") for i in (0, 1)]
+    other = Chart("other", [Series("c", [0, 10], [0, 1])], "step", "")
+    picture = drawn([*same, other], tmp_path / "a.png", monkeypatch)
+    assert [text.get_text() for text in picture.legends[0].get_texts()] == ["a", "b"]
+    first, second, third = picture.axes[:3]
+    assert first.get_legend() is second.get_legend() is None
+    assert [text.get_text() for text in third.get_legend().get_texts()] == ["c"]
+    places = [float(one.lines[0].get_xdata()[1]) for one in first.containers]
+    assert places[0] < 10 < places[1] < 10.2
 
 
 # What is read

@@ -51,7 +51,7 @@ def curves(chart: Chart) -> str:
     ys = [y for one in series for y in one.y]
     x_range = (0.0, 1.0) if chart.diagonal else (min(xs), max(xs))
     if y_range is None:
-        y_range = _range(ys, [end for one in series for bar in one.y_bars or () for end in bar])
+        y_range = axis_range(ys, [end for one in series for bar in one.y_bars or () for end in bar])
     frame = Frame(x_range, y_range)
     parts = []
     if y_range[0] < 0 < y_range[1]:
@@ -84,7 +84,7 @@ def curves(chart: Chart) -> str:
 
 def whiskers(rows: Sequence[tuple[str, float, float, float]], title: str, styles: Sequence[int]) -> str:
     """A row for each (name, mean, low, high), its name above a dot and its interval; `styles` number their colours."""
-    low, high = _range([mean for _, mean, _, _ in rows], [end for _, _, *ends in rows for end in ends])
+    low, high = axis_range([mean for _, mean, _, _ in rows], [end for _, _, *ends in rows for end in ends])
     left, right, step = 12, 300, 40
 
     def place(value: float) -> float:
@@ -103,9 +103,9 @@ def whiskers(rows: Sequence[tuple[str, float, float, float]], title: str, styles
     return svg(title, step * len(rows) + 8, parts)
 
 
-def _range(values: Sequence[float], ends: Sequence[float]) -> tuple[float, float]:
-    """What an axis shows. Bars of few seeds can be far wider than all that is to be seen: they widen it, but at most
-    threefold."""
+def axis_range(values: Sequence[float], ends: Sequence[float]) -> tuple[float, float]:
+    """What an axis shows of `values` and of the ends of their bars. Bars of few seeds can be far wider than all that is
+    to be seen: they widen it, but at most threefold."""
     low, high = min(values), max(values)
     span = high - low or abs(low) * 0.1 or 1.0
     known = [end for end in ends if math.isfinite(end)]

@@ -85,6 +85,12 @@ def rows_of(cell: Cell, folder: Path) -> list[Row]:
     ]
 
 
+def compared_name(row: Mapping[str, Any]) -> str:
+    """What a row is of, of what is compared: `nca rewards`, `nca rewards K 2`."""
+    count = row.get("num_completions")
+    return " ".join([*(f"{row[name]}" for name in COMPARED[:2] if row.get(name)), *([f"K {count}"] if count else [])])
+
+
 def seeds_of(cells: Iterable[Cell]) -> Seeds:
     """The seeds that each of the settings is to be run with."""
     found: dict[tuple, list[Any]] = {}
@@ -122,9 +128,9 @@ def left_out(rows: Sequence[Row], selection: Selection, seeds: Seeds) -> list[st
     why = f"a run isn't finished or has no finite `{selection.column}`"
     if selection.at_kl is not None:
         why += f" at a KL of {selection.at_kl:g}, which it may never have come to"
-    for (method, strategy, count), candidates in _candidates(ValidationRows.of(rows), selection, seeds).items():
+    for candidates in _candidates(ValidationRows.of(rows), selection, seeds).values():
         lacking = sum(None in values for values in candidates.values())
-        name = f"{method} {strategy}" + ("" if count is None else f" K {count}")
+        name = compared_name(dict(next(iter(candidates))))
         if lacking == len(candidates):
             lines.append(f"Nothing chosen of {name}: of each setting {why}.")
         elif lacking:

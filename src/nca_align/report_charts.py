@@ -121,7 +121,7 @@ def frontier_chart(rows: Rows, groups: Groups) -> Chart:
         x, y = [kl[step] for step in steps], [reward[step] for step in steps]
         shown.append(Series(names[setting], _means(x), _means(y), _bars(x), _bars(y)))
     return Chart(
-        "Reward against KL", shown, "KL(π || π_ref), nats",
+        "Reward against KL, test prompts", shown, "KL(π || π_ref), nats",
         "Each line is one setting, each point one evaluation of its runs from the first step to the last: how far "
         "they went from the reference, and the reward that this gave. Higher at the same KL is better. Points are "
         f"means over seeds ({seeds(groups)}), bars their 95% t-intervals in both directions, cut at the chart's edge.",
@@ -136,18 +136,19 @@ def likelihood_charts(rows: Rows, groups: Groups) -> list[Chart]:
     )
     seen = "log(π/π_ref) in nats of the best completion of training prompts: the paper's Figure 2"
     accuracy = (
-        "Share of the pairs with unequal rewards that the implicit reward orders right (a coin gets 0.5; equal counts "
-        "as wrong, so that step 0 has 0)"
+        "Share of the pairs with unequal rewards that the implicit reward orders right (a coin gets 0.5); at step 0 "
+        "all implicit rewards are equal"
     )
     for split, column, title, what in (
         ("train", "logratio_best", "Log-ratio of the best completion, training prompts", seen),
-        ("test", "logratio_best", "Log-ratio of the best completion", ratio.format("best")),
-        ("test", "logratio_worst", "Log-ratio of the worst completion", ratio.format("worst")),
-        ("test", "accuracy", "Ranking accuracy", accuracy),
+        ("test", "logratio_best", "Log-ratio of the best completion, test prompts", ratio.format("best")),
+        ("test", "logratio_worst", "Log-ratio of the worst completion, test prompts", ratio.format("worst")),
+        ("test", "accuracy", "Ranking accuracy, test prompts", accuracy),
     ):
         shown = []
         for setting in groups:
-            if points := over_steps(rows, setting, column, split):
+            points = over_steps(rows, setting, column, split)
+            if points := [point for point in points if point[0] > 0 or column != "accuracy"]:
                 steps, values = zip(*points, strict=True)
                 shown.append(Series(names[setting], steps, _means(values), y_bars=_bars(values)))
         if shown:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from .charts import Bars, Chart
+from .charts import Bars, Chart, axis_range
 from .report_charts import frontier_chart, likelihood_charts, run_charts, seeds
 from .reporting import Comparison, Run
 
@@ -44,30 +44,57 @@ def bars_of(one: Run | Comparison) -> str:
 
 
 def plot(charts: Sequence[Chart], title: str, path: Path) -> None:
-    """The charts in rows of two."""
+    """The charts in rows of two; those with the first one's curves share its legend, below."""
     from matplotlib import pyplot as plt
 
     rows = -(-len(charts) // 2)
     picture, axes = plt.subplots(rows, 2, figsize=(11, 3.8 * rows), layout="constrained", squeeze=False)
+    first = _names(charts[0])
+    shared = sum(_names(chart) == first for chart in charts) > 1
     for axis, chart in zip(axes.flat, charts, strict=False):
         for i, one in enumerate(chart.series):
             axis.errorbar(
-                one.x, one.y, xerr=_arms(one.x, one.x_bars), yerr=_arms(one.y, one.y_bars), label=one.name,
-                color=f"C{i % 10}", linestyle=("-", "--", ":")[i // 10 % 3], marker="o", markersize=3, elinewidth=0.8,
+                _beside(one.x, i, chart), one.y, xerr=_arms(one.x, one.x_bars), yerr=_arms(one.y, one.y_bars),
+                label=one.name, color=f"C{i % 10}", linestyle=("-", "--", ":")[i // 10 % 3], marker="o", markersize=3,
+                elinewidth=0.8,
             )  # fmt: skip
         axis.set(title=chart.title, xlabel=chart.x_label)
-        if chart.y_range is not None:
-            axis.set_ylim(*chart.y_range)
+        if chart.y_range or len(chart.series) > 1:  # of one curve all of its bars are shown
+            axis.set_ylim(*(chart.y_range or _range_of(chart, "y")))
+        if any(one.x_bars for one in chart.series):
+            axis.set_xlim(*_range_of(chart, "x"))
         if chart.diagonal:
             axis.plot([0, 1], [0, 1], color="grey", linestyle="--", linewidth=0.8)
         elif axis.get_ylim()[0] < 0 < axis.get_ylim()[1]:
             axis.axhline(0, color="grey", linewidth=0.6)
-        axis.legend(fontsize="small")
+        if any(_names(chart)) and not (shared and _names(chart) == first):
+            axis.legend(fontsize="small")
     for axis in axes.flat[len(charts) :]:
         axis.set_visible(False)
+    if shared:
+        picture.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize="small")
     picture.suptitle(title)
     picture.savefig(path, dpi=120)
     plt.close(picture)
+
+
+def _names(chart: Chart) -> list[str]:
+    return [one.name for one in chart.series]
+
+
+def _range_of(chart: Chart, direction: str) -> tuple[float, float]:
+    """What the axis shows, as on the page; across, bars widen it in no way."""
+    values = [value for one in chart.series for value in getattr(one, direction)]
+    ends = [end for one in chart.series for bar in one.y_bars or () for end in bar] if direction == "y" else []
+    return axis_range(values, ends)
+
+
+def _beside(x: Sequence[float], i: int, chart: Chart) -> list[float]:
+    """`x`, a little to the side for each series where bars stand over the same steps."""
+    if not any(one.y_bars for one in chart.series) or any(one.x_bars for one in chart.series):
+        return list(x)
+    every = [value for one in chart.series for value in one.x]
+    return [value + (i - (len(chart.series) - 1) / 2) * 0.012 * (max(every) - min(every)) for value in x]
 
 
 def _arms(values: Sequence[float], bars: Bars | None) -> list[float] | None:

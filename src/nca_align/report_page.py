@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from . import pages
 from .charts import card, whiskers
-from .comparison import COMPARED
+from .comparison import compared_name
 from .frontier import Interval, curves_of, ends, mean_and_interval, reward_at_kl
 from .pages import Tile, figure
 from .report_charts import MOST_CURVES, Groups, frontier_chart, likelihood_charts, run_charts
@@ -95,7 +95,7 @@ def _comparison(found: Comparison, at_kl: Sequence[float]) -> str:
 
 def _compared(rows: Sequence[Mapping[str, str]]) -> dict[str, None]:
     """What settings were to be chosen for, each once."""
-    return dict.fromkeys(" ".join(row[name] for name in COMPARED if row.get(name)) for row in rows)
+    return dict.fromkeys(map(compared_name, rows))
 
 
 def _equal_kl(groups: Groups, at_kl: Sequence[float]) -> list[str]:
