@@ -22,20 +22,24 @@ from pathlib import Path
 from nca_align.charts import Chart, Series
 from nca_align.files import read_csv, write_csv
 from nca_align.frontier import Curve, Interval, Setting, curves_of, ends, mean_and_interval, reward_at_kl, setting_of
-from nca_align.report_charts import frontier_chart, likelihood_charts
+from nca_align.report_charts import frontier_chart, likelihood_charts, seeds
 from nca_align.report_figures import plot
 from nca_align.reporting import labels
 
 ROOT = Path(__file__).resolve().parents[1]
 Row = Mapping[str, str]
-EQUAL_KL = (0.5, 1.0, 1.5, 3.0)
+# figure at equal KL → split, column and KL
+EQUAL_KL = {f"reward at KL {kl:g}": ("test", "reward", kl) for kl in (0.5, 1.0, 1.5, 3.0)} | {
+    "train logratio_best at KL 1": ("train", "logratio_best", 1.0),
+    "logratio_best at KL 1": ("test", "logratio_best", 1.0),
+}
 AT_THE_END = (
     "reward", "kl", "win_rate", "tokens", "cut", "distinct_2", "train logratio_best", "train logratio_worst",
     "logratio_best", "logratio_worst", "accuracy",
 )  # fmt: skip
 MINUS_NCA = ("minus_nca", "minus_nca_low", "minus_nca_high")
 COLUMNS = ("label", "figure", "mean", "low", "high", "n", *MINUS_NCA)
-FIGURES = (*(f"reward at KL {kl:g}" for kl in EQUAL_KL), *AT_THE_END)
+FIGURES = (*EQUAL_KL, *AT_THE_END)
 MISSING = {"equal": "not reached", "end": "–"}
 START = "before training"
 
@@ -56,8 +60,11 @@ def _alpha(row: Row) -> bool:
     return not _count(row) and not _pairs(row)
 
 
-# parts with a number that varies: its name, and its value where all completions are taken
-AXES = {"alpha": ("alpha", math.nan), "completions": ("num_completions", 4.0)}
+# parts with a number that varies → its name, and what stands across: of K its value where all completions are taken
+AXES: dict[str, tuple[str, str, Callable[[str | None], float]]] = {
+    "alpha": ("alpha", "log₁₀ α", lambda value: math.log10(float(value or "nan"))),
+    "completions": ("num_completions", "K", lambda value: float(value or 4)),
+}
 # part → the comparisons that it is made of, and which of their rows
 PARTS: dict[str, Sequence[tuple[str, Callable[[Row], bool]]]] = {
     "task1": [("task1", lambda row: True)],
@@ -90,9 +97,15 @@ def seed_values(curves: Sequence[Curve], rows: Sequence[Row], setting: Setting) 
     for name in AT_THE_END:
         split, column = ("train", name.removeprefix("train ")) if name.startswith("train ") else ("test", name)
         found[name] = {seed: value for seed, (_, value) in ends(rows, setting, column, split).items()}
-    for kl in EQUAL_KL:
-        at = {curve.seed: value for curve in curves if (value := reward_at_kl(curve, kl)) is not None}
-        found[f"reward at KL {kl:g}"] = at if len(at) == len(curves) else {}
+    known = {(row["split"], row["seed"], int(row["step"])): row for row in rows if setting_of(row) == setting}
+    for name, (split, column, kl) in EQUAL_KL.items():
+        at: dict[str, float] = {}
+        for curve in curves:
+            values = {step: known.get((split, curve.seed, step), {}).get(column) for step, _, _ in curve.points}
+            own = tuple((step, here, float(value)) for step, here, _ in curve.points if (value := values[step]))
+            if (found_there := reward_at_kl(Curve(curve.seed, own), kl)) is not None:
+                at[curve.seed] = found_there
+        found[name] = at if len(at) == len(curves) else {}
     return {name: values for name, values in found.items() if values}
 
 
@@ -109,12 +122,12 @@ def means(rows: Sequence[Row]) -> list[dict[str, object]]:
         values = {START: start} | values
     table: list[dict[str, object]] = []
     for label, figures in values.items():
-        for figure, seeds in figures.items():
-            line: dict[str, object] = {"label": label, "figure": figure, "n": len(seeds)}
-            line |= _fields(("mean", "low", "high"), [*seeds.values()])
+        for figure, own in figures.items():
+            line: dict[str, object] = {"label": label, "figure": figure, "n": len(own)}
+            line |= _fields(("mean", "low", "high"), [*own.values()])
             base = {} if label == START or figures is first else first.get(figure, {})
-            if base.keys() == seeds.keys():
-                line |= _fields(MINUS_NCA, [seeds[seed] - base[seed] for seed in seeds])
+            if base.keys() == own.keys():
+                line |= _fields(MINUS_NCA, [own[seed] - base[seed] for seed in own])
             table.append(line)
     return table
 
@@ -136,7 +149,8 @@ def shown(row: Row, name: str = "mean") -> str:
 
 def markdown(table: Sequence[Row], kind: str) -> str:
     """A row a setting: of kind `equal`, rewards at equal KL and in brackets the difference from NCA; `end`, the end."""
-    figures = FIGURES[: len(EQUAL_KL)] if kind == "equal" else AT_THE_END
+    equal = [figure for figure, (_, column, _) in EQUAL_KL.items() if column == "reward"]
+    figures = tuple(equal) if kind == "equal" else AT_THE_END
     found: dict[str, dict[str, Row]] = {}
     for row in table:
         if kind == "end" or row["label"] != START:
@@ -208,23 +222,31 @@ def write_part(part: str, rows: Sequence[dict[str, str]], output: Path) -> None:
     groups = curves_of(rows)
     charts = [frontier_chart(rows, groups), *likelihood_charts(rows, groups)]
     if part in AXES:
-        charts = [*charts, *axis_charts(*AXES[part], groups, read_csv(output / f"{part}-means.csv"))]
-    plot(charts, f"{part}: means over seeds, bars: 95% t-intervals", output / f"{part}.png")
+        charts = [*charts, *axis_charts(part, groups, read_csv(output / f"{part}-means.csv"))]
+    plot(charts, f"{part}: means over seeds ({seeds(groups)}), bars: 95% t-intervals", output / f"{part}.png")
 
 
-def axis_charts(
-    name: str, default: float, groups: Mapping[Setting, Sequence[Curve]], table: Sequence[Row]
-) -> list[Chart]:
-    """Figures with the setting `name` across; `default` is its value where a setting doesn't name it."""
-    at = {label: float(dict(setting).get(name, default)) for setting, label in labels([*groups]).items()}
+def axis_charts(part: str, groups: Mapping[Setting, Sequence[Curve]], table: Sequence[Row]) -> list[Chart]:
+    """Figures with the number that varies in the part across."""
+    name, across, place = AXES[part]
+    at = {label: place(dict(setting).get(name)) for setting, label in labels([*groups]).items()}
+    titles = {
+        "reward": "Reward at the end",
+        "reward at KL 1": "Reward at a KL of 1, of those that came so far",
+        "kl": "KL at the end",
+        "logratio_best": "Best completion's log-ratio at the end, test prompts",
+        "train logratio_best": "Best completion's log-ratio at the end, training prompts",
+    }
+    if name == "num_completions":
+        del titles["train logratio_best"]  # the best of two isn't the best of four
     charts = []
-    for figure in ("reward at KL 1", "reward", "train logratio_best"):
+    for figure, title in titles.items():
         told = (row for row in table if row["figure"] == figure and row["label"] in at)
         rows = sorted(told, key=lambda row: at[row["label"]])
         x, y = [at[row["label"]] for row in rows], [float(row["mean"]) for row in rows]
         bars = [(float(row["low"] or -math.inf), float(row["high"] or math.inf)) for row in rows]
         if rows:
-            charts.append(Chart(figure, [Series("nca", x, y, y_bars=bars)], name, ""))
+            charts.append(Chart(title, [Series("", x, y, y_bars=bars)], across, ""))
     return charts
 
 

@@ -104,7 +104,9 @@ def test_tables_are_means_over_seeds_at_the_end_and_at_equal_kl(tmp_path):
     found = {(row["label"], row["figure"]): row for row in read_csv(tmp_path / "docs" / "study" / "task1-means.csv")}
     assert float(found["nca", "reward at KL 1.5"]["mean"]) == pytest.approx(0.4 + 0.1 * 1.5**0.5 + 0.02)
     assert float(found["dpo", "reward"]["mean"]) == pytest.approx(0.4 + 0.4 + 0.02)
+    assert float(found["nca", "logratio_best at KL 1"]["mean"]) == -1
     assert ("nca", "train logratio_best") not in found  # no row has one
+    assert ("nca", "train logratio_best at KL 1") not in found
     assert ("dpo", "win_rate") not in found  # nor had one
     row = found["dpo", "reward at KL 1.5"]
     assert float(row["high"]) - float(row["mean"]) == pytest.approx(4.3027 * 0.01 / 3**0.5, abs=1e-5)
@@ -190,6 +192,12 @@ def test_what_was_not_reached_is_told_and_a_setting_that_is_in_no_table_is_an_er
             study_results.fill(f"<!-- {wrong} -->1<!-- -->", {"task1": rows})
 
 
+def test_a_part_that_is_none_is_refused_before_any_runs():
+    result = subprocess.run(["bash", ROOT / "scripts/study.sh", "task1", "alpha"], capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == "no part `alpha`; there are task1, task2 and ablations\n"
+
+
 def test_without_runs_it_says_what_to_run(tmp_path):
     result = subprocess.run(
         [sys.executable, ROOT / "scripts/study_results.py", tmp_path], capture_output=True, text=True
@@ -245,7 +253,7 @@ class TestNumbers:
         kto, all_pairs, last, usual = minutes.values()
         assert (
             f"took {min(usual):.0f} to {max(usual):.0f} minutes on one core (KTO's {fmean(kto):.0f} and those of DPO "
-            f"on all pairs {fmean(all_pairs):.0f}; the last one, which had both, {last[0]:.0f})"
+            f"on all pairs {fmean(all_pairs):.0f}; `nca-best_worst-seed3`, the last one, had both cores, {last[0]:.0f})"
         ) in page
         every = [*kto, *all_pairs, *last, *usual]
         assert len(every) == sum(CELLS.values())
