@@ -23,15 +23,15 @@ from nca_align.charts import Chart, Series
 from nca_align.files import read_csv, write_csv
 from nca_align.frontier import Curve, Interval, Setting, curves_of, ends, mean_and_interval, reward_at_kl, setting_of
 from nca_align.report_charts import frontier_chart, likelihood_charts, seeds
-from nca_align.report_figures import plot
+from nca_align.report_figures import LAYOUT, plot
 from nca_align.reporting import labels
 
 ROOT = Path(__file__).resolve().parents[1]
 Row = Mapping[str, str]
 # figure at equal KL → split, column and KL
 EQUAL_KL = {f"reward at KL {kl:g}": ("test", "reward", kl) for kl in (0.5, 1.0, 1.5, 3.0)} | {
-    "train logratio_best at KL 1": ("train", "logratio_best", 1.0),
-    "logratio_best at KL 1": ("test", "logratio_best", 1.0),
+    "train logratio_best at KL 1.1": ("train", "logratio_best", 1.1),
+    "logratio_best at KL 1.1": ("test", "logratio_best", 1.1),
 }
 AT_THE_END = (
     "reward", "kl", "win_rate", "tokens", "cut", "distinct_2", "train logratio_best", "train logratio_worst",
@@ -102,7 +102,12 @@ def seed_values(curves: Sequence[Curve], rows: Sequence[Row], setting: Setting) 
         at: dict[str, float] = {}
         for curve in curves:
             values = {step: known.get((split, curve.seed, step), {}).get(column) for step, _, _ in curve.points}
-            own = tuple((step, here, float(value)) for step, here, _ in curve.points if (value := values[step]))
+            own = tuple(
+                (step, here, float(value))
+                for step, here, _ in curve.points
+                # of a reward it is known how it begins (`reward_at_kl`), of a log-ratio it isn't
+                if (value := values[step]) and (step > 0 or column == "reward")
+            )
             if (found_there := reward_at_kl(Curve(curve.seed, own), kl)) is not None:
                 at[curve.seed] = found_there
         found[name] = at if len(at) == len(curves) else {}
@@ -223,7 +228,8 @@ def write_part(part: str, rows: Sequence[dict[str, str]], output: Path) -> None:
     charts = [frontier_chart(rows, groups), *likelihood_charts(rows, groups)]
     if part in AXES:
         charts = [*charts, *axis_charts(part, groups, read_csv(output / f"{part}-means.csv"))]
-    plot(charts, f"{part}: means over seeds ({seeds(groups)}), bars: 95% t-intervals", output / f"{part}.png")
+    title = f"{part}: means over seeds ({seeds(groups)}), bars: 95% t-intervals; {LAYOUT}"
+    plot(charts, title, output / f"{part}.png")
 
 
 def axis_charts(part: str, groups: Mapping[Setting, Sequence[Curve]], table: Sequence[Row]) -> list[Chart]:

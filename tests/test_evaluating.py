@@ -388,6 +388,8 @@ def test_of_several_splits_the_held_out_one_is_answered(model_dir, adapter_dir, 
     [
         ({"scorer": ["a:b", "c:d"], "scorer_weights": [1.0]}, "has 1 values for 2 scorers"),
         ({"scorer": ["nca_align.scorers:nothing"]}, "nothing"),
+        ({"scorer": ["pipeline:/no/classifier:GOOD"]}, "`scorer` is '/no/classifier', and there is no such folder"),
+        ({"scorer": ["./no-reward-model"]}, "`scorer` is './no-reward-model', and there is no such folder"),
     ],
 )
 def test_scorers_are_looked_at_before_any_model_answers(

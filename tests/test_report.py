@@ -149,6 +149,7 @@ def test_bars_far_wider_than_the_curves_do_not_stretch_a_plot(tmp_path, monkeypa
     assert -2 < first.get_ylim()[0] < 0 < 1 < first.get_ylim()[1] < 3
     assert second.get_ylim()[0] < -50  # of one curve all is shown
     assert second.get_legend() is None
+    assert second.lines[0].get_color() == "black"  # no colour of a curve that the legend names
 
 
 def test_charts_of_the_same_curves_have_one_legend_and_their_bars_stand_beside_each_other(tmp_path, monkeypatch):
@@ -233,10 +234,10 @@ def test_a_cells_plot_is_of_the_test_prompts():
 def test_what_nothing_was_chosen_of_is_told(tmp_path):
     rows = comparison_rows()
     own = write_comparison(tmp_path / "out", rows)
-    assert "Nothing was chosen of" not in build_page([read_run(own)])
+    assert "nothing was chosen of" not in build_page([read_run(own)])
     selected = [row for row in selected_rows(rows, Selection(), planned(rows)) if row["method"] != "sft"]
     write_csv(own / "selected.csv", selected)
-    assert "Nothing was chosen of sft" in build_page([read_run(own)])
+    assert "Of what is finished, nothing was chosen of sft rewards K 4:" in build_page([read_run(own)])
 
 
 def test_rewards_at_equal_kl_are_sorted_and_those_that_stopped_before_say_so(comparison):

@@ -18,6 +18,7 @@ from nca_align.scorers import vader, within_words
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
 study_results = pytest.importorskip("study_results")
+quickstart_results = pytest.importorskip("quickstart_results")
 START = study_results.START
 
 TASKS = {"vader": (4, vader), "words": (8, within_words)}
@@ -104,9 +105,8 @@ def test_tables_are_means_over_seeds_at_the_end_and_at_equal_kl(tmp_path):
     found = {(row["label"], row["figure"]): row for row in read_csv(tmp_path / "docs" / "study" / "task1-means.csv")}
     assert float(found["nca", "reward at KL 1.5"]["mean"]) == pytest.approx(0.4 + 0.1 * 1.5**0.5 + 0.02)
     assert float(found["dpo", "reward"]["mean"]) == pytest.approx(0.4 + 0.4 + 0.02)
-    assert float(found["nca", "logratio_best at KL 1"]["mean"]) == -1
     assert ("nca", "train logratio_best") not in found  # no row has one
-    assert ("nca", "train logratio_best at KL 1") not in found
+    assert ("nca", "logratio_best at KL 1.1") not in found  # all had gone further at their first evaluation
     assert ("dpo", "win_rate") not in found  # nor had one
     row = found["dpo", "reward at KL 1.5"]
     assert float(row["high"]) - float(row["mean"]) == pytest.approx(4.3027 * 0.01 / 3**0.5, abs=1e-5)
@@ -192,6 +192,31 @@ def test_what_was_not_reached_is_told_and_a_setting_that_is_in_no_table_is_an_er
             study_results.fill(f"<!-- {wrong} -->1<!-- -->", {"task1": rows})
 
 
+def test_log_ratios_at_equal_kl_are_those_between_two_evaluations(tmp_path):
+    comparison(tmp_path / "task1", [("nca", 0.1)])
+    rows = read_csv(tmp_path / "task1" / "comparison.csv")
+    for row in rows:
+        row["kl"] = str({"0": 0.0, "32": 0.81, "64": 1.21}[row["step"]])
+        row["logratio_best"] = str({"0": 5.0, "32": -1.0, "64": -3.0}[row["step"]])
+    (found,) = (row for row in study_results.means(rows) if row["figure"] == "logratio_best at KL 1.1")
+    assert found["mean"] == pytest.approx(-1 - 2 * (1.1**0.5 - 0.9) / (1.1 - 0.9))
+    assert found["n"] == 3
+
+
+def test_the_quickstarts_figures_are_those_that_it_logged_last():
+    log = [
+        {"step": 8, "logratios/rank_1": 1.0, "logratios/best": 1.0, "loss": 2.0},
+        {"step": 8, "eval_loss": 1.0, "eval_logratios/rank_1": -1.0, "eval_rewards/rank_1": -0.1},
+        {"step": 16, "logratios/rank_1": 3.0, "logratios/best": 3.0, "loss": 1.0},
+        {"step": 16, "eval_loss": 1.0, "eval_logratios/rank_1": -2.0, "eval_rewards/rank_1": -0.2},
+        {"step": 16, "train_loss": 1.0},
+    ]
+    assert [tuple(row.values()) for row in quickstart_results.rows(log)] == [
+        ("held-out", 16, "logratios/rank_1", -2.0), ("held-out", 16, "rewards/rank_1", -0.2),
+        ("training", 16, "logratios/rank_1", 3.0), ("training", 16, "logratios/best", 3.0),
+    ]  # fmt: skip
+
+
 def test_a_part_that_is_none_is_refused_before_any_runs():
     result = subprocess.run(["bash", ROOT / "scripts/study.sh", "task1", "alpha"], capture_output=True, text=True)
     assert (result.returncode, result.stdout) == (2, "")
@@ -267,7 +292,7 @@ class TestNumbers:
         assert section is not None
         assert quickstart is not None
         for text in (page[page.index("## Results") :], section[0], quickstart[0]):
-            bare = re.sub(
-                r"<!-- table .*?<!-- end -->|<!-- \w+; [^>]+ -->.*?<!-- -->|`[^`]*`", "", text, flags=re.DOTALL
-            )
+            settings = r"`(?:α = |alpha: )?(?:0\.01|0\.3|1\.1|1\.5)`|95% t-intervals"  # what isn't a result
+            marked = r"<!-- table .*?<!-- end -->|<!-- \w+; [^>]+ -->.*?<!-- -->"
+            bare = re.sub(f"{marked}|{settings}", "", text, flags=re.DOTALL)
             assert not re.findall(r"(?<![\w.])(?:[+−-]?\d+\.\d+|\d+ ?(?:%|per cent|nats))", bare)

@@ -66,8 +66,8 @@ def run_cell(folder: Path) -> None:
         before, train = len(train), select_completions(train, f"first_{count}")
         if len(train) < before:
             logger.warning(
-                "%d of %d training prompts have fewer than %d completions and are left out of this cell, which takes "
-                "fewer steps than those that have them", before - len(train), before, count,
+                "%d of %d training prompts have fewer than %d completions and are left out of this cell: its epoch is "
+                "shorter than that of a cell with fewer completions", before - len(train), before, count,
             )  # fmt: skip
     scorers = open_scorers(  # before the model, which takes longer
         evaluation.scorer, evaluation.scorer_weights or None, trust_remote_code=args.trust_remote_code

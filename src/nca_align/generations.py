@@ -10,9 +10,8 @@ from .evaluating import EvaluateOptions, Evaluation, evaluate, print_table
 from .figures import Estimate, mean_over_prompts, rewards_by_prompt
 from .files import can_be_written
 from .prompts import load_raw, split_to_answer
-from .reward_functions import find_function, is_function
 from .sampling import SampleOptions, sample
-from .scoring import ScoreOptions, check_weights, score
+from .scoring import ScoreOptions, check_scorers, check_weights, score
 
 
 @dataclass(kw_only=True)
@@ -65,8 +64,7 @@ def evaluate_generations(options: GenerationOptions) -> list[Evaluation]:
     Raises:
         UserError: whatever the user can mend, in one sentence.
     """
-    for spec in filter(is_function, options.scorer):
-        find_function(spec)  # before any model answers
+    check_scorers(options.scorer, options.trust_remote_code)  # before any model answers
     folder = Path(options.output)
     with can_be_written(folder):
         folder.mkdir(parents=True, exist_ok=True)

@@ -8,6 +8,8 @@ from .charts import Bars, Chart, axis_range
 from .report_charts import frontier_chart, likelihood_charts, run_charts, seeds
 from .reporting import Comparison, Run
 
+LAYOUT = "bars are cut at a chart's edge, and points of one step stand side by side"
+
 
 def write_figures(found: Sequence[Run | Comparison], output: Path) -> list[Path]:
     """Write `report-NAME.png` of each run and comparison that has something to show; none without matplotlib."""
@@ -40,12 +42,13 @@ def bars_of(one: Run | Comparison) -> str:
     """What the bars are, in words."""
     if isinstance(one, Run):
         return "bars: two standard errors over prompts"
-    return f"test split, means over seeds, bars: 95% t-intervals, {seeds(one.chosen())}"
+    return f"means over seeds ({seeds(one.chosen())}), bars: 95% t-intervals; {LAYOUT}"
 
 
 def plot(charts: Sequence[Chart], title: str, path: Path) -> None:
     """The charts in rows of two; those with the first one's curves share its legend, below."""
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import MaxNLocator
 
     rows = -(-len(charts) // 2)
     picture, axes = plt.subplots(rows, 2, figsize=(11, 3.8 * rows), layout="constrained", squeeze=False)
@@ -53,11 +56,15 @@ def plot(charts: Sequence[Chart], title: str, path: Path) -> None:
     shared = sum(_names(chart) == first for chart in charts) > 1
     for axis, chart in zip(axes.flat, charts, strict=False):
         for i, one in enumerate(chart.series):
-            axis.errorbar(
+            _, _, bars = axis.errorbar(
                 _beside(one.x, i, chart), one.y, xerr=_arms(one.x, one.x_bars), yerr=_arms(one.y, one.y_bars),
-                label=one.name, color=f"C{i % 10}", linestyle=("-", "--", ":")[i // 10 % 3], marker="o", markersize=3,
-                elinewidth=0.8,
+                label=one.name, color=f"C{i % 10}" if one.name else "black", marker="o", markersize=3, elinewidth=0.8,
+                linestyle=("-", "--", ":")[i // 10 % 3],
             )  # fmt: skip
+            for own in bars:
+                own.set_alpha(0.55)
+        if all(float(value).is_integer() for one in chart.series for value in one.x):  # steps, K
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.set(title=chart.title, xlabel=chart.x_label)
         if chart.y_range or len(chart.series) > 1:  # of one curve all of its bars are shown
             axis.set_ylim(*(chart.y_range or _range_of(chart, "y")))

@@ -66,7 +66,7 @@ def _comparison(found: Comparison, at_kl: Sequence[float]) -> str:
     if absent := _compared(found.rows).keys() - _compared(found.selected):
         told = ", ".join(name for name in _compared(found.rows) if name in absent)
         why = "each of their settings has a run that is missing, diverged, or never came to the KL of the choice"
-        parts.append(pages.bullets([f"Nothing was chosen of {told}: {why}."]))
+        parts.append(pages.bullets([f"Of what is finished, nothing was chosen of {told}: {why}."]))
     if found.selected:
         names = [
             name for name in found.selected[0] if not name.startswith("test_") and not name.endswith(("_low", "_high"))

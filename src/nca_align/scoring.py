@@ -13,7 +13,7 @@ from typing import Any, Literal
 from datasets import Features, List, Value
 
 from .arguments import parse
-from .engines import Advance
+from .engines import Advance, from_pretrained
 from .errors import UserError, command, one_line
 from .prompts import load_completions
 from .provenance import data_fingerprint, read_provenance, versions, weights_fingerprint
@@ -186,7 +186,7 @@ def open_scorers(
         elif is_function(spec):
             scorers[name] = function_scorer(find_function(spec), spec, tokenizer)
         elif spec.startswith("pipeline:"):
-            model, _, label = spec.removeprefix("pipeline:").partition(":")
+            _, model, label = _parts(spec)
             scorers[name] = pipeline_scorer(model, label or None, batch_size, dtype, trust_remote_code)
         else:
             scorers[name] = reward_model(spec, batch_size, dtype, trust_remote_code)
@@ -214,9 +214,31 @@ def scorer_identity(spec: str) -> str | None:
     """A scorer's name, with a fingerprint of its weights where it is a model that is here."""
     if is_function(spec):
         return spec
-    prefix, _, rest = spec.partition(":") if spec.startswith("pipeline:") else ("", "", spec)
-    model, _, label = rest.partition(":") if prefix else (rest, "", "")
+    prefix, model, label = _parts(spec)
     return ":".join(filter(None, (prefix, weights_fingerprint(model), label)))
+
+
+def _parts(spec: str) -> tuple[str, str, str]:
+    """`pipeline:MODEL:LABEL`, or a reward model's name alone between two empty ones."""
+    if not spec.startswith("pipeline:"):
+        return "", spec, ""
+    model, _, label = spec.removeprefix("pipeline:").partition(":")
+    return "pipeline", model, label
+
+
+def check_scorers(specs: Sequence[str], trust_remote_code: bool = False) -> None:
+    """Look for what `open_scorers` would open, without opening it, where much is to be computed before it.
+
+    Raises:
+        UserError: a function that isn't there, or a model of which there is no configuration.
+    """
+    from transformers import AutoConfig
+
+    for spec in specs:
+        if is_function(spec):
+            find_function(spec)
+        else:
+            from_pretrained(AutoConfig, _parts(spec)[1], key="scorer", trust_remote_code=trust_remote_code)
 
 
 def _score_rows(scorer: Scorer, rows: list[dict]) -> list[list[float | None]]:
