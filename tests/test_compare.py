@@ -31,6 +31,7 @@ from nca_align.data import DataOptions, RewardData
 from nca_align.data.strategies import PAIRS
 from nca_align.errors import UserError
 from nca_align.grid import Cell, Evaluation, expand, from_mapping
+from nca_align.provenance import files_fingerprint
 from nca_align.reporting import read_run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -369,14 +370,14 @@ def test_the_datas_fingerprint_is_of_every_file_whole(tmp_path):
         changed = [rows[0] | {"rewards": [reward, *rows[0]["rewards"][1:]]}, *rows[1:]]
         DatasetDict({"train": Dataset.from_list(changed)}).save_to_disk(saved)
         (tmp_path / "part-1.jsonl").write_text("\n".join(map(json.dumps, changed)))
-        prints.append((cells._data_content(str(saved)), cells._data_content(str(tmp_path / "part-*.jsonl"))))
+        prints.append((files_fingerprint(str(saved)), files_fingerprint(str(tmp_path / "part-*.jsonl"))))
     assert all(before != after for before, after in zip(*prints, strict=True))
-    assert cells._data_content(str(tmp_path / "part-1.jsonl")) == prints[1][1]
+    assert files_fingerprint(str(tmp_path / "part-1.jsonl")) == prints[1][1]
     (saved / "train" / "cache-0123.arrow").write_text("x")
     (saved / ".git").mkdir(exist_ok=True)
     (saved / ".git" / "index").write_text(str(len(prints)))
-    assert cells._data_content(str(saved)) == prints[1][0]
-    assert cells._data_content("org/data") == "org/data"
+    assert files_fingerprint(str(saved)) == prints[1][0]
+    assert files_fingerprint("org/data") == "org/data"
 
 
 def test_another_reward_model_in_the_same_folder_is_another_scorer(config, tmp_path, model_dir, capsys, monkeypatch):

@@ -209,11 +209,12 @@ def test_the_quickstarts_figures_are_those_that_it_logged_last():
         {"step": 8, "eval_loss": 1.0, "eval_logratios/rank_1": -1.0, "eval_rewards/rank_1": -0.1},
         {"step": 16, "logratios/rank_1": 3.0, "logratios/best": 3.0, "loss": 1.0},
         {"step": 16, "eval_loss": 1.0, "eval_logratios/rank_1": -2.0, "eval_rewards/rank_1": -0.2},
-        {"step": 16, "train_loss": 1.0},
+        {"step": 16, "train_runtime": 90.5},
     ]
     assert [tuple(row.values()) for row in quickstart_results.rows(log)] == [
         ("held-out", 16, "logratios/rank_1", -2.0), ("held-out", 16, "rewards/rank_1", -0.2),
         ("training", 16, "logratios/rank_1", 3.0), ("training", 16, "logratios/best", 3.0),
+        ("training", 16, "train_runtime", 90.5),
     ]  # fmt: skip
 
 

@@ -1,7 +1,5 @@
 """Running the cells of a comparison: a folder and a process each, finished ones left alone, failed ones told."""
 
-import glob
-import hashlib
 import json
 import os
 import queue
@@ -21,11 +19,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from .checkpoints import whole_checkpoints
-from .data.source import visible_files
 from .errors import UserError
 from .files import replacing, write_json
 from .grid import Cell, Evaluation
-from .provenance import weights_fingerprint
+from .provenance import files_fingerprint, weights_fingerprint
 from .resume import PREEMPTED
 from .reward_functions import find_function, is_function, source_fingerprint
 from .scoring import scorer_identity
@@ -44,7 +41,7 @@ def prepare(cells: Sequence[Cell], output: Path, evaluation: Evaluation) -> None
         UserError: a cell that has been trained there had other settings, data, model or evaluation.
     """
     base = cells[0].options  # data and model are those of all
-    data = _data_content(base["dataset_name"])
+    data = files_fingerprint(base["dataset_name"])
     model = weights_fingerprint(str(resolve_model(base["model_name_or_path"])))
     scorers = [
         source_fingerprint(find_function(own)) if is_function(own) else scorer_identity(own)
@@ -82,20 +79,6 @@ def _refuse_changes(folder: Path, new: dict[str, Any]) -> None:
             f"the cell {folder.name} in `output_dir` was trained with other settings: {differences}; go back to what "
             f"it was, choose another `output_dir`, or remove {folder} to train it anew"
         )
-
-
-def _data_content(name: str) -> str:
-    """A hash of the file, folder or pattern of files that is here, whole; of a data set of the Hub its name."""
-    path = Path(name).expanduser()
-    found = visible_files(path) if path.is_dir() else map(Path, glob.glob(str(path), recursive=True))
-    digest = hashlib.sha256()
-    # `datasets` writes cache-….arrow beside data that was saved to disk
-    files = [own for own in sorted(found) if own.is_file() and not own.match("cache-*.arrow")]
-    for own in files:
-        with open(own, "rb") as file:
-            digest.update(f"{own.relative_to(path) if path.is_dir() else own.name}:".encode())
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()[:16] if files else name
 
 
 def is_done(output: Path, cell: Cell) -> bool:

@@ -102,3 +102,9 @@ def read_table(path: Path, is_line: Callable[[Any], bool]) -> dict[str, Any]:
         if all(map(is_line, known.values())):
             return known
     raise UserError(f"`output` is {str(path)!r}, which holds no table of `nca-align evaluate`; choose another file")
+
+
+def visible_files(folder: Path) -> list[Path]:
+    """What is in the folder and those below it, in order; hidden ones (.git, .ipynb_checkpoints) are no data."""
+    found = sorted(folder.rglob("*"))
+    return [path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts)]

@@ -64,10 +64,10 @@ def evaluate_generations(options: GenerationOptions) -> list[Evaluation]:
     Raises:
         UserError: whatever the user can mend, in one sentence.
     """
-    check_scorers(options.scorer, options.trust_remote_code)  # before any model answers
     folder = Path(options.output)
     with can_be_written(folder):
         folder.mkdir(parents=True, exist_ok=True)
+    check_scorers(options.scorer, options.trust_remote_code)  # before any model answers
     models = [options.reference, *options.model_name_or_path]
     split = options.split or split_to_answer(options.dataset_name, options.dataset_config)
     print(f"Prompts of {options.dataset_name}, split {split}", file=sys.stderr)

@@ -1,5 +1,6 @@
 """What made a file of samples or scores: content fingerprints, versions, and where they are written down."""
 
+import glob
 import hashlib
 import json
 import subprocess
@@ -11,6 +12,8 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from .files import visible_files
 
 KEY = b"nca_align"
 LIBRARIES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate")
@@ -69,6 +72,20 @@ def data_fingerprint(rows: Iterable[dict]) -> str:
     for row in rows:
         digest.update(json.dumps(row, sort_keys=True, default=str).encode())
     return digest.hexdigest()[:16]
+
+
+def files_fingerprint(name: str) -> str:
+    """A hash of the file, folder or pattern of files that is here, whole; of a data set of the Hub its name."""
+    path = Path(name).expanduser()
+    found = visible_files(path) if path.is_dir() else map(Path, glob.glob(str(path), recursive=True))
+    digest = hashlib.sha256()
+    # `datasets` writes cache-….arrow beside data that was saved to disk
+    files = [own for own in sorted(found) if own.is_file() and not own.match("cache-*.arrow")]
+    for own in files:
+        with open(own, "rb") as file:
+            digest.update(f"{own.relative_to(path) if path.is_dir() else own.name}:".encode())
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16] if files else name
 
 
 def versions(*packages: str) -> dict[str, str]:

@@ -27,6 +27,7 @@ from datasets import (
 from datasets.exceptions import DatasetGenerationError
 
 from ..errors import one_line
+from ..files import visible_files
 from .jsonlines import UnreadableLine, check_json, copy_sound_lines, is_plain, read_lines
 
 _BUILDERS = {".json": "json", ".jsonl": "json", ".ndjson": "json", ".parquet": "parquet", ".csv": "csv"}
@@ -64,12 +65,6 @@ def open_source(path: str, name: str | None, streaming: bool, drop: bool) -> tup
     if path.startswith(("/", ".", "~")) or local.suffix in _BUILDERS or path.count("/") > 1 or glob.has_magic(path):
         raise FileNotFoundError(f"`dataset_name` is {path!r}, and there is no such file; give the path of one")
     return _open_hub(path, name, streaming), 0
-
-
-def visible_files(folder: Path) -> list[Path]:
-    """What is in the folder and those below it, in order; hidden ones (.git, .ipynb_checkpoints) are no data."""
-    found = sorted(folder.rglob("*"))
-    return [path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
 
 
 def _open_hub(path: str, name: str | None, streaming: bool) -> dict[str, Any]:
