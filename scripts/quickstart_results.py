@@ -17,15 +17,18 @@ from study_results import ROOT, fill_pages, read_told
 
 
 def rows(log: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """A row a metric of the last evaluation, and of the last step that was logged; and the training's seconds."""
+    """A row a metric of the last evaluation, and of the last step that was logged; and the seconds of the training.
+
+    transformers counts those of the last start alone: they are the whole of a run that nothing interrupted.
+    """
     held_out = last_evaluation(log) or {}
     training = next(line for line in reversed(log) if "logratios/rank_1" in line)
     for label, line, prefix in (("held-out", held_out, "eval_"), ("training", training, "")):
         for name, value in line.items():
             if name.startswith(prefix) and "/" in name:
                 yield {"label": label, "step": line["step"], "figure": name.removeprefix(prefix), "mean": value}
-    end = log[-1]
-    yield {"label": "training", "step": end["step"], "figure": "train_runtime", "mean": end["train_runtime"]}
+    for line in [line for line in log if "train_runtime" in line][-1:]:
+        yield {"label": "training", "step": line["step"], "figure": "train_runtime", "mean": line["train_runtime"]}
 
 
 if __name__ == "__main__":

@@ -228,7 +228,7 @@ def write_part(part: str, rows: Sequence[dict[str, str]], output: Path) -> None:
     charts = [frontier_chart(rows, groups), *likelihood_charts(rows, groups)]
     if part in AXES:
         charts = [*charts, *axis_charts(part, groups, read_csv(output / f"{part}-means.csv"))]
-    title = f"{part}: means over seeds ({seeds(groups)}), bars: 95% t-intervals; {LAYOUT}"
+    title = f"{part}: means over seeds ({seeds(groups)}), bars: 95% t-intervals\n{LAYOUT}"
     plot(charts, title, output / f"{part}.png")
 
 

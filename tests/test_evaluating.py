@@ -32,6 +32,7 @@ from nca_align.figures import UNKNOWN, distinct, mean_over_prompts, rewards_by_p
 from nca_align.generations import GenerationOptions, evaluate_generations, paired_difference
 from nca_align.sampling import SampleOptions, sample
 from nca_align.scoring import ScoreOptions, score
+from test_scoring import rewards_model
 
 
 @pytest.fixture(scope="module")
@@ -398,6 +399,14 @@ def test_scorers_are_looked_at_before_any_model_answers(
     monkeypatch.setattr(generations, "sample", lambda *_: pytest.fail("a model answered"))
     with pytest.raises((UserError, ValueError), match=message):
         evaluate_generations(generation_options(tmp_path, model_dir, adapter_dir, **scorers))
+
+
+@pytest.mark.parametrize(("form", "message"), [("pipeline:{}:GOOD", "and not 'GOOD'"), ("{}", "has 3 outputs")])
+def test_a_scorers_outputs_are_too(form, message, model_dir, adapter_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(generations, "sample", lambda *_: pytest.fail("a model answered"))
+    name, _, _ = rewards_model(tmp_path, "classifier", num_labels=3)
+    with pytest.raises(UserError, match=message):
+        evaluate_generations(generation_options(tmp_path, model_dir, adapter_dir, scorer=[form.format(name)]))
 
 
 def test_another_number_of_answers_in_the_same_folder_is_refused(model_dir, adapter_dir, tmp_path):

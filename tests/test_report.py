@@ -19,7 +19,7 @@ from nca_align.files import write_csv
 from nca_align.frontier import Curve, curves_of, mean_and_interval
 from nca_align.grid import KEYS
 from nca_align.report_charts import likelihood_charts, run_charts
-from nca_align.report_figures import charts_of, plot
+from nca_align.report_figures import bars_of, charts_of, plot
 from nca_align.report_page import build_page
 from nca_align.reporting import Run, equal_kls, labels, main, prefixes, read_run, write_report
 
@@ -129,15 +129,25 @@ def test_before_training_all_rewards_are_equal_and_no_accuracy_is_shown():
     assert set(charts["Ranking accuracy, test prompts"].series[0].x) == steps - {0}
 
 
-def drawn(charts: list[Chart], path: Path, monkeypatch):
+def drawn(charts: list[Chart], path: Path, monkeypatch, title: str = "title"):
     """The picture that `plot` saves there."""
     pyplot = pytest.importorskip("matplotlib.pyplot")
     kept, close = [], pyplot.close
     monkeypatch.setattr(pyplot, "close", kept.append)
-    plot(charts, "title", path)
+    plot(charts, title, path)
     close(kept[0])
     assert path.stat().st_size > 5000
     return kept[0]
+
+
+def test_the_title_of_a_comparisons_plot_is_whole(comparison, tmp_path, monkeypatch):
+    found = read_run(comparison)
+    picture = drawn(charts_of(found), tmp_path / "a.png", monkeypatch, f"{found.name}-of-a-long-name; {bars_of(found)}")
+    title, whole = picture.get_suptitle(), picture.bbox
+    assert "cut at a chart's edge" in title
+    (text,) = (own for own in picture.texts if own.get_text() == title)
+    box = text.get_window_extent()
+    assert whole.x0 <= box.x0 < box.x1 <= whole.x1
 
 
 def test_bars_far_wider_than_the_curves_do_not_stretch_a_plot(tmp_path, monkeypatch):

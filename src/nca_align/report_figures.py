@@ -42,7 +42,7 @@ def bars_of(one: Run | Comparison) -> str:
     """What the bars are, in words."""
     if isinstance(one, Run):
         return "bars: two standard errors over prompts"
-    return f"means over seeds ({seeds(one.chosen())}), bars: 95% t-intervals; {LAYOUT}"
+    return f"means over seeds ({seeds(one.chosen())}), bars: 95% t-intervals\n{LAYOUT}"
 
 
 def plot(charts: Sequence[Chart], title: str, path: Path) -> None:

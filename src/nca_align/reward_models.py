@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from .engines import as_object, from_pretrained, hide_loading
@@ -12,6 +13,54 @@ logger = logging.getLogger("nca_align")
 
 # Scores of completions: (prompts, completions, columns) -> one float a completion, or None where it skips one.
 Scorer = Callable[[list, list, dict[str, list]], Sequence[float | None]]
+
+
+def check_config(name: str, label: str | None, classifier: bool, trust_remote_code: bool = False) -> None:
+    """Look at a scorer's configuration alone, where much is to be computed before the scorer is opened.
+
+    Args:
+        name, label, trust_remote_code: as of `pipeline_scorer`.
+        classifier: whether it is to be a classifier, or else a reward model.
+
+    Raises:
+        UserError: there is none, or it says that the model has other outputs.
+    """
+    from transformers import AutoConfig
+
+    if (Path(name) / "adapter_config.json").exists():  # its base says what it is
+        return
+    config = from_pretrained(AutoConfig, name, key="scorer", trust_remote_code=trust_remote_code)
+    if any("ForSequenceClassification" in own for own in config.architectures or []):  # else opening it says why not
+        if classifier:
+            require_label(name, label, config)
+        else:
+            require_one_output(name, config)
+
+
+def require_one_output(name: str, config: Any) -> None:
+    """Raise a UserError where the model has several outputs."""
+    if config.num_labels != 1:
+        raise UserError(
+            f"`scorer` {name} has {config.num_labels} outputs, where a reward model has one; for a classifier write "
+            f"pipeline:{name}:LABEL with one of {', '.join(config.label2id)}"
+        )
+
+
+def require_label(name: str, label: str | None, config: Any) -> str:
+    """`label`, or the only one that there is.
+
+    Raises:
+        UserError: no such label, or none given where there are several.
+    """
+    labels = list(config.id2label.values())
+    if label is None and len(labels) == 1:
+        return labels[0]
+    if label is None or label not in labels:
+        raise UserError(
+            f"`scorer` pipeline:{name} has the labels {', '.join(labels)}, and "
+            f"{'none was given' if label is None else f'not {label!r}'}; write pipeline:{name}:LABEL"
+        )
+    return label
 
 
 def reward_model(name: str, batch_size: int, dtype: str = "auto", trust_remote_code: bool = False) -> Scorer:
@@ -43,11 +92,7 @@ def reward_model(name: str, batch_size: int, dtype: str = "auto", trust_remote_c
             f"`scorer` {name} has no classification head ({_some(report['missing_keys'])} missing in its weights); "
             "give a reward model that was trained with one"
         )
-    if model.config.num_labels != 1:
-        raise UserError(
-            f"`scorer` {name} has {model.config.num_labels} outputs, where a reward model has one; for a classifier "
-            f"write pipeline:{name}:LABEL with one of {', '.join(model.config.label2id)}"
-        )
+    require_one_output(name, model.config)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     model.config.pad_token_id = tokenizer.pad_token_id
@@ -118,14 +163,7 @@ def pipeline_scorer(
             f"`scorer` pipeline:{name} has no classification head ({_some(report['missing_keys'])} missing in its "
             "weights); give a model that was trained to classify"
         )
-    labels = list(model.config.id2label.values())
-    if label is None and len(labels) == 1:
-        label = labels[0]
-    if label not in labels:
-        raise UserError(
-            f"`scorer` pipeline:{name} has the labels {', '.join(labels)}, and "
-            f"{'none was given' if label is None else f'not {label!r}'}; write pipeline:{name}:LABEL"
-        )
+    label = require_label(name, label, model.config)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
         model.config.pad_token_id = tokenizer.pad_token_id

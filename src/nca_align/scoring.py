@@ -13,12 +13,12 @@ from typing import Any, Literal
 from datasets import Features, List, Value
 
 from .arguments import parse
-from .engines import Advance, from_pretrained
+from .engines import Advance
 from .errors import UserError, command, one_line
 from .prompts import load_completions
 from .provenance import data_fingerprint, read_provenance, versions, weights_fingerprint
 from .reward_functions import find_function, function_scorer, is_function, source_fingerprint
-from .reward_models import Scorer, pipeline_scorer, reward_model
+from .reward_models import Scorer, check_config, pipeline_scorer, reward_model
 from .shards import Shard, run_sharded
 
 
@@ -230,15 +230,14 @@ def check_scorers(specs: Sequence[str], trust_remote_code: bool = False) -> None
     """Look for what `open_scorers` would open, without opening it, where much is to be computed before it.
 
     Raises:
-        UserError: a function that isn't there, or a model of which there is no configuration.
+        UserError: a function that isn't there, or a model whose configuration isn't there or says other outputs.
     """
-    from transformers import AutoConfig
-
     for spec in specs:
         if is_function(spec):
             find_function(spec)
         else:
-            from_pretrained(AutoConfig, _parts(spec)[1], key="scorer", trust_remote_code=trust_remote_code)
+            prefix, model, label = _parts(spec)
+            check_config(model, label or None, bool(prefix), trust_remote_code)
 
 
 def _score_rows(scorer: Scorer, rows: list[dict]) -> list[list[float | None]]:
