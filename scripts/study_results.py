@@ -22,8 +22,8 @@ from pathlib import Path
 from nca_align.charts import Chart, Series
 from nca_align.files import read_csv, write_csv
 from nca_align.frontier import Curve, Interval, Setting, curves_of, ends, mean_and_interval, reward_at_kl, setting_of
-from nca_align.report_charts import frontier_chart, likelihood_charts, seeds
-from nca_align.report_figures import LAYOUT, plot
+from nca_align.report_charts import frontier_chart, likelihood_charts
+from nca_align.report_figures import over_seeds, plot
 from nca_align.reporting import labels
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -99,19 +99,23 @@ def seed_values(curves: Sequence[Curve], rows: Sequence[Row], setting: Setting) 
         found[name] = {seed: value for seed, (_, value) in ends(rows, setting, column, split).items()}
     known = {(row["split"], row["seed"], int(row["step"])): row for row in rows if setting_of(row) == setting}
     for name, (split, column, kl) in EQUAL_KL.items():
-        at: dict[str, float] = {}
-        for curve in curves:
-            values = {step: known.get((split, curve.seed, step), {}).get(column) for step, _, _ in curve.points}
-            own = tuple(
-                (step, here, float(value))
-                for step, here, _ in curve.points
-                # of a reward it is known how it begins (`reward_at_kl`), of a log-ratio it isn't
-                if (value := values[step]) and (step > 0 or column == "reward")
-            )
-            if (found_there := reward_at_kl(Curve(curve.seed, own), kl)) is not None:
-                at[curve.seed] = found_there
+        own = [along(curve, column, known, split) for curve in curves]
+        at = {curve.seed: value for curve in own if (value := reward_at_kl(curve, kl)) is not None}
         found[name] = at if len(at) == len(curves) else {}
     return {name: values for name, values in found.items() if values}
+
+
+def along(curve: Curve, column: str, known: Mapping[tuple[str, str, int], Row], split: str) -> Curve:
+    """The curve with a column of `split` in the reward's place, where `known` (split, seed, step) has one.
+
+    It is known how a reward begins (`reward_at_kl`), and not of a log-ratio, which is without the start.
+    """
+    points = []
+    for step, kl, _ in curve.points:
+        value = known.get((split, curve.seed, step), {}).get(column)
+        if value and (step > 0 or column == "reward"):
+            points.append((step, kl, float(value)))
+    return Curve(curve.seed, tuple(points))
 
 
 def means(rows: Sequence[Row]) -> list[dict[str, object]]:
@@ -228,8 +232,7 @@ def write_part(part: str, rows: Sequence[dict[str, str]], output: Path) -> None:
     charts = [frontier_chart(rows, groups), *likelihood_charts(rows, groups)]
     if part in AXES:
         charts = [*charts, *axis_charts(part, groups, read_csv(output / f"{part}-means.csv"))]
-    title = f"{part}: means over seeds ({seeds(groups)}), bars: 95% t-intervals\n{LAYOUT}"
-    plot(charts, title, output / f"{part}.png")
+    plot(charts, f"{part}: {over_seeds(groups)}", output / f"{part}.png")
 
 
 def axis_charts(part: str, groups: Mapping[Setting, Sequence[Curve]], table: Sequence[Row]) -> list[Chart]:

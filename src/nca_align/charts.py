@@ -44,14 +44,18 @@ def style(i: int) -> tuple[str, str]:
     return f"var(--{_COLOURS[i % len(_COLOURS)]})", ("", "5 3", "2 2")[i // len(_COLOURS) % 3]
 
 
+def y_range_of(chart: Chart) -> tuple[float, float]:
+    """What the chart shows upwards: its own range, or that of its points and bars."""
+    ys = [y for one in chart.series for y in one.y]
+    ends = [end for one in chart.series for bar in one.y_bars or () for end in bar]
+    return chart.y_range or axis_range(ys, ends)
+
+
 def curves(chart: Chart) -> str:
     """A legend and the curves, whose bars stop at the chart's edge."""
-    series, y_range = chart.series, chart.y_range
+    series, y_range = chart.series, y_range_of(chart)
     xs = [x for one in series for x in one.x]
-    ys = [y for one in series for y in one.y]
     x_range = (0.0, 1.0) if chart.diagonal else (min(xs), max(xs))
-    if y_range is None:
-        y_range = axis_range(ys, [end for one in series for bar in one.y_bars or () for end in bar])
     frame = Frame(x_range, y_range)
     parts = []
     if y_range[0] < 0 < y_range[1]:

@@ -105,6 +105,6 @@ def read_table(path: Path, is_line: Callable[[Any], bool]) -> dict[str, Any]:
 
 
 def visible_files(folder: Path) -> list[Path]:
-    """What is in the folder and those below it, in order; hidden ones (.git, .ipynb_checkpoints) are no data."""
-    found = sorted(folder.rglob("*"))
+    """What is in the folder and those below it, in no order; hidden ones (.git, .ipynb_checkpoints) are no data."""
+    found = folder.rglob("*")
     return [path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts)]

@@ -4,11 +4,9 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from .charts import Bars, Chart, axis_range
-from .report_charts import frontier_chart, likelihood_charts, run_charts, seeds
+from .charts import Bars, Chart, axis_range, y_range_of
+from .report_charts import Groups, frontier_chart, likelihood_charts, run_charts, seeds
 from .reporting import Comparison, Run
-
-LAYOUT = "bars are cut at a chart's edge, and points of one step stand side by side"
 
 
 def write_figures(found: Sequence[Run | Comparison], output: Path) -> list[Path]:
@@ -42,7 +40,15 @@ def bars_of(one: Run | Comparison) -> str:
     """What the bars are, in words."""
     if isinstance(one, Run):
         return "bars: two standard errors over prompts"
-    return f"means over seeds ({seeds(one.chosen())}), bars: 95% t-intervals\n{LAYOUT}"
+    return over_seeds(one.chosen())
+
+
+def over_seeds(groups: Groups) -> str:
+    """What points and bars of means over seeds are, and how `plot` lays them."""
+    return (
+        f"means over seeds ({seeds(groups)}), bars: 95% t-intervals\n"
+        "bars are cut at a chart's edge, and points of one step stand side by side"
+    )
 
 
 def plot(charts: Sequence[Chart], title: str, path: Path) -> None:
@@ -67,9 +73,9 @@ def plot(charts: Sequence[Chart], title: str, path: Path) -> None:
             axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.set(title=chart.title, xlabel=chart.x_label)
         if chart.y_range or len(chart.series) > 1:  # of one curve all of its bars are shown
-            axis.set_ylim(*(chart.y_range or _range_of(chart, "y")))
+            axis.set_ylim(*y_range_of(chart))
         if any(one.x_bars for one in chart.series):
-            axis.set_xlim(*_range_of(chart, "x"))
+            axis.set_xlim(*axis_range([x for one in chart.series for x in one.x], []))
         if chart.diagonal:
             axis.plot([0, 1], [0, 1], color="grey", linestyle="--", linewidth=0.8)
         elif axis.get_ylim()[0] < 0 < axis.get_ylim()[1]:
@@ -87,13 +93,6 @@ def plot(charts: Sequence[Chart], title: str, path: Path) -> None:
 
 def _names(chart: Chart) -> list[str]:
     return [one.name for one in chart.series]
-
-
-def _range_of(chart: Chart, direction: str) -> tuple[float, float]:
-    """What the axis shows, as on the page; across, bars widen it in no way."""
-    values = [value for one in chart.series for value in getattr(one, direction)]
-    ends = [end for one in chart.series for bar in one.y_bars or () for end in bar] if direction == "y" else []
-    return axis_range(values, ends)
 
 
 def _beside(x: Sequence[float], i: int, chart: Chart) -> list[float]:

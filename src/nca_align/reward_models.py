@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from .engines import as_object, from_pretrained, hide_loading
@@ -27,7 +26,9 @@ def check_config(name: str, label: str | None, classifier: bool, trust_remote_co
     """
     from transformers import AutoConfig
 
-    if (Path(name) / "adapter_config.json").exists():  # its base says what it is
+    from .policies import is_adapter
+
+    if is_adapter(name):  # its base says what it is
         return
     config = from_pretrained(AutoConfig, name, key="scorer", trust_remote_code=trust_remote_code)
     if any("ForSequenceClassification" in own for own in config.architectures or []):  # else opening it says why not
@@ -63,6 +64,30 @@ def require_label(name: str, label: str | None, config: Any) -> str:
     return label
 
 
+def _open(name: str, spec: str, wanted: str, dtype: str, trust_remote_code: bool) -> tuple[Any, Any]:
+    """The tokenizer and the sequence-classification model.
+
+    Raises:
+        UserError: it has no head; names the scorer by `spec`, and what to give in its place.
+    """
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    from .policies import torch_dtype
+
+    hide_loading()
+    tokenizer = from_pretrained(AutoTokenizer, name, key="scorer", trust_remote_code=trust_remote_code)
+    model, report = from_pretrained(
+        AutoModelForSequenceClassification, name, key="scorer",
+        dtype=torch_dtype(dtype), trust_remote_code=trust_remote_code, output_loading_info=True,
+    )  # fmt: skip
+    if report["missing_keys"]:  # transformers would fill a missing head with random numbers and go on
+        raise UserError(
+            f"`scorer` {spec} has no classification head ({_some(report['missing_keys'])} missing in its weights); "
+            f"give {wanted}"
+        )
+    return tokenizer, model
+
+
 def reward_model(name: str, batch_size: int, dtype: str = "auto", trust_remote_code: bool = False) -> Scorer:
     """A sequence-classification model with one output, given the conversation in its own chat template.
 
@@ -76,22 +101,9 @@ def reward_model(name: str, batch_size: int, dtype: str = "auto", trust_remote_c
         UserError: no classification head, more than one output, or no chat template for messages.
     """
     import torch
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-    from .policies import torch_dtype
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    hide_loading()
-    tokenizer = from_pretrained(AutoTokenizer, name, key="scorer", trust_remote_code=trust_remote_code)
-    model, report = from_pretrained(
-        AutoModelForSequenceClassification, name, key="scorer",
-        dtype=torch_dtype(dtype), trust_remote_code=trust_remote_code, output_loading_info=True,
-    )  # fmt: skip
-    if report["missing_keys"]:  # transformers would fill a missing head with random numbers and go on
-        raise UserError(
-            f"`scorer` {name} has no classification head ({_some(report['missing_keys'])} missing in its weights); "
-            "give a reward model that was trained with one"
-        )
+    tokenizer, model = _open(name, name, "a reward model that was trained with one", dtype, trust_remote_code)
     require_one_output(name, model.config)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -148,21 +160,10 @@ def pipeline_scorer(
         UserError: no such label, or none given where there are several.
     """
     import torch
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
+    from transformers import pipeline
 
-    from .policies import torch_dtype
-
-    hide_loading()
-    tokenizer = from_pretrained(AutoTokenizer, name, key="scorer", trust_remote_code=trust_remote_code)
-    model, report = from_pretrained(
-        AutoModelForSequenceClassification, name, key="scorer", output_loading_info=True,
-        trust_remote_code=trust_remote_code, dtype=torch_dtype(dtype),
-    )  # fmt: skip
-    if report["missing_keys"]:
-        raise UserError(
-            f"`scorer` pipeline:{name} has no classification head ({_some(report['missing_keys'])} missing in its "
-            "weights); give a model that was trained to classify"
-        )
+    wanted = "a model that was trained to classify"
+    tokenizer, model = _open(name, f"pipeline:{name}", wanted, dtype, trust_remote_code)
     label = require_label(name, label, model.config)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

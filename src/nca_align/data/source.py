@@ -56,7 +56,7 @@ def open_source(path: str, name: str | None, streaming: bool, drop: bool) -> tup
             saved = load_from_disk(str(local))
             splits = dict(saved) if isinstance(saved, DatasetDict) else {"train": saved}
             return {key: split.to_iterable_dataset() if streaming else split for key, split in splits.items()}, 0
-        files = [str(file) for file in visible_files(local) if file.suffix in _BUILDERS]
+        files = sorted(str(file) for file in visible_files(local) if file.suffix in _BUILDERS)
         kind = _kind(files, path)
         return _load(path, kind, files, streaming, (str(local), name), {}), 0
     files = [str(local)] if local.is_file() else sorted(glob.glob(str(local), recursive=True))

@@ -86,11 +86,14 @@ def held_out_split(names: Mapping[str, Any] | list[str]) -> str:
     """
     if len(names) == 1:
         return next(iter(names))
-    held_out = [name for name in names if name in _HELD_OUT]
-    if "test" in held_out or len(held_out) == 1:
-        return "test" if "test" in held_out else held_out[0]
-    which = "none is known to be held out" if not held_out else f"{' and '.join(held_out)} are held out"
-    raise ValueError(f"the data set has the splits {', '.join(names)}, of which {which}; choose one by `split`")
+    try:
+        return find_split(names, "test")
+    except ValueError:
+        held_out = [name for name in names if name in _HELD_OUT]
+        which = f"{' and '.join(held_out)} are held out" if held_out else "none is known to be held out"
+        raise ValueError(
+            f"the data set has the splits {', '.join(names)}, of which {which}; choose one by `split`"
+        ) from None
 
 
 def select_split(dataset: Mapping[str, Any], name: str) -> Any:
