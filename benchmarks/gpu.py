@@ -36,10 +36,10 @@ from transformers.utils import is_flash_attn_2_available
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))  # not necessarily installed
 from machine import RESULTS, provenance, write_result
-from nca_align import attention
-from nca_align.collator import RewardCollator
-from nca_align.logprobs import add_token_logps
+from nca_align.batching import attention
+from nca_align.batching.collator import RewardCollator
 from nca_align.losses import nca_loss
+from nca_align.models.logprobs import add_token_logps
 
 RANK = 16
 # As `layout: auto` allows half precision

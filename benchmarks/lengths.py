@@ -27,9 +27,9 @@ def measure(source: str, path: str) -> list[tuple[str, int, str]]:
     """The table's rows of one file."""
     from transformers import AutoTokenizer
 
+    from nca_align.batching.tokenization import tokenize_dataset
     from nca_align.data import load_reward_dataset
-    from nca_align.smollm2 import smollm2_path
-    from nca_align.tokenization import tokenize_dataset
+    from nca_align.models.smollm2 import smollm2_path
 
     dataset = load_reward_dataset(path, split="train", validation_fraction=0.0)
     dataset, _ = tokenize_dataset(dataset, AutoTokenizer.from_pretrained(smollm2_path()), None, None, "length")

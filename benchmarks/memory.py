@@ -40,7 +40,7 @@ def step_figure(model_name: str, k: int, row: str, smoke: bool) -> dict[str, Any
 
 def head_figure(kind: str, tokens: int, vocabulary: int) -> dict[str, Any] | None:
     """`plain` log-softmax; ours with all logits kept (`whole`), and within the memory budget (`tiles`)."""
-    from nca_align.logprobs import head_logps
+    from nca_align.models.logprobs import head_logps
 
     torch.manual_seed(0)
     head = torch.nn.Linear(HIDDEN_SIZE, vocabulary, bias=False)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 GIB = 1 << 30
 NF4 = 0.516  # bytes a weight: 4 bits, a scale of 8 bits for each 64, one of 32 bits for each 16,384
-LOGITS_BUDGET = 2 * GIB  # nca_align.logprobs, on a card
+LOGITS_BUDGET = 2 * GIB  # nca_align.models.logprobs, on a card
 
 
 @dataclass(frozen=True)
@@ -162,9 +162,9 @@ def measure(name: str, layout: str, k: int, checkpointing: bool) -> int:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from machine import peak_memory
-    from nca_align.attention import share_prefixes
-    from nca_align.collator import RewardCollator
-    from nca_align.logprobs import add_token_logps
+    from nca_align.batching.attention import share_prefixes
+    from nca_align.batching.collator import RewardCollator
+    from nca_align.models.logprobs import add_token_logps
 
     shape = SMALL[name]
     head = 64

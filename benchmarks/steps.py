@@ -26,7 +26,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from trl import DPOConfig, DPOTrainer
 
 from nca_align import NCAConfig, NCATrainer
-from nca_align.logprobs import head_logps
+from nca_align.models.logprobs import head_logps
 from shapes import Example
 
 ALPHA, BETA = 0.3, 0.1

@@ -17,7 +17,7 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from nca_align.judge_formats import MT_BENCH_TEMPERATURES
+from nca_align.commands.evaluate.judge_formats import MT_BENCH_TEMPERATURES
 
 INSTRUCTIONS = ["Name three kinds of tree.", "Say good morning to a cat.", "Why do leaves fall in autumn?"]
 QUESTIONS: list[dict] = [

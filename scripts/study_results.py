@@ -19,12 +19,21 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from nca_align.charts import Chart, Series
-from nca_align.files import read_csv, write_csv
-from nca_align.frontier import Curve, Interval, Setting, curves_of, ends, mean_and_interval, reward_at_kl, setting_of
-from nca_align.report_charts import frontier_chart, likelihood_charts
-from nca_align.report_figures import over_seeds, plot
-from nca_align.reporting import labels
+from nca_align.commands.report.charts import frontier_chart, likelihood_charts
+from nca_align.commands.report.command import labels
+from nca_align.commands.report.frontier import (
+    Curve,
+    Interval,
+    Setting,
+    curves_of,
+    ends,
+    mean_and_interval,
+    reward_at_kl,
+    setting_of,
+)
+from nca_align.commands.report.plots import over_seeds, plot
+from nca_align.pages.svg import Chart, Series
+from nca_align.store.files import read_csv, write_csv
 
 ROOT = Path(__file__).resolve().parents[1]
 Row = Mapping[str, str]

@@ -123,7 +123,7 @@ def reward_rows(n: int, k: int | list[int] = 4, seed: int = 0) -> list[dict]:
 
 def planned(table: list[dict]) -> dict[tuple, set]:
     """Settings of a comparison's rows → the seeds that any of their method has, as if the grid had these."""
-    from nca_align.grid import KEYS
+    from nca_align.commands.compare.grid import KEYS
 
     seeds: dict = {}
     for row in table:

@@ -18,10 +18,10 @@ from peft import LoraConfig, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from conftest import build_model
-from nca_align import attention
-from nca_align.attention import Segments, attend_segments, prefix_sharing_obstacle, share_prefixes
-from nca_align.collator import RewardCollator
-from nca_align.logprobs import add_token_logps
+from nca_align.batching import attention
+from nca_align.batching.attention import Segments, attend_segments, prefix_sharing_obstacle, share_prefixes
+from nca_align.batching.collator import RewardCollator
+from nca_align.models.logprobs import add_token_logps
 
 WINDOW = 7
 VOCABULARY = 64

@@ -7,7 +7,7 @@ import pytest
 
 from browser import browser, open_page, overflow
 from conftest import reward_rows
-from nca_align.inspecting import main
+from nca_align.commands.inspect.command import main
 
 SCRIPT = "<script>document.title = 'taken'; console.error('taken')</script><img src='http://127.0.0.1:9/x.png'>"
 

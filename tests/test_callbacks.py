@@ -9,8 +9,8 @@ from transformers.trainer_utils import IntervalStrategy
 
 from conftest import build_model, reward_rows
 from nca_align import GenerationCallback, NCAConfig, NCATrainer, RankingCallback
+from nca_align.commands.compare.methods import build_trainer
 from nca_align.errors import UserError
-from nca_align.methods import build_trainer
 from test_generation import LORA, evaluator
 
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from nca_align import cli
-from nca_align.arguments import given_options, nearest, parse
 from nca_align.errors import UserError, command, is_users_mistake, one_line
+from nca_align.options import given_options, nearest, parse
 
 
 @dataclass

@@ -6,9 +6,9 @@ from itertools import pairwise
 import pytest
 import torch
 
-from nca_align import collator
-from nca_align.attention import Segments
-from nca_align.collator import MIN_SHARED_TOKENS, RewardCollator, pack_tree, split_by_length
+from nca_align.batching import collator
+from nca_align.batching.attention import Segments
+from nca_align.batching.collator import MIN_SHARED_TOKENS, RewardCollator, pack_tree, split_by_length
 
 PAD = 0
 LAYOUTS = ["padded", "prefix_shared"]

@@ -21,18 +21,28 @@ from datasets import Dataset, DatasetDict, concatenate_datasets
 from transformers import TrainerCallback
 
 from conftest import planned, reward_rows
-from nca_align import cell as cell_module
-from nca_align import cells, comparing
-from nca_align.cell import run_cell
-from nca_align.checkpoints import last_common_checkpoint
-from nca_align.comparison import COLUMNS, Selection, ValidationRows, left_out, rows_of, seeds_of, select, selected_rows
-from nca_align.comparison_splits import three_splits
+from nca_align.commands.compare import cell as cell_module
+from nca_align.commands.compare import command as compare_command
+from nca_align.commands.compare import runner
+from nca_align.commands.compare.cell import run_cell
+from nca_align.commands.compare.grid import Cell, Evaluation, expand, from_mapping
+from nca_align.commands.compare.splits import three_splits
+from nca_align.commands.compare.tables import (
+    COLUMNS,
+    Selection,
+    ValidationRows,
+    left_out,
+    rows_of,
+    seeds_of,
+    select,
+    selected_rows,
+)
+from nca_align.commands.report.command import read_run
 from nca_align.data import DataOptions, RewardData
 from nca_align.data.strategies import PAIRS
 from nca_align.errors import UserError
-from nca_align.grid import Cell, Evaluation, expand, from_mapping
-from nca_align.provenance import files_fingerprint
-from nca_align.reporting import read_run
+from nca_align.store.checkpoints import last_common_checkpoint
+from nca_align.store.provenance import files_fingerprint
 
 ROOT = Path(__file__).resolve().parents[1]
 SCORER = "def long(completions, **kwargs):\n    return [min(len(c[0]['content']), 60) / 60 for c in completions]\n"
@@ -258,7 +268,7 @@ def test_a_prompt_in_two_splits_stays_in_the_one_that_is_held_out(caplog):
 
 def test_refusals_of_the_command(config, tmp_path, capsys):
     def said(flags=(), **changes) -> str:
-        assert comparing.main([*write(config | changes, tmp_path), *flags]) == 2
+        assert compare_command.main([*write(config | changes, tmp_path), *flags]) == 2
         return capsys.readouterr().err
 
     assert "`grid` is missing; `nca-align compare` takes it from the YAML file" in said(grid=None)
@@ -307,13 +317,13 @@ def test_the_example_of_the_docs(tmp_path, capsys, monkeypatch):
     dry, real = (shlex.split(line, comments=True) for line in commands.splitlines())
     assert dry[:2] == real[:2] == ["nca-align", "compare"]
     for command in (dry, [*real, "--dry_run"]):
-        assert comparing.main(command[2:]) == 0
+        assert compare_command.main(command[2:]) == 0
         assert "24 cells, 24 to run" in capsys.readouterr().out
 
 
 def test_a_dry_run_lists_cells_and_writes_nothing(config, tmp_path, capsys):
     arguments = [*write(config, tmp_path), "--dry_run"]
-    assert comparing.main(arguments) == 0
+    assert compare_command.main(arguments) == 0
     said = capsys.readouterr().out
     assert said.count(": new\n") == 8
     assert "8 cells, 8 to run: no estimate before one is finished" in said
@@ -323,7 +333,7 @@ def test_a_dry_run_lists_cells_and_writes_nothing(config, tmp_path, capsys):
     (done / "done.json").write_text(json.dumps({"steps": 8, "minutes": 2.0}))
     (tmp_path / "out" / "cells" / "nca-beta0.1-seed2").mkdir()
     (tmp_path / "out" / "cells" / "nca-beta0.1-seed2" / "error.txt").write_text("no memory\n")
-    assert comparing.main([*arguments, "--parallel", "2"]) == 0
+    assert compare_command.main([*arguments, "--parallel", "2"]) == 0
     said = capsys.readouterr().out
     assert "nca-beta0.1-seed1: finished, 2.0 minutes" in said
     assert "nca-beta0.1-seed2: failed: no memory" in said
@@ -331,22 +341,22 @@ def test_a_dry_run_lists_cells_and_writes_nothing(config, tmp_path, capsys):
 
 
 def test_a_cell_that_was_trained_is_not_trained_otherwise(config, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(comparing, "run_cells", lambda *_: None)
+    monkeypatch.setattr(compare_command, "run_cells", lambda *_: None)
     config["grid"] = {"method": "nca"}
-    assert comparing.main(write(config, tmp_path)) == 0
+    assert compare_command.main(write(config, tmp_path)) == 0
     folder = tmp_path / "out" / "cells" / "nca"
     config["base"]["max_steps"] = 4  # nothing was trained yet
-    assert comparing.main(write(config, tmp_path)) == 0
+    assert compare_command.main(write(config, tmp_path)) == 0
     assert yaml.safe_load((folder / "config.yaml").read_text())["max_steps"] == 4
     (folder / "checkpoint-2").mkdir()
     (folder / "checkpoint-2" / "trainer_state.json").write_text("{}")
-    assert comparing.main(write(config, tmp_path)) == 0
+    assert compare_command.main(write(config, tmp_path)) == 0
     config["base"] |= {"logging_steps": 1, "cpu_threads": 1}  # which change no figure
-    assert comparing.main(write(config, tmp_path)) == 0
+    assert compare_command.main(write(config, tmp_path)) == 0
 
     def refused() -> str:
         capsys.readouterr()
-        assert comparing.main(write(config, tmp_path)) == 2
+        assert compare_command.main(write(config, tmp_path)) == 2
         return capsys.readouterr().err
 
     (tmp_path / "tiny_scorer.py").write_text(SCORER + "\n")
@@ -381,17 +391,17 @@ def test_the_datas_fingerprint_is_of_every_file_whole(tmp_path):
 
 
 def test_another_reward_model_in_the_same_folder_is_another_scorer(config, tmp_path, model_dir, capsys, monkeypatch):
-    monkeypatch.setattr(comparing, "run_cells", lambda *_: None)
+    monkeypatch.setattr(compare_command, "run_cells", lambda *_: None)
     reward_model = tmp_path / "reward-model"
     shutil.copytree(model_dir, reward_model)
     config["grid"], config["evaluation"]["scorer"] = {"method": "nca"}, [str(reward_model)]
-    assert comparing.main(write(config, tmp_path)) == 0
+    assert compare_command.main(write(config, tmp_path)) == 0
     checkpoint = tmp_path / "out" / "cells" / "nca" / "checkpoint-2"
     checkpoint.mkdir()
     (checkpoint / "trainer_state.json").write_text("{}")
-    assert comparing.main(write(config, tmp_path)) == 0
+    assert compare_command.main(write(config, tmp_path)) == 0
     (reward_model / "model.safetensors").write_bytes(b"others")
-    assert comparing.main(write(config, tmp_path)) == 2
+    assert compare_command.main(write(config, tmp_path)) == 2
     assert "was trained with other settings: `scorer`" in capsys.readouterr().err
 
 
@@ -402,9 +412,9 @@ def test_failures_are_named_whatever_is_asked_for_beside(config, tmp_path, capsy
         for own in todo:
             (output / "cells" / own.name / "error.txt").write_text("no such reward model\n")
 
-    monkeypatch.setattr(comparing, "run_cells", fail)
+    monkeypatch.setattr(compare_command, "run_cells", fail)
     config["grid"] = {"method": ["nca", "dpo"]}
-    assert comparing.main([*write(config, tmp_path), "--report"]) == 1
+    assert compare_command.main([*write(config, tmp_path), "--report"]) == 1
     said = capsys.readouterr()
     assert said.err.count("no such reward model") == 2
     assert "Prompts: training 8, validation 3, test 4" in said.out
@@ -416,8 +426,8 @@ def test_failures_are_named_whatever_is_asked_for_beside(config, tmp_path, capsy
         read_run(folder)
     own = folder / "cells" / "dpo"
     (own / "done.json").write_text(json.dumps({"steps": 8, "minutes": 1.0}))
-    assert cells.failure(folder, Cell("dpo", {}, {})) is None
-    assert cells.failure(folder, Cell("nca", {}, {})) == "no such reward model"
+    assert runner.failure(folder, Cell("dpo", {}, {})) is None
+    assert runner.failure(folder, Cell("nca", {}, {})) == "no such reward model"
 
 
 UNFINISHED = "of each setting a run isn't finished or has no finite `reward`."
@@ -461,21 +471,21 @@ def test_cells_share_what_there_is(monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
-    monkeypatch.setattr(cells.torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(runner.torch.cuda, "device_count", lambda: 0)
     own = cell()
-    assert cells._environment(own, 1, 4)["OMP_NUM_THREADS"] == "2"
-    assert "OMP_NUM_THREADS" not in cells._environment(own, 0, 1)
-    assert "OMP_NUM_THREADS" not in cells._environment(Cell("x", {}, {"cpu_threads": 3}), 1, 4)
-    monkeypatch.setattr(cells.torch.cuda, "device_count", lambda: 2)
-    assert [cells._environment(own, slot, 4)["CUDA_VISIBLE_DEVICES"] for slot in range(4)] == ["0", "1", "0", "1"]
+    assert runner._environment(own, 1, 4)["OMP_NUM_THREADS"] == "2"
+    assert "OMP_NUM_THREADS" not in runner._environment(own, 0, 1)
+    assert "OMP_NUM_THREADS" not in runner._environment(Cell("x", {}, {"cpu_threads": 3}), 1, 4)
+    monkeypatch.setattr(runner.torch.cuda, "device_count", lambda: 2)
+    assert [runner._environment(own, slot, 4)["CUDA_VISIBLE_DEVICES"] for slot in range(4)] == ["0", "1", "0", "1"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
-    assert cells._environment(own, 1, 2)["CUDA_VISIBLE_DEVICES"] == "7"
+    assert runner._environment(own, 1, 2)["CUDA_VISIBLE_DEVICES"] == "7"
 
 
 def test_why_a_cell_failed(tmp_path):
     def why(code: int, log: str = "") -> str:
         (tmp_path / "log.txt").write_text(log)
-        return cells._reason(code, tmp_path)
+        return runner._reason(code, tmp_path)
 
     assert why(2, "loading\ncell: error: `beta` is odd\n\n") == "`beta` is odd"
     assert why(1, "Traceback …\nRuntimeError: no memory\n") == "RuntimeError: no memory"
@@ -487,8 +497,8 @@ def test_why_a_cell_failed(tmp_path):
 def test_a_cell_that_was_finished_has_not_failed_whatever_came_after(tmp_path, monkeypatch):
     finished = "import pathlib, sys; pathlib.Path(sys.argv[-1], 'done.json').write_text('{}'); sys.exit(1)"
     popen = subprocess.Popen
-    monkeypatch.setattr(cells.subprocess, "Popen", lambda args, **kw: popen([args[0], "-c", finished, args[-1]], **kw))
-    assert cells._run(cell(), tmp_path, 0, 1, None, set()) is None
+    monkeypatch.setattr(runner.subprocess, "Popen", lambda args, **kw: popen([args[0], "-c", finished, args[-1]], **kw))
+    assert runner._run(cell(), tmp_path, 0, 1, None, set()) is None
     assert (tmp_path / "done.json").exists()
     assert not (tmp_path / "error.txt").exists()
 
@@ -518,7 +528,7 @@ def test_a_cell_goes_on_from_its_last_evaluation(method, config, tmp_path):
     tiny_scorer = import_module("tiny_scorer")
     found, folders = [], [tmp_path / name / "cells" / own.name for name in ("whole", "cut")]
     for folder in folders:
-        cells.prepare([own], folder.parents[1], evaluation)
+        runner.prepare([own], folder.parents[1], evaluation)
         if folder is folders[1]:
             with pytest.MonkeyPatch.context() as patch:
                 # the reference's answers to two splits at step 0, the policy's at steps 2 and 4
@@ -552,7 +562,7 @@ def test_a_training_that_stops_early_is_no_finished_cell(config, tmp_path, monke
 
     monkeypatch.setattr(cell_module, "build_trainer", partial(cell_module.build_trainer, callbacks=[Stop()]))
     (own,) = expand(config["base"], {"method": "nca"}, "compare.yaml")
-    cells.prepare([own], tmp_path, Evaluation(**config["evaluation"]))
+    runner.prepare([own], tmp_path, Evaluation(**config["evaluation"]))
     with pytest.raises(UserError, match="training ended before its last step, 8; see the log above"):
         run_cell(tmp_path / "cells" / own.name)
     assert not (tmp_path / "cells" / own.name / "done.json").exists()
@@ -565,7 +575,7 @@ def test_prompts_with_fewer_completions_than_a_cells_k_are_told(config, tmp_path
     for count, told in ((2, False), (3, True)):
         grid = {"method": "nca", "num_completions": count}
         (own,) = expand(config["base"] | {"max_steps": -1}, grid, "compare.yaml")
-        cells.prepare([own], tmp_path, Evaluation(**config["evaluation"] | {"steps": 1}))
+        runner.prepare([own], tmp_path, Evaluation(**config["evaluation"] | {"steps": 1}))
         with caplog.at_level("WARNING", "nca_align"):
             run_cell(tmp_path / "cells" / own.name)
         assert ("4 of 8 training prompts have fewer than 3 completions and are left out of this" in caplog.text) == told
@@ -573,7 +583,7 @@ def test_prompts_with_fewer_completions_than_a_cells_k_are_told(config, tmp_path
 
 def test_checkpoints_stay_where_they_are_asked_for(config, tmp_path):
     (own,) = expand(config["base"] | {"save_total_limit": 3}, {"method": "sft"}, "compare.yaml")
-    cells.prepare([own], tmp_path, Evaluation(**config["evaluation"]))
+    runner.prepare([own], tmp_path, Evaluation(**config["evaluation"]))
     folder = tmp_path / "cells" / own.name
     run_cell(folder)
     assert {path.name for path in folder.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4", "checkpoint-8"}
@@ -585,7 +595,7 @@ def test_checkpoints_stay_where_they_are_asked_for(config, tmp_path):
 
 def start(arguments: list[str]) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, "-m", "nca_align.comparing", *arguments],
+        [sys.executable, "-m", "nca_align.commands.compare.command", *arguments],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
 
@@ -639,7 +649,7 @@ def test_a_grid_killed_half_way_and_resumed(config, tmp_path, capfd):
     (tmp_path / "hold").unlink()
     time.sleep(0.5)  # a cell ends with what started it
 
-    assert comparing.main(arguments) == 1
+    assert compare_command.main(arguments) == 1
     said = capfd.readouterr()
     assert f"9 cells, {len(finished)} of them finished" in said.out
     assert "Failed: infonca-K9-seed1: `strategy` first_9 leaves no row" in said.err
@@ -666,7 +676,7 @@ def test_a_grid_killed_half_way_and_resumed(config, tmp_path, capfd):
     said = process.communicate(timeout=120)[0]
     assert process.returncode == 0, said
     assert figures(tmp_path / "alone" / "comparison.csv", begun[0]) == figures(output / "comparison.csv", begun[0])
-    assert comparing.main([*arguments, "--only", "nca-*", "--output_dir", str(output)]) == 0
+    assert compare_command.main([*arguments, "--only", "nca-*", "--output_dir", str(output)]) == 0
     assert "4 cells, 4 of them finished" in capfd.readouterr().out
 
 
@@ -674,7 +684,7 @@ def test_a_grid_killed_half_way_and_resumed(config, tmp_path, capfd):
 def test_a_cell_over_its_time_is_stopped_and_the_next_one_runs(config, tmp_path, capfd):
     config["grid"] = [{"method": "nca", "seed": 1}, {"method": "sft", "seed": 1}]
     config["timeout_minutes"] = 0.02
-    assert comparing.main(write(config, tmp_path)) == 1
+    assert compare_command.main(write(config, tmp_path)) == 1
     said = capfd.readouterr()
     assert said.err.count("it took longer than `timeout_minutes`, 0.02") == 2
     assert not (tmp_path / "out" / "comparison.csv").exists()
@@ -682,7 +692,7 @@ def test_a_cell_over_its_time_is_stopped_and_the_next_one_runs(config, tmp_path,
 
 def test_what_is_deaf_to_sigterm_is_not_waited_for(monkeypatch):
     """As a cell is in a long evaluation: it goes on from the one before."""
-    monkeypatch.setattr(cells, "_GRACE", 0.5)
+    monkeypatch.setattr(runner, "_GRACE", 0.5)
     deaf = "import signal, sys; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); sys.stdin.read()"
     hears = "import sys; print(flush=True); sys.stdin.read()"
     processes = [
@@ -691,7 +701,7 @@ def test_what_is_deaf_to_sigterm_is_not_waited_for(monkeypatch):
     ]
     for process in processes:
         process.stdout.readline()
-    cells._end(processes)
+    runner._end(processes)
     assert [process.wait(5) for process in processes] == [-signal.SIGKILL, -signal.SIGTERM]
     for process in processes:
         process.stdin.close()

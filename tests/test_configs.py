@@ -7,9 +7,9 @@ import yaml
 from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
 
 from nca_align import NCAConfig
-from nca_align.arguments import parse
+from nca_align.commands.train.command import RunOptions
 from nca_align.data import DataOptions
-from nca_align.train import RunOptions
+from nca_align.options import parse
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 MISTRAL = sorted(CONFIGS.glob("*_mistral7b.yaml"))

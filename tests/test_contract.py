@@ -129,7 +129,7 @@ def names_read(file: str, holders: set[str]) -> set[str]:
     }
 
 
-@pytest.mark.parametrize(("file", "holders"), [("trainer.py", {"self"}), ("resume.py", {"trainer"})])
+@pytest.mark.parametrize(("file", "holders"), [("trainer.py", {"self"}), ("training/resume.py", {"trainer"})])
 def test_what_is_read_of_the_trainer_is_there(trained, file, holders):
     names = names_read(file, holders)
     assert len(names) > 5

@@ -1,6 +1,6 @@
 """What is said of a run at its end, by its log."""
 
-from nca_align.curves import summary
+from nca_align.commands.train.summary import summary
 
 
 def line(step: int, prefix: str, best: float, **others) -> dict:

@@ -248,7 +248,7 @@ def test_processes_share_the_work(tmp_path):
 def test_options_are_flags_beside_trl_s_and_refuse_unknown_values():
     from trl import DPOConfig, ModelConfig, ScriptArguments
 
-    from nca_align.arguments import parse
+    from nca_align.options import parse
 
     argv = "--score mean_aspects --on_invalid drop --exclude_sources a b --validation_fraction 0.1"
     argv += " --dataset_name x --bf16 false"

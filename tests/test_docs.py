@@ -14,7 +14,7 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from conftest import reward_rows
-from nca_align.inspecting import main as inspect
+from nca_align.commands.inspect.command import main as inspect
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("*/README.md")])

@@ -5,11 +5,11 @@ import torch
 from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 
 from conftest import build_model
-from nca_align import drawing
-from nca_align.drawing import draw
+from nca_align.batching.layout import obstacle
 from nca_align.errors import UserError
-from nca_align.layout import obstacle
-from nca_align.logprobs import add_token_logps
+from nca_align.models import generate
+from nca_align.models.generate import draw
+from nca_align.models.logprobs import add_token_logps
 from test_attention import FAMILIES, VOCABULARY, build, share_prefixes
 
 ENDS = [2, 3]
@@ -60,12 +60,12 @@ def test_the_same_seed_gives_the_same_answers_and_the_random_state_stays():
 def test_shares_are_the_models_probabilities():
     logits = torch.tensor([[0.0, -torch.inf, 1.0, 2.0, -torch.inf]]).expand(20_000, 5)
     uniform = torch.rand(20_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    shares = torch.bincount(drawing._inverse(logits, uniform), minlength=5) / 20_000
+    shares = torch.bincount(generate._inverse(logits, uniform), minlength=5) / 20_000
     expected = logits[0].softmax(0)
     assert (shares - expected).abs().max() < 4 * 0.5 / 20_000**0.5
     assert shares[1] == shares[4] == 0
     edges = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
-    assert drawing._inverse(torch.tensor([[-torch.inf, 0.0, 0.0]] * 2), edges).tolist() == [1, 2]
+    assert generate._inverse(torch.tensor([[-torch.inf, 0.0, 0.0]] * 2), edges).tolist() == [1, 2]
 
 
 @pytest.mark.parametrize("family", ["Llama", "Mamba"])  # by the loop, and by `generate`

@@ -14,9 +14,10 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from conftest import build_model, build_tokenizer, reward_rows
-from nca_align import evaluating, generations
-from nca_align.errors import UserError
-from nca_align.evaluating import (
+from nca_align.commands.evaluate import answers
+from nca_align.commands.evaluate import command as evaluate_command
+from nca_align.commands.evaluate.answers import GenerationOptions, evaluate_generations, paired_difference
+from nca_align.commands.evaluate.command import (
     MODES,
     EvaluateOptions,
     completion_logps,
@@ -28,10 +29,10 @@ from nca_align.evaluating import (
     print_table,
     sampled_ids,
 )
-from nca_align.figures import UNKNOWN, distinct, mean_over_prompts, rewards_by_prompt, wins_over
-from nca_align.generations import GenerationOptions, evaluate_generations, paired_difference
-from nca_align.sampling import SampleOptions, sample
-from nca_align.scoring import ScoreOptions, score
+from nca_align.commands.sample.command import SampleOptions, sample
+from nca_align.commands.score import ScoreOptions, score
+from nca_align.errors import UserError
+from nca_align.evaluation.estimates import UNKNOWN, distinct, mean_over_prompts, rewards_by_prompt, wins_over
 from test_scoring import rewards_model
 
 
@@ -83,8 +84,8 @@ def alone(model, prompt: list[int], completion: list[int]) -> float:
 def test_log_probabilities_equal_plain_forwards(model_dir, adapter_dir, tokenizer):
     rows = [sampled_ids(tokenizer, row, tokenizer.eos_token_id) for row in reward_rows(5, [3, 2])]
     for folder in (model_dir, adapter_dir):
-        found = completion_logps(evaluating.load_policy(folder), rows, batch_size=4)
-        whole = completion_logps(evaluating.load_policy(folder), rows, batch_size=100)
+        found = completion_logps(evaluate_command.load_policy(folder), rows, batch_size=4)
+        whole = completion_logps(evaluate_command.load_policy(folder), rows, batch_size=100)
         plain = AutoModelForCausalLM.from_pretrained(folder)
         for row, logps, again in zip(rows, found, whole, strict=True):
             expected = [alone(plain, row["prompt_ids"], ids) for ids in row["completion_ids"]]
@@ -159,7 +160,7 @@ class TestEnd:
             return sampled_ids(tokenizer, row, end)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(evaluating, "sampled_ids", noting)
+            patch.setattr(evaluate_command, "sampled_ids", noting)
             evaluate(options([scored], [name], name))
         assert set(seen) == {end}
         assert end != tokenizer.eos_token_id
@@ -230,11 +231,11 @@ def test_lines_that_are_there_are_not_computed_again(samples, model_dir, adapter
         assert policy == model_dir
         return evaluate_samples(dataset, policy, *args)
 
-    monkeypatch.setattr(evaluating, "evaluate_samples", once)
+    monkeypatch.setattr(evaluate_command, "evaluate_samples", once)
     both = evaluate(options(samples, [adapter_dir, model_dir], model_dir, output=output))
     assert [replace(both[0], win_rate=UNKNOWN)] == first
     assert not math.isnan(both[0].win_rate.mean)  # the reference's samples are here now
-    monkeypatch.setattr(evaluating, "evaluate_samples", None)
+    monkeypatch.setattr(evaluate_command, "evaluate_samples", None)
     assert evaluate(options(samples, [adapter_dir, model_dir], model_dir, output=output)) == both
     assert evaluate(options(samples[:1] * 2, [adapter_dir] * 2, model_dir, output=output)) == first * 2
     assert [path.name for path in tmp_path.iterdir()] == ["table.json"]
@@ -320,7 +321,7 @@ def test_an_output_that_can_hold_no_table_is_refused_before_the_work(name, sampl
         file.write_text(content)
     flags = ["--dataset_name", samples[1], "--model_name_or_path", model_dir, "--reference", model_dir]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluating, "evaluate_samples", lambda *args: pytest.fail("computed before it looked"))
+        patch.setattr(evaluate_command, "evaluate_samples", lambda *args: pytest.fail("computed before it looked"))
         assert main([*flags, "--output", str(file)]) == 2
     assert message in capsys.readouterr().err
     if content is not None:
@@ -368,7 +369,7 @@ def test_base_and_aligned_answer_and_are_compared(model_dir, adapter_dir, tmp_pa
     mean = sum(paired) / 4
     error = math.sqrt(sum((value - mean) ** 2 for value in paired) / 3 / 4)
     assert f"less {base.policy}: {mean:+.3f} ± {error:.3f}, on the same 4 prompts" in text
-    monkeypatch.setattr(evaluating, "evaluate_samples", None)  # the same command again computes nothing anew
+    monkeypatch.setattr(evaluate_command, "evaluate_samples", None)  # the same command again computes nothing anew
     assert evaluate_generations(generation_options(tmp_path, model_dir, adapter_dir)) == lines
 
 
@@ -396,14 +397,14 @@ def test_of_several_splits_the_held_out_one_is_answered(model_dir, adapter_dir, 
 def test_scorers_are_looked_at_before_any_model_answers(
     scorers, message, model_dir, adapter_dir, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(generations, "sample", lambda *_: pytest.fail("a model answered"))
+    monkeypatch.setattr(answers, "sample", lambda *_: pytest.fail("a model answered"))
     with pytest.raises((UserError, ValueError), match=message):
         evaluate_generations(generation_options(tmp_path, model_dir, adapter_dir, **scorers))
 
 
 @pytest.mark.parametrize(("form", "message"), [("pipeline:{}:GOOD", "and not 'GOOD'"), ("{}", "has 3 outputs")])
 def test_a_scorers_outputs_are_too(form, message, model_dir, adapter_dir, tmp_path, monkeypatch):
-    monkeypatch.setattr(generations, "sample", lambda *_: pytest.fail("a model answered"))
+    monkeypatch.setattr(answers, "sample", lambda *_: pytest.fail("a model answered"))
     name, _, _ = rewards_model(tmp_path, "classifier", num_labels=3)
     with pytest.raises(UserError, match=message):
         evaluate_generations(generation_options(tmp_path, model_dir, adapter_dir, scorer=[form.format(name)]))
@@ -424,7 +425,7 @@ def test_differences_are_over_the_prompts_that_both_answered():
 class TestModes:
     def test_every_mode_has_its_options_and_its_function(self):
         for name, (module, options_name, function, _) in MODES.items():
-            mode = import_module(f"nca_align.{module}")
+            mode = import_module(f"nca_align.commands.evaluate.{module}")
             assert name in {field.name for field in fields(getattr(mode, options_name))}
             assert callable(getattr(mode, function))
 

@@ -13,12 +13,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from conftest import build_model, real_rows, record_nf4
-from nca_align import exporting
+from nca_align.commands.export import command as export_command
+from nca_align.commands.export.command import ExportOptions, export, main
+from nca_align.commands.export.merge import compare, comparison_rows, merge
 from nca_align.errors import UserError
-from nca_align.exporting import ExportOptions, export, main
-from nca_align.merging import compare, comparison_rows, merge
-from nca_align.policies import add_adapter, completion_logps, load_model, load_policy
-from nca_align.preparation import keep_nf4_differentiable
+from nca_align.models.loading import add_adapter, completion_logps, load_model, load_policy
+from nca_align.training.setup import keep_nf4_differentiable
 
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
 
@@ -237,7 +237,7 @@ def test_a_qlora_run_is_exported_as_it_was_trained(wide, tokenizer, tmp_path):
 
 
 def test_a_merge_that_is_off_is_refused(adapter_dir, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(exporting, "merge", lambda model, adapter: model)  # forgets the adapter
+    monkeypatch.setattr(export_command, "merge", lambda model, adapter: model)  # forgets the adapter
     assert main(["--model_name_or_path", adapter_dir, "--output", str(tmp_path / "out")]) == 2
     assert re.search(r"log-probabilities are up to [\d.]+ nats a sequence from the adapter's, and 0.05 is",
                      capsys.readouterr().err)  # fmt: skip
@@ -386,7 +386,7 @@ def test_the_texts_are_long_enough_to_show_a_difference(tokenizer):
 
 
 def test_the_card_names_a_base_of_the_hub_and_no_place_on_this_machine(adapter_dir, model_dir, tmp_path):
-    from nca_align.export_card import model_card
+    from nca_align.commands.export.model_card import model_card
 
     export(ExportOptions(adapter_dir, str(tmp_path / "mine")))
     card = (tmp_path / "mine" / "README.md").read_text()

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from nca_align import generations, implicit, judges
+from nca_align.commands.evaluate import answers, implicit, judges
+from nca_align.commands.evaluate.command import main
 from nca_align.errors import UserError
-from nca_align.evaluating import main
-from nca_align.files import check_writable, replacing
+from nca_align.store.files import check_writable, replacing
 
 
 def _fail_in_the_middle(file, error) -> None:
@@ -79,7 +79,7 @@ def test_implicit_looks_first(key, place, monkeypatch, capsys):
 
 
 def test_scorer_looks_first(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(generations, "sample", lambda options: pytest.fail("worked before it looked"))
+    monkeypatch.setattr(answers, "sample", lambda options: pytest.fail("worked before it looked"))
     (tmp_path / "one.jsonl").write_text("")
     flags = ["--scorer", "x", "--dataset_name", "x", "--model_name_or_path", "m", "--reference", "m"]
     for path in (tmp_path / "one.jsonl", tmp_path / "one.jsonl" / "below"):

@@ -6,7 +6,7 @@ import statistics
 
 import pytest
 
-from nca_align.frontier import (
+from nca_align.commands.report.frontier import (
     Curve,
     common_reach,
     curves_of,

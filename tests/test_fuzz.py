@@ -15,11 +15,11 @@ import yaml
 from datasets import Dataset, disable_progress_bars, enable_progress_bars
 
 from nca_align import NCAConfig
-from nca_align.arguments import parse
 from nca_align.data import DataOptions, check_row, convert_dataset, read_reward_dataset, to_reward_dataset
 from nca_align.data.formats import ASPECTS, FORMATS, REPAIRED
 from nca_align.data.options import DEFAULT_SCORE
 from nca_align.errors import UserError, is_users_mistake
+from nca_align.options import parse
 
 pytest.importorskip("hypothesis", reason="hypothesis is not installed: pip install '.[test]'")
 from hypothesis import HealthCheck, given, seed, settings

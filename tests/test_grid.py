@@ -2,8 +2,8 @@
 
 import pytest
 
+from nca_align.commands.compare.grid import KEYS, Evaluation, expand, from_mapping
 from nca_align.errors import UserError
-from nca_align.grid import KEYS, Evaluation, expand, from_mapping
 
 BASE = {"model_name_or_path": "a-model", "dataset_name": "rows.jsonl", "bf16": False, "use_cpu": True, "alpha": 0.7}
 

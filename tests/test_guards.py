@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 from conftest import build_model, build_tokenizer, reward_rows
 from nca_align import NCAConfig, NCATrainer
 from nca_align.errors import UserError
-from nca_align.guards import MOST_SKIPPED, StepGuard
+from nca_align.training.guards import MOST_SKIPPED, StepGuard
 from test_trainer import logged, trainer
 
 ROOT = Path(__file__).resolve().parents[1]

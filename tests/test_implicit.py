@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import DATA, build_model, real_rows, reward_rows
 from nca_align import NCAConfig, NCATrainer
-from nca_align.errors import UserError
-from nca_align.evaluating import main
-from nca_align.implicit import (
+from nca_align.batching.tokenization import tokenize_rows
+from nca_align.commands.evaluate.command import main
+from nca_align.commands.evaluate.implicit import (
     ImplicitOptions,
     evaluate_implicit,
     implicit,
@@ -25,8 +25,8 @@ from nca_align.implicit import (
     token_logratios,
     write_token_scores,
 )
-from nca_align.policies import as_reference, completion_logps, load_policy, run_record, token_logps
-from nca_align.tokenization import tokenize_rows
+from nca_align.errors import UserError
+from nca_align.models.loading import as_reference, completion_logps, load_policy, run_record, token_logps
 
 
 def save_adapter(model, folder: Path, seed: int, modules=("q_proj",), **config) -> str:
@@ -336,7 +336,7 @@ def test_length_of_the_real_pairs_is_what_a_loop_says(tmp_path):
 
 
 def test_the_tokenizer_comes_from_the_base_where_the_adapter_has_none(adapter_dir, tokenizer, tmp_path):
-    from nca_align.policies import load_tokenizer
+    from nca_align.models.loading import load_tokenizer
 
     assert load_tokenizer(adapter_dir).get_vocab() == tokenizer.get_vocab()
     for file in Path(adapter_dir).iterdir():

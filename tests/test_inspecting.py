@@ -14,18 +14,18 @@ from datasets import Dataset
 from rich.console import Console
 
 from conftest import build_tokenizer, real_rows, reward_rows
-from nca_align.arguments import parse
-from nca_align.collator import RewardCollator
+from nca_align.batching.collator import RewardCollator
+from nca_align.batching.tokenization import tokenize_rows
+from nca_align.commands.inspect.command import InspectDataOptions, InspectOptions, main, training_options
+from nca_align.commands.inspect.measure import inspect, show_row, token_texts
+from nca_align.commands.inspect.page import build_page
+from nca_align.commands.inspect.tables import findings, print_example, print_inspection, sections, sparkline
 from nca_align.config import NCAConfig
 from nca_align.data import DataOptions, to_reward_dataset
 from nca_align.errors import UserError
-from nca_align.inspect_page import build_page
-from nca_align.inspect_report import findings, print_example, print_inspection, sections, sparkline
-from nca_align.inspecting import InspectDataOptions, InspectOptions, main, training_options
-from nca_align.inspection import inspect, show_row, token_texts
 from nca_align.losses import targets
-from nca_align.pages import bars, escape, number, ticks, visible
-from nca_align.tokenization import tokenize_rows
+from nca_align.options import parse
+from nca_align.pages.html import bars, escape, number, ticks, visible
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = "<script>alert('x')</script><img src=x onerror=alert(1)>"

@@ -15,11 +15,12 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 
 from conftest import build_model, build_tokenizer
-from nca_align import hub, judge_formats, judges
+from nca_align.commands.evaluate import judge_formats, judges
+from nca_align.commands.evaluate.judge_formats import JUDGES, MT_BENCH_TEMPERATURES, gpt4o_encoding, style
+from nca_align.commands.evaluate.judges import JudgeOptions, judge
 from nca_align.errors import UserError
-from nca_align.judge_formats import JUDGES, MT_BENCH_TEMPERATURES, gpt4o_encoding, style
-from nca_align.judges import JudgeOptions, judge
-from nca_align.provenance import read_provenance
+from nca_align.store import hub
+from nca_align.store.provenance import read_provenance
 from test_sampling import alone, http_server
 
 QUESTIONS = {

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 
 from conftest import reward_rows
 from launched import FACTORS, PROCESSES
-from nca_align.checkpoints import whole_checkpoints
+from nca_align.store.checkpoints import whole_checkpoints
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = sysconfig.get_path("scripts")  # DeepSpeed looks for ninja on PATH

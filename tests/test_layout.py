@@ -8,9 +8,9 @@ import transformers
 from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 
 from conftest import build_model
-from nca_align import attention, layout
-from nca_align.collator import RewardCollator
-from nca_align.logprobs import add_token_logps
+from nca_align.batching import attention, layout
+from nca_align.batching.collator import RewardCollator
+from nca_align.models.logprobs import add_token_logps
 
 VOCABULARY = 384
 COLLATOR = RewardCollator(pad_token_id=0)

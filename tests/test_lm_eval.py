@@ -22,11 +22,11 @@ from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
-from nca_align import harness as harness_module
+from nca_align.commands.evaluate import lm_eval_harness as harness_module
+from nca_align.commands.evaluate.command import main
+from nca_align.commands.evaluate.lm_eval_harness import HarnessOptions, harness, load_tasks
+from nca_align.commands.evaluate.lm_eval_table import Line, compare, plain_results, print_table
 from nca_align.errors import UserError
-from nca_align.evaluating import main
-from nca_align.harness import HarnessOptions, harness, load_tasks
-from nca_align.harness_table import Line, compare, plain_results, print_table
 
 ROOT = Path(__file__).resolve().parents[1]
 TASKS = "tests/lm_eval_tasks"

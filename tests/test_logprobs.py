@@ -10,8 +10,8 @@ from peft import PromptTuningConfig, get_peft_model
 from torch import nn
 
 from conftest import build_model
-from nca_align import logprobs
-from nca_align.logprobs import TokenLogps, add_token_logps, head_logps, logit_transform
+from nca_align.models import logprobs
+from nca_align.models.logprobs import TokenLogps, add_token_logps, head_logps, logit_transform
 
 M, HIDDEN, VOCABULARY = 23, 8, 50
 TRANSFORMS = [(1.0, None), (0.25, None), (1.0, 2.0), (3.0, 2.0)]

@@ -9,8 +9,9 @@ from datasets import Dataset
 from peft import LoraConfig
 
 from conftest import CHAT_TEMPLATE, build_model, build_tokenizer, reward_rows
-from nca_align import NCAConfig, methods
-from nca_align.methods import METHODS, build_trainer, check_method
+from nca_align import NCAConfig
+from nca_align.commands.compare import methods
+from nca_align.commands.compare.methods import METHODS, build_trainer, check_method
 
 BETA = 0.1
 

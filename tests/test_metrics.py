@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nca_align.losses import infonca_loss, targets
-from nca_align.metrics import calibration, row_metrics
+from nca_align.training.metrics import calibration, row_metrics
 
 ALPHA, BETA = 0.5, 0.1
 

@@ -11,13 +11,14 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import build_model, record_nf4
-from nca_align import evaluating, policies
+from nca_align.commands.evaluate import command as evaluate_command
+from nca_align.commands.evaluate.implicit import ImplicitOptions, token_logratios
+from nca_align.commands.evaluate.judges import JudgeOptions, judge
+from nca_align.commands.export.command import ExportOptions, export
+from nca_align.commands.sample.command import SampleOptions, sample
 from nca_align.errors import UserError
-from nca_align.exporting import ExportOptions, export
-from nca_align.implicit import ImplicitOptions, token_logratios
-from nca_align.judges import JudgeOptions, judge
-from nca_align.policies import load_policy, load_tokenizer, merged
-from nca_align.sampling import SampleOptions, sample
+from nca_align.models import loading as models_loading
+from nca_align.models.loading import load_policy, load_tokenizer, merged
 
 PREFIX = "base_model.model.model.layers.0.self_attn"
 
@@ -46,17 +47,17 @@ def test_a_qlora_run_is_one_model_in_every_mode(quantised, model_dir, tmp_path, 
     if quantised:
         record_nf4(Path(run))
     found: list[bool] = []
-    add_adapter = policies.add_adapter
+    add_adapter = models_loading.add_adapter
 
     def spy(base, folder):
         found.append(any(type(parameter).__name__ == "Params4bit" for parameter in base.parameters()))
         return add_adapter(base, folder)
 
-    monkeypatch.setattr(policies, "add_adapter", spy)
+    monkeypatch.setattr(models_loading, "add_adapter", spy)
     load_policy(run)  # of `--lm_eval`
     # of `--scorer`, and without a mode
     rows = Dataset.from_list([{"prompt": "Hi", "completions": ["the dog", "a fox"], "rewards": [0.0, 1.0]}])
-    evaluating.evaluate_samples(rows, run, run, evaluating.EvaluateOptions(["x"], ["x"], "x"))
+    evaluate_command.evaluate_samples(rows, run, run, evaluate_command.EvaluateOptions(["x"], ["x"], "x"))
     implicit = ImplicitOptions(dataset_name="x", model_name_or_path="x")
     token_logratios(run, run, [{"prompt_ids": [5, 6], "completion_ids": [[7, 8]]}], implicit)
     sample(sample_options(tmp_path, run))
@@ -129,7 +130,7 @@ class TestWhatNamesTheModel:
             with pytest.raises(UserError, match=re.escape(message)):
                 sample(sample_options(tmp_path, lost))
             (tmp_path / "run" / "tokenizer_config.json").unlink(missing_ok=True)
-            assert own_tokenizer or not policies.has_tokenizer(lost)
+            assert own_tokenizer or not models_loading.has_tokenizer(lost)
         with pytest.raises(UserError, match=re.escape(message)):
             load_tokenizer(lost)
 
@@ -144,7 +145,9 @@ class TestWhatNamesTheModel:
     def test_the_reference(self, model_dir, tmp_path):
         rows = Dataset.from_list([{"prompt": "Hi", "completions": ["the dog", "a fox"], "rewards": [0.0, 1.0]}])
         with pytest.raises(UserError, match=r"^`reference` nowhere could not be loaded"):
-            evaluating.evaluate_samples(rows, model_dir, "nowhere", evaluating.EvaluateOptions(["x"], ["x"], "x"))
+            evaluate_command.evaluate_samples(
+                rows, model_dir, "nowhere", evaluate_command.EvaluateOptions(["x"], ["x"], "x")
+            )
         implicit = ImplicitOptions(dataset_name="x", model_name_or_path="x")
         rows = [{"prompt_ids": [5, 6], "completion_ids": [[7, 8]]}]
         with pytest.raises(UserError, match=r"^`reference` nowhere could not be loaded"):

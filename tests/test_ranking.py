@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from nca_align.ranking import Completions, compare_scores, figures, padded, pair_kinds, without_length
+from nca_align.evaluation.ranking import Completions, compare_scores, figures, padded, pair_kinds, without_length
 
 
 def ragged(prompts: int = 40, seed: int = 0, levels: int = 4):

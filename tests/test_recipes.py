@@ -18,9 +18,9 @@ from datasets import Dataset
 from safetensors.torch import load_file
 
 from conftest import CORPUS, build_tokenizer
+from nca_align.batching.tokenization import tokenize_rows
+from nca_align.commands.train.command import main
 from nca_align.data import load_reward_dataset
-from nca_align.tokenization import tokenize_rows
-from nca_align.train import main
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs"

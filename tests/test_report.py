@@ -12,16 +12,17 @@ from datasets import Dataset
 
 from browser import browser, open_page, overflow
 from conftest import build_model, planned, reward_rows
-from nca_align import NCAConfig, NCATrainer, RankingCallback, reporting
-from nca_align.charts import Chart, Series, curves, whiskers
-from nca_align.comparison import COLUMNS, Selection, selected_rows
-from nca_align.files import write_csv
-from nca_align.frontier import Curve, curves_of, mean_and_interval
-from nca_align.grid import KEYS
-from nca_align.report_charts import likelihood_charts, run_charts
-from nca_align.report_figures import bars_of, charts_of, plot
-from nca_align.report_page import build_page
-from nca_align.reporting import Run, equal_kls, labels, main, prefixes, read_run, write_report
+from nca_align import NCAConfig, NCATrainer, RankingCallback
+from nca_align.commands.compare.grid import KEYS
+from nca_align.commands.compare.tables import COLUMNS, Selection, selected_rows
+from nca_align.commands.report import command as report_command
+from nca_align.commands.report.charts import likelihood_charts, run_charts
+from nca_align.commands.report.command import Run, equal_kls, labels, main, prefixes, read_run, write_report
+from nca_align.commands.report.frontier import Curve, curves_of, mean_and_interval
+from nca_align.commands.report.page import build_page
+from nca_align.commands.report.plots import bars_of, charts_of, plot
+from nca_align.pages.svg import Chart, Series, curves, whiskers
+from nca_align.store.files import write_csv
 
 SCRIPT = "<script>document.title = 'taken'</script>"
 METHODS = {"nca": (0.5, 3.0, 3.5), "infonca": (0.45, 6.0, 0.8), "dpo": (0.4, 12.0, -0.9), "sft": (0.1, 0.8, 2.0)}
@@ -187,7 +188,7 @@ def test_the_settings_are_those_of_a_comparison():
 
 def test_of_a_step_logged_twice_the_last_counts():
     log = [{"step": 0, "a": 1.0}, {"step": 5, "a": 2.0}, {"step": 5, "a": 3.0}, {"step": 9, "a": math.nan}]
-    assert reporting.curve(log, "a") == ([0, 5], [1.0, 3.0])
+    assert report_command.curve(log, "a") == ([0, 5], [1.0, 3.0])
 
 
 def test_prefixes_are_named_for_whose_prompts_they_are():

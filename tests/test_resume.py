@@ -25,12 +25,12 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from conftest import build_model, build_tokenizer, reward_rows
 from nca_align import NCAConfig, NCATrainer
-from nca_align.checkpoints import MANIFEST, is_whole, read_manifest, whole_checkpoints
-from nca_align.dealing import prepare_to_skip
+from nca_align.commands.train.command import main
 from nca_align.errors import UserError
-from nca_align.identity import FIXED, FREE
-from nca_align.resume import PREEMPTED
-from nca_align.train import main
+from nca_align.store.checkpoints import MANIFEST, is_whole, read_manifest, whole_checkpoints
+from nca_align.training.epoch_tail import prepare_to_skip
+from nca_align.training.resume import PREEMPTED
+from nca_align.training.run_identity import FIXED, FREE
 from test_trainer import trainer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -275,7 +275,9 @@ class TestHalfWritten:
     def test_one_limit_keeps_the_old_one_until_the_new_one_is_whole(self, tmp_path, monkeypatch):
         """The limit of one, and a kill between the last file and the mark: the old one is still there."""
         nca = make(tmp_path, save_total_limit=1)
-        monkeypatch.setattr("nca_align.resume.sync", lambda path: interrupt() if "checkpoint-3" in str(path) else None)
+        monkeypatch.setattr(
+            "nca_align.training.resume.sync", lambda path: interrupt() if "checkpoint-3" in str(path) else None
+        )
         with pytest.raises(KeyboardInterrupt):
             nca.train()
         assert (tmp_path / "checkpoint-3" / "trainer_state.json").exists()
@@ -443,7 +445,7 @@ class TestSigterm:
                 assert left.value.code == PREEMPTED
                 assert read_manifest(tmp_path / "cut" / "checkpoint-4")["run"]["owes_evaluation"]
                 signal.signal(signal.SIGTERM, handler)
-                monkeypatch.setattr("nca_align.resume.sync", lambda path: pytest.fail("it is written anew"))
+                monkeypatch.setattr("nca_align.training.resume.sync", lambda path: pytest.fail("it is written anew"))
         finally:
             signal.signal(signal.SIGTERM, handler)
         monkeypatch.undo()
@@ -552,11 +554,11 @@ class TestFullDisk:
 # `nca-align train` with small shards of the reference's cache, and SIGTERM to a process of one's choice
 DRIVER = """
 import os, signal, sys
-import nca_align.reference
+import nca_align.training.reference
 from nca_align import trainer
 from transformers import TrainerCallback
 
-nca_align.reference.ROWS_PER_SHARD = 4
+nca_align.training.reference.ROWS_PER_SHARD = 4
 rank, step = map(int, os.environ.get("TERMINATE", "-1 -1").split())
 
 class Terminate(TrainerCallback):
@@ -570,7 +572,7 @@ def with_callback(self, *args, **kwargs):
     self.add_callback(Terminate())
 trainer.NCATrainer.__init__ = with_callback
 
-from nca_align.train import main
+from nca_align.commands.train.command import main
 sys.exit(main(sys.argv[1:]))
 """
 

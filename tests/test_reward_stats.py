@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from nca_align.losses import targets
-from nca_align.reward_stats import (
+from nca_align.commands.inspect.reward_stats import (
     alpha_grid,
     alpha_table,
     compare_pairs,
@@ -25,6 +24,7 @@ from nca_align.reward_stats import (
     truncate,
     within_correlation,
 )
+from nca_align.losses import targets
 
 COUNTS = np.array([4, 2, 3, 6, 2, 3])
 
@@ -129,7 +129,7 @@ class TestPairs:
     def test_a_loop_in_pieces_changes_nothing(self, monkeypatch):
         rewards, lengths = ragged(5)
         whole = compare_pairs(rewards, lengths, COUNTS)
-        monkeypatch.setattr("nca_align.reward_stats._PAIRS_AT_A_TIME", 1)
+        monkeypatch.setattr("nca_align.commands.inspect.reward_stats._PAIRS_AT_A_TIME", 1)
         assert compare_pairs(rewards, lengths, COUNTS) == whole
 
     def test_the_longer_always_wins(self):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from nca_align.checkpoints import whole_checkpoints
+from nca_align.store.checkpoints import whole_checkpoints
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAINING = [

@@ -24,13 +24,15 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForSequenceClassification
 
 from conftest import build_model, build_tokenizer, record_nf4, reward_rows
-from nca_align import sampling, server, smollm2
-from nca_align.engines import Sample, cut, seed_of
+from nca_align.commands.sample import command as sample_command
+from nca_align.commands.sample import server
+from nca_align.commands.sample.command import SampleOptions, main, sample
+from nca_align.commands.sample.engine import Sample, cut, seed_of
 from nca_align.errors import UserError
-from nca_align.policies import load_policy
-from nca_align.provenance import read_provenance, weights_fingerprint
-from nca_align.sampling import SampleOptions, main, sample
+from nca_align.models import smollm2
+from nca_align.models.loading import load_policy
 from nca_align.scorers import vader
+from nca_align.store.provenance import read_provenance, weights_fingerprint
 
 PROMPTS = [
     "What is the best way?", "Tell me about the lazy dog, and about the quick brown fox as well, please.", "Hi",
@@ -256,7 +258,7 @@ def fake_engine(monkeypatch, many: list[list[str]]):
             [Sample(text, False) for text in texts] for texts in many[first_row : first_row + len(rows)]
         ]
 
-    monkeypatch.setattr(sampling, "transformers_engine", engine)
+    monkeypatch.setattr(sample_command, "transformers_engine", engine)
 
 
 MANY = [["a", "b", "a"], ["c", "c", "c"], ["", "d", " \n"], ["e", "f", "g"], ["h", "", "i"], ["j", "j", "k"], ["l"] * 3]
@@ -310,7 +312,7 @@ class TestResuming:
     def test_an_interrupted_run_goes_on_to_the_same_file(self, options, tmp_path, monkeypatch, stop_at, suffix):
         whole, output = str(tmp_path / f"whole{suffix}"), str(tmp_path / f"out{suffix}")
         sample(options(output=whole))
-        real = sampling.transformers_engine
+        real = sample_command.transformers_engine
 
         def breaking(options):
             engine = real(options)
@@ -323,7 +325,7 @@ class TestResuming:
             return complete
 
         with monkeypatch.context() as patch:
-            patch.setattr(sampling, "transformers_engine", breaking)
+            patch.setattr(sample_command, "transformers_engine", breaking)
             with pytest.raises(KeyboardInterrupt):
                 sample(options(output=output))
         sample(options(output=output))
@@ -885,7 +887,8 @@ def check_kills(tmp_path, model_dir, suffix, times):
     prompts = write_prompts(tmp_path / "many.txt", [row["prompt"][0]["content"] for row in reward_rows(20 * times)])
     whole, output = tmp_path / f"whole{suffix}", tmp_path / f"out{suffix}"
     command = [
-        sys.executable, "-m", "nca_align.sampling", "--dataset_name", prompts, "--model_name_or_path", model_dir,
+        sys.executable, "-m", "nca_align.commands.sample.command",
+        "--dataset_name", prompts, "--model_name_or_path", model_dir,
         "--max_new_tokens", "8", "--batch_size", "1", "--shard_size", "1", "--num_completions", "2", "--output",
     ]  # fmt: skip
     subprocess.run([*command, str(whole)], check=True, stderr=subprocess.DEVNULL)

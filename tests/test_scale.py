@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from conftest import reward_rows
-from nca_align.train import main
+from nca_align.commands.train.command import main
 
 ROWS_PER_GROUP = 5000
 MEGABYTE = 1 << 20

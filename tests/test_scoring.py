@@ -21,14 +21,16 @@ from trl.rewards import think_format_reward
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from conftest import build_model, build_tokenizer, reward_rows
-from nca_align import cli, reward_models, smollm2
+from nca_align import cli
+from nca_align.commands.score import ScoreOptions, column_names, main, score
 from nca_align.data import load_reward_dataset
+from nca_align.data.prompts import text_of
 from nca_align.errors import UserError
-from nca_align.prompts import text_of
-from nca_align.provenance import read_provenance
-from nca_align.reward_functions import is_function, source_fingerprint
+from nca_align.models import smollm2
+from nca_align.rewards import reward_models
+from nca_align.rewards.reward_functions import is_function, source_fingerprint
 from nca_align.scorers import vader, within_words
-from nca_align.scoring import ScoreOptions, column_names, main, score
+from nca_align.store.provenance import read_provenance
 from test_sampling import kill_and_restart, read
 
 REWARDS = """
@@ -532,7 +534,7 @@ class TestFiles:
         assert data[3]["completions"] == rows[3]["completions"]
 
     def test_provenance_goes_along(self, tmp_path, options, model_dir):
-        from nca_align.sampling import SampleOptions, sample
+        from nca_align.commands.sample.command import SampleOptions, sample
 
         (tmp_path / "p.txt").write_text("Hi\nWhat is the best way?\n")
         made = str(tmp_path / "samples.parquet")
@@ -573,7 +575,8 @@ def check_kills(tmp_path, monkeypatch, suffix, times):
     (tmp_path / "slow_scorer.py").write_text(SLOW_SCORER)
     Dataset.from_list(reward_rows(25 * times)).to_json(str(tmp_path / "rows.jsonl"))
     command = [
-        sys.executable, "-m", "nca_align.scoring", "--dataset_name", "rows.jsonl", "--scorer", "slow_scorer:length",
+        sys.executable, "-m", "nca_align.commands.score",
+        "--dataset_name", "rows.jsonl", "--scorer", "slow_scorer:length",
         "--scorer", "nca_align.scorers:vader", "--shard_size", "1", "--output",
     ]  # fmt: skip
     whole, output = tmp_path / f"whole{suffix}", tmp_path / f"out{suffix}"

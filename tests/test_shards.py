@@ -11,11 +11,11 @@ from decimal import Decimal
 import pytest
 from datasets import Dataset, Features, List, Value
 
-from nca_align import locking
 from nca_align.errors import UserError
-from nca_align.locking import alone_at
-from nca_align.provenance import data_fingerprint, read_provenance, weights_fingerprint
-from nca_align.shards import Shard, run_sharded
+from nca_align.store import locking
+from nca_align.store.locking import alone_at
+from nca_align.store.provenance import data_fingerprint, read_provenance, weights_fingerprint
+from nca_align.store.shards import Shard, run_sharded
 
 FEATURES = Features({"prompt": Value("string"), "values": List(Value("int64"))})
 STEP = {"command": "sample", "config": {"temperature": 1.0, "stop": ["x"]}, "about": {"model": "m"}}
@@ -250,7 +250,7 @@ class TestEditedCode:
 
 
 class TestOneAtATime:
-    HOLD = "import sys\nfrom pathlib import Path\nfrom nca_align.locking import alone_at\n" \
+    HOLD = "import sys\nfrom pathlib import Path\nfrom nca_align.store.locking import alone_at\n" \
            "with alone_at(Path(sys.argv[1])):\n    print('held', flush=True)\n    sys.stdin.read()"  # fmt: skip
 
     def test_the_second_is_told_and_a_kill_lets_go(self, output):

@@ -10,10 +10,10 @@ from statistics import fmean
 
 import pytest
 
-from nca_align.comparison import FIGURES
-from nca_align.files import read_csv, write_csv
-from nca_align.grid import KEYS
+from nca_align.commands.compare.grid import KEYS
+from nca_align.commands.compare.tables import FIGURES
 from nca_align.scorers import vader, within_words
+from nca_align.store.files import read_csv, write_csv
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -56,7 +56,7 @@ class TestData:
 def test_grids_are_the_studys(name, cells):
     import yaml
 
-    from nca_align.grid import Evaluation, expand, from_mapping
+    from nca_align.commands.compare.grid import Evaluation, expand, from_mapping
 
     config = yaml.safe_load((ROOT / f"configs/study/{name}.yaml").read_text())
     found = expand(config["base"], config["grid"], name)

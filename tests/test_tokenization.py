@@ -7,9 +7,9 @@ from datasets import Dataset
 from trl.data_utils import common_prefix_length
 
 from conftest import CHAT_TEMPLATE, build_tokenizer, reward_rows
+from nca_align.batching.tokenization import rows_that_fit, tokenize_dataset, tokenize_rows
 from nca_align.config import NCAConfig
 from nca_align.errors import is_users_mistake
-from nca_align.tokenization import rows_that_fit, tokenize_dataset, tokenize_rows
 
 LIMITS = {"max_prompt_length": None, "max_length": None, "length_column": "length"}
 

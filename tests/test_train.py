@@ -12,7 +12,7 @@ import pytest
 from datasets import Dataset
 
 from conftest import DATA, build_tokenizer, reward_rows
-from nca_align.train import _follow_launcher, main
+from nca_align.commands.train.command import _follow_launcher, main
 
 ROOT = Path(__file__).resolve().parents[1]
 FAST = {

@@ -16,10 +16,10 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from conftest import build_model, build_tokenizer, reward_rows
 from nca_align import NCAConfig, NCATrainer
-from nca_align.attention import share_prefixes
+from nca_align.batching.attention import share_prefixes
 from nca_align.errors import UserError
-from nca_align.logprobs import add_token_logps
-from nca_align.preparation import keep_nf4_differentiable
+from nca_align.models.logprobs import add_token_logps
+from nca_align.training.setup import keep_nf4_differentiable
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"], "init_lora_weights": False}
 
@@ -461,7 +461,7 @@ def test_whatever_changes_the_reference_is_noticed(what, cache, tmp_path, monkey
 
 
 def test_an_interrupted_computation_goes_on_where_it_stopped(cache, tmp_path, monkeypatch):
-    from nca_align import reference
+    from nca_align.training import reference
 
     monkeypatch.setattr(reference, "ROWS_PER_SHARD", 3)
     own = NCATrainer.compute_ref_log_probs
@@ -490,7 +490,7 @@ def test_an_interrupted_computation_goes_on_where_it_stopped(cache, tmp_path, mo
 
 @pytest.mark.parametrize("damage", [b"", b"PAR1 and no more", "zeros", "short"])
 def test_a_shard_that_a_crash_left_unreadable_is_computed_anew(damage, cache, tmp_path, monkeypatch, caplog):
-    from nca_align import reference
+    from nca_align.training import reference
 
     monkeypatch.setattr(reference, "ROWS_PER_SHARD", 3)
     options = {"rows": reward_rows(8), "precompute_ref_log_probs": True}
@@ -506,7 +506,7 @@ def test_a_shard_that_a_crash_left_unreadable_is_computed_anew(damage, cache, tm
 
 
 def test_what_a_killed_run_left_half_written_goes_and_another_runs_stays(cache, tmp_path):
-    from nca_align.reference import ReferenceCache
+    from nca_align.training.reference import ReferenceCache
 
     own = ReferenceCache(("key",), 2)
     own.folder.mkdir(parents=True)
@@ -521,7 +521,7 @@ def test_what_a_killed_run_left_half_written_goes_and_another_runs_stays(cache, 
 
 
 def test_a_shard_is_on_the_disk_before_it_has_its_name(cache, monkeypatch):
-    from nca_align import reference
+    from nca_align.training import reference
 
     own = reference.ReferenceCache(("key",), 1)
     ((_, _, shard),) = own.missing()
@@ -532,7 +532,7 @@ def test_a_shard_is_on_the_disk_before_it_has_its_name(cache, monkeypatch):
 
 
 def test_a_disk_too_full_for_the_cache_is_told_with_what_to_do(cache, monkeypatch):
-    from nca_align import reference
+    from nca_align.training import reference
 
     def full(table, where):
         where.write_bytes(b"PAR1")
@@ -677,7 +677,7 @@ def test_auto_says_what_it_chose_and_why(tmp_path, caplog):
 
 
 def test_a_mismatch_falls_back_under_auto_and_stops_an_explicit_layout(tmp_path, caplog, monkeypatch):
-    from nca_align import attention
+    from nca_align.batching import attention
 
     def blind(query, key, value, segments, **kwargs):  # sees all of the row
         return torch.nn.functional.scaled_dot_product_attention(

@@ -9,20 +9,20 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from .callbacks import GenerationCallback, RankingCallback
     from .config import NCAConfig
     from .data import load_reward_dataset
     from .data.strategies import to_preference_pairs, to_unpaired
-    from .generation import GenerationEvaluator
+    from .evaluation.callbacks import GenerationCallback, RankingCallback
+    from .evaluation.evaluator import GenerationEvaluator
     from .losses import infonca_loss, nca_loss, reward_loss
     from .trainer import NCATrainer
 
 _HOME = {
-    "GenerationCallback": "callbacks",
-    "GenerationEvaluator": "generation",
+    "GenerationCallback": "evaluation.callbacks",
+    "GenerationEvaluator": "evaluation.evaluator",
     "NCAConfig": "config",
     "NCATrainer": "trainer",
-    "RankingCallback": "callbacks",
+    "RankingCallback": "evaluation.callbacks",
     "infonca_loss": "losses",
     "load_reward_dataset": "data",
     "nca_loss": "losses",

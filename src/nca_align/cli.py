@@ -3,19 +3,37 @@
 import sys
 from importlib import import_module
 
-from .arguments import nearest
 from .errors import UserError, command
+from .options import nearest
 
 # name: (module, what it does)
 COMMANDS = {
-    "train": ("nca_align.train", "align a model on K rewarded completions per prompt"),
-    "sample": ("nca_align.sampling", "prompts to K completions each, from a model or a running server"),
-    "score": ("nca_align.scoring", "completions to rewards, from a reward model, a classifier or a Python function"),
-    "inspect": ("nca_align.inspecting", "a data set before training: rewards, ties, lengths, tokens, the choice of α"),
-    "evaluate": ("nca_align.evaluating", "mean reward and KL, implicit rewards, answers for judges, lm-eval's tasks"),
-    "compare": ("nca_align.comparing", "methods and settings beside each other, a run each, from one YAML file"),
-    "report": ("nca_align.reporting", "a page and plots of what runs logged, and of a comparison with its intervals"),
-    "export": ("nca_align.exporting", "the trained model in one folder: adapter merged, with tokenizer and model card"),
+    "train": ("nca_align.commands.train.command", "align a model on K rewarded completions per prompt"),
+    "sample": ("nca_align.commands.sample.command", "prompts to K completions each, from a model or a running server"),
+    "score": (
+        "nca_align.commands.score",
+        "completions to rewards, from a reward model, a classifier or a Python function",
+    ),
+    "inspect": (
+        "nca_align.commands.inspect.command",
+        "a data set before training: rewards, ties, lengths, tokens, the choice of α",
+    ),
+    "evaluate": (
+        "nca_align.commands.evaluate.command",
+        "mean reward and KL, implicit rewards, answers for judges, lm-eval's tasks",
+    ),
+    "compare": (
+        "nca_align.commands.compare.command",
+        "methods and settings beside each other, a run each, from one YAML file",
+    ),
+    "report": (
+        "nca_align.commands.report.command",
+        "a page and plots of what runs logged, and of a comparison with its intervals",
+    ),
+    "export": (
+        "nca_align.commands.export.command",
+        "the trained model in one folder: adapter merged, with tokenizer and model card",
+    ),
 }
 
 

@@ -3,8 +3,8 @@
 import re
 from functools import cache
 
+from .data.prompts import text_of
 from .errors import UserError
-from .prompts import text_of
 
 
 def vader(completions: list, **kwargs) -> list[float]:

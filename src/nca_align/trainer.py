@@ -20,20 +20,20 @@ from trl.models import prepare_deepspeed
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import create_model_from_path, get_config_model_id, global_then_local_main_first, use_adapter
 
-from . import layout
-from .checkpoints import read_errors_told
-from .chunks import backward, gradient_sync, restore_rng, rng_restored, rng_state
-from .collator import RewardCollator
+from .batching import layout
+from .batching.collator import RewardCollator
+from .batching.tokenization import tokenize_dataset
 from .config import NCAConfig
-from .dealing import last_batch, prepare_to_skip, repeated_rows
-from .guards import StepGuard
-from .logprobs import add_token_logps
-from .metrics import PromptMeans, calibration, row_metrics
-from .objective import Objective, count_prompts
-from .preparation import base_model, keep_nf4_differentiable, own_reference, reward_rows, say, settle
-from .reference import add_reference_logps, reference_hash
-from .resume import EvaluationCut, Resume
-from .tokenization import tokenize_dataset
+from .models.logprobs import add_token_logps
+from .store.checkpoints import read_errors_told
+from .training.chunked_step import backward, gradient_sync, restore_rng, rng_restored, rng_state
+from .training.epoch_tail import last_batch, prepare_to_skip, repeated_rows
+from .training.guards import StepGuard
+from .training.metrics import PromptMeans, calibration, row_metrics
+from .training.objective import Objective, count_prompts
+from .training.reference import add_reference_logps, reference_hash
+from .training.resume import EvaluationCut, Resume
+from .training.setup import base_model, keep_nf4_differentiable, own_reference, reward_rows, say, settle
 
 _FORWARD_KEYS = ("input_ids", "attention_mask", "position_ids", "segments", "token_index", "target_ids")
 

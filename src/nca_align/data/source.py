@@ -27,7 +27,7 @@ from datasets import (
 from datasets.exceptions import DatasetGenerationError
 
 from ..errors import one_line
-from ..files import visible_files
+from ..store.files import visible_files
 from .jsonlines import UnreadableLine, check_json, copy_sound_lines, is_plain, read_lines
 
 _BUILDERS = {".json": "json", ".jsonl": "json", ".ndjson": "json", ".parquet": "parquet", ".csv": "csv"}

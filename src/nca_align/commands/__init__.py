@@ -1,0 +1,1 @@
+"""The commands of `nca-align`, a module or a package each."""

@@ -1,0 +1,1 @@
+"""`nca-align compare`: methods and settings beside each other."""

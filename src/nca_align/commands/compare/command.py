@@ -1,0 +1,196 @@
+"""`nca-align compare`: methods and settings beside each other, a training run a cell, from one YAML file."""
+
+import fnmatch
+import json
+import os
+import platform
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ...errors import UserError, command
+from ...options import parse
+from ...store.files import write_csv, write_json
+from ...store.locking import alone_at
+from ...store.provenance import LIBRARIES, commit, versions
+from .grid import Cell, Evaluation, cell_options, expand, from_mapping
+from .runner import CONFIG, DONE, LOG, failure, is_done, prepare, run_cells
+from .splits import read_splits
+from .tables import COLUMNS, Row, Selection, left_out, rows_of, seeds_of, selected_rows
+
+
+@dataclass
+class CompareOptions:
+    """Options of `nca-align compare`; `base`, `grid`, `evaluation` and `select` are mappings of the YAML file."""
+
+    output_dir: str = field(metadata={"help": "folder of the tables and, in `cells`, of the runs"})
+    base: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "in the file: options of `nca-align train` that all cells share"}
+    )
+    grid: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "in the file: method, strategy, alpha, beta, learning_rate, num_completions, seed, each with "
+                  "its values; or a list of such mappings"},
+    )  # fmt: skip
+    evaluation: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "in the file: scorer, validation, test, prompts, num_completions, max_new_tokens, steps …"},
+    )
+    select: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "in the file: metric and at_kl, by which validation chooses settings"}
+    )
+    parallel: int = field(default=1, metadata={"help": "cells at a time; on several GPUs one each"})
+    timeout_minutes: float | None = field(
+        default=None, metadata={"help": "a cell that takes longer is stopped and counts as failed"}
+    )
+    only: str = field(default="*", metadata={"help": "run the cells whose name this pattern matches, such as 'nca-*'"})
+    dry_run: bool = field(default=False, metadata={"help": "list the cells, with an estimate, and run none"})
+    report: bool = field(default=False, metadata={"help": "write report.html and its figures at the end"})
+
+    def __post_init__(self):
+        if self.parallel < 1:
+            raise ValueError(f"`parallel` is {self.parallel}; it must be at least 1")
+        if self.timeout_minutes is not None and not self.timeout_minutes > 0:
+            raise ValueError(f"`timeout_minutes` is {self.timeout_minutes}; it must be above 0")
+
+
+@command("nca-align compare", goes_on="finished cells stay, and the same command goes on with the others")
+def main(argv: list[str] | None = None) -> int:
+    """Run what isn't finished of a comparison and write its tables; 1 where a cell failed."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    (options,) = parse(
+        [CompareOptions], argv, "nca-align compare", "Train methods and settings beside each other, and compare them."
+    )
+    for name in ("base", "grid", "evaluation"):
+        if getattr(options, name) is None:
+            raise UserError(f"`{name}` is missing; `nca-align compare` takes it from the YAML file of `--config`")
+    evaluation = from_mapping(Evaluation, "evaluation", options.evaluation)
+    selection = from_mapping(Selection, "select", options.select or {})
+    if selection.at_kl is not None and evaluation.validation_steps is not None:
+        raise UserError(
+            f"`at_kl` of `select` is {selection.at_kl}, but `validation_steps` of `evaluation` is "
+            f"{evaluation.validation_steps}: choosing at a KL needs validation at every evaluation; leave one out"
+        )
+    cells = expand(options.base, options.grid, "the comparison's YAML file")
+    chosen = [cell for cell in cells if fnmatch.fnmatch(cell.name, options.only)]
+    if not chosen:
+        raise UserError(f"`only` is {options.only!r}, which matches none of the {len(cells)} cells: {_names(cells)}")
+    output = Path(options.output_dir)
+    if options.dry_run:
+        _print_cells(chosen, output, options.parallel)
+        return 0
+    with alone_at(output / "comparison.csv"):
+        prepare(cells, output, evaluation)
+        todo = [cell for cell in chosen if not is_done(output, cell)]
+        print(f"{len(chosen)} cells, {len(chosen) - len(todo)} of them finished; in {output}")
+        if todo:  # what is wrong with the data, once and at once
+            script, data_options, _, args, _ = cell_options(output / "cells" / todo[0].name / CONFIG)
+            train, held_out = read_splits(script, data_options, args, evaluation)
+            prompts = {name: len(rows) for name, rows in {"training": train, **held_out}.items()}
+            print(f"Prompts: {', '.join(f'{name} {count}' for name, count in prompts.items())}")
+            _write_provenance(output, argv, options, cells, prompts)
+        tables = partial(_write_tables, output, cells, selection)
+        before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is running ends with us
+        try:
+            run_cells(todo, output, options.parallel, options.timeout_minutes, tables)
+        finally:
+            signal.signal(signal.SIGTERM, before)
+        rows, selected = tables()
+    failed = {cell.name: why for cell in chosen if (why := failure(output, cell))}
+    for name, why in failed.items():
+        print(f"Failed: {name}: {why} ({output / 'cells' / name / LOG})", file=sys.stderr)
+    if rows:
+        _print_selected(selected)
+        for line in left_out(rows, selection, seeds_of(cells)):
+            print(line)
+        print(f"All figures: {output / 'comparison.csv'}; chosen on validation: {output / 'selected.csv'}")
+    if rows and options.report:
+        from ..report.command import write_report
+
+        for path in write_report([output], output):
+            print(f"Written: {path}")
+    return 1 if failed else 0
+
+
+def _write_tables(output: Path, cells: Sequence[Cell], selection: Selection) -> tuple[list[Row], list[Row]]:
+    """The tables of all cells that are finished: their rows, and those that were chosen."""
+    rows = [row for cell in cells if is_done(output, cell) for row in rows_of(cell, output / "cells" / cell.name)]
+    selected = selected_rows(rows, selection, seeds_of(cells))
+    if rows:
+        write_csv(output / "comparison.csv", rows, COLUMNS)
+        write_csv(output / "selected.csv", selected)
+    return rows, selected
+
+
+def _print_selected(selected: Sequence[dict[str, Any]]) -> None:
+    table = Table(box=None, pad_edge=False)
+    for name in ("chosen on validation", "seeds", "test reward", "KL, nats", "win rate", "best log-ratio"):
+        table.add_column(name, justify="left" if name == "chosen on validation" else "right")
+    for line in selected:
+        names = [line["method"], line["strategy"], *(
+            f"{label} {line[key]:g}" for key, label in (("alpha", "α"), ("beta", "β"), ("learning_rate", "lr"),
+                                                       ("num_completions", "K")) if line[key] is not None
+        )]  # fmt: skip
+        figures = [_shown(line, f"test_{name}") for name in ("reward", "kl", "win_rate", "logratio_best")]
+        table.add_row(" ".join(names), str(line["seeds"]), *figures)
+    Console().print(table)
+
+
+def _shown(line: dict[str, Any], name: str) -> str:
+    if line[name] is None:
+        return "–"
+    if line[f"{name}_low"] is None:
+        return f"{line[name]:.3f}"
+    return f"{line[name]:.3f} ± {(line[f'{name}_high'] - line[f'{name}_low']) / 2:.3f}"
+
+
+def _print_cells(cells: Sequence[Cell], output: Path, parallel: int) -> None:
+    took = []
+    for cell in cells:
+        folder = output / "cells" / cell.name
+        state = "new"
+        if is_done(output, cell):
+            took.append(json.loads((folder / DONE).read_text())["minutes"])
+            state = f"finished, {took[-1]:.1f} minutes"
+        elif (why := failure(output, cell)) is not None:
+            state = f"failed: {why}"
+        elif any(folder.glob("checkpoint-*")):
+            state = "begun"
+        print(f"{cell.name}: {state}")
+    left = len(cells) - len(took)
+    estimate = f"about {median(took) * left / parallel:.0f} minutes" if took else "no estimate before one is finished"
+    print(f"{len(cells)} cells, {left} to run: {estimate if left else 'nothing to do'}")
+
+
+def _write_provenance(
+    output: Path, argv: list[str], options: CompareOptions, cells: Sequence[Cell], prompts: dict[str, int]
+) -> None:
+    about = {
+        "command": ["nca-align", "compare", *argv],
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": versions(*LIBRARIES),
+        "commit": commit(),
+        "machine": {"system": platform.platform(), "cores": os.cpu_count(), "python": platform.python_version()},
+        "config": asdict(options),
+        "cells": [cell.name for cell in cells],
+        "prompts": prompts,
+    }
+    write_json(output / "provenance.json", about)
+
+
+def _names(cells: Sequence[Cell]) -> str:
+    names = [cell.name for cell in cells]
+    return ", ".join(names[:5]) + (" …" if len(names) > 5 else "")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

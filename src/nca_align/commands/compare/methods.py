@@ -1,0 +1,125 @@
+"""Methods beside each other on the same reward data: NCATrainer's losses, and TRL's own trainers as baselines."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
+
+from datasets import Dataset
+from transformers import Trainer
+from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
+
+from ...config import NCAConfig
+from ...data.strategies import PAIRS, check_strategy, select_completions, to_preference_pairs, to_unpaired
+from ...losses import LOSSES, loss_name
+
+# TRL's name of a DPOTrainer loss for each method that goes through it
+_DPO_LOSSES = {
+    "dpo": "sigmoid", "ipo": "ipo", "hinge": "hinge", "nca_pair": "nca_pair", "apo_zero": "apo_zero", "sft": "sft",
+}  # fmt: skip
+METHODS = (*LOSSES, *_DPO_LOSSES, "kto")
+# Losses in which α counts: of the others only the order of the rewards does
+READS_ALPHA = frozenset({"nca", "infonca", "gvpo"})
+
+
+def check_method(method: str, strategy: str | None) -> tuple[str, str]:
+    """The method's name, and its strategy: by default all completions, or best_worst where it takes pairs.
+
+    Raises:
+        ValueError: no such method, or a strategy that it can't train on.
+    """
+    name = loss_name(method, METHODS)
+    if strategy is not None:
+        check_strategy(strategy)
+    if name in _DPO_LOSSES:
+        strategy = strategy or "best_worst"
+        if strategy not in PAIRS:
+            raise ValueError(
+                f"`strategy` is {strategy!r} with `method` {name}, which trains on pairs; it must be one of "
+                f"{', '.join(PAIRS)}"
+            )
+        if name == "sft" and strategy != "best_worst":
+            raise ValueError(
+                f"`strategy` is {strategy!r} with `method` sft, which trains on the best completion: use best_worst"
+            )
+    elif name == "kto" and (strategy or "rewards") in PAIRS:
+        raise ValueError(f"`strategy` is {strategy!r} with `method` kto, which trains on no pairs; use rewards")
+    return name, strategy or "rewards"
+
+
+def build_trainer(
+    method: str,
+    model: Any,
+    args: NCAConfig,
+    train_dataset: Dataset,
+    tokenizer: Any,
+    *,
+    strategy: str | None = None,
+    peft_config: Any = None,
+    quantization_config: Any = None,
+    callbacks: Sequence[Any] = (),
+) -> Trainer:
+    """A trainer of `method` on what `strategy` takes of the rewarded completions, its steps those of all other methods.
+
+    Every method sees the same tokens of the same prompts in as many steps: where a strategy makes several rows of a
+    prompt, a batch holds as many more. They are shuffled, so one step's prompts needn't be another method's. β,
+    learning rate, LoRA and seeds are those of `args`; α counts where the loss has one.
+
+    Args:
+        method: one of `METHODS`; `sft` trains on the best completion alone.
+        model: id, folder or instance.
+        args: of NCATrainer; TRL's trainers get the fields that they share.
+        train_dataset: `prompt, completions, rewards`.
+        tokenizer: the model's.
+        strategy: see `data.strategies.choose`; by default `rewards`, or best_worst for DPOTrainer's losses.
+        peft_config, quantization_config, callbacks: as the trainers'.
+
+    Raises:
+        ValueError: see `check_method`; no row is left.
+    """
+    name, strategy = check_method(method, strategy)
+    if name in _DPO_LOSSES:
+        rows = to_preference_pairs(train_dataset, strategy, args.seed)
+    elif name == "kto":
+        rows = to_unpaired(select_completions(train_dataset, strategy, args.seed))
+    else:
+        rows = select_completions(train_dataset, strategy, args.seed)
+    args = _same_steps(args, len(train_dataset), len(rows), whole=name == "kto")
+    common: dict[str, Any] = {
+        "model": model, "train_dataset": rows, "processing_class": tokenizer, "peft_config": peft_config,
+        "quantization_config": quantization_config, "callbacks": list(callbacks),
+    }  # fmt: skip
+    if name in _DPO_LOSSES:
+        return DPOTrainer(args=_shared(DPOConfig, args, loss_type=[_DPO_LOSSES[name]], loss_weights=None), **common)
+    if name == "kto":
+        # its KL term takes a fixed order of rows, so they are shuffled here, once
+        common["train_dataset"] = rows.shuffle(seed=args.seed)
+        kto = _shared(KTOConfig, args, loss_type="kto", train_sampling_strategy="sequential")
+        return KTOTrainer(args=kto, **common)
+    from ...trainer import NCATrainer
+
+    return NCATrainer(args=_shared(NCAConfig, args, loss_type=[name], loss_weights=None), **common)
+
+
+def _same_steps(args: NCAConfig, prompts: int, rows: int, whole: bool) -> NCAConfig:
+    """As many steps as there are of batches of prompts, and a batch's rows in proportion.
+
+    More rows are accumulated, so that they need no more memory; `whole` leaves them one batch, over which KTO's
+    estimate of the KL goes.
+    """
+    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * math.ceil(prompts / batch))
+    times, share = args.gradient_accumulation_steps, rows / prompts
+    accumulated = times if whole else max(1, round(times * share))
+    per_device = max(1, round(args.per_device_train_batch_size * times * share / accumulated))
+    return _shared(
+        NCAConfig, args, max_steps=steps, per_device_train_batch_size=per_device,
+        gradient_accumulation_steps=accumulated,
+    )  # fmt: skip
+
+
+def _shared(kind: type, args: NCAConfig, **changes: Any) -> Any:
+    """A config of `kind` with the fields that it shares with `args`."""
+    own = {field.name for field in fields(args)}
+    values = {field.name: getattr(args, field.name) for field in fields(kind) if field.init and field.name in own}
+    return kind(**{**values, **changes})

@@ -1,0 +1,113 @@
+"""`nca-align evaluate --scorer`: base and aligned models answer held-out prompts; their mean reward, KL and length."""
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from ...data.prompts import load_raw, split_to_answer
+from ...evaluation.estimates import Estimate, mean_over_prompts, rewards_by_prompt
+from ...store.files import can_be_written
+from ..sample.command import SampleOptions, sample
+from ..score import ScoreOptions, check_scorers, check_weights, score
+from .command import EvaluateOptions, Evaluation, evaluate, print_table
+
+
+@dataclass(kw_only=True)
+class GenerationOptions:
+    """Options of `nca-align evaluate --scorer`."""
+
+    scorer: list[str] = field(
+        metadata={"help": "what rewards the answers, as in `nca-align score`; may repeat", "action": "extend"}
+    )
+    scorer_weights: list[float] = field(
+        default_factory=list, metadata={"help": "one a scorer, 1 by default", "action": "extend"}
+    )
+    dataset_name: str = field(
+        metadata={
+            "help": "held-out prompts: a text file (one a line), or any file, folder or Hub id that training reads"
+        }
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "configuration of a data set of the Hub"})
+    split: str | None = field(
+        default=None, metadata={"help": "split of a data set that has several; the held-out one by default"}
+    )
+    model_name_or_path: list[str] = field(
+        metadata={"help": "the aligned model, or an adapter's folder; may repeat", "action": "extend"}
+    )
+    reference: str = field(metadata={"help": "the model before training: the table's first line, and the KL's origin"})
+    output: str = field(
+        metadata={"help": "a folder for the answers, their rewards and the table; a rerun goes on there"}
+    )
+    num_completions: int = field(default=4, metadata={"help": "answers a prompt"})
+    max_new_tokens: int = field(default=512, metadata={"help": "tokens at which an answer is cut"})
+    seed: int = field(default=42, metadata={"help": "of the answers"})
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = field(
+        default="auto", metadata={"help": "auto: bfloat16 on a GPU, float32 on a CPU"}
+    )
+    trust_remote_code: bool = field(default=False, metadata={"help": "run code that comes with a model"})
+    batch_size: int = field(default=8, metadata={"help": "prompts a batch of sampling, completions one of the rest"})
+
+    def __post_init__(self):
+        check_weights(self.scorer_weights, len(self.scorer))
+
+
+def evaluate_generations(options: GenerationOptions) -> list[Evaluation]:
+    """Answer, score, compare: `nca-align sample` at temperature 1 and top-p 1, `score`, and the table of `evaluate`.
+
+    Killed and started again with the same options it goes on.
+
+    Returns:
+        The table's lines, the reference's first.
+
+    Raises:
+        UserError: whatever the user can mend, in one sentence.
+    """
+    folder = Path(options.output)
+    with can_be_written(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    check_scorers(options.scorer, options.trust_remote_code)  # before any model answers
+    models = [options.reference, *options.model_name_or_path]
+    split = options.split or split_to_answer(options.dataset_name, options.dataset_config)
+    print(f"Prompts of {options.dataset_name}, split {split}", file=sys.stderr)
+    files = []
+    for i, model in enumerate(models):
+        stem = folder / f"{i}-{Path(model).name}"
+        samples, scored = f"{stem}.parquet", f"{stem}.jsonl"
+        sample(
+            SampleOptions(
+                dataset_name=options.dataset_name, dataset_config=options.dataset_config, split=split,
+                output=samples, model_name_or_path=model, num_completions=options.num_completions,
+                max_new_tokens=options.max_new_tokens, seed=options.seed, dtype=options.dtype,
+                trust_remote_code=options.trust_remote_code, batch_size=options.batch_size,
+            )
+        )  # fmt: skip
+        score(
+            ScoreOptions(
+                samples, scored, options.scorer, options.scorer_weights, dtype=options.dtype,
+                trust_remote_code=options.trust_remote_code, batch_size=options.batch_size,
+            )
+        )  # fmt: skip
+        files.append(scored)
+    lines = evaluate(
+        EvaluateOptions(
+            files, models, options.reference, str(folder / "table.json"), options.dtype, options.trust_remote_code,
+            options.batch_size,
+        )
+    )  # fmt: skip
+    print_table(lines)
+    rewards = [rewards_by_prompt(load_raw(file)) for file in files]
+    for line, own in zip(lines[1:], rewards[1:], strict=True):
+        difference, prompts = paired_difference(own, rewards[0])
+        print(
+            f"reward of {line.policy} less {lines[0].policy}: {difference.mean:+.3f} ± {difference.error:.3f}, on the "
+            f"same {prompts} prompts"
+        )
+    return lines
+
+
+def paired_difference(a: Mapping[str, list[float]], b: Mapping[str, list[float]]) -> tuple[Estimate, int]:
+    """Mean over the prompts that both answered of the difference of their mean rewards, its error, and how many."""
+    both = [prompt for prompt in a if prompt in b]
+    return mean_over_prompts([sum(a[p]) / len(a[p]) - sum(b[p]) / len(b[p])] for p in both), len(both)

@@ -1,0 +1,284 @@
+"""`nca-align evaluate --implicit`: the aligned model as a reward model, whole and token by token."""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from datasets import Dataset
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from ...batching.tokenization import tokenize_dataset
+from ...config import NCAConfig, prompt_limit
+from ...data import DataOptions, held_out_split, read_reward_dataset
+from ...errors import UserError
+from ...evaluation.ranking import (
+    LENGTH_MATCH,
+    Completions,
+    Interval,
+    compare_scores,
+    padded,
+    pair_kinds,
+    without_length,
+)
+from ...models.loading import as_reference, is_adapter, load_policy, load_tokenizer, run_record, token_logps
+from ...store.files import check_writable, replacing, write_json
+
+LENGTH = "length"
+
+
+@dataclass(kw_only=True)
+class ImplicitOptions(DataOptions):
+    """Options of `nca-align evaluate --implicit`."""
+
+    implicit: bool = field(default=True, metadata={"help": "what chooses this evaluation"})
+    dataset_name: str = field(
+        metadata={"help": "rewarded completions or preferences, in any format that training reads"}
+    )
+    model_name_or_path: str = field(metadata={"help": "the aligned model, or the folder of its adapter"})
+    reference: str | None = field(
+        default=None,
+        metadata={"help": "the model before training; of an adapter by default its base with the adapter off"},
+    )
+    beta: float | None = field(
+        default=None,
+        metadata={"help": "implicit reward per nat, which no order depends on; by default the run's, or else 0.01"},
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "configuration of a data set of the Hub"})
+    split: str | None = field(
+        default=None, metadata={"help": "by default the data's held-out split, or all of a file that is one split"}
+    )
+    validation_fraction: float = field(
+        default=0.0, metadata={"help": "with `split: validation`, the share that training held out (its default: 0.05)"}
+    )
+    max_length: int | None = field(default=1024, metadata={"help": "tokens of prompt and completion, as in training"})
+    max_prompt_length: int | None = field(
+        default=None, metadata={"help": "tokens kept of a prompt, its end; half of `max_length` by default"}
+    )
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = field(
+        default="auto", metadata={"help": "auto: bfloat16 on a GPU, float32 on a CPU"}
+    )
+    trust_remote_code: bool = field(default=False, metadata={"help": "run code that comes with a model"})
+    batch_size: int = field(default=16, metadata={"help": "completions a forward"})
+    output: str | None = field(default=None, metadata={"help": "JSON file of all figures with their intervals"})
+    token_scores: str | None = field(
+        default=None, metadata={"help": "JSONL file of every completion's tokens with their implicit rewards"}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.batch_size < 1:
+            raise ValueError(f"`batch_size` is {self.batch_size}; it must be at least 1")
+        if self.beta is not None and not 0 < self.beta < float("inf"):
+            raise ValueError(f"`beta` is {self.beta}; it must be a finite number above 0")
+        self.max_prompt_length = prompt_limit(self.max_prompt_length, self.max_length)
+
+
+@dataclass(frozen=True)
+class ImplicitEvaluation:
+    """What `--implicit` found.
+
+    Args:
+        prompts, completions, pairs, like_length: how many; pairs are those with unequal rewards.
+        beta: implicit reward per nat.
+        figures: by score and figure, see `ranking.figures`.
+        less_length: each score's figures less those of `length`.
+        random, best: mean reward of a completion chosen at random, and of the best.
+    """
+
+    prompts: int
+    completions: int
+    pairs: int
+    like_length: int
+    beta: float
+    figures: dict[str, dict[str, Interval]]
+    less_length: dict[str, dict[str, Interval]]
+    random: float
+    best: float
+
+
+def load_rows(options: ImplicitOptions) -> Dataset:
+    """The rows to evaluate on, `prompt, completions, rewards`: the split asked for, or the held-out or only one."""
+    splits = read_reward_dataset(
+        options.dataset_name, split=options.split, name=options.dataset_config, options=options
+    ).dataset
+    return splits[held_out_split(splits)]  # with `split` given it is the only one
+
+
+def token_logratios(
+    policy: str, reference: str | None, rows: Sequence[dict[str, Any]], options: ImplicitOptions
+) -> list[list[Tensor]]:
+    """log π(y_t | x, y_<t) − log π_ref(y_t | x, y_<t) of every token of every completion, nats.
+
+    Args:
+        policy, reference: models or adapters' folders; None for what the adapter was trained from.
+        rows: `prompt_ids`, `completion_ids`.
+        options: for `dtype`, `trust_remote_code`, `batch_size`.
+
+    Returns:
+        For each row K tensors (T,).
+
+    Raises:
+        UserError: a whole model without a reference, or a reference with another vocabulary.
+    """
+    if reference is None and not is_adapter(policy):
+        raise UserError(
+            f"`reference` is missing: `model_name_or_path` {policy} is a whole model, no adapter, so name the model "
+            "that it was before training"
+        )
+
+    def logps(model: nn.Module, name: str) -> list[list[Tensor]]:
+        with tqdm(total=len(rows), desc=f"Log-probabilities, {name}", unit=" row", leave=False, disable=None) as bar:
+            return token_logps(model, rows, options.batch_size, bar.update)
+
+    model = load_policy(policy, options.dtype, options.trust_remote_code)
+    pi, vocabulary = logps(model, "aligned"), model.config.get_text_config().vocab_size
+    if reference is None:
+        with as_reference(model):
+            ref = logps(model, "reference")
+    else:
+        del model  # one at a time: two large models may not fit
+        model = load_policy(reference, options.dtype, options.trust_remote_code, key="reference")
+        other = model.config.get_text_config().vocab_size
+        if other != vocabulary:
+            raise UserError(
+                f"`reference` {reference} has a vocabulary of {other} tokens and `model_name_or_path` {policy} one of "
+                f"{vocabulary}; name the model that it was before training"
+            )
+        ref = logps(model, "reference")
+    return [[p - q for p, q in zip(*row, strict=True)] for row in zip(pi, ref, strict=True)]
+
+
+def evaluate_implicit(logratios: Sequence[Sequence[Tensor]], rewards: Sequence[Sequence[float]], beta: float):
+    """How well implicit rewards order completions, and how much of that is length.
+
+    Four scores of a completion of T tokens, r = β Σ_t (log π − log π_ref): `implicit` is r, `per token` r / T,
+    `less length` r without what length explains (`ranking.without_length`), and `length` T itself, the baseline.
+
+    Args:
+        logratios: for each of B prompts K tensors (T,), nats.
+        rewards: for each prompt K rewards.
+        beta: implicit reward per nat.
+
+    Returns:
+        An `ImplicitEvaluation`.
+    """
+    lengths = [[len(tokens) for tokens in row] for row in logratios]
+    data = Completions.of(rewards, lengths)
+    whole = padded([[beta * float(tokens.double().sum()) for tokens in row] for row in logratios])
+    scores = {
+        "implicit": whole,
+        "per token": whole / data.lengths.clamp(min=1),
+        "less length": without_length(whole, data),
+        LENGTH: data.lengths,
+    }
+    found, less_length = compare_scores(scores, data, LENGTH)
+    kinds = pair_kinds(data)
+    best = data.rewards.masked_fill(~data.valid, -torch.inf).amax(1).mean()
+    return ImplicitEvaluation(
+        len(rewards), int(data.valid.sum()), int(kinds["pairs"].sum()), int(kinds["like_length"].sum()), beta, found,
+        less_length, float((data.rewards.sum(1) / data.valid.sum(1)).mean()), float(best),
+    )  # fmt: skip
+
+
+def write_token_scores(
+    name: str, tokenizer, rows: Sequence[dict[str, Any]], logratios: Sequence[Sequence[Tensor]], beta: float
+) -> None:
+    """One line a completion: `row`, `completion` (both from 0), `reward`, `implicit_reward`, and for its T tokens
+    `tokens` and `token_rewards`, β (log π − log π_ref), whose sum over a step is that step's score.
+    """
+    with replacing(Path(name)) as file:
+        for i, (row, ratios) in enumerate(zip(rows, logratios, strict=True)):
+            for k, (ids, tokens) in enumerate(zip(row["completion_ids"], ratios, strict=True)):
+                values = (beta * tokens.double()).tolist()
+                line = {
+                    "row": i, "completion": k, "reward": row["rewards"][k], "implicit_reward": sum(values),
+                    "tokens": tokenizer.batch_decode([[token] for token in ids]), "token_rewards": values,
+                }  # fmt: skip
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def implicit(options: ImplicitOptions) -> ImplicitEvaluation:
+    """Evaluate the aligned model as a reward model, print the table, and write what was asked for.
+
+    Source: the step scores are those of arXiv 2412.01981 (Free Process Rewards without Process Labels).
+    """
+    for key in ("output", "token_scores"):
+        if (name := getattr(options, key)) is not None:
+            check_writable(Path(name), key)
+    dataset = load_rows(options)
+    tokenizer = load_tokenizer(options.model_name_or_path, options.trust_remote_code)
+    dataset, notices = tokenize_dataset(
+        dataset, tokenizer, options.max_prompt_length, options.max_length, "length", name="data"
+    )
+    for notice in notices:
+        print(notice, file=sys.stderr)
+    rows = list(dataset)
+    beta = options.beta or run_record(options.model_name_or_path).get("beta") or NCAConfig.beta
+    logratios = token_logratios(options.model_name_or_path, options.reference, rows, options)
+    found = evaluate_implicit(logratios, [row["rewards"] for row in rows], beta)
+    if options.token_scores is not None:
+        write_token_scores(options.token_scores, tokenizer, rows, logratios, beta)
+    if options.output is not None:
+        write_json(Path(options.output), _as_json(found))
+    print_table(found)
+    return found
+
+
+def _as_json(found: ImplicitEvaluation) -> dict[str, Any]:
+    """Intervals by their names, and null for NaN, which JSON has not."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Interval):
+            return {name: None if bound != bound else bound for name, bound in value._asdict().items()}
+        return {name: plain(inner) for name, inner in value.items()} if isinstance(value, dict) else value
+
+    return plain(dict(vars(found)))
+
+
+_SHOWN = {  # figure: (what a line of the table is called, format of the value, whether its bounds are shown)
+    "pairs": ("pairs right, %", "{:.1%}", True),
+    "like_length": ("  of like length", "{:.1%}", True),
+    "better_longer": ("  better one longer", "{:.1%}", False),
+    "better_shorter": ("  better one shorter", "{:.1%}", False),
+    "balanced": ("  balanced", "{:.1%}", True),
+    "partial": ("partial corr., %", "{:.1%}", True),
+    "gain": ("best of K: gain, %", "{:.1%}", True),
+    "reward": ("  mean reward", "{:.3f}", False),
+    "tokens": ("  mean tokens", "{:.0f}", False),
+}
+
+
+def print_table(found: ImplicitEvaluation) -> None:
+    """Figures by score, shares with their 95 % intervals, for a terminal of 80 columns."""
+    print(
+        f"{found.prompts} prompts, {found.completions} completions, {found.pairs} pairs with unequal rewards,\n"
+        f"{found.like_length} of them of like length (within {LENGTH_MATCH - 1:.0%}); β {found.beta:g}\n"
+        "in brackets: 95 % intervals over prompts\n"
+    )
+    table = Table(box=None, pad_edge=False)
+    table.add_column("", no_wrap=True)
+    for name in found.figures:
+        table.add_column(name, justify="right", no_wrap=True)
+    for figure, (label, form, bounds) in _SHOWN.items():
+        table.add_row(label, *(_cell(values[figure], form, bounds) for values in found.figures.values()))
+    Console(width=120).print(table)  # it is narrower, but never cut
+    pairs, gain = (_cell(found.less_length["implicit"][name], "{:+.1%}", True) for name in ("pairs", "gain"))
+    print(
+        f"\nimplicit less length: pairs right {pairs}, best-of-K gain {gain}\n"
+        f"mean reward at random {found.random:.3f}, of the best {found.best:.3f}"
+    )
+
+
+def _cell(interval: Interval, form: str, bounds: bool) -> str:
+    """A value, and its bounds in whole percents."""
+    if interval.value != interval.value:
+        return "–"
+    value = form.format(interval.value).replace("%", "")
+    return f"{value} [{100 * interval.low:.0f}, {100 * interval.high:.0f}]" if bounds else value

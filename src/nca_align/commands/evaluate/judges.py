@@ -1,0 +1,185 @@
+"""`nca-align evaluate --judge`: a judge's questions answered, in the file that the judge's own tool reads."""
+
+import json
+import sys
+from dataclasses import dataclass, field, fields
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Literal
+
+from datasets import Dataset, Features
+
+from ...data.prompts import load_raw
+from ...errors import UserError
+from ...store.files import check_writable, write_json
+from ...store.hub import from_the_hub
+from ...store.shards import Shard, Work, run_sharded
+from ..sample.command import SampleOptions, open_engine, step_of
+from ..sample.engine import Advance, Engine, EngineOptions, require_object, seed_of
+from ..sample.server import server_model
+from .judge_formats import JUDGES, gpt4o_encoding
+
+
+@dataclass(kw_only=True)
+class JudgeOptions(EngineOptions):
+    """Options of `nca-align evaluate --judge`."""
+
+    judge: Literal["alpaca_eval", "mt_bench", "arena_hard"] = field(metadata={"help": "whose questions to answer"})
+    output: str = field(
+        metadata={
+            "help": "the file to write: model_outputs.json for alpaca_eval, model_answer/NAME.jsonl for the others"
+        }
+    )
+    dataset_name: str | None = field(
+        default=None,
+        metadata={"help": "the judge's questions: a file, or a Hub id; by default the judge's own, of the Hub"},
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "configuration of a data set of the Hub"})
+    split: str = field(default="train", metadata={"help": "split of a data set that has several"})
+    name: str | None = field(
+        default=None,
+        metadata={
+            "help": "the model's name in alpaca_eval's file, by default of its folder; elsewhere it is the file's"
+        },
+    )
+    temperature: float | None = field(
+        default=None,
+        metadata={"help": "by default MT-bench's own for each category, 0.7 for alpaca_eval, 0 for arena_hard"},
+    )
+    max_new_tokens: int | None = field(
+        default=None, metadata={"help": "tokens an answer; by default 1024 for mt_bench, 2048 and 4096 for the others"}
+    )
+    chat_template_kwargs: str = field(
+        default="{}", metadata={"help": """JSON object for the chat template, such as '{"enable_thinking": false}'"""}
+    )
+
+    def __post_init__(self):
+        suffix = JUDGES[self.judge].suffix
+        if Path(self.output).suffix != suffix:
+            raise ValueError(f"`output` is {self.output!r}; for {self.judge} it must end in {suffix}")
+        if self.judge != "alpaca_eval" and self.name not in (None, Path(self.output).stem):
+            raise ValueError(
+                f"`name` is {self.name!r}, but {self.judge} takes a model's name from the file, which is "
+                f"{Path(self.output).name}; make `output` end in {self.name}{suffix}, and leave `name` out"
+            )
+        if self.temperature is not None and self.temperature < 0:
+            raise ValueError(f"`temperature` is {self.temperature}; it must be 0 (greedy) or more")
+        if self.max_new_tokens is not None and self.max_new_tokens < 1:
+            raise ValueError(f"`max_new_tokens` is {self.max_new_tokens}; it must be at least 1")
+        require_object("chat_template_kwargs", self.chat_template_kwargs)
+        super().__post_init__()
+
+
+def judge(options: JudgeOptions) -> None:
+    """Answer every question, each turn after the model's own earlier answers, and write `options.output`.
+
+    Killed and started again with the same options it goes on; answers of another configuration are not mixed in.
+
+    Raises:
+        UserError: whatever the user can mend, in one sentence.
+    """
+    spec = JUDGES[options.judge]
+    questions = load_questions(options)
+    model = server_model(options)
+    path = Path(options.output)
+    name = path.stem if spec.suffix == ".jsonl" else options.name or Path(options.adapter or model).name
+    lines = path if spec.suffix == ".jsonl" else path.with_suffix(".jsonl")
+    if lines != path:
+        check_writable(path)
+    sampling = SampleOptions(
+        dataset_name=options.dataset_name or spec.hub[0], output=str(lines), num_completions=1,
+        max_new_tokens=options.max_new_tokens or spec.max_new_tokens,
+        **{option.name: getattr(options, option.name) for option in fields(EngineOptions)},
+    )  # fmt: skip
+    step = step_of(sampling, questions, model)
+    step["command"] = f"evaluate --judge {options.judge}"
+    step["config"] |= {"temperature": options.temperature, "chat_template_kwargs": options.chat_template_kwargs}
+    step["config"] |= {"name": name}
+
+    def start() -> Work:
+        if options.judge == "arena_hard" and gpt4o_encoding() is None:
+            print(
+                "`token_len` is left out of `metadata`: Arena-Hard counts by tiktoken's encoding of gpt-4o, which is "
+                "not here; for its style control run its utils/add_markdown_info.py on the answers",
+                file=sys.stderr,
+            )
+        return _work(open_engine(sampling, model), sampling, options, name)
+
+    counts = run_sharded(
+        str(lines), questions, Features({}), start, step, shard_size=options.shard_size, unit="question"
+    )
+    if lines != path:  # AlpacaEval reads an array; the lines stay, and say what made them
+        records = [json.loads(line) for line in lines.read_text(encoding="utf-8").splitlines()]
+        write_json(path, records, ensure_ascii=False)
+    print(
+        f"{options.output}: {counts['rows']} questions answered by {name}, {counts.get('truncated', 0)} of "
+        f"{counts['answers']} answers cut at {sampling.max_new_tokens} tokens; docs/evaluation.md says how "
+        f"{options.judge} judges it",
+        file=sys.stderr,
+    )
+
+
+def load_questions(options: JudgeOptions) -> Dataset:
+    """The judge's questions, with the columns that it needs and no others.
+
+    Raises:
+        UserError: they can't be had, lack a column, or a row is no question.
+    """
+    spec = JUDGES[options.judge]
+    source = options.dataset_name or from_the_hub(
+        *spec.hub, f"`dataset_name` is not given, and {options.judge}'s own questions"
+    )
+    dataset = load_raw(source, options.dataset_config, options.split)
+    for column in spec.columns:
+        if column not in dataset.column_names:
+            raise UserError(
+                f"`dataset_name` {source} has no column `{column}`; {options.judge} needs {', '.join(spec.columns)}, "
+                f"as in {spec.hub[2]} of {spec.hub[0]}"
+            )
+    dataset = dataset.select_columns(list(spec.columns))
+    key, question = spec.columns[0], spec.columns[-1]
+    first: dict[Any, int] = {}
+    for i, row in enumerate(dataset):
+        turns = spec.turns(row)
+        if not turns or not all(isinstance(turn, str) and turn.strip() for turn in turns):
+            required = "a list of texts, one a turn" if question == "turns" else "text"
+            raise UserError(f"row {i}: `{question}` is {row[question]!r}; it must be {required}, and not empty")
+        if key != question and first.setdefault(row[key], i) != i:
+            raise UserError(
+                f"row {i}: `{key}` is {row[key]!r}, as in row {first[row[key]]}; {options.judge} keeps one answer for "
+                "each, so every question needs one of its own"
+            )
+    return dataset
+
+
+def _work(engine: Engine, sampling: SampleOptions, options: JudgeOptions, name: str) -> Work:
+    spec = JUDGES[options.judge]
+    template = (
+        {"chat_template_kwargs": options.chat_template_kwargs} if json.loads(options.chat_template_kwargs) else {}
+    )
+
+    def work(shard: int, first_row: int, rows: list[dict], advance: Advance) -> Shard:
+        result = Shard([])
+        asked = [spec.turns(row) for row in rows]
+        degrees = [spec.temperature(row) if options.temperature is None else options.temperature for row in rows]
+        said: list[list[dict]] = [[] for _ in rows]
+        last = max(map(len, asked)) - 1
+        for turn in range(last + 1):
+            waiting = [i for i in range(len(rows)) if turn < len(asked[i])]
+            # A call of an engine has one temperature, and rows that follow each other.
+            for _, group in groupby(enumerate(waiting), lambda at: (degrees[at[1]], at[1] - at[0])):
+                run = [i for _, i in group]
+                for i in run:
+                    said[i].append({"role": "user", "content": asked[i][turn]})
+                sampling.temperature, sampling.seed = degrees[run[0]], seed_of(options.seed, turn)
+                prompts = [{"prompt": said[i], **template} for i in run]
+                samples = engine(shard, first_row + run[0], prompts, advance if turn == last else lambda n: None)
+                for i, (one,) in zip(run, samples, strict=True):
+                    said[i].append({"role": "assistant", "content": one.text.strip()})
+                    result.counts["answers"] += 1
+                    result.counts["truncated"] += one.truncated
+        for row, messages in zip(rows, said, strict=True):
+            result.rows.append(spec.record(row, [message["content"] for message in messages[1::2]], name))
+        return result
+
+    return work

@@ -1,0 +1,209 @@
+"""`nca-align evaluate --lm_eval`: tasks of lm-evaluation-harness for the base and the aligned model, side by side.
+
+lm_eval is an extra (`pip install 'nca-align[lm-eval]'`) and imported only here, once the options are known to be sound.
+"""
+
+import json
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from datasets.exceptions import DatasetsError
+from jinja2 import TemplateError
+
+from ...errors import UserError, one_line, refused_by
+from ...models.loading import adapter_base, as_reference, is_adapter, load_policy, load_tokenizer
+from ...models.smollm2 import resolve_model
+from ...options import nearest
+from ...store.files import check_writable, read_table, write_json
+from ...store.hub import go_offline_without_network
+from ...store.provenance import data_fingerprint, weights_fingerprint
+from .lm_eval_table import Line, compare, plain_results, print_table
+
+
+@dataclass(kw_only=True)
+class HarnessOptions:
+    """Options of `nca-align evaluate --lm_eval`."""
+
+    lm_eval: str = field(
+        metadata={"help": "tasks, groups or patterns, with commas between; `lm_eval ls tasks` lists them"}
+    )
+    model_name_or_path: str = field(metadata={"help": "the aligned model, or an adapter's folder"})
+    reference: str | None = field(
+        default=None, metadata={"help": "the model before training; by default what the adapter was trained from"}
+    )
+    include_path: str | None = field(default=None, metadata={"help": "a folder of tasks of your own, as YAML files"})
+    output: str | None = field(
+        default=None, metadata={"help": "JSON file of the results; those that it has already are not computed again"}
+    )
+    num_fewshot: int | None = field(
+        default=None, metadata={"help": "examples before a question; by default the task's"}
+    )
+    limit: float | None = field(default=None, metadata={"help": "questions a task at most, or below 1 a share of them"})
+    apply_chat_template: bool = field(default=False, metadata={"help": "ask by the model's chat template"})
+    confirm_run_unsafe_code: bool = field(
+        default=False, metadata={"help": "run code that the model writes (humaneval)"}
+    )
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = field(
+        default="auto", metadata={"help": "auto: bfloat16 on a GPU, float32 on a CPU"}
+    )
+    trust_remote_code: bool = field(default=False, metadata={"help": "run code that comes with a model"})
+    batch_size: int = field(default=8, metadata={"help": "questions a batch"})
+
+    def __post_init__(self):
+        if not [name for name in self.lm_eval.split(",") if name.strip()]:
+            raise ValueError(f"`lm_eval` is {self.lm_eval!r}; it must name tasks, with commas between")
+        if self.batch_size < 1:
+            raise ValueError(f"`batch_size` is {self.batch_size}; it must be at least 1")
+        if self.num_fewshot is not None and self.num_fewshot < 0:
+            raise ValueError(f"`num_fewshot` is {self.num_fewshot}; it must be 0 or more")
+        if self.limit is not None and not self.limit > 0:
+            raise ValueError(f"`limit` is {self.limit}; it must be above 0")
+        if self.include_path is not None and not Path(self.include_path).is_dir():
+            raise ValueError(
+                f"`include_path` is {self.include_path!r}, and there is no such folder; give one of YAML files"
+            )
+
+
+def harness(options: HarnessOptions) -> list[Line]:
+    """Run every task for the base and the aligned model, print the table, and return its lines.
+
+    Killed and started again with the same `output` it goes on with the next task.
+
+    Raises:
+        UserError: a model or lm_eval is missing, a task is unknown, what a task needs is not here or can't be read, or
+            `output` can't be written.
+    """
+    policy = resolve_model(options.model_name_or_path)
+    _check_tokenizers(options)
+    if options.reference is None and not is_adapter(policy):
+        raise UserError(
+            f"`reference` is missing: `model_name_or_path` {options.model_name_or_path} is no adapter, whose base it "
+            "would be; name the model before training"
+        )
+    path = Path(options.output) if options.output is not None else None
+    known = {} if path is None else read_table(path, _is_result)
+    evaluate, manager = _import_lm_eval(options)
+    tasks = load_tasks(manager, options)
+
+    settings = {name: getattr(options, name) for name in ("num_fewshot", "limit", "apply_chat_template", "dtype")}
+    found: dict[str, dict[str, Any]] = {}
+    for side in ("base", "aligned"):
+        alone = side == "aligned" or options.reference is not None  # else the adapter's model, with the adapter off
+        weights = weights_fingerprint(policy if side == "aligned" else resolve_model(options.reference or policy))
+        keys = {
+            name: json.dumps([name, weights if alone else f"base of {weights}", fingerprint, settings])
+            for name, fingerprint in tasks.items()
+        }
+        missing = [name for name in tasks if keys[name] not in known]
+        if missing and path is not None:
+            check_writable(path)
+        with _language_model(options, side) if missing else nullcontext() as model:
+            for name in missing:
+                with refused_by(f"`lm_eval` {name}", also=(TemplateError,)):
+                    results = evaluate(
+                        model=model, tasks=[name], task_manager=manager, num_fewshot=options.num_fewshot,
+                        limit=options.limit, apply_chat_template=options.apply_chat_template,
+                        confirm_run_unsafe_code=options.confirm_run_unsafe_code, batch_size=options.batch_size,
+                    )  # fmt: skip
+                known[keys[name]] = plain_results(results)
+                if path is not None:  # after each task, and whole: a kill loses the one in work
+                    write_json(path, known)
+        found[side] = {task: figures for name in tasks for task, figures in known[keys[name]].items()}
+    lines = compare(found["base"], found["aligned"])
+    base = options.reference or adapter_base(policy)
+    print_table(lines, f"{Path(base).name} → {Path(policy).name}")
+    return lines
+
+
+def _check_tokenizers(options: HarnessOptions) -> None:
+    """Refuse models that aren't there, or that have no chat template where one is asked for, before anything else."""
+    for key in ("model_name_or_path", "reference"):
+        if (name := getattr(options, key)) is None:
+            continue
+        tokenizer = load_tokenizer(resolve_model(name), options.trust_remote_code, key=key)
+        if options.apply_chat_template and tokenizer.chat_template is None:
+            raise UserError(
+                f"`apply_chat_template` is true, but the tokenizer of `{key}` {name} has no chat template; leave it "
+                "out, or give the tokenizer one"
+            )
+
+
+def _is_result(entry: Any) -> bool:
+    return isinstance(entry, dict) and all(
+        isinstance(task, dict) and set(task) == {"questions", "figures"} for task in entry.values()
+    )
+
+
+def _import_lm_eval(options: HarnessOptions):
+    """lm_eval's `simple_evaluate`, and its index of tasks."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        from lm_eval import simple_evaluate
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise UserError(
+            "`lm_eval` needs the package of that name, which is not installed here "
+            f"({one_line(error)}): pip install 'lm-eval[hf]==0.4.13'"
+        ) from error
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    return simple_evaluate, TaskManager(include_path=options.include_path)
+
+
+def load_tasks(manager: Any, options: HarnessOptions) -> dict[str, str]:
+    """The tasks that `lm_eval` names, each with a hash of its configuration and questions; before any model is loaded.
+
+    Raises:
+        UserError: a task is unknown, its data is not here and can't be downloaded, or can't be read, or it would run
+            code unasked.
+    """
+    go_offline_without_network()
+    tasks: dict[str, str] = {}
+    for asked in filter(None, map(str.strip, options.lm_eval.split(","))):
+        names = manager.match_tasks([asked])
+        if not names:
+            raise UserError(
+                f"`lm_eval` names {asked!r}, and there is no such task{nearest(asked, manager.all_tasks)}; `lm_eval ls "
+                "tasks` lists them, and `include_path` adds your own"
+            )
+        for name in names:
+            try:
+                leaves = manager.load([name])["tasks"]
+            except (OSError, ImportError, ValueError) as error:
+                raise UserError(
+                    f"`lm_eval` names {name}, and what that needs is not here ({one_line(error)[:300]}); run it once "
+                    "where it can be downloaded, or take a task whose data is here (`include_path`)"
+                ) from error
+            except (DatasetsError, TemplateError, LookupError, TypeError) as error:
+                why = one_line(error.__cause__ or error)[:300]
+                raise UserError(
+                    f"`lm_eval` names {name}, whose questions can't be read ({why}); mend its YAML file, or its data"
+                ) from error
+            for leaf in leaves.values():
+                if getattr(leaf, "UNSAFE_CODE", False) and not options.confirm_run_unsafe_code:
+                    raise UserError(
+                        f"`lm_eval` names {name}, which runs code that the model writes; in a place where that can do "
+                        "no harm add `--confirm_run_unsafe_code true`"
+                    )
+            tasks[name] = data_fingerprint(
+                {"task": task, "config": leaf.dump_config(), "questions": data_fingerprint(leaf.eval_docs)}
+                for task, leaf in leaves.items()
+            )
+    return tasks
+
+
+@contextmanager
+def _language_model(options: HarnessOptions, side: str) -> Iterator[Any]:
+    """The base or the aligned model, as lm_eval takes it."""
+    from lm_eval.models.huggingface import HFLM
+
+    key = "reference" if side == "base" and options.reference is not None else "model_name_or_path"
+    name = getattr(options, key)
+    model = load_policy(resolve_model(name), options.dtype, options.trust_remote_code, key)
+    tokenizer = load_tokenizer(resolve_model(name), options.trust_remote_code)
+    with as_reference(model) if side == "base" and options.reference is None else nullcontext():
+        yield HFLM(pretrained=model, tokenizer=tokenizer, batch_size=options.batch_size)

@@ -1,0 +1,1 @@
+"""`nca-align export`: the trained model in one folder."""

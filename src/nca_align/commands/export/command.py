@@ -1,0 +1,264 @@
+"""`nca-align export`: the trained model in one folder: adapter merged, safetensors, tokenizer, template, model card."""
+
+import shutil
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+
+from ...errors import UserError, command
+from ...models.loading import (
+    adapter_base,
+    add_adapter,
+    base_key,
+    completion_logps,
+    has_tokenizer,
+    is_adapter,
+    load_model,
+    load_tokenizer,
+    trained_quantization,
+)
+from ...models.smollm2 import resolve_model
+from ...options import parse
+from ...store.files import can_be_written
+from ...store.hub import push
+from .merge import Difference, compare, comparison_rows, merge
+from .model_card import model_card
+
+MAX_NATS = 0.05  # a sequence: beyond it what was merged is not what was trained
+# what is copied of a whole model's folder; a run's own files stay behind
+_MODEL_FILES = (
+    "config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer*", "vocab*",
+    "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*", "*processor_config.json", "*.model",
+    "*.py",
+)  # fmt: skip
+# of a model that also reads images: vLLM wants them, and no tokenizer saves them
+_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+_OF_AN_ADAPTER = ("base", "load_in_4bit", "dataset_name")
+
+
+@dataclass
+class ExportOptions:
+    """Options of `nca-align export`."""
+
+    model_name_or_path: str = field(metadata={"help": "a run's folder: an adapter, or a whole model"})
+    output: str = field(metadata={"help": "the folder to make"})
+    base: str | None = field(
+        default=None, metadata={"help": "the adapter's base model; by default what its adapter_config.json names"}
+    )
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = field(
+        default="auto",
+        metadata={
+            "help": "of the saved weights; auto: as the base's are stored, or float32 where rounding moves too much"
+        },
+    )
+    load_in_4bit: bool | None = field(
+        default=None,
+        metadata={"help": "true or false: the adapter was trained on a base in 4 bits; by default by the run's record"},
+    )
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = field(
+        default="nf4", metadata={"help": "with `load_in_4bit`, as in training"}
+    )
+    use_bnb_nested_quant: bool = field(default=False, metadata={"help": "with `load_in_4bit`, as in training"})
+    dataset_name: str | None = field(
+        default=None,
+        metadata={"help": "rewarded completions to compare merged and adapter on; by default texts that come along"},
+    )
+    push: str | None = field(default=None, metadata={"help": "a repository of the Hub to send the folder to, private"})
+    trust_remote_code: bool = field(default=False, metadata={"help": "run code that comes with the model"})
+
+    def __post_init__(self):
+        for name, default in (("bnb_4bit_quant_type", "nf4"), ("use_bnb_nested_quant", False)):
+            if (value := getattr(self, name)) != default and not self.load_in_4bit:
+                raise ValueError(
+                    f"`{name}` is {value!r}, which is read with `load_in_4bit` true alone; add that, or leave `{name}` "
+                    "out, and the run's record says how its base was quantised"
+                )
+
+
+class Export(NamedTuple):
+    """What was measured against the adapter on its base: the merge in float32, and what was saved, read back."""
+
+    merged: Difference
+    saved: Difference
+    sequences: int
+    tokens: int
+
+
+def export(options: ExportOptions) -> Export | None:
+    """Write `options.output`, whole or not at all, and print how far it is from the adapter.
+
+    An adapter's base is loaded afresh and merged in float32; from 4 bits it is dequantised first, and never after a
+    forward, in which bitsandbytes repacks its weights on a CPU. A whole model is copied, or saved in another `dtype`.
+
+    Returns:
+        What was measured; None for a whole model.
+
+    Raises:
+        UserError: whatever the user can mend, and a merge that is more than `MAX_NATS` from the adapter.
+    """
+    output = Path(options.output)
+    if output.exists():
+        raise UserError(f"`output` {output} exists already; choose another folder, or remove it")
+    with can_be_written(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        new = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))  # renamed once complete
+    try:
+        found = (_export_adapter if is_adapter(options.model_name_or_path) else _export_model)(options, new)
+        new.chmod(0o755)
+        new.rename(output)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+    print(f"{output} is the model, with its tokenizer and model card")
+    if options.push is not None:
+        push(output, options.push)
+        print(f"and {options.push} on the Hub, private")
+    return found
+
+
+def _export_adapter(options: ExportOptions, new: Path) -> Export:
+    adapter = options.model_name_or_path
+    _refuse_prompt_learning(adapter)
+    if options.base is not None:
+        base, key = resolve_model(options.base), "base"
+    else:
+        base, key = adapter_base(adapter), f"base, by default {base_key(adapter)}"
+    tokenizer = load_tokenizer(adapter if has_tokenizer(adapter) else base, options.trust_remote_code, key=key)
+    rows = comparison_rows(tokenizer, options.dataset_name)
+    quantization = _quantization(options)
+
+    def load(name: str = base, quantization=quantization) -> torch.nn.Module:
+        return load_model(
+            name, torch.float32, trust_remote_code=options.trust_remote_code, quantization=quantization, key=key
+        )
+
+    expected = completion_logps(add_adapter(load(), adapter), rows, batch_size=1)
+    merged = merge(load(), adapter)  # afresh
+    own = compare(completion_logps(merged, rows, batch_size=1), expected)
+    tokens = sum(len(ids) for row in rows for ids in row["completion_ids"])
+    sequences = sum(len(row["completion_ids"]) for row in rows)
+    print(
+        f"merged against adapter on {'its base in 4 bits' if quantization else 'its base'}: "
+        f"{own.largest:.4f} nats a sequence at most, {own.mean:.4f} on average ({sequences} sequences, {tokens} tokens)"
+    )
+    if not own.largest <= MAX_NATS:
+        raise UserError(
+            f"the merged model's log-probabilities are up to {own.largest:.3g} nats a sequence from the adapter's, and "
+            f"{MAX_NATS} is the most that rounding explains, so nothing was written: this adapter can't be merged "
+            "exactly; use it unmerged"
+        )
+    stored = _stored_dtype(base, options.trust_remote_code)
+    dtype = stored if options.dtype == "auto" else getattr(torch, options.dtype)
+    tokenizer.save_pretrained(new)
+    _copy_processor(base, new)
+    merged.to(dtype).save_pretrained(new)
+    del merged  # one model in memory at a time
+
+    def read_back() -> Difference:
+        model = load(str(new), quantization=None)
+        difference = compare(completion_logps(model, rows, batch_size=1), expected)
+        print(f"as saved in {_name(dtype)}: {difference.largest:.4f} nats at most, {difference.mean:.4f} on average")
+        return difference
+
+    saved = read_back()
+    if not saved.largest <= MAX_NATS and options.dtype == "auto" and dtype != torch.float32:
+        print(f"more than {MAX_NATS}, so it is saved in float32; `--dtype {_name(dtype)}` keeps that")
+        for file in new.glob("*.safetensors*"):
+            file.unlink()
+        dtype = torch.float32
+        merge(load(), adapter).save_pretrained(new)
+        saved = read_back()
+    if not saved.largest <= MAX_NATS:
+        print(
+            f"WARNING: rounding the merged weights to {_name(dtype)} moved log-probabilities by up to "
+            f"{saved.largest:.2f} nats a sequence, more than {MAX_NATS}; `--dtype float32` keeps what was trained",
+            file=sys.stderr,
+        )
+    found = Export(own, saved, sequences, tokens)
+    chat = tokenizer.chat_template is not None
+    (new / "README.md").write_text(model_card(options.output, adapter, base, chat, quantization, _name(dtype), found))
+    return found
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _export_model(options: ExportOptions, new: Path) -> None:
+    source = Path(resolve_model(options.model_name_or_path))
+    tokenizer = load_tokenizer(str(source), options.trust_remote_code)  # first: a model without one isn't whole
+    for name in _OF_AN_ADAPTER:
+        if (value := getattr(options, name)) is not None:
+            raise UserError(
+                f"`{name}` is {value!r}, but `model_name_or_path` {options.model_name_or_path} is a whole model, which "
+                "is taken as it is; leave it out, or give an adapter's folder"
+            )
+    if options.dtype == "auto" and (source / "config.json").exists() and any(source.glob("*.safetensors")):
+        for file in sorted({file for pattern in _MODEL_FILES for file in source.glob(pattern)}):
+            if file.name != "adapter_model.safetensors":
+                shutil.copy2(file, new / file.name)
+        how = "copied"
+    else:
+        dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
+        model = load_model(str(source), dtype, trust_remote_code=options.trust_remote_code)
+        model.save_pretrained(new)
+        tokenizer.save_pretrained(new)
+        _copy_processor(str(source), new)
+        how = f"saved in {_name(model.dtype)}"
+    (new / "README.md").write_text(model_card(options.output, str(source), None, tokenizer.chat_template is not None))
+    print(f"{source} is a whole model, no adapter: {how} as it is")
+
+
+def _copy_processor(source: str, new: Path) -> None:
+    from transformers.utils import cached_file
+
+    for name in _PROCESSOR_FILES:
+        found = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
+        if found is not None:
+            shutil.copy2(found, new / name)
+
+
+def _refuse_prompt_learning(adapter: str) -> None:
+    from peft import PeftConfig
+
+    config = PeftConfig.from_pretrained(adapter)
+    if config.is_prompt_learning:
+        raise UserError(
+            f"{adapter} is a {config.peft_type.value} adapter, which adds tokens and changes no weight, so that it "
+            "can't be merged; use it unmerged"
+        )
+
+
+def _quantization(options: ExportOptions):
+    """The quantisation that the adapter was trained on, by the options, or where they don't say by the run's record."""
+    from transformers import BitsAndBytesConfig
+
+    if options.load_in_4bit is None:
+        return trained_quantization(options.model_name_or_path)
+    if not options.load_in_4bit:
+        return None
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type=options.bnb_4bit_quant_type,
+        bnb_4bit_use_double_quant=options.use_bnb_nested_quant,
+    )  # fmt: skip
+
+
+def _stored_dtype(base: str, trust_remote_code: bool) -> torch.dtype:
+    from transformers import AutoConfig
+
+    dtype = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code).dtype or torch.float32
+    return getattr(torch, dtype) if isinstance(dtype, str) else dtype
+
+
+@command("nca-align export")
+def main(argv: list[str] | None = None) -> None:
+    """Parse the options and export."""
+    (options,) = parse([ExportOptions], argv, "nca-align export", "the trained model in one folder, adapter merged")
+    export(options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

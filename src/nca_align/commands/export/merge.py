@@ -1,0 +1,126 @@
+"""An adapter's weights added to its base's, and how far the result is from the adapter on real text."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from ...batching.tokenization import tokenize_rows
+from ...data import read_reward_dataset
+from ...errors import UserError, one_line
+from ...models.loading import add_adapter
+
+# Public-domain prose in three languages, a table of numbers, and code: a first sentence, and what follows it.
+TEXTS = (
+    "Alice was beginning to get very tired of sitting by her sister on the bank, and of having nothing to do.\n"
+    "Once or twice she had peeped into the book her sister was reading, but it had no pictures or conversations in it, "
+    "“and what is the use of a book,” thought Alice “without pictures or conversations?” So she was considering in her "
+    "own mind (as well as she could, for the hot day made her feel very sleepy and stupid), whether the pleasure of "
+    "making a daisy-chain would be worth the trouble of getting up and picking the daisies, when suddenly a White "
+    "Rabbit with pink eyes ran close by her.",
+    "When on board H.M.S. ‘Beagle,’ as naturalist, I was much struck with certain facts.\n"
+    "They were facts in the distribution of the inhabitants of South America, and in the geological relations of the "
+    "present to the past inhabitants of that continent. These facts seemed to me to throw some light on the origin of "
+    "species—that mystery of mysteries, as it has been called by one of our greatest philosophers. On my return home, "
+    "it occurred to me, in 1837, that something might perhaps be made out on this question by patiently accumulating "
+    "and reflecting on all sorts of facts which could possibly have any bearing on it.",
+    "Als Gregor Samsa eines Morgens aus unruhigen Träumen erwachte, fand er sich verwandelt.\n"
+    "Er lag auf seinem panzerartig harten Rücken und sah, wenn er den Kopf ein wenig hob, seinen gewölbten, braunen, "
+    "von bogenförmigen Versteifungen geteilten Bauch, auf dessen Höhe sich die Bettdecke, zum gänzlichen Niedergleiten "
+    "bereit, kaum noch erhalten konnte. Seine vielen, im Vergleich zu seinem sonstigen Umfang kläglich dünnen Beine "
+    "flimmerten ihm hilflos vor den Augen.",
+    "Longtemps, je me suis couché de bonne heure.\n"
+    "Parfois, à peine ma bougie éteinte, mes yeux se fermaient si vite que je n’avais pas le temps de me dire: « Je "
+    "m’endors. » Et, une demi-heure après, la pensée qu’il était temps de chercher le sommeil m’éveillait; je voulais "
+    "poser le volume que je croyais avoir encore dans les mains et souffler ma lumière.",
+    "Write a function that says whether a number is prime.\n"
+    "def is_prime(n: int) -> bool:\n    if n < 2:\n        return False\n    divisor = 2\n    while divisor * divisor "
+    "<= n:\n        if n % divisor == 0:\n            return False\n        divisor += 1\n    return True\n\n\nassert "
+    "[n for n in range(20) if is_prime(n)] == [2, 3, 5, 7, 11, 13, 17, 19]",
+    "List the planets with their distances from the Sun.\n"
+    "| planet | million km |\n| --- | --- |\n| Mercury | 57.9 |\n| Venus | 108.2 |\n| Earth | 149.6 |\n| Mars | 228.0 |"
+    "\n| Jupiter | 778.5 |\n| Saturn | 1432.0 |\n| Uranus | 2867.0 |\n| Neptune | 4515.0 |\n\nLight takes 8 minutes "
+    "and 20 seconds from the Sun to the Earth, and more than 4 hours to Neptune.",
+)
+
+
+class Difference(NamedTuple):
+    """How far two models' log-probabilities of the same sequences are apart, nats a sequence."""
+
+    mean: float
+    largest: float
+
+
+def merge(model: Any, adapter: str) -> Any:
+    """`model`, just loaded, with the weights of the adapter added to its own, in float32; from 4 bits dequantised.
+
+    Where the adapter changes one of tied embeddings alone, they are tied no longer.
+
+    Args:
+        model: the adapter's base, on which no forward has run.
+        adapter: its folder.
+
+    Raises:
+        UserError: the adapter doesn't fit, or holds what is no number.
+    """
+    if getattr(model, "is_quantized", False):
+        model = model.dequantize(dtype=torch.float32)
+    model = model.float()
+    config = model.config.get_text_config()
+    if config.tie_word_embeddings and _changes_embeddings(model, adapter):
+        head = model.get_output_embeddings()
+        head.weight = nn.Parameter(head.weight.detach().clone())
+        config.tie_word_embeddings = model.config.tie_word_embeddings = False
+    try:
+        return add_adapter(model, adapter).merge_and_unload(safe_merge=True).eval()
+    except ValueError as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"the adapter in {adapter} can't be merged ({one_line(error)[:300]})") from error
+
+
+def _changes_embeddings(model: Any, adapter: str) -> bool:
+    """Whether the adapter has weights for the input or output embeddings, and leaves tying them to nobody."""
+    from peft import PeftConfig
+    from safetensors import safe_open
+
+    config = PeftConfig.from_pretrained(adapter)
+    if getattr(config, "ensure_weight_tying", False) or getattr(config, "trainable_token_indices", None):
+        return False
+    ends = [
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if module is model.get_input_embeddings() or module is model.get_output_embeddings()
+    ]
+    with safe_open(Path(adapter) / "adapter_model.safetensors", "pt") as file:
+        return any(end in key.split(".") for key in file.keys() for end in ends)  # noqa: SIM118 (no mapping)
+
+
+def comparison_rows(tokenizer, dataset_name: str | None = None) -> list[dict[str, Any]]:
+    """Tokenised rows to compare two models on: 16 of a data set, or the texts that come with this package.
+
+    A text is one completion: what follows its first sentence, which is the prompt.
+    """
+    if dataset_name is not None:
+        data = next(iter(read_reward_dataset(dataset_name, validation_fraction=0.0).dataset.values()))
+        batch = data.select(range(min(16, len(data))))[:]
+    else:
+        pairs = [text.split("\n", 1) for text in TEXTS]
+        if tokenizer.chat_template is None:
+            batch = {"prompt": [a + " " for a, _ in pairs], "completions": [[b] for _, b in pairs]}
+        else:
+            batch = {
+                "prompt": [[{"role": "user", "content": a}] for a, _ in pairs],
+                "completions": [[[{"role": "assistant", "content": b}]] for _, b in pairs],
+            }
+        batch["rewards"] = [[0.0]] * len(pairs)
+    table = tokenize_rows(batch, list(range(len(batch["prompt"]))), tokenizer, 256, 512, "length")
+    return [dict(zip(table, values, strict=True)) for values in zip(*table.values(), strict=True)]
+
+
+def compare(logps: list[list[float]], expected: list[list[float]]) -> Difference:
+    """Mean and largest |Δ log-probability| over all sequences, nats."""
+    pairs = zip((v for row in logps for v in row), (v for row in expected for v in row), strict=True)
+    differences = torch.tensor([abs(a - b) for a, b in pairs], dtype=torch.float64)
+    return Difference(float(differences.mean()), float(differences.max()))

@@ -1,0 +1,95 @@
+"""What `nca-align export` writes beside the weights, and the texts that it compares on where no data is given."""
+
+import json
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ...models.loading import run_record
+
+if TYPE_CHECKING:
+    from .command import Export
+
+# options of the run that the card tells, where the run kept them
+_TOLD = (
+    "loss_type", "alpha", "beta", "learning_rate", "lr_scheduler_type", "num_train_epochs", "max_steps",
+    "global_batch_size", "max_length", "max_prompt_length", "seed",
+)  # fmt: skip
+_CARD = """\
+{metadata}
+
+# {name}
+
+{base} trained on prompts with several rewarded completions each by nca-align, an implementation of
+[Noise Contrastive Alignment of Language Models with Explicit Rewards](https://arxiv.org/abs/2402.05369).
+
+```python
+from transformers import pipeline
+
+generator = pipeline("text-generation", model="{name}")
+{prompt}
+print(generator(prompt, max_new_tokens=128, return_full_text=False)[0]["generated_text"])
+```
+{training}{merge}
+Made with {versions}.
+
+```bibtex
+@inproceedings{{chen2024noise,
+  title     = {{Noise Contrastive Alignment of Language Models with Explicit Rewards}},
+  author    = {{Chen, Huayu and He, Guande and Yuan, Lifan and Cui, Ganqu and Su, Hang and Zhu, Jun}},
+  booktitle = {{Advances in Neural Information Processing Systems}},
+  year      = {{2024}}
+}}
+```
+"""
+_CHAT_PROMPT = 'prompt = [{"role": "user", "content": "What makes a good day?"}]'
+_TEXT_PROMPT = 'prompt = "What makes a good day is"'
+
+
+def model_card(
+    output: str,
+    source: str,
+    base: str | None,
+    chat: bool,
+    quantization: Any = None,
+    dtype: str | None = None,
+    measured: "Export | None" = None,
+) -> str:
+    """The README.md of an exported model.
+
+    Args:
+        output: the folder that it is for.
+        source: the run's folder.
+        base: the model that an adapter was merged into; None for a whole model.
+        chat: whether its tokenizer has a chat template, so that messages can be given.
+        quantization: what the adapter was trained on, if quantised.
+        dtype: of the merged weights.
+        measured: the merge against the adapter.
+    """
+    record = run_record(source)
+    base_name = base or record.get("model._name_or_path")
+    metadata = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["nca-align", "nca"]}
+    if base_name and not Path(base_name).exists():  # an id of the Hub, and no place on this machine
+        metadata["base_model"] = base_name
+    lines = [f"{key}: {json.dumps(value)}" for key, value in metadata.items()]
+    options = [f"| `{key}` | {_plain(record[key])} |" for key in _TOLD if record.get(key) not in (None, -1)]
+    training = "\n## Training\n\n| option | value |\n| --- | --- |\n" + "\n".join(options) + "\n" if options else ""
+    merge = ""
+    if measured is not None:
+        start = "the base in 4 bits, dequantised," if quantization is not None else "its base"
+        merge = (
+            f"\nThe adapter was merged into {start} in float32, {measured.merged.largest:.4f} nats a sequence at most "
+            f"from the unmerged adapter on {measured.sequences} sequences of {measured.tokens} tokens in all, and "
+            f"saved in {dtype} ({measured.saved.largest:.4f} nats).\n"
+        )
+    packages = ("nca-align", "trl", "transformers", "peft", "torch")
+    return _CARD.format(
+        metadata="\n".join(["---", *lines, "---"]), name=Path(output).name, training=training, merge=merge,
+        prompt=_CHAT_PROMPT if chat else _TEXT_PROMPT,
+        base=f"`{Path(base_name).name}`" if base_name else "A language model",
+        versions=", ".join(f"{package} {version(package)}" for package in packages),
+    )  # fmt: skip
+
+
+def _plain(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -1,0 +1,1 @@
+"""`nca-align inspect`: a data set before training."""

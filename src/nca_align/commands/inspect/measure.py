@@ -1,0 +1,233 @@
+"""What `nca-align inspect` measures: a split as a whole, and one row as training sees it."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from datasets import Dataset, List, Value
+from tqdm.auto import tqdm
+
+from ...data import DataReport
+from ...data.prompts import text_of
+from ...errors import UserError
+from .reward_stats import (
+    AlphaRow,
+    Duplicates,
+    Pairs,
+    Truncation,
+    alpha_grid,
+    alpha_table,
+    compare_pairs,
+    effective_range,
+    find_duplicates,
+    lengths_by_rank,
+    padded_tokens,
+    repeated,
+    suggest_alpha,
+    truncate,
+    within_correlation,
+)
+
+if TYPE_CHECKING:
+    from .command import InspectOptions
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Token counts as training sees them.
+
+    Args:
+        prompt_lengths, lengths: (B,) and (ΣK,) before truncation.
+        cut: what truncation does.
+        padded, unique: positions of the two layouts after it, one prompt a batch.
+        notices: what tokenisation has to say.
+    """
+
+    prompt_lengths: np.ndarray
+    lengths: np.ndarray
+    cut: Truncation
+    padded: int
+    unique: int
+    notices: list[str]
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """All that is known of a split.
+
+    Args:
+        name: of the data set.
+        report: what reading it left out.
+        counts: (B,) K of each prompt.
+        rewards, lengths: (ΣK,) of the completions; lengths in `unit`.
+        repeated_prompts: rows whose prompt an earlier row has.
+        unfinished: completions that `nca-align sample` cut; None where the data does not say.
+        correlation: of rewards and lengths within prompts.
+        rank_lengths: mean length by rank, of the commonest K.
+        alphas: the α table, and which α was asked for and which is suggested (None where no α makes a difference).
+        target: the effective number that the suggestion comes to.
+        max_length, max_prompt_length: tokens, training's limits.
+    """
+
+    name: str
+    report: DataReport | None
+    counts: np.ndarray
+    rewards: np.ndarray
+    lengths: np.ndarray
+    unit: str
+    repeated_prompts: int
+    unfinished: int | None
+    duplicates: Duplicates
+    pairs: Pairs
+    correlation: float | None
+    rank_lengths: list[float]
+    alphas: list[AlphaRow]
+    alpha: float
+    suggested: float | None
+    target: float
+    max_length: int
+    max_prompt_length: int
+    tokens: Tokens | None
+
+
+def inspect(
+    dataset: Dataset, options: "InspectOptions", tokenizer=None, report: DataReport | None = None
+) -> Inspection:
+    """Measure rows `prompt, completions, rewards`.
+
+    Raises:
+        ValueError: `target_effective` is out of reach, or a row can't be tokenised.
+    """
+    prompts: list[int] = []  # hashes: whether texts are equal is all that is asked
+    completions: list[int] = []
+    characters: list[int] = []
+    rewards: list[float] = []
+    counts: list[int] = []
+    for batch in dataset.select_columns(["prompt", "completions", "rewards"]).iter(1000):
+        prompts += map(_hash, batch["prompt"])
+        for row in batch["completions"]:
+            counts.append(len(row))
+            completions += map(_hash, row)
+            characters += [len(text_of(completion)) for completion in row]
+        rewards += [reward for row in batch["rewards"] for reward in row]
+    r, k = np.array(rewards, dtype=float), np.array(counts)
+    tokens = None if tokenizer is None else count_tokens(dataset, tokenizer, options, k)
+    lengths = np.array(characters) if tokens is None else tokens.lengths
+
+    low, high = effective_range(r, k)
+    target = (low + high) / 2 if options.target_effective is None else options.target_effective
+    suggested = None if low == high and options.target_effective is None else suggest_alpha(r, k, target)
+    wanted = {options.alpha, *([suggested] if suggested else []), *alpha_grid(r, k)}
+    return Inspection(
+        name=options.dataset_name, report=report, counts=k, rewards=r, lengths=lengths,
+        unit="characters" if tokens is None else "tokens",
+        repeated_prompts=repeated(prompts), unfinished=_count_truncated(dataset),
+        duplicates=find_duplicates(completions, r, k),
+        pairs=compare_pairs(r, lengths, k), correlation=within_correlation(r, lengths, k),
+        rank_lengths=lengths_by_rank(r, lengths, k), alphas=alpha_table(r, k, sorted(wanted)),
+        alpha=options.alpha, suggested=suggested, target=target, max_length=options.max_length,
+        max_prompt_length=int(options.max_prompt_length or 0), tokens=tokens,
+    )  # fmt: skip
+
+
+def _count_truncated(dataset: Dataset) -> int | None:
+    if dataset.features.get("truncated") != List(Value("bool")):
+        return None
+    return sum(sum(row or []) for row in dataset["truncated"])
+
+
+def _hash(text: str | list[dict[str, Any]]) -> int:
+    return hash(text if isinstance(text, str) else repr(text))
+
+
+def count_tokens(dataset: Dataset, tokenizer, options: "InspectOptions", counts: np.ndarray) -> Tokens:
+    """Tokenise as training does, and count what it would cut, pad and share."""
+    from ...batching.collator import RewardCollator
+    from ...batching.tokenization import tokenize_dataset
+
+    dataset, notices = tokenize_dataset(
+        dataset, tokenizer, None, None, "unique_tokens", options.dataset_num_proc, options.dataset_train_split
+    )
+    pack = RewardCollator(pad_token_id=0, layout="prefix_shared")
+    limit, room = int(options.max_prompt_length or 0), options.max_length  # `InspectOptions` fills it in
+    prompt_lengths: list[int] = []
+    lengths: list[int] = []
+    unique = 0
+    rows = dataset.select_columns(["prompt_ids", "completion_ids", "rewards"])
+    for row in tqdm(rows, desc="Counting tokens", unit=" row", disable=None, leave=False):
+        prompt, completions = row["prompt_ids"], row["completion_ids"]
+        prompt_lengths.append(len(prompt))
+        lengths += map(len, completions)
+        kept = prompt[-limit:]
+        short = [completion[: room - len(kept)] for completion in completions]
+        unique += pack([{"prompt_ids": kept, "completion_ids": short, "rewards": row["rewards"]}])["num_tokens"]
+    p, n = np.array(prompt_lengths), np.array(lengths)
+    cut = truncate(p, n, counts, limit, room)
+    return Tokens(p, n, cut, padded_tokens(cut.prompt_lengths, cut.lengths, counts), unique, notices)
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row as training sees it.
+
+    Args:
+        row: its number.
+        prompt, completions: the text in pieces, one a token, or one a message without a tokenizer.
+        rewards, targets: one a completion.
+        remarks: what was cut.
+    """
+
+    row: int
+    prompt: list[str]
+    completions: list[list[str]]
+    rewards: list[float]
+    targets: list[float]
+    remarks: list[str]
+
+
+def show_row(dataset: Dataset, index: int, options: "InspectOptions", tokenizer=None) -> Example:
+    """Row `index` with its chat template applied, cut as training cuts it, and its target weights at `options.alpha`.
+
+    Raises:
+        UserError: there is no such row.
+    """
+    import torch
+
+    from ...batching.tokenization import tokenize_rows
+    from ...losses import targets
+
+    if not 0 <= index < len(dataset):
+        raise UserError(f"`example` is {index}; it must be a row from 0 to {len(dataset) - 1}")
+    row = dataset[index]
+    weights = targets(torch.tensor([row["rewards"]], dtype=torch.float64), options.alpha)[0].tolist()
+    if tokenizer is None:
+        return Example(
+            index, _turns(row["prompt"]), [_turns(c) for c in row["completions"]], row["rewards"], weights, []
+        )
+    limits = {"max_prompt_length": options.max_prompt_length, "max_length": options.max_length}
+    ids = tokenize_rows({key: [value] for key, value in row.items()}, [index], tokenizer, **limits, length_column="n")
+    remarks = []
+    if ids["prompt_cut"][0]:
+        remarks.append(f"cut to its last {options.max_prompt_length} tokens: the prompt")
+    if cut := ids["completions_cut"][0]:
+        remarks.append(f"cut at {options.max_length} tokens: {cut} of {len(row['completions'])} completions")
+    completions = [token_texts(tokenizer, completion) for completion in ids["completion_ids"][0]]
+    return Example(index, token_texts(tokenizer, ids["prompt_ids"][0]), completions, row["rewards"], weights, remarks)
+
+
+def _turns(text: str | list[dict[str, Any]]) -> list[str]:
+    if isinstance(text, str):
+        return [text]
+    return [f"{message['role']}: {message['content'] or ''}\n" for message in text]
+
+
+def token_texts(tokenizer, ids: list[int]) -> list[str]:
+    """The text of each token; those that make up one character between them are one piece."""
+    pieces, waiting = [], []
+    for token in ids:
+        waiting.append(token)
+        text = tokenizer.decode(waiting, clean_up_tokenization_spaces=False)
+        if not text.endswith("�") or len(waiting) == 4:  # no character has more bytes
+            pieces.append(text)
+            waiting = []
+    return pieces + ([tokenizer.decode(waiting)] if waiting else [])

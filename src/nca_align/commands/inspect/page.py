@@ -1,0 +1,171 @@
+"""What `nca-align inspect` found, as one self-contained page."""
+
+from pathlib import Path
+
+import numpy as np
+
+from ...pages import html as pages
+from ...pages.html import Tile, figure
+from .measure import Example, Inspection, Tokens
+from .reward_stats import alpha_table, histogram, spreads
+from .tables import Section, findings, k_distribution, percent, sections
+
+
+def write_page(path: Path, found: Inspection, example: Example) -> None:
+    """Write the page; nothing on it is loaded from elsewhere, and all text of the data is text."""
+    path.write_text(build_page(found, example), encoding="utf-8", errors="replace")
+
+
+def build_page(found: Inspection, example: Example) -> str:
+    """The page as HTML."""
+    *figures, alphas = sections(found)
+    tables = [figure(s.title, pages.table([], [row for row in s.rows if row[0]], words=True)) for s in figures]
+    parts = [
+        pages.tiles(_tiles(found)),
+        pages.section("Worth knowing", pages.bullets(findings(found))),
+        pages.section("Rewards", *_reward_charts(found), grid="grid"),
+        pages.section(
+            "Targets: how α reads the rewards", *_target_charts(found),
+            figure(alphas.title, _alpha_table(alphas), "Best: the weight of the best completion."), grid="grid",
+        ),
+        pages.section("Length", *_length_charts(found), grid="grid"),
+        pages.section("Tokens", *_token_charts(found, found.tokens), grid="grid") if found.tokens is not None else "",
+        pages.section(f"Row {example.row}, as training sees it", *_example(example, found.alpha), grid="grid wide"),
+        pages.section("All figures", *tables, grid="grid"),
+    ]  # fmt: skip
+    subtitle = f"{len(found.counts):,} prompts with {len(found.rewards):,} rewarded completions, by nca-align inspect"
+    return pages.page(found.name, subtitle, "\n".join(parts))
+
+
+def _alpha_table(section: Section) -> str:
+    """The α table, what is said of an α beside it."""
+    rows = [(f"{alpha} {note and f'({note})'}", *values) for alpha, *values, note in section.rows]
+    return pages.table([*section.header[:-1]], rows, section.marked)
+
+
+def _tiles(found: Inspection) -> list[Tile]:
+    ks, pairs = k_distribution(found), found.pairs
+    here = next(row for row in found.alphas if row.alpha == found.alpha)
+    tiles = [
+        Tile(f"{len(found.counts):,}", "prompts"),
+        Tile(f"{min(ks)}" if len(ks) == 1 else f"{min(ks)} to {max(ks)}", "completions a prompt"),
+        Tile(percent(pairs.ties / pairs.pairs), "of pairs tie", pairs.ties > 0.5 * pairs.pairs),
+    ]
+    if pairs.longer_is_better is not None:
+        biased = abs(pairs.longer_is_better - 0.5) > max(0.05, 2 * pairs.error)
+        tiles.append(Tile(percent(pairs.longer_is_better), "of unequal pairs that length alone orders right", biased))
+    tiles.append(
+        Tile(f"{here.effective:.2f}", f"effective completions at α = {found.alpha:g}, where "
+             f"{percent(here.hard)} of targets are hard", here.hard > 0.5)
+    )  # fmt: skip
+    if found.suggested is not None:
+        tiles.append(Tile(f"{found.suggested:g}", f"suggested α, for {found.target:.2g} effective completions"))
+    if found.tokens is not None:
+        cut = found.tokens.cut.completions_cut / len(found.rewards)
+        tiles.append(Tile(percent(cut), "of completions cut at `max_length`", cut > 0.01))
+    return tiles
+
+
+def _reward_charts(found: Inspection) -> list[str]:
+    spread = spreads(found.rewards, found.counts)
+    charts = [
+        figure("Rewards", pages.histogram(*histogram(found.rewards), "reward", "completions")),
+        figure(
+            "Spread within a prompt", pages.histogram(*histogram(spread), "highest − lowest reward", "prompts"),
+            "Only differences within a prompt teach anything; at 0 all its completions have the same reward.",
+        ),
+    ]  # fmt: skip
+    if len(ks := k_distribution(found)) > 1:
+        if len(ks) <= 10:
+            chart = pages.bars([f"K = {k}" for k in ks], list(ks.values()), "Prompts by K")
+        else:
+            chart = pages.histogram(*histogram(found.counts), "K", "prompts")
+        charts.append(figure("Completions a prompt", chart))
+    return charts
+
+
+def _target_charts(found: Inspection) -> list[str]:
+    xs = [row.alpha for row in found.alphas]
+    alphas = np.geomspace(min(xs), max(xs), 60).tolist()
+    rows = alpha_table(found.rewards, found.counts, alphas)
+    marks = {"your α": found.alpha} | ({"suggested": found.suggested} if found.suggested else {})
+    most = float(found.counts.mean())
+    return [
+        figure(
+            "Effective number of completions",
+            pages.lines(
+                {"mean over prompts": (alphas, [row.effective for row in rows])}, "α", (1, most * 1.02), True, marks
+            ),
+            f"exp(H(w)) of the target w = softmax(rewards / α): 1 where the best has all weight, {most:.3g} where all "
+            "have alike.",
+        ),
+        figure(
+            "Hard targets",
+            pages.lines(
+                {
+                    "share of hard targets": (alphas, [row.hard for row in rows]),
+                    "best's weight": (alphas, [row.best for row in rows]),
+                },
+                "α", (0, 1), True, marks,
+            ),
+            "Hard: the worse completions have next to no weight, so that their grades don't count.",
+        ),
+    ]  # fmt: skip
+
+
+def _length_charts(found: Inspection) -> list[str]:
+    unit, pairs, charts = found.unit, found.pairs, []
+    if pairs.longer_is_better is not None:
+        charts.append(
+            figure(
+                "Is longer better?",
+                pages.bars(
+                    ["longer is better", "shorter is better"],
+                    [100 * pairs.longer_is_better, 100 - 100 * pairs.longer_is_better],
+                    "Unequal pairs by length, %", ".0f",
+                ),
+                "Per cent of the pairs with unequal rewards; half and half is no bias. "
+                + (f"Correlation within prompts {found.correlation:+.2f}." if found.correlation is not None else ""),
+            )
+        )  # fmt: skip
+    ranks = found.rank_lengths[:10]
+    names = ["best", *(f"{i}." for i in range(2, len(ranks) + 1))]
+    charts.append(figure(f"Mean length by rank, {unit}", pages.bars(names, ranks, f"Mean length by rank, {unit}")))
+    chart = pages.histogram(*histogram(found.lengths), f"{unit} a completion", "completions")
+    charts.append(figure("Length of completions", chart))
+    return charts
+
+
+def _token_charts(found: Inspection, tokens: Tokens) -> list[str]:
+    limit, whole = found.max_prompt_length, np.repeat(tokens.prompt_lengths, found.counts) + tokens.lengths
+    prompts, conversations = histogram(tokens.prompt_lengths), histogram(whole)
+    return [
+        figure(
+            "Prompts", pages.histogram(*prompts, "tokens", "prompts", {"max_prompt_length": limit}),
+            f"{percent(tokens.cut.prompts_cut / len(found.counts))} lose their beginning.",
+        ),
+        figure(
+            "Prompt and completion",
+            pages.histogram(*conversations, "tokens", "conversations", {"max_length": found.max_length}),
+            f"{percent(tokens.cut.completions_cut / len(found.rewards))} of the completions lose their end, "
+            f"{percent(tokens.cut.tokens_lost)} of all tokens are lost.",
+        ),
+        figure(
+            "What a pass over the data computes",
+            pages.bars(["padded", "shared prefixes once"], [tokens.padded, tokens.unique], "Positions"),
+            "Positions after truncation, one prompt a batch: `layout: padded` against `prefix_shared`.",
+        ),
+    ]  # fmt: skip
+
+
+def _example(example: Example, alpha: float) -> list[str]:
+    cards = [figure("Prompt", _pieces(example.prompt, "prompt"), "; ".join(example.remarks))]
+    for k in np.argsort(-np.array(example.rewards), kind="stable").tolist():
+        title = f"Completion {k}: reward {example.rewards[k]:g}, target {example.targets[k]:.3f} at α = {alpha:g}"
+        cards.append(figure(title, _pieces(example.completions[k], "completion")))
+    return cards
+
+
+def _pieces(pieces: list[str], kind: str) -> str:
+    spans = "".join(f"<span>{pages.escape(piece)}</span>" for piece in pieces)
+    return f'<div class="text {kind}" tabindex="0">{spans}</div>'

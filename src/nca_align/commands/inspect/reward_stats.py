@@ -1,0 +1,295 @@
+"""What rewarded completions look like before training: pure functions on flat arrays, K values a prompt in a row.
+
+`counts` (B,) holds each prompt's K, which may differ; `rewards` and `lengths` (ΣK,) hold the completions' values, one
+prompt after the other.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from ...losses import targets
+
+# exp(H) up to which a target counts as hard, for each completion that ties for the best: the others share 1 % or so
+HARD = 1.05
+_PAIRS_AT_A_TIME = 1 << 23
+
+
+def by_k(counts: np.ndarray, *flat: np.ndarray) -> Iterator[tuple]:
+    """For each K that occurs: the prompts that have it, and each of `flat` as a matrix (prompts, K)."""
+    starts = np.cumsum(counts) - counts
+    for k in np.unique(counts):
+        rows = np.flatnonzero(counts == k)
+        index = starts[rows, None] + np.arange(k)
+        yield rows, *(values[index] for values in flat)
+
+
+def spreads(rewards: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """(B,) highest minus lowest reward of each prompt; 0 where all are equal."""
+    output = np.empty(len(counts))
+    for rows, matrix in by_k(counts, rewards):
+        output[rows] = matrix.max(1) - matrix.min(1)
+    return output
+
+
+def tied_for_best(rewards: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """(B,) how many completions have the highest reward; what `effective_completions` comes to as α goes to 0."""
+    output = np.empty(len(counts))
+    for rows, matrix in by_k(counts, rewards):
+        output[rows] = (matrix == matrix.max(1, keepdims=True)).sum(1)
+    return output
+
+
+def effective_completions(rewards: np.ndarray, counts: np.ndarray, alpha: float) -> np.ndarray:
+    """How many completions the target of each prompt spreads over: 1 where one has all weight, K where all have alike.
+
+        exp(H(w)),  w = softmax(rewards / α),  H(w) = −Σ_i w_i log w_i
+
+    Args:
+        rewards: (ΣK,), finite.
+        counts: (B,), 2 or more each.
+        alpha: above 0, in the unit of the rewards.
+
+    Returns:
+        (B,) float64, from the number that tie for the best (α → 0) to K (α → ∞), never falling as α grows.
+
+    Raises:
+        ValueError: as `losses.targets`, which training calls as well.
+    """
+    output = np.empty(len(counts))
+    for rows, matrix in by_k(counts, rewards):
+        w = targets(torch.from_numpy(matrix), alpha)
+        output[rows] = torch.special.entr(w).sum(1).exp().numpy()
+    return output
+
+
+class AlphaRow(NamedTuple):
+    """One line of the α table.
+
+    Args:
+        alpha: α.
+        effective: `effective_completions`, the mean over prompts.
+        hard: share of the prompts whose target is hard: the worse completions have next to no weight, so that their
+            grades don't count. Prompts whose rewards are all equal are none of them: they have no worse completion.
+        best: weight of the best completion, the mean over prompts.
+    """
+
+    alpha: float
+    effective: float
+    hard: float
+    best: float
+
+
+def alpha_table(rewards: np.ndarray, counts: np.ndarray, alphas: Sequence[float]) -> list[AlphaRow]:
+    """What each α makes of these rewards."""
+    best_ties, spread = tied_for_best(rewards, counts), spreads(rewards, counts)
+    table = []
+    for alpha in alphas:
+        effective = effective_completions(rewards, counts, alpha)
+        weight = np.empty(len(counts))
+        for rows, matrix in by_k(counts, rewards):
+            weight[rows] = targets(torch.from_numpy(matrix), alpha).amax(1).numpy()
+        hard = (effective < HARD * best_ties) & (spread > 0)
+        table.append(AlphaRow(alpha, float(effective.mean()), float(hard.mean()), float(weight.mean())))
+    return table
+
+
+def alpha_grid(rewards: np.ndarray, counts: np.ndarray) -> list[float]:
+    """1 and 3 of each decade in which α matters for these rewards: from hard targets to nearly uniform ones."""
+    spread = spreads(rewards, counts)
+    typical = float(spread[spread > 0].mean()) if spread.any() else 1.0
+    first, last = math.floor(math.log10(typical / 30)), math.ceil(math.log10(typical * 3))
+    return [float(f"{digit}e{decade}") for decade in range(first, last) for digit in (1, 3)] + [float(f"1e{last}")]
+
+
+def effective_range(rewards: np.ndarray, counts: np.ndarray) -> tuple[float, float]:
+    """The mean effective number of completions as α goes to 0, and as it goes to infinity."""
+    return float(tied_for_best(rewards, counts).mean()), float(counts.mean())
+
+
+def suggest_alpha(rewards: np.ndarray, counts: np.ndarray, target: float) -> float:
+    """The α at which the mean effective number of completions is `target`, by bisection; rounded to two digits.
+
+    Raises:
+        ValueError: no α reaches `target`, which lies outside `effective_range`.
+    """
+    low, high = effective_range(rewards, counts)
+    if not low < target < high:
+        raise ValueError(
+            f"`target_effective` is {target:g}; with these rewards it must be above {low:.3g} (the completions that "
+            f"tie for the best) and below {high:.3g} (all of them): choose one between"
+        )
+    spread = spreads(rewards, counts)
+    bottom, top = math.log(spread[spread > 0].min() * 1e-3), math.log(spread.max() * 1e3)
+    for _ in range(40):
+        middle = (bottom + top) / 2
+        if effective_completions(rewards, counts, math.exp(middle)).mean() < target:
+            bottom = middle
+        else:
+            top = middle
+    return float(f"{math.exp(bottom):.2g}")
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Pairs of completions within prompts, and what a baseline that knows their lengths alone makes of them.
+
+    Args:
+        pairs, ties: all of them, and those with equal rewards.
+        longer_is_better: share of the unequal pairs in which the longer completion has the higher reward (equal lengths
+            count half); None where there is no unequal pair. 0.5 is no bias.
+        error: its standard error, prompts being what is independent.
+        longest_is_best: share of the prompts with unequal rewards whose longest completion is one of the best.
+        chance: the same share for a completion drawn at random.
+    """
+
+    pairs: int
+    ties: int
+    longer_is_better: float | None
+    error: float
+    longest_is_best: float | None
+    chance: float
+
+
+def compare_pairs(rewards: np.ndarray, lengths: np.ndarray, counts: np.ndarray) -> Pairs:
+    """All pairs of completions within prompts, by rewards and by lengths."""
+    right, unequal = np.zeros(len(counts)), np.zeros(len(counts))
+    longest, chance = np.zeros(len(counts)), np.zeros(len(counts))
+    for all_rows, r_k, n_k in by_k(counts, rewards, lengths):
+        step = max(1, _PAIRS_AT_A_TIME // r_k.shape[1] ** 2)
+        for first in range(0, len(all_rows), step):
+            rows, r, n = all_rows[first : first + step], r_k[first : first + step], n_k[first : first + step]
+            better = r[:, :, None] > r[:, None, :]
+            longer = (n[:, :, None] > n[:, None, :]) + 0.5 * (n[:, :, None] == n[:, None, :])
+            unequal[rows], right[rows] = better.sum((1, 2)), (better * longer).sum((1, 2))
+            best, top = r == r.max(1, keepdims=True), n == n.max(1, keepdims=True)
+            longest[rows], chance[rows] = (best & top).sum(1) / top.sum(1), best.mean(1)
+    pairs, total, graded = int((counts * (counts - 1) // 2).sum()), unequal.sum(), unequal > 0
+    if not total:
+        return Pairs(pairs, pairs, None, 0.0, None, 0.0)
+    share = right.sum() / total
+    error = np.sqrt(np.square(right - share * unequal).sum()) / total
+    return Pairs(
+        pairs, pairs - int(total), float(share), float(error),
+        float(longest[graded].mean()), float(chance[graded].mean()),
+    )  # fmt: skip
+
+
+def within_correlation(x: np.ndarray, y: np.ndarray, counts: np.ndarray) -> float | None:
+    """Pearson correlation of `x` and `y` (ΣK,) within prompts: each less its prompt's mean. None where one is constant.
+
+    The plain correlation would mix in that some prompts ask for long answers, about which the loss knows nothing.
+    """
+    row = np.repeat(np.arange(len(counts)), counts)
+
+    def centred(values: np.ndarray) -> np.ndarray:
+        left = values - (np.bincount(row, values) / counts)[row]
+        return np.where(np.abs(left) > 1e-12 * np.abs(values).max(), left, 0)  # the means are rounded
+
+    x, y = centred(x.astype(float)), centred(y.astype(float))
+    scale = math.sqrt((x * x).sum() * (y * y).sum())
+    return float((x * y).sum() / scale) if scale else None
+
+
+def lengths_by_rank(rewards: np.ndarray, lengths: np.ndarray, counts: np.ndarray) -> list[float]:
+    """Mean length of the best completion, the second, and so on; completions with equal rewards share their ranks.
+
+    Over the prompts of one K, the one that most completions have.
+    """
+    common = (np.bincount(counts) * np.arange(counts.max() + 1)).argmax()
+    _, r, n = next(group for group in by_k(counts, rewards, lengths) if group[1].shape[1] == common)
+    order = np.argsort(-r, 1, kind="stable")
+    above = np.stack([(r > value[:, None]).sum(1) for value in r.T], 1)  # (prompts, K)
+    tied = np.stack([(r == value[:, None]).sum(1) for value in r.T], 1)
+    means = []
+    for rank in range(len(order[0])):
+        there = (above <= rank) & (rank < above + tied)
+        means.append(float(((n * there).sum(1) / there.sum(1)).mean()))
+    return means
+
+
+class Duplicates(NamedTuple):
+    """Completions that another of the same prompt equals: `completions` beyond the first, in how many `prompts`, and
+    of those prompts the ones where equal completions have unequal `rewards`."""
+
+    completions: int
+    prompts: int
+    unequal_rewards: int
+
+
+def find_duplicates(completions: Sequence[Hashable], rewards: np.ndarray, counts: np.ndarray) -> Duplicates:
+    """Equal completions within prompts; `completions` (ΣK) are compared as they are."""
+    extra = prompts = unequal = 0
+    first = 0
+    for k in counts.tolist():
+        row = completions[first : first + k]
+        if len(set(row)) < k:
+            prompts += 1
+            extra += k - len(set(row))
+            scores = set(zip(row, rewards[first : first + k].tolist(), strict=True))
+            unequal += len(scores) > len(set(row))
+        first += k
+    return Duplicates(extra, prompts, unequal)
+
+
+def repeated(prompts: Sequence[Hashable]) -> int:
+    """How many rows have a prompt that an earlier row has."""
+    return sum(n - 1 for n in Counter(prompts).values())
+
+
+class Histogram(NamedTuple):
+    """`counts` (n,) between `edges` (n + 1,)."""
+
+    edges: np.ndarray
+    counts: np.ndarray
+
+
+def histogram(values: np.ndarray, bins: int = 24) -> Histogram:
+    """A histogram; of a few evenly spaced values (grades) with one bin about each."""
+    unique = np.unique(values)
+    if 1 < len(unique) <= bins:
+        steps = np.diff(unique)
+        units = (unique - unique[0]) / steps.min()
+        if np.allclose(units, np.round(units), atol=0.05) and units[-1] < bins:
+            edges = unique[0] + steps.min() * (np.arange(round(units[-1]) + 2) - 0.5)
+            return Histogram(edges, np.histogram(values, edges)[0])
+    counts, edges = np.histogram(values, min(bins, max(1, len(values))))
+    return Histogram(edges, counts)
+
+
+@dataclass(frozen=True)
+class Truncation:
+    """What `max_prompt_length` and `max_length` cut, as training does: a prompt's beginning, a completion's end."""
+
+    prompt_lengths: np.ndarray  # (B,) kept
+    lengths: np.ndarray  # (ΣK,) kept
+    prompts_cut: int
+    completions_cut: int
+    tokens_lost: float  # share of all tokens, each prompt's counted once
+
+
+def truncate(
+    prompt_lengths: np.ndarray, lengths: np.ndarray, counts: np.ndarray, max_prompt_length: int, max_length: int
+) -> Truncation:
+    """Lengths in tokens after the end of each prompt is kept within one limit, then each completion's beginning."""
+    prompts = np.minimum(prompt_lengths, max_prompt_length)
+    kept = np.minimum(lengths, max_length - np.repeat(prompts, counts))
+    total = prompt_lengths.sum() + lengths.sum()
+    return Truncation(
+        prompts, kept, int((prompts < prompt_lengths).sum()), int((kept < lengths).sum()),
+        float(1 - (prompts.sum() + kept.sum()) / total),
+    )  # fmt: skip
+
+
+def padded_tokens(prompt_lengths: np.ndarray, lengths: np.ndarray, counts: np.ndarray) -> int:
+    """Positions of the padded layout, one prompt a batch: K rows, each as long as the longest conversation.
+
+    A conversation's last token is a target only, and no position.
+    """
+    longest = np.maximum.reduceat(lengths, np.cumsum(counts) - counts)
+    return int((counts * (prompt_lengths + longest - 1)).sum())

@@ -1,0 +1,227 @@
+"""What `nca-align inspect` found, in tables and sentences that the terminal and the page share, and the terminal's."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from rich import box
+from rich.console import Console, Group
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from ...data.report import show_counts
+from ...pages.html import visible
+from .measure import Example, Inspection
+from .reward_stats import HARD, histogram, spreads, tied_for_best
+
+_BLOCKS = " ▁▂▃▄▅▆▇█"
+
+
+class Section(NamedTuple):
+    """A table: what a row is and its values; `marked` is the row that stands out."""
+
+    title: str
+    header: tuple[str, ...]
+    rows: Sequence[tuple[str, ...]]
+    marked: int | None = None
+
+
+def share(n: float, total: float) -> str:
+    """`121 of 360 (34%)`."""
+    return f"{n:,} of {total:,} ({percent(n / total)})" if total else "none"
+
+
+def _plain(title: str, rows: Sequence[tuple[str, ...]]) -> Section:
+    return Section(title, ("", ""), rows)
+
+
+def percent(value: float) -> str:
+    """`34%`, and `0.4%` where a whole number would hide it."""
+    return f"{value:.1%}" if 0 < value < 0.1 or 0.995 <= value < 1 else f"{value:.0%}"
+
+
+def quantiles(values: np.ndarray, show: str = ".3g") -> str:
+    """Mean, median, and where the middle four fifths lie."""
+    low, middle, high = (format(v, show) for v in np.quantile(values, (0.1, 0.5, 0.9)))
+    return f"mean {values.mean():{show}}, median {middle}, 80% {low} … {high}"
+
+
+def sparkline(values: np.ndarray) -> str:
+    """A histogram in one line, with its ends."""
+    counts = histogram(values, bins=32).counts
+    blocks = "".join(_BLOCKS[int(np.ceil(n / counts.max() * 8))] for n in counts)
+    return f"{values.min():.3g} {blocks} {values.max():.3g}"
+
+
+def k_distribution(found: Inspection) -> dict[int, int]:
+    """K to how many prompts have it."""
+    values, counts = np.unique(found.counts, return_counts=True)
+    return dict(zip(values.tolist(), counts.tolist(), strict=True))
+
+
+def sections(found: Inspection) -> list[Section]:
+    """All figures, as text; the α table last."""
+    prompts, completions, pairs = len(found.counts), len(found.rewards), found.pairs
+    spread, ties = spreads(found.rewards, found.counts), tied_for_best(found.rewards, found.counts)
+    ks = ", ".join(f"{k} ({percent(n / prompts)})" for k, n in k_distribution(found).items())
+    data = [("prompts", f"{prompts:,}"), ("completions", f"{completions:,}"), ("K, completions a prompt", ks)]
+    if found.report is not None and found.report.dropped:
+        data.append(("prompts dropped in reading", show_counts(found.report.dropped)))
+    if found.report is not None and found.report.completions:
+        data.append(("completions left out or repaired", show_counts(found.report.completions)))
+    duplicates = share(found.duplicates.completions, completions)
+    if found.duplicates.completions:
+        duplicates += f", in {found.duplicates.prompts:,} prompts"
+        duplicates += f", {found.duplicates.unequal_rewards:,} with unequal rewards"
+    data += [
+        ("rows whose prompt came before", share(found.repeated_prompts, prompts)),
+        ("duplicate completions", duplicates),
+    ]
+    if found.unfinished is not None:
+        data.append(("cut when they were sampled", share(found.unfinished, completions)))
+
+    rewards = [
+        ("reward", quantiles(found.rewards)),
+        ("", sparkline(found.rewards)),
+        ("spread in a prompt (max − min)", quantiles(spread)),
+        ("", sparkline(spread)),
+        ("pairs that tie", share(pairs.ties, pairs.pairs)),
+        ("prompts whose best is tied", share(int((ties > 1).sum()), prompts)),
+        ("prompts with all rewards equal", share(int((spread == 0).sum()), prompts)),
+    ]
+    length = [(f"completion, {found.unit}", quantiles(found.lengths, ",.0f")), ("", sparkline(found.lengths))]
+    if found.correlation is not None:
+        length.append(("correlation with reward", f"{found.correlation:+.2f} within prompts"))
+    if pairs.longer_is_better is not None:
+        baseline = f"{percent(pairs.longer_is_better)} ± {percent(pairs.error)} of the unequal ones (no bias: 50%)"
+        longest = f"{percent(pairs.longest_is_best or 0)} (at random: {percent(pairs.chance)})"
+        ranks = " → ".join(f"{n:,.0f}" for n in found.rank_lengths[:8]) + (" …" if len(found.rank_lengths) > 8 else "")
+        length += [
+            ("pairs with the longer one better", baseline),
+            ("prompts whose longest is best", longest),
+            (f"mean by rank, K = {len(found.rank_lengths)}", ranks),
+        ]
+    output = [_plain("Data", data), _plain("Rewards", rewards), _plain("Length", length)]
+    if (tokens := found.tokens) is not None:
+        cut = tokens.cut
+        rows = [
+            ("prompt", quantiles(tokens.prompt_lengths, ",.0f")),
+            ("", sparkline(tokens.prompt_lengths)),
+            (f"prompts cut to their last {found.max_prompt_length:,}", share(cut.prompts_cut, prompts)),
+            (f"completions cut at {found.max_length:,}", share(cut.completions_cut, completions)),
+            ("tokens lost by both", percent(cut.tokens_lost)),
+            ("positions, padded", f"{tokens.padded:,}"),
+            ("positions, shared prefixes once", f"{tokens.unique:,} ({percent(tokens.unique / tokens.padded)})"),
+        ]
+        output.append(_plain("Tokens", rows))
+    lines, marked = [], None
+    for i, row in enumerate(found.alphas):
+        note = ""
+        if row.alpha == found.suggested:
+            note, marked = "suggested", i
+        if row.alpha == found.alpha:
+            note = ", ".join(filter(None, ("yours", note)))
+        lines.append((f"{row.alpha:g}", f"{row.effective:.2f}", percent(row.hard), f"{row.best:.2f}", note))
+    header = ("α", "effective", "hard", "best", "")
+    return [*output, Section("Targets softmax(rewards / α)", header, lines, marked)]
+
+
+def findings(found: Inspection) -> list[str]:
+    """What someone should know before training, in sentences; the worst traps only."""
+    prompts, pairs, lines = len(found.counts), found.pairs, []
+    here = next(row for row in found.alphas if row.alpha == found.alpha)
+    equal = float((spreads(found.rewards, found.counts) == 0).mean())
+    if found.suggested is not None:
+        what = f"α = {found.suggested:g} makes a prompt's target spread over {found.target:.2g} completions"
+        if here.hard > 0.5:
+            lines.append(
+                f"At α = {here.alpha:g} the target of {percent(here.hard)} of the prompts is hard: the best completion "
+                f"(with its ties) has all weight, and the other grades don't count. {what}."
+            )
+        elif here.effective > 0.97 * found.counts.mean():
+            lines.append(f"At α = {here.alpha:g} the targets are nearly uniform: little is learnt. {what}.")
+    if equal > 0.05:
+        lines.append(
+            f"{percent(equal)} of the prompts have equal rewards for all completions: nothing tells them apart, and "
+            "both losses draw them together."
+        )
+    if pairs.longer_is_better is not None and abs(pairs.longer_is_better - 0.5) > max(0.05, 2 * pairs.error):
+        longer = pairs.longer_is_better > 0.5
+        right = pairs.longer_is_better if longer else 1 - pairs.longer_is_better
+        lines.append(
+            f"“{'Longer' if longer else 'Shorter'} is better” orders {percent(right)} of the unequal pairs right: the "
+            f"model can learn to answer {'longer' if longer else 'shorter'} instead of better. Compare with that "
+            "baseline, and watch the length of its answers."
+        )
+    if found.duplicates.completions > 0.01 * len(found.rewards):
+        lines.append(
+            f"{percent(found.duplicates.completions / len(found.rewards))} of the completions repeat another of their "
+            "prompt: they cost as much and say nothing new. `nca-align sample --duplicates remove` avoids them."
+        )
+    if found.duplicates.unequal_rewards:
+        lines.append(
+            f"In {found.duplicates.unequal_rewards:,} prompts equal completions have unequal rewards: the scores are "
+            "noisy, or depend on something that the text does not show."
+        )
+    if found.unfinished is not None and found.unfinished > 0.05 * len(found.rewards):
+        lines.append(
+            f"{percent(found.unfinished / len(found.rewards))} of the completions were cut when they were sampled, and "
+            "training takes where they stop for an end: a higher `--max_new_tokens` of `nca-align sample` avoids it."
+        )
+    if found.repeated_prompts > 0.01 * prompts:
+        lines.append(f"{percent(found.repeated_prompts / prompts)} of the rows repeat the prompt of an earlier one.")
+    if (tokens := found.tokens) is not None:
+        if tokens.cut.completions_cut > 0.01 * len(found.rewards):
+            lines.append(
+                f"`max_length` cuts {percent(tokens.cut.completions_cut / len(found.rewards))} of the completions, "
+                "whose rewards were given for the whole answer: raise it where memory allows."
+            )
+        if tokens.cut.prompts_cut > 0.01 * prompts:
+            lines.append(f"`max_prompt_length` cuts the beginning of {share(tokens.cut.prompts_cut, prompts)} prompts.")
+        lines += tokens.notices
+    return lines or ["Nothing stands out."]
+
+
+def print_inspection(found: Inspection, console: Console | None = None) -> None:
+    """Tables for a terminal of 80 columns."""
+    console = console or Console()
+    for section in sections(found):
+        plain = not any(section.header)
+        console.print(Text(section.title, style="bold"))
+        table = Table(box=None if plain else box.SIMPLE_HEAD, show_header=not plain, pad_edge=False)
+        for i, name in enumerate(section.header):
+            if plain:
+                table.add_column(min_width=0 if i else 32, style="" if i else "cyan")
+            else:
+                table.add_column(name, justify="left" if name == "" else "right")
+        for i, row in enumerate(section.rows):
+            table.add_row(*map(Text, row), style="bold" if i == section.marked else None)
+        console.print(table)
+        if plain:
+            console.print()
+    what = f"effective: exp(H); hard: under {HARD} × the number tied for best; best: its weight\n"
+    console.print(what, style="dim")
+    console.print(Text("Worth knowing", style="bold"))
+    for line in findings(found):
+        console.print(Text(f"• {line}"))
+
+
+def print_example(example: Example, alpha: float, console: Console | None = None) -> None:
+    """One row, its tokens in alternating shades: the prompt in cyan, completions in green."""
+    console = console or Console()
+    console.print(Panel(_shaded(example.prompt, "cyan"), title=f"row {example.row}: prompt", title_align="left"))
+    order = np.argsort(-np.array(example.rewards), kind="stable")
+    for k in order.tolist():
+        title = f"completion {k}: reward {example.rewards[k]:g}, target {example.targets[k]:.3f} at α = {alpha:g}"
+        bar = Text("█" * round(example.targets[k] * 40) or "▏", style="magenta")
+        console.print(Panel(Group(_shaded(example.completions[k], "green"), bar), title=title, title_align="left"))
+    for remark in example.remarks:
+        console.print(Text(f"• {remark}"))
+
+
+def _shaded(pieces: list[str], colour: str) -> Text:
+    text = Text()
+    for i, piece in enumerate(pieces):
+        text.append(visible(piece), style=colour if i % 2 else f"dim {colour}")
+    return text

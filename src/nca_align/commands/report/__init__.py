@@ -1,0 +1,1 @@
+"""`nca-align report`: a page and plots of what runs logged."""

@@ -1,0 +1,166 @@
+"""The page of `nca-align report`: charts and tables of runs and comparisons, with what is to be seen in words."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+from ...pages import html as pages
+from ...pages.html import Tile, figure
+from ...pages.svg import card, whiskers
+from ..compare.tables import compared_name
+from .charts import MOST_CURVES, Groups, frontier_chart, likelihood_charts, run_charts
+from .command import Comparison, Run, equal_kls, labels
+from .frontier import Interval, curves_of, ends, mean_and_interval, reward_at_kl
+
+_LAST = {
+    "reward": "reward", "kl": "KL, nats", "win_rate": "win rate", "tokens": "tokens", "cut": "cut",
+    "distinct_2": "distinct-2", "logratio_best": "best’s log-ratio", "accuracy": "accuracy",
+}  # fmt: skip
+
+_EQUAL = (
+    "Each seed’s reward where its run first came to a KL, between its evaluations straight in √KL; then the mean "
+    "over n seeds ± its 95% t-interval, a bar in the chart. Behind the first: the mean difference from the first row, "
+    "seed by seed. Where that is smaller than its ±, these runs don’t show which of the two is better; the intervals "
+    "are not corrected for the number of rows. Unless `at_kl` names KLs, the first is the furthest that every run came "
+    "to."
+)
+
+
+def build_page(found: Sequence[Run | Comparison], at_kl: Sequence[float] = ()) -> str:
+    """The page as HTML."""
+    body = "\n".join(_comparison(one, at_kl) if isinstance(one, Comparison) else _run(one) for one in found)
+    return pages.page(" · ".join(one.name for one in found), "by nca-align report", body)
+
+
+def _run(run: Run) -> str:
+    """Charts of one run."""
+    sections = [
+        pages.section(f"{run.name}: {name} prompts", *map(card, charts), grid="grid")
+        for name, charts in run_charts(run).items()
+    ]
+    nothing = "The log holds no metric by rank and no evaluation by generation."
+    return "\n".join(sections) or pages.section(run.name, pages.bullets([nothing]))
+
+
+def _comparison(found: Comparison, at_kl: Sequence[float]) -> str:
+    every, chosen = curves_of(found.rows), found.chosen()
+    seeds = sorted({len(own) for own in chosen.values()}) or [0]
+    tiles = [
+        Tile(f"{len(every)}", "settings compared"),
+        Tile(f"{sum(map(len, every.values()))}", "runs with test figures"),
+        Tile(" to ".join(map(str, dict.fromkeys((seeds[0], seeds[-1])))), "seeds a selected setting, n"),
+        Tile(f"{len(found.failed)}", "failed cells", bool(found.failed)),
+    ]
+    parts = [f"<h2>{pages.escape(found.name)}</h2>", pages.tiles(tiles)]
+    if chosen:
+        charts = [frontier_chart(found.rows, chosen), *likelihood_charts(found.rows, chosen)]
+        cards = _equal_kl(chosen, at_kl)
+        nothing = pages.bullets(["No run has moved from the reference: there is no KL to compare at."])
+        equal = f'<p class="note">{_EQUAL}</p><div class="grid wide">{"".join(cards)}</div>' if cards else nothing
+        parts += [
+            pages.section("Test reward against KL, and likelihood", *map(card, charts), grid="grid wide"),
+            pages.section("Test reward at equal KL", equal),
+            pages.section("Where training ended, test split", _last(found, chosen)),
+        ]
+    else:
+        parts.append(pages.bullets(["No selected setting has figures on the test split yet."]))
+    if absent := _compared(found.rows).keys() - _compared(found.selected):
+        told = ", ".join(name for name in _compared(found.rows) if name in absent)
+        why = "each of their settings has a run that is missing, diverged, or never came to the KL of the choice"
+        parts.append(pages.bullets([f"Of what is finished, nothing was chosen of {told}: {why}."]))
+    if found.selected:
+        names = [
+            name for name in found.selected[0] if not name.startswith("test_") and not name.endswith(("_low", "_high"))
+        ]
+        rows = [[_value(row, name) for name in names] for row in found.selected]
+        note = (
+            "For each of what is compared, the settings whose runs had the best mean over seeds on the validation "
+            "split, out of so many candidates. The test split had no part in the choice; what these runs came to on "
+            "it stands above."
+        )
+        parts.append(pages.section("Selected settings", figure("Chosen on validation", pages.table(names, rows), note)))
+    if len(every) > len(chosen):
+        title = "Every setting of the grid"
+        if len(every) <= MOST_CURVES:
+            parts.append(pages.section(title, card(frontier_chart(found.rows, every)), grid="grid wide"))
+        parts.append(pages.section(f"{title}, where training ended, test split", _last(found, every)))
+    if found.failed:
+        parts.append(
+            pages.section("Failed cells", figure("Cell and reason", pages.table([], found.failed, words=True)))
+        )
+    if found.provenance:
+        rows = [[key, f"{value}"] for key, value in found.provenance.items()]
+        parts.append(pages.section("Where this comes from", figure("Provenance", pages.table([], rows, words=True))))
+    return "\n".join(parts)
+
+
+def _compared(rows: Sequence[Mapping[str, str]]) -> dict[str, None]:
+    """What settings were to be chosen for, each once."""
+    return dict.fromkeys(map(compared_name, rows))
+
+
+def _equal_kl(groups: Groups, at_kl: Sequence[float]) -> list[str]:
+    """A card for each KL: intervals, and the table sorted by reward, those that never came so far at its end."""
+    names, cards, order = labels([*groups]), [], [*groups]
+    for kl in at_kl or equal_kls(groups):
+        rewards = {
+            setting: {c.seed: value for c in own if (value := reward_at_kl(c, kl)) is not None}
+            for setting, own in groups.items()
+        }
+        means = {s: mean_and_interval([*own.values()]) for s, own in rewards.items() if len(own) == len(groups[s])}
+        ranked = sorted(means, key=lambda s: -means[s].mean)
+        table = []
+        for setting in ranked:
+            first, own = rewards[ranked[0]], rewards[setting]
+            gaps = [first[seed] - own[seed] for seed in own if seed in first]
+            behind = _text(mean_and_interval(gaps)) if gaps and setting != ranked[0] else ""
+            table.append((names[setting], f"{means[setting].n}", _text(means[setting]), behind))
+        for setting in order:
+            if setting not in means:
+                n, reach = len(groups[setting]), max(c.reach for c in groups[setting])
+                came = f"{len(rewards[setting])} of {n} runs came so far" if rewards[setting] else "not reached"
+                table.append((names[setting], f"{n}", came, f"went to KL {reach:.3g}"))
+        chart = ""
+        if ranked:
+            rows = [(names[setting], *means[setting][:3]) for setting in ranked]
+            chart = whiskers(rows, f"Reward at KL {kl:g}", [order.index(setting) for setting in ranked])
+        content = chart + pages.table(["setting", "n", "test reward", "behind the first"], table)
+        cards.append(figure(f"At KL = {kl:g} nats", content))
+    return cards
+
+
+def _last(found: Comparison, groups: Groups) -> str:
+    """Means and intervals of the last evaluation."""
+    names, rows = labels([*groups]), []
+    columns = [name for name in _LAST if name in found.rows[0]]
+    for setting in groups:
+        last = [ends(found.rows, setting, column) for column in columns]
+        step = max((step for own in last for step, _ in own.values()), default="–")
+        means = [_text(mean_and_interval([value for _, value in own.values()])) if own else "–" for own in last]
+        rows.append((names[setting], len(groups[setting]), step, *means))
+    note = (
+        "Means over n seeds ± their 95% t-intervals. A run that went further from the reference has more reward "
+        "for that alone: methods are compared at equal KL, above, not here."
+    )
+    return figure("Last evaluation", pages.table(["setting", "n", "step", *(_LAST[c] for c in columns)], rows), note)
+
+
+def _text(interval: Interval) -> str:
+    """Mean ± half its interval, with the same decimals: three digits of the mean or of the half, whichever is more."""
+    half = interval.high - interval.mean if interval.n > 1 else 0.0
+    largest = max(abs(interval.mean), half)
+    decimals = min(max(2 - math.floor(math.log10(largest)), 0), 4) if largest else 0
+    mean = f"{interval.mean:.{decimals}f}"
+    return f"{mean} ± {half:.{decimals}f}" if interval.n > 1 else mean
+
+
+def _value(row: Mapping[str, str], name: str) -> str:
+    """A field of `selected.csv`, with its interval where it has one."""
+    high = row.get(f"{name}_high")
+    return _text(Interval(float(row[name]), -math.inf, float(high), 2)) if high else _short(row[name])
+
+
+def _short(value: str) -> str:
+    try:
+        return f"{float(value):.3g}"
+    except ValueError:
+        return value

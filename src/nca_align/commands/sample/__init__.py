@@ -1,0 +1,1 @@
+"""`nca-align sample`: prompts to K completions each."""

@@ -1,0 +1,79 @@
+"""Prompts as a model here reads them: its tokenizer, its room, and which rows it can't complete."""
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from ...errors import UserError
+from .engine import EngineOptions, PromptError, from_pretrained, prompt_ids
+
+if TYPE_CHECKING:
+    from .command import SampleOptions
+
+
+def model_and_adapter(options: EngineOptions) -> tuple[str, str | None, str]:
+    """The base model, the adapter on it if any, for `model_name_or_path` may be an adapter's folder itself, and what
+    names the base."""
+    from ...models.loading import adapter_base, base_key, is_adapter
+
+    name = str(options.model_name_or_path)
+    if options.adapter is None and is_adapter(name):
+        return adapter_base(name), name, base_key(name)
+    return name, options.adapter, "model_name_or_path"
+
+
+def prompt_tokenizer(options: EngineOptions):
+    """The tokenizer that renders prompts: the adapter's own where it has one, else the model's."""
+    from ...models.loading import has_tokenizer, load_tokenizer
+
+    name, adapter, key = model_and_adapter(options)
+    if adapter is not None and has_tokenizer(adapter):
+        return load_tokenizer(adapter, options.trust_remote_code)
+    return load_tokenizer(name, options.trust_remote_code, options.model_revision, key)
+
+
+def context_length(options: EngineOptions) -> int | None:
+    """Tokens that the model takes, prompt and completion; None where its configuration doesn't say."""
+    from transformers import AutoConfig
+
+    name, _, key = model_and_adapter(options)
+    config = from_pretrained(AutoConfig, name, options.model_revision, key, trust_remote_code=options.trust_remote_code)
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def _ids_that_fit(tokenizer, room: int | None, max_new_tokens: int, row: dict) -> list[int]:
+    ids = prompt_ids(tokenizer, row)
+    if room is not None and len(ids) + max_new_tokens > room:
+        raise PromptError(
+            f"`prompt` has {len(ids)} tokens, which with `max_new_tokens` {max_new_tokens} is more than the model's "
+            f"{room}; leave the row out or lower it"
+        )
+    return ids
+
+
+def prompts_that_fit(
+    tokenizer, room: int | None, max_new_tokens: int, rows: Iterable[dict]
+) -> tuple[dict[int, list[int]], dict[int, str]]:
+    """Token ids of the prompts that can be completed, and why the others can't, each by the row's place."""
+    ids: dict[int, list[int]] = {}
+    failed: dict[int, str] = {}
+    for i, row in enumerate(rows):
+        try:
+            ids[i] = _ids_that_fit(tokenizer, room, max_new_tokens, row)
+        except PromptError as error:
+            failed[i] = str(error)
+    return ids, failed
+
+
+def check_prompts(options: "SampleOptions", rows: Iterable[dict]) -> None:
+    """Refuse prompts that the model can't complete before anything is sampled.
+
+    Raises:
+        UserError: it names the first and says how many.
+    """
+    failed = prompts_that_fit(prompt_tokenizer(options), context_length(options), options.max_new_tokens, rows)[1]
+    if failed:
+        row, why = next(iter(failed.items()))
+        raise UserError(
+            f"row {row}: {why}; {len(failed)} such rows, and nothing has been sampled: `--on_error drop` leaves "
+            "them out"
+        )

@@ -1,0 +1,1 @@
+"""`nca-align train`: options to a run folder."""

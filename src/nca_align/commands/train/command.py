@@ -1,0 +1,311 @@
+"""`nca-align train` and `scripts/train.py`: options → data → NCATrainer → a run folder, and in words what moved."""
+
+import ctypes
+import json
+import logging
+import os
+import signal
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from datasets import disable_progress_bars
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
+
+from ...config import NCAConfig
+from ...data import DataOptions, RewardData, read_reward_dataset, select_split
+from ...errors import UserError, command, one_line, refused_by
+from ...models.loading import adapter_base, has_tokenizer, is_adapter
+from ...models.smollm2 import resolve_model
+from ...options import parse
+from ...store.checkpoints import last_common_checkpoint, write_errors_told
+from ..sample.engine import load_adapter
+from .summary import last_evaluation, plot_curves, summary
+
+logger = logging.getLogger("nca_align")
+
+
+@dataclass
+class RunOptions:
+    """What `train` does beside training."""
+
+    show_answers: int = field(
+        default=0,
+        metadata={"help": "Held-out prompts answered before and after training (greedily), and shown at the end."},
+    )
+    cpu_threads: int | None = field(
+        default=None,
+        metadata={"help": "Threads of a run on the CPU, 0 for one a core; `accelerate launch` leaves it a single one."},
+    )
+    answer_tokens: int = field(default=64, metadata={"help": "Most tokens of such an answer."})
+    eval_scorer: list[str] = field(
+        default_factory=list,
+        metadata={"help": "What rewards the model's own answers to the held-out prompts, at each evaluation: as in "
+                  "`nca-align score --scorer`; may repeat. Logs reward, KL, win rate, length and diversity.",
+                  "action": "extend"},
+    )  # fmt: skip
+    eval_completions: int = field(default=4, metadata={"help": "Such answers a prompt, at temperature 1."})
+    eval_new_tokens: int = field(default=128, metadata={"help": "Tokens at which such an answer is cut."})
+    eval_prompts: int | None = field(
+        default=None, metadata={"help": "Held-out prompts that are so answered, the first ones; all by default."}
+    )
+
+
+# in this order, for a cell of `nca-align compare` too
+TRAIN_OPTIONS = (ScriptArguments, DataOptions, RunOptions, NCAConfig, ModelConfig)
+
+
+@command("train", goes_on="with `resume_from_checkpoint: true` it goes on from the last checkpoint")
+def main(argv: list[str] | None = None) -> int:
+    """Train as the options say; 0, or 2 after a user's mistake, told in one sentence."""
+    script, data_options, run, args, model_args = parse(
+        TRAIN_OPTIONS, argv, "train", "Align a language model on K rewarded completions per prompt."
+    )
+    _follow_launcher()
+    if args.process_index == 0:
+        logging.basicConfig(format="%(message)s", stream=sys.stdout)
+        logger.setLevel(logging.INFO)
+    else:
+        disable_progress_bars()
+    set_threads(run)
+    _require(script.dataset_name, "dataset_name", "a Hub id, a file or a folder with rewarded completions")
+    _require(model_args.model_name_or_path, "model_name_or_path", "a Hub id or a folder with a language model")
+    _check(script, run, args, model_args)
+    checkpoint = _checkpoint(args)
+    model = resolve_model(model_args.model_name_or_path)
+    tokenizer = open_tokenizer(model, model_args.model_revision, args.trust_remote_code)
+    with args.main_process_first(desc="reading the data"):
+        data = read_reward_dataset(
+            script.dataset_name,
+            name=script.dataset_config,
+            streaming=script.dataset_streaming,
+            num_proc=args.dataset_num_proc,
+            options=data_options,
+        )
+    if run.show_answers and args.eval_strategy == "no" and not args.eval_on_start and args.process_index == 0:
+        logger.warning("`show_answers` is %d, but nothing is evaluated: no answers are shown.", run.show_answers)
+    evaluates = args.eval_strategy != "no" or args.eval_on_start
+    if run.eval_scorer and not evaluates:
+        raise UserError("`eval_scorer` is set, but nothing is evaluated: set `eval_strategy` to steps or epoch")
+    train_dataset = select_split(data.dataset, script.dataset_train_split)
+    eval_dataset = select_split(data.dataset, script.dataset_test_split) if evaluates else None
+
+    from ...evaluation.callbacks import GenerationCallback
+    from ...evaluation.evaluator import GenerationEvaluator
+    from ...trainer import NCATrainer  # late: what can be wrong above is said before seconds of imports
+    from ..score import open_scorers
+
+    with refused_by("setting up the training"):
+        # a scorer that can't be had is told before the model is read
+        scorers = open_scorers(run.eval_scorer, trust_remote_code=args.trust_remote_code) if run.eval_scorer else None
+        model, peft_config, quantization_config = open_policy(model, model_args, args)
+        trainer = NCATrainer(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=tokenizer,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+        )
+        if scorers is not None and eval_dataset is not None:
+            answered = eval_dataset if run.eval_prompts is None else eval_dataset.take(run.eval_prompts)
+            evaluator = GenerationEvaluator(
+                answered, tokenizer, scorers, num_completions=run.eval_completions,
+                max_new_tokens=run.eval_new_tokens, seed=args.seed,
+            )  # fmt: skip
+            trainer.add_callback(GenerationCallback(trainer, {"": evaluator}))
+    prompts = [row["prompt"] for row in eval_dataset.take(run.show_answers)] if eval_dataset is not None else []
+    before = _answers(trainer, tokenizer, prompts, run.answer_tokens)
+    with refused_by("the first step", known=lambda: trainer.state.global_step == 0):
+        result = trainer.train(resume_from_checkpoint=checkpoint)
+    again = "make room, and run the same command with `resume_from_checkpoint: true`"
+    with write_errors_told("the trained model", Path(args.output_dir), lambda: again):
+        _save(trainer, result.metrics, data)
+    after = _answers(trainer, tokenizer, prompts, run.answer_tokens)
+    if trainer.is_world_process_zero():
+        print(summary(trainer.state.log_history, list(zip(prompts, before, after, strict=True)), _kept_step(trainer)))
+        where = [f"The {'adapter' if hasattr(trainer.model, 'peft_config') else 'model'} is in {args.output_dir}"]
+        if (figure := plot_curves(trainer.state.log_history, Path(args.output_dir) / "curves.png")) is not None:
+            where.append(f"the plot is {figure}")
+        print(f"{', '.join(where)}.")
+    if args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script.dataset_name)
+    trainer.accelerator.wait_for_everyone()  # a process that leaves first makes gloo hang in the other's clean-up
+    trainer.end()
+    return 0
+
+
+def set_threads(run: RunOptions) -> None:
+    """The threads of a run on the CPU, as its options say."""
+    if run.cpu_threads is not None:
+        torch.set_num_threads(run.cpu_threads or os.cpu_count() or 1)
+
+
+def _follow_launcher() -> None:
+    """Where `accelerate launch` started this process, its end is a SIGTERM here: it passes on none (accelerate 1.15).
+
+    Not elsewhere: a run of `nohup` outlives its shell.
+    """
+    if sys.platform == "linux" and "ACCELERATE_DYNAMO_MODE" in os.environ:
+        ctypes.CDLL(None).prctl(1, int(signal.SIGTERM))  # PR_SET_PDEATHSIG
+
+
+def _require(value: Any, name: str, what: str) -> None:
+    if not value:
+        raise UserError(f"`{name}` is missing; give {what}, in the YAML file or as --{name}")
+
+
+def _check(script: ScriptArguments, run: RunOptions, args: NCAConfig, model_args: ModelConfig) -> None:
+    """What can't work, known before anything is read."""
+    if Path(str(args.output_dir)).is_file():
+        raise UserError(f"`output_dir` {args.output_dir} is a file; give a folder")
+    if (model_args.load_in_4bit or model_args.load_in_8bit) and not model_args.use_peft:
+        raise UserError("`load_in_4bit` and `load_in_8bit` leave no weight that can be trained; add `use_peft: true`")
+    if run.eval_prompts is not None and run.eval_prompts < 1:
+        raise UserError(f"`eval_prompts` is {run.eval_prompts}, but must be at least 1; leave it out for all")
+    if model_args.use_peft and model_args.lora_r < 1:
+        raise UserError(f"`lora_r` is {model_args.lora_r}, but must be at least 1")
+    if script.dataset_streaming and args.max_steps < 1:
+        raise UserError("`dataset_streaming` is true, and a stream has no known end; set `max_steps`")
+    if args.load_best_model_at_end and not _metric_is_known(args.metric_for_best_model or "loss", run):
+        raise UserError(
+            f"`metric_for_best_model` is {args.metric_for_best_model}, which no evaluation gives; use loss, or a "
+            "metric of the log such as rewards/accuracies"
+        )
+
+
+def _metric_is_known(name: str, run: RunOptions) -> bool:
+    known = {"rewards", "logratios", "logps", "target", "kl", "loss"} | ({"generation"} if run.eval_scorer else set())
+    return name.removeprefix("eval_").split("/")[0] in known
+
+
+def _checkpoint(args: NCAConfig) -> str | bool | None:
+    """What to go on from, for `NCATrainer.train`; an error where the output folder holds another run's checkpoints."""
+    wanted = str(args.resume_from_checkpoint).lower()
+    last = last_common_checkpoint(str(args.output_dir))
+    if wanted in ("none", "false", "no", ""):
+        if last is not None:
+            raise UserError(
+                f"`output_dir` {args.output_dir} holds checkpoints of an earlier run ({last.name}); set "
+                "`resume_from_checkpoint: true` to go on from it, or choose another folder"
+            )
+        return None
+    if wanted in ("true", "yes"):
+        if last is None and args.process_index == 0:
+            logger.warning(
+                "`resume_from_checkpoint` is true, but %s holds no checkpoint: starting anew.", args.output_dir
+            )
+        return last is not None
+    if not Path(str(args.resume_from_checkpoint)).is_dir():
+        raise UserError(
+            f"`resume_from_checkpoint` is {args.resume_from_checkpoint}, which is no folder; give a checkpoint, or "
+            "`true`"
+        )
+    return args.resume_from_checkpoint
+
+
+def open_tokenizer(model: str, revision: str | None, trust_remote_code: bool):
+    """The model's tokenizer, which also shows, before anything is loaded, whether the model can be had."""
+    try:
+        if not is_adapter(model):
+            AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
+        elif not has_tokenizer(model):
+            model, revision = adapter_base(model), None
+        return AutoTokenizer.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        if Path(model).exists():
+            raise UserError(f"`model_name_or_path` {model} can't be read as a model: {one_line(error)}") from error
+        raise UserError(
+            f"model {model} could not be had: it is no folder here, and the Hub did not give it (no network, no such "
+            "model, or no permission); `model_name_or_path` takes a local path"
+        ) from error
+
+
+def open_policy(model: str, model_args: ModelConfig, args: NCAConfig):
+    """`model`, `peft_config` and `quantization_config` for the trainer; an adapter is trained on from where it is."""
+    args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **(args.model_init_kwargs or {}),  # type: ignore[dict-item]
+    }
+    quantization_config = get_quantization_config(model_args)
+    if not is_adapter(model):
+        return model, _peft_config(model_args), quantization_config
+    from peft import PeftConfig
+
+    own = PeftConfig.from_pretrained(model)
+    if model_args.use_peft and model_args.lora_r != getattr(own, "r", model_args.lora_r):
+        raise UserError(
+            f"`lora_r` is {model_args.lora_r}, but `model_name_or_path` {model} is an adapter already, of rank "
+            f"{own.r}, and is trained on as it is; give its rank, or merge it into its base first (`nca-align export`)"
+        )
+    options: dict[str, Any] = dict(args.model_init_kwargs or {})  # type: ignore[arg-type]  # no text from here on
+    options.pop("revision", None)
+    options["trust_remote_code"] = args.trust_remote_code
+    args.model_init_kwargs = None  # the trainer is given an instance
+    if quantization_config is not None:
+        options["quantization_config"] = quantization_config
+    base_model = AutoModelForCausalLM.from_pretrained(adapter_base(model), **{"use_safetensors": True, **options})
+    return load_adapter(base_model, model, is_trainable=True), None, None
+
+
+def _peft_config(model_args: ModelConfig):
+    config: Any = get_peft_config(model_args)
+    modules = getattr(config, "target_modules", None)
+    if isinstance(modules, str) and modules.isidentifier():  # TRL makes a list of one a pattern for whole names
+        config.target_modules = {modules}
+    return config
+
+
+def _answers(trainer, tokenizer, prompts: list, max_new_tokens: int) -> list[str]:
+    """Greedy answers of the model as it stands."""
+    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+        return ["(not generated under a sharded launch)"] * len(prompts)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    was_training = model.training
+    model.eval()
+    answers = []
+    for prompt in prompts:
+        if isinstance(prompt, str):
+            inputs = tokenizer(prompt, return_tensors="pt")
+        else:
+            inputs = tokenizer.apply_chat_template(
+                prompt, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+            )
+        inputs = inputs.to(trainer.accelerator.device)
+        with trainer.accelerator.autocast():
+            ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, use_cache=True)
+        answers.append(tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+    model.train(was_training)
+    return answers
+
+
+def _kept_step(trainer) -> int | None:
+    return trainer.state.best_global_step if trainer.args.load_best_model_at_end else None
+
+
+def _save(trainer, metrics: dict[str, float], data: RewardData) -> None:
+    """Weights, model card, `trainer_state.json`, metrics as JSON, and which rows were held out."""
+    trainer.save_model()
+    trainer.save_state()
+    trainer.save_metrics("train", metrics)
+    if trainer.eval_dataset is not None:
+        last = last_evaluation(trainer.state.log_history, _kept_step(trainer))
+        if last is not None:
+            trainer.save_metrics("eval", last)
+    if trainer.is_world_process_zero():
+        trainer.create_model_card()
+        if data.validation_indices is not None:
+            path = Path(trainer.args.output_dir) / "validation_indices.json"
+            path.write_text(json.dumps(data.validation_indices))
+
+
+if __name__ == "__main__":
+    transformers.logging.set_verbosity_warning()
+    sys.exit(main())

@@ -1,0 +1,95 @@
+"""Rows for `sample` and `score`: prompts out of any format that training reads, or out of a text file."""
+
+from pathlib import Path
+
+from datasets import Dataset
+
+from ..errors import UserError
+
+# Columns that answer the prompt: `sample` makes new answers, so these don't go along.
+_ANSWERS = (
+    "completions", "rewards", "truncated", "completion", "chosen", "rejected", "response", "messages",
+    "all_generated_responses", "all_rm_scores",
+)  # fmt: skip
+
+
+def load_raw(name: str, config: str | None = None, split: str = "train") -> Dataset:
+    """The rows as they stand, of a text file (one prompt a line) or of anything that training reads.
+
+    Raises:
+        UserError: a text file that can't be read, or no rows.
+        ValueError, OSError: what `nca_align.data` says of other sources.
+    """
+    from .source import open_source
+    from .splits import select_split
+
+    if name.endswith(".txt"):
+        try:
+            lines = [line.strip() for line in Path(name).read_text(encoding="utf-8-sig").splitlines()]
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "it is no UTF-8 text"
+            raise UserError(f"`dataset_name` {name} can't be read: {reason}") from error
+        dataset = Dataset.from_dict({"prompt": [line for line in lines if line]})
+    else:
+        splits, _ = open_source(name, config, streaming=False, drop=False)
+        dataset = select_split(splits, split)
+    if len(dataset) == 0:
+        raise UserError(f"`dataset_name` {name} has no rows; it must have at least one prompt")
+    return dataset
+
+
+def split_to_answer(name: str, config: str | None = None) -> str:
+    """The split of `name` that isn't trained on; the only one where there is one alone.
+
+    Raises:
+        ValueError, OSError: no such split, or several; what `nca_align.data` says of the source.
+    """
+    from .source import open_source
+    from .splits import held_out_split
+
+    if name.endswith(".txt"):
+        return "train"  # as a file of any other kind is called
+    splits, _ = open_source(name, config, streaming=False, drop=False)
+    return held_out_split(splits)
+
+
+def load_prompts(name: str, config: str | None = None, split: str = "train") -> Dataset:
+    """Rows with a `prompt` (text or messages) and any columns beside it that don't answer it."""
+    dataset = load_raw(name, config, split)
+    if "prompt" not in dataset.column_names or {"response", "chosen"} & set(dataset.column_names):
+        dataset = _convert(dataset, split)  # finds the prompt, and puts rows together that share one
+    dataset = dataset.remove_columns([c for c in dataset.column_names if c in _ANSWERS or c.startswith("score_")])
+    for i, prompt in enumerate(dataset["prompt"]):
+        if not prompt or not isinstance(prompt, (str, list)):
+            raise UserError(f"row {i}: `prompt` is {prompt!r}; it must be text or a list of messages, and not empty")
+    return dataset
+
+
+def load_completions(name: str, config: str | None = None, split: str = "train") -> Dataset:
+    """Rows with `prompt` and `completions`, rewarded already or not."""
+    dataset = load_raw(name, config, split)
+    own = {"prompt", "completions"} <= set(dataset.column_names)
+    if not own or isinstance(dataset[0]["completions"], str):  # a CSV holds lists as text
+        dataset = _convert(dataset, split)
+    for i, completions in enumerate(dataset["completions"]):
+        if not isinstance(completions, list) or not completions:
+            raise UserError(f"row {i}: `completions` is {completions!r}; it must be a list of at least one")
+    return dataset
+
+
+def _convert(dataset: Dataset, split: str) -> Dataset:
+    from . import to_reward_dataset
+
+    return to_reward_dataset(dataset, name=split)
+
+
+def clean_messages(messages: list[dict]) -> list[dict]:
+    """Messages without the empty keys that a table gives each of them."""
+    return [{key: value for key, value in message.items() if value is not None} for message in messages]
+
+
+def text_of(completion: str | list[dict]) -> str:
+    """A completion's text: itself, or what its messages say."""
+    if isinstance(completion, str):
+        return completion
+    return "\n".join(message.get("content") or "" for message in completion)

@@ -1,0 +1,223 @@
+"""Evaluations in the midst of a run of any trainer, TRL's own too: by generation, and of K rewarded completions."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import nn
+from transformers import Trainer, TrainerCallback
+
+from ..batching.tokenization import tokenize_dataset
+from ..models.loading import as_reference, completion_logps, merged
+from ..training.metrics import PromptMeans, calibration, row_metrics
+from ..training.setup import base_model, keep_nf4_differentiable, refuse_virtual_tokens
+from .evaluator import GenerationEvaluator, Reference, reference_model
+
+
+def log_within_step(trainer: Trainer, values: dict[str, float]) -> None:
+    """A line of its own in the log, which leaves the step's own line, due after the callbacks, as it is."""
+    due = trainer.control.should_log
+    # transformers' own: TRL's adds, and empties, the training metrics that are still being collected
+    Trainer.log(trainer, values)
+    trainer.control.should_log = due
+
+
+class _EvaluationCallback(TrainerCallback):
+    """What both have in common: when they run, and how they log; `mark` is a key of each line that they log."""
+
+    def __init__(
+        self, trainer: Trainer, steps: Iterable[int] | None, reference: Reference | None, starts_as_reference: bool,
+        mark: str,
+    ):  # fmt: skip
+        if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+            raise NotImplementedError(
+                f"{type(self).__name__} runs the model outside of training, which a model that FSDP or DeepSpeed has "
+                "sharded can't; leave it out, or evaluate the saved model (`nca-align evaluate`)"
+            )
+        self._trainer: Any = trainer
+        self._steps = None if steps is None else frozenset(steps)
+        self._reference = reference
+        self._starts_as_reference = starts_as_reference
+        self._mark = mark
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        self._known_reference(model)
+        keep_nf4_differentiable(base_model(model))  # a forward without gradients, and training would stand still
+
+    def measure(self, model: nn.Module) -> dict[str, float]:
+        """What is logged."""
+        raise NotImplementedError
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if self._steps is not None and 0 in self._steps and state.global_step == 0:
+            self._run()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self._steps is not None and state.global_step in self._steps:
+            self._run()
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        """Also adds to `metrics`, so that `metric_for_best_model` and early stopping can go by it."""
+        if self._steps is None and (values := self._run()) and metrics is not None:
+            metrics.update(values)
+
+    def _run(self) -> dict[str, float]:
+        """Measure and log; nothing where this step of training has its line already.
+
+        That is so for the second of several `eval_dataset`, and for `eval_on_start` of a run that is resumed.
+        """
+        trainer = self._trainer
+        if trainer.is_in_train and self._is_logged():
+            return {}
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        with trainer.accelerator.autocast():
+            values = self.measure(model)
+        log_within_step(trainer, values)
+        return values
+
+    def _is_logged(self) -> bool:
+        state = self._trainer.state
+        return any(line["step"] == state.global_step and self._mark in line for line in state.log_history)
+
+    def _reference_of(self, model: nn.Module) -> Reference:
+        """The given one, the trainer's, or the model with its adapter switched off; at the start perhaps `model`."""
+        if self._starts_as_reference and self._trainer.state.global_step == 0:
+            return model
+        return self._known_reference(model)
+
+    def _known_reference(self, model: nn.Module) -> Reference:
+        known = self._reference if self._reference is not None else getattr(self._trainer, "ref_model", None)
+        if known is not None:
+            unwrap = self._trainer.accelerator.unwrap_model
+            known = unwrap(known) if isinstance(known, nn.Module) else known
+            if isinstance(known, nn.Module) and base_model(known) is base_model(model):
+                raise ValueError(
+                    f"`reference` of {type(self).__name__} is the model that is trained, which would be measured "
+                    "against itself; give a copy of it from before training"
+                )
+            return known
+        if not hasattr(model, "peft_config"):
+            raise ValueError(
+                f"`reference` is missing for {type(self).__name__}: the trainer holds no reference model, and the "
+                "model has no adapter that could be switched off; give one, or set `precompute_ref_log_probs: false`"
+            )
+        return lambda: as_reference(model)
+
+
+class GenerationCallback(_EvaluationCallback):
+    """Answers held-out prompts and logs `eval_NAME_generation/reward`, `…/kl`, `…/win_rate`, and more.
+
+    Args:
+        trainer: any transformers Trainer.
+        evaluators: name → evaluator; with one of them alone, named "", the metrics are `eval_generation/…`.
+        steps: steps after which it runs, 0 before the first; None for wherever the trainer evaluates.
+        reference: what KL and wins are measured against; by default the trainer's reference, or the bare base model.
+        starts_as_reference: the policy is its reference until the first step, as with a fresh adapter: at step 0 the
+            reference's answers are then the policy's too.
+
+    Raises:
+        NotImplementedError: a launch that shards the model.
+        ValueError: nothing that could be the reference, or the trained model as `reference`.
+        UserError: an adapter that puts virtual tokens in front; a prompt that is too long for the model.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        evaluators: Mapping[str, GenerationEvaluator],
+        steps: Iterable[int] | None = None,
+        reference: Reference | None = None,
+        starts_as_reference: bool = False,
+    ):
+        self._evaluators = dict(evaluators)
+        first = next(iter(self._evaluators))
+        super().__init__(trainer, steps, reference, starts_as_reference, f"{_prefix(first)}generation/reward")
+        refuse_virtual_tokens(trainer.model)
+        for evaluator in self._evaluators.values():
+            evaluator.check_room(trainer.accelerator.unwrap_model(trainer.model))
+
+    def measure(self, model: nn.Module) -> dict[str, float]:
+        reference = self._reference_of(model)
+        values: dict[str, float] = {}
+        for name, evaluator in self._evaluators.items():
+            values |= evaluator(model, reference).log(_prefix(name))
+        return values
+
+
+class RankingCallback(_EvaluationCallback):
+    """The metrics of K rewarded completions (`metrics.row_metrics`, `calibration`) for trainers that don't log them.
+
+    Logs `eval_NAME_rewards/rank_1`, `eval_NAME_logratios/best` and the others.
+
+    Args:
+        trainer: any transformers Trainer.
+        datasets: name → rows of `prompt, completions, rewards`; one alone named "" logs `eval_…`.
+        tokenizer: the model's.
+        alpha, beta: as in `NCAConfig`.
+        steps, reference, starts_as_reference: as in `GenerationCallback`.
+        batch_size: completions at a time.
+        max_length: tokens of prompt and completion that are kept; None for all.
+
+    Raises:
+        NotImplementedError: a launch that shards the model, or more than one process.
+        ValueError: nothing that could be the reference.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        datasets: Mapping[str, Dataset],
+        tokenizer: Any,
+        *,
+        alpha: float,
+        beta: float,
+        steps: Iterable[int] | None = None,
+        reference: Reference | None = None,
+        starts_as_reference: bool = False,
+        batch_size: int = 32,
+        max_length: int | None = None,
+    ):
+        mark = f"{_prefix(next(iter(datasets)))}rewards/rank_1"
+        super().__init__(trainer, steps, reference, starts_as_reference, mark)
+        if trainer.args.world_size > 1:
+            raise NotImplementedError(
+                f"RankingCallback runs in one process, but there are {trainer.args.world_size}; give the rows to "
+                "NCATrainer as `eval_dataset`, which logs the same"
+            )
+        self._alpha, self._beta, self._batch_size = alpha, beta, batch_size
+        column = trainer.args.length_column_name
+        self._rows: dict[str, list[dict[str, Any]]] = {
+            name: list(tokenize_dataset(dataset, tokenizer, None, max_length, column, name=name or "eval")[0])
+            for name, dataset in datasets.items()
+        }
+        self._reference_logps: dict[str, list[list[float]]] = {}
+
+    def measure(self, model: nn.Module) -> dict[str, float]:
+        training = model.training
+        model.eval()
+        try:
+            values: dict[str, float] = {}
+            reference = self._reference_of(model)
+            for name, rows in self._rows.items():
+                if name not in self._reference_logps:
+                    other, switched = reference_model(reference, model)
+                    with switched():
+                        self._reference_logps[name] = completion_logps(other, rows, self._batch_size)
+                if reference is model:
+                    policy = self._reference_logps[name]
+                else:
+                    with merged(model):
+                        policy = completion_logps(model, rows, self._batch_size)
+                means = PromptMeans()
+                for row, *logps in zip(rows, policy, self._reference_logps[name], strict=True):
+                    pi_logps, ref_logps, rewards = (torch.tensor([own]) for own in (*logps, row["rewards"]))
+                    about = (pi_logps, ref_logps, rewards, None, self._alpha, self._beta)
+                    means.add(row_metrics(*about) | calibration(*about))
+                values |= {f"{_prefix(name)}{key}": value for key, value in means.gather().items()}
+            return values
+        finally:
+            model.train(training)
+
+
+def _prefix(name: str) -> str:
+    return f"eval_{name}_" if name else "eval_"

@@ -1,0 +1,150 @@
+"""Drawing answers from a policy's own distribution: each prompt is read once, and answers that have ended are let go.
+
+`generate` reads a prompt once for each of its answers, goes on with those that have ended, and spends a fifth of a
+step of a small model on its random numbers. It draws here for the models that the loop below doesn't cover.
+"""
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList
+
+from ..batching import layout
+from ..errors import UserError
+from ..training.setup import base_model, refuse_virtual_tokens
+
+
+@torch.no_grad()
+def draw(
+    model: nn.Module, prompts: Sequence[list[int]], count: int, max_new_tokens: int, ends: list[int], seed: int
+) -> list[list[list[int]]]:
+    """Sample at temperature 1 and top-p 1, whatever the model's generation config says.
+
+    Args:
+        model: a causal language model in eval mode, with an adapter or without.
+        prompts: token ids of B prompts, as they stand.
+        count: answers K a prompt.
+        max_new_tokens: tokens T at which an answer is cut.
+        ends: tokens of which the first that is drawn ends an answer.
+        seed: of all answers; for the same model and prompts it gives the same ones.
+
+    Returns:
+        For each prompt K answers, the token that ended one included.
+
+    Raises:
+        UserError: the probabilities aren't finite; and see `refuse_virtual_tokens`.
+    """
+    refuse_virtual_tokens(model)
+    longest = max(map(len, prompts))
+    device = next(model.parameters()).device
+    padding = [longest - len(ids) for ids in prompts]
+    rows = [[ends[0]] * n + ids for n, ids in zip(padding, prompts, strict=True)]
+    ids = torch.tensor(rows, device=device)
+    mask = (torch.arange(longest) >= torch.tensor(padding)[:, None]).long().to(device)
+    if layout.obstacle([base_model(model)], model, None) is None:  # attention in every layer, and nothing in front
+        generator = torch.Generator().manual_seed(seed)
+        uniform = torch.rand(max_new_tokens, len(prompts) * count, generator=generator, dtype=torch.float64)
+        drawn = _drawn(model, ids, mask, ends, uniform.to(device))
+    else:
+        torch.manual_seed(seed)
+        with neutral_generation(model, ends):
+            drawn = model.generate(  # type: ignore[operator]
+                input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, num_return_sequences=count,
+                use_cache=True, logits_processor=LogitsProcessorList([FiniteLogits()]),
+            )[:, longest:]  # fmt: skip
+    answers = [_until_end(row, ends) for row in drawn.tolist()]
+    return [answers[b * count : (b + 1) * count] for b in range(len(prompts))]
+
+
+def _drawn(model: nn.Module, ids: Tensor, mask: Tensor, ends: list[int], uniform: Tensor) -> Tensor:
+    """(B·K, T) tokens by inverse transform of `uniform` (T, B·K) in [0, 1); what stands after an end means nothing."""
+    count = uniform.shape[1] // len(ids)
+    base = base_model(model)
+    cache = DynamicCache(config=base.config)
+    takes = inspect.signature(type(base).forward).parameters
+    caching = {"cache" if "cache" in takes else "past_key_values": cache}  # transformers 5.24 has renamed it
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+
+    def logits(ids: Tensor, positions: Tensor) -> Tensor:
+        return model(
+            input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1, **caching
+        ).logits[:, -1]
+
+    following = logits(ids, positions).repeat_interleave(count, 0)
+    cache.batch_repeat_interleave(count)
+    mask, position = (values.repeat_interleave(count, 0) for values in (mask, positions[:, -1:]))
+    drawn = torch.full((uniform.shape[1], len(uniform)), ends[0], device=ids.device)
+    live = torch.arange(len(drawn), device=ids.device)  # the rows that are still gone on with
+    ended = torch.zeros_like(live, dtype=torch.bool)
+    for t in range(len(uniform)):
+        token = _inverse(following, uniform[t, live])
+        drawn[live, t] = token
+        ended |= torch.isin(token, torch.tensor(ends, device=ids.device))
+        left = int((~ended).sum())
+        if left == 0 or t + 1 == len(uniform):
+            break
+        if left < 0.9 * len(live):  # copying the cache costs about a tenth of a step
+            keep = (~ended).nonzero().squeeze(1)
+            cache.batch_select_indices(keep)
+            live, token, mask, position, ended = (values[keep] for values in (live, token, mask, position, ended))
+        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
+        position = position + 1
+        following = logits(token[:, None], position)
+    return drawn
+
+
+def _inverse(logits: Tensor, uniform: Tensor) -> Tensor:
+    """(N,) the first token of each row up to which the probabilities' sum is more than its share `uniform` of all."""
+    cumulative = logits.float().softmax(-1).cumsum(-1)
+    whole = cumulative[:, -1]
+    _refuse_not_finite(whole)
+    share = torch.minimum((uniform * whole).float(), whole.nextafter(torch.zeros_like(whole)))  # not rounded up to it
+    return torch.searchsorted(cumulative, share[:, None], right=True).squeeze(1)
+
+
+class FiniteLogits(LogitsProcessor):
+    """Stops `generate` where it would draw from what is no distribution, or take the largest of NaN."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """`scores` (N, V) as they are.
+
+        Raises:
+            UserError: a row of them has a NaN or +inf, or -inf alone.
+        """
+        _refuse_not_finite(scores.amax(-1))
+        return scores
+
+
+def _refuse_not_finite(rows: Tensor) -> None:
+    """Raise where one of `rows` (N,), whose largest logits or sums of probabilities they are, isn't finite."""
+    if not rows.isfinite().all():
+        raise UserError(
+            "the model's probabilities aren't finite numbers, so no answer can be drawn: its training diverged, or its "
+            "weights are damaged; train it with a lower `learning_rate`, or look at the checkpoint before"
+        )
+
+
+@contextmanager
+def neutral_generation(model: Any, ends: list[int]) -> Iterator[None]:
+    """Within it `generate` samples from the model's own distribution, whatever its generation config says."""
+    plain = GenerationConfig(
+        eos_token_id=ends, pad_token_id=ends[0], do_sample=True, temperature=1.0, top_p=1.0, top_k=0
+    )
+    holders: list[Any] = list({id(own): own for own in (model, base_model(model))}.values())
+    before = [own.generation_config for own in holders]
+    for own in holders:
+        own.generation_config = plain
+    try:
+        yield
+    finally:
+        for own, config in zip(holders, before, strict=True):
+            own.generation_config = config
+
+
+def _until_end(ids: list[int], ends: list[int]) -> list[int]:
+    length = next((t for t, token in enumerate(ids) if token in ends), len(ids))
+    return ids[: length + 1]

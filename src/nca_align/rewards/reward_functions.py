@@ -1,0 +1,122 @@
+"""Scorers that are Python functions, `package.module:function` with TRL's reward-function signature."""
+
+import asyncio
+import hashlib
+import importlib
+import inspect
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from traceback import extract_tb
+from typing import Any
+
+from ..commands.sample.engine import from_pretrained
+from ..data.prompts import text_of
+from ..errors import UserError, one_line
+from ..options import nearest
+from .reward_models import Scorer
+
+
+def is_function(spec: str) -> bool:
+    """Whether a scorer's name is `package.module:function`."""
+    return re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*", spec) is not None and not spec.startswith("pipeline:")
+
+
+def find_function(spec: str):
+    """The function that `package.module:function` names; modules of the current folder are found too.
+
+    Raises:
+        UserError: no such module or function, or the module's own code fails.
+    """
+    module_name, _, function_name = spec.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        found = importlib.import_module(module_name)
+    except Exception as error:  # its code runs here, which may raise anything
+        raise UserError(f"`scorer` {spec}: module {module_name} can't be imported ({_told(error)})") from error
+    for part in function_name.split("."):
+        if not hasattr(found, part):
+            names = [name for name, value in vars(found).items() if callable(value)]
+            raise UserError(f"`scorer` {spec}: {module_name} has no function `{part}`{nearest(part, names)}")
+        found = getattr(found, part)
+    if not callable(found):
+        raise UserError(f"`scorer` {spec} is a {type(found).__name__}; it must be a function")
+    return found
+
+
+def _told(error: Exception) -> str:
+    """What an import raised, and where in the imported code, if it came that far."""
+    if isinstance(error, SyntaxError):
+        return f"{type(error).__name__}: {error.msg}, {error.filename} line {error.lineno}"
+    ours = (__file__, importlib.__file__)
+    frames = [f for f in extract_tb(error.__traceback__) if f.filename not in ours and not f.filename.startswith("<")]
+    if not frames:
+        return one_line(error)
+    return f"{type(error).__name__}: {one_line(error)[:200]}, {frames[-1].filename} line {frames[-1].lineno}"
+
+
+def source_fingerprint(function) -> str | None:
+    """A hash of the file that a reward function is written in; what that file imports is not seen. None without one."""
+    function = inspect.unwrap(getattr(function, "func", function))  # a partial's own function
+    try:
+        file = inspect.getsourcefile(function if inspect.isroutine(function) else type(function))
+        return hashlib.sha256(Path(str(file)).read_bytes()).hexdigest()[:16]
+    except (TypeError, OSError):  # built in, or made without a file
+        return None
+
+
+def function_scorer(function: Callable, spec: str, tokenizer_name: str | None) -> Scorer:
+    """A function of TRL's reward-function signature, asynchronous or not.
+
+    Args:
+        function: what `find_function` found.
+        spec: its name, for errors.
+        tokenizer_name: of the tokenizer that gives it `completion_ids`; None gives it none.
+
+    Raises:
+        UserError: when it is called, where it returns anything but one score for each completion.
+    """
+    tokenizer = None
+    if tokenizer_name is not None:
+        from transformers import AutoTokenizer
+
+        tokenizer = from_pretrained(AutoTokenizer, tokenizer_name, key="tokenizer")
+
+    def run(prompts: list, completions: list, columns: dict[str, list]) -> list[float | None]:
+        # TRL hands these three to every function; here is no training that they could log to.
+        extra = {"trainer_state": None, "log_extra": lambda *_: None, "log_metric": lambda *_: None}
+        if tokenizer is not None:
+            texts = [text_of(completion) for completion in completions]
+            extra["completion_ids"] = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        scores = function(prompts=prompts, completions=completions, **columns, **extra)
+        if inspect.isawaitable(scores):
+            scores = asyncio.run(_finish(scores))
+        scores = _as_list(scores, spec, len(completions))
+        if len(scores) != len(completions):
+            raise UserError(
+                f"`scorer` {spec} returned {len(scores)} scores for {len(completions)} completions; it must return one "
+                "each (None to skip one)"
+            )
+        return [None if value is None else float(value) for value in scores]
+
+    return run
+
+
+def _as_list(scores: Any, spec: str, count: int) -> list:
+    try:
+        values = None if isinstance(scores, (str, bytes, dict)) else iter(scores)
+    except TypeError:
+        values = None
+    if values is None:
+        raise UserError(
+            f"`scorer` {spec} returned {scores!r:.60} and no list for {count} completions; it must return one number "
+            "each (None to skip one)"
+        )
+    return list(values)
+
+
+async def _finish(awaitable):
+    return await awaitable

@@ -1,0 +1,124 @@
+"""Checkpoints on disk: which are whole, and writing them so that a kill or a full disk is seen afterwards.
+
+`nca_align.json` in a checkpoint says "not complete" from before its first other file until after the last is on disk.
+"""
+
+import json
+import os
+import re
+import shutil
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+
+from ..errors import UserError, one_line
+
+MANIFEST = "nca_align.json"
+_NAME = re.compile(r"checkpoint-(\d+)")
+# what the errors of safetensors and torch say that are no OSError
+_WRITE_ERRORS = ("I/O error", "No space left", "PytorchStreamWriter", "inline_container")
+# what transformers reads a checkpoint with, to go on from it
+_LOADERS = {
+    "_load_from_checkpoint", "load_from_json", "_load_callback_state", "_load_optimizer_and_scheduler", "_load_scaler",
+    "_load_rng_state", "deepspeed_load_checkpoint",
+}  # fmt: skip
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """What `nca_align.json` in `folder` says; None where there is none, or no readable one."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+    except (OSError, ValueError):
+        return None
+    return manifest if isinstance(manifest, dict) else None
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether a checkpoint was written to its end and has all of it; of another trainer's, whether its state is there.
+
+    transformers writes `trainer_state.json` last, but other processes may still be writing then.
+    """
+    if not (folder / "trainer_state.json").is_file():
+        return False
+    if not (folder / MANIFEST).exists():
+        return True
+    manifest = read_manifest(folder) or {}
+    files = manifest.get("files", {})
+    return bool(manifest.get("complete")) and all(
+        (folder / name).is_file() and (folder / name).stat().st_size == size for name, size in files.items()
+    )
+
+
+def whole_checkpoints(output_dir: str | os.PathLike) -> dict[int, Path]:
+    """The whole checkpoints in `output_dir` by their step, the oldest first."""
+    named = ((_NAME.fullmatch(folder.name), folder) for folder in Path(output_dir).glob("checkpoint-*"))
+    return dict(sorted((int(name[1]), folder) for name, folder in named if name and is_whole(folder)))
+
+
+def last_common_checkpoint(output_dir: str | os.PathLike) -> Path | None:
+    """The last checkpoint that is whole where every process looks; all processes come here together."""
+    own = whole_checkpoints(output_dir)
+    common = set.intersection(*(set(steps) for steps in gather_object([list(own)])))
+    return own[max(common)] if common else None
+
+
+def other_checkpoint(folder: Path, output_dir: str | os.PathLike) -> str:
+    """The advice which checkpoint in `output_dir` to go on from in the place of `folder`: the last that has all."""
+    others = [
+        other
+        for other in whole_checkpoints(output_dir).values()
+        if other.resolve() != folder.resolve() and not (read_manifest(other) or {}).get("model_only")
+    ]
+    if others:
+        return f"the last other one is {others[-1]}: give it as `resume_from_checkpoint`"
+    return f"{output_dir} holds no other one: leave `resume_from_checkpoint` out to start anew"
+
+
+@contextmanager
+def write_errors_told(what: str, folder: Path, advice: Callable[[], str]) -> Iterator[None]:
+    """Around writing `what`: a full disk and its like become one sentence that ends with `advice`.
+
+    Raises:
+        UserError: writing failed.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, OSError) and not any(text in str(error) for text in _WRITE_ERRORS):
+            raise
+        there = next(path for path in (folder, *folder.parents) if path.exists())
+        free = shutil.disk_usage(there).free / 2**20
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else one_line(error)[:200]
+        raise UserError(f"{what} can't be written: {reason} ({free:,.1f} MiB free in {there}); {advice()}") from error
+
+
+@contextmanager
+def read_errors_told(folder: str | None, output_dir: str) -> Iterator[None]:
+    """Around training that goes on from `folder`: what can't be loaded of it becomes one sentence.
+
+    Raises:
+        UserError: loading failed; `NCA_ALIGN_TRACEBACK=1` shows where.
+    """
+    try:
+        yield
+    except Exception as error:
+        within = {frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)}
+        loading = within & _LOADERS and "_load_best_model" not in within
+        if (
+            folder is None
+            or not loading
+            or os.environ.get("NCA_ALIGN_TRACEBACK")
+            or isinstance(error, torch.OutOfMemoryError)
+        ):
+            raise
+        # torch's own text on a pickle advises to load it without this safeguard
+        reason = type(error).__name__ if "weights_only" in str(error) else one_line(error)[:200]
+        raise UserError(
+            f"`resume_from_checkpoint` {folder} can't be loaded ({reason}): it is damaged, or of another model or "
+            f"trainer; {other_checkpoint(Path(folder), output_dir)} (NCA_ALIGN_TRACEBACK=1 shows where)"
+        ) from error

@@ -1,0 +1,66 @@
+"""The Hugging Face Hub, where there may be no network: what is cached is used, and what isn't is said at once."""
+
+import os
+import socket
+from pathlib import Path
+from urllib.parse import urlparse
+
+from ..errors import UserError, one_line
+
+
+def go_offline_without_network() -> None:
+    """Tell the Hub's clients that they are offline, where the Hub can't be reached.
+
+    They would try for half a minute otherwise, file by file. Behind a proxy only they can tell: they are left to it.
+    """
+    import datasets
+    import huggingface_hub.constants as hub
+
+    if hub.HF_HUB_OFFLINE or any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY")):
+        return
+    address = urlparse(hub.ENDPOINT)
+    try:
+        socket.create_connection((address.hostname, address.port or 443), timeout=5).close()
+    except OSError:
+        hub.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+
+
+def from_the_hub(repo: str, kind: str, file: str, what: str) -> str:
+    """The path of a file of the Hub, downloaded or cached.
+
+    Args:
+        repo, kind, file: the repository, its type (`dataset` or `space`), and the file in it.
+        what: the beginning of the sentence where it can't be had.
+
+    Raises:
+        UserError: it can't be had.
+    """
+    from huggingface_hub import hf_hub_download
+
+    go_offline_without_network()
+    try:
+        return hf_hub_download(repo, file, repo_type=kind)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{what}, {file} of the {kind} {repo}, can't be had from the Hugging Face Hub "
+            f"({one_line(error)[:200]}); give the path of a copy"
+        ) from error
+
+
+def push(folder: Path, repository: str) -> None:
+    """Send an exported folder to a private repository of the Hub, made where there is none.
+
+    Raises:
+        UserError: the Hub didn't take it; the folder stays.
+    """
+    from huggingface_hub import HfApi
+
+    go_offline_without_network()
+    try:
+        HfApi().create_repo(repository, private=True, exist_ok=True)
+        HfApi().upload_folder(repo_id=repository, folder_path=folder)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"`push` {repository}: the Hub did not take it ({one_line(error)[:200]}); the model is in {folder}, and "
+            f"`hf upload {repository} {folder}` sends it later"
+        ) from error

@@ -1,0 +1,261 @@
+"""Work over a data set in shards: killed at any moment and started again, it goes on, and the file is the same.
+
+Each shard is written to a hidden name and renamed when whole, so a shard that is there is complete. The folder
+`OUTPUT.parts` holds them beside the configuration that made them; when the last is done they are joined, in order, to
+OUTPUT by one more rename, and the folder goes.
+"""
+
+import json
+import os
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import date, time
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets import Dataset, Features
+from tqdm.auto import tqdm
+
+from ..errors import UserError
+from .files import replacing
+from .locking import alone_at
+from .provenance import KEY, read_provenance, sidecar
+
+
+@dataclass
+class Shard:
+    """What the work on one shard gave: its rows in order, things counted, and the rows that failed, each with why."""
+
+    rows: list[dict]
+    counts: Counter = field(default_factory=Counter)
+    failed: dict[int, str] = field(default_factory=dict)
+
+
+# (shard, number of its first row, its rows, a function to say that so many of them are done)
+Work = Callable[[int, int, list[dict], Callable[[int], object]], Shard]
+
+
+def run_sharded(
+    output: str,
+    dataset: Dataset,
+    features: Features,
+    start: Callable[[], Work],
+    step: dict[str, Any],
+    history: list[dict] | None = None,
+    shard_size: int = 64,
+    drop_failed: bool = False,
+    unit: str = "row",
+) -> dict[str, int]:
+    """Run the work on every shard that is not there yet, and join the shards to `output`.
+
+    Args:
+        output: a path that ends in `.parquet` or `.jsonl`.
+        dataset: the input rows.
+        features: the types of the output rows.
+        start: called once, and only where work is left, to load what the work needs.
+        step: `command` and `config`, compared with what an existing output says, and anything else to record; of it
+            `sources`, the hashes of files with code, may change while rows that failed are mended.
+        history: the steps that made the input.
+        shard_size: input rows in a shard, the unit in which work is kept.
+        drop_failed: leave rows that failed out; otherwise they stop the run once all other rows are done and kept.
+        unit: what the progress bar counts.
+
+    Returns:
+        What was counted, over all shards: `rows` written, and the work's own counts.
+
+    Raises:
+        UserError: `output` has another ending, can't hold a column, is there from another configuration or in another
+            command's hands, or rows failed.
+    """
+    path = Path(output)
+    if path.suffix not in (".parquet", ".jsonl"):
+        raise UserError(f"`output` is {output!r}; it must end in .parquet or .jsonl")
+    if path.suffix == ".jsonl":
+        for column in features.arrow_schema:
+            _refuse_no_json(column.name, column.type)
+    step = json.loads(json.dumps(step))
+    if (
+        path.exists() and not _parts(path).exists()
+    ):  # looked at without the lock: it may be where nothing can be written
+        return _finished(path, step)
+    with alone_at(path):
+        if not path.exists():
+            return _run(path, dataset, features, start, step, history, shard_size, drop_failed, unit)
+        counts = _finished(path, step)
+        shutil.rmtree(_parts(path), ignore_errors=True)  # a kill may have come between the last rename and this
+        return counts
+
+
+def _parts(path: Path) -> Path:
+    return path.with_name(path.name + ".parts")
+
+
+def _finished(path: Path, step: dict) -> dict[str, int]:
+    made = read_provenance(path)
+    _refuse_other(str(path), made[-1] if made else None, step)
+    if edited := _edited(made[-1], step):
+        raise UserError(
+            f"{path} is complete, but the code of {edited} changed since it was made; delete it to make it anew, or "
+            "choose another `output`"
+        )
+    print(f"{path} is complete already: nothing to do", file=sys.stderr)
+    return made[-1]["counts"]
+
+
+def _run(
+    path: Path,
+    dataset: Dataset,
+    features: Features,
+    start: Callable[[], Work],
+    step: dict[str, Any],
+    history: list[dict] | None,
+    shard_size: int,
+    drop_failed: bool,
+    unit: str,
+) -> dict[str, int]:
+    parts = _parts(path)
+    made: dict = {}
+    if (parts / "config.json").exists() and any(parts.glob(f"0*{path.suffix}")):  # else there is nothing to protect
+        made = json.loads((parts / "config.json").read_text())
+        _refuse_other(f"{parts}, an unfinished run,", made, step)
+
+    firsts = list(range(0, len(dataset), shard_size))
+    done = [i for i in range(len(firsts)) if _is_done(parts, i, path.suffix, drop_failed)]
+    if done and (edited := _edited(made, step)):
+        _refuse_edited(edited, parts, len(done), failed=len(list(parts.glob(f"0*{path.suffix}"))) - len(done))
+    work: Work | None = None
+    size = {i: min(shard_size, len(dataset) - first) for i, first in enumerate(firsts)}
+    with tqdm(total=len(dataset), initial=sum(size[i] for i in done), unit=f" {unit}", dynamic_ncols=True) as bar:
+        for i in sorted(set(size) - set(done)):
+            if work is None:
+                work = start()
+                parts.mkdir(parents=True, exist_ok=True)
+                _write(parts / "config.json", json.dumps(step).encode())
+            rows = dataset.select(range(firsts[i], firsts[i] + size[i])).to_list()
+            before = bar.n
+            shard = work(i, firsts[i], rows, bar.update)
+            about = {"counts": {**shard.counts, "rows": len(shard.rows)}, "failed": shard.failed}
+            _write(parts / f"{i:06d}.json", json.dumps(about).encode())
+            _write_rows(parts / f"{i:06d}{path.suffix}", shard.rows, features)  # last: this one says "done"
+            bar.update(before + size[i] - bar.n)
+
+    abouts = [json.loads((parts / f"{i:06d}.json").read_text()) for i in range(len(firsts))]
+    failed = {int(row): why for about in abouts for row, why in about["failed"].items()}
+    if failed and not drop_failed:
+        row, why = next(iter(failed.items()))
+        more = f" and {len(failed) - 1} more (rows {_few(list(failed)[1:])})" if len(failed) > 1 else ""
+        raise UserError(
+            f"row {row}: {why}{more}; the other {len(dataset) - len(failed)} rows are done and kept in {parts}: mend "
+            "it and run the same command again, or add `--on_error drop` to leave such rows out"
+        )
+    counts = Counter(failed=len(failed))
+    for about in abouts:
+        counts.update(about["counts"])
+    if not counts["rows"]:
+        raise UserError(f"none of the {len(dataset)} rows is left for {path} ({dict(counts)}); see {parts}")
+    steps = [*(history or []), step | {"counts": dict(sorted(counts.items()))}]
+    _join(path, parts, len(firsts), features, json.dumps(steps))
+    shutil.rmtree(parts)
+    return steps[-1]["counts"]
+
+
+def _few(rows: list[int]) -> str:
+    return ", ".join(map(str, rows[:5])) + (", …" if len(rows) > 5 else "")
+
+
+def _is_done(parts: Path, i: int, suffix: str, drop_failed: bool) -> bool:
+    if not (parts / f"{i:06d}{suffix}").exists():
+        return False
+    return drop_failed or not json.loads((parts / f"{i:06d}.json").read_text())["failed"]
+
+
+def _refuse_other(what: str, made: dict | None, step: dict) -> None:
+    fix = "choose another `output`, or delete it first"
+    if made is None:
+        raise UserError(f"{what} is there already and does not say what made it; {fix}")
+    if made["command"] != step["command"]:
+        raise UserError(f"{what} is there already, made by `{made['command']}` and not `{step['command']}`; {fix}")
+    old, new = made["config"], step["config"]
+    differences = [
+        f"`{key}` {old.get(key)!r} there and {new.get(key)!r} here"
+        for key in sorted({*old, *new})
+        if old.get(key) != new.get(key)
+    ]
+    if differences:
+        raise UserError(f"{what} is there already, of another configuration: {', '.join(differences)}; {fix}")
+
+
+def _edited(made: dict, step: dict) -> str:
+    """The sources that are not what they were; none where it isn't known what they were."""
+    old, new = made.get("sources", {}), step.get("sources", {})
+    return ", ".join(f"`{name}`" for name in old if new.get(name) != old[name])
+
+
+def _refuse_edited(edited: str, parts: Path, done: int, failed: int) -> None:
+    """Refuse to go on by edited code, but let it mend shards with failed rows, and say what stays."""
+    fix = f"delete {parts} to make all rows anew"
+    if not failed:
+        raise UserError(
+            f"the code of {edited} changed since {parts}, an unfinished run, was begun, and {done} of its shards are "
+            f"done; {fix}, or undo the change"
+        )
+    print(f"the code of {edited} changed; {done} shards without failed rows stay as they are: {fix}", file=sys.stderr)
+
+
+def _refuse_no_json(name: str, kind: pa.DataType) -> None:
+    if pa.types.is_nested(kind):
+        for i in range(kind.num_fields):
+            _refuse_no_json(name, kind.field(i).type)
+        return
+    tests = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_fixed_size_binary, pa.types.is_decimal,
+             pa.types.is_duration)  # fmt: skip
+    if any(test(kind) for test in tests):
+        raise UserError(
+            f"column `{name}` is of type {kind}, which JSON has not; make `output` end in .parquet, or leave it out"
+        )
+
+
+def _iso(value: Any) -> str:
+    """Dates and times as ISO 8601, which reading takes for dates and times again."""
+    if isinstance(value, (date, time)):
+        return value.isoformat()
+    raise TypeError(f"{type(value).__name__} is no JSON")
+
+
+def _write(path: Path, content: bytes) -> None:
+    with replacing(path, "wb") as file:
+        file.write(content)
+
+
+def _write_rows(path: Path, rows: list[dict], features: Features) -> None:
+    if path.suffix == ".jsonl":
+        _write(path, "".join(json.dumps(row, ensure_ascii=False, default=_iso) + "\n" for row in rows).encode())
+        return
+    columns = {name: [row[name] for row in rows] for name in features}
+    sink = pa.BufferOutputStream()
+    pq.write_table(Dataset.from_dict(columns, features=features).data.table.combine_chunks(), sink)
+    _write(path, sink.getvalue().to_pybytes())
+
+
+def _join(path: Path, parts: Path, n: int, features: Features, provenance: str) -> None:
+    temporary = parts / ".joined.tmp"
+    shards = [parts / f"{i:06d}{path.suffix}" for i in range(n)]
+    if path.suffix == ".jsonl":
+        with open(temporary, "wb") as file:
+            for shard in shards:
+                file.write(shard.read_bytes())
+        _write(sidecar(path), (json.dumps(json.loads(provenance), indent=1) + "\n").encode())
+    else:
+        schema = features.arrow_schema
+        schema = schema.with_metadata({**(schema.metadata or {}), KEY: provenance.encode()})
+        with pq.ParquetWriter(temporary, schema) as writer:
+            for shard in shards:
+                table = pq.read_table(shard).replace_schema_metadata(schema.metadata)
+                # Parquet has no whole seconds: what was put in as such comes back in milliseconds
+                writer.write_table(table if table.schema.equals(schema) else table.cast(schema))
+    os.replace(temporary, path)

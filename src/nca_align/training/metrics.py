@@ -1,0 +1,183 @@
+"""(B, K) log-probabilities and rewards to ranking, likelihood and target metrics, one value and one weight a prompt."""
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from accelerate.utils import gather_object
+from torch import Tensor
+
+from ..losses import better_pairs, check_rows, infonca_loss, logratios, targets
+
+_BINS = 5
+
+
+@torch.no_grad()
+def row_metrics(
+    logps: Tensor, ref_logps: Tensor, rewards: Tensor, mask: Tensor | None, alpha: float, beta: float
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Every metric of the training log as (value, weight), so that means over prompts stay exact however they are cut.
+
+        mean over prompts = Σ value · weight / Σ weight, over rows, micro-batches and ranks alike; no weight: no metric
+
+    Only the rewards and the mask decide what is best, never a position, and completions with equal rewards share their
+    rank: `best`, `worst` and `rank_k` are the mean over the completions that tie for it. So the order in which the
+    completions stand changes nothing. With r = β · (logps − ref_logps):
+
+    - `rewards/rank_1` … `rank_K`, `logratios/rank_1` … `rank_K`: mean r, and mean log-ratio in nats, of the k-th best
+      reward; rows with fewer completions have no weight. `rewards/best`, `logratios/best` and `logps/best` are those of
+      the first rank, `rewards/worst` and `logratios/worst` of the row's last.
+    - `rewards/margins`: r of the best minus the mean r of all that is worse.
+    - `rewards/accuracies`: share of the pairs with unequal rewards in which the better one has the higher r; equal r is
+      wrong, as in TRL, so that it is 0 where nothing has moved yet.
+    - `rewards/kendall_tau`: τ-b between rewards and r, from −1 to 1; no weight where either has only ties.
+    - `rewards/top1`: chance that the highest r belongs to a best completion; equal r share it.
+    - `target/entropy` in nats and `target/effective_completions`, its exponential, of w = softmax(rewards / α).
+    - `kl/target_model`: KL(w || softmax(r)) in nats, 0 at InfoNCA's optimum.
+    - `rewards/chosen`, `rewards/rejected`, `logps/chosen`, `logps/rejected`: TRL's names, for rows of exactly two
+      completions; chosen is the higher reward, the first one of a tie (the one place where the order counts).
+
+    A row whose rewards are all equal has no weight in margins, accuracies, Kendall's τ and top1.
+
+    Args:
+        logps, ref_logps, rewards, mask, alpha, beta: as `pi_logps`, `ref_logps` … of `losses.reward_loss`.
+
+    Returns:
+        Metric name to (value, weight), both (B,), detached, in the dtype of the losses; weights are 0 or 1, and values
+        finite also where the weight is 0. The names depend on K alone, the batch's width.
+
+    Raises:
+        ValueError, TypeError: as `losses.reward_loss`.
+
+    Source: the curves by rank are those of arXiv 2402.05369; `rewards/accuracies` and `rewards/margins` of two unequal
+    completions are TRL's (`trl/trainer/dpo_trainer.py`).
+    """
+    mask = check_rows(rewards, alpha, mask, beta, logps=logps, ref_logps=ref_logps)
+    ratios = logratios(logps, ref_logps, mask)  # (B, K), 0 where masked
+    implicit = beta * ratios
+    logps = logps.to(ratios.dtype)
+    better = better_pairs(rewards, mask)  # (B, K, K), [b, i, j]: i has the higher reward
+    pairs = better.sum((1, 2))
+    best, worst = mask & ~better.any(1), mask & ~better.any(2)  # (B, K)
+    count = mask.sum(1)
+
+    w = targets(rewards, alpha, mask).to(ratios.dtype)
+    entropy = torch.special.entr(w).sum(1)
+    right = better & (implicit.unsqueeze(2) > implicit.unsqueeze(1))
+    top = mask & (implicit == implicit.masked_fill(~mask, -torch.inf).amax(1, keepdim=True))
+    tau, tau_defined = _kendall_tau(better, implicit, mask)
+    everywhere, unequal = torch.ones_like(pairs), pairs > 0
+
+    metrics = {
+        "rewards/best": (_mean(implicit, best), everywhere),
+        "rewards/worst": (_mean(implicit, worst), everywhere),
+        "rewards/margins": (_mean(implicit, best) - _mean(implicit, mask & ~best), unequal),
+        "rewards/accuracies": (right.sum((1, 2)) / pairs.clamp(min=1), unequal),
+        "rewards/kendall_tau": (tau, tau_defined),
+        "rewards/top1": (_mean(best.to(ratios.dtype), top), unequal),
+        "logps/best": (_mean(logps, best), everywhere),
+        "logratios/best": (_mean(ratios, best), everywhere),
+        "logratios/worst": (_mean(ratios, worst), everywhere),
+        "target/entropy": (entropy, everywhere),
+        "target/effective_completions": (entropy.exp(), everywhere),
+        "kl/target_model": (infonca_loss(logps, ref_logps, rewards, alpha, beta, mask) - entropy, everywhere),
+    }
+    above = better.sum(1)  # (B, K), how many have a higher reward
+    tied = (mask.unsqueeze(1) & mask.unsqueeze(2) & ~better & ~better.transpose(1, 2)).sum(1)
+    for k in range(mask.shape[1]):
+        rank = mask & (above <= k) & (k < above + tied)
+        metrics[f"rewards/rank_{k + 1}"] = (_mean(implicit, rank), count > k)
+        metrics[f"logratios/rank_{k + 1}"] = (_mean(ratios, rank), count > k)
+
+    chosen = rewards.to(torch.promote_types(rewards.dtype, torch.float32)).masked_fill(~mask, -torch.inf).argmax(1)
+    chosen = F.one_hot(chosen, mask.shape[1]).bool()  # argmax takes the first of a tie
+    for name, side in (("chosen", chosen), ("rejected", mask & ~chosen)):
+        metrics[f"rewards/{name}"] = (_mean(implicit, side), count == 2)
+        metrics[f"logps/{name}"] = (_mean(logps, side), count == 2)
+    return {name: (value.to(ratios.dtype), weight.to(ratios.dtype)) for name, (value, weight) in metrics.items()}
+
+
+@torch.no_grad()
+def calibration(
+    logps: Tensor, ref_logps: Tensor, rewards: Tensor, mask: Tensor | None, alpha: float, beta: float
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Target against model distribution over the completions, in five equal bins of the target, as `row_metrics` does.
+
+        w = softmax(rewards / α), p = softmax(r) over a prompt's completions; `calibration/target_bin_i` is the mean w,
+        `calibration/model_bin_i` the mean p of all completions with w in [(i − 1)/5, i/5), 1 belonging to the last
+
+    Equal in every bin at the optimum of InfoNCA and of NCA, whose implicit rewards differ in a constant a prompt. The
+    weights are counts of completions, so that the means are over completions, not prompts.
+
+    Args:
+        logps, ref_logps, rewards, mask, alpha, beta: as in `row_metrics`.
+
+    Returns:
+        Metric name to (value, weight), both (B,).
+
+    Raises:
+        ValueError, TypeError: as `losses.reward_loss`.
+    """
+    mask = check_rows(rewards, alpha, mask, beta, logps=logps, ref_logps=ref_logps)
+    implicit = beta * logratios(logps, ref_logps, mask)
+    model = implicit.masked_fill(~mask, -torch.inf).softmax(1)  # (B, K)
+    w = targets(rewards, alpha, mask).to(model.dtype)
+    bins = (w * _BINS).long().clamp(max=_BINS - 1)
+    metrics = {}
+    for i in range(_BINS):
+        here = mask & (bins == i)
+        for name, values in (("target", w), ("model", model)):
+            metrics[f"calibration/{name}_bin_{i + 1}"] = (_mean(values, here), here.sum(1).to(model.dtype))
+    return metrics
+
+
+def _mean(values: Tensor, where: Tensor) -> Tensor:
+    """(B,) mean of `values` (B, K) over the True of `where`, 0 for a row without any."""
+    return torch.where(where, values, 0).sum(1) / where.sum(1).clamp(min=1)
+
+
+def _kendall_tau(better: Tensor, implicit_rewards: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """(B,) Kendall's τ-b between the order of the rewards and of the implicit rewards, and where it is defined."""
+    both = mask.unsqueeze(1) & mask.unsqueeze(2)
+    higher = both & (implicit_rewards.unsqueeze(2) > implicit_rewards.unsqueeze(1))  # (B, K, K)
+    pairs, implicit_pairs = better.sum((1, 2)), higher.sum((1, 2))  # without ties in the one, in the other
+    concordant, discordant = (better & higher).sum((1, 2)), (better & higher.transpose(1, 2)).sum((1, 2))
+    untied = pairs * implicit_pairs
+    return (concordant - discordant) / untied.clamp(min=1).sqrt(), untied > 0
+
+
+class PromptMeans:
+    """Running sums of weighted metrics, and their exact means over the prompts of all processes."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, list] = {}
+
+    def add(self, rows: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        """Add one batch's values and weights, both (B,) under each name; nothing is synchronised."""
+        for name, (values, weights) in rows.items():
+            sums = self._sums.setdefault(name, [0.0, 0.0])
+            sums[0] += (values.double() * weights).sum()
+            sums[1] += weights.double().sum()
+
+    def clear(self) -> None:
+        self._sums.clear()
+
+    def state(self) -> dict[str, list[float]]:
+        """This process's sums of values and of weights, exactly, for `add_state`."""
+        return {name: [float(total), float(weight)] for name, (total, weight) in self._sums.items()}
+
+    def add_state(self, state: Mapping[str, list[float]]) -> None:
+        """Add the sums of an earlier process."""
+        for name, own in state.items():
+            sums = self._sums.setdefault(name, [0.0, 0.0])
+            for i in (0, 1):
+                sums[i] += own[i]
+
+    def gather(self) -> dict[str, float]:
+        """Means since the last call, of the names that have any weight; every process must call it."""
+        own = {name: (float(total), float(weight)) for name, (total, weight) in self._sums.items()}
+        self.clear()
+        parts = gather_object([own])
+        names = dict.fromkeys(name for part in parts for name in part)
+        sums = {name: [sum(part.get(name, (0.0, 0.0))[i] for part in parts) for i in (0, 1)] for name in names}
+        return {name: total / weight for name, (total, weight) in sums.items() if weight}

@@ -1,0 +1,216 @@
+"""Reference log-probabilities computed once and kept: what changes them is their key; shards make them resumable."""
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object, send_to_device, tqdm
+from datasets import Dataset
+from datasets.fingerprint import Hasher
+from torch import nn
+
+from ..batching.collator import RewardCollator
+from ..store.checkpoints import write_errors_told
+from ..store.files import sync
+from .setup import base_model, say
+
+ROWS_PER_SHARD = 512
+# A half-written shard this old, in seconds, is a killed run's: writing one takes no time
+_STALE = 3600
+# What a model's config says beside what its forward computes
+_NOT_COMPUTED = (  # saving writes some of these, and each training sets the ids
+    "_name_or_path", "transformers_version", "use_cache", "architectures", "bos_token_id", "eos_token_id",
+    "pad_token_id",
+)  # fmt: skip
+
+
+def reference_hash(model: nn.Module) -> str:
+    """Hash of the reference: all of `model`'s weights but the trained adapter's, and what computes on them.
+
+    A PEFT model's reference is its base, or the adapter "ref" where training goes on from an existing one, so runs that
+    differ in a fresh adapter alone share their cache. Of sharded weights this process's share counts.
+    """
+    policy = [f".{name}." for name in getattr(model, "peft_config", {}) if name != "ref"]
+    digest = hashlib.sha256(json.dumps(_computation(model), sort_keys=True, default=str).encode())
+    _add_weights(digest, model, lambda name: not any(part in f"{name}." for part in policy))
+    return digest.hexdigest()
+
+
+def adapter_hash(model: nn.Module, adapter: str) -> str:
+    """Hash of the weights of one of a PEFT model's adapters; of sharded weights this process's share counts."""
+    digest = hashlib.sha256()
+    _add_weights(digest, model, lambda name: f".{adapter}." in f"{name}.")
+    return digest.hexdigest()
+
+
+def _add_weights(digest, model: nn.Module, counts: Callable[[str], bool]) -> None:
+    for name, tensor in sorted(model.state_dict(keep_vars=True).items()):
+        if isinstance(tensor, torch.Tensor) and counts(name):
+            tensor = getattr(tensor, "ds_tensor", tensor)  # ZeRO-3 leaves the parameter itself empty
+            tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+            tensor = tensor.detach().cpu().contiguous()
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+
+
+def computed_config(model: Any) -> dict[str, Any]:
+    """What a language model's config says about what its forward computes."""
+    return {name: value for name, value in model.config.to_dict().items() if name not in _NOT_COMPUTED}
+
+
+def _computation(model: nn.Module) -> list[Any]:
+    """What decides a forward beside the weights: the architecture, and the scale of the adapter "ref"."""
+    adapters = getattr(model, "peft_config", {})
+    base: Any = base_model(model)
+    reference = adapters["ref"].to_dict() if "ref" in adapters else {}
+    scale = {name: value for name, value in reference.items() if name in ("peft_type", "r", "lora_alpha", "use_rslora")}
+    return [type(base).__name__, computed_config(base), scale]
+
+
+def content_hash(dataset: Dataset, columns: tuple[str, ...] = ("prompt_ids", "completion_ids")) -> str:
+    """Hash of the token ids of all rows, and so of the template, the truncation and the completions behind them."""
+    digest = hashlib.sha256()
+    for batch in dataset.with_format("arrow").select_columns(list(columns)).iter(1000):
+        for column in batch.columns:
+            array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+            while pa.types.is_list(array.type) or pa.types.is_large_list(array.type):
+                digest.update(np.asarray(array.value_lengths()).astype("<i8").tobytes())
+                array = array.flatten()
+            values = np.asarray(array)
+            digest.update(values.astype("<i8" if values.dtype.kind in "iu" else "<f8").tobytes())
+    return digest.hexdigest()
+
+
+class ReferenceCache:
+    """The reference log-probabilities of one data set under one reference, in shards of `ROWS_PER_SHARD` rows.
+
+    Args:
+        key: whatever changes them (weights, token ids, precision), joined into the folder's name.
+        num_rows: rows of the data set.
+        root: folder of all caches; beside the data sets' own by default.
+    """
+
+    def __init__(self, key: tuple[str, ...], num_rows: int, root: str | os.PathLike | None = None):
+        digest = hashlib.sha256("\n".join(key).encode()).hexdigest()[:32]
+        root = Path(root or Path(datasets.config.HF_DATASETS_CACHE) / "nca_align_reference")
+        self.folder = root / digest
+        self.num_rows = num_rows
+
+    def shards(self) -> Iterator[tuple[int, int, Path]]:
+        """(first row, row after the last, file) of each shard."""
+        for start in range(0, self.num_rows, ROWS_PER_SHARD):
+            yield start, min(start + ROWS_PER_SHARD, self.num_rows), self.folder / f"{start:09d}.parquet"
+
+    def missing(self) -> list[tuple[int, int, Path]]:
+        """The shards that are still to be computed, with those that a crash of the machine left unreadable."""
+        return [shard for shard in self.shards() if not _is_whole(*shard)]
+
+    def write(self, file: Path, logps: list[list[float]]) -> None:
+        """Write one shard so that a run killed meanwhile leaves no half of it, nor a machine that goes down.
+
+        Raises:
+            UserError: the disk is full, or the folder can't be written.
+        """
+        partial = file.with_suffix(f".{os.getpid()}.partial")  # another run may be writing the same shard
+        advice = (
+            "make room, or set HF_DATASETS_CACHE to another disk; the same command goes on from the rows done so far"
+        )
+        with write_errors_told("the cache of reference log-probabilities", self.folder, lambda: advice):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for left in self.folder.glob("*.partial"):
+                if left.stat().st_mtime < time.time() - _STALE:
+                    left.unlink(missing_ok=True)
+            try:
+                pq.write_table(pa.table({"ref_logps": pa.array(logps, pa.list_(pa.float64()))}), partial)
+                sync(partial)
+                os.replace(partial, file)
+            except BaseException:
+                partial.unlink(missing_ok=True)
+                raise
+
+    def read(self) -> list[list[float]]:
+        """(rows) lists of K log-probabilities, nats."""
+        return [row for *_, file in self.shards() for row in pq.read_table(file)["ref_logps"].to_pylist()]
+
+
+def _is_whole(start: int, end: int, file: Path) -> bool:
+    try:
+        return pq.read_metadata(file).num_rows == end - start
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError):  # Arrow's own errors are the latter
+        say(f"{file} can't be read: its rows' reference log-probabilities are computed anew.")
+        return False
+
+
+def add_reference_logps(
+    dataset: Dataset,
+    key: tuple[str, ...],
+    compute: Callable[[dict[str, Any]], torch.Tensor],
+    collator: RewardCollator,
+    batch_size: int,
+    accelerator: Accelerator,
+    name: str,
+) -> Dataset:
+    """`dataset` with a column `ref_logps` (lists of K, nats), from the cache as far as it goes, else computed into it.
+
+    Args:
+        dataset: tokenised rows.
+        key: what changes the log-probabilities beside the rows' tokens.
+        compute: a batch to its (B, K) reference log-probabilities.
+        batch_size: prompts in a batch.
+        name: of the data set, for the progress bar.
+    """
+    whole_key = [(*key, content_hash(dataset))]
+    broadcast_object_list(whole_key, from_process=0)  # a sharded model hashes differently on each process
+    cache = ReferenceCache(whole_key[0], len(dataset))
+    missing = [cache.missing() if accelerator.is_main_process else []]
+    broadcast_object_list(missing, from_process=0)
+    if missing[0]:
+        done = len(dataset) - sum(end - start for start, end, _ in missing[0])
+        with tqdm(total=len(dataset), initial=done, desc=f"Reference log-probabilities, {name}", unit="row") as bar:
+            for start, end, file in missing[0]:
+                shard = dataset.select(range(start, end))
+                logps = _shard_logps(shard, compute, collator, batch_size, accelerator, bar.update)
+                if accelerator.is_main_process:
+                    cache.write(file, logps)
+    column = [cache.read() if accelerator.is_main_process else None]
+    broadcast_object_list(column, from_process=0)
+    fingerprint = Hasher.hash((dataset._fingerprint, whole_key[0]))
+    return dataset.add_column("ref_logps", column[0], new_fingerprint=fingerprint)
+
+
+def _shard_logps(
+    shard: Dataset,
+    compute: Callable[[dict[str, Any]], torch.Tensor],
+    collator: RewardCollator,
+    batch_size: int,
+    accelerator: Accelerator,
+    progress: Callable[[int], Any],
+) -> list[list[float]]:
+    """Batches of like length, dealt to the processes in step: sharded models gather their weights in each forward."""
+    lengths = [sum(map(len, completions)) for completions in shard["completion_ids"]]
+    order = sorted(range(len(shard)), key=lengths.__getitem__)
+    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    logps: dict[int, list[float]] = {}
+    for first in range(0, len(batches), accelerator.num_processes):
+        # a process without a batch of its own repeats the last one
+        indices = batches[min(first + accelerator.process_index, len(batches) - 1)]
+        rows = [shard[i] for i in indices]
+        values = compute(send_to_device(collator(rows), accelerator.device)).double().cpu()
+        for i, row, row_logps in zip(indices, rows, values, strict=True):
+            logps[i] = row_logps[: len(row["rewards"])].tolist()
+        progress(sum(map(len, batches[first : first + accelerator.num_processes])))
+    for part in gather_object([logps]):
+        logps |= part
+    return [logps[i] for i in range(len(shard))]

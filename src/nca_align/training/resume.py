@@ -1,0 +1,296 @@
+"""Stop at any moment, and go on exactly: what a checkpoint needs beside transformers' own files, and SIGTERM.
+
+A checkpoint of transformers holds weights, optimizer, random states and the log. To go on *exactly* a run also needs
+what was summed up since its last log line, an evaluation that was cut off, and to know whose checkpoint it is:
+`nca_align.json` in it holds these.
+"""
+
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import rotate_checkpoints
+
+from ..errors import UserError
+from ..store.checkpoints import (
+    MANIFEST,
+    is_whole,
+    last_common_checkpoint,
+    other_checkpoint,
+    read_manifest,
+    whole_checkpoints,
+    write_errors_told,
+)
+from ..store.files import sync, write_json
+from .run_identity import refuse_changes, run_identity
+from .setup import say
+
+# What a process exits with that was stopped by SIGTERM after it had saved: "try again" in BSD's sysexits.h.
+PREEMPTED = 75
+
+
+class EvaluationCut(Exception):
+    """SIGTERM came during an evaluation, which is done anew after the run is resumed."""
+
+
+class Resume(TrainerCallback):
+    """What a trainer does with its checkpoints, and on SIGTERM; its own calls come here, and it is its callback.
+
+    Args:
+        trainer: an NCATrainer.
+    """
+
+    def __init__(self, trainer: Trainer):
+        self.trainer: Any = trainer
+        self.asked_to_stop = False  # this process has had SIGTERM
+        self.stopping = False  # all processes have agreed to stop
+        self.owes_evaluation = False
+        self.steps_without_loss = 0  # that don't count in the mean loss of the run
+        self._deferred = False
+        self._identity: dict[str, Any] | None = None
+        self._folder: Path | None = None  # the checkpoint that the run goes on from
+        self._loaded: dict[str, Any] = {}  # its manifest
+
+    # Finding a checkpoint
+
+    def find(self, wanted: str | os.PathLike | bool | None) -> str | None:
+        """The checkpoint that `train(resume_from_checkpoint=wanted)` goes on from.
+
+        Raises:
+            UserError: there is none, it is half written or the model alone, or it belongs to another run.
+        """
+        self._folder, self._loaded = None, {}
+        if wanted is None or wanted is False:
+            return None
+        args = self.trainer.args
+        last = last_common_checkpoint(args.output_dir)
+        if wanted is True and last is None:
+            raise UserError(
+                f"`resume_from_checkpoint` is true, but `output_dir` {args.output_dir} holds no whole checkpoint; "
+                "leave it out to start anew"
+            )
+        folder = last if wanted is True else Path(wanted)
+        if folder is None or not is_whole(folder):
+            instead = f"the last whole one is {last}" if last else f"{args.output_dir} holds no whole one"
+            raise UserError(
+                f"`resume_from_checkpoint` {folder} is not a whole checkpoint: a save was cut off, or files are "
+                f"missing; {instead}"
+            )
+        self._folder, self._loaded = folder, read_manifest(folder) or {}
+        if self._loaded.get("model_only"):
+            raise UserError(
+                f"`resume_from_checkpoint` {folder} holds the model alone, as `save_only_model` asked, and no state to "
+                f"go on from; {other_checkpoint(folder, args.output_dir)}, or with its weights as `model_name_or_path`"
+            )
+        self._refuse_changes(folder)
+        PartialState().wait_for_everyone()  # before a process removes what another may be looking at
+        if args.should_save:
+            for half in Path(args.output_dir).glob("checkpoint-*"):
+                if (read_manifest(half) or {}).get("complete") is False:  # ours, and cut off
+                    shutil.rmtree(half, ignore_errors=True)
+        return str(folder)
+
+    def _refuse_changes(self, folder: Path) -> None:
+        if "identity" not in self._loaded:
+            say(f"{folder} has no {MANIFEST}: whether it belongs to this run, and all of its sums, can't be known.")
+            return
+        refusal: list[str | None] = [None]
+        if PartialState().is_main_process:  # processes hold different shards, and only need to agree
+            try:
+                new, args = self.identity(), self.trainer.args
+                refuse_changes(self._loaded["identity"], new, args.resume_changed, folder.name)
+            except UserError as error:
+                refusal = [str(error)]
+        broadcast_object_list(refusal, from_process=0)
+        if refusal[0] is not None:
+            raise UserError(refusal[0])
+
+    def identity(self) -> dict[str, Any]:
+        """`run_identity` of the trainer, computed once; by the main process alone."""
+        if self._identity is None:
+            t = self.trainer
+            model = t.accelerator.unwrap_model(t.model)
+            reference = t._reference_hash if t._reference_given else None
+            self._identity = run_identity(t.args, model, t.train_dataset, t.accelerator.num_processes, reference)
+        return self._identity
+
+    def epochs_done(self, max_steps: int, epochs: int, epochs_trained: int) -> int:
+        """How many epochs a resumed run has behind it: all, where it has all steps; transformers would add a step."""
+        state = self.trainer.state
+        state.compute_steps(self.trainer.args, max_steps)  # as given now, and not as in the checkpoint
+        return epochs if state.global_step >= max_steps else epochs_trained
+
+    # Saving
+
+    @contextmanager
+    def saving(self, output: Path) -> Iterator[None]:
+        """Around transformers' writing of a checkpoint: it is whole or recognised, and older ones go after that."""
+        trainer, args = self.trainer, self.trainer.args
+        folder = output / f"checkpoint-{trainer.state.global_step}"
+        limit, args.save_total_limit = args.save_total_limit, None  # not before the new one is whole
+        model_only = args.save_only_model
+        args.save_only_model = model_only and not self.stopping  # what SIGTERM leaves is to be gone on from
+        try:
+            with write_errors_told(folder.name, folder, lambda: self._give_up(folder)):
+                if args.should_save:
+                    folder.mkdir(parents=True, exist_ok=True)
+                    write_json(folder / MANIFEST, {"complete": False})
+                yield
+                run = {
+                    "processes": gather_object([self._sums_so_far()]),  # also waits for all files
+                    "owes_evaluation": self.owes_evaluation,
+                }
+                if args.should_save:
+                    files = [file for file in folder.rglob("*") if file.is_file() and file.name != MANIFEST]
+                    for file in files:
+                        sync(file)
+                    about = {
+                        "complete": True,
+                        "model_only": args.save_only_model,
+                        "files": {str(file.relative_to(folder)): file.stat().st_size for file in files},
+                        "run": run,
+                        "identity": self.identity(),
+                    }
+                    write_json(folder / MANIFEST, about)
+        finally:
+            args.save_total_limit, args.save_only_model = limit, model_only
+        trainer.accelerator.wait_for_everyone()
+        if args.should_save:
+            best = trainer.state.best_model_checkpoint
+            rotate_checkpoints(str(output), limit, best_model_checkpoint=best, use_mtime=True)
+
+    def _give_up(self, folder: Path) -> str:
+        """Remove a checkpoint that could not be written, and say what is left."""
+        shutil.rmtree(folder, ignore_errors=True)
+        whole = list(whole_checkpoints(folder.parent).values())
+        left = f"{whole[-1].name} is whole" if whole else "there is no earlier one"
+        return (
+            f"what was written of it is removed, {left}: make room, and go on from there with "
+            "`resume_from_checkpoint: true`"
+        )
+
+    def _sums_so_far(self) -> dict[str, Any]:
+        """What this process has summed up since the last log line, and what the last line of all needs."""
+        t = self.trainer
+        return {
+            "loss": t._tr_loss.item(),
+            "total_loss": t._total_loss_scalar,
+            "last_logged": t._globalstep_last_logged,
+            "steps_without_loss": self.steps_without_loss,
+            "means": t._sums["train"].state(),
+            "num_tokens": t._tokens_here,
+            "collapse_told": t._guard.collapse_told,
+        }
+
+    def _restore_sums(self, processes: list[dict[str, Any]]) -> None:
+        """This process's own sums; where their number is another now, all of them on the main one."""
+        t = self.trainer
+        index, number = t.accelerator.process_index, t.accelerator.num_processes
+        if len(processes) != number:
+            own = processes[0] | {"loss": sum(p["loss"] for p in processes) / len(processes)}  # each is to be averaged
+            processes = processes if index == 0 else []
+        else:
+            own = processes[index]
+            processes = [own]
+        t._tr_loss += own["loss"]
+        t._total_loss_scalar = own["total_loss"]
+        t._globalstep_last_logged = own["last_logged"]
+        self.steps_without_loss = own["steps_without_loss"]
+        t._guard.collapse_told = own["collapse_told"]
+        t._sums["train"].clear()
+        for process in processes:
+            t._sums["train"].add_state(process["means"])
+        t._tokens_here = sum(process["num_tokens"] for process in processes)
+
+    # SIGTERM
+
+    @contextmanager
+    def watching_sigterm(self) -> Iterator[None]:
+        """Around training: SIGTERM only leaves a note, which the processes exchange once a step."""
+        self.asked_to_stop = self.stopping = False
+        if threading.current_thread() is not threading.main_thread():  # Python has signals in that one alone
+            yield
+            return
+
+        def note(*_: Any) -> None:
+            self.asked_to_stop = True
+
+        before = signal.signal(signal.SIGTERM, note)
+        try:
+            yield
+        finally:
+            # Once a process has gone, torchrun sends SIGTERM to those that are on their way
+            signal.signal(signal.SIGTERM, signal.SIG_IGN if self.stopping else before)
+
+    def agree_to_stop(self) -> bool:
+        """Whether any process has had SIGTERM; all processes come here together."""
+        if not self.stopping:
+            accelerator = self.trainer.accelerator
+            if accelerator.num_processes == 1:  # an evaluation asks at each batch: no device need be waited for
+                self.stopping = self.asked_to_stop
+            else:
+                asked = torch.tensor(float(self.asked_to_stop), device=accelerator.device)
+                self.stopping = bool(accelerator.reduce(asked, "sum"))
+        return self.stopping
+
+    def leave(self, owing_evaluation: bool = False) -> NoReturn:
+        """End this process, with all others; an evaluation that was cut off is in no checkpoint yet.
+
+        Raises:
+            SystemExit: always.
+        """
+        step = self.trainer.state.global_step
+        if owing_evaluation and step and not self._owed_already(step):
+            self.owes_evaluation = True
+            self.trainer._save_checkpoint(self.trainer.model_wrapped, None)
+        done = f"checkpoint-{step} is written, and `resume_from_checkpoint: true` goes on from it"
+        say(f"SIGTERM: {done if step else 'no step was done yet, and nothing is lost'} (exit code {PREEMPTED}).")
+        self.trainer.accelerator.wait_for_everyone()
+        raise SystemExit(PREEMPTED)
+
+    def _owed_already(self, step: int) -> bool:
+        """Whether the run goes on from this step's checkpoint: writing it anew would put the only one at risk."""
+        own = Path(self.trainer.args.output_dir, f"checkpoint-{step}").resolve()
+        owing = self._loaded.get("run", {}).get("owes_evaluation", False)
+        return owing and self._folder is not None and self._folder.resolve() == own
+
+    # Callbacks
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        trainer, run = self.trainer, self._loaded.get("run")
+        self.steps_without_loss = state.global_step
+        if run is None:
+            return
+        self._restore_sums(run["processes"])
+        if run["owes_evaluation"]:
+            self.owes_evaluation = False
+            control.should_evaluate, control.should_save = True, False  # this step's checkpoint is what it goes on from
+            trainer._maybe_log_save_evaluate(
+                trainer._tr_loss, None, trainer.model_wrapped, trial=None, epoch=state.epoch,
+                ignore_keys_for_eval=None, start_time=0.0,
+            )  # fmt: skip
+
+    def on_step_end(self, args, state, control, **kwargs):
+        ends_epoch = control.should_training_stop or float(state.epoch).is_integer()
+        if self.stopping and not ends_epoch:
+            control.should_save = True
+        elif ends_epoch and (control.should_save or self.stopping):  # with what is logged and evaluated at its end
+            control.should_save = False
+            self._deferred = True
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        control.should_save |= self._deferred
+        self._deferred = False
+
+    def on_save(self, args, state, control, **kwargs):
+        if self.stopping:
+            self.leave()

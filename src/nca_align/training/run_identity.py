@@ -1,0 +1,133 @@
+"""What a run is: the options, model and data that decide its result, and what of it changed since a checkpoint."""
+
+import json
+from typing import Any
+
+from datasets import Dataset
+from torch import nn
+from trl.trainer.utils import get_config_model_id
+
+from ..config import NCAConfig
+from ..errors import UserError
+from ..options import nearest
+from ..store.provenance import weights_fingerprint
+from .reference import adapter_hash, computed_config, content_hash
+from .setup import base_model
+
+# Options that may change between a run and its continuation: the same training, if at times up to rounding.
+FREE = {
+    # where things go, what is logged, evaluated and kept
+    "output_dir", "run_name", "project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id",
+    "report_to", "disable_tqdm", "logging_strategy", "logging_steps", "logging_first_step", "log_on_each_node",
+    "logging_nan_inf_filter", "log_level", "log_level_replica", "include_num_input_tokens_seen",
+    "skip_memory_metrics", "debug", "eval_strategy", "eval_steps", "eval_delay", "eval_on_start",
+    "per_device_eval_batch_size", "prediction_loss_only", "eval_do_concat_batches", "eval_use_gather_object",
+    "eval_accumulation_steps", "include_for_metrics", "batch_eval_metrics", "save_strategy", "save_steps",
+    "save_total_limit", "save_on_each_node", "save_only_model", "push_to_hub", "hub_token", "hub_private_repo",
+    "hub_model_id", "hub_strategy", "hub_always_push", "hub_revision", "do_train", "do_eval", "do_predict",
+    "resume_from_checkpoint", "resume_changed", "nonfinite", "collapse_nats",
+    # how the work is dealt out: processes, kernels, memory, loading
+    "per_device_train_batch_size", "gradient_accumulation_steps", "auto_find_batch_size",
+    "average_tokens_across_devices", "layout", "completions_per_forward", "gradient_checkpointing",
+    "gradient_checkpointing_kwargs", "activation_checkpointing", "activation_checkpointing_kwargs",
+    "activation_offloading", "torch_empty_cache_steps", "torch_compile", "torch_compile_backend",
+    "torch_compile_mode", "use_liger_kernel", "liger_kernel_config", "use_cache", "pad_to_multiple_of",
+    "precompute_ref_log_probs", "precompute_ref_batch_size", "dataset_num_proc", "dataloader_num_workers",
+    "dataloader_pin_memory", "dataloader_persistent_workers", "dataloader_prefetch_factor",
+    "dataloader_multiprocessing_context", "dataloader_in_order", "accelerator_config", "parallelism_config",
+    "deepspeed", "fsdp", "fsdp_config", "ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers",
+    "ddp_static_graph", "ddp_backend", "ddp_timeout", "local_rank", "restore_callback_states_from_checkpoint",
+    "remove_unused_columns", "length_column_name",
+}  # fmt: skip
+# These are kept in the optimizer's and the scheduler's state, which would silently win over a new value.
+FIXED = {
+    "learning_rate", "weight_decay", "optim", "optim_args", "optim_target_modules", "adam_beta1", "adam_beta2",
+    "adam_epsilon",
+}  # fmt: skip
+_STREAM_ROWS = 8  # of a stream that are read to know it again
+_NOT_OF_THE_MODEL = ("token", "use_auth_token", "proxies")  # how it is fetched; secrets stay out of checkpoints
+_CONTENT = ("prompt_ids", "completion_ids", "rewards")
+
+
+def run_identity(
+    args: NCAConfig, model: nn.Module, dataset, processes: int, reference: str | None = None
+) -> dict[str, Any]:
+    """What decides a run's result, as JSON values: `args` without `FREE`, the batch, the model, adapter and data.
+
+    Args:
+        args: as the trainer settled them.
+        model: the policy, with its adapters if it has any.
+        dataset: tokenised training rows; a stream is known by its first rows.
+        processes: of the launch; only the prompts of a whole step count, not how they are dealt to processes.
+        reference: `reference_hash` of a `ref_model` that was given.
+    """
+    identity = {name: value for name, value in args.to_dict().items() if name not in FREE}
+    kwargs = args.model_init_kwargs
+    if isinstance(kwargs, dict):
+        identity["model_init_kwargs"] = {name: kwargs[name] for name in kwargs if name not in _NOT_OF_THE_MODEL}
+    if reference is not None:
+        identity["ref_model"] = reference[:16]
+    identity["global_batch_size"] = args.train_batch_size * args.gradient_accumulation_steps * processes
+    if args.train_sampling_strategy == "group_by_length":  # there the order of the rows depends on it
+        identity["prompts_a_process"] = args.train_batch_size * args.gradient_accumulation_steps
+    base = base_model(model)
+    identity["model"] = weights_fingerprint(get_config_model_id(base.config))
+    about = computed_config(base) | {"class": type(base).__name__, "dtype": str(base.dtype)}
+    identity |= {f"model.{key}": value for key, value in about.items()}
+    for name, adapter in getattr(model, "peft_config", {}).items():
+        leave_out = ("base_model_name_or_path", "inference_mode", "revision", "auto_mapping", "peft_version")
+        identity |= {
+            f"adapter.{name}.{key}": sorted(value) if isinstance(value, set) else value
+            for key, value in adapter.to_dict().items()
+            if key not in leave_out
+        }
+        if name == "ref":
+            identity["adapter.ref"] = adapter_hash(model, name)[:16]  # a reference that no model folder holds
+    if isinstance(dataset, Dataset):
+        identity["data"] = f"{len(dataset)} rows, {content_hash(dataset, _CONTENT)[:16]}"
+    else:
+        first = Dataset.from_list(list(dataset.take(_STREAM_ROWS)))
+        identity["data"] = f"stream, {content_hash(first, _CONTENT)[:16]}"
+    return json.loads(json.dumps(identity, default=str, sort_keys=True))
+
+
+def refuse_changes(old: dict[str, Any], new: dict[str, Any], allowed: list[str], checkpoint: str) -> None:
+    """Raise where `new` isn't the run that `checkpoint` belongs to, unless each difference is allowed by name.
+
+    Args:
+        old, new: `run_identity` of the checkpoint and of this run.
+        allowed: `resume_changed`.
+        checkpoint: its name.
+
+    Raises:
+        UserError: options, model or data changed, each with its old and new value; or `allowed` holds an unknown name.
+    """
+    known = old.keys() | new.keys()
+    for name in allowed:
+        if name not in known:
+            raise UserError(
+                f"`resume_changed` holds {name!r}, which is no part of what makes a run"
+                f"{nearest(name, sorted(known))}; give names as the refusal shows them"
+            )
+    changed = sorted(key for key in known if old.get(key) != new.get(key) and key not in allowed)
+    fixed = sorted(key for key in known if old.get(key) != new.get(key) and key in FIXED)
+    if fixed:
+        raise UserError(
+            f"{checkpoint} belongs to a run with other options: {_differences(old, new, fixed)}; the optimizer's state "
+            "in the checkpoint keeps the old values, so they can't change within a run: go back to them, or start a "
+            "new run from the checkpoint's weights, with `model_name_or_path` set to it"
+        )
+    if changed:
+        raise UserError(
+            f"{checkpoint} belongs to another run: {_differences(old, new, changed)}; go back to what it was, choose "
+            f"another `output_dir`, or allow it by name: `--resume_changed {' '.join(changed)}`"
+        )
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any], keys: list[str]) -> str:
+    return ", ".join(f"`{key}` {_short(old.get(key))} → {_short(new.get(key))}" for key in keys)
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 80 else f"{text[:77]}…"
