@@ -9,7 +9,7 @@ from trl.data_utils import common_prefix_length
 from conftest import CHAT_TEMPLATE, build_tokenizer, reward_rows
 from nca_align.batching.tokenization import rows_that_fit, tokenize_dataset, tokenize_rows
 from nca_align.config import NCAConfig
-from nca_align.errors import is_users_mistake
+from nca_align.errors import UserError
 
 LIMITS = {"max_prompt_length": None, "max_length": None, "length_column": "length"}
 
@@ -226,4 +226,4 @@ def test_a_row_that_fails_in_a_worker_is_told_like_any_other():
     given = Dataset.from_list([text("Fine", " a", " b")] * 80 + [text("", "a", "b")])
     with pytest.raises(ValueError, match="Row 80 of `train`: `prompt` gives no token") as caught:
         tokenize_dataset(given, build_tokenizer(), None, None, "length", num_proc=2)
-    assert is_users_mistake(caught.value)
+    assert isinstance(caught.value, UserError)

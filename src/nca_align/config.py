@@ -5,6 +5,7 @@ from typing import Any
 
 from trl import DPOConfig
 
+from .errors import UserError, UserTypeError
 from .losses import LOSSES, loss_name
 
 LAYOUTS = ("auto", "prefix_shared", "padded")
@@ -104,46 +105,44 @@ class NCAConfig(DPOConfig):
         names = [self.loss_type] if isinstance(self.loss_type, str) else list(self.loss_type)
         self.loss_type = [_known_loss(name) for name in names]
         if not names or len({*self.loss_type}) < len(names):
-            raise ValueError(
+            raise UserError(
                 f"`loss_type` is {names}, but must name at least one loss, and each once; `loss_weights` weighs them."
             )
         for name in ("alpha", "beta"):
             value = getattr(self, name)
             if not (isinstance(value, (int, float)) and 0 < value < float("inf")):
-                raise ValueError(f"`{name}` is {value!r}, but must be a finite number above 0; the paper's is 0.01.")
+                raise UserError(f"`{name}` is {value!r}, but must be a finite number above 0; the paper's is 0.01.")
         if not 0 <= self.negative_weight < float("inf"):
-            raise ValueError(f"`negative_weight` is {self.negative_weight}, but must be 0 or above; the paper's is 1.")
+            raise UserError(f"`negative_weight` is {self.negative_weight}, but must be 0 or above; the paper's is 1.")
         if self.negative_weight != 1 and "nca" not in self.loss_type:
-            raise ValueError(
+            raise UserError(
                 f"`negative_weight` is {self.negative_weight}, but `loss_type` is {'+'.join(self.loss_type)}, and only "
                 "nca has a negative term. Leave it out."
             )
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
             if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` is {getattr(self, name)}, but must be at least 1.")
+                raise UserError(f"`{name}` is {getattr(self, name)}, but must be at least 1.")
         if not 0 <= self.learning_rate < float("inf"):
-            raise ValueError(f"`learning_rate` is {self.learning_rate}, but must be a finite number, 0 or above.")
+            raise UserError(f"`learning_rate` is {self.learning_rate}, but must be a finite number, 0 or above.")
         if self.layout not in LAYOUTS:
-            raise ValueError(f"`layout` is {self.layout!r}, but must be one of {', '.join(map(repr, LAYOUTS))}.")
+            raise UserError(f"`layout` is {self.layout!r}, but must be one of {', '.join(map(repr, LAYOUTS))}.")
         if self.completions_per_forward is not None and self.completions_per_forward < 1:
-            raise ValueError(
+            raise UserError(
                 f"`completions_per_forward` is {self.completions_per_forward}, but must be at least 1; "
                 "leave it out to run all completions of a batch at once."
             )
         if self.nonfinite not in NONFINITE:
-            raise ValueError(f"`nonfinite` is {self.nonfinite!r}, but must be one of 'stop', 'skip'.")
+            raise UserError(f"`nonfinite` is {self.nonfinite!r}, but must be one of 'stop', 'skip'.")
         if not self.collapse_nats > 0:
-            raise ValueError(f"`collapse_nats` is {self.collapse_nats}, but must be above 0; `inf` turns it off.")
+            raise UserError(f"`collapse_nats` is {self.collapse_nats}, but must be above 0; `inf` turns it off.")
         if self.enable_jit_checkpoint:
-            raise ValueError(
+            raise UserError(
                 "`enable_jit_checkpoint` is true, but NCATrainer saves on SIGTERM by itself, after whole steps. Leave "
                 "it out."
             )
         for name, why in _IGNORED.items():
             if getattr(self, name) != _default(name):
-                raise ValueError(
-                    f"`{name}` is {getattr(self, name)!r}, but no loss here reads it: {why}. Leave it out."
-                )
+                raise UserError(f"`{name}` is {getattr(self, name)!r}, but no loss here reads it: {why}. Leave it out.")
         self.max_prompt_length = prompt_limit(self.max_prompt_length, self.max_length)
         super().__post_init__()
 
@@ -158,7 +157,7 @@ class NCAConfig(DPOConfig):
         if isinstance(args, cls):
             return args, None
         if not isinstance(args, DPOConfig):
-            raise TypeError(f"`args` is a {type(args).__name__}, but must be an NCAConfig or a DPOConfig.")
+            raise UserTypeError(f"`args` is a {type(args).__name__}, but must be an NCAConfig or a DPOConfig.")
         values: dict[str, Any] = {f.name: getattr(args, f.name) for f in fields(DPOConfig) if f.init}
         weights: dict[str, float] = {}  # several of DPOTrainer's losses may become one
         for name, weight in zip(args.loss_type, args.loss_weights or [1.0] * len(args.loss_type), strict=True):
@@ -191,9 +190,9 @@ def prompt_limit(max_prompt_length: int | None, max_length: int | None) -> int |
     if max_prompt_length is None:
         return None
     if max_prompt_length < 1:
-        raise ValueError(f"`max_prompt_length` is {max_prompt_length}, but must be at least 1.")
+        raise UserError(f"`max_prompt_length` is {max_prompt_length}, but must be at least 1.")
     if max_length is not None and max_prompt_length >= max_length:
-        raise ValueError(
+        raise UserError(
             f"`max_prompt_length` is {max_prompt_length}, which leaves no room for completions within `max_length` "
             f"{max_length}; make it smaller."
         )
@@ -207,5 +206,5 @@ def _default(name: str) -> Any:
 
 def _known_loss(name: str) -> str:
     if name in _INSTEAD:
-        raise ValueError(f"`loss_type` is {name!r}, which is DPOTrainer's; use {_INSTEAD[name]}.")
+        raise UserError(f"`loss_type` is {name!r}, which is DPOTrainer's; use {_INSTEAD[name]}.")
     return loss_name(name, [*LOSSES, "sft"])

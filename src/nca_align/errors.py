@@ -1,17 +1,34 @@
 """One clear sentence instead of a traceback for a user's mistake, and the traceback still for a bug."""
 
-import dis
 import functools
 import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import TracebackType
 
 
 class UserError(ValueError):
-    """A mistake that the user can mend; its text is the whole message."""
+    """A mistake that the user can mend; its text is the whole message. Every such mistake is one of these classes.
+
+    The classes below are also what Python calls such a mistake, for a caller's `except`.
+    """
+
+
+class UserTypeError(UserError, TypeError):
+    """A value of the wrong type."""
+
+
+class UnsupportedError(UserError, NotImplementedError):
+    """Options, models or data that can't be used together."""
+
+
+class NotFoundError(UserError, FileNotFoundError):
+    """A file or folder that doesn't exist."""
+
+
+class HubError(UserError, ConnectionError):
+    """A repository that the Hub did not give."""
 
 
 def one_line(error: BaseException) -> str:
@@ -36,26 +53,9 @@ def refused_by(
     try:
         yield
     except refusals as error:
-        if os.environ.get("NCA_ALIGN_TRACEBACK") or is_users_mistake(error) or not known():
+        if os.environ.get("NCA_ALIGN_TRACEBACK") or isinstance(error, UserError) or not known():
             raise
         raise UserError(f"{what} failed: {one_line(error)} (NCA_ALIGN_TRACEBACK=1 shows where)") from error
-
-
-def is_users_mistake(error: BaseException) -> bool:
-    """True for a `UserError`, and for a ValueError, TypeError, NotImplementedError or OSError that a `raise`
-    statement of this package gave: what validation says. The same classes out of torch, or out of an expression of
-    ours that failed, are bugs and keep their traceback.
-    """
-    if isinstance(error, UserError):
-        return True
-    if not isinstance(error, (ValueError, TypeError, NotImplementedError, OSError)):
-        return False
-    last: TracebackType | None = error.__traceback__
-    while last is not None and last.tb_next is not None:
-        last = last.tb_next
-    if last is None or last.tb_frame.f_globals.get("__name__", "").split(".")[0] != __package__:
-        return False
-    return dis.opname[last.tb_frame.f_code.co_code[last.tb_lasti]] == "RAISE_VARARGS"
 
 
 def _not_of_kernels(record: logging.LogRecord) -> bool:
@@ -83,9 +83,7 @@ def command(prog: str, goes_on: str = "the same command goes on from here") -> C
             except KeyboardInterrupt:
                 print(f"\n{prog}: interrupted; {goes_on}", file=sys.stderr)
                 return 130
-            except Exception as error:
-                if not is_users_mistake(error):
-                    raise
+            except UserError as error:
                 print(f"{prog}: error: {one_line(error)}", file=sys.stderr)
                 return 2
 

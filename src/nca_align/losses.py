@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .errors import UnsupportedError, UserError, UserTypeError
+
 
 def targets(rewards: Tensor, alpha: float, mask: Tensor | None = None) -> Tensor:
     """The distribution over one prompt's completions that InfoNCA and NCA aim at.
@@ -60,7 +62,7 @@ def nca_loss(
     Source: arXiv 2402.05369; λ is free in Condition Contrastive Alignment (arXiv 2410.09347).
     """
     if not 0 <= negative_weight < math.inf:
-        raise ValueError(
+        raise UserError(
             f"`negative_weight` is {negative_weight}; it must be a finite number of 0 or more: 1 is the paper's NCA."
         )
     r, w, mask = _inputs(pi_logps, ref_logps, rewards, alpha, beta, mask)
@@ -207,7 +209,7 @@ def reward_loss(
     if name == "nca":
         return nca_loss(pi_logps, ref_logps, rewards, alpha, beta, mask, negative_weight)
     if negative_weight != 1:
-        raise NotImplementedError(
+        raise UnsupportedError(
             f"`negative_weight` is {negative_weight} with `loss_type` {name!r}; it weighs the second term of 'nca', "
             "which no other loss has: leave it at 1."
         )
@@ -218,12 +220,12 @@ def loss_name(loss_type: str, names: Iterable[str] = LOSSES) -> str:
     """The name among `names` that `loss_type` means, in any case; an error with the list and the nearest otherwise."""
     names = list(names)
     if not isinstance(loss_type, str):
-        raise TypeError(f"`loss_type` is {loss_type!r}; it must be a string, one of {', '.join(names)}.")
+        raise UserTypeError(f"`loss_type` is {loss_type!r}; it must be a string, one of {', '.join(names)}.")
     name = loss_type.lower()
     if name not in names:
         begun = [known for known in names if name.startswith(known)]  # TRL's nca_pair is nearest to nca
         nearest = (begun or get_close_matches(name, names, n=1, cutoff=0))[0]
-        raise ValueError(
+        raise UserError(
             f"`loss_type` is {loss_type!r}; it must be one of {', '.join(names)} (any case): did you mean {nearest!r}?"
         )
     return name
@@ -244,31 +246,31 @@ def check_rows(rewards: Tensor, alpha: float, mask: Tensor | None = None, beta: 
     """The mask (all True for None) of rows that `reward_loss` can take; raises what it lists for anything else."""
     for name, value in (("alpha", alpha), ("beta", beta)):
         if not 0 < value < math.inf:
-            raise ValueError(f"`{name}` is {value}; it must be a finite number above 0: the paper's is 0.01.")
+            raise UserError(f"`{name}` is {value}; it must be a finite number above 0: the paper's is 0.01.")
     if rewards.ndim != 2:
-        raise ValueError(f"`rewards` has shape {tuple(rewards.shape)}; it must be (B, K): add the missing axis.")
+        raise UserError(f"`rewards` has shape {tuple(rewards.shape)}; it must be (B, K): add the missing axis.")
     if mask is None:
         mask = torch.ones_like(rewards, dtype=torch.bool)
     for name, tensor in {**logps, "mask": mask}.items():
         if name != "mask" and not tensor.is_floating_point():
-            raise TypeError(f"`{name}` is {tensor.dtype}; it must be floating: pass log-probabilities in nats.")
+            raise UserTypeError(f"`{name}` is {tensor.dtype}; it must be floating: pass log-probabilities in nats.")
         if tensor.shape != rewards.shape:
-            raise ValueError(
+            raise UserError(
                 f"`{name}` has shape {tuple(tensor.shape)} and `rewards` {tuple(rewards.shape)}; both must be (B, K), "
                 "one number a completion: sum log-probabilities over tokens and pad alike."
             )
     if mask.dtype != torch.bool:
-        raise TypeError(f"`mask` is {mask.dtype}; it must be bool, True where a completion is: use `mask.bool()`.")
+        raise UserTypeError(f"`mask` is {mask.dtype}; it must be bool, True where a completion is: use `mask.bool()`.")
     few, broken = mask.sum(1) < 2, (mask & ~rewards.isfinite()).any(1)  # (B,)
     if (few | broken).any():  # one synchronisation on CUDA
         row = int((few | broken).int().argmax())
         valid = rewards[row][mask[row]].tolist()
         if few[row]:
-            raise ValueError(
+            raise UserError(
                 f"`rewards` of row {row} has {len(valid)} valid completion(s); it must have at least 2 to compare: "
                 "leave the row out."
             )
-        raise ValueError(f"`rewards` of row {row} is {valid}; each must be finite: drop or repair it.")
+        raise UserError(f"`rewards` of row {row} is {valid}; each must be finite: drop or repair it.")
     return mask
 
 

@@ -24,6 +24,7 @@ from .batching import layout
 from .batching.collator import RewardCollator
 from .batching.tokenization import tokenize_dataset
 from .config import NCAConfig
+from .errors import UnsupportedError, UserError, UserTypeError
 from .models.logprobs import add_token_logps
 from .store.checkpoints import read_errors_told
 from .training.chunked_step import backward, gradient_sync, restore_rng, rng_restored, rng_state
@@ -101,17 +102,17 @@ class NCATrainer(DPOTrainer):
         if changes:
             say(changes)
         if data_collator is not None and not isinstance(data_collator, RewardCollator):
-            raise TypeError(
+            raise UserTypeError(
                 f"`data_collator` is a {type(data_collator).__name__}, but NCATrainer needs a RewardCollator, which "
                 "lays out K completions a prompt; leave it out."
             )
         if compute_metrics is not None:
-            raise NotImplementedError(
+            raise UnsupportedError(
                 "`compute_metrics` can't be used with NCATrainer, which builds no logits; its metrics over completions "
                 "are logged in any case, and a callback's `on_evaluate` receives them."
             )
         if train_dataset is None:
-            raise ValueError("`train_dataset` is None, but NCATrainer needs one, also to evaluate only.")
+            raise UserError("`train_dataset` is None, but NCATrainer needs one, also to evaluate only.")
         # Before the model is loaded, so that an invalid row costs no waiting
         train_dataset = reward_rows(train_dataset, "train")
         if isinstance(eval_dataset, dict):
@@ -242,7 +243,7 @@ class NCATrainer(DPOTrainer):
         if self.ref_model is not None:
             models.append(base_model(self.accelerator.unwrap_model(self.ref_model)))
         if not any(parameter.requires_grad for parameter in self.model.parameters()):
-            raise ValueError(
+            raise UserError(
                 "`model` has no parameter that is trained; load an adapter with `is_trainable=True`, or give a "
                 "`peft_config`."
             )
@@ -262,9 +263,7 @@ class NCATrainer(DPOTrainer):
         if requested != "padded":
             obstacle = layout.obstacle(models, self.model, self.args.pad_to_multiple_of)
             if obstacle and requested == "prefix_shared":
-                raise NotImplementedError(
-                    f"`layout: prefix_shared` can't be used here: {obstacle}. Use `layout: padded`."
-                )
+                raise UnsupportedError(f"`layout: prefix_shared` can't be used here: {obstacle}. Use `layout: padded`.")
         if requested == "padded" or obstacle:
             say(f"Layout: padded, {obstacle or 'as asked for'}.")
             return
@@ -297,7 +296,7 @@ class NCATrainer(DPOTrainer):
         if agrees:
             say(f"Layout: prefix_shared, each shared token once; agrees with padded on the first rows: {figures}.")
         elif requested == "prefix_shared":
-            raise NotImplementedError(
+            raise UnsupportedError(
                 f"`layout: prefix_shared` does not agree with padded on the first rows ({figures}): "
                 f"{type(base_model(self.model)).__name__} mixes positions in a way that it can't follow. "
                 "Use `layout: padded`."
@@ -344,7 +343,7 @@ class NCATrainer(DPOTrainer):
         if "ref_logps" in inputs:
             return inputs["ref_logps"]
         if self.ref_model is None and not is_peft_model(self.model):
-            raise ValueError(
+            raise UserError(
                 "This data set has no cached reference log-probabilities, and `precompute_ref_log_probs` keeps no "
                 "reference model in memory; give `ref_model`, or set `precompute_ref_log_probs: false`."
             )
@@ -562,7 +561,7 @@ class NCATrainer(DPOTrainer):
                     layout.share_prefixes(reference)
                 return self.accelerator.prepare_model(reference, evaluation_mode=True)
             reason = f"the weights in {path!r} are not those that it had before training"
-        raise ValueError(
+        raise UserError(
             "`evaluate()` on a new data set needs the reference model, which `precompute_ref_log_probs` did not keep: "
             f"{reason}. Give the data set as `eval_dataset` at construction, or give `ref_model`."
         )

@@ -20,6 +20,8 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from ..errors import UnsupportedError
+
 
 def _varlen_kernel() -> Callable[..., torch.Tensor] | None:
     """The FlashAttention call that ships with torch, where it takes a scale, a window and grouped heads (from 2.12)."""
@@ -106,7 +108,7 @@ def share_prefixes(model: PreTrainedModel) -> None:
         NotImplementedError: the model can't, with the reason.
     """
     if obstacle := prefix_sharing_obstacle(model):
-        raise NotImplementedError(f"`layout: prefix_shared` can't be used here: {obstacle}. Use `layout: padded`.")
+        raise UnsupportedError(f"`layout: prefix_shared` can't be used here: {obstacle}. Use `layout: padded`.")
     own = model.config.get_text_config()._attn_implementation
     if own.startswith(_PREFIX):
         return
@@ -170,7 +172,7 @@ def attend_segments(
         NotImplementedError: the layer adds a bias to its scores.
     """
     if position_bias is not None:
-        raise NotImplementedError(
+        raise UnsupportedError(
             "`layout: prefix_shared` can't add this model's position bias to its scores. Use `layout: padded`."
         )
     if torch.is_autocast_enabled(query.device.type):  # normed queries and keys (Qwen3) come in float32

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from trl.data_utils import common_prefix_length
 
 from ..config import NCAConfig, prompt_limit
+from ..errors import UserError
 
 logger = logging.getLogger("nca_align")
 
@@ -61,7 +62,7 @@ def tokenize_dataset(
         if (text := str(error)).startswith(
             "Row "
         ):  # also from a worker process: raised here, it is told in one sentence
-            raise ValueError(text.replace(":", f" of `{name}`:", 1)) from error
+            raise UserError(text.replace(":", f" of `{name}`:", 1)) from error
         raise
     cut = {column: sum(dataset[column]) for column in CUT_COLUMNS}
     notices = []
@@ -97,7 +98,7 @@ def rows_that_fit(
         if len(prompt) <= most_of_prompt and len(prompt) + max(map(len, completions)) <= most
     ]  # fmt: skip
     if not kept:
-        raise ValueError(
+        raise UserError(
             f"every prompt of `{name}` is longer than `max_prompt_length` {limits[0]}, or with a completion than "
             f"`max_length` {limits[1]}; raise them"
         )
@@ -152,13 +153,13 @@ def tokenize_rows(
             wholes = [_one_eos(whole, tokenizer.eos_token_id) for whole in wholes]
         boundary = min(common_prefix_length(prompt, whole) for whole in wholes)
         if boundary == 0:
-            raise ValueError(
+            raise UserError(
                 f"Row {indices[i]}: `prompt` gives no token in front of the completions, whose first one can't be "
                 "scored then; give a prompt that isn't empty."
             )
         for k, whole in enumerate(wholes):
             if len(whole) == boundary:
-                raise ValueError(f"Row {indices[i]}: `completions[{k}]` gives no token after the prompt; leave it out.")
+                raise UserError(f"Row {indices[i]}: `completions[{k}]` gives no token after the prompt; leave it out.")
         kept = prompt[:boundary][-max_prompt_length:] if max_prompt_length else prompt[:boundary]
         end = None if max_length is None else boundary + max_length - len(kept)
         completions = [whole[boundary:end] for whole in wholes]
@@ -182,7 +183,7 @@ def _render(row: dict[str, Any], index: int, tokenizer: PreTrainedTokenizerBase)
         bos = tokenizer.bos_token
         return texts, not (bos and prompt.startswith(bos))  # no second BOS before text that is rendered already
     if tokenizer.chat_template is None:
-        raise ValueError(
+        raise UserError(
             f"Row {index}: `prompt` holds messages, but the tokenizer has no chat template to render them; set its "
             "`chat_template` to the one that the model was trained with, or give the prompt as text."
         )
@@ -199,14 +200,14 @@ def _render(row: dict[str, Any], index: int, tokenizer: PreTrainedTokenizerBase)
             *(tokenizer.apply_chat_template(prompt + completion, **options) for completion in completions),
         ]
     except Exception as error:  # jinja's own errors, and whatever a template calls
-        raise ValueError(
+        raise UserError(
             f"Row {index}: the chat template can't render `prompt` ({_roles(prompt)}): {error}. "
             "Use a template that can, or leave those turns out of the data."
         ) from error
     for message in prompt:
         content = message["content"]
         if message["role"] == "system" and isinstance(content, str) and content.strip() not in texts[0]:
-            raise ValueError(
+            raise UserError(
                 f"Row {index}: the chat template leaves out the system prompt of `prompt`, so it has no system role; "
                 "use a template that has one, or put the system prompt into the first user turn."
             )

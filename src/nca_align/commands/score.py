@@ -56,18 +56,18 @@ class ScoreOptions:
     def __post_init__(self):
         for name in ("batch_size", "shard_size"):
             if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` is {getattr(self, name)}; it must be at least 1")
+                raise UserError(f"`{name}` is {getattr(self, name)}; it must be at least 1")
         if not self.scorer:
-            raise ValueError("`scorer` is missing: name a reward model, pipeline:MODEL:LABEL or module:function")
+            raise UserError("`scorer` is missing: name a reward model, pipeline:MODEL:LABEL or module:function")
         check_weights(self.scorer_weights, len(self.scorer))
 
 
 def check_weights(weights: Any, scorers: int) -> None:
     """Raise a ValueError where `weights` aren't a finite number a scorer, or none at all."""
     if weights and isinstance(weights, Sequence) and len(weights) != scorers:
-        raise ValueError(f"`scorer_weights` has {len(weights)} values for {scorers} scorers; give one each, or none")
+        raise UserError(f"`scorer_weights` has {len(weights)} values for {scorers} scorers; give one each, or none")
     if not isinstance(weights, Sequence) or not all(_is_finite(weight) for weight in weights):
-        raise ValueError(f"`scorer_weights` is {weights!r}; they must be finite numbers, one a scorer")
+        raise UserError(f"`scorer_weights` is {weights!r}; they must be finite numbers, one a scorer")
 
 
 def _is_finite(value: Any) -> bool:

@@ -14,6 +14,7 @@ from typing import Any
 from datasets import Dataset, Features, IterableDataset
 from datasets.fingerprint import Hasher
 
+from ..errors import UnsupportedError, UserError, UserTypeError
 from . import flat, formats, pairs, validation
 from .options import DEFAULT_SCORE, DataOptions
 from .report import FIX, NOTES, DataReport, read_notes, show_counts
@@ -65,7 +66,7 @@ def convert_dataset(
 ) -> tuple[Dataset | IterableDataset, DataReport | None]:
     """`to_reward_dataset`, and beside it the report, which is None for a stream."""
     if not isinstance(dataset, (Dataset, IterableDataset)):
-        raise TypeError(
+        raise UserTypeError(
             f"`dataset` is a {type(dataset).__name__}; it must be one split, a datasets.Dataset or IterableDataset"
         )
     options = options or DataOptions()
@@ -73,7 +74,7 @@ def convert_dataset(
         dataset = dataset.with_format(None)
     peeked = list(itertools.islice(dataset, _PEEKED))
     if not peeked:
-        raise ValueError(f"`{name}` is empty; it must have at least one row")
+        raise UserError(f"`{name}` is empty; it must have at least one row")
     fmt = formats.recognise(peeked[0], options, name)
     _check_options(fmt, options, peeked, name)
     if isinstance(dataset, IterableDataset):
@@ -123,13 +124,13 @@ def _revision() -> str:
 
 def _check_options(fmt: formats.Format, options: DataOptions, peeked: list[dict[str, Any]], name: str) -> None:
     if options.exclude_sources and "source" not in peeked[0]:
-        raise ValueError(
+        raise UserError(
             f"`exclude_sources` is {options.exclude_sources}, but `{name}` has no column `source`; leave the option out"
         )
     known = fmt.scores(peeked) if fmt.scores else set()
     if options.score != DEFAULT_SCORE and options.score not in known:
         choice = f"choose among {', '.join(sorted(known))}" if known else "leave the option out"
-        raise ValueError(f"`score` is {options.score!r}, which `{name}` ({fmt.name}) doesn't have; {choice}")
+        raise UserError(f"`score` is {options.score!r}, which `{name}` ({fmt.name}) doesn't have; {choice}")
 
 
 def _convert_row(row: dict[str, Any], fmt: formats.Format, options: DataOptions) -> Row:
@@ -226,7 +227,7 @@ def _convert_stream(
     stream: IterableDataset, fmt: formats.Format, options: DataOptions, peeked: list[dict[str, Any]], name: str
 ) -> IterableDataset:
     if fmt.grouped:
-        raise NotImplementedError(
+        raise UnsupportedError(
             f"`{name}` is a stream of flat scored rows, and putting a prompt's rows together needs all of them; "
             "load it without streaming"
         )
@@ -247,7 +248,7 @@ def _convert_stream_batch(batch: dict[str, list], indices: list[int], **argument
     rows = _convert_rows(batch, indices, arguments)
     problem = next((row["_problem"] for row in rows if row["_problem"]), None)
     if problem and arguments["options"].on_invalid == "raise":
-        raise ValueError(f"`{name}`, {problem}; {FIX}")
+        raise UserError(f"`{name}`, {problem}; {FIX}")
     kept = [row for row in rows if row["_cause"] is None]
     dropped = Counter(row["_cause"] for row in rows if row["_cause"])
     notes = Counter(note for row in kept for note in row["_notes"])

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from ..errors import UserError
 from . import flat, pairs
 from .options import DEFAULT_SCORE, DataOptions
 from .row import Row
@@ -246,6 +247,6 @@ def recognise(columns: Iterable[str], options: DataOptions, name: str) -> Format
     known = "; ".join(f"{fmt.needs} ({fmt.name})" for fmt in FORMATS.values())
     missing = min(({"prompt", "completions", "rewards"} - found, {"prompt", "chosen", "rejected"} - found), key=len)
     hint = f", only `{next(iter(missing))}` is missing" if len(missing) == 1 else ""
-    raise ValueError(
+    raise UserError(
         f"`{name}` has the columns {', '.join(sorted(found))}, which is no known format{hint}; known are {known}"
     )

@@ -7,10 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ..errors import UserError
+
 logger = logging.getLogger("nca_align")
 
 
-class UnreadableLine(ValueError):
+class UnreadableLine(UserError):
     """A line, or a whole JSON file, that can't be read; its text is the whole message."""
 
 

@@ -5,6 +5,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from ..errors import UserError
+
 DEFAULT_SCORE = "overall_score"
 
 
@@ -73,18 +75,18 @@ class DataOptions:
             ("score_bug", ("repair", "drop")),
         ]:
             if getattr(self, name) not in known:
-                raise ValueError(f"`{name}` is {getattr(self, name)!r}; it must be one of {', '.join(known)}")
+                raise UserError(f"`{name}` is {getattr(self, name)!r}; it must be one of {', '.join(known)}")
         if not isinstance(self.exclude_sources, (list, tuple)):
-            raise ValueError(f"`exclude_sources` is {self.exclude_sources!r}; it must be a list of names")
+            raise UserError(f"`exclude_sources` is {self.exclude_sources!r}; it must be a list of names")
         if isinstance(self.chat_template_kwargs, str):
             with suppress(json.JSONDecodeError):  # refused below
                 self.chat_template_kwargs = json.loads(self.chat_template_kwargs)
         if not isinstance(self.chat_template_kwargs, (dict, type(None))):
-            raise ValueError(
+            raise UserError(
                 f"`chat_template_kwargs` is {self.chat_template_kwargs!r}; it must be a JSON object such as "
                 """{"enable_thinking": false}"""
             )
         if not 0 <= self.validation_fraction < 1:
-            raise ValueError(
+            raise UserError(
                 f"`validation_fraction` is {self.validation_fraction}; it must be at least 0 and less than 1"
             )

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow.compute as pc
 from datasets import Dataset, Features, List, Value
 
+from ..errors import UserError
 from .options import DataOptions
 
 # Columns beside each row while it is converted, so that a cached conversion still knows what it met: what is wrong
@@ -70,11 +71,11 @@ def read_notes(converted: Dataset, options: DataOptions, fmt: str, name: str) ->
         first = first or (found[0].as_py() if len(found) else "")
     if first and options.on_invalid == "raise":
         more = f" ({problems - 1} more rows are invalid)" if problems > 1 else ""
-        raise ValueError(f"`{name}`, {first}{more}; {FIX}")
+        raise UserError(f"`{name}`, {first}{more}; {FIX}")
     indices = np.flatnonzero(np.concatenate(keep))
     report = DataReport(name, fmt, len(converted), len(indices), dict(dropped), dict(completions))
     if not len(indices):
-        raise ValueError(f"{report}; at least one must be left" + (f" ({first})" if first else ""))
+        raise UserError(f"{report}; at least one must be left" + (f" ({first})" if first else ""))
     return indices, report
 
 

@@ -26,7 +26,7 @@ from datasets import (
 )
 from datasets.exceptions import DatasetGenerationError
 
-from ..errors import one_line
+from ..errors import HubError, NotFoundError, UserError, one_line
 from ..store.files import visible_files
 from .jsonlines import UnreadableLine, check_json, copy_sound_lines, is_plain, read_lines
 
@@ -63,7 +63,7 @@ def open_source(path: str, name: str | None, streaming: bool, drop: bool) -> tup
     if files:
         return _open_files(path, files, streaming, drop)
     if path.startswith(("/", ".", "~")) or local.suffix in _BUILDERS or path.count("/") > 1 or glob.has_magic(path):
-        raise FileNotFoundError(f"`dataset_name` is {path!r}, and there is no such file; give the path of one")
+        raise NotFoundError(f"`dataset_name` is {path!r}, and there is no such file; give the path of one")
     return _open_hub(path, name, streaming), 0
 
 
@@ -71,19 +71,19 @@ def _open_hub(path: str, name: str | None, streaming: bool) -> dict[str, Any]:
     try:
         return dict(load_dataset(path, name, streaming=streaming))
     except OSError as error:  # offline, unknown, gated, an HTTP error
-        raise ConnectionError(
+        raise HubError(
             f"`dataset_name` is {path!r}, which is no file here and can't be had from the Hugging Face Hub "
             f"({one_line(error)[:200]}); `dataset_name` also takes a local path"
         ) from error
     except (ValueError, RuntimeError, DatasetGenerationError) as error:  # RuntimeError: a data set that is a script
-        raise ValueError(f"`dataset_name` {path!r} can't be read: {_reason(error)}") from error
+        raise UserError(f"`dataset_name` {path!r} can't be read: {_reason(error)}") from error
 
 
 def _kind(files: list[str], path: str) -> str:
     kinds = {_BUILDERS.get(Path(file).suffix, "") for file in files}
     if len(kinds) != 1 or "" in kinds:
         found = ", ".join(sorted({Path(file).suffix or Path(file).name for file in files})) or "none of these"
-        raise ValueError(
+        raise UserError(
             f"`dataset_name` is {path!r}, which holds {found}; it must be files of one kind, of {', '.join(_BUILDERS)}"
         )
     return kinds.pop()
@@ -129,8 +129,8 @@ def _load(path: str, kind: str, files: list[str], streaming: bool, what: tuple, 
     except (DatasetGenerationError, StopIteration, ValueError, OSError, RuntimeError) as error:
         # `datasets` says so where it meets no rows.
         if not any(map(os.path.getsize, files)) or "corresponds to no data" in str(error):
-            raise ValueError(f"`dataset_name` is {path!r}, which is empty; it must have at least one row") from None
-        raise ValueError(f"`dataset_name` is {path!r}, which can't be read as {kind}: {_reason(error)}") from error
+            raise UserError(f"`dataset_name` is {path!r}, which is empty; it must have at least one row") from None
+        raise UserError(f"`dataset_name` is {path!r}, which can't be read as {kind}: {_reason(error)}") from error
     finally:
         log.setLevel(level)
 
@@ -161,7 +161,7 @@ def _csv_as_text(file: str) -> dict[str, Any]:
     with open(file, encoding="utf-8-sig", newline="") as lines:
         header, *rows = itertools.islice(csv.reader(lines), 2)
     if rows and len(rows[0]) > len(header):  # pandas would take the first cells for an index, and shift the others
-        raise ValueError(f"row 0 has {len(rows[0])} cells for {len(header)} columns")
+        raise UserError(f"row 0 has {len(rows[0])} cells for {len(header)} columns")
     return {"features": Features({name: Value("string") for name in header}), "na_filter": False}
 
 

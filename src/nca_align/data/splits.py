@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
+from ..errors import UserError
+
 _TRAINING = ("train", "train_prefs")
 _HELD_OUT = ("validation", "validation_prefs", "test", "test_prefs", "eval", "dev")
 
@@ -31,7 +33,7 @@ def split_validation(dataset: Dataset, fraction: float, seed: int = 0) -> tuple[
         ValueError: `fraction` is outside [0, 1).
     """
     if not 0 <= fraction < 1:
-        raise ValueError(f"`fraction` is {fraction}; it must be at least 0 and less than 1")
+        raise UserError(f"`fraction` is {fraction}; it must be at least 0 and less than 1")
     places = np.fromiter(
         (
             _place(prompt, seed)
@@ -73,9 +75,7 @@ def find_split(names: Mapping[str, Any] | list[str], name: str) -> str:
         if name in family and len(present) == 1:
             return present[0]
     more = ", or hold more rows out by `validation_fraction`" if name in _HELD_OUT else ""
-    raise ValueError(
-        f"the split `{name}` is not in the data set, which has {', '.join(names)}; name one of these{more}"
-    )
+    raise UserError(f"the split `{name}` is not in the data set, which has {', '.join(names)}; name one of these{more}")
 
 
 def held_out_split(names: Mapping[str, Any] | list[str]) -> str:
@@ -91,7 +91,7 @@ def held_out_split(names: Mapping[str, Any] | list[str]) -> str:
     except ValueError:
         held_out = [name for name in names if name in _HELD_OUT]
         which = f"{' and '.join(held_out)} are held out" if held_out else "none is known to be held out"
-        raise ValueError(
+        raise UserError(
             f"the data set has the splits {', '.join(names)}, of which {which}; choose one by `split`"
         ) from None
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from datasets import Dataset, concatenate_datasets
 
+from ..errors import UserError, UserTypeError
 from .flat import SHARED
 from .loading import with_template_arguments
 from .pairs import HARD
@@ -26,7 +27,7 @@ def check_strategy(name: str) -> str:
     counted = _COUNTED.fullmatch(name) if isinstance(name, str) else None
     if name in ("rewards", *PAIRS) or (counted and (counted[1] != "first" or int(counted[2]) > 1)):
         return name
-    raise ValueError(
+    raise UserError(
         f"`strategy` is {name!r}; it must be one of {', '.join(STRATEGIES)}, with a number for N: first_2, best_plus_1"
     )
 
@@ -109,7 +110,7 @@ def to_preference_pairs(dataset: Dataset, strategy: str = "best_worst", seed: in
         ValueError: another strategy, or no pair at all.
     """
     if strategy not in PAIRS:
-        raise ValueError(f"`strategy` is {strategy!r}; a preference pair comes from one of {', '.join(PAIRS)}")
+        raise UserError(f"`strategy` is {strategy!r}; a preference pair comes from one of {', '.join(PAIRS)}")
 
     def pair(row: dict[str, Any], places: list[int]) -> dict[str, Any]:
         (chosen, rejected), (high, low) = ([row[name][i] for i in places] for name in ("completions", "rewards"))
@@ -152,14 +153,14 @@ def to_unpaired(dataset: Dataset, threshold: float | None = None) -> Dataset:
 
 def _rows(dataset: Dataset, strategy: str, seed: int, make, pick=choose) -> Dataset:
     if not isinstance(dataset, Dataset):
-        raise TypeError(f"`dataset` is a {type(dataset).__name__}, but must be a Dataset: give one split")
+        raise UserTypeError(f"`dataset` is a {type(dataset).__name__}, but must be a Dataset: give one split")
     function = partial(_made, strategy=strategy, seed=seed, make=make, pick=pick)
     made = dataset.map(
         function, batched=True, with_indices=True, remove_columns=dataset.column_names, load_from_cache_file=False,
         desc=f"Taking {strategy}",
     )  # fmt: skip
     if not len(made):
-        raise ValueError(f"`strategy` {strategy} leaves no row: every prompt has too few completions, or equal rewards")
+        raise UserError(f"`strategy` {strategy} leaves no row: every prompt has too few completions, or equal rewards")
     numbers, made = made["row"], made.remove_columns("row")
     if not _shared(dataset):
         return made

@@ -4,11 +4,13 @@ import json
 import math
 from typing import Any
 
+from ..errors import UserError
+
 MISSING = "missing score"
 _NO_NUMBER = {"", "n/a", "na", "none", "null"}
 
 
-class RowError(ValueError):
+class RowError(UserError):
     """One row is invalid.
 
     Args:

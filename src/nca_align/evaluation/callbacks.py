@@ -9,6 +9,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from ..batching.tokenization import tokenize_dataset
+from ..errors import UnsupportedError, UserError
 from ..models.loading import as_reference, completion_logps, merged
 from ..training.metrics import PromptMeans, calibration, row_metrics
 from ..training.setup import base_model, keep_nf4_differentiable, refuse_virtual_tokens
@@ -31,7 +32,7 @@ class _EvaluationCallback(TrainerCallback):
         mark: str,
     ):  # fmt: skip
         if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
-            raise NotImplementedError(
+            raise UnsupportedError(
                 f"{type(self).__name__} runs the model outside of training, which a model that FSDP or DeepSpeed has "
                 "sharded can't; leave it out, or evaluate the saved model (`nca-align evaluate`)"
             )
@@ -91,13 +92,13 @@ class _EvaluationCallback(TrainerCallback):
             unwrap = self._trainer.accelerator.unwrap_model
             known = unwrap(known) if isinstance(known, nn.Module) else known
             if isinstance(known, nn.Module) and base_model(known) is base_model(model):
-                raise ValueError(
+                raise UserError(
                     f"`reference` of {type(self).__name__} is the model that is trained, which would be measured "
                     "against itself; give a copy of it from before training"
                 )
             return known
         if not hasattr(model, "peft_config"):
-            raise ValueError(
+            raise UserError(
                 f"`reference` is missing for {type(self).__name__}: the trainer holds no reference model, and the "
                 "model has no adapter that could be switched off; give one, or set `precompute_ref_log_probs: false`"
             )
@@ -180,7 +181,7 @@ class RankingCallback(_EvaluationCallback):
         mark = f"{_prefix(next(iter(datasets)))}rewards/rank_1"
         super().__init__(trainer, steps, reference, starts_as_reference, mark)
         if trainer.args.world_size > 1:
-            raise NotImplementedError(
+            raise UnsupportedError(
                 f"RankingCallback runs in one process, but there are {trainer.args.world_size}; give the rows to "
                 "NCATrainer as `eval_dataset`, which logs the same"
             )

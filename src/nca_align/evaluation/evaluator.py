@@ -59,12 +59,12 @@ class GenerationEvaluator:
             ("num_completions", num_completions), ("max_new_tokens", max_new_tokens), ("batch_size", batch_size),
         ):  # fmt: skip
             if value < 1:
-                raise ValueError(f"`{name}` is {value}; it must be at least 1")
+                raise UserError(f"`{name}` is {value}; it must be at least 1")
         if not scorers:
-            raise ValueError("`scorers` is empty; give what rewards the answers, as in `nca-align score`")
+            raise UserError("`scorers` is empty; give what rewards the answers, as in `nca-align score`")
         self._rows = [dict(row) for row in dataset]
         if not self._rows:
-            raise ValueError("`dataset` is empty; give prompts that the model is to answer")
+            raise UserError("`dataset` is empty; give prompts that the model is to answer")
         try:
             self._prompts = [prompt_ids(tokenizer, row) for row in self._rows]
         except PromptError as error:
@@ -72,7 +72,7 @@ class GenerationEvaluator:
         self._tokenizer = tokenizer
         if isinstance(scorers, Scorers):
             if scorer_weights is not None:
-                raise ValueError("`scorer_weights` are given with `Scorers`, which have theirs; leave them out")
+                raise UserError("`scorer_weights` are given with `Scorers`, which have theirs; leave them out")
         else:
             if isinstance(scorers, str) or callable(scorers):
                 scorers = [scorers]
@@ -97,7 +97,7 @@ class GenerationEvaluator:
         """
         if reference is None:
             if not hasattr(model, "peft_config"):
-                raise ValueError(
+                raise UserError(
                     "`reference` is missing, and the model has no adapter that could be switched off: give the model "
                     "that the KL and the wins are measured against"
                 )

@@ -11,6 +11,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
+from ..errors import UnsupportedError
+
 # Bytes of logits and of their gradient that a forward may keep for its backward; above it the head runs in tiles that
 # the backward computes again. Free at 7B (under 1 % of a step), dear on small models with a large vocabulary, whose
 # logits fit anyway: 16k labelled tokens of a vocabulary of 150k are 9.8 GB in fp32.
@@ -117,7 +119,7 @@ def add_token_logps(model: PreTrainedModel) -> None:
         return
     known = (model.base_model, model.get_output_embeddings())
     if more := [name for name, child in model.named_children() if all(child is not part for part in known)]:
-        raise NotImplementedError(
+        raise UnsupportedError(
             f"`model` is a {type(model).__name__}, which has `{more[0]}` beside a backbone and an LM head (a linear "
             "map of its last hidden state), so that its log-probabilities would be wrong; use another model."
         )
@@ -142,7 +144,7 @@ def add_token_logps(model: PreTrainedModel) -> None:
         if kwargs.get("output_router_logits"):
             aux_loss = _router_loss(self, outputs.router_logits, kwargs.get("attention_mask"))
             if self.training and token_logps.requires_grad and not aux_loss.requires_grad:
-                raise NotImplementedError(
+                raise UnsupportedError(
                     "`output_router_logits` is true, but the load-balancing loss has no gradient, as happens under "
                     "`gradient_checkpointing_kwargs: {use_reentrant: true}`; set `use_reentrant` to false."
                 )

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from datasets import Dataset, Features
 from tqdm.auto import tqdm
 
-from ..errors import UserError
+from ..errors import UserError, UserTypeError
 from .files import replacing
 from .locking import alone_at
 from .provenance import KEY, read_provenance, sidecar
@@ -224,7 +224,7 @@ def _iso(value: Any) -> str:
     """Dates and times as ISO 8601, which reading takes for dates and times again."""
     if isinstance(value, (date, time)):
         return value.isoformat()
-    raise TypeError(f"{type(value).__name__} is no JSON")
+    raise UserTypeError(f"{type(value).__name__} is no JSON")
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -6,7 +6,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object
 
-from ..errors import UserError
+from ..errors import UnsupportedError, UserError
 from .setup import say
 
 # As many steps left out one after another mean that the weights are broken, and no row.
@@ -29,7 +29,7 @@ class StepGuard:
 
     def __init__(self, accelerator: Accelerator, nonfinite: str, collapse_nats: float):
         if nonfinite == "skip" and accelerator.distributed_type == DistributedType.DEEPSPEED:
-            raise NotImplementedError(
+            raise UnsupportedError(
                 "`nonfinite: skip` can't be used with DeepSpeed, whose backward pass updates the weights; use "
                 "`nonfinite: stop`."
             )

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from ..config import NCAConfig
 from ..data import DataOptions, to_reward_dataset
-from ..errors import UserError
+from ..errors import UnsupportedError, UserError, UserTypeError
 
 logger = logging.getLogger("nca_align")
 
@@ -39,12 +39,14 @@ def keep_nf4_differentiable(model: nn.Module) -> None:
 def reward_rows(dataset, name: str):
     """`dataset` as rows `prompt, completions, rewards`; tokenised rows come back as they are."""
     if not isinstance(dataset, (Dataset, IterableDataset)):
-        raise TypeError(f"`{name}` data is a {type(dataset).__name__}, but must be a Dataset or an IterableDataset.")
+        raise UserTypeError(
+            f"`{name}` data is a {type(dataset).__name__}, but must be a Dataset or an IterableDataset."
+        )
     first: dict[str, Any] = next(iter(dataset), {})
     if {"prompt_ids", "completion_ids", "rewards"} <= set(first):
         return dataset
     if images := {"image", "images"} & set(first):
-        raise NotImplementedError(
+        raise UnsupportedError(
             f"`{name}` data has a column `{images.pop()}`, but NCATrainer trains on text alone; use TRL's "
             "DPOTrainer for images."
         )
@@ -57,12 +59,12 @@ def settle(args: NCAConfig, model, datasets: list) -> None:
         args.model_init_kwargs = {"use_safetensors": True} | dict(args.model_init_kwargs or {})  # type: ignore[arg-type]
     accelerator_config: Any = args.accelerator_config
     if accelerator_config.split_batches:
-        raise NotImplementedError(
+        raise UnsupportedError(
             "`accelerator_config.split_batches` is true, but a batch of prompt trees can't be cut by rows; leave it "
             "out, and divide `per_device_train_batch_size` by the number of processes."
         )
     if accelerator_config.dispatch_batches:
-        raise NotImplementedError(
+        raise UnsupportedError(
             "`accelerator_config.dispatch_batches` is true, but a batch of prompt trees can't be cut by rows; leave it "
             "out."
         )

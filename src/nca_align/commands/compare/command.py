@@ -58,9 +58,9 @@ class CompareOptions:
 
     def __post_init__(self):
         if self.parallel < 1:
-            raise ValueError(f"`parallel` is {self.parallel}; it must be at least 1")
+            raise UserError(f"`parallel` is {self.parallel}; it must be at least 1")
         if self.timeout_minutes is not None and not self.timeout_minutes > 0:
-            raise ValueError(f"`timeout_minutes` is {self.timeout_minutes}; it must be above 0")
+            raise UserError(f"`timeout_minutes` is {self.timeout_minutes}; it must be above 0")
 
 
 @command("nca-align compare", goes_on="finished cells stay, and the same command goes on with the others")

@@ -71,16 +71,16 @@ class Evaluation:
         if isinstance(self.scorer, str):
             object.__setattr__(self, "scorer", [self.scorer])
         if not self.scorer or not (isinstance(self.scorer, list) and all(isinstance(own, str) for own in self.scorer)):
-            raise ValueError("`scorer` is missing from `evaluation`; give what rewards answers, as `nca-align score`")
+            raise UserError("`scorer` is missing from `evaluation`; give what rewards answers, as `nca-align score`")
         if isinstance(self.scorer_weights, (int, float)):
             object.__setattr__(self, "scorer_weights", [self.scorer_weights])
         check_weights(self.scorer_weights, len(self.scorer))
         if not _is_whole(self.seed):
-            raise ValueError(f"`seed` of `evaluation` is {self.seed!r}; it must be a whole number")
+            raise UserError(f"`seed` of `evaluation` is {self.seed!r}; it must be a whole number")
         for name in ("prompts", "num_completions", "max_new_tokens", "steps", "validation_steps", "batch_size"):
             value = getattr(self, name)
             if not (_is_whole(value) and value >= 1) and not (value is None and name in _OPTIONAL):
-                raise ValueError(f"`{name}` of `evaluation` is {value!r}; it must be a whole number, at least 1")
+                raise UserError(f"`{name}` of `evaluation` is {value!r}; it must be a whole number, at least 1")
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 
 from ...config import NCAConfig
 from ...data.strategies import PAIRS, check_strategy, select_completions, to_preference_pairs, to_unpaired
+from ...errors import UserError
 from ...losses import LOSSES, loss_name
 
 # TRL's name of a DPOTrainer loss for each method that goes through it
@@ -34,16 +35,16 @@ def check_method(method: str, strategy: str | None) -> tuple[str, str]:
     if name in _DPO_LOSSES:
         strategy = strategy or "best_worst"
         if strategy not in PAIRS:
-            raise ValueError(
+            raise UserError(
                 f"`strategy` is {strategy!r} with `method` {name}, which trains on pairs; it must be one of "
                 f"{', '.join(PAIRS)}"
             )
         if name == "sft" and strategy != "best_worst":
-            raise ValueError(
+            raise UserError(
                 f"`strategy` is {strategy!r} with `method` sft, which trains on the best completion: use best_worst"
             )
     elif name == "kto" and (strategy or "rewards") in PAIRS:
-        raise ValueError(f"`strategy` is {strategy!r} with `method` kto, which trains on no pairs; use rewards")
+        raise UserError(f"`strategy` is {strategy!r} with `method` kto, which trains on no pairs; use rewards")
     return name, strategy or "rewards"
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from ...errors import UserError
 from ..report.frontier import Curve, mean_and_interval, reward_at_kl
 from .grid import KEYS, Cell
 
@@ -44,9 +45,9 @@ class Selection:
 
     def __post_init__(self):
         if self.column not in FIGURES:
-            raise ValueError(f"`metric` of `select` is {self.metric!r}; it must be one of {', '.join(FIGURES)}")
+            raise UserError(f"`metric` of `select` is {self.metric!r}; it must be one of {', '.join(FIGURES)}")
         if self.at_kl is not None and not (isinstance(self.at_kl, (int, float)) and 0 < self.at_kl < math.inf):
-            raise ValueError(f"`at_kl` of `select` is {self.at_kl!r}; it must be a finite number of nats, above 0")
+            raise UserError(f"`at_kl` of `select` is {self.at_kl!r}; it must be a finite number of nats, above 0")
 
     @property
     def column(self) -> str:

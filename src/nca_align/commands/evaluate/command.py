@@ -54,14 +54,14 @@ class EvaluateOptions:
 
     def __post_init__(self):
         if len(self.dataset_name) != len(self.model_name_or_path):
-            raise ValueError(
+            raise UserError(
                 f"`dataset_name` is given {len(self.dataset_name)} times and `model_name_or_path` "
                 f"{len(self.model_name_or_path)} times; name the policy of each file"
             )
         if not self.dataset_name:
-            raise ValueError("`dataset_name` is missing; give a file of samples that `nca-align score` wrote")
+            raise UserError("`dataset_name` is missing; give a file of samples that `nca-align score` wrote")
         if self.batch_size < 1:
-            raise ValueError(f"`batch_size` is {self.batch_size}; it must be at least 1")
+            raise UserError(f"`batch_size` is {self.batch_size}; it must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)

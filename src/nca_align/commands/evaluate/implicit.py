@@ -74,9 +74,9 @@ class ImplicitOptions(DataOptions):
     def __post_init__(self):
         super().__post_init__()
         if self.batch_size < 1:
-            raise ValueError(f"`batch_size` is {self.batch_size}; it must be at least 1")
+            raise UserError(f"`batch_size` is {self.batch_size}; it must be at least 1")
         if self.beta is not None and not 0 < self.beta < float("inf"):
-            raise ValueError(f"`beta` is {self.beta}; it must be a finite number above 0")
+            raise UserError(f"`beta` is {self.beta}; it must be a finite number above 0")
         self.max_prompt_length = prompt_limit(self.max_prompt_length, self.max_length)
 
 

@@ -56,16 +56,16 @@ class JudgeOptions(EngineOptions):
     def __post_init__(self):
         suffix = JUDGES[self.judge].suffix
         if Path(self.output).suffix != suffix:
-            raise ValueError(f"`output` is {self.output!r}; for {self.judge} it must end in {suffix}")
+            raise UserError(f"`output` is {self.output!r}; for {self.judge} it must end in {suffix}")
         if self.judge != "alpaca_eval" and self.name not in (None, Path(self.output).stem):
-            raise ValueError(
+            raise UserError(
                 f"`name` is {self.name!r}, but {self.judge} takes a model's name from the file, which is "
                 f"{Path(self.output).name}; make `output` end in {self.name}{suffix}, and leave `name` out"
             )
         if self.temperature is not None and self.temperature < 0:
-            raise ValueError(f"`temperature` is {self.temperature}; it must be 0 (greedy) or more")
+            raise UserError(f"`temperature` is {self.temperature}; it must be 0 (greedy) or more")
         if self.max_new_tokens is not None and self.max_new_tokens < 1:
-            raise ValueError(f"`max_new_tokens` is {self.max_new_tokens}; it must be at least 1")
+            raise UserError(f"`max_new_tokens` is {self.max_new_tokens}; it must be at least 1")
         require_object("chat_template_kwargs", self.chat_template_kwargs)
         super().__post_init__()
 

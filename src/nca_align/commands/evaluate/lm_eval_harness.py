@@ -56,15 +56,15 @@ class HarnessOptions:
 
     def __post_init__(self):
         if not [name for name in self.lm_eval.split(",") if name.strip()]:
-            raise ValueError(f"`lm_eval` is {self.lm_eval!r}; it must name tasks, with commas between")
+            raise UserError(f"`lm_eval` is {self.lm_eval!r}; it must name tasks, with commas between")
         if self.batch_size < 1:
-            raise ValueError(f"`batch_size` is {self.batch_size}; it must be at least 1")
+            raise UserError(f"`batch_size` is {self.batch_size}; it must be at least 1")
         if self.num_fewshot is not None and self.num_fewshot < 0:
-            raise ValueError(f"`num_fewshot` is {self.num_fewshot}; it must be 0 or more")
+            raise UserError(f"`num_fewshot` is {self.num_fewshot}; it must be 0 or more")
         if self.limit is not None and not self.limit > 0:
-            raise ValueError(f"`limit` is {self.limit}; it must be above 0")
+            raise UserError(f"`limit` is {self.limit}; it must be above 0")
         if self.include_path is not None and not Path(self.include_path).is_dir():
-            raise ValueError(
+            raise UserError(
                 f"`include_path` is {self.include_path!r}, and there is no such folder; give one of YAML files"
             )
 

@@ -73,7 +73,7 @@ class ExportOptions:
     def __post_init__(self):
         for name, default in (("bnb_4bit_quant_type", "nf4"), ("use_bnb_nested_quant", False)):
             if (value := getattr(self, name)) != default and not self.load_in_4bit:
-                raise ValueError(
+                raise UserError(
                     f"`{name}` is {value!r}, which is read with `load_in_4bit` true alone; add that, or leave `{name}` "
                     "out, and the run's record says how its base was quantised"
                 )

@@ -39,11 +39,11 @@ class InspectOptions:
 
     def __post_init__(self):
         if not 0 < self.alpha < float("inf"):
-            raise ValueError(f"`alpha` is {self.alpha}; it must be a finite number above 0")
+            raise UserError(f"`alpha` is {self.alpha}; it must be a finite number above 0")
         if self.max_prompt_length is None:
             self.max_prompt_length = max(1, self.max_length // 2)
         if not 1 <= self.max_prompt_length < self.max_length:
-            raise ValueError(
+            raise UserError(
                 f"`max_prompt_length` is {self.max_prompt_length} and `max_length` {self.max_length}; they must be at "
                 "least 1 and leave room for completions: make the first smaller than the second"
             )

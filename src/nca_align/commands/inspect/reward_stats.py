@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from ...errors import UserError
 from ...losses import targets
 
 # exp(H) up to which a target counts as hard, for each completion that ties for the best: the others share 1 % or so
@@ -120,7 +121,7 @@ def suggest_alpha(rewards: np.ndarray, counts: np.ndarray, target: float) -> flo
     """
     low, high = effective_range(rewards, counts)
     if not low < target < high:
-        raise ValueError(
+        raise UserError(
             f"`target_effective` is {target:g}; with these rewards it must be above {low:.3g} (the completions that "
             f"tie for the best) and below {high:.3g} (all of them): choose one between"
         )

@@ -34,10 +34,10 @@ class ReportOptions:
 
     def __post_init__(self):
         if not self.runs:
-            raise ValueError("`runs` is missing; name at least one folder, as in `nca-align report runs/first`")
+            raise UserError("`runs` is missing; name at least one folder, as in `nca-align report runs/first`")
         for kl in self.at_kl:
             if not 0 < kl < math.inf:
-                raise ValueError(f"`at_kl` is {kl}; it must be a finite number of nats above 0")
+                raise UserError(f"`at_kl` is {kl}; it must be a finite number of nats above 0")
 
 
 @dataclass(frozen=True)

@@ -54,14 +54,14 @@ class SampleOptions(EngineOptions):
     def __post_init__(self):
         for name in ("num_completions", "max_new_tokens"):
             if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` is {getattr(self, name)}; it must be at least 1")
+                raise UserError(f"`{name}` is {getattr(self, name)}; it must be at least 1")
         if not 0 <= self.temperature < math.inf:
-            raise ValueError(f"`temperature` is {self.temperature}; it must be 0 (greedy) or more")
+            raise UserError(f"`temperature` is {self.temperature}; it must be 0 (greedy) or more")
         for text in self.stop:
             if not isinstance(text, str) or not text:
-                raise ValueError(f"`stop` holds {text!r}; it must be text, and not empty (in YAML: in quotes)")
+                raise UserError(f"`stop` holds {text!r}; it must be text, and not empty (in YAML: in quotes)")
         if self.temperature == 0 and self.num_completions > 1:
-            raise ValueError(
+            raise UserError(
                 f"`temperature` 0 gives {self.num_completions} times the same completion; set `num_completions` to 1, "
                 "or a `temperature` above 0"
             )

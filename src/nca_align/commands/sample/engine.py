@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 from safetensors import SafetensorError
 
 from ...data.prompts import clean_messages
-from ...errors import UserError, one_line
+from ...errors import UnsupportedError, UserError, one_line
 from ...models.smollm2 import resolve_model
 
 
@@ -53,24 +53,24 @@ class EngineOptions:
     def __post_init__(self):
         for name in ("batch_size", "shard_size", "concurrency"):
             if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` is {getattr(self, name)}; it must be at least 1")
+                raise UserError(f"`{name}` is {getattr(self, name)}; it must be at least 1")
         if not 0 < self.top_p <= 1:
-            raise ValueError(f"`top_p` is {self.top_p}; it must be above 0 and at most 1")
+            raise UserError(f"`top_p` is {self.top_p}; it must be above 0 and at most 1")
         if not 0 < self.timeout < math.inf:
-            raise ValueError(f"`timeout` is {self.timeout}; it must be a number of seconds above 0")
+            raise UserError(f"`timeout` is {self.timeout}; it must be a number of seconds above 0")
         if self.retries < 0:
-            raise ValueError(f"`retries` is {self.retries}; it must be 0 or more")
+            raise UserError(f"`retries` is {self.retries}; it must be 0 or more")
         require_object("extra_body", self.extra_body)
         if self.base_url is None and self.model_name_or_path is None:
-            raise ValueError("`model_name_or_path` is missing: name a model, or a server by `base_url`")
+            raise UserError("`model_name_or_path` is missing: name a model, or a server by `base_url`")
         if self.base_url is not None:
             if self.engine == "vllm" or self.adapter is not None:
-                raise NotImplementedError(
+                raise UnsupportedError(
                     f"`base_url` with `{'adapter' if self.adapter else 'engine'}`: a server runs its own model; start "
                     "it with the adapter and name that by `model_name_or_path`, or leave `base_url` out"
                 )
             if not self.base_url.startswith(("http://", "https://")):
-                raise ValueError(f"`base_url` is {self.base_url!r}; it must begin with http:// or https://")
+                raise UserError(f"`base_url` is {self.base_url!r}; it must begin with http:// or https://")
 
 
 def require_object(name: str, text: str) -> None:
@@ -80,7 +80,7 @@ def require_object(name: str, text: str) -> None:
     except json.JSONDecodeError:
         value = None
     if not isinstance(value, dict):
-        raise ValueError(f"`{name}` is {text!r}; it must be a JSON object")
+        raise UserError(f"`{name}` is {text!r}; it must be a JSON object")
 
 
 class PromptError(UserError):

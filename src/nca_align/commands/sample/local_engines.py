@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...errors import UserError, one_line
+from ...errors import UnsupportedError, UserError, one_line
 from ...models.smollm2 import resolve_model
 from .engine import Advance, Engine, Sample, cut, place, seed_of
 from .rendered_prompts import context_length, model_and_adapter, prompt_tokenizer, prompts_that_fit
@@ -124,7 +124,7 @@ def vllm_engine(options: "SampleOptions") -> Engine:
 
     name, adapter, _ = model_and_adapter(options)
     if adapter is not None and trained_quantization(adapter) is not None:
-        raise NotImplementedError(
+        raise UnsupportedError(
             f"`engine` is 'vllm' with the adapter {adapter}, which was trained on a quantised base: export it by "
             "`nca-align export` and name that folder by `model_name_or_path`, or use `engine` 'transformers'"
         )
