@@ -20,7 +20,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from nca_align.commands.report.charts import frontier_chart, likelihood_charts
-from nca_align.commands.report.command import labels
 from nca_align.commands.report.frontier import (
     Curve,
     Interval,
@@ -32,6 +31,7 @@ from nca_align.commands.report.frontier import (
     setting_of,
 )
 from nca_align.commands.report.plots import over_seeds, plot
+from nca_align.commands.report.runs import labels
 from nca_align.pages.svg import Chart, Series
 from nca_align.store.files import read_csv, write_csv
 

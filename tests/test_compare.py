@@ -37,7 +37,7 @@ from nca_align.commands.compare.tables import (
     select,
     selected_rows,
 )
-from nca_align.commands.report.command import read_run
+from nca_align.commands.report.runs import read_run
 from nca_align.data import DataOptions, RewardData
 from nca_align.data.strategies import PAIRS
 from nca_align.errors import UserError

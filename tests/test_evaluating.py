@@ -14,25 +14,17 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from conftest import build_model, build_tokenizer, reward_rows
-from nca_align.commands.evaluate import answers
-from nca_align.commands.evaluate import command as evaluate_command
+from nca_align.commands.evaluate import answers, scored
 from nca_align.commands.evaluate.answers import GenerationOptions, evaluate_generations, paired_difference
-from nca_align.commands.evaluate.command import (
-    MODES,
-    EvaluateOptions,
-    completion_logps,
-    drawn_end,
-    evaluate,
-    evaluate_samples,
-    load_samples,
-    main,
-    print_table,
-    sampled_ids,
-)
-from nca_align.commands.sample.command import SampleOptions, sample
+from nca_align.commands.evaluate.command import MODES, main
+from nca_align.commands.evaluate.sampled_rows import drawn_end, load_samples, sampled_ids
+from nca_align.commands.evaluate.scored import EvaluateOptions, evaluate, evaluate_samples, print_table
+from nca_align.commands.sample.command import sample
+from nca_align.commands.sample.options import SampleOptions
 from nca_align.commands.score import ScoreOptions, score
 from nca_align.errors import UserError
 from nca_align.evaluation.estimates import UNKNOWN, distinct, mean_over_prompts, rewards_by_prompt, wins_over
+from nca_align.models.loading import completion_logps
 from test_scoring import rewards_model
 
 
@@ -84,8 +76,8 @@ def alone(model, prompt: list[int], completion: list[int]) -> float:
 def test_log_probabilities_equal_plain_forwards(model_dir, adapter_dir, tokenizer):
     rows = [sampled_ids(tokenizer, row, tokenizer.eos_token_id) for row in reward_rows(5, [3, 2])]
     for folder in (model_dir, adapter_dir):
-        found = completion_logps(evaluate_command.load_policy(folder), rows, batch_size=4)
-        whole = completion_logps(evaluate_command.load_policy(folder), rows, batch_size=100)
+        found = completion_logps(scored.load_policy(folder), rows, batch_size=4)
+        whole = completion_logps(scored.load_policy(folder), rows, batch_size=100)
         plain = AutoModelForCausalLM.from_pretrained(folder)
         for row, logps, again in zip(rows, found, whole, strict=True):
             expected = [alone(plain, row["prompt_ids"], ids) for ids in row["completion_ids"]]
@@ -149,9 +141,9 @@ class TestEnd:
             dataset_name=str(tmp_path / "prompts.txt"), output=output, model_name_or_path=name, num_completions=20,
             max_new_tokens=40,
         ))  # fmt: skip
-        scored = output.replace("out", "scored")
-        score(ScoreOptions(output, scored, ["nca_align.scorers:vader"]))
-        rows = [json.loads(line) for line in Path(scored).read_text().splitlines()]
+        file = output.replace("out", "scored")
+        score(ScoreOptions(output, file, ["nca_align.scorers:vader"]))
+        rows = [json.loads(line) for line in Path(file).read_text().splitlines()]
         assert not all(cut for row in rows for cut in row["truncated"])
         seen = []
 
@@ -160,8 +152,8 @@ class TestEnd:
             return sampled_ids(tokenizer, row, end)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(evaluate_command, "sampled_ids", noting)
-            evaluate(options([scored], [name], name))
+            patch.setattr(scored, "sampled_ids", noting)
+            evaluate(options([file], [name], name))
         assert set(seen) == {end}
         assert end != tokenizer.eos_token_id
 
@@ -231,11 +223,11 @@ def test_lines_that_are_there_are_not_computed_again(samples, model_dir, adapter
         assert policy == model_dir
         return evaluate_samples(dataset, policy, *args)
 
-    monkeypatch.setattr(evaluate_command, "evaluate_samples", once)
+    monkeypatch.setattr(scored, "evaluate_samples", once)
     both = evaluate(options(samples, [adapter_dir, model_dir], model_dir, output=output))
     assert [replace(both[0], win_rate=UNKNOWN)] == first
     assert not math.isnan(both[0].win_rate.mean)  # the reference's samples are here now
-    monkeypatch.setattr(evaluate_command, "evaluate_samples", None)
+    monkeypatch.setattr(scored, "evaluate_samples", None)
     assert evaluate(options(samples, [adapter_dir, model_dir], model_dir, output=output)) == both
     assert evaluate(options(samples[:1] * 2, [adapter_dir] * 2, model_dir, output=output)) == first * 2
     assert [path.name for path in tmp_path.iterdir()] == ["table.json"]
@@ -321,7 +313,7 @@ def test_an_output_that_can_hold_no_table_is_refused_before_the_work(name, sampl
         file.write_text(content)
     flags = ["--dataset_name", samples[1], "--model_name_or_path", model_dir, "--reference", model_dir]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluate_command, "evaluate_samples", lambda *args: pytest.fail("computed before it looked"))
+        patch.setattr(scored, "evaluate_samples", lambda *args: pytest.fail("computed before it looked"))
         assert main([*flags, "--output", str(file)]) == 2
     assert message in capsys.readouterr().err
     if content is not None:
@@ -369,7 +361,7 @@ def test_base_and_aligned_answer_and_are_compared(model_dir, adapter_dir, tmp_pa
     mean = sum(paired) / 4
     error = math.sqrt(sum((value - mean) ** 2 for value in paired) / 3 / 4)
     assert f"less {base.policy}: {mean:+.3f} ± {error:.3f}, on the same 4 prompts" in text
-    monkeypatch.setattr(evaluate_command, "evaluate_samples", None)  # the same command again computes nothing anew
+    monkeypatch.setattr(scored, "evaluate_samples", None)  # the same command again computes nothing anew
     assert evaluate_generations(generation_options(tmp_path, model_dir, adapter_dir)) == lines
 
 

@@ -16,8 +16,9 @@ from rich.console import Console
 from conftest import build_tokenizer, real_rows, reward_rows
 from nca_align.batching.collator import RewardCollator
 from nca_align.batching.tokenization import tokenize_rows
-from nca_align.commands.inspect.command import InspectDataOptions, InspectOptions, main, training_options
+from nca_align.commands.inspect.command import InspectDataOptions, main, training_options
 from nca_align.commands.inspect.measure import inspect, show_row, token_texts
+from nca_align.commands.inspect.options import InspectOptions
 from nca_align.commands.inspect.page import build_page
 from nca_align.commands.inspect.tables import findings, print_example, print_inspection, sections, sparkline
 from nca_align.config import NCAConfig

@@ -15,12 +15,13 @@ from conftest import build_model, planned, reward_rows
 from nca_align import NCAConfig, NCATrainer, RankingCallback
 from nca_align.commands.compare.grid import KEYS
 from nca_align.commands.compare.tables import COLUMNS, Selection, selected_rows
-from nca_align.commands.report import command as report_command
+from nca_align.commands.report import runs
 from nca_align.commands.report.charts import likelihood_charts, run_charts
-from nca_align.commands.report.command import Run, equal_kls, labels, main, prefixes, read_run, write_report
+from nca_align.commands.report.command import main, write_report
 from nca_align.commands.report.frontier import Curve, curves_of, mean_and_interval
 from nca_align.commands.report.page import build_page
 from nca_align.commands.report.plots import bars_of, charts_of, plot
+from nca_align.commands.report.runs import Run, equal_kls, labels, prefixes, read_run
 from nca_align.pages.svg import Chart, Series, curves, whiskers
 from nca_align.store.files import write_csv
 
@@ -188,7 +189,7 @@ def test_the_settings_are_those_of_a_comparison():
 
 def test_of_a_step_logged_twice_the_last_counts():
     log = [{"step": 0, "a": 1.0}, {"step": 5, "a": 2.0}, {"step": 5, "a": 3.0}, {"step": 9, "a": math.nan}]
-    assert report_command.curve(log, "a") == ([0, 5], [1.0, 3.0])
+    assert runs.curve(log, "a") == ([0, 5], [1.0, 3.0])
 
 
 def test_prefixes_are_named_for_whose_prompts_they_are():

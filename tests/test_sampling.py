@@ -26,13 +26,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForSequenceCl
 from conftest import build_model, build_tokenizer, record_nf4, reward_rows
 from nca_align.commands.sample import command as sample_command
 from nca_align.commands.sample import server
-from nca_align.commands.sample.command import SampleOptions, main, sample
-from nca_align.commands.sample.engine import Sample, cut, seed_of
+from nca_align.commands.sample.command import main, sample
+from nca_align.commands.sample.engine import Sample, cut
+from nca_align.commands.sample.options import SampleOptions
 from nca_align.errors import UserError
 from nca_align.models import smollm2
 from nca_align.models.loading import load_policy
 from nca_align.scorers import vader
-from nca_align.store.provenance import read_provenance, weights_fingerprint
+from nca_align.store.provenance import read_provenance, seed_of, weights_fingerprint
 
 PROMPTS = [
     "What is the best way?", "Tell me about the lazy dog, and about the quick brown fox as well, please.", "Hi",

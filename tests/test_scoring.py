@@ -22,13 +22,14 @@ from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from conftest import build_model, build_tokenizer, reward_rows
 from nca_align import cli
-from nca_align.commands.score import ScoreOptions, column_names, main, score
+from nca_align.commands.score import ScoreOptions, main, score
 from nca_align.data import load_reward_dataset
 from nca_align.data.prompts import text_of
 from nca_align.errors import UserError
 from nca_align.models import smollm2
 from nca_align.rewards import reward_models
 from nca_align.rewards.reward_functions import is_function, source_fingerprint
+from nca_align.rewards.scorers import column_names
 from nca_align.scorers import vader, within_words
 from nca_align.store.provenance import read_provenance
 from test_sampling import kill_and_restart, read
@@ -534,7 +535,8 @@ class TestFiles:
         assert data[3]["completions"] == rows[3]["completions"]
 
     def test_provenance_goes_along(self, tmp_path, options, model_dir):
-        from nca_align.commands.sample.command import SampleOptions, sample
+        from nca_align.commands.sample.command import sample
+        from nca_align.commands.sample.options import SampleOptions
 
         (tmp_path / "p.txt").write_text("Hi\nWhat is the best way?\n")
         made = str(tmp_path / "samples.parquet")

@@ -14,11 +14,11 @@ from conftest import build_model, build_tokenizer, reward_rows
 from nca_align import NCATrainer, load_reward_dataset
 from nca_align.commands.inspect.command import main as inspect_main
 from nca_align.commands.sample.command import main as sample_main
-from nca_align.commands.sample.engine import from_pretrained, load_adapter
 from nca_align.commands.score import main as score_main
 from nca_align.commands.train.command import main as train_main
 from nca_align.data import DataOptions
 from nca_align.errors import UserError
+from nca_align.models.pretrained import from_pretrained, load_adapter
 from nca_align.options import parse
 from test_scoring import rewards_model
 

@@ -19,7 +19,7 @@ from nca_align import NCAConfig, NCATrainer
 from nca_align.batching.attention import share_prefixes
 from nca_align.errors import UserError
 from nca_align.models.logprobs import add_token_logps
-from nca_align.training.setup import keep_nf4_differentiable
+from nca_align.models.pretrained import keep_nf4_differentiable
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"], "init_lora_weights": False}
 

@@ -26,6 +26,7 @@ from .batching.tokenization import tokenize_dataset
 from .config import NCAConfig
 from .errors import UnsupportedError, UserError, UserTypeError
 from .models.logprobs import add_token_logps
+from .models.pretrained import base_model, keep_nf4_differentiable
 from .store.checkpoints import read_errors_told
 from .training.chunked_step import backward, gradient_sync, restore_rng, rng_restored, rng_state
 from .training.epoch_tail import last_batch, prepare_to_skip, repeated_rows
@@ -34,7 +35,7 @@ from .training.metrics import PromptMeans, calibration, row_metrics
 from .training.objective import Objective, count_prompts
 from .training.reference import add_reference_logps, reference_hash
 from .training.resume import EvaluationCut, Resume
-from .training.setup import base_model, keep_nf4_differentiable, own_reference, reward_rows, say, settle
+from .training.setup import own_reference, reward_rows, say, settle
 
 _FORWARD_KEYS = ("input_ids", "attention_mask", "position_ids", "segments", "token_index", "target_ids")
 

@@ -9,13 +9,14 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import nn
 
-from ..commands.sample.engine import PromptError, prompt_ids, seed_of
-from ..commands.score import Scorers, open_scorers
+from ..batching.prompt_ids import PromptError, prompt_ids
 from ..errors import UserError
 from ..models.generate import draw
 from ..models.loading import as_reference, completion_logps, merged
+from ..models.pretrained import base_model
+from ..rewards.scorers import Scorers, open_scorers
+from ..store.provenance import seed_of
 from ..training.chunked_step import restore_rng, rng_state
-from ..training.setup import base_model
 from .estimates import GenerationFigures, figures_of, mean_over_prompts, win_rate
 
 Reference = nn.Module | Callable[[], AbstractContextManager]

@@ -15,7 +15,7 @@ from transformers import DynamicCache, GenerationConfig, LogitsProcessor, Logits
 
 from ..batching import layout
 from ..errors import UserError
-from ..training.setup import base_model, refuse_virtual_tokens
+from .pretrained import base_model, refuse_virtual_tokens
 
 
 @torch.no_grad()

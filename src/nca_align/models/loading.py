@@ -12,11 +12,10 @@ from torch import Tensor, nn
 
 from ..batching import layout
 from ..batching.collator import RewardCollator
-from ..commands.sample.engine import from_pretrained, hide_loading, load_adapter
 from ..errors import UserError, one_line
 from ..store.checkpoints import read_manifest, whole_checkpoints
-from ..training.setup import base_model, keep_nf4_differentiable
 from .logprobs import add_token_logps
+from .pretrained import base_model, from_pretrained, hide_loading, keep_nf4_differentiable, load_adapter
 from .smollm2 import resolve_model
 
 

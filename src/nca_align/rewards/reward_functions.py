@@ -12,9 +12,9 @@ from pathlib import Path
 from traceback import extract_tb
 from typing import Any
 
-from ..commands.sample.engine import from_pretrained
 from ..data.prompts import text_of
 from ..errors import UserError, one_line
+from ..models.pretrained import from_pretrained
 from ..options import nearest
 from .reward_models import Scorer
 

@@ -4,9 +4,10 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ..commands.sample.engine import as_object, from_pretrained, hide_loading
+from ..batching.prompt_ids import as_object
 from ..data.prompts import clean_messages, text_of
 from ..errors import UserError
+from ..models.pretrained import from_pretrained, hide_loading
 
 logger = logging.getLogger("nca_align")
 

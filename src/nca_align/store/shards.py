@@ -259,3 +259,6 @@ def _join(path: Path, parts: Path, n: int, features: Features, provenance: str) 
                 # Parquet has no whole seconds: what was put in as such comes back in milliseconds
                 writer.write_table(table if table.schema.equals(schema) else table.cast(schema))
     os.replace(temporary, path)
+
+
+Advance = Callable[[int], object]

@@ -20,9 +20,10 @@ from datasets.fingerprint import Hasher
 from torch import nn
 
 from ..batching.collator import RewardCollator
+from ..models.pretrained import base_model
 from ..store.checkpoints import write_errors_told
 from ..store.files import sync
-from .setup import base_model, say
+from .setup import say
 
 ROWS_PER_SHARD = 512
 # A half-written shard this old, in seconds, is a killed run's: writing one takes no time

@@ -9,10 +9,10 @@ from trl.trainer.utils import get_config_model_id
 
 from ..config import NCAConfig
 from ..errors import UserError
+from ..models.pretrained import base_model
 from ..options import nearest
 from ..store.provenance import weights_fingerprint
 from .reference import adapter_hash, computed_config, content_hash
-from .setup import base_model
 
 # Options that may change between a run and its continuation: the same training, if at times up to rounding.
 FREE = {

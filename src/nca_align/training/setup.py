@@ -7,12 +7,11 @@ from typing import Any
 from accelerate import PartialState
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
-from torch import nn
 from transformers import PreTrainedModel
 
 from ..config import NCAConfig
 from ..data import DataOptions, to_reward_dataset
-from ..errors import UnsupportedError, UserError, UserTypeError
+from ..errors import UnsupportedError, UserTypeError
 
 logger = logging.getLogger("nca_align")
 
@@ -24,16 +23,6 @@ def say(message: str) -> None:
     """One line for the user, once whatever the number of processes; logging shows warnings without being set up."""
     if PartialState().is_main_process:
         logger.warning(message)
-
-
-def keep_nf4_differentiable(model: nn.Module) -> None:
-    """Stop bitsandbytes (0.50) from repacking NF4 weights for inference at the first evaluation on a CPU.
-
-    The repacked layers have no backward: what is trained afterwards gets no gradient through them, without an error.
-    """
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010 (no attribute of modules in general)
 
 
 def reward_rows(dataset, name: str):
@@ -89,25 +78,3 @@ def own_reference(model, peft_config, args: NCAConfig) -> PreTrainedModel | None
     for patched in ("forward", "_has_token_logps"):  # of an earlier trainer, bound to the model itself
         reference.__dict__.pop(patched, None)
     return reference
-
-
-def base_model(model) -> PreTrainedModel:
-    """The language model under an adapter, or `model` itself."""
-    return model.get_base_model() if is_peft_model(model) else model
-
-
-def refuse_virtual_tokens(model: Any) -> None:
-    """Refuse to draw from an adapter that puts virtual tokens in front: the answers would be no samples of it.
-
-    What `generate` draws with PEFT 0.21 and transformers 5.24 is from another distribution than a forward's, which is
-    what training and scoring see; measured on prompt and prefix tuning, from the first or second token on.
-
-    Raises:
-        UserError: `model` has such an adapter.
-    """
-    for config in getattr(model, "peft_config", {}).values():
-        if getattr(config, "is_prompt_learning", False):
-            raise UserError(
-                f"the adapter is of the kind {config.peft_type.value}, with which `generate` draws from "
-                "another distribution than was trained; use LoRA, or another kind that changes weights"
-            )

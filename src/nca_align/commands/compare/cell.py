@@ -21,11 +21,11 @@ from ...errors import UserError, command, refused_by
 from ...evaluation.callbacks import GenerationCallback, RankingCallback, log_within_step
 from ...evaluation.evaluator import GenerationEvaluator
 from ...models.smollm2 import resolve_model
+from ...rewards.scorers import open_scorers
 from ...store.checkpoints import last_common_checkpoint
 from ...store.files import write_json
 from ...store.locking import alone_at
 from ...store.provenance import LIBRARIES, commit, versions
-from ..score import open_scorers
 from ..train.command import open_policy, open_tokenizer, set_threads
 from .grid import Evaluation, cell_options
 from .methods import build_trainer

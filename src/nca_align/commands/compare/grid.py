@@ -15,9 +15,9 @@ from ...config import NCAConfig
 from ...data import DataOptions
 from ...errors import UserError
 from ...options import nearest, parse
+from ...rewards.scorers import check_weights
 from ...training.run_identity import FREE
 from ..report.frontier import SETTINGS
-from ..score import check_weights
 from ..train.command import TRAIN_OPTIONS, RunOptions
 from .methods import READS_ALPHA, check_method
 

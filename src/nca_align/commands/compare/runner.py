@@ -21,11 +21,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ...errors import UserError
 from ...models.smollm2 import resolve_model
 from ...rewards.reward_functions import find_function, is_function, source_fingerprint
+from ...rewards.scorers import scorer_identity
 from ...store.checkpoints import whole_checkpoints
 from ...store.files import replacing, write_json
 from ...store.provenance import files_fingerprint, weights_fingerprint
 from ...training.resume import PREEMPTED
-from ..score import scorer_identity
 from .grid import Cell, Evaluation
 
 _GRACE = 20.0  # seconds

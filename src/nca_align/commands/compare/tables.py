@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import Any
 
 from ...errors import UserError
-from ..report.frontier import Curve, mean_and_interval, reward_at_kl
+from ..report.frontier import COMPARED, Curve, compared_name, mean_and_interval, reward_at_kl
 from .grid import KEYS, Cell
 
 Row = dict[str, Any]
@@ -26,8 +26,6 @@ FIGURES = {
     "accuracy": "rewards/accuracies", "kendall_tau": "rewards/kendall_tau",
 }  # fmt: skip
 COLUMNS = ("cell", *KEYS, "split", "step", *FIGURES, "minutes")
-# What is compared; the other settings are chosen for each of these
-COMPARED = ("method", "strategy", "num_completions")
 _REPORTED = ("reward", "kl", "win_rate", "tokens", "cut", "distinct_2", "logratio_best", "accuracy")
 
 
@@ -84,12 +82,6 @@ def rows_of(cell: Cell, folder: Path) -> list[Row]:
         {"cell": cell.name, **cell.settings, "split": split, "step": step, **figures, "minutes": minutes.get(step)}
         for (split, step), figures in sorted(found.items())
     ]
-
-
-def compared_name(row: Mapping[str, Any]) -> str:
-    """What a row is of, of what is compared: `nca rewards`, `nca rewards K 2`."""
-    count = row.get("num_completions")
-    return " ".join([*(f"{row[name]}" for name in COMPARED[:2] if row.get(name)), *([f"K {count}"] if count else [])])
 
 
 def seeds_of(cells: Iterable[Cell]) -> Seeds:

@@ -8,10 +8,12 @@ from typing import Literal
 
 from ...data.prompts import load_raw, split_to_answer
 from ...evaluation.estimates import Estimate, mean_over_prompts, rewards_by_prompt
+from ...rewards.scorers import check_scorers, check_weights
 from ...store.files import can_be_written
-from ..sample.command import SampleOptions, sample
-from ..score import ScoreOptions, check_scorers, check_weights, score
-from .command import EvaluateOptions, Evaluation, evaluate, print_table
+from ..sample.command import sample
+from ..sample.options import SampleOptions
+from ..score import ScoreOptions, score
+from .scored import EvaluateOptions, Evaluation, evaluate, print_table
 
 
 @dataclass(kw_only=True)

@@ -13,9 +13,11 @@ from ...data.prompts import load_raw
 from ...errors import UserError
 from ...store.files import check_writable, write_json
 from ...store.hub import from_the_hub
-from ...store.shards import Shard, Work, run_sharded
-from ..sample.command import SampleOptions, open_engine, step_of
-from ..sample.engine import Advance, Engine, EngineOptions, require_object, seed_of
+from ...store.provenance import seed_of
+from ...store.shards import Advance, Shard, Work, run_sharded
+from ..sample.command import open_engine, step_of
+from ..sample.engine import Engine
+from ..sample.options import EngineOptions, SampleOptions, require_object
 from ..sample.server import server_model
 from .judge_formats import JUDGES, gpt4o_encoding
 

@@ -4,12 +4,12 @@ from typing import Any
 
 from datasets import Dataset
 
+from ...batching.prompt_ids import prompt_ids
 from ...data.prompts import load_raw, text_of
 from ...errors import UserError
+from ...models.pretrained import base_model
 from ...models.smollm2 import resolve_model
 from ...store.provenance import read_provenance, weights_fingerprint
-from ...training.setup import base_model
-from ..sample.engine import prompt_ids
 
 
 def load_samples(name: str, policy: str) -> Dataset:

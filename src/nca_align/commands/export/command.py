@@ -5,7 +5,7 @@ import sys
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 
@@ -25,7 +25,7 @@ from ...models.smollm2 import resolve_model
 from ...options import parse
 from ...store.files import can_be_written
 from ...store.hub import push
-from .merge import Difference, compare, comparison_rows, merge
+from .merge import Difference, Export, compare, comparison_rows, merge
 from .model_card import model_card
 
 MAX_NATS = 0.05  # a sequence: beyond it what was merged is not what was trained
@@ -77,15 +77,6 @@ class ExportOptions:
                     f"`{name}` is {value!r}, which is read with `load_in_4bit` true alone; add that, or leave `{name}` "
                     "out, and the run's record says how its base was quantised"
                 )
-
-
-class Export(NamedTuple):
-    """What was measured against the adapter on its base: the merge in float32, and what was saved, read back."""
-
-    merged: Difference
-    saved: Difference
-    sequences: int
-    tokens: int
 
 
 def export(options: ExportOptions) -> Export | None:

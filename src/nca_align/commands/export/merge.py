@@ -124,3 +124,12 @@ def compare(logps: list[list[float]], expected: list[list[float]]) -> Difference
     pairs = zip((v for row in logps for v in row), (v for row in expected for v in row), strict=True)
     differences = torch.tensor([abs(a - b) for a, b in pairs], dtype=torch.float64)
     return Difference(float(differences.mean()), float(differences.max()))
+
+
+class Export(NamedTuple):
+    """What was measured against the adapter on its base: the merge in float32, and what was saved, read back."""
+
+    merged: Difference
+    saved: Difference
+    sequences: int
+    tokens: int

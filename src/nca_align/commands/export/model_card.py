@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ...models.loading import run_record
 
 if TYPE_CHECKING:
-    from .command import Export
+    from .merge import Export
 
 # options of the run that the card tells, where the run kept them
 _TOLD = (

@@ -29,7 +29,7 @@ from .reward_stats import (
 )
 
 if TYPE_CHECKING:
-    from .command import InspectOptions
+    from .options import InspectOptions
 
 
 @dataclass(frozen=True)

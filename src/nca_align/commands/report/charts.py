@@ -6,8 +6,8 @@ from typing import Any
 
 from ...pages.svg import Chart, Series
 from ..train.summary import by_rank
-from .command import Run, curve, labels, prefixes
 from .frontier import Curve, Interval, Setting, over_steps
+from .runs import Run, curve, labels, prefixes
 
 Groups = Mapping[Setting, Sequence[Curve]]
 Rows = Sequence[Mapping[str, str]]  # of `comparison.csv`

@@ -1,22 +1,16 @@
 """`nca-align report RUN …`: what runs of `train` and `compare` wrote down, as one page and as plots."""
 
-import json
 import math
-import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
 
 from ...errors import UserError, command
 from ...options import parse
-from ...store.files import read_csv, replacing
-from .frontier import SETTINGS, Curve, Setting, common_reach, curves_of, setting_of
-
-_COLUMNS = ("method", "seed", "split", "step", "reward", "kl")
-_MOST_KL = 3  # equal-KL tables beside that of the common reach
+from ...store.files import replacing
+from .runs import read_run
 
 
 @dataclass
@@ -38,135 +32,6 @@ class ReportOptions:
         for kl in self.at_kl:
             if not 0 < kl < math.inf:
                 raise UserError(f"`at_kl` is {kl}; it must be a finite number of nats above 0")
-
-
-@dataclass(frozen=True)
-class Run:
-    """One training run: its name and the trainer's log, a line a step and kind."""
-
-    name: str
-    log: list[dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """What `nca-align compare` wrote: rows of its tables, and the cells without a result with the reason."""
-
-    name: str
-    rows: list[dict[str, str]]
-    selected: list[dict[str, str]]
-    failed: list[tuple[str, str]]
-    provenance: dict[str, Any]
-
-    def chosen(self) -> dict[Setting, list[Curve]]:
-        """Test curves of the settings that validation chose, in the order of `selected.csv`."""
-        curves = curves_of(self.rows)
-        return {setting: curves[setting] for row in self.selected if (setting := setting_of(row)) in curves}
-
-
-def labels(settings: Sequence[Setting]) -> dict[Setting, str]:
-    """A name for each: its method, and those settings in which rows of one method differ."""
-    methods: dict[str, list[dict[str, str]]] = {}
-    for setting in settings:
-        methods.setdefault(dict(setting).get("method", ""), []).append(dict(setting))
-    named = {}
-    for setting in settings:
-        own = dict(setting)
-        others = methods[own.get("method", "")]
-        parts = []
-        for name in SETTINGS[1:]:
-            if any(other.get(name) != own.get(name) for other in others):
-                value = own.get(name, "all" if name == "num_completions" else None)
-                if value is not None:
-                    parts.append(value if name == "strategy" else f"{_SIGNS.get(name, name)} {value}")
-        named[setting] = ", ".join([own.get("method", "run"), *parts])
-    return named
-
-
-_SIGNS = {"alpha": "α", "beta": "β", "learning_rate": "lr", "num_completions": "K"}
-
-
-def equal_kls(groups: Mapping[Setting, Sequence[Curve]]) -> list[float]:
-    """KLs to compare at: what all runs came to, and up to three round ones that all seeds of two settings came to."""
-    reaches = sorted((min(curve.reach for curve in curves) for curves in groups.values()), reverse=True)
-    common = common_reach(groups.values())
-    found = [] if common is None else [common]
-    if len(reaches) > 1 and reaches[1] > 0:
-        first = math.floor(math.log10(reaches[1]))
-        rounds = [m * 10.0**e for e in range(first - 1, first + 1) for m in (1, 2, 5)]
-        found += [kl for kl in rounds if (common or 0) * 1.2 < kl <= reaches[1]][-_MOST_KL:]
-    return found
-
-
-def prefixes(log: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """Prefix of a log's metrics → whose they are: "" training's, `eval_` held-out prompts', `eval_test_` the test's."""
-    pattern = re.compile(r"(.*?)(?:logratios/best|generation/reward)")
-    found = {match[1] for line in log for key in line if (match := pattern.fullmatch(key))}
-    return {
-        prefix: "training" if not prefix else "held-out" if prefix == "eval_" else prefix[5:-1]
-        for prefix in sorted(found)
-        if not prefix or prefix.startswith("eval_")
-    }
-
-
-def curve(log: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float], list[float]]:
-    """Steps and finite values of a metric; of a step logged twice, as after a resumed run, the last."""
-    values = {line["step"]: float(line[key]) for line in log if isinstance(line.get(key), int | float)}
-    values = {step: value for step, value in sorted(values.items()) if math.isfinite(value)}
-    return list(values), list(values.values())
-
-
-def read_run(path: Path) -> Run | Comparison:
-    """The folder of `nca-align compare` or `train`; of a run not at its end, what its last checkpoint logged."""
-    if not path.is_dir():
-        raise UserError(f"run {path} is no folder; give the `output_dir` of `nca-align train` or `nca-align compare`")
-    if (path / "comparison.csv").is_file():
-        return _comparison(path)
-    state = path / "trainer_state.json"
-    if not state.is_file():
-        states = sorted(path.glob("checkpoint-*/trainer_state.json"), key=lambda p: int(p.parent.name.split("-")[1]))
-        if (path / "cells").is_dir():
-            raise UserError(
-                f"run {path} is a comparison of which no cell is finished; its tables are written when the first one is"
-            )
-        if not states:
-            raise UserError(
-                f"run {path} holds neither trainer_state.json nor comparison.csv; give the `output_dir` of a run of "
-                "`nca-align train` that has saved once, or of `nca-align compare`"
-            )
-        state = states[-1]
-    log = _json(state).get("log_history")
-    if not isinstance(log, list):
-        raise UserError(f"{state} has no `log_history`; it is no state of a trainer, so give another folder")
-    return Run(path.resolve().name, [line for line in log if isinstance(line, dict) and "step" in line])
-
-
-def _comparison(path: Path) -> Comparison:
-    rows = read_csv(path / "comparison.csv")
-    if missing := [name for name in _COLUMNS if not rows or name not in rows[0]]:
-        raise UserError(
-            f"{path / 'comparison.csv'} has no rows with `{missing[0]}`; run `nca-align compare` until a cell is done"
-        )
-    if not (path / "selected.csv").is_file():
-        raise UserError(f"{path} has no selected.csv; run `nca-align compare` again, which writes it")
-    about = path / "provenance.json"
-    provenance = _json(about) if about.is_file() else {}
-    failed = []
-    for reason in sorted(path.glob("cells/*/error.txt")):
-        cell = reason.parent
-        if (cell / "done.json").exists() or cell.name not in provenance.get("cells", [cell.name]):
-            continue  # it failed once, and was done later, or has left the grid
-        lines = reason.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        failed.append((cell.name, lines[-1] if lines else "no reason was written"))
-    return Comparison(path.resolve().name, rows, read_csv(path / "selected.csv"), failed, provenance)
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} can't be read as JSON: {error}; write it again, or give another folder") from error
-    return found if isinstance(found, dict) else {}
 
 
 def write_report(runs: Sequence[Path], output: Path, at_kl: Sequence[float] = ()) -> list[Path]:

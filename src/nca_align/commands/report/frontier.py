@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from statistics import fmean, stdev
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 # What a cell is besides its seed. A comparison's table has these of its columns, or some of them.
 SETTINGS = ("method", "strategy", "alpha", "beta", "learning_rate", "num_completions")
@@ -177,3 +177,13 @@ def _plain(value: str) -> str:
         return f"{float(value):g}"
     except ValueError:
         return value
+
+
+# What is compared; the other settings are chosen for each of these
+COMPARED = ("method", "strategy", "num_completions")
+
+
+def compared_name(row: Mapping[str, Any]) -> str:
+    """What a row is of, of what is compared: `nca rewards`, `nca rewards K 2`."""
+    count = row.get("num_completions")
+    return " ".join([*(f"{row[name]}" for name in COMPARED[:2] if row.get(name)), *([f"K {count}"] if count else [])])

@@ -6,10 +6,9 @@ from collections.abc import Mapping, Sequence
 from ...pages import html as pages
 from ...pages.html import Tile, figure
 from ...pages.svg import card, whiskers
-from ..compare.tables import compared_name
 from .charts import MOST_CURVES, Groups, frontier_chart, likelihood_charts, run_charts
-from .command import Comparison, Run, equal_kls, labels
-from .frontier import Interval, curves_of, ends, mean_and_interval, reward_at_kl
+from .frontier import Interval, compared_name, curves_of, ends, mean_and_interval, reward_at_kl
+from .runs import Comparison, Run, equal_kls, labels
 
 _LAST = {
     "reward": "reward", "kl": "KL, nats", "win_rate": "win rate", "tokens": "tokens", "cut": "cut",

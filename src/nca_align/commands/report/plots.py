@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ...pages.svg import Bars, Chart, axis_range, y_range_of
 from .charts import Groups, frontier_chart, likelihood_charts, run_charts, seeds
-from .command import Comparison, Run
+from .runs import Comparison, Run
 
 
 def write_figures(found: Sequence[Run | Comparison], output: Path) -> list[Path]:

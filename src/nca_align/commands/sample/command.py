@@ -1,10 +1,8 @@
 """`nca-align sample`: prompts to K completions each, from a model here or a server, in a file that `score` reads."""
 
-import math
 import sys
 from collections import Counter
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from datasets import Dataset, Features, List, Value
 
@@ -13,59 +11,14 @@ from ...errors import UserError, command
 from ...models.smollm2 import resolve_model
 from ...options import parse
 from ...store.provenance import data_fingerprint, versions, weights_fingerprint
-from ...store.shards import Shard, Work, run_sharded
-from .engine import Advance, Engine, EngineOptions, RowsFailed, Sample
+from ...store.shards import Advance, Shard, Work, run_sharded
+from .engine import Engine, RowsFailed, Sample
 from .local_engines import transformers_engine, vllm_engine
+from .options import SampleOptions
 from .rendered_prompts import check_prompts, prompt_tokenizer
 from .server import root_of, server_engine, server_model
 
 _MESSAGES = List({"role": Value("string"), "content": Value("string")})
-
-
-@dataclass(kw_only=True)
-class SampleOptions(EngineOptions):
-    """Options of `nca-align sample`."""
-
-    dataset_name: str = field(
-        metadata={"help": "prompts: a text file (one a line), or any file, folder or Hub id that training reads"}
-    )
-    output: str = field(metadata={"help": "the file to write, .parquet or .jsonl"})
-    dataset_config: str | None = field(default=None, metadata={"help": "configuration of a data set of the Hub"})
-    split: str = field(default="train", metadata={"help": "split of a data set that has several"})
-    num_completions: int = field(default=4, metadata={"help": "K, completions a prompt"})
-    temperature: float = field(default=1.0, metadata={"help": "0 is greedy, for one completion"})
-    max_new_tokens: int = field(default=512, metadata={"help": "tokens at which a completion is cut"})
-    stop: list[str] = field(
-        default_factory=list, metadata={"help": "strings that end a completion", "action": "extend"}
-    )
-    duplicates: Literal["keep", "remove"] = field(
-        default="keep", metadata={"help": "completions of a prompt that are the same: keep (and count) or remove"}
-    )
-    on_error: Literal["stop", "drop"] = field(
-        default="stop",
-        metadata={"help": "rows that can't be completed (a prompt that is too long, or that a server refuses): stop, "
-                  "or drop and count them"},
-    )  # fmt: skip
-    as_chat: bool | None = field(
-        default=None,
-        metadata={"help": "make each text prompt one user message; by default for a text file, where the model chats"},
-    )
-
-    def __post_init__(self):
-        for name in ("num_completions", "max_new_tokens"):
-            if getattr(self, name) < 1:
-                raise UserError(f"`{name}` is {getattr(self, name)}; it must be at least 1")
-        if not 0 <= self.temperature < math.inf:
-            raise UserError(f"`temperature` is {self.temperature}; it must be 0 (greedy) or more")
-        for text in self.stop:
-            if not isinstance(text, str) or not text:
-                raise UserError(f"`stop` holds {text!r}; it must be text, and not empty (in YAML: in quotes)")
-        if self.temperature == 0 and self.num_completions > 1:
-            raise UserError(
-                f"`temperature` 0 gives {self.num_completions} times the same completion; set `num_completions` to 1, "
-                "or a `temperature` above 0"
-            )
-        super().__post_init__()
 
 
 def sample(options: SampleOptions) -> dict[str, int]:

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import UnsupportedError, UserError, one_line
 from ...models.smollm2 import resolve_model
-from .engine import Advance, Engine, Sample, cut, place, seed_of
+from ...store.provenance import seed_of
+from ...store.shards import Advance
+from .engine import Engine, Sample, cut, place
 from .rendered_prompts import context_length, model_and_adapter, prompt_tokenizer, prompts_that_fit
 
 if TYPE_CHECKING:
-    from .command import SampleOptions
+    from .options import SampleOptions
 
 
 def transformers_engine(options: "SampleOptions") -> Engine:
@@ -26,7 +28,7 @@ def transformers_engine(options: "SampleOptions") -> Engine:
 
     from ...models.generate import FiniteLogits
     from ...models.loading import add_adapter, load_model, torch_dtype, trained_quantization
-    from ...training.setup import base_model, refuse_virtual_tokens
+    from ...models.pretrained import base_model, refuse_virtual_tokens
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = prompt_tokenizer(options)

@@ -3,11 +3,13 @@
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from ...batching.prompt_ids import PromptError, prompt_ids
 from ...errors import UserError
-from .engine import EngineOptions, PromptError, from_pretrained, prompt_ids
+from ...models.pretrained import from_pretrained
+from .options import EngineOptions
 
 if TYPE_CHECKING:
-    from .command import SampleOptions
+    from .options import SampleOptions
 
 
 def model_and_adapter(options: EngineOptions) -> tuple[str, str | None, str]:

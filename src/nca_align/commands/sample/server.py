@@ -9,12 +9,16 @@ from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPException
 from typing import TYPE_CHECKING, Any
 
+from ...batching.prompt_ids import PromptError, as_object
 from ...data.prompts import clean_messages
 from ...errors import UserError, one_line
-from .engine import Advance, Engine, EngineOptions, PromptError, Sample, as_object, cut, place, seed_of
+from ...store.provenance import seed_of
+from ...store.shards import Advance
+from .engine import Engine, Sample, cut, place
+from .options import EngineOptions
 
 if TYPE_CHECKING:
-    from .command import SampleOptions
+    from .options import SampleOptions
 
 _AGAIN = (408, 409, 425, 429, 500, 502, 503, 504)  # busy or starting: worth another try
 

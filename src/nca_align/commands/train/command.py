@@ -20,10 +20,10 @@ from ...config import NCAConfig
 from ...data import DataOptions, RewardData, read_reward_dataset, select_split
 from ...errors import UserError, command, one_line, refused_by
 from ...models.loading import adapter_base, has_tokenizer, is_adapter
+from ...models.pretrained import load_adapter
 from ...models.smollm2 import resolve_model
 from ...options import parse
 from ...store.checkpoints import last_common_checkpoint, write_errors_told
-from ..sample.engine import load_adapter
 from .summary import last_evaluation, plot_curves, summary
 
 logger = logging.getLogger("nca_align")
@@ -96,8 +96,8 @@ def main(argv: list[str] | None = None) -> int:
 
     from ...evaluation.callbacks import GenerationCallback
     from ...evaluation.evaluator import GenerationEvaluator
+    from ...rewards.scorers import open_scorers
     from ...trainer import NCATrainer  # late: what can be wrong above is said before seconds of imports
-    from ..score import open_scorers
 
     with refused_by("setting up the training"):
         # a scorer that can't be had is told before the model is read

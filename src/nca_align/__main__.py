@@ -1,0 +1,7 @@
+"""`python -m nca_align COMMAND …`."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())

@@ -1,0 +1,159 @@
+"""Mean reward and KL of samples that are scored already."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from math import isnan
+from pathlib import Path
+from typing import Any, Literal
+
+from datasets import Dataset
+from rich.console import Console
+from rich.table import Table
+
+from ...data.prompts import text_of
+from ...errors import UserError
+from ...evaluation.estimates import (
+    ESTIMATES,
+    UNKNOWN,
+    Estimate,
+    GenerationFigures,
+    figures_of,
+    rewards_by_prompt,
+    wins_over,
+)
+from ...models.loading import completion_logps, load_policy, load_tokenizer
+from ...models.smollm2 import resolve_model
+from ...store.files import check_writable, read_table, write_json
+from ...store.provenance import data_fingerprint, weights_fingerprint
+from .sampled_rows import drawn_end, load_samples, sampled_ids
+
+
+@dataclass
+class EvaluateOptions:
+    """Options of `nca-align evaluate`."""
+
+    dataset_name: list[str] = field(
+        metadata={"help": "a file of samples that `nca-align score` wrote; may repeat", "action": "extend"}
+    )
+    model_name_or_path: list[str] = field(
+        metadata={"help": "the policy that was sampled for each file: a model, or an adapter's folder; may repeat",
+                  "action": "extend"},
+    )  # fmt: skip
+    reference: str = field(metadata={"help": "the model that the KL is measured from"})
+    output: str | None = field(
+        default=None, metadata={"help": "JSON file of the table; lines that it has already are not computed again"}
+    )
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = field(
+        default="auto", metadata={"help": "auto: bfloat16 on a GPU, float32 on a CPU"}
+    )
+    trust_remote_code: bool = field(default=False, metadata={"help": "run code that comes with a model"})
+    batch_size: int = field(default=16, metadata={"help": "completions a batch"})
+
+    def __post_init__(self):
+        if len(self.dataset_name) != len(self.model_name_or_path):
+            raise UserError(
+                f"`dataset_name` is given {len(self.dataset_name)} times and `model_name_or_path` "
+                f"{len(self.model_name_or_path)} times; name the policy of each file"
+            )
+        if not self.dataset_name:
+            raise UserError("`dataset_name` is missing; give a file of samples that `nca-align score` wrote")
+        if self.batch_size < 1:
+            raise UserError(f"`batch_size` is {self.batch_size}; it must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation(GenerationFigures):
+    """One line of the table: the policy's name, and its figures."""
+
+    policy: str
+
+
+def evaluate_samples(dataset: Dataset, policy: str, reference: str, options: EvaluateOptions) -> Evaluation:
+    """Mean reward of a policy's samples, and from the same samples how far it went from the reference.
+
+        KL(π ‖ π_ref) ≈ mean of log π(y|x) − log π_ref(y|x),   y drawn from π at temperature 1 and top-p 1
+
+    Without bias, but noisy: a single sample's difference may well be negative.
+
+    Args:
+        dataset: `prompt`, `completions`, `rewards`, and `truncated` where `nca-align sample` wrote it.
+        policy, reference: models or adapters.
+        options: for `batch_size`, `dtype`, `trust_remote_code`.
+    """
+    tokenizer = load_tokenizer(policy, options.trust_remote_code)
+    rows: list[dict[str, Any]] = []
+    logps = {}
+    for name in dict.fromkeys((policy, reference)):  # one at a time: two large models may not fit
+        key = "model_name_or_path" if name == policy else "reference"
+        model = load_policy(name, options.dtype, options.trust_remote_code, key)
+        if name == policy:
+            end = drawn_end(model, tokenizer, chat=not isinstance(dataset[0]["prompt"], str))
+            rows = [sampled_ids(tokenizer, row, end) for row in dataset]
+        logps[name] = completion_logps(model, rows, options.batch_size)
+        del model
+    answers = [
+        {
+            "rewards": row["rewards"],
+            "kl": [p - q for p, q in zip(*pair, strict=True)],
+            "tokens": [len(ids) for ids in drawn["completion_ids"]],
+            "texts": list(map(text_of, row["completions"])),
+            "cut": row.get("truncated") or [False],
+        }
+        for row, drawn, *pair in zip(dataset, rows, logps[policy], logps[reference], strict=True)
+    ]
+    return Evaluation(policy=Path(policy).name, **figures_of(answers), win_rate=UNKNOWN)
+
+
+def _is_line(entry: Any) -> bool:
+    return isinstance(entry, dict) and set(entry) == {each.name for each in fields(Evaluation)}
+
+
+def evaluate(options: EvaluateOptions) -> list[Evaluation]:
+    """The table's lines, in the order of `dataset_name`; those that `output` holds already are taken from it.
+
+    Wins are over the reference's own samples, where one of the files holds them.
+    """
+    path = Path(options.output) if options.output is not None else None
+    known = {} if path is None else read_table(path, _is_line)
+    reference = weights_fingerprint(resolve_model(options.reference))
+    given = list(zip(options.dataset_name, options.model_name_or_path, strict=True))
+    weights = {policy: weights_fingerprint(resolve_model(policy)) for _, policy in given}
+    datasets = [load_samples(name, policy) for name, policy in given]
+    rewards = [rewards_by_prompt(dataset) for dataset in datasets]
+    of_reference = next(
+        (own for own, (_, policy) in zip(rewards, given, strict=True) if weights[policy] == reference), {}
+    )
+    lines = []
+    for (_, policy), dataset, own in zip(given, datasets, rewards, strict=True):
+        key = " ".join((data_fingerprint(dataset), str(weights[policy]), str(reference), options.dtype))
+        before = known.get(key)
+        if before is None:
+            if path is not None:
+                check_writable(path)
+            line = evaluate_samples(dataset, policy, options.reference, options)
+        else:
+            line = Evaluation(**{**before, **{name: Estimate(*before[name]) for name in ESTIMATES}})
+        lines.append(replace(line, win_rate=wins_over(own, of_reference)))
+        known[key] = asdict(lines[-1])
+        if path is not None:  # after each line, and whole: a kill loses the one in work
+            write_json(path, known)
+    return lines
+
+
+def print_table(lines: Sequence[Evaluation], console: Console | None = None) -> None:
+    """The table, for a terminal of 80 columns, and how many answers it is of."""
+    console = console or Console()
+    table = Table(box=None, pad_edge=False)
+    for name in ("policy", "tokens", "mean reward", "KL, nats", "wins, %", "distinct-2"):
+        table.add_column(name, justify="left" if name == "policy" else "right")
+    for line in lines:
+        wins = "–" if isnan(line.win_rate.mean) else f"{line.win_rate.mean:.0%} ± {line.win_rate.error:.0%}"
+        table.add_row(
+            line.policy, f"{line.tokens.mean:.0f}", f"{line.reward.mean:.3f} ± {line.reward.error:.3f}",
+            f"{line.kl.mean:.2f} ± {line.kl.error:.2f}", wins.replace("%", ""), f"{line.distinct_2:.2f}",
+        )  # fmt: skip
+    console.print(table)
+    counts = {line.policy: f"{line.completions} answers to {line.prompts} prompts" for line in lines}
+    alike = len({*counts.values()}) == 1
+    for text in [next(iter(counts.values()))] if alike else [f"{policy}: {n}" for policy, n in counts.items()]:
+        console.print(text, markup=False, highlight=False)
