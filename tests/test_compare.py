@@ -595,7 +595,7 @@ def test_checkpoints_stay_where_they_are_asked_for(config, tmp_path):
 
 def start(arguments: list[str]) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, "-m", "nca_align.commands.compare.command", *arguments],
+        [sys.executable, "-m", "nca_align", "compare", *arguments],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
 

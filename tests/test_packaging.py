@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+import nca_align
+
 ROOT = Path(__file__).resolve().parents[1]
 IN_SDIST = (
     "CHANGELOG.md", "LICENSE", "Makefile", "README.md", "configs/quickstart.yaml", "constraints.txt",
@@ -45,6 +47,11 @@ def test_the_versions_that_are_tested_are_those_that_are_asked_for():
 
 def test_the_version_is_one():
     assert version("nca-align") == tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+
+
+def test_every_public_name_is_there():
+    assert set(nca_align.__all__) == set(nca_align._HOME)
+    assert all(getattr(nca_align, name) is not None for name in nca_align.__all__)
 
 
 @pytest.fixture(scope="module")

@@ -888,7 +888,7 @@ def check_kills(tmp_path, model_dir, suffix, times):
     prompts = write_prompts(tmp_path / "many.txt", [row["prompt"][0]["content"] for row in reward_rows(20 * times)])
     whole, output = tmp_path / f"whole{suffix}", tmp_path / f"out{suffix}"
     command = [
-        sys.executable, "-m", "nca_align.commands.sample.command",
+        sys.executable, "-m", "nca_align", "sample",
         "--dataset_name", prompts, "--model_name_or_path", model_dir,
         "--max_new_tokens", "8", "--batch_size", "1", "--shard_size", "1", "--num_completions", "2", "--output",
     ]  # fmt: skip

@@ -577,7 +577,7 @@ def check_kills(tmp_path, monkeypatch, suffix, times):
     (tmp_path / "slow_scorer.py").write_text(SLOW_SCORER)
     Dataset.from_list(reward_rows(25 * times)).to_json(str(tmp_path / "rows.jsonl"))
     command = [
-        sys.executable, "-m", "nca_align.commands.score",
+        sys.executable, "-m", "nca_align", "score",
         "--dataset_name", "rows.jsonl", "--scorer", "slow_scorer:length",
         "--scorer", "nca_align.scorers:vader", "--shard_size", "1", "--output",
     ]  # fmt: skip

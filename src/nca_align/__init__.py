@@ -9,30 +9,41 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from .batching.collator import RewardCollator
+    from .commands.report.command import write_report
+    from .commands.report.frontier import curves_of, mean_and_interval, reward_at_kl
     from .config import NCAConfig
     from .data import load_reward_dataset
     from .data.strategies import to_preference_pairs, to_unpaired
     from .evaluation.callbacks import GenerationCallback, RankingCallback
     from .evaluation.evaluator import GenerationEvaluator
-    from .losses import infonca_loss, nca_loss, reward_loss
+    from .losses import LOSSES, infonca_loss, nca_loss, reward_loss, targets
     from .trainer import NCATrainer
 
 _HOME = {
     "GenerationCallback": "evaluation.callbacks",
     "GenerationEvaluator": "evaluation.evaluator",
+    "LOSSES": "losses",
     "NCAConfig": "config",
     "NCATrainer": "trainer",
     "RankingCallback": "evaluation.callbacks",
+    "RewardCollator": "batching.collator",
+    "curves_of": "commands.report.frontier",
     "infonca_loss": "losses",
     "load_reward_dataset": "data",
+    "mean_and_interval": "commands.report.frontier",
     "nca_loss": "losses",
+    "reward_at_kl": "commands.report.frontier",
     "reward_loss": "losses",
+    "targets": "losses",
     "to_preference_pairs": "data.strategies",
     "to_unpaired": "data.strategies",
+    "write_report": "commands.report.command",
 }
 __all__ = [
-    "GenerationCallback", "GenerationEvaluator", "NCAConfig", "NCATrainer", "RankingCallback", "infonca_loss",
-    "load_reward_dataset", "nca_loss", "reward_loss", "to_preference_pairs", "to_unpaired",
+    "LOSSES", "GenerationCallback", "GenerationEvaluator", "NCAConfig", "NCATrainer", "RankingCallback",
+    "RewardCollator", "curves_of", "infonca_loss", "load_reward_dataset", "mean_and_interval", "nca_loss",
+    "reward_at_kl", "reward_loss", "targets", "to_preference_pairs", "to_unpaired", "write_report",
 ]  # fmt: skip
 
 

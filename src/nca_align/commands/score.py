@@ -103,7 +103,3 @@ def main(argv: list[str] | None = None) -> None:
     """Parse the options and score."""
     (options,) = parse([ScoreOptions], argv, "nca-align score", "rewards for the completions of each prompt")
     score(options)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

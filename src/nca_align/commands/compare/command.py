@@ -190,7 +190,3 @@ def _write_provenance(
 def _names(cells: Sequence[Cell]) -> str:
     names = [cell.name for cell in cells]
     return ", ".join(names[:5]) + (" …" if len(names) > 5 else "")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

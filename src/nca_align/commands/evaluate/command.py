@@ -47,7 +47,3 @@ def main(argv: list[str] | None = None) -> None:
         print(usage())
     (options,) = parse([EvaluateOptions], argv, "nca-align evaluate", "mean reward and KL of policies' own samples")
     print_table(evaluate(options))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -249,7 +249,3 @@ def main(argv: list[str] | None = None) -> None:
     """Parse the options and export."""
     (options,) = parse([ExportOptions], argv, "nca-align export", "the trained model in one folder, adapter merged")
     export(options)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,6 +1,5 @@
 """`nca-align inspect`: a data set before a GPU is spent on it, with a tokenizer or without one."""
 
-import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -73,7 +72,3 @@ def main(argv: list[str] | None = None) -> None:
         with refused_by(f"writing `html` {options.html}"):
             write_page(Path(options.html), found, show_row(dataset, options.example or 0, options, tokenizer))
         print(f"The page is {options.html}.")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -77,7 +77,3 @@ def main(argv: list[str] | None = None) -> None:
         print(f"The plots are {', '.join(map(str, plots))}.")
     else:
         print("No plots were written: they need matplotlib (`pip install 'nca-align[plots]'`) and something logged.")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

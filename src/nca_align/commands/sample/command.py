@@ -183,7 +183,3 @@ def main(argv: list[str] | None = None) -> None:
     """Parse the options and sample."""
     (options,) = parse([SampleOptions], argv, "nca-align sample", "K completions for each prompt")
     sample(options)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

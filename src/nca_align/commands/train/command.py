@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from datasets import disable_progress_bars
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
@@ -304,8 +303,3 @@ def _save(trainer, metrics: dict[str, float], data: RewardData) -> None:
         if data.validation_indices is not None:
             path = Path(trainer.args.output_dir) / "validation_indices.json"
             path.write_text(json.dumps(data.validation_indices))
-
-
-if __name__ == "__main__":
-    transformers.logging.set_verbosity_warning()
-    sys.exit(main())
