@@ -5,6 +5,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may reach a network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import gc
 import json
 from pathlib import Path
 
@@ -26,6 +27,12 @@ CORPUS = [
     "user assistant system Here is the answer to the question that you asked me about the weather.",
     "I think that this is a great idea! Thank you for the help, I am happy with it. 0 1 2 3 4 5 6 7 8 9",
 ]
+
+
+def pytest_collection_finish():
+    """Keep what is imported out of every collection: accelerate collects in each `train()`, at half of its seconds."""
+    gc.collect()
+    gc.freeze()
 
 
 def build_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> PreTrainedTokenizerFast:
