@@ -17,7 +17,8 @@ from nca_align.commands.export import command as export_command
 from nca_align.commands.export.command import ExportOptions, export, main
 from nca_align.commands.export.merge import compare, comparison_rows, merge
 from nca_align.errors import UserError
-from nca_align.models.loading import add_adapter, completion_logps, load_model, load_policy
+from nca_align.models.loading import add_adapter, load_model, load_policy
+from nca_align.models.logprobs import completion_logps
 from nca_align.models.pretrained import keep_nf4_differentiable
 
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}

@@ -26,7 +26,8 @@ from nca_align.commands.evaluate.implicit import (
     write_token_scores,
 )
 from nca_align.errors import UserError
-from nca_align.models.loading import as_reference, completion_logps, load_policy, run_record, token_logps
+from nca_align.models.loading import as_reference, load_policy, run_record
+from nca_align.models.logprobs import completion_logps, token_logps
 
 
 def save_adapter(model, folder: Path, seed: int, modules=("q_proj",), **config) -> str:

@@ -10,7 +10,8 @@ from transformers import Trainer, TrainerCallback
 
 from ..batching.tokenization import tokenize_dataset
 from ..errors import UnsupportedError, UserError
-from ..models.loading import as_reference, completion_logps, merged
+from ..models.loading import as_reference, merged
+from ..models.logprobs import completion_logps
 from ..models.pretrained import base_model, keep_nf4_differentiable, refuse_virtual_tokens
 from ..training.metrics import PromptMeans, calibration, row_metrics
 from .evaluator import GenerationEvaluator, Reference, reference_model

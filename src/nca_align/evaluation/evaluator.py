@@ -12,7 +12,8 @@ from torch import nn
 from ..batching.prompt_ids import PromptError, prompt_ids
 from ..errors import UserError
 from ..models.generate import draw
-from ..models.loading import as_reference, completion_logps, merged
+from ..models.loading import as_reference, merged
+from ..models.logprobs import completion_logps
 from ..models.pretrained import base_model
 from ..rewards.scorers import Scorers, open_scorers
 from ..store.provenance import seed_of

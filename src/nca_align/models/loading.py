@@ -1,21 +1,17 @@
 """Policies outside training: a model or an adapter loaded as it was trained, and its log-probabilities."""
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor, nn
 
-from ..batching import layout
-from ..batching.collator import RewardCollator
 from ..errors import UserError, one_line
 from ..store.checkpoints import read_manifest, whole_checkpoints
-from .logprobs import add_token_logps
-from .pretrained import base_model, from_pretrained, hide_loading, keep_nf4_differentiable, load_adapter
+from .pretrained import from_pretrained, hide_loading, keep_nf4_differentiable, load_adapter
 from .smollm2 import resolve_model
 
 
@@ -200,70 +196,3 @@ def merged(model: Any) -> Iterator[None]:
         model.unmerge_adapter()
         for own, data in zip(weights, before, strict=True):
             own.data.copy_(data)
-
-
-@torch.no_grad()
-def token_logps(
-    model: nn.Module,
-    rows: Sequence[dict[str, Any]],
-    batch_size: int,
-    progress: Callable[[int], object] = lambda rows: None,
-) -> list[list[Tensor]]:
-    """log π of every token of every completion, by the collator and the head of training.
-
-    Args:
-        model: a causal language model in eval mode, with an adapter or without.
-        rows: `prompt_ids`, `completion_ids` (K lists); `rewards` are not read.
-        batch_size: completions a forward, of rows of like length; a prompt counts once where the model allows it.
-        progress: called with the number of rows that are done.
-
-    Returns:
-        For each row K tensors (T,) float32, nats, on the CPU.
-    """
-    base = base_model(model)
-    add_token_logps(base)
-    packed = layout.obstacle([base], model, None) is None
-    if packed:
-        layout.share_prefixes(base)
-    collator = RewardCollator(0, "prefix_shared" if packed else "padded", completions_per_forward=batch_size)
-    device = next(model.parameters()).device
-    values: list[list[Tensor]] = [[] for _ in rows]
-    for batch in _batches(rows, batch_size):
-        picked = [rows[i] | {"rewards": [0.0] * len(rows[i]["completion_ids"])} for i in batch]
-        collated = collator(picked)
-        columns = collated["valid"].shape[1]
-        flat: dict[int, Tensor] = {}
-        for chunk in collated["chunks"]:
-            inputs = {
-                name: value.to(device) if isinstance(value, Tensor) else value
-                for name, value in chunk.items()
-                if name != "completion_index"
-            }
-            found = model(**inputs, row_length=chunk["input_ids"].shape[1]).token_logps.float().cpu()
-            for index in chunk["completion_index"].unique().tolist():
-                flat[index] = found[chunk["completion_index"] == index]
-        for b, i in enumerate(batch):
-            values[i] = [flat[b * columns + k] for k in range(len(rows[i]["completion_ids"]))]
-        progress(len(batch))
-    return values
-
-
-def _batches(rows: Sequence[dict[str, Any]], size: int) -> Iterator[list[int]]:
-    """Rows by their length, as many as have no more than `size` completions together."""
-    batch: list[int] = []
-    room = size
-    for i in sorted(
-        range(len(rows)), key=lambda i: len(rows[i]["prompt_ids"]) + max(map(len, rows[i]["completion_ids"]))
-    ):
-        if batch and room < len(rows[i]["completion_ids"]):
-            yield batch
-            batch, room = [], size
-        batch.append(i)
-        room -= len(rows[i]["completion_ids"])
-    if batch:
-        yield batch
-
-
-def completion_logps(model: nn.Module, rows: Sequence[dict[str, Any]], batch_size: int) -> list[list[float]]:
-    """log π(completion | prompt) of every completion, nats, summed over its tokens: lists of K, see `token_logps`."""
-    return [[float(logps.double().sum()) for logps in row] for row in token_logps(model, rows, batch_size)]

@@ -1,17 +1,22 @@
 """Log-probabilities of the labelled tokens alone: the LM head runs where a label is, and nowhere else."""
 
 import functools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
+from ..batching import layout
+from ..batching.collator import RewardCollator
 from ..errors import UnsupportedError
+from .pretrained import base_model
 
 # Bytes of logits and of their gradient that a forward may keep for its backward; above it the head runs in tiles that
 # the backward computes again. Free at 7B (under 1 % of a step), dear on small models with a large vocabulary, whose
@@ -160,3 +165,89 @@ def _router_loss(model: Any, router_logits, attention_mask: torch.Tensor | None)
     mask = attention_mask if attention_mask is not None and attention_mask.dim() == 2 else None
     loss = load_balancing_loss_func(router_logits, model.num_experts, model.num_experts_per_tok, mask)
     return torch.as_tensor(loss)
+
+
+def forward_chunk(model: nn.Module, chunk: dict[str, Any], **options: Any) -> Any:
+    """`TokenLogps` of one forward over a chunk of a collated batch, in the order of the chunk's terms.
+
+    Args:
+        model: whose base has been through `add_token_logps`, wrapped or not.
+        chunk: see `batching.collator`; on the model's device.
+        **options: of the forward, such as `output_router_logits`.
+    """
+    inputs = {name: value for name, value in chunk.items() if name != "completion_index"}
+    return model(**inputs, row_length=chunk["input_ids"].shape[1], **options)
+
+
+def sum_by_completion(token_logps: torch.Tensor, completion_index: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """(B, K) float32 log-probabilities, nats: the sum over each completion's tokens, 0 for those of other chunks.
+
+    Args:
+        token_logps: (M,) of a chunk's terms.
+        completion_index: (M,) of the same chunk.
+        shape: (B, K).
+    """
+    # in float64, since a float32 `index_add` on a CPU adds one by one: 1e-3 nats off after 300 tokens
+    sums = torch.zeros(shape.numel(), dtype=torch.float64, device=token_logps.device)
+    return sums.index_add(0, completion_index.to(sums.device), token_logps.double()).view(shape).float()
+
+
+@torch.no_grad()
+def token_logps(
+    model: nn.Module,
+    rows: Sequence[dict[str, Any]],
+    batch_size: int,
+    progress: Callable[[int], object] = lambda rows: None,
+) -> list[list[torch.Tensor]]:
+    """log π of every token of every completion, by the collator and the head of training.
+
+    Args:
+        model: a causal language model in eval mode, with an adapter or without.
+        rows: `prompt_ids`, `completion_ids` (K lists); `rewards` are not read.
+        batch_size: completions a forward, of rows of like length; a prompt counts once where the model allows it.
+        progress: called with the number of rows that are done.
+
+    Returns:
+        For each row K tensors (T,) float32, nats, on the CPU.
+    """
+    base = base_model(model)
+    add_token_logps(base)
+    packed = layout.obstacle([base], model, None) is None
+    if packed:
+        layout.share_prefixes(base)
+    collator = RewardCollator(0, "prefix_shared" if packed else "padded", completions_per_forward=batch_size)
+    device = next(model.parameters()).device
+    values: list[list[torch.Tensor]] = [[] for _ in rows]
+    for batch in _batches(rows, batch_size):
+        collated = collator([rows[i] | {"rewards": [0.0] * len(rows[i]["completion_ids"])} for i in batch])
+        columns = collated["valid"].shape[1]
+        found: dict[int, torch.Tensor] = {}
+        for chunk in send_to_device(collated["chunks"], device):
+            logps, index = forward_chunk(model, chunk).token_logps.float().cpu(), chunk["completion_index"].cpu()
+            for place in index.unique().tolist():
+                found[place] = logps[index == place]
+        for b, i in enumerate(batch):
+            values[i] = [found[b * columns + k] for k in range(len(rows[i]["completion_ids"]))]
+        progress(len(batch))
+    return values
+
+
+def _batches(rows: Sequence[dict[str, Any]], size: int) -> Iterator[list[int]]:
+    """Rows by their length, as many as have no more than `size` completions together."""
+    batch: list[int] = []
+    room = size
+    for i in sorted(
+        range(len(rows)), key=lambda i: len(rows[i]["prompt_ids"]) + max(map(len, rows[i]["completion_ids"]))
+    ):
+        if batch and room < len(rows[i]["completion_ids"]):
+            yield batch
+            batch, room = [], size
+        batch.append(i)
+        room -= len(rows[i]["completion_ids"])
+    if batch:
+        yield batch
+
+
+def completion_logps(model: nn.Module, rows: Sequence[dict[str, Any]], batch_size: int) -> list[list[float]]:
+    """log π(completion | prompt) of every completion, nats, summed over its tokens: lists of K, see `token_logps`."""
+    return [[float(logps.double().sum()) for logps in row] for row in token_logps(model, rows, batch_size)]

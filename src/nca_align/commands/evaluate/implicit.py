@@ -27,7 +27,8 @@ from ...evaluation.ranking import (
     pair_kinds,
     without_length,
 )
-from ...models.loading import as_reference, is_adapter, load_policy, load_tokenizer, run_record, token_logps
+from ...models.loading import as_reference, is_adapter, load_policy, load_tokenizer, run_record
+from ...models.logprobs import token_logps
 from ...store.files import check_writable, replacing, write_json
 
 LENGTH = "length"

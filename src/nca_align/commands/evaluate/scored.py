@@ -21,7 +21,8 @@ from ...evaluation.estimates import (
     rewards_by_prompt,
     wins_over,
 )
-from ...models.loading import completion_logps, load_policy, load_tokenizer
+from ...models.loading import load_policy, load_tokenizer
+from ...models.logprobs import completion_logps
 from ...models.smollm2 import resolve_model
 from ...store.files import check_writable, read_table, write_json
 from ...store.provenance import data_fingerprint, weights_fingerprint

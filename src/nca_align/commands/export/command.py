@@ -14,13 +14,13 @@ from ...models.loading import (
     adapter_base,
     add_adapter,
     base_key,
-    completion_logps,
     has_tokenizer,
     is_adapter,
     load_model,
     load_tokenizer,
     trained_quantization,
 )
+from ...models.logprobs import completion_logps
 from ...models.smollm2 import resolve_model
 from ...options import parse
 from ...store.files import can_be_written
