@@ -42,7 +42,7 @@ from nca_align.data import DataOptions, RewardData
 from nca_align.data.strategies import PAIRS
 from nca_align.errors import UserError
 from nca_align.store.checkpoints import last_common_checkpoint
-from nca_align.store.provenance import files_fingerprint
+from nca_align.store.fingerprints import files_fingerprint
 
 ROOT = Path(__file__).resolve().parents[1]
 SCORER = "def long(completions, **kwargs):\n    return [min(len(c[0]['content']), 60) / 60 for c in completions]\n"

@@ -31,9 +31,11 @@ from nca_align.commands.sample.engine import Sample, cut
 from nca_align.commands.sample.options import SampleOptions
 from nca_align.errors import UserError
 from nca_align.models import smollm2
+from nca_align.models.generate import seed_for
 from nca_align.models.loading import load_policy
 from nca_align.scorers import vader
-from nca_align.store.provenance import read_provenance, seed_of, weights_fingerprint
+from nca_align.store.fingerprints import weights_fingerprint
+from nca_align.store.provenance import read_provenance
 
 PROMPTS = [
     "What is the best way?", "Tell me about the lazy dog, and about the quick brown fox as well, please.", "Hi",
@@ -248,7 +250,7 @@ class TestWhatIsSampled:
         assert cut("abc", []) == ("abc", False)
 
     def test_seeds_differ_by_place_and_fit_31_bits(self):
-        seeds = {seed_of(42, i, j) for i in range(50) for j in range(50)}
+        seeds = {seed_for(42, i, j) for i in range(50) for j in range(50)}
         assert len(seeds) == 2500
         assert max(seeds) < 2**31
 
@@ -593,7 +595,7 @@ class TestVLLM:
         setting = {"engine": "vllm", "dataset_name": str(tmp_path / "long.txt"), "on_error": "drop"}
         assert sample(options(**setting))["failed"] == 1
         assert [row["completions"][0][0]["content"] for row in read(options().output)] == [
-            f"{seed_of(42, i)} 0" for i in (0, 2)
+            f"{seed_for(42, i)} 0" for i in (0, 2)
         ]
 
 

@@ -28,9 +28,10 @@ from nca_align.data.prompts import text_of
 from nca_align.errors import UserError
 from nca_align.models import smollm2
 from nca_align.rewards import reward_models
-from nca_align.rewards.reward_functions import is_function, source_fingerprint
+from nca_align.rewards.reward_functions import is_function
 from nca_align.rewards.scorers import column_names
 from nca_align.scorers import vader, within_words
+from nca_align.store.fingerprints import source_fingerprint
 from nca_align.store.provenance import read_provenance
 from test_sampling import kill_and_restart, read
 

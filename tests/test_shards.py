@@ -13,8 +13,9 @@ from datasets import Dataset, Features, List, Value
 
 from nca_align.errors import UserError
 from nca_align.store import locking
+from nca_align.store.fingerprints import data_fingerprint, weights_fingerprint
 from nca_align.store.locking import alone_at
-from nca_align.store.provenance import data_fingerprint, read_provenance, weights_fingerprint
+from nca_align.store.provenance import read_provenance
 from nca_align.store.shards import Shard, run_sharded
 
 FEATURES = Features({"prompt": Value("string"), "values": List(Value("int64"))})

@@ -7,12 +7,12 @@ from functools import partial
 from typing import Any
 
 from datasets import Dataset, IterableDataset
-from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 from trl.data_utils import common_prefix_length
 
 from ..config import NCAConfig, prompt_limit
 from ..errors import UserError
+from ..store.fingerprints import derived_fingerprint
 
 logger = logging.getLogger("nca_align")
 
@@ -47,7 +47,7 @@ def tokenize_dataset(
             tokenizer.bos_token,
             tokenizer.eos_token,
         )
-        options["new_fingerprint"] = Hasher.hash(("nca_align tokens 2", dataset._fingerprint, state, limits))
+        options["new_fingerprint"] = derived_fingerprint("nca_align tokens 2", dataset, state, limits)
     try:
         dataset = dataset.map(
             function,

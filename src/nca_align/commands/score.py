@@ -9,9 +9,10 @@ from datasets import Features, List, Value
 from ..data.prompts import load_completions
 from ..errors import UserError, command
 from ..options import parse
-from ..rewards.reward_functions import find_function, is_function, source_fingerprint
+from ..rewards.reward_functions import find_function, is_function
 from ..rewards.scorers import Scorers, check_weights, column_names, open_scorers, scorer_identity
-from ..store.provenance import data_fingerprint, read_provenance, versions, weights_fingerprint
+from ..store.fingerprints import data_fingerprint, source_fingerprint, weights_fingerprint
+from ..store.provenance import read_provenance, versions
 from ..store.shards import run_sharded
 
 

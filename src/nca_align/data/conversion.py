@@ -1,6 +1,5 @@
 """From a data set in any known format to validated rows `prompt, completions, rewards`."""
 
-import inspect
 import itertools
 import json
 import logging
@@ -12,9 +11,9 @@ from functools import cache
 from typing import Any
 
 from datasets import Dataset, Features, IterableDataset
-from datasets.fingerprint import Hasher
 
 from ..errors import UnsupportedError, UserError, UserTypeError
+from ..store.fingerprints import derived_fingerprint, source_fingerprint
 from . import flat, formats, pairs, validation
 from .options import DEFAULT_SCORE, DataOptions
 from .report import FIX, NOTES, DataReport, read_notes, show_counts
@@ -119,7 +118,7 @@ def _with_notes(features: Features) -> Features:
 def _revision() -> str:
     """Changes with the converters' code, so that what older code left in the cache isn't taken."""
     modules = (sys.modules[__name__], flat, formats, pairs, validation)
-    return Hasher.hash([inspect.getsource(module) for module in modules])
+    return " ".join(str(source_fingerprint(module)) for module in modules)
 
 
 def _check_options(fmt: formats.Format, options: DataOptions, peeked: list[dict[str, Any]], name: str) -> None:
@@ -219,7 +218,7 @@ def _convert_groups(dataset: Dataset, arguments: dict[str, Any]) -> Dataset:
     return Dataset.from_generator(
         generate,
         features=_with_notes(result_features(dataset.features, fmt, arguments["chat"])),
-        fingerprint=Hasher.hash([dataset._fingerprint, arguments]),
+        fingerprint=derived_fingerprint("nca_align groups", dataset, arguments),
     )
 
 

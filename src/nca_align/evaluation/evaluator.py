@@ -11,12 +11,11 @@ from torch import nn
 
 from ..batching.prompt_ids import PromptError, prompt_ids
 from ..errors import UserError
-from ..models.generate import draw
+from ..models.generate import draw, seed_for
 from ..models.loading import as_reference, merged
 from ..models.logprobs import completion_logps
 from ..models.pretrained import base_model
 from ..rewards.scorers import Scorers, open_scorers
-from ..store.provenance import seed_of
 from ..training.chunked_step import restore_rng, rng_state
 from .estimates import GenerationFigures, figures_of, mean_over_prompts, win_rate
 
@@ -163,7 +162,7 @@ class GenerationEvaluator:
         found: dict[int, dict[str, Any]] = {}
         for start in range(0, len(places), size):
             batch = places[start : start + size]
-            prompts, seed = [self._prompts[i] for i in batch], seed_of(self._seed, which, batch[0])
+            prompts, seed = [self._prompts[i] for i in batch], seed_for(self._seed, which, batch[0])
             answers = draw(model, prompts, self._num_completions, self._max_new_tokens, ends, seed)
             for i, own_answers in zip(batch, answers, strict=True):
                 found[i] = {

@@ -4,6 +4,7 @@
 step of a small model on its random numbers. It draws here for the models that the loop below doesn't cover.
 """
 
+import hashlib
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -148,3 +149,8 @@ def neutral_generation(model: Any, ends: list[int]) -> Iterator[None]:
 def _until_end(ids: list[int], ends: list[int]) -> list[int]:
     length = next((t for t, token in enumerate(ids) if token in ends), len(ids))
     return ids[: length + 1]
+
+
+def seed_for(*place: int) -> int:
+    """A seed of 31 bits (what every engine and server takes) for a place in a run: its own seed, a shard, a row …"""
+    return int.from_bytes(hashlib.sha256(repr(place).encode()).digest()[:4]) >> 1

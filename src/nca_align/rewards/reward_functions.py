@@ -1,14 +1,12 @@
 """Scorers that are Python functions, `package.module:function` with TRL's reward-function signature."""
 
 import asyncio
-import hashlib
 import importlib
 import inspect
 import os
 import re
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from traceback import extract_tb
 from typing import Any
 
@@ -56,16 +54,6 @@ def _told(error: Exception) -> str:
     if not frames:
         return one_line(error)
     return f"{type(error).__name__}: {one_line(error)[:200]}, {frames[-1].filename} line {frames[-1].lineno}"
-
-
-def source_fingerprint(function) -> str | None:
-    """A hash of the file that a reward function is written in; what that file imports is not seen. None without one."""
-    function = inspect.unwrap(getattr(function, "func", function))  # a partial's own function
-    try:
-        file = inspect.getsourcefile(function if inspect.isroutine(function) else type(function))
-        return hashlib.sha256(Path(str(file)).read_bytes()).hexdigest()[:16]
-    except (TypeError, OSError):  # built in, or made without a file
-        return None
 
 
 def function_scorer(function: Callable, spec: str, tokenizer_name: str | None) -> Scorer:

@@ -9,7 +9,7 @@ from itertools import pairwise
 from typing import Any
 
 from ..errors import UserError, one_line
-from ..store.provenance import weights_fingerprint
+from ..store.fingerprints import weights_fingerprint
 from ..store.shards import Advance, Shard
 from .reward_functions import find_function, function_scorer, is_function
 from .reward_models import Scorer, check_config, pipeline_scorer, reward_model

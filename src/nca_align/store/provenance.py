@@ -1,10 +1,7 @@
-"""What made a file of samples or scores: content fingerprints, versions, and where they are written down."""
+"""The record of what made a file: commands with their options, versions of libraries, the commit."""
 
-import glob
-import hashlib
 import json
 import subprocess
-from collections.abc import Iterable
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -13,79 +10,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from .files import visible_files
-
 KEY = b"nca_align"
 LIBRARIES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate")
-_CHUNK = 1 << 20
-
-
-def weights_fingerprint(name: str | None, revision: str | None = None) -> str | None:
-    """An identity of a model that changes with its weights, adapter, tokenizer or chat template.
-
-    Args:
-        name: a folder, or a model id of the Hub.
-        revision: of the id.
-
-    Returns:
-        For a folder a hash of its files (64 evenly spaced megabytes of those that are larger), independent of place
-        and dates, of an adapter with its base model; for an id the id with its revision.
-    """
-    if name is None or not Path(name).is_dir():
-        return f"{name}@{revision}" if revision else name
-    digest = hashlib.sha256()
-    for file in sorted(Path(name).iterdir()):
-        if not file.is_file() or file.suffix in (".png", ".md", ".log") or file.name in _NOT_THE_MODEL:
-            continue
-        size = file.stat().st_size
-        digest.update(f"{file.name}:{size}\n".encode())
-        with open(file, "rb") as handle:
-            for offset in range(0, size, max(_CHUNK, size // 64)):
-                handle.seek(offset)
-                digest.update(handle.read(_CHUNK))
-    base = _adapter_base(Path(name))
-    if base is not None:
-        digest.update(f"base:{base}\n".encode())
-    return digest.hexdigest()[:16]
-
-
-# Trainers leave these beside the model: times and the state of training, which say nothing about what it computes.
-_NOT_THE_MODEL = {
-    "training_args.bin", "trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state.pth", "all_results.json",
-    "train_results.json", "eval_results.json", "validation_indices.json",
-}  # fmt: skip
-
-
-def _adapter_base(folder: Path) -> str | None:
-    """The fingerprint of the model that an adapter's folder names as its base; None of any other folder."""
-    try:
-        about = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        base = about["base_model_name_or_path"]
-    except (OSError, ValueError, KeyError, TypeError):  # what is wrong with it, loading says
-        return None
-    return weights_fingerprint(base, about.get("revision"))
-
-
-def data_fingerprint(rows: Iterable[dict]) -> str:
-    """A hash of the rows' content, whatever file or format they came from."""
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(json.dumps(row, sort_keys=True, default=str).encode())
-    return digest.hexdigest()[:16]
-
-
-def files_fingerprint(name: str) -> str:
-    """A hash of the file, folder or pattern of files that is here, whole; of a data set of the Hub its name."""
-    path = Path(name).expanduser()
-    found = visible_files(path) if path.is_dir() else map(Path, glob.glob(str(path), recursive=True))
-    digest = hashlib.sha256()
-    # `datasets` writes cache-….arrow beside data that was saved to disk
-    files = [own for own in sorted(found) if own.is_file() and not own.match("cache-*.arrow")]
-    for own in files:
-        with open(own, "rb") as file:
-            digest.update(f"{own.relative_to(path) if path.is_dir() else own.name}:".encode())
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()[:16] if files else name
 
 
 def versions(*packages: str) -> dict[str, str]:
@@ -131,8 +57,3 @@ def read_provenance(path: str | Path) -> list[dict[str, Any]]:
         return json.loads(text) if text else []
     except (pa.ArrowInvalid, ValueError):  # an empty or broken file
         return []
-
-
-def seed_of(*place: int) -> int:
-    """A seed of 31 bits (what every engine and server takes) for a place in the run."""
-    return int.from_bytes(hashlib.sha256(repr(place).encode()).digest()[:4]) >> 1

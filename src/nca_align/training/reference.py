@@ -1,7 +1,6 @@
 """Reference log-probabilities computed once and kept: what changes them is their key; shards make them resumable."""
 
 import hashlib
-import json
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -9,23 +8,24 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object, send_to_device, tqdm
 from datasets import Dataset
-from datasets.fingerprint import Hasher
 from torch import nn
 
 from ..batching.collator import RewardCollator
 from ..models.pretrained import base_model
 from ..store.checkpoints import write_errors_told
 from ..store.files import sync
+from ..store.fingerprints import columns_fingerprint, derived_fingerprint, tensors_fingerprint
 from .setup import say
 
 ROWS_PER_SHARD = 512
+# The ids of all rows, and so the template, the truncation and the completions behind them
+TOKENS = ("prompt_ids", "completion_ids")
 # A half-written shard this old, in seconds, is a killed run's: writing one takes no time
 _STALE = 3600
 # What a model's config says beside what its forward computes
@@ -42,26 +42,14 @@ def reference_hash(model: nn.Module) -> str:
     differ in a fresh adapter alone share their cache. Of sharded weights this process's share counts.
     """
     policy = [f".{name}." for name in getattr(model, "peft_config", {}) if name != "ref"]
-    digest = hashlib.sha256(json.dumps(_computation(model), sort_keys=True, default=str).encode())
-    _add_weights(digest, model, lambda name: not any(part in f"{name}." for part in policy))
-    return digest.hexdigest()
+    return tensors_fingerprint(
+        model, lambda name: not any(part in f"{name}." for part in policy), about=_computation(model)
+    )
 
 
 def adapter_hash(model: nn.Module, adapter: str) -> str:
     """Hash of the weights of one of a PEFT model's adapters; of sharded weights this process's share counts."""
-    digest = hashlib.sha256()
-    _add_weights(digest, model, lambda name: f".{adapter}." in f"{name}.")
-    return digest.hexdigest()
-
-
-def _add_weights(digest, model: nn.Module, counts: Callable[[str], bool]) -> None:
-    for name, tensor in sorted(model.state_dict(keep_vars=True).items()):
-        if isinstance(tensor, torch.Tensor) and counts(name):
-            tensor = getattr(tensor, "ds_tensor", tensor)  # ZeRO-3 leaves the parameter itself empty
-            tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-            tensor = tensor.detach().cpu().contiguous()
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return tensors_fingerprint(model, lambda name: f".{adapter}." in f"{name}.")
 
 
 def computed_config(model: Any) -> dict[str, Any]:
@@ -76,20 +64,6 @@ def _computation(model: nn.Module) -> list[Any]:
     reference = adapters["ref"].to_dict() if "ref" in adapters else {}
     scale = {name: value for name, value in reference.items() if name in ("peft_type", "r", "lora_alpha", "use_rslora")}
     return [type(base).__name__, computed_config(base), scale]
-
-
-def content_hash(dataset: Dataset, columns: tuple[str, ...] = ("prompt_ids", "completion_ids")) -> str:
-    """Hash of the token ids of all rows, and so of the template, the truncation and the completions behind them."""
-    digest = hashlib.sha256()
-    for batch in dataset.with_format("arrow").select_columns(list(columns)).iter(1000):
-        for column in batch.columns:
-            array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-            while pa.types.is_list(array.type) or pa.types.is_large_list(array.type):
-                digest.update(np.asarray(array.value_lengths()).astype("<i8").tobytes())
-                array = array.flatten()
-            values = np.asarray(array)
-            digest.update(values.astype("<i8" if values.dtype.kind in "iu" else "<f8").tobytes())
-    return digest.hexdigest()
 
 
 class ReferenceCache:
@@ -172,7 +146,7 @@ def add_reference_logps(
         batch_size: prompts in a batch.
         name: of the data set, for the progress bar.
     """
-    whole_key = [(*key, content_hash(dataset))]
+    whole_key = [(*key, columns_fingerprint(dataset, TOKENS))]
     broadcast_object_list(whole_key, from_process=0)  # a sharded model hashes differently on each process
     cache = ReferenceCache(whole_key[0], len(dataset))
     missing = [cache.missing() if accelerator.is_main_process else []]
@@ -187,7 +161,7 @@ def add_reference_logps(
                     cache.write(file, logps)
     column = [cache.read() if accelerator.is_main_process else None]
     broadcast_object_list(column, from_process=0)
-    fingerprint = Hasher.hash((dataset._fingerprint, whole_key[0]))
+    fingerprint = derived_fingerprint("ref_logps", dataset, whole_key[0])
     return dataset.add_column("ref_logps", column[0], new_fingerprint=fingerprint)
 
 

@@ -11,8 +11,8 @@ from ..config import NCAConfig
 from ..errors import UserError
 from ..models.pretrained import base_model
 from ..options import nearest
-from ..store.provenance import weights_fingerprint
-from .reference import adapter_hash, computed_config, content_hash
+from ..store.fingerprints import columns_fingerprint, weights_fingerprint
+from .reference import TOKENS, adapter_hash, computed_config
 
 # Options that may change between a run and its continuation: the same training, if at times up to rounding.
 FREE = {
@@ -46,7 +46,7 @@ FIXED = {
 }  # fmt: skip
 _STREAM_ROWS = 8  # of a stream that are read to know it again
 _NOT_OF_THE_MODEL = ("token", "use_auth_token", "proxies")  # how it is fetched; secrets stay out of checkpoints
-_CONTENT = ("prompt_ids", "completion_ids", "rewards")
+_CONTENT = (*TOKENS, "rewards")
 
 
 def run_identity(
@@ -84,10 +84,10 @@ def run_identity(
         if name == "ref":
             identity["adapter.ref"] = adapter_hash(model, name)[:16]  # a reference that no model folder holds
     if isinstance(dataset, Dataset):
-        identity["data"] = f"{len(dataset)} rows, {content_hash(dataset, _CONTENT)[:16]}"
+        identity["data"] = f"{len(dataset)} rows, {columns_fingerprint(dataset, _CONTENT)[:16]}"
     else:
         first = Dataset.from_list(list(dataset.take(_STREAM_ROWS)))
-        identity["data"] = f"stream, {content_hash(first, _CONTENT)[:16]}"
+        identity["data"] = f"stream, {columns_fingerprint(first, _CONTENT)[:16]}"
     return json.loads(json.dumps(identity, default=str, sort_keys=True))
 
 

@@ -20,11 +20,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ...errors import UserError
 from ...models.smollm2 import resolve_model
-from ...rewards.reward_functions import find_function, is_function, source_fingerprint
+from ...rewards.reward_functions import find_function, is_function
 from ...rewards.scorers import scorer_identity
 from ...store.checkpoints import whole_checkpoints
 from ...store.files import replacing, write_json
-from ...store.provenance import files_fingerprint, weights_fingerprint
+from ...store.fingerprints import files_fingerprint, source_fingerprint, weights_fingerprint
 from ...training.resume import PREEMPTED
 from .grid import Cell, Evaluation
 

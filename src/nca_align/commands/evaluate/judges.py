@@ -11,9 +11,9 @@ from datasets import Dataset, Features
 
 from ...data.prompts import load_raw
 from ...errors import UserError
+from ...models.generate import seed_for
 from ...store.files import check_writable, write_json
 from ...store.hub import from_the_hub
-from ...store.provenance import seed_of
 from ...store.shards import Advance, Shard, Work, run_sharded
 from ..sample.command import open_engine, step_of
 from ..sample.engine import Engine
@@ -173,7 +173,7 @@ def _work(engine: Engine, sampling: SampleOptions, options: JudgeOptions, name: 
                 run = [i for _, i in group]
                 for i in run:
                     said[i].append({"role": "user", "content": asked[i][turn]})
-                sampling.temperature, sampling.seed = degrees[run[0]], seed_of(options.seed, turn)
+                sampling.temperature, sampling.seed = degrees[run[0]], seed_for(options.seed, turn)
                 prompts = [{"prompt": said[i], **template} for i in run]
                 samples = engine(shard, first_row + run[0], prompts, advance if turn == last else lambda n: None)
                 for i, (one,) in zip(run, samples, strict=True):

@@ -20,8 +20,8 @@ from ...models.loading import adapter_base, as_reference, is_adapter, load_polic
 from ...models.smollm2 import resolve_model
 from ...options import nearest
 from ...store.files import check_writable, read_table, write_json
+from ...store.fingerprints import data_fingerprint, weights_fingerprint
 from ...store.hub import go_offline_without_network
-from ...store.provenance import data_fingerprint, weights_fingerprint
 from .lm_eval_table import Line, compare, plain_results, print_table
 
 

@@ -9,7 +9,8 @@ from ...data.prompts import load_raw, text_of
 from ...errors import UserError
 from ...models.pretrained import base_model
 from ...models.smollm2 import resolve_model
-from ...store.provenance import read_provenance, weights_fingerprint
+from ...store.fingerprints import weights_fingerprint
+from ...store.provenance import read_provenance
 
 
 def load_samples(name: str, policy: str) -> Dataset:

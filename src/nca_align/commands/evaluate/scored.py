@@ -25,7 +25,7 @@ from ...models.loading import load_policy, load_tokenizer
 from ...models.logprobs import completion_logps
 from ...models.smollm2 import resolve_model
 from ...store.files import check_writable, read_table, write_json
-from ...store.provenance import data_fingerprint, weights_fingerprint
+from ...store.fingerprints import data_fingerprint, weights_fingerprint
 from .sampled_rows import drawn_end, load_samples, sampled_ids
 
 

@@ -10,7 +10,8 @@ from ...data.prompts import load_prompts
 from ...errors import UserError, command
 from ...models.smollm2 import resolve_model
 from ...options import parse
-from ...store.provenance import data_fingerprint, versions, weights_fingerprint
+from ...store.fingerprints import data_fingerprint, weights_fingerprint
+from ...store.provenance import versions
 from ...store.shards import Advance, Shard, Work, run_sharded
 from .engine import Engine, RowsFailed, Sample
 from .local_engines import transformers_engine, vllm_engine

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...errors import UnsupportedError, UserError, one_line
+from ...models.generate import seed_for
 from ...models.smollm2 import resolve_model
-from ...store.provenance import seed_of
 from ...store.shards import Advance
 from .engine import Engine, Sample, cut, place
 from .rendered_prompts import context_length, model_and_adapter, prompt_tokenizer, prompts_that_fit
@@ -66,7 +66,7 @@ def transformers_engine(options: "SampleOptions") -> Engine:
         for batch, start in enumerate(range(0, len(fit), options.batch_size)):
             picked = fit[start : start + options.batch_size]
             inputs = tokenizer.pad({"input_ids": [ids[i] for i in picked]}, return_tensors="pt").to(device)
-            torch.manual_seed(seed_of(options.seed, shard, batch))
+            torch.manual_seed(seed_for(options.seed, shard, batch))
             out = model.generate(
                 **inputs, max_new_tokens=options.max_new_tokens, num_return_sequences=options.num_completions,
                 logits_processor=LogitsProcessorList([FiniteLogits()]), **sampling,
@@ -143,7 +143,7 @@ def vllm_engine(options: "SampleOptions") -> Engine:
         params = [
             SamplingParams(
                 n=options.num_completions, temperature=options.temperature, top_p=options.top_p, stop=options.stop,
-                max_tokens=options.max_new_tokens, seed=seed_of(options.seed, first_row + i),
+                max_tokens=options.max_new_tokens, seed=seed_for(options.seed, first_row + i),
             )
             for i in ids
         ]  # fmt: skip

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ...batching.prompt_ids import PromptError, as_object
 from ...data.prompts import clean_messages
 from ...errors import UserError, one_line
-from ...store.provenance import seed_of
+from ...models.generate import seed_for
 from ...store.shards import Advance
 from .engine import Engine, Sample, cut, place
 from .options import EngineOptions
@@ -139,11 +139,11 @@ def server_engine(options: "SampleOptions", model: str) -> Engine:
         refused = False
         if k > 1 and takes_n[0]:
             try:
-                samples = request(row, k, seed_of(options.seed, number, 0))
+                samples = request(row, k, seed_for(options.seed, number, 0))
             except Refused:  # perhaps of `n`; what else it may be, the next request says
                 refused = True
         while len(samples) < k:
-            one = request(row, 1, seed_of(options.seed, number, len(samples)))
+            one = request(row, 1, seed_for(options.seed, number, len(samples)))
             if not one:
                 raise PromptError(f"the server at {options.base_url} answered without any completion")
             samples += one

@@ -1,0 +1,141 @@
+"""What a model, data or code is, in a short text that changes with its content: keys of caches and records of runs.
+
+Users' folders hold these values. A fingerprint that comes out otherwise than before makes finished work new work.
+"""
+
+import glob
+import hashlib
+import inspect
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from datasets import Dataset
+from datasets.fingerprint import Hasher
+
+from .files import visible_files
+
+_CHUNK = 1 << 20
+
+# Trainers leave these beside the model: times and the state of training, which say nothing about what it computes.
+_NOT_THE_MODEL = {
+    "training_args.bin", "trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state.pth", "all_results.json",
+    "train_results.json", "eval_results.json", "validation_indices.json",
+}  # fmt: skip
+
+
+def weights_fingerprint(name: str | None, revision: str | None = None) -> str | None:
+    """An identity of a model that changes with its weights, adapter, tokenizer or chat template.
+
+    Args:
+        name: a folder, or a model id of the Hub.
+        revision: of the id.
+
+    Returns:
+        For a folder a hash of its files (64 evenly spaced megabytes of those that are larger), independent of place
+        and dates, of an adapter with its base model; for an id the id with its revision.
+    """
+    if name is None or not Path(name).is_dir():
+        return f"{name}@{revision}" if revision else name
+    digest = hashlib.sha256()
+    for file in sorted(Path(name).iterdir()):
+        if not file.is_file() or file.suffix in (".png", ".md", ".log") or file.name in _NOT_THE_MODEL:
+            continue
+        size = file.stat().st_size
+        digest.update(f"{file.name}:{size}\n".encode())
+        with open(file, "rb") as handle:
+            for offset in range(0, size, max(_CHUNK, size // 64)):
+                handle.seek(offset)
+                digest.update(handle.read(_CHUNK))
+    base = _adapter_base(Path(name))
+    if base is not None:
+        digest.update(f"base:{base}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def _adapter_base(folder: Path) -> str | None:
+    """The fingerprint of the model that an adapter's folder names as its base; None of any other folder."""
+    try:
+        about = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        base = about["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError):  # what is wrong with it, loading says
+        return None
+    return weights_fingerprint(base, about.get("revision"))
+
+
+def tensors_fingerprint(model: Any, counts: Callable[[str], bool], about: Any = None) -> str:
+    """A hash of a loaded module's weights; of sharded weights this process's share counts.
+
+    Args:
+        model: a `torch.nn.Module`.
+        counts: whether the weight of this name counts.
+        about: what else counts, as JSON values; None for nothing.
+    """
+    import torch  # not for those who only read data
+
+    digest = hashlib.sha256(b"" if about is None else json.dumps(about, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(model.state_dict(keep_vars=True).items()):
+        if isinstance(tensor, torch.Tensor) and counts(name):
+            tensor = getattr(tensor, "ds_tensor", tensor)  # ZeRO-3 leaves the parameter itself empty
+            tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+            tensor = tensor.detach().cpu().contiguous()
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def data_fingerprint(rows: Iterable[dict]) -> str:
+    """A hash of the rows' content, whatever file or format they came from."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(row, sort_keys=True, default=str).encode())
+    return digest.hexdigest()[:16]
+
+
+def columns_fingerprint(dataset: Dataset, columns: Iterable[str]) -> str:
+    """A hash of columns of numbers, nested or not, read as Arrow holds them: for token ids, of which there are many."""
+    digest = hashlib.sha256()
+    for batch in dataset.with_format("arrow").select_columns(list(columns)).iter(1000):
+        for column in batch.columns:
+            array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+            while pa.types.is_list(array.type) or pa.types.is_large_list(array.type):
+                digest.update(np.asarray(array.value_lengths()).astype("<i8").tobytes())
+                array = array.flatten()
+            values = np.asarray(array)
+            digest.update(values.astype("<i8" if values.dtype.kind in "iu" else "<f8").tobytes())
+    return digest.hexdigest()
+
+
+def files_fingerprint(name: str) -> str:
+    """A hash of the file, folder or pattern of files that is here, whole; of a data set of the Hub its name."""
+    path = Path(name).expanduser()
+    found = visible_files(path) if path.is_dir() else map(Path, glob.glob(str(path), recursive=True))
+    digest = hashlib.sha256()
+    # `datasets` writes cache-….arrow beside data that was saved to disk
+    files = [own for own in sorted(found) if own.is_file() and not own.match("cache-*.arrow")]
+    for own in files:
+        with open(own, "rb") as file:
+            digest.update(f"{own.relative_to(path) if path.is_dir() else own.name}:".encode())
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16] if files else name
+
+
+def source_fingerprint(code: Any) -> str | None:
+    """A hash of the file that a function, class or module is written in; None where there is none.
+
+    What that file imports is not seen.
+    """
+    code = inspect.unwrap(getattr(code, "func", code))  # a partial's own function
+    try:
+        file = inspect.getsourcefile(code if inspect.isroutine(code) or inspect.ismodule(code) else type(code))
+        return hashlib.sha256(Path(str(file)).read_bytes()).hexdigest()[:16]
+    except (TypeError, OSError):  # built in, or made without a file
+        return None
+
+
+def derived_fingerprint(what: str, dataset: Dataset, *made_by: Any) -> str:
+    """The key under which `datasets` caches `what` is made of `dataset` by `made_by`."""
+    return Hasher.hash((what, dataset._fingerprint, *made_by))
