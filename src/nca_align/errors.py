@@ -1,4 +1,4 @@
-"""One clear sentence instead of a traceback for a user's mistake, and the traceback still for a bug."""
+"""What a user is told: notices, and one clear sentence instead of a traceback for a mistake; a bug keeps its own."""
 
 import functools
 import logging
@@ -29,6 +29,14 @@ class NotFoundError(UserError, FileNotFoundError):
 
 class HubError(UserError, ConnectionError):
     """A repository that the Hub did not give."""
+
+
+def notify(message: str) -> None:
+    """One line for the user, once whatever the number of processes; logging shows warnings without being set up."""
+    from accelerate import PartialState  # loads torch
+
+    if PartialState().is_main_process:
+        logging.getLogger("nca_align").warning(message)
 
 
 def one_line(error: BaseException) -> str:

@@ -24,7 +24,7 @@ from .batching import layout
 from .batching.collator import RewardCollator
 from .batching.tokenization import tokenize_dataset
 from .config import NCAConfig
-from .errors import UnsupportedError, UserError, UserTypeError
+from .errors import UnsupportedError, UserError, UserTypeError, notify
 from .models.logprobs import add_token_logps
 from .models.pretrained import base_model, keep_nf4_differentiable
 from .store.checkpoints import read_errors_told
@@ -35,7 +35,7 @@ from .training.metrics import PromptMeans, calibration, row_metrics
 from .training.objective import Objective, count_prompts
 from .training.reference import add_reference_logps, reference_hash
 from .training.resume import EvaluationCut, Resume
-from .training.setup import own_reference, reward_rows, say, settle
+from .training.setup import own_reference, reward_rows, settle
 
 _FORWARD_KEYS = ("input_ids", "attention_mask", "position_ids", "segments", "token_index", "target_ids")
 
@@ -101,7 +101,7 @@ class NCATrainer(DPOTrainer):
             args = NCAConfig(f"{name.split('/')[-1]}-NCA")
         args, changes = NCAConfig.of(args)
         if changes:
-            say(changes)
+            notify(changes)
         if data_collator is not None and not isinstance(data_collator, RewardCollator):
             raise UserTypeError(
                 f"`data_collator` is a {type(data_collator).__name__}, but NCATrainer needs a RewardCollator, which "
@@ -161,7 +161,7 @@ class NCATrainer(DPOTrainer):
                 num_proc=args.dataset_num_proc, name=dataset_name,
             )  # fmt: skip
         for notice in notices:
-            say(notice)
+            notify(notice)
         return dataset
 
     def _set_signature_columns_if_needed(self):
@@ -266,7 +266,7 @@ class NCATrainer(DPOTrainer):
             if obstacle and requested == "prefix_shared":
                 raise UnsupportedError(f"`layout: prefix_shared` can't be used here: {obstacle}. Use `layout: padded`.")
         if requested == "padded" or obstacle:
-            say(f"Layout: padded, {obstacle or 'as asked for'}.")
+            notify(f"Layout: padded, {obstacle or 'as asked for'}.")
             return
         for model in models:
             layout.share_prefixes(model)
@@ -295,7 +295,7 @@ class NCATrainer(DPOTrainer):
             *(parameter.dtype for parameter in self.model.parameters() if parameter.requires_grad),  # TRL's QLoRA: bf16
         )  # fmt: skip
         if agrees:
-            say(f"Layout: prefix_shared, each shared token once; agrees with padded on the first rows: {figures}.")
+            notify(f"Layout: prefix_shared, each shared token once; agrees with padded on the first rows: {figures}.")
         elif requested == "prefix_shared":
             raise UnsupportedError(
                 f"`layout: prefix_shared` does not agree with padded on the first rows ({figures}): "
@@ -304,7 +304,7 @@ class NCATrainer(DPOTrainer):
             )
         else:
             self.data_collator.layout = "padded"
-            say(f"Layout: padded, since prefix_shared does not agree with it on the first rows ({figures}).")
+            notify(f"Layout: padded, since prefix_shared does not agree with it on the first rows ({figures}).")
 
     # Log-probabilities
 

@@ -6,8 +6,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object
 
-from ..errors import UnsupportedError, UserError
-from .setup import say
+from ..errors import UnsupportedError, UserError, notify
 
 # As many steps left out one after another mean that the weights are broken, and no row.
 MOST_SKIPPED = 10
@@ -96,7 +95,7 @@ class StepGuard:
                 f"{sentence}, and so in {MOST_SKIPPED} steps one after another: the weights are no longer sound. Go on "
                 "from an earlier checkpoint (`resume_from_checkpoint`), with a lower `learning_rate`"
             )
-        say(f"{sentence}: the step is left out (`nonfinite: skip`).")
+        notify(f"{sentence}: the step is left out (`nonfinite: skip`).")
         return True, any_stopping
 
     def _sentence(self, rows: list[tuple[list[int] | None, torch.Tensor]], step: int, loss_broken: bool) -> str:
@@ -118,7 +117,7 @@ class StepGuard:
         if self.collapse_told or best is None or not best < -self.collapse_nats:
             return
         self.collapse_told = True
-        say(
+        notify(
             f"Step {step}: the best completion's log-ratio is {best:.1f} nats, the mean over prompts, below the "
             f"-{self.collapse_nats:g} of `collapse_nats`: even the best answers become unlikely, and samples degrade "
             "with them. Look at samples of a checkpoint; lower `learning_rate`, raise `beta`, or hold the best "

@@ -17,11 +17,11 @@ from datasets import Dataset
 from torch import nn
 
 from ..batching.collator import RewardCollator
+from ..errors import notify
 from ..models.pretrained import base_model
 from ..store.checkpoints import write_errors_told
 from ..store.files import sync
 from ..store.fingerprints import columns_fingerprint, derived_fingerprint, tensors_fingerprint
-from .setup import say
 
 ROWS_PER_SHARD = 512
 # The ids of all rows, and so the template, the truncation and the completions behind them
@@ -124,7 +124,7 @@ def _is_whole(start: int, end: int, file: Path) -> bool:
     except FileNotFoundError:
         return False
     except (OSError, ValueError):  # Arrow's own errors are the latter
-        say(f"{file} can't be read: its rows' reference log-probabilities are computed anew.")
+        notify(f"{file} can't be read: its rows' reference log-probabilities are computed anew.")
         return False
 
 

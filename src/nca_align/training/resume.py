@@ -20,7 +20,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
 
-from ..errors import UserError
+from ..errors import UserError, notify
 from ..store.checkpoints import (
     MANIFEST,
     is_whole,
@@ -32,7 +32,6 @@ from ..store.checkpoints import (
 )
 from ..store.files import sync, write_json
 from .run_identity import refuse_changes, run_identity
-from .setup import say
 
 # What a process exits with that was stopped by SIGTERM after it had saved: "try again" in BSD's sysexits.h.
 PREEMPTED = 75
@@ -101,7 +100,7 @@ class Resume(TrainerCallback):
 
     def _refuse_changes(self, folder: Path) -> None:
         if "identity" not in self._loaded:
-            say(f"{folder} has no {MANIFEST}: whether it belongs to this run, and all of its sums, can't be known.")
+            notify(f"{folder} has no {MANIFEST}: whether it belongs to this run, and all of its sums, can't be known.")
             return
         refusal: list[str | None] = [None]
         if PartialState().is_main_process:  # processes hold different shards, and only need to agree
@@ -253,7 +252,7 @@ class Resume(TrainerCallback):
             self.owes_evaluation = True
             self.trainer._save_checkpoint(self.trainer.model_wrapped, None)
         done = f"checkpoint-{step} is written, and `resume_from_checkpoint: true` goes on from it"
-        say(f"SIGTERM: {done if step else 'no step was done yet, and nothing is lost'} (exit code {PREEMPTED}).")
+        notify(f"SIGTERM: {done if step else 'no step was done yet, and nothing is lost'} (exit code {PREEMPTED}).")
         self.trainer.accelerator.wait_for_everyone()
         raise SystemExit(PREEMPTED)
 

@@ -1,28 +1,18 @@
 """What NCATrainer checks and prepares before and around the construction of TRL's trainer."""
 
 import copy
-import logging
 from typing import Any
 
-from accelerate import PartialState
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel
 
 from ..config import NCAConfig
 from ..data import DataOptions, to_reward_dataset
-from ..errors import UnsupportedError, UserTypeError
-
-logger = logging.getLogger("nca_align")
+from ..errors import UnsupportedError, UserTypeError, notify
 
 # chosen and rejected handed to the trainer are rewards 1 and 0, also beside score columns
 _HANDED_OVER = DataOptions(preference="hard", validation_fraction=0.0)
-
-
-def say(message: str) -> None:
-    """One line for the user, once whatever the number of processes; logging shows warnings without being set up."""
-    if PartialState().is_main_process:
-        logger.warning(message)
 
 
 def reward_rows(dataset, name: str):
@@ -60,7 +50,7 @@ def settle(args: NCAConfig, model, datasets: list) -> None:
     accelerator_config.dispatch_batches = False  # its default is true for streams
     if args.precompute_ref_log_probs and any(isinstance(dataset, IterableDataset) for dataset in datasets):
         args.precompute_ref_log_probs = False
-        say(
+        notify(
             "`precompute_ref_log_probs` is true, but a data set is a stream, whose rows aren't known beforehand: the "
             "reference is computed live at each step."
         )
