@@ -8,7 +8,12 @@ import pytest
 from nca_align.commands.evaluate import answers, implicit, judges
 from nca_align.commands.evaluate.command import main
 from nca_align.errors import UserError
-from nca_align.store.files import check_writable, replacing
+from nca_align.store.files import check_writable, new_folder, replacing
+
+
+def write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
 
 
 def _fail_in_the_middle(file, error) -> None:
@@ -41,6 +46,30 @@ class TestReplacing:
         with pytest.raises(OSError), replacing(tmp_path / "t", "wb") as file:
             file.write(b"new")
         assert [path.name for path in tmp_path.iterdir()] == ["t"]
+
+
+class TestNewFolder:
+    def test_it_has_its_name_once_it_is_whole(self, tmp_path):
+        path = tmp_path / "runs" / "model"
+        with new_folder(path) as new:
+            (new / "a").write_text("a")
+            assert not path.exists()
+        assert (path / "a").read_text() == "a"
+        assert path.stat().st_mode & 0o777 == 0o755
+        assert list(path.parent.iterdir()) == [path]
+
+    @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+    def test_what_ends_half_way_leaves_nothing(self, error, tmp_path):
+        with pytest.raises(error), new_folder(tmp_path / "model") as new, open(new / "a", "w") as file:
+            _fail_in_the_middle(file, error)
+        assert list(tmp_path.iterdir()) == []
+
+    def test_another_that_was_first_stays(self, tmp_path):
+        first = tmp_path / "model" / "a"
+        with pytest.raises(OSError), new_folder(first.parent):
+            write(first, "first")
+        assert [path.name for path in tmp_path.iterdir()] == ["model"]
+        assert first.read_text() == "first"
 
 
 PLACES = {"a folder": ("folder", "Is a directory"), "below a file": ("file/x/t.json", "(File exists|Not a directory)")}

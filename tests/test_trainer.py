@@ -521,21 +521,23 @@ def test_what_a_killed_run_left_half_written_goes_and_another_runs_stays(cache, 
 
 
 def test_a_shard_is_on_the_disk_before_it_has_its_name(cache, monkeypatch):
-    from nca_align.training import reference
+    from nca_align.training.reference import ReferenceCache
 
-    own = reference.ReferenceCache(("key",), 1)
+    own = ReferenceCache(("key",), 1)
     ((_, _, shard),) = own.missing()
-    synced = []
-    monkeypatch.setattr(reference, "sync", lambda path: synced.append((path.suffix, shard.exists())))
+    synced, fsync = [], os.fsync
+    monkeypatch.setattr(
+        os, "fsync", lambda file: (synced.append((shard.exists(), *own.folder.glob("*.partial"))), fsync(file))
+    )
     own.write(shard, [[-1.0]])
-    assert synced == [(".partial", False)]
+    assert [(named, len(partial)) for named, *partial in synced] == [(False, 1), (True, 0)]  # the file, its folder
 
 
 def test_a_disk_too_full_for_the_cache_is_told_with_what_to_do(cache, monkeypatch):
     from nca_align.training import reference
 
     def full(table, where):
-        where.write_bytes(b"PAR1")
+        where.write(b"PAR1")
         raise OSError(errno.ENOSPC, "Error writing bytes to file")
 
     own = reference.ReferenceCache(("key",), 1)

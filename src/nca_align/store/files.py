@@ -4,6 +4,7 @@ import csv
 import errno
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -14,9 +15,15 @@ from ..errors import UserError
 
 
 @contextmanager
-def replacing(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
-    """A file to write, text in UTF-8 or bytes (`wb`), that takes the place of `path` once all of it is on the disk."""
-    temporary = path.with_name(f".{path.name}.tmp")
+def replacing(path: Path, mode: str = "w", temporary: Path | None = None) -> Iterator[IO[Any]]:
+    """A file to write, text in UTF-8 or bytes (`wb`), that takes the place of `path` once all of it is on the disk.
+
+    Args:
+        path: the file.
+        mode: as of `open`.
+        temporary: where it is written meanwhile, for those whose `path` other processes write too.
+    """
+    temporary = temporary or path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file
@@ -27,6 +34,19 @@ def replacing(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill, which is called `path` once all is in it; what ends half-way leaves none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    try:
+        yield new
+        new.chmod(0o755)
+        new.rename(path)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
 
 
 def sync(path: Path) -> None:

@@ -6,7 +6,6 @@ OUTPUT by one more rename, and the folder goes.
 """
 
 import json
-import os
 import shutil
 import sys
 from collections import Counter
@@ -22,7 +21,7 @@ from datasets import Dataset, Features
 from tqdm.auto import tqdm
 
 from ..errors import UserError, UserTypeError
-from .files import replacing
+from .files import replacing, write_json
 from .locking import alone_at
 from .provenance import KEY, read_provenance, sidecar
 
@@ -135,12 +134,12 @@ def _run(
             if work is None:
                 work = start()
                 parts.mkdir(parents=True, exist_ok=True)
-                _write(parts / "config.json", json.dumps(step).encode())
+                write_json(parts / "config.json", step)
             rows = dataset.select(range(firsts[i], firsts[i] + size[i])).to_list()
             before = bar.n
             shard = work(i, firsts[i], rows, bar.update)
             about = {"counts": {**shard.counts, "rows": len(shard.rows)}, "failed": shard.failed}
-            _write(parts / f"{i:06d}.json", json.dumps(about).encode())
+            write_json(parts / f"{i:06d}.json", about)
             _write_rows(parts / f"{i:06d}{path.suffix}", shard.rows, features)  # last: this one says "done"
             bar.update(before + size[i] - bar.n)
 
@@ -159,7 +158,7 @@ def _run(
     if not counts["rows"]:
         raise UserError(f"none of the {len(dataset)} rows is left for {path} ({dict(counts)}); see {parts}")
     steps = [*(history or []), step | {"counts": dict(sorted(counts.items()))}]
-    _join(path, parts, len(firsts), features, json.dumps(steps))
+    _join(path, [parts / f"{i:06d}{path.suffix}" for i in range(len(firsts))], features, steps)
     shutil.rmtree(parts)
     return steps[-1]["counts"]
 
@@ -227,38 +226,30 @@ def _iso(value: Any) -> str:
     raise UserTypeError(f"{type(value).__name__} is no JSON")
 
 
-def _write(path: Path, content: bytes) -> None:
-    with replacing(path, "wb") as file:
-        file.write(content)
-
-
 def _write_rows(path: Path, rows: list[dict], features: Features) -> None:
-    if path.suffix == ".jsonl":
-        _write(path, "".join(json.dumps(row, ensure_ascii=False, default=_iso) + "\n" for row in rows).encode())
-        return
-    columns = {name: [row[name] for row in rows] for name in features}
-    sink = pa.BufferOutputStream()
-    pq.write_table(Dataset.from_dict(columns, features=features).data.table.combine_chunks(), sink)
-    _write(path, sink.getvalue().to_pybytes())
+    with replacing(path, "wb") as file:
+        if path.suffix == ".jsonl":
+            file.writelines(f"{json.dumps(row, ensure_ascii=False, default=_iso)}\n".encode() for row in rows)
+        else:
+            columns = {name: [row[name] for row in rows] for name in features}
+            pq.write_table(Dataset.from_dict(columns, features=features).data.table.combine_chunks(), file)
 
 
-def _join(path: Path, parts: Path, n: int, features: Features, provenance: str) -> None:
-    temporary = parts / ".joined.tmp"
-    shards = [parts / f"{i:06d}{path.suffix}" for i in range(n)]
+def _join(path: Path, shards: list[Path], features: Features, steps: list[dict]) -> None:
+    """All shards in one file, with the steps that made it: inside where it is Parquet, and beside it otherwise."""
     if path.suffix == ".jsonl":
-        with open(temporary, "wb") as file:
+        write_json(sidecar(path), steps)
+        with replacing(path, "wb") as file:
             for shard in shards:
                 file.write(shard.read_bytes())
-        _write(sidecar(path), (json.dumps(json.loads(provenance), indent=1) + "\n").encode())
-    else:
-        schema = features.arrow_schema
-        schema = schema.with_metadata({**(schema.metadata or {}), KEY: provenance.encode()})
-        with pq.ParquetWriter(temporary, schema) as writer:
-            for shard in shards:
-                table = pq.read_table(shard).replace_schema_metadata(schema.metadata)
-                # Parquet has no whole seconds: what was put in as such comes back in milliseconds
-                writer.write_table(table if table.schema.equals(schema) else table.cast(schema))
-    os.replace(temporary, path)
+        return
+    schema = features.arrow_schema
+    schema = schema.with_metadata({**(schema.metadata or {}), KEY: json.dumps(steps).encode()})
+    with replacing(path, "wb") as file, pq.ParquetWriter(file, schema) as writer:
+        for shard in shards:
+            table = pq.read_table(shard).replace_schema_metadata(schema.metadata)
+            # Parquet has no whole seconds: what was put in as such comes back in milliseconds
+            writer.write_table(table if table.schema.equals(schema) else table.cast(schema))
 
 
 Advance = Callable[[int], object]

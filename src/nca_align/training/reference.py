@@ -20,7 +20,7 @@ from ..batching.collator import RewardCollator
 from ..errors import notify
 from ..models.pretrained import base_model
 from ..store.checkpoints import write_errors_told
-from ..store.files import sync
+from ..store.files import replacing
 from ..store.fingerprints import columns_fingerprint, derived_fingerprint, tensors_fingerprint
 
 ROWS_PER_SHARD = 512
@@ -105,13 +105,8 @@ class ReferenceCache:
             for left in self.folder.glob("*.partial"):
                 if left.stat().st_mtime < time.time() - _STALE:
                     left.unlink(missing_ok=True)
-            try:
-                pq.write_table(pa.table({"ref_logps": pa.array(logps, pa.list_(pa.float64()))}), partial)
-                sync(partial)
-                os.replace(partial, file)
-            except BaseException:
-                partial.unlink(missing_ok=True)
-                raise
+            with replacing(file, "wb", temporary=partial) as opened:
+                pq.write_table(pa.table({"ref_logps": pa.array(logps, pa.list_(pa.float64()))}), opened)
 
     def read(self) -> list[list[float]]:
         """(rows) lists of K log-probabilities, nats."""

@@ -2,7 +2,6 @@
 
 import shutil
 import sys
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -23,7 +22,7 @@ from ...models.loading import (
 from ...models.logprobs import completion_logps
 from ...models.smollm2 import resolve_model
 from ...options import parse
-from ...store.files import can_be_written
+from ...store.files import check_writable, new_folder
 from ...store.hub import push
 from .merge import Difference, Export, compare, comparison_rows, merge
 from .model_card import model_card
@@ -94,15 +93,9 @@ def export(options: ExportOptions) -> Export | None:
     output = Path(options.output)
     if output.exists():
         raise UserError(f"`output` {output} exists already; choose another folder, or remove it")
-    with can_be_written(output):
-        output.parent.mkdir(parents=True, exist_ok=True)
-        new = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))  # renamed once complete
-    try:
+    check_writable(output)
+    with new_folder(output) as new:
         found = (_export_adapter if is_adapter(options.model_name_or_path) else _export_model)(options, new)
-        new.chmod(0o755)
-        new.rename(output)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
     print(f"{output} is the model, with its tokenizer and model card")
     if options.push is not None:
         push(output, options.push)
