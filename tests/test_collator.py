@@ -1,6 +1,7 @@
 """Both layouts hold every conversation, token by token, and the packed row each shared token once."""
 
 import random
+import re
 from itertools import pairwise
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from nca_align.batching import collator
 from nca_align.batching.attention import Segments
 from nca_align.batching.collator import MIN_SHARED_TOKENS, RewardCollator, pack_tree, split_by_length
+from nca_align.errors import UserError
 
 PAD = 0
 LAYOUTS = ["padded", "prefix_shared"]
@@ -369,3 +371,26 @@ def test_token_ids_of_any_vocabulary_stay_apart():
     big = 2**31 - 1
     chunk = pack_tree([(0, [big, 0], [big]), (1, [big, 0], [0])])
     assert_reconstructs({"chunks": [chunk]}, [row([big, 0], [big], [0])])
+
+
+@pytest.mark.parametrize("layout", ["padded", "prefix_shared"])
+@pytest.mark.parametrize(
+    ("rewards", "said"),
+    [
+        ([1.0, float("nan")], "`rewards` of row 1 is [1.0, nan]; each must be finite"),
+        ([1.0, 1e39], "`rewards` of row 1 is [1.0, inf]; each must be finite"),  # more than float32 holds
+        ([1.0], "`rewards` of row 1 has 1 valid completion(s); it must have at least 2"),
+    ],
+)
+def test_rows_that_no_loss_can_take_are_refused(rewards, said, layout):
+    """Here on the CPU, since no loss of the trainer looks at them again."""
+    good = row([1, 2], [3], [4])
+    bad = {"prompt_ids": [1, 2], "completion_ids": [[3]] * len(rewards), "rewards": rewards}
+    with pytest.raises(UserError, match=re.escape(said)):
+        RewardCollator(PAD, layout)([good, bad])
+
+
+def test_chunks_alone_need_neither_rewards_nor_a_second_completion():
+    rows = [{"prompt_ids": [1, 2], "completion_ids": [[3, 4]]}]
+    (chunk,) = RewardCollator(PAD).chunks(rows)
+    assert chunk["target_ids"].tolist() == [3, 4]

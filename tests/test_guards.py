@@ -176,6 +176,20 @@ def test_a_micro_batch_costs_no_synchronisation():
     assert NCAConfig("x", bf16=False).logging_nan_inf_filter is False  # transformers' test of every micro-batch
 
 
+@pytest.mark.parametrize("own", [{"loss_type": "infonca"}, {"completions_per_forward": 1}])
+def test_a_training_step_reads_no_value(own, tmp_path):
+    """The collator has checked the rows on the CPU; each look at them would wait for a GPU."""
+    nca = trainer(
+        tmp_path, rows=reward_rows(2, [3, 2]), layout="prefix_shared", precompute_ref_log_probs=True, **own
+    )  # fmt: skip
+    batch = nca.data_collator([nca.train_dataset[i] for i in range(2)])
+    batches, counts = nca.get_batch_samples(iter([batch]), 1, torch.device("cpu"))
+    nca.create_optimizer()
+    with Synchronisations() as mode:
+        nca.training_step(nca.model, *batches, counts)
+    assert mode.count == 0
+
+
 @pytest.mark.parametrize(("value", "expected"), [("halt", "must be one of 'stop', 'skip'"), ("", "is ''")])
 def test_nonfinite_takes_two_values(value, expected):
     with pytest.raises(ValueError, match=f"`nonfinite` is .*{expected}|`nonfinite` {expected}"):

@@ -6,15 +6,20 @@ stands at a masked position is never used: it may be NaN, and its gradient is ex
 are the same for all of them and stand under `reward_loss`; each adds its formula and what it does with equal rewards.
 """
 
+import functools
+import inspect
 import math
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
+from typing import ParamSpec
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .errors import UnsupportedError, UserError, UserTypeError
+
+P = ParamSpec("P")
 
 
 def targets(rewards: Tensor, alpha: float, mask: Tensor | None = None) -> Tensor:
@@ -36,9 +41,22 @@ def targets(rewards: Tensor, alpha: float, mask: Tensor | None = None) -> Tensor
 
     Source: arXiv 2402.05369, and the authors' code, which divides by α as well.
     """
-    return _softmax(rewards, alpha, check_rows(rewards, alpha, mask))
+    check_rows(rewards, mask, alpha)
+    return target_distribution(rewards, alpha, _everywhere(rewards, mask))
 
 
+def _checked(loss: Callable[P, Tensor]) -> Callable[P, Tensor]:
+    """`loss`, which first looks at what it is given. `reward_loss(..., check=False)` calls what this wraps."""
+
+    @functools.wraps(loss)
+    def checked(pi_logps, ref_logps, rewards, alpha, beta, mask=None, *args, **kwargs) -> Tensor:
+        check_rows(rewards, mask, alpha, beta, pi_logps=pi_logps, ref_logps=ref_logps)
+        return loss(pi_logps, ref_logps, rewards, alpha, beta, mask, *args, **kwargs)  # type: ignore[arg-type]
+
+    return checked  # type: ignore[return-value]
+
+
+@_checked
 def nca_loss(
     pi_logps: Tensor,
     ref_logps: Tensor,
@@ -70,6 +88,7 @@ def nca_loss(
     return -(w * F.logsigmoid(r)).sum(1) - negative_weight * negative
 
 
+@_checked
 def infonca_loss(
     pi_logps: Tensor, ref_logps: Tensor, rewards: Tensor, alpha: float, beta: float, mask: Tensor | None = None
 ) -> Tensor:
@@ -86,6 +105,7 @@ def infonca_loss(
     return -(w * torch.where(mask, r.masked_fill(~mask, -math.inf).log_softmax(1), 0)).sum(1)
 
 
+@_checked
 def all_pairs_loss(
     pi_logps: Tensor, ref_logps: Tensor, rewards: Tensor, alpha: float, beta: float, mask: Tensor | None = None
 ) -> Tensor:
@@ -102,6 +122,7 @@ def all_pairs_loss(
     return _mean_logistic(r, better_pairs(rewards, mask))
 
 
+@_checked
 def best_vs_rest_loss(
     pi_logps: Tensor, ref_logps: Tensor, rewards: Tensor, alpha: float, beta: float, mask: Tensor | None = None
 ) -> Tensor:
@@ -120,6 +141,7 @@ def best_vs_rest_loss(
     return _mean_logistic(r, pairs & best.unsqueeze(2))
 
 
+@_checked
 def plackett_luce_loss(
     pi_logps: Tensor, ref_logps: Tensor, rewards: Tensor, alpha: float, beta: float, mask: Tensor | None = None
 ) -> Tensor:
@@ -139,6 +161,7 @@ def plackett_luce_loss(
     return (r.unsqueeze(1).masked_fill(~rivals, -math.inf).logsumexp(2) - r).sum(1)
 
 
+@_checked
 def gvpo_loss(
     pi_logps: Tensor, ref_logps: Tensor, rewards: Tensor, alpha: float, beta: float, mask: Tensor | None = None
 ) -> Tensor:
@@ -179,6 +202,7 @@ def reward_loss(
     loss_type: str = "nca",
     mask: Tensor | None = None,
     negative_weight: float = 1.0,
+    check: bool = True,
 ) -> Tensor:
     """The alignment loss of each prompt from its K completions' log-probabilities and rewards.
 
@@ -193,6 +217,7 @@ def reward_loss(
         loss_type: a key of `LOSSES`, in any case ("NCA" and "InfoNCA" as the paper writes them).
         mask: (B, K) bool, True where a completion is there (ragged K), at least two a row. None: everywhere.
         negative_weight: weight on NCA's second term, 0 or more; 1 is the paper's.
+        check: False for tensors that `RewardCollator` has checked on the CPU: looking at values waits for a GPU.
 
     Returns:
         (B,), one loss a prompt, not averaged. float32, or float64 where `pi_logps` or `ref_logps` is.
@@ -206,14 +231,14 @@ def reward_loss(
     Source: arXiv 2402.05369, the PyTorch listing of `reward_loss`.
     """
     name = loss_name(loss_type)
-    if name == "nca":
-        return nca_loss(pi_logps, ref_logps, rewards, alpha, beta, mask, negative_weight)
-    if negative_weight != 1:
+    options = {"negative_weight": negative_weight} if name == "nca" else {}
+    if negative_weight != 1 and not options:
         raise UnsupportedError(
             f"`negative_weight` is {negative_weight} with `loss_type` {name!r}; it weighs the second term of 'nca', "
             "which no other loss has: leave it at 1."
         )
-    return LOSSES[name](pi_logps, ref_logps, rewards, alpha, beta, mask)
+    loss = LOSSES[name] if check else inspect.unwrap(LOSSES[name])
+    return loss(pi_logps, ref_logps, rewards, alpha, beta, mask, **options)
 
 
 def loss_name(loss_type: str, names: Iterable[str] = LOSSES) -> str:
@@ -242,15 +267,16 @@ def logratios(pi_logps: Tensor, ref_logps: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, pi_logps.to(dtype) - ref_logps.to(dtype), 0)
 
 
-def check_rows(rewards: Tensor, alpha: float, mask: Tensor | None = None, beta: float = 1.0, **logps: Tensor) -> Tensor:
-    """The mask (all True for None) of rows that `reward_loss` can take; raises what it lists for anything else."""
+def check_rows(
+    rewards: Tensor, mask: Tensor | None = None, alpha: float = 1.0, beta: float = 1.0, **logps: Tensor
+) -> None:
+    """Refuse rows that `reward_loss` can't take, with what it lists under Raises."""
     for name, value in (("alpha", alpha), ("beta", beta)):
         if not 0 < value < math.inf:
             raise UserError(f"`{name}` is {value}; it must be a finite number above 0: the paper's is 0.01.")
     if rewards.ndim != 2:
         raise UserError(f"`rewards` has shape {tuple(rewards.shape)}; it must be (B, K): add the missing axis.")
-    if mask is None:
-        mask = torch.ones_like(rewards, dtype=torch.bool)
+    mask = _everywhere(rewards, mask)
     for name, tensor in {**logps, "mask": mask}.items():
         if name != "mask" and not tensor.is_floating_point():
             raise UserTypeError(f"`{name}` is {tensor.dtype}; it must be floating: pass log-probabilities in nats.")
@@ -271,19 +297,23 @@ def check_rows(rewards: Tensor, alpha: float, mask: Tensor | None = None, beta: 
                 "leave the row out."
             )
         raise UserError(f"`rewards` of row {row} is {valid}; each must be finite: drop or repair it.")
-    return mask
+
+
+def _everywhere(rewards: Tensor, mask: Tensor | None) -> Tensor:
+    return torch.ones_like(rewards, dtype=torch.bool) if mask is None else mask
 
 
 def _inputs(
     pi_logps: Tensor, ref_logps: Tensor, rewards: Tensor, alpha: float, beta: float, mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Implicit rewards (B, K), 0 where masked; targets (B, K) in the same dtype; the mask (B, K)."""
-    mask = check_rows(rewards, alpha, mask, beta, pi_logps=pi_logps, ref_logps=ref_logps)
+    mask = _everywhere(rewards, mask)
     implicit_rewards = beta * logratios(pi_logps, ref_logps, mask)
-    return implicit_rewards, _softmax(rewards, alpha, mask).to(implicit_rewards.dtype), mask
+    return implicit_rewards, target_distribution(rewards, alpha, mask).to(implicit_rewards.dtype), mask
 
 
-def _softmax(rewards: Tensor, alpha: float, mask: Tensor) -> Tensor:
+def target_distribution(rewards: Tensor, alpha: float, mask: Tensor) -> Tensor:
+    """`targets` without its look at the rows."""
     return (_below_best(rewards, mask) / alpha).masked_fill(~mask, -math.inf).softmax(1)
 
 

@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 
+from ..losses import check_rows
 from .attention import Segments
 
 # A fork costs a segment, one more attention call and copy of its path: it isn't worth it where it saves fewer tokens.
@@ -50,31 +51,42 @@ class RewardCollator:
     pad_to_multiple_of: int | None = None
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """The batch of `rows`; here on the CPU its rewards are checked, so that no loss on a GPU has to look.
+
+        Raises:
+            ValueError: a row has fewer than two completions, or a reward that isn't finite.
+        """
         columns = max(len(row["completion_ids"]) for row in rows)
         batch: dict[str, Any] = {
             "rewards": _padded_matrix([row["rewards"] for row in rows], columns),
             "valid": _padded_matrix([[True] * len(row["rewards"]) for row in rows], columns, torch.bool),
             "lengths": _padded_matrix([[len(c) for c in row["completion_ids"]] for row in rows], columns, torch.long),
         }
+        check_rows(batch["rewards"], batch["valid"])
         if all("row_number" in row for row in rows):
             batch["row_numbers"] = [row["row_number"] for row in rows]  # a list stays where it is
         if all(row.get("ref_logps") is not None for row in rows):
             batch["ref_logps"] = _padded_matrix([row["ref_logps"] for row in rows], columns)
+        batch["chunks"] = self.chunks(rows)
+        batch["num_tokens"] = sum(
+            chunk["input_ids"].numel() if "segments" in chunk else int(chunk["attention_mask"].sum())
+            for chunk in batch["chunks"]
+        )
+        return batch
+
+    def chunks(self, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The chunks alone, for `rows` without rewards."""
+        columns = max(len(row["completion_ids"]) for row in rows)
         conversations = [
             (b, b * columns + k, row["prompt_ids"], completion)
             for b, row in enumerate(rows)
             for k, completion in enumerate(row["completion_ids"])
         ]
         pack = pack_tree if self.layout == "prefix_shared" else self._pad
-        batch["chunks"] = [
+        return [
             pack([conversation[1:] for conversation in chunk])
             for chunk in split_by_length(conversations, self.completions_per_forward)
         ]
-        batch["num_tokens"] = sum(
-            chunk["input_ids"].numel() if "segments" in chunk else int(chunk["attention_mask"].sum())
-            for chunk in batch["chunks"]
-        )
-        return batch
 
     def _pad(self, conversations: Sequence[tuple[int, list[int], list[int]]]) -> dict[str, Any]:
         # A conversation's last token predicts nothing, so it is a target only

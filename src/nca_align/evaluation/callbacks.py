@@ -10,6 +10,7 @@ from transformers import Trainer, TrainerCallback
 
 from ..batching.tokenization import tokenize_dataset
 from ..errors import UnsupportedError, UserError
+from ..losses import check_rows
 from ..models.loading import as_reference, merged
 from ..models.logprobs import completion_logps
 from ..models.pretrained import base_model, keep_nf4_differentiable, refuse_virtual_tokens
@@ -213,7 +214,9 @@ class RankingCallback(_EvaluationCallback):
                 means = PromptMeans()
                 for row, *logps in zip(rows, policy, self._reference_logps[name], strict=True):
                     pi_logps, ref_logps, rewards = (torch.tensor([own]) for own in (*logps, row["rewards"]))
-                    about = (pi_logps, ref_logps, rewards, None, self._alpha, self._beta)
+                    check_rows(rewards, None, self._alpha, self._beta)
+                    valid = torch.ones_like(rewards, dtype=torch.bool)
+                    about = (pi_logps, ref_logps, rewards, valid, self._alpha, self._beta)
                     means.add(row_metrics(*about) | calibration(*about))
                 values |= {f"{_prefix(name)}{key}": value for key, value in means.gather().items()}
             return values

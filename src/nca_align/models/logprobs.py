@@ -203,7 +203,7 @@ def token_logps(
 
     Args:
         model: a causal language model in eval mode, with an adapter or without.
-        rows: `prompt_ids`, `completion_ids` (K lists); `rewards` are not read.
+        rows: `prompt_ids`, `completion_ids` (K lists).
         batch_size: completions a forward, of rows of like length; a prompt counts once where the model allows it.
         progress: called with the number of rows that are done.
 
@@ -219,10 +219,9 @@ def token_logps(
     device = next(model.parameters()).device
     values: list[list[torch.Tensor]] = [[] for _ in rows]
     for batch in _batches(rows, batch_size):
-        collated = collator([rows[i] | {"rewards": [0.0] * len(rows[i]["completion_ids"])} for i in batch])
-        columns = collated["valid"].shape[1]
+        columns = max(len(rows[i]["completion_ids"]) for i in batch)
         found: dict[int, torch.Tensor] = {}
-        for chunk in send_to_device(collated["chunks"], device):
+        for chunk in send_to_device(collator.chunks([rows[i] for i in batch]), device):
             logps, index = forward_chunk(model, chunk).token_logps.float().cpu(), chunk["completion_index"].cpu()
             for place in index.unique().tolist():
                 found[place] = logps[index == place]

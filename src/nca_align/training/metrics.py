@@ -3,18 +3,17 @@
 from collections.abc import Mapping
 
 import torch
-import torch.nn.functional as F
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from ..losses import better_pairs, check_rows, infonca_loss, logratios, targets
+from ..losses import better_pairs, logratios, reward_loss, target_distribution
 
 _BINS = 5
 
 
 @torch.no_grad()
 def row_metrics(
-    logps: Tensor, ref_logps: Tensor, rewards: Tensor, mask: Tensor | None, alpha: float, beta: float
+    logps: Tensor, ref_logps: Tensor, rewards: Tensor, mask: Tensor, alpha: float, beta: float
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Every metric of the training log as (value, weight), so that means over prompts stay exact however they are cut.
 
@@ -40,19 +39,16 @@ def row_metrics(
     A row whose rewards are all equal has no weight in margins, accuracies, Kendall's τ and top1.
 
     Args:
-        logps, ref_logps, rewards, mask, alpha, beta: as `pi_logps`, `ref_logps` … of `losses.reward_loss`.
+        logps, ref_logps, rewards, mask, alpha, beta: as `pi_logps`, `ref_logps` … of `losses.reward_loss`, which looked
+            at them, or the collator did: nothing here reads a value, so nothing waits for a GPU.
 
     Returns:
         Metric name to (value, weight), both (B,), detached, in the dtype of the losses; weights are 0 or 1, and values
         finite also where the weight is 0. The names depend on K alone, the batch's width.
 
-    Raises:
-        ValueError, TypeError: as `losses.reward_loss`.
-
     Source: the curves by rank are those of arXiv 2402.05369; `rewards/accuracies` and `rewards/margins` of two unequal
     completions are TRL's (`trl/trainer/dpo_trainer.py`).
     """
-    mask = check_rows(rewards, alpha, mask, beta, logps=logps, ref_logps=ref_logps)
     ratios = logratios(logps, ref_logps, mask)  # (B, K), 0 where masked
     implicit = beta * ratios
     logps = logps.to(ratios.dtype)
@@ -61,11 +57,12 @@ def row_metrics(
     best, worst = mask & ~better.any(1), mask & ~better.any(2)  # (B, K)
     count = mask.sum(1)
 
-    w = targets(rewards, alpha, mask).to(ratios.dtype)
+    w = target_distribution(rewards, alpha, mask).to(ratios.dtype)
     entropy = torch.special.entr(w).sum(1)
     right = better & (implicit.unsqueeze(2) > implicit.unsqueeze(1))
     top = mask & (implicit == implicit.masked_fill(~mask, -torch.inf).amax(1, keepdim=True))
     tau, tau_defined = _kendall_tau(better, implicit, mask)
+    infonca = reward_loss(logps, ref_logps, rewards, alpha, beta, "infonca", mask, check=False)
     everywhere, unequal = torch.ones_like(pairs), pairs > 0
 
     metrics = {
@@ -80,7 +77,7 @@ def row_metrics(
         "logratios/worst": (_mean(ratios, worst), everywhere),
         "target/entropy": (entropy, everywhere),
         "target/effective_completions": (entropy.exp(), everywhere),
-        "kl/target_model": (infonca_loss(logps, ref_logps, rewards, alpha, beta, mask) - entropy, everywhere),
+        "kl/target_model": (infonca - entropy, everywhere),
     }
     above = better.sum(1)  # (B, K), how many have a higher reward
     tied = (mask.unsqueeze(1) & mask.unsqueeze(2) & ~better & ~better.transpose(1, 2)).sum(1)
@@ -89,8 +86,9 @@ def row_metrics(
         metrics[f"rewards/rank_{k + 1}"] = (_mean(implicit, rank), count > k)
         metrics[f"logratios/rank_{k + 1}"] = (_mean(ratios, rank), count > k)
 
-    chosen = rewards.to(torch.promote_types(rewards.dtype, torch.float32)).masked_fill(~mask, -torch.inf).argmax(1)
-    chosen = F.one_hot(chosen, mask.shape[1]).bool()  # argmax takes the first of a tie
+    scores = rewards.to(torch.promote_types(rewards.dtype, torch.float32)).masked_fill(~mask, -torch.inf)
+    first = scores.argmax(1, keepdim=True)  # of a tie
+    chosen = torch.arange(mask.shape[1], device=mask.device) == first  # (B, K)
     for name, side in (("chosen", chosen), ("rejected", mask & ~chosen)):
         metrics[f"rewards/{name}"] = (_mean(implicit, side), count == 2)
         metrics[f"logps/{name}"] = (_mean(logps, side), count == 2)
@@ -99,7 +97,7 @@ def row_metrics(
 
 @torch.no_grad()
 def calibration(
-    logps: Tensor, ref_logps: Tensor, rewards: Tensor, mask: Tensor | None, alpha: float, beta: float
+    logps: Tensor, ref_logps: Tensor, rewards: Tensor, mask: Tensor, alpha: float, beta: float
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Target against model distribution over the completions, in five equal bins of the target, as `row_metrics` does.
 
@@ -114,14 +112,10 @@ def calibration(
 
     Returns:
         Metric name to (value, weight), both (B,).
-
-    Raises:
-        ValueError, TypeError: as `losses.reward_loss`.
     """
-    mask = check_rows(rewards, alpha, mask, beta, logps=logps, ref_logps=ref_logps)
     implicit = beta * logratios(logps, ref_logps, mask)
     model = implicit.masked_fill(~mask, -torch.inf).softmax(1)  # (B, K)
-    w = targets(rewards, alpha, mask).to(model.dtype)
+    w = target_distribution(rewards, alpha, mask).to(model.dtype)
     bins = (w * _BINS).long().clamp(max=_BINS - 1)
     metrics = {}
     for i in range(_BINS):
