@@ -171,8 +171,6 @@ def skipped(row: Row, device: torch.device) -> str | None:
         return "flash-attn is not installed" if device.type == "cuda" else "no CUDA device"
     if row.varlen and device.type != "cuda":
         return "no CUDA device"
-    if row.varlen and attention.varlen_attn is None:
-        return f"torch {torch.__version__} has no torch.nn.attention.varlen"
     return None
 
 
@@ -211,11 +209,11 @@ def build_step(
 
     attention.share_prefixes(base)  # registers what the rows choose from
 
-    own_varlen = attention.varlen_attn
+    takes_varlen = attention._varlen_takes
 
     def run(row: Row) -> tuple[torch.Tensor, torch.Tensor]:
         base.set_attn_implementation(row.implementation)
-        attention.varlen_attn = own_varlen if row.varlen else None
+        attention._varlen_takes = takes_varlen if row.varlen else lambda *tensors: False
         model.train()
         model.zero_grad(set_to_none=True)
         return step(row)

@@ -9,12 +9,14 @@ import inspect
 import json
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
+from torch.nn.attention.varlen import varlen_attn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from conftest import build_model
@@ -555,7 +557,7 @@ class VarlenStandIn:
 
     def __call__(self, *args, **kwargs):
         # what torch's own function would say to these arguments
-        bound = inspect.signature(attention._varlen_kernel()).bind(*args, **kwargs)
+        bound = inspect.signature(varlen_attn).bind(*args, **kwargs)
         bound.apply_defaults()
         self.calls.append(SimpleNamespace(**bound.arguments))
         return self.compute(self.calls[-1])
@@ -652,20 +654,6 @@ def test_the_varlen_call_takes_half_precision_on_a_card_that_has_its_kernels(mon
     assert not takes(sizes=(512, 512))
     assert not takes(sizes=(20, 20))
     assert not takes(capability=(7, 5))
-    monkeypatch.setattr(attention, "varlen_attn", None)
-    assert not takes()
-
-
-def test_an_older_torch_has_no_varlen_call(monkeypatch):
-    from torch.nn.attention import varlen
-
-    assert attention._varlen_kernel() is varlen.varlen_attn
-    monkeypatch.setattr(
-        varlen, "varlen_attn", lambda query, key, value, *, scale=None, window_size=(-1, -1): None
-    )  # 2.11
-    assert attention._varlen_kernel() is None
-    monkeypatch.delattr(varlen, "varlen_attn")
-    assert attention._varlen_kernel() is None
 
 
 # Which models
@@ -716,6 +704,17 @@ def test_not_refused(family):
         "Phimoe": {"num_local_experts": 4},
     }
     assert prefix_sharing_obstacle(build(family, device="meta", **attention_only.get(family, {}))) is None
+
+
+def test_every_model_that_has_its_window_in_the_mask_alone_is_listed():
+    """Found in the text of each of transformers' models, of those whose attention can be replaced at all."""
+    found = set()
+    for path in Path(transformers.__file__).parent.glob("models/*/modeling_*.py"):
+        text = path.read_text()
+        masks = "create_sliding_window_causal_mask" in text and "sliding_window=" not in text
+        if masks and "_supports_attention_backend = True" in text:
+            found.add(path.stem.removeprefix("modeling_"))
+    assert found == attention._WINDOW_IN_MASK
 
 
 def test_sharing_twice_is_sharing_once():

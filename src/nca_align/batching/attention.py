@@ -6,38 +6,24 @@ forward that is given `segments` attends by them; any other (generation, plain e
 the model's own implementation, mask function included.
 """
 
-import inspect
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AttentionInterface, PreTrainedModel
-from transformers.masking_utils import AttentionMaskInterface
+from torch.nn.attention.varlen import varlen_attn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..errors import UnsupportedError
 
-
-def _varlen_kernel() -> Callable[..., torch.Tensor] | None:
-    """The FlashAttention call that ships with torch, where it takes a scale, a window and grouped heads (from 2.12)."""
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return None
-    takes = inspect.signature(varlen_attn).parameters.keys()
-    kernel: Callable[..., Any] = varlen_attn
-    return kernel if {"scale", "window_size", "enable_gqa"} <= takes else None
-
-
-varlen_attn = _varlen_kernel()
-
 _PREFIX = "prefix_shared_over_"
 _SUPPORTED_LAYERS = {"full_attention", "sliding_attention"}
+# Model types whose window stands in the mask alone, which the attention of a packed row never sees
+_WINDOW_IN_MASK = {"doge", "paligemma", "phimoe", "qwen2_moe"}
 _HALF = (torch.float16, torch.bfloat16)
 
 
@@ -93,10 +79,7 @@ def prefix_sharing_obstacle(model: PreTrainedModel) -> str | None:
     layer_types = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or []
     if foreign := sorted(set(layer_types) - _SUPPORTED_LAYERS):
         return f"{name} has {', '.join(foreign)} layers, and a packed row needs full or sliding-window attention in all"
-    # Qwen2-MoE and PhiMoE put their window into the mask alone, which the attention of a packed row never sees
-    source = inspect.getsource(sys.modules[type(model.base_model).__module__])
-    masks = "create_sliding_window_causal_mask" in source
-    if getattr(config, "sliding_window", None) and masks and "sliding_window=" not in source:
+    if getattr(config, "sliding_window", None) and model.config.model_type in _WINDOW_IN_MASK:
         return f"{name} does not hand its `sliding_window` to its attention"
     return None
 
@@ -116,7 +99,7 @@ def share_prefixes(model: PreTrainedModel) -> None:
         own = "sdpa" if getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is None else "eager"
     name = _PREFIX + own
     AttentionInterface.register(name, partial(segment_attention, own=own))
-    AttentionMaskInterface.register(name, cast(Callable, AttentionMaskInterface._global_mapping[own]))
+    AttentionMaskInterface.register(name, AttentionMaskInterface()[own])
     model.set_attn_implementation(name)
 
 
@@ -203,8 +186,7 @@ def _stretches(x: torch.Tensor, path: tuple[tuple[int, int], ...]) -> torch.Tens
 
 def _varlen_takes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
     return (
-        varlen_attn is not None
-        and query.is_cuda
+        query.is_cuda
         and torch.cuda.get_device_capability(query.device) >= (8, 0)
         and query.dtype in _HALF
         and query.dtype == key.dtype == value.dtype
@@ -224,8 +206,7 @@ def _varlen_attention(
     """One kernel call for the row: lower-right causal by segment, separate query and key lengths. (1, T, heads, D)."""
     kv_index, cu_seqlens_q, cu_seqlens_k, max_q, max_k = segments.varlen(query.device)
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    assert varlen_attn is not None  # else `_attend` goes by segment
-    output = varlen_attn(
+    output: Any = varlen_attn(  # a tuple only where `return_aux` asks for it
         q.contiguous(), k.index_select(0, kv_index), v.index_select(0, kv_index), cu_seqlens_q, cu_seqlens_k, max_q,
         max_k, scale=scaling, window_size=(window - 1 if window else -1, 0),
         enable_gqa=q.shape[1] != k.shape[1],
