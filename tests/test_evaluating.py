@@ -24,6 +24,7 @@ from nca_align.commands.sample.options import SampleOptions
 from nca_align.commands.score import ScoreOptions, score
 from nca_align.errors import UserError
 from nca_align.evaluation.estimates import UNKNOWN, distinct, mean_over_prompts, rewards_by_prompt, wins_over
+from nca_align.models.loading import ModelSource
 from nca_align.models.logprobs import completion_logps
 from test_scoring import rewards_model
 
@@ -76,8 +77,8 @@ def alone(model, prompt: list[int], completion: list[int]) -> float:
 def test_log_probabilities_equal_plain_forwards(model_dir, adapter_dir, tokenizer):
     rows = [sampled_ids(tokenizer, row, tokenizer.eos_token_id) for row in reward_rows(5, [3, 2])]
     for folder in (model_dir, adapter_dir):
-        found = completion_logps(scored.load_policy(folder), rows, batch_size=4)
-        whole = completion_logps(scored.load_policy(folder), rows, batch_size=100)
+        found = completion_logps(ModelSource.of(folder).load_policy(), rows, batch_size=4)
+        whole = completion_logps(ModelSource.of(folder).load_policy(), rows, batch_size=100)
         plain = AutoModelForCausalLM.from_pretrained(folder)
         for row, logps, again in zip(rows, found, whole, strict=True):
             expected = [alone(plain, row["prompt_ids"], ids) for ids in row["completion_ids"]]

@@ -17,9 +17,8 @@ from nca_align.commands.export import command as export_command
 from nca_align.commands.export.command import ExportOptions, export, main
 from nca_align.commands.export.merge import compare, comparison_rows, merge
 from nca_align.errors import UserError
-from nca_align.models.loading import add_adapter, load_model, load_policy
+from nca_align.models.loading import ModelSource, add_adapter, disable_nf4_repacking
 from nca_align.models.logprobs import completion_logps
-from nca_align.models.pretrained import keep_nf4_differentiable
 
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
 
@@ -65,7 +64,7 @@ def test_the_export_is_the_adapter_on_its_base(adapter_dir, model_dir, tokenizer
     )
     assert re.search(r"\(6 sequences, \d{4} tokens\)\nas saved in float32: 0\.00\d\d nats at most", text)
     rows = comparison_rows(tokenizer)
-    expected = completion_logps(load_policy(adapter_dir), rows, 1)
+    expected = completion_logps(ModelSource.of(adapter_dir).load_policy(), rows, 1)
     assert compare(logps_of(output, rows), expected).largest < 0.01
     assert compare(logps_of(model_dir, rows), expected).largest > 1  # the adapter does something
     assert {path.name for path in output.iterdir()} == {
@@ -102,7 +101,12 @@ def test_what_adapters_change(name, tied, tokenizer, tmp_path):
     assert found.merged.largest < 0.01
     assert found.saved.largest < 0.01
     rows = comparison_rows(tokenizer)
-    assert compare(logps_of(tmp_path / "out", rows), completion_logps(load_policy(adapter), rows, 1)).largest < 0.01
+    assert (
+        compare(
+            logps_of(tmp_path / "out", rows), completion_logps(ModelSource.of(adapter).load_policy(), rows, 1)
+        ).largest
+        < 0.01
+    )
     parts = name in ("head", "input", "both ends", "LoRA on the head", "LoRA on the input")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["tie_word_embeddings"] == (tied and not parts)
@@ -156,7 +160,7 @@ def test_from_4_bits(wide, nested, tokenizer, tmp_path):
     policy = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, quantization_config=config), adapter)
     policy = policy.eval()
     assert any(type(module).__name__ == "Params4bit" for module in policy.parameters())  # 4 bits are on
-    keep_nf4_differentiable(policy)  # nor rounded to bfloat16 in a forward
+    disable_nf4_repacking(policy)  # nor rounded to bfloat16 in a forward
     trained = completion_logps(policy, rows, 1)
     other = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, quantization_config=config), adapter)
     completion_logps(other.eval(), rows, 1)  # a forward that repacks, in this process
@@ -175,7 +179,9 @@ def test_merging_after_a_forward_is_another_model(wide, tokenizer):
     base, adapter = wide
     rows = comparison_rows(tokenizer)
     expected = completion_logps(
-        add_adapter(load_model(base, torch.float32, quantization=BitsAndBytesConfig(**NF4)), adapter), rows, 1
+        add_adapter(ModelSource(base).load_base(torch.float32, quantization=BitsAndBytesConfig(**NF4)), adapter),
+        rows,
+        1,
     )
     model = AutoModelForCausalLM.from_pretrained(
         base, dtype=torch.bfloat16, quantization_config=BitsAndBytesConfig(**NF4, bnb_4bit_compute_dtype=torch.bfloat16)

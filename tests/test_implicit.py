@@ -26,7 +26,8 @@ from nca_align.commands.evaluate.implicit import (
     write_token_scores,
 )
 from nca_align.errors import UserError
-from nca_align.models.loading import as_reference, load_policy, run_record
+from nca_align.models.adapters import as_reference
+from nca_align.models.loading import ModelSource, run_record
 from nca_align.models.logprobs import completion_logps, token_logps
 
 
@@ -72,7 +73,7 @@ def plain_token_logps(model, prompt: list[int], completion: list[int]) -> torch.
 
 def test_token_logps_equal_plain_forwards_whatever_the_batch(tokenizer, model_dir, adapter_dir):
     rows = tokenised(tokenizer, reward_rows(5, [3, 2]))
-    policy = load_policy(adapter_dir)
+    policy = ModelSource.of(adapter_dir).load_policy()
     plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_dir), adapter_dir).eval()
     for size in (1, 3, 100):
         found = token_logps(policy, rows, size)
@@ -92,7 +93,7 @@ def test_what_has_no_packed_row_is_padded(tokenizer, model_dir, tmp_path):
     torch.nn.init.normal_(policy.prompt_encoder["default"].embedding.weight, std=0.5)
     policy.save_pretrained(tmp_path)
     rows = tokenised(tokenizer, reward_rows(2, 2))
-    found = completion_logps(load_policy(str(tmp_path)), rows, 3)
+    found = completion_logps(ModelSource.of(str(tmp_path)).load_policy(), rows, 3)
     for row, values in zip(rows, found, strict=True):
         for ids, value in zip(row["completion_ids"], values, strict=True):
             with torch.no_grad():
@@ -150,11 +151,11 @@ def test_an_adapter_that_went_on_from_another_has_that_one_for_reference(model_d
     policy.save_pretrained(tmp_path)
     assert (tmp_path / "ref" / "adapter_config.json").exists()
     rows = tokenised(tokenizer, reward_rows(2, 2))
-    loaded = load_policy(str(tmp_path))
+    loaded = ModelSource.of(str(tmp_path)).load_policy()
     before = completion_logps(loaded, rows, 4)
     with as_reference(loaded):
         found = completion_logps(loaded, rows, 4)
-    assert found[0] == pytest.approx(completion_logps(load_policy(adapter_dir), rows, 4)[0], abs=1e-4)
+    assert found[0] == pytest.approx(completion_logps(ModelSource.of(adapter_dir).load_policy(), rows, 4)[0], abs=1e-4)
     assert found[0] != pytest.approx(before[0], abs=1e-2)
     assert completion_logps(loaded, rows, 4) == before  # and the policy again afterwards
 
@@ -167,10 +168,12 @@ def test_modules_to_save_are_off_in_the_reference(model_dir, tokenizer, tmp_path
     policy.base_model.model.lm_head.modules_to_save["default"].weight.data += 0.3
     policy.save_pretrained(tmp_path)
     rows = tokenised(tokenizer, reward_rows(2, 2))
-    loaded = load_policy(str(tmp_path))
+    loaded = ModelSource.of(str(tmp_path)).load_policy()
     with as_reference(loaded):
         reference = completion_logps(loaded, rows, 4)
-    assert reference[0] == pytest.approx(completion_logps(load_policy(model_dir), rows, 4)[0], abs=1e-4)
+    assert reference[0] == pytest.approx(
+        completion_logps(ModelSource.of(model_dir).load_policy(), rows, 4)[0], abs=1e-4
+    )
 
 
 def test_scores_whole_per_token_and_less_length():
@@ -309,7 +312,7 @@ def test_an_adapter_on_another_model(tokenizer, tmp_path, adapter_dir):
         )
         (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": base}))
         with pytest.raises(UserError, match=message):
-            load_policy(str(folder))
+            ModelSource.of(str(folder)).load_policy()
 
 
 @pytest.mark.parametrize("name", ["vicuna_k4_scored.jsonl", "ultrafeedback_pairs.jsonl"])
@@ -337,12 +340,10 @@ def test_length_of_the_real_pairs_is_what_a_loop_says(tmp_path):
 
 
 def test_the_tokenizer_comes_from_the_base_where_the_adapter_has_none(adapter_dir, tokenizer, tmp_path):
-    from nca_align.models.loading import load_tokenizer
-
-    assert load_tokenizer(adapter_dir).get_vocab() == tokenizer.get_vocab()
+    assert ModelSource.of(adapter_dir).load_tokenizer().get_vocab() == tokenizer.get_vocab()
     for file in Path(adapter_dir).iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
-    own = AutoTokenizer.from_pretrained(load_tokenizer(adapter_dir).name_or_path)
+    own = AutoTokenizer.from_pretrained(ModelSource.of(adapter_dir).load_tokenizer().name_or_path)
     own.chat_template = "own"
     own.save_pretrained(tmp_path)
-    assert load_tokenizer(str(tmp_path)).chat_template == "own"
+    assert ModelSource.of(str(tmp_path)).load_tokenizer().chat_template == "own"

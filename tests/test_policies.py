@@ -19,7 +19,8 @@ from nca_align.commands.sample.command import sample
 from nca_align.commands.sample.options import SampleOptions
 from nca_align.errors import UserError
 from nca_align.models import loading as models_loading
-from nca_align.models.loading import load_policy, load_tokenizer, merged
+from nca_align.models.adapters import adapter_merged
+from nca_align.models.loading import ModelSource
 
 PREFIX = "base_model.model.model.layers.0.self_attn"
 
@@ -55,7 +56,7 @@ def test_a_qlora_run_is_one_model_in_every_mode(quantised, model_dir, tmp_path, 
         return add_adapter(base, folder)
 
     monkeypatch.setattr(models_loading, "add_adapter", spy)
-    load_policy(run)  # of `--lm_eval`
+    ModelSource.of(run).load_policy()  # of `--lm_eval`
     # of `--scorer`, and without a mode
     rows = Dataset.from_list([{"prompt": "Hi", "completions": ["the dog", "a fox"], "rewards": [0.0, 1.0]}])
     scored.evaluate_samples(rows, run, run, scored.EvaluateOptions(["x"], ["x"], "x"))
@@ -83,7 +84,7 @@ class TestMerged:
         ids = torch.arange(40)[None]
         before, logits = {k: v.clone() for k, v in policy.state_dict().items()}, policy(ids).logits
         layer = policy.get_base_model().model.layers[0].self_attn.q_proj
-        with merged(policy):
+        with adapter_merged(policy):
             assert layer.merged  # it is on
             assert not torch.equal(layer.base_layer.weight, before[f"{PREFIX}.q_proj.base_layer.weight"])
             torch.testing.assert_close(policy(ids).logits, logits, rtol=1e-4, atol=1e-5)
@@ -94,20 +95,20 @@ class TestMerged:
     def test_they_are_put_back_after_an_error_too(self, tokenizer):
         policy = self.policy(tokenizer)
         before = {k: v.clone() for k, v in policy.state_dict().items()}
-        with pytest.raises(KeyError), merged(policy):
+        with pytest.raises(KeyError), adapter_merged(policy):
             raise KeyError
         assert all(torch.equal(value, before[name]) for name, value in policy.state_dict().items())
 
     def test_where_it_would_round_the_adapter_away_nothing_changes(self, tokenizer):
         half, whole = self.policy(tokenizer, torch.bfloat16), self.policy(tokenizer)
         layers = [own.get_base_model().model.layers[0].self_attn.q_proj for own in (half, whole)]
-        with merged(half):
+        with adapter_merged(half):
             assert not layers[0].merged
-        with torch.autocast("cpu", torch.bfloat16), merged(whole):
+        with torch.autocast("cpu", torch.bfloat16), adapter_merged(whole):
             assert not layers[1].merged
-        with whole.disable_adapter(), merged(whole):
+        with whole.disable_adapter(), adapter_merged(whole):
             assert not layers[1].merged
-        with merged(build_model(tokenizer)):  # no adapter
+        with adapter_merged(build_model(tokenizer)):  # no adapter
             pass
 
 
@@ -126,14 +127,14 @@ class TestWhatNamesTheModel:
     def test_an_adapters_base(self, lost, tmp_path):
         message = f"`base_model_name_or_path of {lost}/adapter_config.json` chat could not be loaded"
         with pytest.raises(UserError, match=re.escape(message)):
-            load_policy(lost)
+            ModelSource.of(lost).load_policy()
         for own_tokenizer in (True, False):
             with pytest.raises(UserError, match=re.escape(message)):
                 sample(sample_options(tmp_path, lost))
             (tmp_path / "run" / "tokenizer_config.json").unlink(missing_ok=True)
             assert own_tokenizer or not models_loading.has_tokenizer(lost)
         with pytest.raises(UserError, match=re.escape(message)):
-            load_tokenizer(lost)
+            ModelSource.of(lost).load_tokenizer()
 
     def test_the_base_of_an_export(self, lost, tmp_path):
         message = f"`base, by default base_model_name_or_path of {lost}/adapter_config.json` chat could not be loaded"

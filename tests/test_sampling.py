@@ -32,7 +32,7 @@ from nca_align.commands.sample.options import SampleOptions
 from nca_align.errors import UserError
 from nca_align.models import smollm2
 from nca_align.models.generate import seed_for
-from nca_align.models.loading import load_policy
+from nca_align.models.loading import ModelSource
 from nca_align.scorers import vader
 from nca_align.store.fingerprints import weights_fingerprint
 from nca_align.store.provenance import read_provenance
@@ -453,7 +453,7 @@ class TestErrors:
         with pytest.raises(UserError, match=r"rm is no whole language model \(lm_head.weight missing in its weights\)"):
             sample(options(model_name_or_path=str(tmp_path / "rm")))
         with pytest.raises(UserError, match="rm is no whole language model"):  # as `evaluate --reference` loads it
-            load_policy(str(tmp_path / "rm"))
+            ModelSource.of(str(tmp_path / "rm")).load_policy()
 
     def test_broken_weights(self, options, tmp_path, model_dir, model):
         shutil.copytree(model_dir, tmp_path / "broken")

@@ -27,7 +27,7 @@ from nca_align.data import load_reward_dataset
 from nca_align.data.prompts import text_of
 from nca_align.errors import UserError
 from nca_align.models import smollm2
-from nca_align.rewards import reward_models
+from nca_align.models.loading import ModelSource
 from nca_align.rewards.reward_functions import is_function
 from nca_align.rewards.scorers import column_names
 from nca_align.scorers import vader, within_words
@@ -342,13 +342,13 @@ class TestPipeline:
 
     def test_its_dtype_is_the_one_that_is_asked_for(self, tmp_path, options, monkeypatch):
         name, _, _ = rewards_model(tmp_path, "single")
-        models, load = [], reward_models.from_pretrained
+        models, load = [], ModelSource.load
 
-        def spy(cls, *args, **kwargs):
-            models.append(load(cls, *args, **kwargs))
+        def spy(source, auto_class, **kwargs):
+            models.append(load(source, auto_class, **kwargs))
             return models[-1]
 
-        monkeypatch.setattr(reward_models, "from_pretrained", spy)
+        monkeypatch.setattr(ModelSource, "load", spy)
         score(options(f"pipeline:{name}", dtype="bfloat16"))
         assert models[1][0].dtype == torch.bfloat16
 

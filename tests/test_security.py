@@ -18,7 +18,7 @@ from nca_align.commands.score import main as score_main
 from nca_align.commands.train.command import main as train_main
 from nca_align.data import DataOptions
 from nca_align.errors import UserError
-from nca_align.models.pretrained import from_pretrained, load_adapter
+from nca_align.models.loading import ModelSource, load_adapter
 from nca_align.options import parse
 from test_scoring import rewards_model
 
@@ -111,7 +111,7 @@ class TestPickledWeights:
         import transformers
 
         with pytest.raises(UserError, match=r"model\.safetensors"):
-            from_pretrained(getattr(transformers, head), pickled_model, dtype=torch.float32)
+            ModelSource(pickled_model).load(getattr(transformers, head), dtype=torch.float32)
         assert not mark.exists()
 
     def test_sample_refuses_an_adapter_of_them(self, pickled_adapter, model_dir, mark, tmp_path, capsys):

@@ -18,8 +18,8 @@ from conftest import build_model, build_tokenizer, reward_rows
 from nca_align import NCAConfig, NCATrainer
 from nca_align.batching.attention import share_prefixes
 from nca_align.errors import UserError
+from nca_align.models.loading import disable_nf4_repacking
 from nca_align.models.logprobs import add_token_logps
-from nca_align.models.pretrained import keep_nf4_differentiable
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"], "init_lora_weights": False}
 
@@ -345,7 +345,7 @@ def test_qlora_trains_saves_and_reloads_with_the_same_log_probabilities(model_di
     fresh = PeftModel.from_pretrained(fresh, str(tmp_path))
     add_token_logps(fresh.get_base_model())
     share_prefixes(fresh.get_base_model())
-    keep_nf4_differentiable(fresh)
+    disable_nf4_repacking(fresh)
     torch.testing.assert_close(logps(fresh), trained, rtol=1e-6, atol=1e-4)
 
 

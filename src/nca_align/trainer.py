@@ -25,8 +25,9 @@ from .batching.collator import RewardCollator
 from .batching.tokenization import tokenize_dataset
 from .config import NCAConfig
 from .errors import UnsupportedError, UserError, UserTypeError, notify
+from .models.adapters import base_model
+from .models.loading import disable_nf4_repacking
 from .models.logprobs import add_token_logps
-from .models.pretrained import base_model, keep_nf4_differentiable
 from .store.checkpoints import read_errors_told
 from .training.chunked_step import backward, gradient_sync, restore_rng, rng_restored, rng_state
 from .training.epoch_tail import last_batch, prepare_to_skip, repeated_rows
@@ -250,7 +251,7 @@ class NCATrainer(DPOTrainer):
             )
         for model in models:
             add_token_logps(model)
-            keep_nf4_differentiable(model)
+            disable_nf4_repacking(model)
         # Before any forward: bitsandbytes repacks its weights there on a CPU
         if self.precompute_ref_logps or self._reference_given:
             self._reference_hash = reference_hash(models[-1] if self.ref_model is not None else self.model)

@@ -11,9 +11,9 @@ from transformers import Trainer, TrainerCallback
 from ..batching.tokenization import tokenize_dataset
 from ..errors import UnsupportedError, UserError
 from ..losses import check_rows
-from ..models.loading import as_reference, merged
+from ..models.adapters import adapter_merged, as_reference, base_model, refuse_virtual_tokens
+from ..models.loading import disable_nf4_repacking
 from ..models.logprobs import completion_logps
-from ..models.pretrained import base_model, keep_nf4_differentiable, refuse_virtual_tokens
 from ..training.metrics import PromptMeans, calibration, row_metrics
 from .evaluator import GenerationEvaluator, Reference, reference_model
 
@@ -45,7 +45,7 @@ class _EvaluationCallback(TrainerCallback):
         self._mark = mark
         model = trainer.accelerator.unwrap_model(trainer.model)
         self._known_reference(model)
-        keep_nf4_differentiable(base_model(model))  # a forward without gradients, and training would stand still
+        disable_nf4_repacking(base_model(model))  # a forward without gradients, and training would stand still
 
     def measure(self, model: nn.Module) -> dict[str, float]:
         """What is logged."""
@@ -209,7 +209,7 @@ class RankingCallback(_EvaluationCallback):
                 if reference is model:
                     policy = self._reference_logps[name]
                 else:
-                    with merged(model):
+                    with adapter_merged(model):
                         policy = completion_logps(model, rows, self._batch_size)
                 means = PromptMeans()
                 for row, *logps in zip(rows, policy, self._reference_logps[name], strict=True):

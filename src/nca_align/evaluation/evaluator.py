@@ -11,10 +11,9 @@ from torch import nn
 
 from ..batching.prompt_ids import PromptError, prompt_ids
 from ..errors import UserError
+from ..models.adapters import adapter_merged, as_reference, base_model
 from ..models.generate import draw, seed_for
-from ..models.loading import as_reference, merged
 from ..models.logprobs import completion_logps
-from ..models.pretrained import base_model
 from ..rewards.scorers import Scorers, open_scorers
 from ..training.chunked_step import restore_rng, rng_state
 from .estimates import GenerationFigures, figures_of, mean_over_prompts, win_rate
@@ -119,7 +118,7 @@ class GenerationEvaluator:
                 answers = self._reference_answers
                 kl = [[0.0] * self._num_completions for _ in mine]
             else:
-                with merged(model):
+                with adapter_merged(model):
                     answers = self._answer(model, mine, 1)
                     rows = [{"prompt_ids": self._prompts[i], "completion_ids": answers[i]["ids"]} for i in mine]
                     logps = completion_logps(model, rows, self._batch_size)

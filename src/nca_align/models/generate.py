@@ -16,7 +16,7 @@ from transformers import DynamicCache, GenerationConfig, LogitsProcessor, Logits
 
 from ..batching import layout
 from ..errors import UserError
-from .pretrained import base_model, refuse_virtual_tokens
+from .adapters import base_model, refuse_virtual_tokens
 
 
 @torch.no_grad()

@@ -1,42 +1,155 @@
-"""Policies outside training: a model or an adapter loaded as it was trained, and its log-probabilities."""
+"""The one place that loads models, adapters and tokenizers, by the names that options and adapters give.
+
+PEFT is imported late: bitsandbytes comes with it, which takes half a second and logs a line of its own.
+"""
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers.utils import logging
 
 from ..errors import UserError, one_line
 from ..store.checkpoints import read_manifest, whole_checkpoints
-from .pretrained import from_pretrained, hide_loading, keep_nf4_differentiable, load_adapter
+from ..store.fingerprints import weights_fingerprint
 from .smollm2 import resolve_model
 
 
-def is_adapter(name: str) -> bool:
+@dataclass(frozen=True)
+class ModelSource:
+    """A model as an option names it: what is loaded, and what errors call it.
+
+    Args:
+        name: a folder or an id of the Hub that holds a whole model, the base where there is an adapter.
+        key: what gave `name`: an option, or an adapter's file.
+        adapter: the folder of the adapter on it.
+        revision: of an id of the Hub.
+        trust_remote_code: run code that comes with the model.
+    """
+
+    name: str
+    key: str = "model_name_or_path"
+    adapter: str | None = None
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+    @classmethod
+    def of(cls, name: str, **about: Any) -> "ModelSource":
+        """`ModelSource(name, **about)`, where `name` may also be the folder of an adapter, which names its base.
+
+        Raises:
+            UserError: the adapter names none.
+        """
+        source = cls(name, **about)
+        if source.adapter is not None or not is_adapter(name):
+            return source
+        from peft import PeftConfig
+
+        base = PeftConfig.from_pretrained(name).base_model_name_or_path
+        if not base:
+            raise UserError(
+                f"{name}/adapter_config.json names no `base_model_name_or_path`; write the base model there"
+            )
+        key = f"base_model_name_or_path of {Path(name) / 'adapter_config.json'}"
+        return replace(source, name=base, key=key, adapter=name)
+
+    @property
+    def path(self) -> str:
+        """`name` as `from_pretrained` takes it."""
+        return resolve_model(self.name)
+
+    def load(self, auto_class: Any, **kwargs: Any) -> Any:
+        """`auto_class.from_pretrained` of `name`, weights as safetensors only.
+
+        Raises:
+            UserError: it can't be had.
+        """
+        if self.name.startswith(("/", "./", "../", "~")) and not Path(self.name).exists():
+            raise UserError(
+                f"`{self.key}` is {self.name!r}, and there is no such folder; give the path of one that holds a model"
+            )
+        if auto_class not in (AutoConfig, AutoTokenizer):
+            kwargs = {"use_safetensors": True, **kwargs}
+        try:
+            return auto_class.from_pretrained(
+                self.path, revision=self.revision or "main", trust_remote_code=self.trust_remote_code, **kwargs
+            )
+        except (OSError, ValueError, SafetensorError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(
+                f"`{self.key}` {self.name} could not be loaded ({one_line(error)[:300]}); `{self.key}` takes a local "
+                "path too, and a local folder needs no network"
+            ) from error
+
+    def load_config(self) -> Any:
+        """The whole model's configuration."""
+        return self.load(AutoConfig)
+
+    def load_tokenizer(self) -> Any:
+        """The adapter's tokenizer where its folder has one, else the whole model's."""
+        if self.adapter is not None and has_tokenizer(self.adapter):
+            return replace(self, name=self.adapter, key="adapter", revision=None).load(AutoTokenizer)
+        return self.load(AutoTokenizer)
+
+    def load_base(self, dtype: torch.dtype | str, device: str = "cpu", quantization: Any = None) -> Any:
+        """The whole model without its adapter, in eval mode.
+
+        Args:
+            dtype: of its weights; auto as they are stored.
+            device: where it is put.
+            quantization: a BitsAndBytesConfig to quantise it by.
+
+        Raises:
+            UserError: it can't be had, or its weights lack a part, as a reward model's lack the language model's head.
+        """
+        silence_transformers()
+        options: dict[str, Any] = {"dtype": dtype}
+        if quantization is not None:
+            if isinstance(dtype, torch.dtype):
+                quantization.bnb_4bit_compute_dtype = dtype
+            options |= {"quantization_config": quantization, "device_map": {"": device}}
+        model, report = self.load(AutoModelForCausalLM, output_loading_info=True, **options)
+        if report["missing_keys"]:  # transformers would fill them with random numbers and go on
+            raise UserError(
+                f"{self.name} is no whole language model ({', '.join(sorted(report['missing_keys'])[:3])} missing in "
+                "its weights); give a causal language model, not a reward model or a classifier"
+            )
+        model.eval()
+        disable_nf4_repacking(model)  # the repacked layers also compute in bfloat16
+        return model if quantization is not None else model.to(device)
+
+    def load_policy(self, dtype: str = "auto") -> Any:
+        """The model as it was trained, in eval mode on the GPU, if any.
+
+        An adapter's base is quantised as in the run that made the adapter, by its record.
+
+        Raises:
+            UserError: it can't be had.
+        """
+        quantization = None if self.adapter is None else trained_quantization(self.adapter)
+        model = self.load_base(torch_dtype(dtype), default_device(), quantization)
+        return model if self.adapter is None else add_adapter(model, self.adapter)
+
+
+def is_adapter(name: str | Path) -> bool:
     """Whether `name` is the folder of a PEFT adapter."""
     return (Path(name) / "adapter_config.json").exists()
 
 
-def adapter_base(adapter: str) -> str:
-    """The base model that an adapter's folder names.
-
-    Raises:
-        UserError: it names none.
-    """
-    from peft import PeftConfig
-
-    name = PeftConfig.from_pretrained(adapter).base_model_name_or_path
-    if not name:
-        raise UserError(f"{adapter}/adapter_config.json names no `base_model_name_or_path`; write the base model there")
-    return resolve_model(name)
+def has_tokenizer(name: str) -> bool:
+    """Whether the folder `name` holds a tokenizer."""
+    return (Path(name) / "tokenizer_config.json").exists()
 
 
-def base_key(adapter: str) -> str:
-    """Where an adapter's folder names its base, for a sentence that says that the base can't be had."""
-    return f"base_model_name_or_path of {Path(adapter) / 'adapter_config.json'}"
+def model_fingerprint(name: str | None, revision: str | None = None) -> str | None:
+    """`weights_fingerprint` of a model by the name that an option gives."""
+    return weights_fingerprint(name and resolve_model(name), revision)
 
 
 def run_record(folder: str | Path) -> dict[str, Any]:
@@ -46,31 +159,13 @@ def run_record(folder: str | Path) -> dict[str, Any]:
     return next((found for path in checkpoints if (found := (read_manifest(path) or {}).get("identity"))), {})
 
 
-def trained_quantization(folder: str | Path):
+def trained_quantization(folder: str | Path) -> BitsAndBytesConfig | None:
     """The quantisation of the base that `folder`'s adapter was trained on, by the run's record; None for none."""
-    from transformers import BitsAndBytesConfig
-
     recorded = run_record(folder).get("model.quantization_config")
     if not recorded:
         return None
     known = {key: value for key, value in recorded.items() if not key.startswith("_") and key != "quant_method"}
     return BitsAndBytesConfig(**known)
-
-
-def has_tokenizer(name: str) -> bool:
-    """Whether the folder `name` holds a tokenizer."""
-    return (Path(name) / "tokenizer_config.json").exists()
-
-
-def load_tokenizer(
-    name: str, trust_remote_code: bool = False, revision: str | None = None, key: str = "model_name_or_path"
-):
-    """A policy's tokenizer, of the option `key`; of an adapter that comes without one, its base model's."""
-    from transformers import AutoTokenizer
-
-    if is_adapter(name) and not has_tokenizer(name):
-        name, key = adapter_base(name), base_key(name)
-    return from_pretrained(AutoTokenizer, name, revision, key, trust_remote_code=trust_remote_code)
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -80,37 +175,31 @@ def torch_dtype(name: str) -> torch.dtype:
     return getattr(torch, name)
 
 
-def load_model(
-    name: str,
-    dtype: torch.dtype | str,
-    device: str = "cpu",
-    trust_remote_code: bool = False,
-    quantization=None,
-    revision: str | None = None,
-    key: str = "model_name_or_path",
-) -> Any:
-    """A whole model, of the option `key`, in eval mode; quantised by `quantization`, a BitsAndBytesConfig, if any.
+def default_device() -> str:
+    """The GPU, if there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def silence_transformers() -> None:
+    """No bar and no table of weights by transformers: they would write over the run's own bar and error."""
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
+def load_adapter(model: Any, adapter: str, **kwargs: Any) -> Any:
+    """`model` with the adapter of a folder or Hub id on it.
 
     Raises:
-        UserError: it can't be had, or its weights lack a part, as a reward model's lack the language model's head.
+        UserError: the folder has its weights as a pickle alone, which can hold any code.
     """
-    from transformers import AutoModelForCausalLM
+    from peft import PeftModel
 
-    hide_loading()
-    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
-    if quantization is not None:
-        if isinstance(dtype, torch.dtype):
-            quantization.bnb_4bit_compute_dtype = dtype
-        options |= {"quantization_config": quantization, "device_map": {"": device}}
-    model, report = from_pretrained(AutoModelForCausalLM, name, revision, key, output_loading_info=True, **options)
-    if report["missing_keys"]:  # transformers would fill them with random numbers and go on
+    if (Path(adapter) / "adapter_model.bin").exists() and not (Path(adapter) / "adapter_model.safetensors").exists():
         raise UserError(
-            f"{name} is no whole language model ({', '.join(sorted(report['missing_keys'])[:3])} missing in its "
-            "weights); give a causal language model, not a reward model or a classifier"
+            f"the adapter in {adapter} has its weights as a pickle (adapter_model.bin), which can hold any code; "
+            "convert it to adapter_model.safetensors where you trust it"
         )
-    model.eval()
-    keep_nf4_differentiable(model)  # the repacked layers also compute in bfloat16
-    return model if quantization is not None else model.to(device)
+    return PeftModel.from_pretrained(model, adapter, **kwargs)
 
 
 def add_adapter(model: Any, adapter: str) -> Any:
@@ -123,7 +212,7 @@ def add_adapter(model: Any, adapter: str) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # PEFT reads an attribute that transformers renames
             policy = load_adapter(model, adapter)
-        if is_adapter(str(Path(adapter) / "ref")):
+        if is_adapter(Path(adapter) / "ref"):
             policy.load_adapter(str(Path(adapter) / "ref"), adapter_name="ref")
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         if isinstance(error, UserError):
@@ -135,64 +224,11 @@ def add_adapter(model: Any, adapter: str) -> Any:
     return policy.eval()
 
 
-def load_policy(
-    name: str, dtype: str = "auto", trust_remote_code: bool = False, key: str = "model_name_or_path"
-) -> Any:
-    """A model, of the option `key`, in eval mode on the GPU, if any.
+def disable_nf4_repacking(model: nn.Module) -> None:
+    """Stop bitsandbytes (0.50) from repacking NF4 weights for inference at the first evaluation on a CPU.
 
-    Of an adapter's folder it is the adapter on its base, which is quantised as in the run that made it, by its record.
-
-    Raises:
-        UserError: it can't be had.
+    The repacked layers have no backward: what is trained afterwards gets no gradient through them, without an error.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if not is_adapter(name):
-        return load_model(name, torch_dtype(dtype), device, trust_remote_code, key=key)
-    base = load_model(
-        adapter_base(name), torch_dtype(dtype), device, trust_remote_code, trained_quantization(name),
-        key=base_key(name),
-    )  # fmt: skip
-    return add_adapter(base, name)
-
-
-@contextmanager
-def as_reference(model: Any) -> Iterator[None]:
-    """Within it, a policy with an adapter is what it was trained from: the bare base, or the adapter "ref" on it."""
-    if "ref" in model.peft_config:
-        active = model.active_adapter
-        model.set_adapter("ref")
-        try:
-            yield
-        finally:
-            model.set_adapter(active)
-    else:
-        with model.disable_adapter():
-            yield
-
-
-@contextmanager
-def merged(model: Any) -> Iterator[None]:
-    """Within it a LoRA of a float32 model on the CPU stands in its weights, which are put back bit for bit.
-
-    Its own small products cost a fifth of a forward there. On a GPU the copy of the weights would cost memory, and in
-    half precision merging would round the adapter away: of other models nothing changes.
-    """
-    from peft import PeftType
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    kinds = {config.peft_type for config in getattr(model, "peft_config", {}).values()}
-    layers = [own for own in model.modules() if isinstance(own, BaseTunerLayer)] if kinds == {PeftType.LORA} else []
-    weights = [own for layer in layers for own in layer.get_base_layer().parameters(recurse=False)]
-    if torch.is_autocast_enabled("cpu") or any(own.dtype != torch.float32 or own.is_cuda for own in weights):
-        weights = []
-    if not weights or any(layer.merged or layer.disable_adapters for layer in layers):
-        yield
-        return
-    before = [own.data.clone() for own in weights]
-    model.merge_adapter()
-    try:
-        yield
-    finally:
-        model.unmerge_adapter()
-        for own, data in zip(weights, before, strict=True):
-            own.data.copy_(data)
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010 (no attribute of modules in general)

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..data.prompts import text_of
 from ..errors import UserError, one_line
-from ..models.pretrained import from_pretrained
+from ..models.loading import ModelSource
 from ..options import nearest
 from .reward_models import Scorer
 
@@ -67,11 +67,7 @@ def function_scorer(function: Callable, spec: str, tokenizer_name: str | None) -
     Raises:
         UserError: when it is called, where it returns anything but one score for each completion.
     """
-    tokenizer = None
-    if tokenizer_name is not None:
-        from transformers import AutoTokenizer
-
-        tokenizer = from_pretrained(AutoTokenizer, tokenizer_name, key="tokenizer")
+    tokenizer = ModelSource(tokenizer_name, "tokenizer").load_tokenizer() if tokenizer_name is not None else None
 
     def run(prompts: list, completions: list, columns: dict[str, list]) -> list[float | None]:
         # TRL hands these three to every function; here is no training that they could log to.

@@ -4,10 +4,13 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
+from transformers import AutoModelForSequenceClassification, pipeline
+
 from ..batching.prompt_ids import as_object
 from ..data.prompts import clean_messages, text_of
 from ..errors import UserError
-from ..models.pretrained import from_pretrained, hide_loading
+from ..models.loading import ModelSource, default_device, is_adapter, silence_transformers, torch_dtype
 
 logger = logging.getLogger("nca_align")
 
@@ -25,13 +28,9 @@ def check_config(name: str, label: str | None, classifier: bool, trust_remote_co
     Raises:
         UserError: there is none, or it says that the model has other outputs.
     """
-    from transformers import AutoConfig
-
-    from ..models.loading import is_adapter
-
     if is_adapter(name):  # its base says what it is
         return
-    config = from_pretrained(AutoConfig, name, key="scorer", trust_remote_code=trust_remote_code)
+    config = ModelSource(name, "scorer", trust_remote_code=trust_remote_code).load_config()
     if any("ForSequenceClassification" in own for own in config.architectures or []):  # else opening it says why not
         if classifier:
             require_label(name, label, config)
@@ -71,16 +70,10 @@ def _open(name: str, spec: str, wanted: str, dtype: str, trust_remote_code: bool
     Raises:
         UserError: it has no head; names the scorer by `spec`, and what to give in its place.
     """
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-    from ..models.loading import torch_dtype
-
-    hide_loading()
-    tokenizer = from_pretrained(AutoTokenizer, name, key="scorer", trust_remote_code=trust_remote_code)
-    model, report = from_pretrained(
-        AutoModelForSequenceClassification, name, key="scorer",
-        dtype=torch_dtype(dtype), trust_remote_code=trust_remote_code, output_loading_info=True,
-    )  # fmt: skip
+    silence_transformers()
+    source = ModelSource(name, "scorer", trust_remote_code=trust_remote_code)
+    tokenizer = source.load_tokenizer()
+    model, report = source.load(AutoModelForSequenceClassification, dtype=torch_dtype(dtype), output_loading_info=True)
     if report["missing_keys"]:  # transformers would fill a missing head with random numbers and go on
         raise UserError(
             f"`scorer` {spec} has no classification head ({_some(report['missing_keys'])} missing in its weights); "
@@ -101,9 +94,7 @@ def reward_model(name: str, batch_size: int, dtype: str = "auto", trust_remote_c
     Raises:
         UserError: no classification head, more than one output, or no chat template for messages.
     """
-    import torch
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = default_device()
     tokenizer, model = _open(name, name, "a reward model that was trained with one", dtype, trust_remote_code)
     require_one_output(name, model.config)
     if tokenizer.pad_token is None:
@@ -160,9 +151,6 @@ def pipeline_scorer(
     Raises:
         UserError: no such label, or none given where there are several.
     """
-    import torch
-    from transformers import pipeline
-
     wanted = "a model that was trained to classify"
     tokenizer, model = _open(name, f"pipeline:{name}", wanted, dtype, trust_remote_code)
     label = require_label(name, label, model.config)
@@ -170,9 +158,7 @@ def pipeline_scorer(
         tokenizer.pad_token = tokenizer.eos_token
         model.config.pad_token_id = tokenizer.pad_token_id
     tokenizer.truncation_side = "left"  # the end of a long completion counts
-    classify = pipeline(
-        "text-classification", model=model, tokenizer=tokenizer, device=0 if torch.cuda.is_available() else -1
-    )
+    classify = pipeline("text-classification", model=model, tokenizer=tokenizer, device=default_device())
     room = _room(tokenizer, model.config)
 
     def score(prompts: list, completions: list, columns: dict[str, list]) -> list[float]:

@@ -18,7 +18,7 @@ from torch import nn
 
 from ..batching.collator import RewardCollator
 from ..errors import notify
-from ..models.pretrained import base_model
+from ..models.adapters import base_model
 from ..store.checkpoints import write_errors_told
 from ..store.files import replacing
 from ..store.fingerprints import columns_fingerprint, derived_fingerprint, tensors_fingerprint

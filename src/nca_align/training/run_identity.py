@@ -9,7 +9,7 @@ from trl.trainer.utils import get_config_model_id
 
 from ..config import NCAConfig
 from ..errors import UserError
-from ..models.pretrained import base_model
+from ..models.adapters import base_model
 from ..options import nearest
 from ..store.fingerprints import columns_fingerprint, weights_fingerprint
 from .reference import TOKENS, adapter_hash, computed_config

@@ -20,13 +20,12 @@ from ...data.strategies import select_completions
 from ...errors import UserError, command, refused_by
 from ...evaluation.callbacks import GenerationCallback, RankingCallback, log_within_step
 from ...evaluation.evaluator import GenerationEvaluator
-from ...models.smollm2 import resolve_model
 from ...rewards.scorers import open_scorers
 from ...store.checkpoints import last_common_checkpoint
 from ...store.files import write_json
 from ...store.locking import alone_at
 from ...store.provenance import LIBRARIES, commit, versions
-from ..train.command import open_policy, open_tokenizer, set_threads
+from ..train.command import model_source, open_policy, set_threads
 from .grid import Evaluation, cell_options
 from .methods import build_trainer
 from .splits import read_splits
@@ -58,8 +57,8 @@ def run_cell(folder: Path) -> None:
     set_threads(run)
     keep_checkpoints = args.save_total_limit is not None
     args.save_total_limit = args.save_total_limit or 1
-    name = resolve_model(str(model_args.model_name_or_path))
-    tokenizer = open_tokenizer(name, model_args.model_revision, args.trust_remote_code)
+    source = model_source(model_args, args)
+    tokenizer = source.load_tokenizer()
     train, held_out = read_splits(script, data_options, args, evaluation)
     train = rows_that_fit(train, tokenizer, args)
     if (count := settings["num_completions"]) is not None:
@@ -73,7 +72,7 @@ def run_cell(folder: Path) -> None:
         evaluation.scorer, evaluation.scorer_weights or None, trust_remote_code=args.trust_remote_code
     )
     with refused_by("setting up the training"):
-        model, peft_config, quantization_config = open_policy(name, model_args, args)
+        model, peft_config, quantization_config = open_policy(source, model_args, args)
         trainer = build_trainer(
             settings["method"], model, args, train, tokenizer, strategy=settings["strategy"], peft_config=peft_config,
             quantization_config=quantization_config,

@@ -19,12 +19,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ...errors import UserError
-from ...models.smollm2 import resolve_model
+from ...models.loading import model_fingerprint
 from ...rewards.reward_functions import find_function, is_function
 from ...rewards.scorers import scorer_identity
 from ...store.checkpoints import whole_checkpoints
 from ...store.files import replacing, write_json
-from ...store.fingerprints import files_fingerprint, source_fingerprint, weights_fingerprint
+from ...store.fingerprints import files_fingerprint, source_fingerprint
 from ...training.resume import PREEMPTED
 from .grid import Cell, Evaluation
 
@@ -42,7 +42,7 @@ def prepare(cells: Sequence[Cell], output: Path, evaluation: Evaluation) -> None
     """
     base = cells[0].options  # data and model are those of all
     data = files_fingerprint(base["dataset_name"])
-    model = weights_fingerprint(str(resolve_model(base["model_name_or_path"])))
+    model = model_fingerprint(str(base["model_name_or_path"]))
     scorers = [
         source_fingerprint(find_function(own)) if is_function(own) else scorer_identity(own)
         for own in evaluation.scorer

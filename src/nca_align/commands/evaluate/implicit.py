@@ -27,7 +27,8 @@ from ...evaluation.ranking import (
     pair_kinds,
     without_length,
 )
-from ...models.loading import as_reference, is_adapter, load_policy, load_tokenizer, run_record
+from ...models.adapters import as_reference
+from ...models.loading import ModelSource, run_record
 from ...models.logprobs import token_logps
 from ...store.files import check_writable, replacing, write_json
 
@@ -128,7 +129,8 @@ def token_logratios(
     Raises:
         UserError: a whole model without a reference, or a reference with another vocabulary.
     """
-    if reference is None and not is_adapter(policy):
+    source = ModelSource.of(policy, trust_remote_code=options.trust_remote_code)
+    if reference is None and source.adapter is None:
         raise UserError(
             f"`reference` is missing: `model_name_or_path` {policy} is a whole model, no adapter, so name the model "
             "that it was before training"
@@ -138,14 +140,15 @@ def token_logratios(
         with tqdm(total=len(rows), desc=f"Log-probabilities, {name}", unit=" row", leave=False, disable=None) as bar:
             return token_logps(model, rows, options.batch_size, bar.update)
 
-    model = load_policy(policy, options.dtype, options.trust_remote_code)
+    model = source.load_policy(options.dtype)
     pi, vocabulary = logps(model, "aligned"), model.config.get_text_config().vocab_size
     if reference is None:
         with as_reference(model):
             ref = logps(model, "reference")
     else:
         del model  # one at a time: two large models may not fit
-        model = load_policy(reference, options.dtype, options.trust_remote_code, key="reference")
+        source = ModelSource.of(reference, key="reference", trust_remote_code=options.trust_remote_code)
+        model = source.load_policy(options.dtype)
         other = model.config.get_text_config().vocab_size
         if other != vocabulary:
             raise UserError(
@@ -214,7 +217,8 @@ def implicit(options: ImplicitOptions) -> ImplicitEvaluation:
         if (name := getattr(options, key)) is not None:
             check_writable(Path(name), key)
     dataset = load_rows(options)
-    tokenizer = load_tokenizer(options.model_name_or_path, options.trust_remote_code)
+    source = ModelSource.of(options.model_name_or_path, trust_remote_code=options.trust_remote_code)
+    tokenizer = source.load_tokenizer()
     dataset, notices = tokenize_dataset(
         dataset, tokenizer, options.max_prompt_length, options.max_length, "length", name="data"
     )

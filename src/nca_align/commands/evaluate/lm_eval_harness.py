@@ -16,11 +16,11 @@ from datasets.exceptions import DatasetsError
 from jinja2 import TemplateError
 
 from ...errors import UserError, one_line, refused_by
-from ...models.loading import adapter_base, as_reference, is_adapter, load_policy, load_tokenizer
-from ...models.smollm2 import resolve_model
+from ...models.adapters import as_reference
+from ...models.loading import ModelSource, model_fingerprint
 from ...options import nearest
 from ...store.files import check_writable, read_table, write_json
-from ...store.fingerprints import data_fingerprint, weights_fingerprint
+from ...store.fingerprints import data_fingerprint
 from ...store.hub import go_offline_without_network
 from .lm_eval_table import Line, compare, plain_results, print_table
 
@@ -78,9 +78,9 @@ def harness(options: HarnessOptions) -> list[Line]:
         UserError: a model or lm_eval is missing, a task is unknown, what a task needs is not here or can't be read, or
             `output` can't be written.
     """
-    policy = resolve_model(options.model_name_or_path)
+    aligned = _source(options, "model_name_or_path")
     _check_tokenizers(options)
-    if options.reference is None and not is_adapter(policy):
+    if options.reference is None and aligned.adapter is None:
         raise UserError(
             f"`reference` is missing: `model_name_or_path` {options.model_name_or_path} is no adapter, whose base it "
             "would be; name the model before training"
@@ -94,7 +94,8 @@ def harness(options: HarnessOptions) -> list[Line]:
     found: dict[str, dict[str, Any]] = {}
     for side in ("base", "aligned"):
         alone = side == "aligned" or options.reference is not None  # else the adapter's model, with the adapter off
-        weights = weights_fingerprint(policy if side == "aligned" else resolve_model(options.reference or policy))
+        named = options.model_name_or_path if side == "aligned" else options.reference or options.model_name_or_path
+        weights = model_fingerprint(named)
         keys = {
             name: json.dumps([name, weights if alone else f"base of {weights}", fingerprint, settings])
             for name, fingerprint in tasks.items()
@@ -115,9 +116,13 @@ def harness(options: HarnessOptions) -> list[Line]:
                     write_json(path, known)
         found[side] = {task: figures for name in tasks for task, figures in known[keys[name]].items()}
     lines = compare(found["base"], found["aligned"])
-    base = options.reference or adapter_base(policy)
-    print_table(lines, f"{Path(base).name} → {Path(policy).name}")
+    base = options.reference or aligned.path
+    print_table(lines, f"{Path(base).name} → {Path(aligned.adapter or aligned.path).name}")
     return lines
+
+
+def _source(options: HarnessOptions, key: str) -> ModelSource:
+    return ModelSource.of(getattr(options, key), key=key, trust_remote_code=options.trust_remote_code)
 
 
 def _check_tokenizers(options: HarnessOptions) -> None:
@@ -125,7 +130,7 @@ def _check_tokenizers(options: HarnessOptions) -> None:
     for key in ("model_name_or_path", "reference"):
         if (name := getattr(options, key)) is None:
             continue
-        tokenizer = load_tokenizer(resolve_model(name), options.trust_remote_code, key=key)
+        tokenizer = _source(options, key).load_tokenizer()
         if options.apply_chat_template and tokenizer.chat_template is None:
             raise UserError(
                 f"`apply_chat_template` is true, but the tokenizer of `{key}` {name} has no chat template; leave it "
@@ -202,8 +207,7 @@ def _language_model(options: HarnessOptions, side: str) -> Iterator[Any]:
     from lm_eval.models.huggingface import HFLM
 
     key = "reference" if side == "base" and options.reference is not None else "model_name_or_path"
-    name = getattr(options, key)
-    model = load_policy(resolve_model(name), options.dtype, options.trust_remote_code, key)
-    tokenizer = load_tokenizer(resolve_model(name), options.trust_remote_code)
+    source = _source(options, key)
+    model, tokenizer = source.load_policy(options.dtype), source.load_tokenizer()
     with as_reference(model) if side == "base" and options.reference is None else nullcontext():
         yield HFLM(pretrained=model, tokenizer=tokenizer, batch_size=options.batch_size)

@@ -7,9 +7,8 @@ from datasets import Dataset
 from ...batching.prompt_ids import prompt_ids
 from ...data.prompts import load_raw, text_of
 from ...errors import UserError
-from ...models.pretrained import base_model
-from ...models.smollm2 import resolve_model
-from ...store.fingerprints import weights_fingerprint
+from ...models.adapters import base_model
+from ...models.loading import model_fingerprint
 from ...store.provenance import read_provenance
 
 
@@ -38,7 +37,7 @@ def load_samples(name: str, policy: str) -> Dataset:
                     f"`dataset_name` {name} was sampled with `{option}` {config[option]!r}; a policy's KL needs its "
                     "samples as it drew them, up to its own end and each as often as it came: sample without it"
                 )
-        drawn, given = config["adapter"] or config["model"], weights_fingerprint(resolve_model(policy))
+        drawn, given = config["adapter"] or config["model"], model_fingerprint(policy)
         if drawn != given and config["engine"] != "server":
             raise UserError(
                 f"`dataset_name` {name} was sampled from {made['about']['adapter'] or made['about']['model']}, whose "

@@ -21,11 +21,10 @@ from ...evaluation.estimates import (
     rewards_by_prompt,
     wins_over,
 )
-from ...models.loading import load_policy, load_tokenizer
+from ...models.loading import ModelSource, model_fingerprint
 from ...models.logprobs import completion_logps
-from ...models.smollm2 import resolve_model
 from ...store.files import check_writable, read_table, write_json
-from ...store.fingerprints import data_fingerprint, weights_fingerprint
+from ...store.fingerprints import data_fingerprint
 from .sampled_rows import drawn_end, load_samples, sampled_ids
 
 
@@ -81,12 +80,15 @@ def evaluate_samples(dataset: Dataset, policy: str, reference: str, options: Eva
         policy, reference: models or adapters.
         options: for `batch_size`, `dtype`, `trust_remote_code`.
     """
-    tokenizer = load_tokenizer(policy, options.trust_remote_code)
+    sources = {
+        name: ModelSource.of(name, key=key, trust_remote_code=options.trust_remote_code)
+        for name, key in ((reference, "reference"), (policy, "model_name_or_path"))
+    }
+    tokenizer = sources[policy].load_tokenizer()
     rows: list[dict[str, Any]] = []
     logps = {}
     for name in dict.fromkeys((policy, reference)):  # one at a time: two large models may not fit
-        key = "model_name_or_path" if name == policy else "reference"
-        model = load_policy(name, options.dtype, options.trust_remote_code, key)
+        model = sources[name].load_policy(options.dtype)
         if name == policy:
             end = drawn_end(model, tokenizer, chat=not isinstance(dataset[0]["prompt"], str))
             rows = [sampled_ids(tokenizer, row, end) for row in dataset]
@@ -116,9 +118,9 @@ def evaluate(options: EvaluateOptions) -> list[Evaluation]:
     """
     path = Path(options.output) if options.output is not None else None
     known = {} if path is None else read_table(path, _is_line)
-    reference = weights_fingerprint(resolve_model(options.reference))
+    reference = model_fingerprint(options.reference)
     given = list(zip(options.dataset_name, options.model_name_or_path, strict=True))
-    weights = {policy: weights_fingerprint(resolve_model(policy)) for _, policy in given}
+    weights = {policy: model_fingerprint(policy) for _, policy in given}
     datasets = [load_samples(name, policy) for name, policy in given]
     rewards = [rewards_by_prompt(dataset) for dataset in datasets]
     of_reference = next(

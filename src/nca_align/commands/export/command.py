@@ -2,25 +2,15 @@
 
 import shutil
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
 
 from ...errors import UserError, command
-from ...models.loading import (
-    adapter_base,
-    add_adapter,
-    base_key,
-    has_tokenizer,
-    is_adapter,
-    load_model,
-    load_tokenizer,
-    trained_quantization,
-)
+from ...models.loading import ModelSource, add_adapter, is_adapter, trained_quantization
 from ...models.logprobs import completion_logps
-from ...models.smollm2 import resolve_model
 from ...options import parse
 from ...store.files import check_writable, new_folder
 from ...store.hub import push
@@ -107,17 +97,16 @@ def _export_adapter(options: ExportOptions, new: Path) -> Export:
     adapter = options.model_name_or_path
     _refuse_prompt_learning(adapter)
     if options.base is not None:
-        base, key = resolve_model(options.base), "base"
+        source = ModelSource(options.base, "base", adapter, trust_remote_code=options.trust_remote_code)
     else:
-        base, key = adapter_base(adapter), f"base, by default {base_key(adapter)}"
-    tokenizer = load_tokenizer(adapter if has_tokenizer(adapter) else base, options.trust_remote_code, key=key)
+        source = ModelSource.of(adapter, trust_remote_code=options.trust_remote_code)
+        source = replace(source, key=f"base, by default {source.key}")
+    tokenizer = source.load_tokenizer()
     rows = comparison_rows(tokenizer, options.dataset_name)
     quantization = _quantization(options)
 
-    def load(name: str = base, quantization=quantization) -> torch.nn.Module:
-        return load_model(
-            name, torch.float32, trust_remote_code=options.trust_remote_code, quantization=quantization, key=key
-        )
+    def load() -> torch.nn.Module:
+        return source.load_base(torch.float32, quantization=quantization)
 
     expected = completion_logps(add_adapter(load(), adapter), rows, batch_size=1)
     merged = merge(load(), adapter)  # afresh
@@ -134,15 +123,14 @@ def _export_adapter(options: ExportOptions, new: Path) -> Export:
             f"{MAX_NATS} is the most that rounding explains, so nothing was written: this adapter can't be merged "
             "exactly; use it unmerged"
         )
-    stored = _stored_dtype(base, options.trust_remote_code)
-    dtype = stored if options.dtype == "auto" else getattr(torch, options.dtype)
+    dtype = _stored_dtype(source) if options.dtype == "auto" else getattr(torch, options.dtype)
     tokenizer.save_pretrained(new)
-    _copy_processor(base, new)
+    _copy_processor(source.path, new)
     merged.to(dtype).save_pretrained(new)
     del merged  # one model in memory at a time
 
     def read_back() -> Difference:
-        model = load(str(new), quantization=None)
+        model = replace(source, name=str(new)).load_base(torch.float32)
         difference = compare(completion_logps(model, rows, batch_size=1), expected)
         print(f"as saved in {_name(dtype)}: {difference.largest:.4f} nats at most, {difference.mean:.4f} on average")
         return difference
@@ -163,7 +151,8 @@ def _export_adapter(options: ExportOptions, new: Path) -> Export:
         )
     found = Export(own, saved, sequences, tokens)
     chat = tokenizer.chat_template is not None
-    (new / "README.md").write_text(model_card(options.output, adapter, base, chat, quantization, _name(dtype), found))
+    card = model_card(options.output, adapter, source.path, chat, quantization, _name(dtype), found)
+    (new / "README.md").write_text(card)
     return found
 
 
@@ -172,8 +161,9 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _export_model(options: ExportOptions, new: Path) -> None:
-    source = Path(resolve_model(options.model_name_or_path))
-    tokenizer = load_tokenizer(str(source), options.trust_remote_code)  # first: a model without one isn't whole
+    whole = ModelSource(options.model_name_or_path, trust_remote_code=options.trust_remote_code)
+    source = Path(whole.path)
+    tokenizer = whole.load_tokenizer()  # first: a model without one isn't whole
     for name in _OF_AN_ADAPTER:
         if (value := getattr(options, name)) is not None:
             raise UserError(
@@ -187,7 +177,7 @@ def _export_model(options: ExportOptions, new: Path) -> None:
         how = "copied"
     else:
         dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
-        model = load_model(str(source), dtype, trust_remote_code=options.trust_remote_code)
+        model = whole.load_base(dtype)
         model.save_pretrained(new)
         tokenizer.save_pretrained(new)
         _copy_processor(str(source), new)
@@ -230,10 +220,8 @@ def _quantization(options: ExportOptions):
     )  # fmt: skip
 
 
-def _stored_dtype(base: str, trust_remote_code: bool) -> torch.dtype:
-    from transformers import AutoConfig
-
-    dtype = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code).dtype or torch.float32
+def _stored_dtype(source: ModelSource) -> torch.dtype:
+    dtype = source.load_config().dtype or torch.float32
     return getattr(torch, dtype) if isinstance(dtype, str) else dtype
 
 

@@ -42,14 +42,11 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError(f"`html` is {options.html!r}, which is a folder; give the name of a file")
     tokenizer = None
     if options.model_name_or_path is not None:
-        from transformers import AutoTokenizer
+        from ...models.loading import ModelSource
 
-        from ...models.pretrained import from_pretrained
-
-        tokenizer = from_pretrained(
-            AutoTokenizer, options.model_name_or_path, options.model_revision,
-            trust_remote_code=options.trust_remote_code,
-        )  # fmt: skip
+        tokenizer = ModelSource.of(
+            options.model_name_or_path, revision=options.model_revision, trust_remote_code=options.trust_remote_code
+        ).load_tokenizer()
     data = read_reward_dataset(
         options.dataset_name, split=options.dataset_train_split, name=options.dataset_config,
         num_proc=options.dataset_num_proc,

@@ -8,15 +8,15 @@ from datasets import Dataset, Features, List, Value
 
 from ...data.prompts import load_prompts
 from ...errors import UserError, command
-from ...models.smollm2 import resolve_model
+from ...models.loading import model_fingerprint
 from ...options import parse
-from ...store.fingerprints import data_fingerprint, weights_fingerprint
+from ...store.fingerprints import data_fingerprint
 from ...store.provenance import versions
 from ...store.shards import Advance, Shard, Work, run_sharded
 from .engine import Engine, RowsFailed, Sample
 from .local_engines import transformers_engine, vllm_engine
 from .options import SampleOptions
-from .rendered_prompts import check_prompts, prompt_tokenizer
+from .rendered_prompts import check_prompts, model_source
 from .server import root_of, server_engine, server_model
 
 _MESSAGES = List({"role": Value("string"), "content": Value("string")})
@@ -70,7 +70,7 @@ def _chats(options: SampleOptions) -> bool:
     """Whether text prompts become user messages."""
     if options.as_chat is not None or not options.dataset_name.endswith(".txt"):
         return bool(options.as_chat)
-    return bool(options.base_url) or prompt_tokenizer(options).chat_template is not None
+    return bool(options.base_url) or model_source(options).load_tokenizer().chat_template is not None
 
 
 def open_engine(options: SampleOptions, model: str) -> Engine:
@@ -87,11 +87,11 @@ def step_of(options: SampleOptions, dataset: Dataset, model: str) -> dict:
         engine = "server"
         place: tuple[str, ...] = ("extra_body",)
     else:
-        engine, weights = options.engine, weights_fingerprint(resolve_model(model), options.model_revision)
+        engine, weights = options.engine, model_fingerprint(model, options.model_revision)
         place = ("dtype", "batch_size") if engine == "transformers" else ("dtype",)
     names = ("num_completions", "temperature", "top_p", "max_new_tokens", "stop", "seed", "duplicates", "shard_size")
     config = {name: getattr(options, name) for name in (*names, *place)}
-    config |= {"engine": engine, "model": weights, "adapter": weights_fingerprint(options.adapter)}
+    config |= {"engine": engine, "model": weights, "adapter": model_fingerprint(options.adapter)}
     config |= {"data": data_fingerprint(dataset)}
     if options.base_url:  # a name says little of what a server runs: one at another address may be another model
         config["base_url"] = root_of(options)

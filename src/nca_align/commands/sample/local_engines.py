@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import UnsupportedError, UserError, one_line
 from ...models.generate import seed_for
-from ...models.smollm2 import resolve_model
 from ...store.shards import Advance
 from .engine import Engine, Sample, cut, place
-from .rendered_prompts import context_length, model_and_adapter, prompt_tokenizer, prompts_that_fit
+from .rendered_prompts import context_length, model_source, prompts_that_fit
 
 if TYPE_CHECKING:
     from .options import SampleOptions
@@ -26,24 +25,17 @@ def transformers_engine(options: "SampleOptions") -> Engine:
     import torch
     from transformers import GenerationConfig, LogitsProcessorList
 
+    from ...models.adapters import base_model, refuse_virtual_tokens
     from ...models.generate import FiniteLogits
-    from ...models.loading import add_adapter, load_model, torch_dtype, trained_quantization
-    from ...models.pretrained import base_model, refuse_virtual_tokens
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    tokenizer = prompt_tokenizer(options)
+    source = model_source(options)
+    tokenizer = source.load_tokenizer()
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
     room = context_length(options)
-    name, adapter, key = model_and_adapter(options)
-    model = load_model(
-        name, torch_dtype(options.dtype), device, options.trust_remote_code,
-        None if adapter is None else trained_quantization(adapter), options.model_revision, key,
-    )  # fmt: skip
-    if adapter is not None:
-        model = add_adapter(model, adapter)
-        refuse_virtual_tokens(model)
+    model = source.load_policy(options.dtype)
+    refuse_virtual_tokens(model)
 
     own = model.generation_config
     end = tokenizer.eos_token_id if own.eos_token_id is None else own.eos_token_id
@@ -65,7 +57,7 @@ def transformers_engine(options: "SampleOptions") -> Engine:
         done: list[list[Sample]] = []
         for batch, start in enumerate(range(0, len(fit), options.batch_size)):
             picked = fit[start : start + options.batch_size]
-            inputs = tokenizer.pad({"input_ids": [ids[i] for i in picked]}, return_tensors="pt").to(device)
+            inputs = tokenizer.pad({"input_ids": [ids[i] for i in picked]}, return_tensors="pt").to(model.device)
             torch.manual_seed(seed_for(options.seed, shard, batch))
             out = model.generate(
                 **inputs, max_new_tokens=options.max_new_tokens, num_return_sequences=options.num_completions,
@@ -124,15 +116,16 @@ def vllm_engine(options: "SampleOptions") -> Engine:
         ) from error
     from ...models.loading import trained_quantization
 
-    name, adapter, _ = model_and_adapter(options)
+    source = model_source(options)
+    adapter = source.adapter
     if adapter is not None and trained_quantization(adapter) is not None:
         raise UnsupportedError(
             f"`engine` is 'vllm' with the adapter {adapter}, which was trained on a quantised base: export it by "
             "`nca-align export` and name that folder by `model_name_or_path`, or use `engine` 'transformers'"
         )
-    tokenizer, room = prompt_tokenizer(options), context_length(options)
+    tokenizer, room = source.load_tokenizer(), context_length(options)
     llm = LLM(
-        model=resolve_model(name), revision=options.model_revision, dtype=options.dtype, seed=options.seed,
+        model=source.path, revision=options.model_revision, dtype=options.dtype, seed=options.seed,
         trust_remote_code=options.trust_remote_code, generation_config="vllm",  # neutral, not the model's
         **({} if adapter is None else {"enable_lora": True, "max_lora_rank": lora_rank(adapter)}),
     )  # fmt: skip

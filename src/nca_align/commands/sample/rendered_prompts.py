@@ -5,41 +5,24 @@ from typing import TYPE_CHECKING
 
 from ...batching.prompt_ids import PromptError, prompt_ids
 from ...errors import UserError
-from ...models.pretrained import from_pretrained
+from ...models.loading import ModelSource
 from .options import EngineOptions
 
 if TYPE_CHECKING:
     from .options import SampleOptions
 
 
-def model_and_adapter(options: EngineOptions) -> tuple[str, str | None, str]:
-    """The base model, the adapter on it if any, for `model_name_or_path` may be an adapter's folder itself, and what
-    names the base."""
-    from ...models.loading import adapter_base, base_key, is_adapter
-
-    name = str(options.model_name_or_path)
-    if options.adapter is None and is_adapter(name):
-        return adapter_base(name), name, base_key(name)
-    return name, options.adapter, "model_name_or_path"
-
-
-def prompt_tokenizer(options: EngineOptions):
-    """The tokenizer that renders prompts: the adapter's own where it has one, else the model's."""
-    from ...models.loading import has_tokenizer, load_tokenizer
-
-    name, adapter, key = model_and_adapter(options)
-    if adapter is not None and has_tokenizer(adapter):
-        return load_tokenizer(adapter, options.trust_remote_code)
-    return load_tokenizer(name, options.trust_remote_code, options.model_revision, key)
+def model_source(options: EngineOptions) -> ModelSource:
+    """The model that completes prompts, with its adapter."""
+    return ModelSource.of(
+        str(options.model_name_or_path), adapter=options.adapter, revision=options.model_revision,
+        trust_remote_code=options.trust_remote_code,
+    )  # fmt: skip
 
 
 def context_length(options: EngineOptions) -> int | None:
     """Tokens that the model takes, prompt and completion; None where its configuration doesn't say."""
-    from transformers import AutoConfig
-
-    name, _, key = model_and_adapter(options)
-    config = from_pretrained(AutoConfig, name, options.model_revision, key, trust_remote_code=options.trust_remote_code)
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
+    return getattr(model_source(options).load_config().get_text_config(), "max_position_embeddings", None)
 
 
 def _ids_that_fit(tokenizer, room: int | None, max_new_tokens: int, row: dict) -> list[int]:
@@ -72,7 +55,8 @@ def check_prompts(options: "SampleOptions", rows: Iterable[dict]) -> None:
     Raises:
         UserError: it names the first and says how many.
     """
-    failed = prompts_that_fit(prompt_tokenizer(options), context_length(options), options.max_new_tokens, rows)[1]
+    tokenizer = model_source(options).load_tokenizer()
+    failed = prompts_that_fit(tokenizer, context_length(options), options.max_new_tokens, rows)[1]
     if failed:
         row, why = next(iter(failed.items()))
         raise UserError(

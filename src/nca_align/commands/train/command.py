@@ -12,15 +12,13 @@ from typing import Any
 
 import torch
 from datasets import disable_progress_bars
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
 
 from ...config import NCAConfig
 from ...data import DataOptions, RewardData, read_reward_dataset, select_split
-from ...errors import UserError, command, one_line, refused_by
-from ...models.loading import adapter_base, has_tokenizer, is_adapter
-from ...models.pretrained import load_adapter
-from ...models.smollm2 import resolve_model
+from ...errors import UserError, command, refused_by
+from ...models.loading import ModelSource, load_adapter
 from ...options import parse
 from ...store.checkpoints import last_common_checkpoint, write_errors_told
 from .summary import last_evaluation, plot_curves, summary
@@ -75,8 +73,9 @@ def main(argv: list[str] | None = None) -> int:
     _require(model_args.model_name_or_path, "model_name_or_path", "a Hub id or a folder with a language model")
     _check(script, run, args, model_args)
     checkpoint = _checkpoint(args)
-    model = resolve_model(model_args.model_name_or_path)
-    tokenizer = open_tokenizer(model, model_args.model_revision, args.trust_remote_code)
+    source = model_source(model_args, args)
+    source.load_config()  # shows, before anything is read, whether the model can be had
+    tokenizer = source.load_tokenizer()
     with args.main_process_first(desc="reading the data"):
         data = read_reward_dataset(
             script.dataset_name,
@@ -101,7 +100,7 @@ def main(argv: list[str] | None = None) -> int:
     with refused_by("setting up the training"):
         # a scorer that can't be had is told before the model is read
         scorers = open_scorers(run.eval_scorer, trust_remote_code=args.trust_remote_code) if run.eval_scorer else None
-        model, peft_config, quantization_config = open_policy(model, model_args, args)
+        model, peft_config, quantization_config = open_policy(source, model_args, args)
         trainer = NCATrainer(
             model=model,
             args=args,
@@ -208,50 +207,37 @@ def _checkpoint(args: NCAConfig) -> str | bool | None:
     return args.resume_from_checkpoint
 
 
-def open_tokenizer(model: str, revision: str | None, trust_remote_code: bool):
-    """The model's tokenizer, which also shows, before anything is loaded, whether the model can be had."""
-    try:
-        if not is_adapter(model):
-            AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
-        elif not has_tokenizer(model):
-            model, revision = adapter_base(model), None
-        return AutoTokenizer.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        if Path(model).exists():
-            raise UserError(f"`model_name_or_path` {model} can't be read as a model: {one_line(error)}") from error
-        raise UserError(
-            f"model {model} could not be had: it is no folder here, and the Hub did not give it (no network, no such "
-            "model, or no permission); `model_name_or_path` takes a local path"
-        ) from error
+def model_source(model_args: ModelConfig, args: NCAConfig) -> ModelSource:
+    """What `model_name_or_path` names."""
+    return ModelSource.of(
+        str(model_args.model_name_or_path), revision=model_args.model_revision, trust_remote_code=args.trust_remote_code
+    )
 
 
-def open_policy(model: str, model_args: ModelConfig, args: NCAConfig):
+def open_policy(source: ModelSource, model_args: ModelConfig, args: NCAConfig):
     """`model`, `peft_config` and `quantization_config` for the trainer; an adapter is trained on from where it is."""
-    args.model_init_kwargs = {
-        "revision": model_args.model_revision,
+    options: dict[str, Any] = {
         "attn_implementation": model_args.attn_implementation,
         "dtype": model_args.dtype,
         **(args.model_init_kwargs or {}),  # type: ignore[dict-item]
     }
     quantization_config = get_quantization_config(model_args)
-    if not is_adapter(model):
-        return model, _peft_config(model_args), quantization_config
+    if source.adapter is None:
+        args.model_init_kwargs = {"revision": source.revision, **options}
+        return source.path, _peft_config(model_args), quantization_config
     from peft import PeftConfig
 
-    own = PeftConfig.from_pretrained(model)
+    own = PeftConfig.from_pretrained(source.adapter)
     if model_args.use_peft and model_args.lora_r != getattr(own, "r", model_args.lora_r):
         raise UserError(
-            f"`lora_r` is {model_args.lora_r}, but `model_name_or_path` {model} is an adapter already, of rank "
-            f"{own.r}, and is trained on as it is; give its rank, or merge it into its base first (`nca-align export`)"
+            f"`lora_r` is {model_args.lora_r}, but `model_name_or_path` {source.adapter} is an adapter already, of "
+            f"rank {own.r}, and is trained on as it is; give its rank, or merge it into its base first (`nca-align "
+            "export`)"
         )
-    options: dict[str, Any] = dict(args.model_init_kwargs or {})  # type: ignore[arg-type]  # no text from here on
-    options.pop("revision", None)
-    options["trust_remote_code"] = args.trust_remote_code
     args.model_init_kwargs = None  # the trainer is given an instance
     if quantization_config is not None:
         options["quantization_config"] = quantization_config
-    base_model = AutoModelForCausalLM.from_pretrained(adapter_base(model), **{"use_safetensors": True, **options})
-    return load_adapter(base_model, model, is_trainable=True), None, None
+    return load_adapter(source.load(AutoModelForCausalLM, **options), source.adapter, is_trainable=True), None, None
 
 
 def _peft_config(model_args: ModelConfig):
