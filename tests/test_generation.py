@@ -19,7 +19,7 @@ from nca_align import GenerationEvaluator
 from nca_align.errors import UserError
 from nca_align.evaluation.estimates import distinct, win_rate, wins_over
 from nca_align.models.adapters import as_reference
-from nca_align.models.generate import neutral_generation
+from nca_align.models.sampling import neutral_generation
 from nca_align.rewards.scorers import open_scorers
 
 LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=False)

@@ -31,8 +31,8 @@ from nca_align.commands.sample.engine import Sample, cut
 from nca_align.commands.sample.options import SampleOptions
 from nca_align.errors import UserError
 from nca_align.models import smollm2
-from nca_align.models.generate import seed_for
 from nca_align.models.loading import ModelSource
+from nca_align.models.sampling import seed_for
 from nca_align.scorers import vader
 from nca_align.store.fingerprints import weights_fingerprint
 from nca_align.store.provenance import read_provenance

@@ -12,8 +12,8 @@ from torch import nn
 from ..batching.prompt_ids import PromptError, prompt_ids
 from ..errors import UserError
 from ..models.adapters import adapter_merged, as_reference, base_model
-from ..models.generate import draw, seed_for
 from ..models.logprobs import completion_logps
+from ..models.sampling import sample_answers, seed_for
 from ..rewards.scorers import Scorers, open_scorers
 from ..training.chunked_step import restore_rng, rng_state
 from .estimates import GenerationFigures, figures_of, mean_over_prompts, win_rate
@@ -162,7 +162,7 @@ class GenerationEvaluator:
         for start in range(0, len(places), size):
             batch = places[start : start + size]
             prompts, seed = [self._prompts[i] for i in batch], seed_for(self._seed, which, batch[0])
-            answers = draw(model, prompts, self._num_completions, self._max_new_tokens, ends, seed)
+            answers = sample_answers(model, prompts, self._num_completions, self._max_new_tokens, ends, seed)
             for i, own_answers in zip(batch, answers, strict=True):
                 found[i] = {
                     "ids": own_answers,

@@ -11,7 +11,7 @@ from datasets import Dataset, Features
 
 from ...data.prompts import load_raw
 from ...errors import UserError
-from ...models.generate import seed_for
+from ...models.sampling import seed_for
 from ...store.files import check_writable, write_json
 from ...store.hub import from_the_hub
 from ...store.shards import Advance, Shard, Work, run_sharded

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...errors import UnsupportedError, UserError, one_line
-from ...models.generate import seed_for
+from ...models.sampling import seed_for
 from ...store.shards import Advance
 from .engine import Engine, Sample, cut, place
 from .rendered_prompts import context_length, model_source, prompts_that_fit
@@ -26,7 +26,7 @@ def transformers_engine(options: "SampleOptions") -> Engine:
     from transformers import GenerationConfig, LogitsProcessorList
 
     from ...models.adapters import base_model, refuse_virtual_tokens
-    from ...models.generate import FiniteLogits
+    from ...models.sampling import FiniteLogits
 
     source = model_source(options)
     tokenizer = source.load_tokenizer()

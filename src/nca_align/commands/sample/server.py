@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ...batching.prompt_ids import PromptError, as_object
 from ...data.prompts import clean_messages
 from ...errors import UserError, one_line
-from ...models.generate import seed_for
+from ...models.sampling import seed_for
 from ...store.shards import Advance
 from .engine import Engine, Sample, cut, place
 from .options import EngineOptions

@@ -1,7 +1,8 @@
-"""Drawing answers from a policy's own distribution: each prompt is read once, and answers that have ended are let go.
+"""Answers sampled from a policy's own distribution.
 
-`generate` reads a prompt once for each of its answers, goes on with those that have ended, and spends a fifth of a
-step of a small model on its random numbers. It draws here for the models that the loop below doesn't cover.
+`sample_with_cache` reads each prompt once and drops answers that have ended. transformers' `generate` reads a prompt
+once for each of its answers, goes on with ended ones, and spends a fifth of a small model's step on random numbers. It
+samples the models that `sample_with_cache` doesn't cover.
 """
 
 import hashlib
@@ -20,7 +21,7 @@ from .adapters import base_model, refuse_virtual_tokens
 
 
 @torch.no_grad()
-def draw(
+def sample_answers(
     model: nn.Module, prompts: Sequence[list[int]], count: int, max_new_tokens: int, ends: list[int], seed: int
 ) -> list[list[list[int]]]:
     """Sample at temperature 1 and top-p 1, whatever the model's generation config says.
@@ -49,7 +50,7 @@ def draw(
     if layout.obstacle([base_model(model)], model, None) is None:  # attention in every layer, and nothing in front
         generator = torch.Generator().manual_seed(seed)
         uniform = torch.rand(max_new_tokens, len(prompts) * count, generator=generator, dtype=torch.float64)
-        drawn = _drawn(model, ids, mask, ends, uniform.to(device))
+        drawn = sample_with_cache(model, ids, mask, ends, uniform.to(device))
     else:
         torch.manual_seed(seed)
         with neutral_generation(model, ends):
@@ -61,7 +62,7 @@ def draw(
     return [answers[b * count : (b + 1) * count] for b in range(len(prompts))]
 
 
-def _drawn(model: nn.Module, ids: Tensor, mask: Tensor, ends: list[int], uniform: Tensor) -> Tensor:
+def sample_with_cache(model: nn.Module, ids: Tensor, mask: Tensor, ends: list[int], uniform: Tensor) -> Tensor:
     """(B·K, T) tokens by inverse transform of `uniform` (T, B·K) in [0, 1); what stands after an end means nothing."""
     count = uniform.shape[1] // len(ids)
     base = base_model(model)
@@ -82,7 +83,7 @@ def _drawn(model: nn.Module, ids: Tensor, mask: Tensor, ends: list[int], uniform
     live = torch.arange(len(drawn), device=ids.device)  # the rows that are still gone on with
     ended = torch.zeros_like(live, dtype=torch.bool)
     for t in range(len(uniform)):
-        token = _inverse(following, uniform[t, live])
+        token = _inverse_transform(following, uniform[t, live])
         drawn[live, t] = token
         ended |= torch.isin(token, torch.tensor(ends, device=ids.device))
         left = int((~ended).sum())
@@ -98,7 +99,7 @@ def _drawn(model: nn.Module, ids: Tensor, mask: Tensor, ends: list[int], uniform
     return drawn
 
 
-def _inverse(logits: Tensor, uniform: Tensor) -> Tensor:
+def _inverse_transform(logits: Tensor, uniform: Tensor) -> Tensor:
     """(N,) the first token of each row up to which the probabilities' sum is more than its share `uniform` of all."""
     cumulative = logits.float().softmax(-1).cumsum(-1)
     whole = cumulative[:, -1]
