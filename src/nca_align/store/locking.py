@@ -38,25 +38,21 @@ def alone_at(output: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+# Not by the library `filelock`, of which `datasets` takes any version. Where a disk has no locks, 3.10 to 3.20 say that
+# another process has it; 4.3 raises what it raises where nothing can be written. 3.29 removes the file after the work,
+# and the others leave it. Up to 3.20 a lock counts on a file that was removed meanwhile.
 def _lock(path: Path) -> int:
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             if fcntl is not None:
-                _flock(descriptor)
-            with suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(descriptor), os.stat(path)):
-                    return descriptor
-        except BaseException:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
             os.close(descriptor)
             raise
+        except OSError:  # some network file systems have no locks: then as without flock
+            pass
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                return descriptor
         os.close(descriptor)  # the one that had it removed it meanwhile
-
-
-def _flock(descriptor: int) -> None:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise
-    except OSError:  # some network file systems have no locks: then as without flock
-        pass

@@ -1,7 +1,8 @@
-"""The record of what made a file: commands with their options, versions of libraries, the commit."""
+"""The record of what made a file (commands, options, versions, commit), and the refusal where it is another's."""
 
 import json
 import subprocess
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from ..errors import UserError
 
 KEY = b"nca_align"
 LIBRARIES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate")
@@ -57,3 +60,37 @@ def read_provenance(path: str | Path) -> list[dict[str, Any]]:
         return json.loads(text) if text else []
     except (pa.ArrowInvalid, ValueError):  # an empty or broken file
         return []
+
+
+def changed_names(recorded: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
+    """The names under which two records differ, in order."""
+    return sorted(name for name in {*recorded, *asked} if recorded.get(name) != asked.get(name))
+
+
+def refuse_changes(
+    what: str,
+    recorded: Mapping[str, Any],
+    asked: Mapping[str, Any],
+    advice: str,
+    names: Sequence[str] | None = None,
+    form: str = "{} → {}",
+    show: Callable[[Any], str] = repr,
+) -> None:
+    """Refuse to go on with what was made by other options, data or models, each named with its old and new value.
+
+    Args:
+        what: is of another run, the sentence's beginning.
+        recorded: what made it.
+        asked: what this run would make it of.
+        advice: the sentence's end.
+        names: of what differs; by default all of `changed_names`.
+        form: of an old and a new value.
+        show: text of a value.
+
+    Raises:
+        UserError: something differs.
+    """
+    names = changed_names(recorded, asked) if names is None else names
+    differences = [f"`{name}` {form.format(show(recorded.get(name)), show(asked.get(name)))}" for name in names]
+    if differences:
+        raise UserError(f"{what}: {', '.join(differences)}; {advice}")

@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from ..errors import UserError, UserTypeError
 from .files import replacing, write_json
 from .locking import alone_at
-from .provenance import KEY, read_provenance, sidecar
+from .provenance import KEY, read_provenance, refuse_changes, sidecar
 
 
 @dataclass
@@ -35,8 +35,9 @@ class Shard:
     failed: dict[int, str] = field(default_factory=dict)
 
 
-# (shard, number of its first row, its rows, a function to say that so many of them are done)
-Work = Callable[[int, int, list[dict], Callable[[int], object]], Shard]
+Advance = Callable[[int], object]  # says that so many more rows are done
+# (shard, number of its first row, its rows, `Advance`)
+Work = Callable[[int, int, list[dict], Advance], Shard]
 
 
 def run_sharded(
@@ -78,20 +79,36 @@ def run_sharded(
         for column in features.arrow_schema:
             _refuse_no_json(column.name, column.type)
     step = json.loads(json.dumps(step))
-    if (
-        path.exists() and not _parts(path).exists()
-    ):  # looked at without the lock: it may be where nothing can be written
+    parts = path.with_name(path.name + ".parts")
+    if path.exists() and not parts.exists():  # looked at without the lock: it may be where nothing can be written
         return _finished(path, step)
     with alone_at(path):
-        if not path.exists():
-            return _run(path, dataset, features, start, step, history, shard_size, drop_failed, unit)
-        counts = _finished(path, step)
-        shutil.rmtree(_parts(path), ignore_errors=True)  # a kill may have come between the last rename and this
+        if path.exists():
+            counts = _finished(path, step)
+            shutil.rmtree(parts, ignore_errors=True)  # a kill may have come between the last rename and this
+            return counts
+        firsts = range(0, len(dataset), shard_size)
+        shards = [parts / f"{i:06d}{path.suffix}" for i in range(len(firsts))]
+        done = _done(shards, step, drop_failed)
+        left = [i for i in range(len(shards)) if shards[i] not in done]
+        size = {i: min(shard_size, len(dataset) - firsts[i]) for i in range(len(shards))}
+        rows_left = sum(size[i] for i in left)
+        work: Work | None = None
+        with tqdm(total=len(dataset), initial=len(dataset) - rows_left, unit=f" {unit}", dynamic_ncols=True) as bar:
+            for i in left:
+                if work is None:
+                    work = start()
+                    parts.mkdir(parents=True, exist_ok=True)
+                    write_json(parts / "config.json", step)
+                rows = dataset.select(range(firsts[i], firsts[i] + size[i])).to_list()
+                before = bar.n
+                _write(shards[i], work(i, firsts[i], rows, bar.update), features)
+                bar.update(before + size[i] - bar.n)
+        counts = _counts(shards, drop_failed, len(dataset), path)
+        steps = [*(history or []), step | {"counts": counts}]
+        _join(path, shards, features, steps)
+        shutil.rmtree(parts)
         return counts
-
-
-def _parts(path: Path) -> Path:
-    return path.with_name(path.name + ".parts")
 
 
 def _finished(path: Path, step: dict) -> dict[str, int]:
@@ -106,71 +123,63 @@ def _finished(path: Path, step: dict) -> dict[str, int]:
     return made[-1]["counts"]
 
 
-def _run(
-    path: Path,
-    dataset: Dataset,
-    features: Features,
-    start: Callable[[], Work],
-    step: dict[str, Any],
-    history: list[dict] | None,
-    shard_size: int,
-    drop_failed: bool,
-    unit: str,
-) -> dict[str, int]:
-    parts = _parts(path)
-    made: dict = {}
-    if (parts / "config.json").exists() and any(parts.glob(f"0*{path.suffix}")):  # else there is nothing to protect
-        made = json.loads((parts / "config.json").read_text())
-        _refuse_other(f"{parts}, an unfinished run,", made, step)
+def _done(shards: list[Path], step: dict, drop_failed: bool) -> set[Path]:
+    """The shards that are done; all others, and with them those of failed rows that may be mended, are to be made.
 
-    firsts = list(range(0, len(dataset), shard_size))
-    done = [i for i in range(len(firsts)) if _is_done(parts, i, path.suffix, drop_failed)]
+    Raises:
+        UserError: they are of another configuration, or of code that was edited.
+    """
+    there = [shard for shard in shards if shard.exists()]
+    if not there:
+        return set()
+    parts = there[0].parent
+    made = json.loads((parts / "config.json").read_text())
+    _refuse_other(f"{parts}, an unfinished run,", made, step)
+    done = {shard for shard in there if drop_failed or not _about(shard)["failed"]}
     if done and (edited := _edited(made, step)):
-        _refuse_edited(edited, parts, len(done), failed=len(list(parts.glob(f"0*{path.suffix}"))) - len(done))
-    work: Work | None = None
-    size = {i: min(shard_size, len(dataset) - first) for i, first in enumerate(firsts)}
-    with tqdm(total=len(dataset), initial=sum(size[i] for i in done), unit=f" {unit}", dynamic_ncols=True) as bar:
-        for i in sorted(set(size) - set(done)):
-            if work is None:
-                work = start()
-                parts.mkdir(parents=True, exist_ok=True)
-                write_json(parts / "config.json", step)
-            rows = dataset.select(range(firsts[i], firsts[i] + size[i])).to_list()
-            before = bar.n
-            shard = work(i, firsts[i], rows, bar.update)
-            about = {"counts": {**shard.counts, "rows": len(shard.rows)}, "failed": shard.failed}
-            write_json(parts / f"{i:06d}.json", about)
-            _write_rows(parts / f"{i:06d}{path.suffix}", shard.rows, features)  # last: this one says "done"
-            bar.update(before + size[i] - bar.n)
+        fix = f"delete {parts} to make all rows anew"
+        if len(done) == len(there):
+            raise UserError(
+                f"the code of {edited} changed since {parts}, an unfinished run, was begun, and {len(done)} of its "
+                f"shards are done; {fix}, or undo the change"
+            )
+        print(
+            f"the code of {edited} changed; {len(done)} shards without failed rows stay as they are: {fix}",
+            file=sys.stderr,
+        )
+    return done
 
-    abouts = [json.loads((parts / f"{i:06d}.json").read_text()) for i in range(len(firsts))]
+
+def _counts(shards: list[Path], drop_failed: bool, rows: int, path: Path) -> dict[str, int]:
+    """What was counted over all shards.
+
+    Raises:
+        UserError: rows failed and aren't to be left out, or none is left.
+    """
+    abouts = [_about(shard) for shard in shards]
     failed = {int(row): why for about in abouts for row, why in about["failed"].items()}
     if failed and not drop_failed:
         row, why = next(iter(failed.items()))
         more = f" and {len(failed) - 1} more (rows {_few(list(failed)[1:])})" if len(failed) > 1 else ""
         raise UserError(
-            f"row {row}: {why}{more}; the other {len(dataset) - len(failed)} rows are done and kept in {parts}: mend "
-            "it and run the same command again, or add `--on_error drop` to leave such rows out"
+            f"row {row}: {why}{more}; the other {rows - len(failed)} rows are done and kept in {shards[0].parent}: "
+            "mend it and run the same command again, or add `--on_error drop` to leave such rows out"
         )
     counts = Counter(failed=len(failed))
     for about in abouts:
         counts.update(about["counts"])
     if not counts["rows"]:
-        raise UserError(f"none of the {len(dataset)} rows is left for {path} ({dict(counts)}); see {parts}")
-    steps = [*(history or []), step | {"counts": dict(sorted(counts.items()))}]
-    _join(path, [parts / f"{i:06d}{path.suffix}" for i in range(len(firsts))], features, steps)
-    shutil.rmtree(parts)
-    return steps[-1]["counts"]
+        raise UserError(f"none of the {rows} rows is left for {path} ({dict(counts)}); see {shards[0].parent}")
+    return dict(sorted(counts.items()))
 
 
 def _few(rows: list[int]) -> str:
     return ", ".join(map(str, rows[:5])) + (", …" if len(rows) > 5 else "")
 
 
-def _is_done(parts: Path, i: int, suffix: str, drop_failed: bool) -> bool:
-    if not (parts / f"{i:06d}{suffix}").exists():
-        return False
-    return drop_failed or not json.loads((parts / f"{i:06d}.json").read_text())["failed"]
+def _about(shard: Path) -> dict[str, dict]:
+    """What was counted in a shard, and which of its rows failed."""
+    return json.loads(shard.with_suffix(".json").read_text())
 
 
 def _refuse_other(what: str, made: dict | None, step: dict) -> None:
@@ -179,31 +188,14 @@ def _refuse_other(what: str, made: dict | None, step: dict) -> None:
         raise UserError(f"{what} is there already and does not say what made it; {fix}")
     if made["command"] != step["command"]:
         raise UserError(f"{what} is there already, made by `{made['command']}` and not `{step['command']}`; {fix}")
-    old, new = made["config"], step["config"]
-    differences = [
-        f"`{key}` {old.get(key)!r} there and {new.get(key)!r} here"
-        for key in sorted({*old, *new})
-        if old.get(key) != new.get(key)
-    ]
-    if differences:
-        raise UserError(f"{what} is there already, of another configuration: {', '.join(differences)}; {fix}")
+    what = f"{what} is there already, of another configuration"
+    refuse_changes(what, made["config"], step["config"], fix, form="{} there and {} here")
 
 
 def _edited(made: dict, step: dict) -> str:
     """The sources that are not what they were; none where it isn't known what they were."""
     old, new = made.get("sources", {}), step.get("sources", {})
     return ", ".join(f"`{name}`" for name in old if new.get(name) != old[name])
-
-
-def _refuse_edited(edited: str, parts: Path, done: int, failed: int) -> None:
-    """Refuse to go on by edited code, but let it mend shards with failed rows, and say what stays."""
-    fix = f"delete {parts} to make all rows anew"
-    if not failed:
-        raise UserError(
-            f"the code of {edited} changed since {parts}, an unfinished run, was begun, and {done} of its shards are "
-            f"done; {fix}, or undo the change"
-        )
-    print(f"the code of {edited} changed; {done} shards without failed rows stay as they are: {fix}", file=sys.stderr)
 
 
 def _refuse_no_json(name: str, kind: pa.DataType) -> None:
@@ -226,12 +218,14 @@ def _iso(value: Any) -> str:
     raise UserTypeError(f"{type(value).__name__} is no JSON")
 
 
-def _write_rows(path: Path, rows: list[dict], features: Features) -> None:
-    with replacing(path, "wb") as file:
+def _write(path: Path, shard: Shard, features: Features) -> None:
+    about = {"counts": {**shard.counts, "rows": len(shard.rows)}, "failed": shard.failed}
+    write_json(path.with_suffix(".json"), about)
+    with replacing(path, "wb") as file:  # last: this one says "done"
         if path.suffix == ".jsonl":
-            file.writelines(f"{json.dumps(row, ensure_ascii=False, default=_iso)}\n".encode() for row in rows)
+            file.writelines(f"{json.dumps(row, ensure_ascii=False, default=_iso)}\n".encode() for row in shard.rows)
         else:
-            columns = {name: [row[name] for row in rows] for name in features}
+            columns = {name: [row[name] for row in shard.rows] for name in features}
             pq.write_table(Dataset.from_dict(columns, features=features).data.table.combine_chunks(), file)
 
 
@@ -250,6 +244,3 @@ def _join(path: Path, shards: list[Path], features: Features, steps: list[dict])
             table = pq.read_table(shard).replace_schema_metadata(schema.metadata)
             # Parquet has no whole seconds: what was put in as such comes back in milliseconds
             writer.write_table(table if table.schema.equals(schema) else table.cast(schema))
-
-
-Advance = Callable[[int], object]

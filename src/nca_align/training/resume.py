@@ -31,7 +31,7 @@ from ..store.checkpoints import (
     write_errors_told,
 )
 from ..store.files import sync, write_json
-from .run_identity import refuse_changes, run_identity
+from .run_identity import refuse_another_run, run_identity
 
 # What a process exits with that was stopped by SIGTERM after it had saved: "try again" in BSD's sysexits.h.
 PREEMPTED = 75
@@ -106,7 +106,7 @@ class Resume(TrainerCallback):
         if PartialState().is_main_process:  # processes hold different shards, and only need to agree
             try:
                 new, args = self.identity(), self.trainer.args
-                refuse_changes(self._loaded["identity"], new, args.resume_changed, folder.name)
+                refuse_another_run(self._loaded["identity"], new, args.resume_changed, folder.name)
             except UserError as error:
                 refusal = [str(error)]
         broadcast_object_list(refusal, from_process=0)

@@ -12,6 +12,7 @@ from ..errors import UserError
 from ..models.adapters import base_model
 from ..options import nearest
 from ..store.fingerprints import columns_fingerprint, weights_fingerprint
+from ..store.provenance import changed_names, refuse_changes
 from .reference import TOKENS, adapter_hash, computed_config
 
 # Options that may change between a run and its continuation: the same training, if at times up to rounding.
@@ -91,7 +92,7 @@ def run_identity(
     return json.loads(json.dumps(identity, default=str, sort_keys=True))
 
 
-def refuse_changes(old: dict[str, Any], new: dict[str, Any], allowed: list[str], checkpoint: str) -> None:
+def refuse_another_run(old: dict[str, Any], new: dict[str, Any], allowed: list[str], checkpoint: str) -> None:
     """Raise where `new` isn't the run that `checkpoint` belongs to, unless each difference is allowed by name.
 
     Args:
@@ -109,23 +110,20 @@ def refuse_changes(old: dict[str, Any], new: dict[str, Any], allowed: list[str],
                 f"`resume_changed` holds {name!r}, which is no part of what makes a run"
                 f"{nearest(name, sorted(known))}; give names as the refusal shows them"
             )
-    changed = sorted(key for key in known if old.get(key) != new.get(key) and key not in allowed)
-    fixed = sorted(key for key in known if old.get(key) != new.get(key) and key in FIXED)
-    if fixed:
-        raise UserError(
-            f"{checkpoint} belongs to a run with other options: {_differences(old, new, fixed)}; the optimizer's state "
-            "in the checkpoint keeps the old values, so they can't change within a run: go back to them, or start a "
-            "new run from the checkpoint's weights, with `model_name_or_path` set to it"
-        )
-    if changed:
-        raise UserError(
-            f"{checkpoint} belongs to another run: {_differences(old, new, changed)}; go back to what it was, choose "
-            f"another `output_dir`, or allow it by name: `--resume_changed {' '.join(changed)}`"
-        )
-
-
-def _differences(old: dict[str, Any], new: dict[str, Any], keys: list[str]) -> str:
-    return ", ".join(f"`{key}` {_short(old.get(key))} → {_short(new.get(key))}" for key in keys)
+    changed = changed_names(old, new)
+    refuse_changes(
+        f"{checkpoint} belongs to a run with other options", old, new,
+        "the optimizer's state in the checkpoint keeps the old values, so they can't change within a run: go back to "
+        "them, or start a new run from the checkpoint's weights, with `model_name_or_path` set to it",
+        [name for name in changed if name in FIXED], show=_short,
+    )  # fmt: skip
+    changed = [name for name in changed if name not in allowed]
+    refuse_changes(
+        f"{checkpoint} belongs to another run", old, new,
+        "go back to what it was, choose another `output_dir`, or allow it by name: "
+        f"`--resume_changed {' '.join(changed)}`",
+        changed, show=_short,
+    )  # fmt: skip
 
 
 def _short(value: Any) -> str:

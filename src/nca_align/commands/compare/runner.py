@@ -18,13 +18,13 @@ import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from ...errors import UserError
 from ...models.loading import model_fingerprint
 from ...rewards.reward_functions import find_function, is_function
 from ...rewards.scorers import scorer_identity
 from ...store.checkpoints import whole_checkpoints
 from ...store.files import replacing, write_json
 from ...store.fingerprints import files_fingerprint, source_fingerprint
+from ...store.provenance import refuse_changes
 from ...training.resume import PREEMPTED
 from .grid import Cell, Evaluation
 
@@ -56,7 +56,7 @@ def prepare(cells: Sequence[Cell], output: Path, evaluation: Evaluation) -> None
                 "scorer": scorers, "data": data, "model": model,
             },
         }, default=str))  # fmt: skip
-        _refuse_changes(output / "cells" / cell.name, about[cell.name]["identity"])
+        _refuse_other_settings(output / "cells" / cell.name, about[cell.name]["identity"])
     for cell in cells:
         folder = output / "cells" / cell.name
         folder.mkdir(parents=True, exist_ok=True)
@@ -67,18 +67,15 @@ def prepare(cells: Sequence[Cell], output: Path, evaluation: Evaluation) -> None
                 file.write(yaml.safe_dump(options, sort_keys=False))
 
 
-def _refuse_changes(folder: Path, new: dict[str, Any]) -> None:
+def _refuse_other_settings(folder: Path, new: dict[str, Any]) -> None:
     begun = (folder / DONE).exists() or whole_checkpoints(folder)
     if not begun or not (folder / SETTINGS).exists():
         return
     old = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))["identity"]
-    changed = [key for key in {**old, **new} if old.get(key) != new.get(key)]
-    if changed:
-        differences = ", ".join(f"`{key}` {old.get(key)!r} → {new.get(key)!r}" for key in sorted(changed))
-        raise UserError(
-            f"the cell {folder.name} in `output_dir` was trained with other settings: {differences}; go back to what "
-            f"it was, choose another `output_dir`, or remove {folder} to train it anew"
-        )
+    refuse_changes(
+        f"the cell {folder.name} in `output_dir` was trained with other settings", old, new,
+        f"go back to what it was, choose another `output_dir`, or remove {folder} to train it anew",
+    )  # fmt: skip
 
 
 def is_done(output: Path, cell: Cell) -> bool:
