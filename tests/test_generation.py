@@ -82,7 +82,7 @@ class TestFigures:
             rows, tokenizer, ["test_generation:nothing"], num_completions=400, max_new_tokens=2, batch_size=800
         )(policy)
         exact, deviation = zip(
-            *(_exact_kl(policy, tokenizer(row["prompt"])["input_ids"], 2) for row in rows), strict=True
+            *(_exact_kl(policy, tokenizer([row["prompt"]])["input_ids"][0], 2) for row in rows), strict=True
         )
         error = math.hypot(*deviation) / 2 / math.sqrt(400)
         assert sum(exact) / 2 > 10 * error
@@ -150,7 +150,7 @@ class TestFigures:
             evaluator(tokenizer, max_new_tokens=room)(policy)
 
     def test_a_prompt_that_the_template_does_not_take_is_refused(self):
-        with pytest.raises(UserError, match="a prompt to be answered can't be rendered: the chat template refuses"):
+        with pytest.raises(UserError, match="a prompt to be answered can't be rendered: the chat template can't"):
             evaluator(build_tokenizer("{{ raise_exception('no') }}"))
 
     def test_an_answer_without_a_score_is_refused(self, tokenizer, policy):
@@ -233,12 +233,13 @@ class _WordTokenizer:
 
     vocabulary = ("<end>", "a", "b", "c", "d", "e", "f")
     bos_token_id, eos_token_id, pad_token_id, chat_template = 1, 0, 0, None
+    bos_token, eos_token = None, "<end>"
 
     def __len__(self):
         return len(self.vocabulary)
 
-    def __call__(self, text):
-        return {"input_ids": [self.vocabulary.index(word) for word in text.split()]}
+    def __call__(self, texts, **options):
+        return {"input_ids": [[self.vocabulary.index(word) for word in text.split()] for text in texts]}
 
     def decode(self, ids, skip_special_tokens):
         return " ".join(self.vocabulary[i] for i in ids if i)

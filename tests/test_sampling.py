@@ -179,6 +179,16 @@ class TestWhatIsSampled:
         ]
         assert set(made[0]) == {"prompt", "completions", "truncated", "id", "tags"}
 
+    @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+    def test_messages_as_text_are_messages(self, options, tmp_path, suffix):
+        """As training reads a CSV, which holds lists as text."""
+        prompts = [[{"role": "system", "content": "Be kind."}, {"role": "user", "content": p}] for p in PROMPTS[:3]]
+        Dataset.from_dict({"prompt": list(map(json.dumps, prompts))}).to_csv(tmp_path / "rows.csv")
+        output = str(tmp_path / f"out{suffix}")
+        sample(options(dataset_name=str(tmp_path / "rows.csv"), output=output))
+        assert [row["prompt"] for row in read(output)] == prompts
+        assert all(c[0]["role"] == "assistant" for row in read(output) for c in row["completions"])
+
     def test_a_preference_data_set_gives_its_prompts(self, options, tmp_path):
         path = tmp_path / "pairs.jsonl"
         turns = [[{"role": "user", "content": p}, {"role": "assistant", "content": "x"}] for p in PROMPTS[:2]]
@@ -443,7 +453,9 @@ class TestErrors:
         rows = [{"prompt": [{"role": role, "content": "x"}]} for role in ("user", "system", "user")]
         (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         setting = {"dataset_name": str(tmp_path / "rows.jsonl"), "model_name_or_path": str(tmp_path / "strict")}
-        with pytest.raises(UserError, match=r"row 1: the chat template refuses `prompt` \(no system, please\)"):
+        with pytest.raises(
+            UserError, match=r"row 1: the chat template can't render `prompt` \(system\): no system, please"
+        ):
             sample(options(**setting))
         assert sample(options(**setting, on_error="drop"))["rows"] == 2
 
@@ -474,7 +486,7 @@ class TestErrors:
         tokenizer = build_tokenizer(chat_template=None)
         model.save_pretrained(tmp_path / "base")
         tokenizer.save_pretrained(tmp_path / "base")
-        with pytest.raises(UserError, match="has no chat template, but `prompt` holds messages"):
+        with pytest.raises(UserError, match="`prompt` holds messages, but the tokenizer has no chat template"):
             sample(options(model_name_or_path=str(tmp_path / "base"), as_chat=True))
 
     def test_models_that_are_not_there(self, options, tmp_path):

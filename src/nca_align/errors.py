@@ -23,6 +23,10 @@ class UnsupportedError(UserError, NotImplementedError):
     """Options, models or data that can't be used together."""
 
 
+class InvalidRowError(UserError):
+    """One row that can't be used, whatever the others are."""
+
+
 class NotFoundError(UserError, FileNotFoundError):
     """A file or folder that doesn't exist."""
 

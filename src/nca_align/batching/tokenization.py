@@ -1,6 +1,5 @@
 """Rows of `prompt, completions, rewards` → `prompt_ids, completion_ids, rewards`, a prompt's ids once for all K."""
 
-import json
 import logging
 import sys
 from functools import partial
@@ -11,8 +10,10 @@ from transformers import PreTrainedTokenizerBase
 from trl.data_utils import common_prefix_length
 
 from ..config import NCAConfig, prompt_limit
+from ..data.conversation import clean_prompt
 from ..errors import UserError
 from ..store.fingerprints import derived_fingerprint
+from .rendering import conversation_text, prompt_text, text_ids
 
 logger = logging.getLogger("nca_align")
 
@@ -35,7 +36,7 @@ def tokenize_dataset(
     limits: dict[str, Any] = {
         "max_prompt_length": max_prompt_length, "max_length": max_length, "length_column": length_column,
     }  # fmt: skip
-    function = partial(tokenize_rows, tokenizer=tokenizer, **limits)
+    function = partial(tokenize_rows, tokenizer=tokenizer, **limits, name=name)
     if isinstance(dataset, IterableDataset):
         dataset = dataset.map(function, batched=True, batch_size=64, with_indices=True)
         return dataset.remove_columns(list(CUT_COLUMNS)), []
@@ -47,23 +48,16 @@ def tokenize_dataset(
             tokenizer.bos_token,
             tokenizer.eos_token,
         )
-        options["new_fingerprint"] = derived_fingerprint("nca_align tokens 2", dataset, state, limits)
-    try:
-        dataset = dataset.map(
-            function,
-            batched=True,
-            batch_size=64,
-            with_indices=True,
-            num_proc=num_proc,
-            desc=f"Tokenizing {name}",
-            **options,
-        )
-    except ValueError as error:
-        if (text := str(error)).startswith(
-            "Row "
-        ):  # also from a worker process: raised here, it is told in one sentence
-            raise UserError(text.replace(":", f" of `{name}`:", 1)) from error
-        raise
+        options["new_fingerprint"] = derived_fingerprint("nca_align tokens 3", dataset, state, limits)
+    dataset = dataset.map(
+        function,
+        batched=True,
+        batch_size=64,
+        with_indices=True,
+        num_proc=num_proc,
+        desc=f"Tokenizing {name}",
+        **options,
+    )
     cut = {column: sum(dataset[column]) for column in CUT_COLUMNS}
     notices = []
     if cut["boundary_tokens"]:
@@ -117,6 +111,7 @@ def tokenize_rows(
     max_prompt_length: int | None,
     max_length: int | None,
     length_column: str,
+    name: str | None = None,
 ) -> dict[str, list]:
     """Tokenise and cut a batch of rows, for `Dataset.map(batched=True, with_indices=True)`.
 
@@ -131,6 +126,7 @@ def tokenize_rows(
             one and the text doesn't begin with it.
         max_prompt_length, max_length: tokens; None for no limit.
         length_column: name of the output column for the row's unique tokens, the prompt counted once.
+        name: of the data set, for errors.
 
     Returns:
         Columns `prompt_ids`, `completion_ids`, `rewards`, `length_column`, `row_number`, and `CUT_COLUMNS`: whether the
@@ -140,86 +136,39 @@ def tokenize_rows(
     Raises:
         ValueError: a template that drops or refuses a system prompt, or no token in front of a completion or in it.
     """
-    rows = [_render({name: batch[name][i] for name in batch}, indices[i], tokenizer) for i in range(len(indices))]
-    ids = {}  # one call of the tokenizer for all texts that it adds special tokens to, and one for all others
-    for special in {special for _, special in rows}:
-        texts = [text for texts, own in rows if own is special for text in texts]
-        ids[special] = iter(tokenizer(texts, add_special_tokens=special, verbose=False)["input_ids"])
+    named = [f"Row {index} of `{name}`" if name else f"Row {index}" for index in indices]
+    texts, plain = [], []
+    for i, completions in enumerate(batch["completions"]):
+        try:
+            prompt = clean_prompt({column: values[i] for column, values in batch.items()})
+            texts.append(prompt_text(tokenizer, prompt))
+            texts += [conversation_text(tokenizer, prompt, completion) for completion in completions]
+        except UserError as error:
+            raise UserError(f"{named[i]}: {error}") from error
+        plain += [isinstance(prompt.content, str)] * (1 + len(completions))
+    ids = iter(text_ids(tokenizer, texts, plain))
     columns = ("prompt_ids", "completion_ids", "rewards", length_column, "row_number", *CUT_COLUMNS)
-    output: dict[str, list] = {name: [] for name in columns}
-    for i, (texts, special) in enumerate(rows):
-        prompt, *wholes = [next(ids[special]) for _ in texts]
-        if isinstance(batch["prompt"][i], str):
-            wholes = [_one_eos(whole, tokenizer.eos_token_id) for whole in wholes]
-        boundary = min(common_prefix_length(prompt, whole) for whole in wholes)
+    output: dict[str, list] = {column: [] for column in columns}
+    for i, completions in enumerate(batch["completions"]):
+        whole_prompt, *wholes = [next(ids) for _ in range(1 + len(completions))]
+        boundary = min(common_prefix_length(whole_prompt, whole) for whole in wholes)
         if boundary == 0:
             raise UserError(
-                f"Row {indices[i]}: `prompt` gives no token in front of the completions, whose first one can't be "
-                "scored then; give a prompt that isn't empty."
+                f"{named[i]}: `prompt` gives no token in front of the completions, whose first one can't be scored "
+                "then; give a prompt that isn't empty."
             )
         for k, whole in enumerate(wholes):
             if len(whole) == boundary:
-                raise UserError(f"Row {indices[i]}: `completions[{k}]` gives no token after the prompt; leave it out.")
-        kept = prompt[:boundary][-max_prompt_length:] if max_prompt_length else prompt[:boundary]
+                raise UserError(f"{named[i]}: `completions[{k}]` gives no token after the prompt; leave it out.")
+        kept = whole_prompt[:boundary][-max_prompt_length:] if max_prompt_length else whole_prompt[:boundary]
         end = None if max_length is None else boundary + max_length - len(kept)
-        completions = [whole[boundary:end] for whole in wholes]
-        cut = sum(len(c) < len(whole) - boundary for c, whole in zip(completions, wholes, strict=True))
-        unique_tokens = len(kept) + sum(map(len, completions))
+        rests = [whole[boundary:end] for whole in wholes]
+        cut = sum(len(rest) < len(whole) - boundary for rest, whole in zip(rests, wholes, strict=True))
+        unique_tokens = len(kept) + sum(map(len, rests))
         values = (
-            kept, completions, batch["rewards"][i], unique_tokens, indices[i],
-            int(len(kept) < boundary), cut, len(prompt) - boundary,
+            kept, rests, batch["rewards"][i], unique_tokens, indices[i],
+            int(len(kept) < boundary), cut, len(whole_prompt) - boundary,
         )  # fmt: skip
-        for name, value in zip(columns, values, strict=True):
-            output[name].append(value)
+        for column, value in zip(columns, values, strict=True):
+            output[column].append(value)
     return output
-
-
-def _render(row: dict[str, Any], index: int, tokenizer: PreTrainedTokenizerBase) -> tuple[list[str], bool]:
-    """The text of the prompt, then of each whole conversation; and whether the tokenizer should add special tokens."""
-    prompt, completions = row["prompt"], row["completions"]
-    if isinstance(prompt, str):
-        eos = tokenizer.eos_token or ""
-        texts = [prompt, *(prompt + (c if c.endswith(eos) else c + eos) for c in completions)]
-        bos = tokenizer.bos_token
-        return texts, not (bos and prompt.startswith(bos))  # no second BOS before text that is rendered already
-    if tokenizer.chat_template is None:
-        raise UserError(
-            f"Row {index}: `prompt` holds messages, but the tokenizer has no chat template to render them; set its "
-            "`chat_template` to the one that the model was trained with, or give the prompt as text."
-        )
-    tools = row.get("tools")
-    options = {
-        "tokenize": False,
-        "tools": json.loads(tools) if isinstance(tools, str) and tools else tools or None,
-        # a column of structs has every row's keys, None where this row has no such one
-        **{k: v for k, v in (row.get("chat_template_kwargs") or {}).items() if v is not None},
-    }
-    try:
-        texts = [
-            tokenizer.apply_chat_template(prompt, add_generation_prompt=True, **options),
-            *(tokenizer.apply_chat_template(prompt + completion, **options) for completion in completions),
-        ]
-    except Exception as error:  # jinja's own errors, and whatever a template calls
-        raise UserError(
-            f"Row {index}: the chat template can't render `prompt` ({_roles(prompt)}): {error}. "
-            "Use a template that can, or leave those turns out of the data."
-        ) from error
-    for message in prompt:
-        content = message["content"]
-        if message["role"] == "system" and isinstance(content, str) and content.strip() not in texts[0]:
-            raise UserError(
-                f"Row {index}: the chat template leaves out the system prompt of `prompt`, so it has no system role; "
-                "use a template that has one, or put the system prompt into the first user turn."
-            )
-    return texts, False
-
-
-def _roles(messages: list[dict[str, Any]]) -> str:
-    return ", ".join(message["role"] for message in messages)
-
-
-def _one_eos(ids: list[int], eos: int | None) -> list[int]:
-    """`ids` with one EOS at its end where the tokenizer put another behind the text's own."""
-    while len(ids) > 1 and ids[-1] == ids[-2] == eos:
-        ids = ids[:-1]
-    return ids

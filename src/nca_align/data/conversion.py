@@ -1,7 +1,6 @@
 """From a data set in any known format to validated rows `prompt, completions, rewards`."""
 
 import itertools
-import json
 import logging
 import sys
 from collections import Counter
@@ -14,7 +13,8 @@ from datasets import Dataset, Features, IterableDataset
 
 from ..errors import UnsupportedError, UserError, UserTypeError
 from ..store.fingerprints import derived_fingerprint, source_fingerprint
-from . import flat, formats, pairs, validation
+from . import conversation, flat, formats, pairs, validation
+from .conversation import template_inputs
 from .options import DEFAULT_SCORE, DataOptions
 from .report import FIX, NOTES, DataReport, read_notes, show_counts
 from .row import Row
@@ -117,7 +117,7 @@ def _with_notes(features: Features) -> Features:
 @cache
 def _revision() -> str:
     """Changes with the converters' code, so that what older code left in the cache isn't taken."""
-    modules = (sys.modules[__name__], flat, formats, pairs, validation)
+    modules = (sys.modules[__name__], conversation, flat, formats, pairs, validation)
     return " ".join(str(source_fingerprint(module)) for module in modules)
 
 
@@ -142,20 +142,9 @@ def _convert_row(row: dict[str, Any], fmt: formats.Format, options: DataOptions)
             "must be at least two to compare",
         )
     check_row(result.prompt, result.completions, result.rewards)
-    for name in flat.SHARED:
-        if isinstance(row.get(name), str):
-            result.extra[name] = _read_json(row[name], name)
-    kwargs = result.extra.get("chat_template_kwargs", row.get("chat_template_kwargs"))
-    if kwargs is not None and not isinstance(kwargs, dict):
-        raise RowError("chat_template_kwargs", "wrong type", f"is {kwargs!r}; it must map names to values")
+    parsed = dict(zip(flat.SHARED, template_inputs(row), strict=True))
+    result.extra |= {name: value for name, value in parsed.items() if isinstance(row.get(name), str)}
     return result
-
-
-def _read_json(text: str, name: str) -> Any:
-    try:
-        return json.loads(text) if text.strip() else None
-    except json.JSONDecodeError as error:
-        raise RowError(name, "unreadable JSON", f"is no readable JSON ({error})") from None
 
 
 def _is_chat(rows: Iterable[dict[str, Any]], fmt: formats.Format, options: DataOptions) -> bool:

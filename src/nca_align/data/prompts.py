@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
-from datasets import Dataset
+from datasets import Dataset, Features, Json, List
 
 from ..errors import UserError
+from .validation import read_conversation, read_list
 
 # Columns that answer the prompt: `sample` makes new answers, so these don't go along.
 _ANSWERS = (
@@ -62,6 +63,9 @@ def load_prompts(name: str, config: str | None = None, split: str = "train") -> 
     for i, prompt in enumerate(dataset["prompt"]):
         if not prompt or not isinstance(prompt, (str, list)):
             raise UserError(f"row {i}: `prompt` is {prompt!r}; it must be text or a list of messages, and not empty")
+    if isinstance(first := dataset[0]["prompt"], str) and isinstance(read_conversation(first, "prompt"), list):
+        features = Features({**dataset.features, "prompt": List(Json())})  # a CSV holds messages as text
+        dataset = dataset.map(lambda row: {"prompt": read_list(row["prompt"], "prompt")}, features=features)
     return dataset
 
 
@@ -81,11 +85,6 @@ def _convert(dataset: Dataset, split: str) -> Dataset:
     from . import to_reward_dataset
 
     return to_reward_dataset(dataset, name=split)
-
-
-def clean_messages(messages: list[dict]) -> list[dict]:
-    """Messages without the empty keys that a table gives each of them."""
-    return [{key: value for key, value in message.items() if value is not None} for message in messages]
 
 
 def text_of(completion: str | list[dict]) -> str:

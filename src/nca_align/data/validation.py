@@ -4,13 +4,13 @@ import json
 import math
 from typing import Any
 
-from ..errors import UserError
+from ..errors import InvalidRowError
 
 MISSING = "missing score"
 _NO_NUMBER = {"", "n/a", "na", "none", "null"}
 
 
-class RowError(UserError):
+class RowError(InvalidRowError):
     """One row is invalid.
 
     Args:

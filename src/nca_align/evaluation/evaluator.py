@@ -9,8 +9,8 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import nn
 
-from ..batching.prompt_ids import PromptError, prompt_ids
-from ..errors import UserError
+from ..batching.rendering import prompt_ids
+from ..errors import InvalidRowError, UserError
 from ..models.adapters import adapter_merged, as_reference, base_model
 from ..models.logprobs import completion_logps
 from ..models.sampling import sample_answers, seed_for
@@ -67,7 +67,7 @@ class GenerationEvaluator:
             raise UserError("`dataset` is empty; give prompts that the model is to answer")
         try:
             self._prompts = [prompt_ids(tokenizer, row) for row in self._rows]
-        except PromptError as error:
+        except InvalidRowError as error:
             raise UserError(f"a prompt to be answered can't be rendered: {error}") from error
         self._tokenizer = tokenizer
         if isinstance(scorers, Scorers):

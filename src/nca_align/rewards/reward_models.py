@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForSequenceClassification, pipeline
 
-from ..batching.prompt_ids import as_object
-from ..data.prompts import clean_messages, text_of
+from ..batching.rendering import adds_special_tokens
+from ..data.conversation import clean_prompt, conversation
+from ..data.prompts import text_of
 from ..errors import UserError
 from ..models.loading import ModelSource, default_device, is_adapter, silence_transformers, torch_dtype
 
@@ -103,9 +104,11 @@ def reward_model(name: str, batch_size: int, dtype: str = "auto", trust_remote_c
     model.to(device).eval()
     room = _room(tokenizer, model.config)
 
-    def ids(prompt: Any, completion: Any, tools: Any, kwargs: Any) -> list[int]:
-        if isinstance(prompt, str):
-            tokens = tokenizer(prompt + text_of(completion))["input_ids"]
+    def ids(row: dict[str, Any], completion: Any) -> list[int]:
+        prompt = clean_prompt(row)
+        if isinstance(prompt.content, str):
+            text = prompt.content + text_of(completion)
+            tokens = tokenizer(text, add_special_tokens=adds_special_tokens(tokenizer, text))["input_ids"]
         elif tokenizer.chat_template is None:
             raise UserError(
                 f"`scorer` {name} has no chat template, but the rows hold messages; use a reward model that has one, "
@@ -113,18 +116,18 @@ def reward_model(name: str, batch_size: int, dtype: str = "auto", trust_remote_c
             )
         else:
             tokens = tokenizer.apply_chat_template(
-                clean_messages([*prompt, *completion]), tools=as_object(tools), return_dict=False,
-                **(as_object(kwargs) or {}),
-            )  # fmt: skip
+                conversation(prompt, completion), tools=prompt.tools, return_dict=False, **prompt.arguments
+            )
         if len(tokens) > room:
             logger.warning("scorer %s: a conversation of %d tokens was cut to its last %d", name, len(tokens), room)
         return tokens[-room:]
 
     @torch.inference_mode()
     def score(prompts: list, completions: list, columns: dict[str, list]) -> list[float]:
-        nothing = [None] * len(prompts)
-        tools, kwargs = columns.get("tools", nothing), columns.get("chat_template_kwargs", nothing)
-        tokens = [ids(*parts) for parts in zip(prompts, completions, tools, kwargs, strict=True)]
+        tokens = [
+            ids({name: values[i] for name, values in columns.items()} | {"prompt": prompt}, completion)
+            for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True))
+        ]
         order = sorted(range(len(tokens)), key=lambda i: len(tokens[i]))
         scores = [0.0] * len(tokens)
         for start in range(0, len(order), batch_size):

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
-from ..errors import UserError, one_line
+from ..errors import InvalidRowError, UserError, one_line
 from ..store.fingerprints import weights_fingerprint
 from ..store.shards import Advance, Shard
 from .reward_functions import find_function, function_scorer, is_function
@@ -44,16 +44,16 @@ class Scorers:
         for name, scorer in self._scorers.items():
             try:
                 table[name] = _score_rows(scorer, rows)
-            except UserError:
-                raise
-            except Exception:  # a row that it can't score: find which, and keep the others
-                table[name] = []
+            except Exception as error:
+                if _is_of_all_rows(error):
+                    raise
+                table[name] = []  # a row that it can't score: find which, and keep the others
                 for i, row in enumerate(rows):
                     try:
                         table[name] += _score_rows(scorer, [row])
-                    except UserError:
-                        raise
                     except Exception as error:
+                        if _is_of_all_rows(error):
+                            raise
                         failed[first_row + i] = f"`{name}` raised {type(error).__name__}: {one_line(error)[:200]}"
                         table[name].append([None] * len(row["completions"]))
         result = Shard([], Counter(completions=0), failed)
@@ -70,6 +70,10 @@ class Scorers:
             result.rows.append({**row, "rewards": rewards, **scores})
         result.failed = dict(sorted(failed.items()))
         return result
+
+
+def _is_of_all_rows(error: Exception) -> bool:
+    return isinstance(error, UserError) and not isinstance(error, InvalidRowError)
 
 
 def open_scorers(

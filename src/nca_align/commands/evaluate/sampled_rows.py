@@ -4,7 +4,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from ...batching.prompt_ids import prompt_ids
+from ...batching.rendering import prompt_ids
 from ...data.prompts import load_raw, text_of
 from ...errors import UserError
 from ...models.adapters import base_model

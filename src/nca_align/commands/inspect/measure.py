@@ -204,7 +204,7 @@ def show_row(dataset: Dataset, index: int, options: "InspectOptions", tokenizer=
         return Example(
             index, _turns(row["prompt"]), [_turns(c) for c in row["completions"]], row["rewards"], weights, []
         )
-    limits = {"max_prompt_length": options.max_prompt_length, "max_length": options.max_length}
+    limits: dict[str, Any] = {"max_prompt_length": options.max_prompt_length, "max_length": options.max_length}
     ids = tokenize_rows({key: [value] for key, value in row.items()}, [index], tokenizer, **limits, length_column="n")
     remarks = []
     if ids["prompt_cut"][0]:

@@ -3,8 +3,8 @@
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from ...batching.prompt_ids import PromptError, prompt_ids
-from ...errors import UserError
+from ...batching.rendering import prompt_ids
+from ...errors import InvalidRowError, UserError
 from ...models.loading import ModelSource
 from .options import EngineOptions
 
@@ -28,7 +28,7 @@ def context_length(options: EngineOptions) -> int | None:
 def _ids_that_fit(tokenizer, room: int | None, max_new_tokens: int, row: dict) -> list[int]:
     ids = prompt_ids(tokenizer, row)
     if room is not None and len(ids) + max_new_tokens > room:
-        raise PromptError(
+        raise InvalidRowError(
             f"`prompt` has {len(ids)} tokens, which with `max_new_tokens` {max_new_tokens} is more than the model's "
             f"{room}; leave the row out or lower it"
         )
@@ -44,7 +44,7 @@ def prompts_that_fit(
     for i, row in enumerate(rows):
         try:
             ids[i] = _ids_that_fit(tokenizer, room, max_new_tokens, row)
-        except PromptError as error:
+        except InvalidRowError as error:
             failed[i] = str(error)
     return ids, failed
 

@@ -9,9 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPException
 from typing import TYPE_CHECKING, Any
 
-from ...batching.prompt_ids import PromptError, as_object
-from ...data.prompts import clean_messages
-from ...errors import UserError, one_line
+from ...data.conversation import clean_prompt
+from ...errors import InvalidRowError, UserError, one_line
 from ...models.sampling import seed_for
 from ...store.shards import Advance
 from .engine import Engine, Sample, cut, place
@@ -30,7 +29,7 @@ class Refused(UserError):
     """The server understood the request and won't do it."""
 
 
-class RefusedRow(Refused, PromptError):
+class RefusedRow(Refused, InvalidRowError):
     """As `Refused`, perhaps for what this request says alone."""
 
 
@@ -113,12 +112,14 @@ def server_engine(options: "SampleOptions", model: str) -> Engine:
             body["stop"] = options.stop
         if n == 1:
             del body["n"]
-        chat = not isinstance(row["prompt"], str)
+        prompt = clean_prompt(row)
+        chat = not isinstance(prompt.content, str)
+        body["messages" if chat else "prompt"] = prompt.content
         if chat:
-            body["messages"] = clean_messages(row["prompt"])
-            body |= {key: as_object(row[key]) for key in ("tools", "chat_template_kwargs") if row.get(key)}
-        else:
-            body["prompt"] = row["prompt"]
+            given = {"tools": prompt.tools, "chat_template_kwargs": prompt.arguments}
+            body |= {key: value for key, value in given.items() if value}  # strict servers refuse unknown keys
+        if prompt.continues:
+            body |= {"add_generation_prompt": False, "continue_final_message": True}  # of vLLM's and llama.cpp's
         url = f"{root_of(options)}/{'chat/completions' if chat else 'completions'}"
         answer = ask(url, body | extra, options.timeout, options.retries)
         try:
@@ -145,7 +146,7 @@ def server_engine(options: "SampleOptions", model: str) -> Engine:
         while len(samples) < k:
             one = request(row, 1, seed_for(options.seed, number, len(samples)))
             if not one:
-                raise PromptError(f"the server at {options.base_url} answered without any completion")
+                raise InvalidRowError(f"the server at {options.base_url} answered without any completion")
             samples += one
         if refused:
             takes_n[0] = False
@@ -160,7 +161,7 @@ def server_engine(options: "SampleOptions", model: str) -> Engine:
                     try:
                         done.append(future.result())
                         fit.append(i)
-                    except PromptError as error:
+                    except InvalidRowError as error:
                         failed[i] = str(error)
                     advance(1)
             except BaseException:

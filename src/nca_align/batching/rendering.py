@@ -1,0 +1,100 @@
+"""From a row to token ids: the text of a prompt and of whole conversations, and the ids of such texts."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from ..data.conversation import Prompt, clean_prompt, conversation
+from ..errors import InvalidRowError, UserError, one_line
+
+
+def prompt_ids(tokenizer, row: dict[str, Any]) -> list[int]:
+    """Token ids of a row's prompt: text, or messages with the generation prompt, unless they end in an open turn.
+
+    Training has the same ones, as far as each of a row's conversations begins with them.
+
+    Raises:
+        UserError: messages, and no chat template.
+        InvalidRowError: the template doesn't render this row.
+    """
+    prompt = clean_prompt(row)
+    return text_ids(tokenizer, [prompt_text(tokenizer, prompt)], [isinstance(prompt.content, str)])[0]
+
+
+def prompt_text(tokenizer, prompt: Prompt) -> str:
+    """The prompt as the model reads it; an assistant's turn at its end stays open, as in TRL's `data_utils`.
+
+    Raises:
+        UserError: messages, and no chat template.
+        InvalidRowError: the template refuses the prompt, or leaves out its system prompt.
+    """
+    if isinstance(prompt.content, str):
+        return prompt.content
+    if tokenizer.chat_template is None:
+        raise UserError(
+            "`prompt` holds messages, but the tokenizer has no chat template to render them; use a chat model, set its "
+            "`chat_template` to the one that the model was trained with, or give the prompt as text"
+        )
+    opening = {"add_generation_prompt": not prompt.continues, "continue_final_message": prompt.continues}
+    text = _render(tokenizer, prompt, prompt.content, **opening)
+    for message in prompt.content:
+        content = message.get("content")
+        if message.get("role") == "system" and isinstance(content, str) and content.strip() not in text:
+            raise InvalidRowError(
+                "the chat template leaves out the system prompt of `prompt`, so it has no system role; use a template "
+                "that has one, or put the system prompt into the first user turn"
+            )
+    return text
+
+
+def conversation_text(tokenizer, prompt: Prompt, completion: Any) -> str:
+    """Prompt and completion as the model is trained on them: text ends in one EOS, messages as the template ends them.
+
+    Raises:
+        InvalidRowError: the template refuses the conversation.
+    """
+    if isinstance(prompt.content, str):
+        eos = tokenizer.eos_token or ""
+        return prompt.content + completion + ("" if completion.endswith(eos) else eos)
+    return _render(tokenizer, prompt, conversation(prompt, completion))
+
+
+def _render(tokenizer, prompt: Prompt, messages: list[dict[str, Any]], **opening: bool) -> str:
+    try:
+        return tokenizer.apply_chat_template(
+            messages, tools=prompt.tools, tokenize=False, **opening, **prompt.arguments
+        )
+    except Exception as error:  # jinja's own errors, and whatever a template calls
+        roles = ", ".join(str(message.get("role")) for message in prompt.content)
+        raise InvalidRowError(
+            f"the chat template can't render `prompt` ({roles}): {one_line(error)[:300]}; use "
+            "a template that can, or leave those turns out of the data"
+        ) from error
+
+
+def adds_special_tokens(tokenizer, text: str) -> bool:
+    """Whether the tokenizer is to add its special tokens to text that no template rendered: not before a BOS."""
+    return not (tokenizer.bos_token and text.startswith(tokenizer.bos_token))
+
+
+def text_ids(tokenizer, texts: Sequence[str], plain: Sequence[bool]) -> list[list[int]]:
+    """Token ids of texts that a chat template rendered, and of those that are `plain`.
+
+    A plain text has the special tokens that the tokenizer puts in front, no second BOS, and no EOS of its own adding.
+    """
+    special = [own and adds_special_tokens(tokenizer, text) for text, own in zip(texts, plain, strict=True)]
+    ids: list[list[int]] = [[] for _ in texts]
+    for adding in set(special):  # one call for all texts of a kind
+        places = [i for i, own in enumerate(special) if own is adding]
+        found = tokenizer([texts[i] for i in places], add_special_tokens=adding, verbose=False)["input_ids"]
+        for i, tokens in zip(places, found, strict=True):
+            ids[i] = _without_added_eos(tokenizer, texts[i], tokens) if plain[i] else tokens
+    return ids
+
+
+def _without_added_eos(tokenizer, text: str, ids: list[int]) -> list[int]:
+    """A prompt goes on, and a text that ends in EOS has it already."""
+    eos = tokenizer.eos_token_id
+    own = [eos] if tokenizer.eos_token and text.endswith(tokenizer.eos_token) else []
+    while ids[-1 - len(own) :] == [*own, eos]:
+        ids = ids[:-1]
+    return ids

@@ -1,0 +1,110 @@
+"""What a row says of its prompt, cleaned: one way for training, sampling, scoring, evaluation and servers."""
+
+import json
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from .validation import RowError
+
+# Arguments of transformers' `apply_chat_template` that say how it is called. Its `documents` are the template's own.
+RESERVED = frozenset({
+    "add_generation_prompt", "chat_template", "continue_final_message", "conversation", "conversations", "max_length",
+    "messages", "padding", "return_assistant_tokens_mask", "return_dict", "return_tensors", "sanitize_control_tokens",
+    "tokenize", "tokenizer_kwargs", "tools", "truncation",
+})  # fmt: skip
+# Fields of a message that a template puts before `content`.
+_REASONING = {"reasoning_content", "reasoning", "thinking"}
+
+
+class Prompt(NamedTuple):
+    """A row's prompt, and what its messages are rendered with.
+
+    Args:
+        content: text, or messages.
+        tools: JSON schemas of the tools, or None.
+        arguments: further arguments of the chat template.
+    """
+
+    content: Any
+    tools: list[dict[str, Any]] | None
+    arguments: dict[str, Any]
+
+    @property
+    def continues(self) -> bool:
+        """Whether it ends in an assistant's turn: a completion is the rest of that turn."""
+        return not isinstance(self.content, str) and self.content[-1].get("role") == "assistant"
+
+
+def clean_prompt(row: Mapping[str, Any]) -> Prompt:
+    """A row's `prompt`, `tools` and `chat_template_kwargs`, without null values.
+
+    Raises:
+        RowError: unreadable JSON, a reserved argument, or an assistant's turn at the end that can't be continued.
+    """
+    prompt = Prompt(_without_nulls(row["prompt"]), *template_inputs(row))
+    if prompt.continues:
+        last = prompt.content[-1]
+        if not isinstance(last.get("content"), str) or last.get("tool_calls"):
+            raise RowError(
+                "prompt",
+                "turn that can't be continued",
+                "ends in an assistant's turn with `tool_calls` or without text, which no completion can continue; end "
+                "it in the turn before or after",
+            )
+    return prompt
+
+
+def template_inputs(row: Mapping[str, Any]) -> tuple[list[dict[str, Any]] | None, dict[str, Any]]:
+    """`tools` and `chat_template_kwargs` of a row, from objects or from JSON text, without null values.
+
+    Raises:
+        RowError: unreadable JSON, arguments that are no object, or a reserved one.
+    """
+    tools, arguments = (_read_json(row.get(name), name) for name in ("tools", "chat_template_kwargs"))
+    if arguments is None:
+        arguments = {}
+    if not isinstance(arguments, dict):
+        raise RowError("chat_template_kwargs", "wrong type", f"is {arguments!r}; it must map names to values")
+    if reserved := RESERVED.intersection(arguments):
+        raise RowError(
+            "chat_template_kwargs",
+            "reserved argument",
+            f"holds `{min(reserved)}`, which the library itself tells the renderer; leave it out",
+        )
+    return tools or None, arguments
+
+
+def _read_json(value: Any, name: str) -> Any:
+    if isinstance(value, str):
+        try:
+            value = json.loads(value) if value.strip() else None
+        except json.JSONDecodeError as error:
+            raise RowError(name, "unreadable JSON", f"is no readable JSON ({error})") from None
+    return _without_nulls(value)
+
+
+def _without_nulls(value: Any) -> Any:
+    """`value` without the empty keys that a table gives each object: those that another row's object has."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def conversation(prompt: Prompt, completion: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The messages of both; a completion that continues the prompt's last turn stands in one turn with it.
+
+    Raises:
+        RowError: the completion begins with what can't continue that turn.
+    """
+    messages, completion = list(prompt.content), _without_nulls(completion)
+    if prompt.continues:
+        last, first = messages.pop(), completion[0]
+        if first.get("role") != "assistant" or _REASONING.intersection(first):
+            raise RowError(
+                "completions",
+                "turn that doesn't continue the prompt's",
+                "must continue the assistant's turn that `prompt` ends in: begin with an assistant's message, without "
+                "reasoning in a field of its own",
+            )
+        completion[0] = {**last, **first, "content": last["content"] + first.get("content", "")}
+    return messages + completion
