@@ -28,8 +28,7 @@ from nca_align.data.prompts import text_of
 from nca_align.errors import UserError
 from nca_align.models import smollm2
 from nca_align.models.loading import ModelSource
-from nca_align.rewards.reward_functions import is_function
-from nca_align.rewards.scorers import column_names
+from nca_align.rewards.spec import ScorerSpec, column_names
 from nca_align.scorers import vader, within_words
 from nca_align.store.fingerprints import source_fingerprint
 from nca_align.store.provenance import read_provenance
@@ -255,11 +254,27 @@ class TestSeveral:
             score(options("my_rewards:skips_short"))
 
     def test_names_of_columns(self):
-        assert column_names(["a.b:length", "c:length", "org/Reward-7B", "/x/y/z/", "pipeline:m/n:POSITIVE"]) == [
+        given = ["a.b:length", "c:length", "org/Reward-7B", "/x/y/z/", "pipeline:m/n:POSITIVE"]
+        assert column_names([ScorerSpec.parse(own) for own in given]) == [
             "score_length", "score_length_2", "score_Reward_7B", "score_z", "score_POSITIVE",
         ]  # fmt: skip
-        assert is_function("a.b:c")
-        assert not any(map(is_function, ["org/model", "/a/b:c", "pipeline:model", "pipeline:m:L"]))
+
+    @pytest.mark.parametrize(
+        ("given", "expected"),
+        [
+            ("a.b:c", ScorerSpec("function", "a.b:c")),
+            ("org/model", ScorerSpec("reward model", "org/model")),
+            ("/a/b:c", ScorerSpec("reward model", "/a/b:c")),
+            ("pipeline:model", ScorerSpec("classifier", "model")),
+            ("pipeline:m:L", ScorerSpec("classifier", "m", "L")),
+            (vader, ScorerSpec("function", "nca_align.scorers:vader", given=vader)),
+            (partial(vader), "nca_align.scorers:vader"),
+        ],
+    )
+    def test_what_a_scorer_is(self, given, expected):
+        found = ScorerSpec.parse(given)
+        assert expected in (found, found.name)
+        assert found.identity() == (given if isinstance(given, str) else "nca_align.scorers:vader")
 
 
 class TestRewardModel:

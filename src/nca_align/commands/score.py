@@ -8,10 +8,11 @@ from datasets import Features, List, Value
 
 from ..data.prompts import load_completions
 from ..errors import UserError, command
+from ..models.loading import model_fingerprint
 from ..options import parse
-from ..rewards.reward_functions import find_function, is_function
-from ..rewards.scorers import Scorers, check_weights, column_names, open_scorers, scorer_identity
-from ..store.fingerprints import data_fingerprint, source_fingerprint, weights_fingerprint
+from ..rewards.scorers import Scorers, check_weights, open_scorers
+from ..rewards.spec import ScorerSpec, column_names
+from ..store.fingerprints import data_fingerprint
 from ..store.provenance import read_provenance, versions
 from ..store.shards import run_sharded
 
@@ -67,9 +68,10 @@ def score(options: ScoreOptions) -> dict[str, int]:
     Raises:
         UserError: whatever the user can mend, in one sentence.
     """
-    functions = {spec: find_function(spec) for spec in options.scorer if is_function(spec)}  # before any model loads
+    specs = [ScorerSpec.parse(scorer) for scorer in options.scorer]
+    sources = {spec.name: spec.fingerprint() for spec in specs if spec.kind == "function"}  # before any model loads
     dataset = load_completions(options.dataset_name, options.dataset_config, options.split)
-    names = column_names(options.scorer)
+    names = column_names(specs)
     new = {name: List(Value("float64")) for name in ("rewards", *names)}
     kept = {name: kind for name, kind in dataset.features.items() if name not in new}
     dataset = dataset.select_columns(list(kept))
@@ -81,13 +83,12 @@ def score(options: ScoreOptions) -> dict[str, int]:
         )  # fmt: skip
 
     config = {
-        "scorers": [scorer_identity(spec) for spec in options.scorer],
+        "scorers": [spec.identity() for spec in specs],
         "weights": options.scorer_weights or [1.0] * len(names),
-        "tokenizer": weights_fingerprint(options.tokenizer), "dtype": options.dtype,
+        "tokenizer": model_fingerprint(options.tokenizer), "dtype": options.dtype,
         "shard_size": options.shard_size, "data": data_fingerprint(dataset),
     }  # fmt: skip
     about = {"scorers": options.scorer, "data": options.dataset_name, "versions": versions("torch", "transformers")}
-    sources = {spec: source_fingerprint(function) for spec, function in functions.items()}
     counts = run_sharded(
         options.output, dataset, Features({**kept, **new}), start,
         {"command": "score", "config": config, "about": about, "sources": sources},

@@ -4,7 +4,6 @@ import asyncio
 import importlib
 import inspect
 import os
-import re
 import sys
 from collections.abc import Callable
 from traceback import extract_tb
@@ -15,11 +14,6 @@ from ..errors import UserError, one_line
 from ..models.loading import ModelSource
 from ..options import nearest
 from .reward_models import Scorer
-
-
-def is_function(spec: str) -> bool:
-    """Whether a scorer's name is `package.module:function`."""
-    return re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*", spec) is not None and not spec.startswith("pipeline:")
 
 
 def find_function(spec: str):

@@ -1,18 +1,15 @@
 """Rewards for rows, by one or several scorers, each named by a spec."""
 
 import math
-import os
-import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from itertools import pairwise
+from itertools import islice
 from typing import Any
 
 from ..errors import InvalidRowError, UserError, one_line
-from ..store.fingerprints import weights_fingerprint
 from ..store.shards import Advance, Shard
-from .reward_functions import find_function, function_scorer, is_function
-from .reward_models import Scorer, check_config, pipeline_scorer, reward_model
+from .reward_models import Scorer
+from .spec import ScorerSpec, column_names
 
 
 def check_weights(weights: Any, scorers: int) -> None:
@@ -63,9 +60,10 @@ class Scorers:
             if first_row + i in failed or problem:
                 failed.setdefault(first_row + i, problem)
                 continue
-            pairs = zip(self._weights, scores.values(), strict=True)
-            weighted = [[None if value is None else weight * value for value in values] for weight, values in pairs]
-            rewards = [sum(v for v in values if v is not None) for values in zip(*weighted, strict=True)]
+            rewards = [
+                sum(weight * score for weight, score in zip(self._weights, given, strict=True) if score is not None)
+                for given in zip(*scores.values(), strict=True)
+            ]
             result.counts["completions"] += len(rewards)
             result.rows.append({**row, "rewards": rewards, **scores})
         result.failed = dict(sorted(failed.items()))
@@ -93,65 +91,9 @@ def open_scorers(
         UserError: a scorer that isn't there.
     """
     check_weights(weights or [], len(specs))
-    scorers: dict[str, Scorer] = {}
-    for name, spec in zip(column_names([_name(spec) for spec in specs]), specs, strict=True):
-        if callable(spec):
-            scorers[name] = function_scorer(spec, _name(spec), tokenizer)
-        elif is_function(spec):
-            scorers[name] = function_scorer(find_function(spec), spec, tokenizer)
-        elif spec.startswith("pipeline:"):
-            _, model, label = _parts(spec)
-            scorers[name] = pipeline_scorer(model, label or None, batch_size, dtype, trust_remote_code)
-        else:
-            scorers[name] = reward_model(spec, batch_size, dtype, trust_remote_code)
-    return Scorers(scorers, weights or [1.0] * len(scorers))
-
-
-def _name(spec: str | Callable) -> str:
-    """`module:function` of a function."""
-    function = getattr(spec, "func", spec)  # a partial's own
-    return spec if isinstance(spec, str) else f"{function.__module__}:{getattr(function, '__qualname__', 'scorer')}"
-
-
-def column_names(specs: list[str]) -> list[str]:
-    """`score_NAME` for each scorer: its function, label or model, with a number where two are alike."""
-    names: list[str] = []
-    for spec in specs:
-        last = spec.rpartition(":")[2] if is_function(spec) or spec.startswith("pipeline:") else spec
-        base = "score_" + re.sub(r"\W+", "_", os.path.basename(last.rstrip("/"))).strip("_")
-        count = sum(name == base or re.fullmatch(re.escape(base) + r"_\d+", name) is not None for name in names)
-        names.append(f"{base}_{count + 1}" if count else base)
-    return names
-
-
-def scorer_identity(spec: str) -> str | None:
-    """A scorer's name, with a fingerprint of its weights where it is a model that is here."""
-    if is_function(spec):
-        return spec
-    prefix, model, label = _parts(spec)
-    return ":".join(filter(None, (prefix, weights_fingerprint(model), label)))
-
-
-def _parts(spec: str) -> tuple[str, str, str]:
-    """`pipeline:MODEL:LABEL`, or a reward model's name alone between two empty ones."""
-    if not spec.startswith("pipeline:"):
-        return "", spec, ""
-    model, _, label = spec.removeprefix("pipeline:").partition(":")
-    return "pipeline", model, label
-
-
-def check_scorers(specs: Sequence[str], trust_remote_code: bool = False) -> None:
-    """Look for what `open_scorers` would open, without opening it, where much is to be computed before it.
-
-    Raises:
-        UserError: a function that isn't there, or a model whose configuration isn't there or says other outputs.
-    """
-    for spec in specs:
-        if is_function(spec):
-            find_function(spec)
-        else:
-            prefix, model, label = _parts(spec)
-            check_config(model, label or None, bool(prefix), trust_remote_code)
+    parsed = [ScorerSpec.parse(spec) for spec in specs]
+    opened = [spec.open(tokenizer, batch_size, dtype, trust_remote_code) for spec in parsed]
+    return Scorers(dict(zip(column_names(parsed), opened, strict=True)), weights or [1.0] * len(opened))
 
 
 def _score_rows(scorer: Scorer, rows: list[dict]) -> list[list[float | None]]:
@@ -161,11 +103,8 @@ def _score_rows(scorer: Scorer, rows: list[dict]) -> list[list[float | None]]:
         key: [row[key] for row in flat] for key in rows[0] if key not in ("prompt", "completions", "completion_ids")
     }
     completions = [completion for row in rows for completion in row["completions"]]
-    scores = list(scorer([row["prompt"] for row in flat], completions, columns))
-    ends = [0]
-    for count in counts:
-        ends.append(ends[-1] + count)
-    return [scores[a:b] for a, b in pairwise(ends)]
+    scores = iter(scorer([row["prompt"] for row in flat], completions, columns))
+    return [list(islice(scores, count)) for count in counts]
 
 
 def _problem(scores: dict[str, list]) -> str:

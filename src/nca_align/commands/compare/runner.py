@@ -19,11 +19,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ...models.loading import model_fingerprint
-from ...rewards.reward_functions import find_function, is_function
-from ...rewards.scorers import scorer_identity
+from ...rewards.spec import ScorerSpec
 from ...store.checkpoints import whole_checkpoints
 from ...store.files import replacing, write_json
-from ...store.fingerprints import files_fingerprint, source_fingerprint
+from ...store.fingerprints import files_fingerprint
 from ...store.provenance import refuse_changes
 from ...training.resume import PREEMPTED
 from .grid import Cell, Evaluation
@@ -43,10 +42,7 @@ def prepare(cells: Sequence[Cell], output: Path, evaluation: Evaluation) -> None
     base = cells[0].options  # data and model are those of all
     data = files_fingerprint(base["dataset_name"])
     model = model_fingerprint(str(base["model_name_or_path"]))
-    scorers = [
-        source_fingerprint(find_function(own)) if is_function(own) else scorer_identity(own)
-        for own in evaluation.scorer
-    ]
+    scorers = [ScorerSpec.parse(own).fingerprint() for own in evaluation.scorer]
     about = {}
     for cell in cells:
         about[cell.name] = json.loads(json.dumps({

@@ -8,7 +8,8 @@ from typing import Literal
 
 from ...data.prompts import load_raw, split_to_answer
 from ...evaluation.estimates import Estimate, mean_over_prompts, rewards_by_prompt
-from ...rewards.scorers import check_scorers, check_weights
+from ...rewards.scorers import check_weights
+from ...rewards.spec import ScorerSpec
 from ...store.files import can_be_written
 from ..sample.command import sample
 from ..sample.options import SampleOptions
@@ -69,7 +70,8 @@ def evaluate_generations(options: GenerationOptions) -> list[Evaluation]:
     folder = Path(options.output)
     with can_be_written(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    check_scorers(options.scorer, options.trust_remote_code)  # before any model answers
+    for scorer in options.scorer:  # before any model answers
+        ScorerSpec.parse(scorer).check(options.trust_remote_code)
     models = [options.reference, *options.model_name_or_path]
     split = options.split or split_to_answer(options.dataset_name, options.dataset_config)
     print(f"Prompts of {options.dataset_name}, split {split}", file=sys.stderr)
