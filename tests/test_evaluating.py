@@ -17,7 +17,7 @@ from conftest import build_model, build_tokenizer, reward_rows
 from nca_align.commands.evaluate import answers, scored
 from nca_align.commands.evaluate.answers import GenerationOptions, evaluate_generations, paired_difference
 from nca_align.commands.evaluate.command import MODES, main
-from nca_align.commands.evaluate.sampled_rows import drawn_end, load_samples, sampled_ids
+from nca_align.commands.evaluate.sampled_rows import end_token, load_samples, sampled_ids
 from nca_align.commands.evaluate.scored import EvaluateOptions, evaluate, evaluate_samples, print_table
 from nca_align.commands.sample.command import sample
 from nca_align.commands.sample.options import SampleOptions
@@ -109,23 +109,23 @@ class TestEnd:
         return {name: tokenizer.convert_tokens_to_ids(name) for name in ("<pad>", "<s>", "<|im_end|>")}
 
     def test_of_one_it_is_that(self, model, tokenizer, tokens):
-        assert drawn_end(model, tokenizer, chat=True) == tokenizer.eos_token_id
+        assert end_token(model, tokenizer, chat=True) == tokenizer.eos_token_id
         model.generation_config.eos_token_id = tokens["<s>"]
-        assert drawn_end(model, tokenizer, chat=True) == drawn_end(model, tokenizer, chat=False) == tokens["<s>"]
+        assert end_token(model, tokenizer, chat=True) == end_token(model, tokenizer, chat=False) == tokens["<s>"]
         model.generation_config.eos_token_id = None
-        assert drawn_end(model, tokenizer, chat=True) == tokenizer.eos_token_id
+        assert end_token(model, tokenizer, chat=True) == tokenizer.eos_token_id
 
     def test_of_several_a_chat_has_the_templates_and_text_the_tokenizers(self, model, tokens):
         """As Gemma has it: the tokenizer's EOS ends a text, and a turn ends by another token."""
         other = build_tokenizer()
         other.eos_token = "<s>"
         model.generation_config.eos_token_id = [tokens["<s>"], tokens["<|im_end|>"]]
-        assert drawn_end(model, other, chat=True) == tokens["<|im_end|>"]
-        assert drawn_end(model, other, chat=False) == tokens["<s>"]
+        assert end_token(model, other, chat=True) == tokens["<|im_end|>"]
+        assert end_token(model, other, chat=False) == tokens["<s>"]
 
     def test_of_several_without_a_better_reason_the_first(self, model, tokenizer, tokens):
         model.generation_config.eos_token_id = [tokens["<s>"], tokens["<pad>"]]
-        assert drawn_end(model, tokenizer, chat=True) == drawn_end(model, tokenizer, chat=False) == tokens["<s>"]
+        assert end_token(model, tokenizer, chat=True) == end_token(model, tokenizer, chat=False) == tokens["<s>"]
 
     def test_it_is_what_sampling_stopped_at(self, tokenizer, tmp_path):
         """A policy that ends at once, by a token that is not its tokenizer's EOS."""

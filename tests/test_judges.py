@@ -236,11 +236,11 @@ class TestGoingOn:
         def stopping(*arguments):
             engine = real(*arguments)
 
-            def complete(shard, first_row, rows, advance):
+            def complete(settings, shard, rows, advance):
                 calls.append(shard)
                 if shard == 1 and calls.count(1) == 2:  # in the second turn of the second shard
                     raise KeyboardInterrupt
-                return engine(shard, first_row, rows, advance)
+                return engine(settings, shard, rows, advance)
 
             return complete
 

@@ -15,8 +15,8 @@ from nca_align import GenerationEvaluator
 from nca_align.batching.tokenization import tokenize_rows
 from nca_align.commands.evaluate.sampled_rows import sampled_ids
 from nca_align.commands.sample import server
+from nca_align.commands.sample.local_engines import prompt_reader
 from nca_align.commands.sample.options import SampleOptions
-from nca_align.commands.sample.rendered_prompts import prompts_that_fit
 from nca_align.data.conversation import RESERVED
 from nca_align.errors import InvalidRowError, UserError
 from nca_align.rewards.reward_models import reward_model
@@ -143,22 +143,23 @@ def trained(tokenizer, row: dict) -> dict:
     return {name: values[0] for name, values in found.items()}
 
 
-def sampled(tokenizer, row: dict) -> list[int]:
-    ids, failed = prompts_that_fit(tokenizer, None, 8, [row])
-    if failed:
-        raise UserError(failed[0])
-    return ids[0]
+def sampled(tokenizer, row: dict, model_dir: str) -> list[int]:
+    options = SampleOptions(dataset_name="x", output="x", model_name_or_path=model_dir)
+    found = prompt_reader(options, tokenizer)(row)
+    if isinstance(found, InvalidRowError):
+        raise found
+    return found
 
 
 WAYS = {
     "sampling": sampled,
-    "evaluation during training": lambda tokenizer, row: GenerationEvaluator([row], tokenizer, len)._prompts[0],
-    "evaluation of samples": lambda tokenizer, row: sampled_ids(tokenizer, row, 0)["prompt_ids"],
+    "evaluation during training": lambda tokenizer, row, _: GenerationEvaluator([row], tokenizer, len)._prompts[0],
+    "evaluation of samples": lambda tokenizer, row, _: sampled_ids(tokenizer, row, 0)["prompt_ids"],
 }
 
 
 @pytest.mark.parametrize(("name", "kind"), BY_TOKENIZER)
-def test_training_sampling_and_evaluation_have_the_same_ids(name, kind):
+def test_training_sampling_and_evaluation_have_the_same_ids(name, kind, model_dir):
     tokenizer = tokenizer_of(name)
     row, expected = expected_of(name, kind)
     if "error" in expected:
@@ -166,7 +167,7 @@ def test_training_sampling_and_evaluation_have_the_same_ids(name, kind):
             trained(tokenizer, row)
         for ids_of in WAYS.values():
             with pytest.raises(UserError, match=re.escape(expected["error"])):
-                ids_of(tokenizer, row)
+                ids_of(tokenizer, row, model_dir)
         return
     content = expected["content"]
     if isinstance(content, str):
@@ -181,7 +182,7 @@ def test_training_sampling_and_evaluation_have_the_same_ids(name, kind):
         )  # fmt: skip
         assert ids.count(tokenizer.bos_token_id) == (name != "no system")
     for ids_of in WAYS.values():
-        assert ids_of(tokenizer, row) == ids
+        assert ids_of(tokenizer, row, model_dir) == ids
     found = trained(tokenizer, row)
     assert found["prompt_ids"] == ids[: len(ids) - found["boundary_tokens"]]
     assert found["boundary_tokens"] <= (1 if kind.endswith(("in a space", "space at its end")) else 0)
@@ -263,11 +264,12 @@ def test_a_server_is_asked_for_the_same_prompt(kind, monkeypatch):
     )
     engine = server.server_engine(options, "m")
     if "error" in expected:
-        with pytest.raises(UserError, match=re.escape(expected["error"])):
-            engine(0, 0, [row], lambda done: None)
+        (failed,) = engine(options, 0, {0: row}, lambda done: None).values()
+        assert isinstance(failed, InvalidRowError)
+        assert expected["error"] in str(failed)
         assert not bodies
         return
-    engine(0, 0, [row], lambda done: None)
+    engine(options, 0, {0: row}, lambda done: None)
     (body,) = bodies
     content = expected["content"]
     assert body.get("messages" if isinstance(content, list) else "prompt") == content

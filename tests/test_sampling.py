@@ -27,7 +27,7 @@ from conftest import build_model, build_tokenizer, record_nf4, reward_rows
 from nca_align.commands.sample import command as sample_command
 from nca_align.commands.sample import server
 from nca_align.commands.sample.command import main, sample
-from nca_align.commands.sample.engine import Sample, cut
+from nca_align.commands.sample.engine import Sample, cut_at_stop
 from nca_align.commands.sample.options import SampleOptions
 from nca_align.errors import UserError
 from nca_align.models import smollm2
@@ -251,13 +251,13 @@ class TestWhatIsSampled:
         sample(options(num_completions=1, temperature=0.0, max_new_tokens=12, stop=[stop],
                        output=str(tmp_path / "stopped.jsonl")))  # fmt: skip
         rows = read(tmp_path / "stopped.jsonl")
-        assert [row["completions"][0][0]["content"] for row in rows] == [cut(text, [stop])[0] for text in texts]
+        assert [row["completions"][0][0]["content"] for row in rows] == [cut_at_stop(text, [stop])[0] for text in texts]
         assert rows[0]["truncated"] == [False]
 
-    def test_cut(self):
-        assert cut("abcdef", ["e", "c"]) == ("ab", True)
-        assert cut("abc", ["x"]) == ("abc", False)
-        assert cut("abc", []) == ("abc", False)
+    def test_a_text_is_cut_at_its_first_stop_string(self):
+        assert cut_at_stop("abcdef", ["e", "c"]) == ("ab", True)
+        assert cut_at_stop("abc", ["x"]) == ("abc", False)
+        assert cut_at_stop("abc", []) == ("abc", False)
 
     def test_seeds_differ_by_place_and_fit_31_bits(self):
         seeds = {seed_for(42, i, j) for i in range(50) for j in range(50)}
@@ -267,9 +267,9 @@ class TestWhatIsSampled:
 
 def fake_engine(monkeypatch, many: list[list[str]]):
     def engine(options):
-        return lambda shard, first_row, rows, advance: [
-            [Sample(text, False) for text in texts] for texts in many[first_row : first_row + len(rows)]
-        ]
+        return lambda options, shard, rows, advance: {
+            number: [Sample(text, False) for text in many[number]] for number in rows
+        }
 
     monkeypatch.setattr(sample_command, "transformers_engine", engine)
 
@@ -330,10 +330,10 @@ class TestResuming:
         def breaking(options):
             engine = real(options)
 
-            def complete(shard, *arguments):
+            def complete(options, shard, *arguments):
                 if shard == stop_at:
                     raise KeyboardInterrupt
-                return engine(shard, *arguments)
+                return engine(options, shard, *arguments)
 
             return complete
 

@@ -26,6 +26,10 @@ class UnsupportedError(UserError, NotImplementedError):
 class InvalidRowError(UserError):
     """One row that can't be used, whatever the others are."""
 
+    def named(self, row: int) -> UserError:
+        """The error of a run that stops at this row of the data set."""
+        return UserError(f"row {row}: {self}")
+
 
 class NotFoundError(UserError, FileNotFoundError):
     """A file or folder that doesn't exist."""

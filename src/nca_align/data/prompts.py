@@ -65,7 +65,9 @@ def load_prompts(name: str, config: str | None = None, split: str = "train") -> 
             raise UserError(f"row {i}: `prompt` is {prompt!r}; it must be text or a list of messages, and not empty")
     if isinstance(first := dataset[0]["prompt"], str) and isinstance(read_conversation(first, "prompt"), list):
         features = Features({**dataset.features, "prompt": List(Json())})  # a CSV holds messages as text
-        dataset = dataset.map(lambda row: {"prompt": read_list(row["prompt"], "prompt")}, features=features)
+        dataset = dataset.map(
+            lambda row: {"prompt": read_list(row["prompt"], "prompt")}, features=features, desc="Reading prompts"
+        )
     return dataset
 
 

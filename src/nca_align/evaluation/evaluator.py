@@ -13,7 +13,7 @@ from ..batching.rendering import prompt_ids
 from ..errors import InvalidRowError, UserError
 from ..models.adapters import adapter_merged, as_reference, base_model
 from ..models.logprobs import completion_logps
-from ..models.sampling import sample_answers, seed_for
+from ..models.sampling import check_room, end_tokens, sample_answers, seed_for
 from ..rewards.scorers import Scorers, open_scorers
 from ..training.chunked_step import restore_rng, rng_state
 from .estimates import GenerationFigures, figures_of, mean_over_prompts, win_rate
@@ -143,19 +143,11 @@ class GenerationEvaluator:
 
     def check_room(self, model: Any) -> None:
         """Raise a UserError where a prompt and its answer don't fit the positions of `model`."""
-        room = getattr(base_model(model).config.get_text_config(), "max_position_embeddings", None)
-        longest = max(map(len, self._prompts))
-        if room is not None and longest + self._max_new_tokens > room:
-            raise UserError(
-                f"a prompt to be answered has {longest} tokens, which with `max_new_tokens` {self._max_new_tokens} is "
-                f"more than the model's {room}; leave that prompt out, or lower the number"
-            )
+        check_room(base_model(model).config, max(map(len, self._prompts)), self._max_new_tokens)
 
     def _answer(self, model: Any, mine: range, which: int) -> dict[int, dict[str, Any]]:
         """Row → of its answers `ids`, the end included, `texts`, `tokens`, `rewards`, and `cut`, whether they were."""
-        own = base_model(model).generation_config.eos_token_id
-        own = self._tokenizer.eos_token_id if own is None else own
-        ends = own if isinstance(own, list) else [own]
+        ends = end_tokens(model, self._tokenizer)
         places = sorted(mine, key=lambda i: len(self._prompts[i]))
         size = max(1, self._batch_size // self._num_completions)
         found: dict[int, dict[str, Any]] = {}

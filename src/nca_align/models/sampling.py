@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from ..batching import layout
-from ..errors import UserError
+from ..errors import InvalidRowError, UserError
 from .adapters import base_model, refuse_virtual_tokens
 
 
@@ -106,6 +106,30 @@ def _inverse_transform(logits: Tensor, uniform: Tensor) -> Tensor:
     _refuse_not_finite(whole)
     share = torch.minimum((uniform * whole).float(), whole.nextafter(torch.zeros_like(whole)))  # not rounded up to it
     return torch.searchsorted(cumulative, share[:, None], right=True).squeeze(1)
+
+
+def end_tokens(model: Any, tokenizer: Any) -> list[int]:
+    """Tokens that end an answer: those of the model's generation config, else the tokenizer's EOS."""
+    own = base_model(model).generation_config.eos_token_id
+    return own if isinstance(own, list) else [tokenizer.eos_token_id if own is None else own]
+
+
+def check_room(config: Any, length: int, max_new_tokens: int) -> None:
+    """Refuse a prompt that leaves no room for an answer.
+
+    Args:
+        config: of the model.
+        length: of the prompt, in tokens.
+
+    Raises:
+        InvalidRowError: the model takes fewer tokens than prompt and answer have.
+    """
+    room = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if room is not None and length + max_new_tokens > room:
+        raise InvalidRowError(
+            f"`prompt` has {length} tokens, which with `max_new_tokens` {max_new_tokens} is more than the model's "
+            f"{room}; leave the row out or lower it"
+        )
 
 
 class FiniteLogits(LogitsProcessor):

@@ -2,20 +2,19 @@
 
 import json
 import sys
-from dataclasses import dataclass, field, fields
-from itertools import groupby
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from datasets import Dataset, Features
 
 from ...data.prompts import load_raw
-from ...errors import UserError
+from ...errors import InvalidRowError, UserError
 from ...models.sampling import seed_for
 from ...store.files import check_writable, write_json
 from ...store.hub import from_the_hub
 from ...store.shards import Advance, Shard, Work, run_sharded
-from ..sample.command import open_engine, step_of
+from ..sample.command import open_engine, step_record
 from ..sample.engine import Engine
 from ..sample.options import EngineOptions, SampleOptions, require_object
 from ..sample.server import server_model
@@ -93,7 +92,7 @@ def judge(options: JudgeOptions) -> None:
         max_new_tokens=options.max_new_tokens or spec.max_new_tokens,
         **{option.name: getattr(options, option.name) for option in fields(EngineOptions)},
     )  # fmt: skip
-    step = step_of(sampling, questions, model)
+    step = step_record(sampling, questions, model)
     step["command"] = f"evaluate --judge {options.judge}"
     step["config"] |= {"temperature": options.temperature, "chat_template_kwargs": options.chat_template_kwargs}
     step["config"] |= {"name": name}
@@ -163,21 +162,24 @@ def _work(engine: Engine, sampling: SampleOptions, options: JudgeOptions, name: 
     def work(shard: int, first_row: int, rows: list[dict], advance: Advance) -> Shard:
         result = Shard([])
         asked = [spec.turns(row) for row in rows]
-        degrees = [spec.temperature(row) if options.temperature is None else options.temperature for row in rows]
+        temperatures = [spec.temperature(row) if options.temperature is None else options.temperature for row in rows]
         said: list[list[dict]] = [[] for _ in rows]
         last = max(map(len, asked)) - 1
         for turn in range(last + 1):
             waiting = [i for i in range(len(rows)) if turn < len(asked[i])]
-            # A call of an engine has one temperature, and rows that follow each other.
-            for _, group in groupby(enumerate(waiting), lambda at: (degrees[at[1]], at[1] - at[0])):
-                run = [i for _, i in group]
-                for i in run:
-                    said[i].append({"role": "user", "content": asked[i][turn]})
-                sampling.temperature, sampling.seed = degrees[run[0]], seed_for(options.seed, turn)
-                prompts = [{"prompt": said[i], **template} for i in run]
-                samples = engine(shard, first_row + run[0], prompts, advance if turn == last else lambda n: None)
-                for i, (one,) in zip(run, samples, strict=True):
-                    said[i].append({"role": "assistant", "content": one.text.strip()})
+            for i in waiting:
+                said[i].append({"role": "user", "content": asked[i][turn]})
+            for temperature in dict.fromkeys(temperatures[i] for i in waiting):  # a call of an engine has one
+                settings = replace(sampling, temperature=temperature, seed=seed_for(options.seed, turn))
+                prompts = {
+                    first_row + i: {"prompt": said[i], **template} for i in waiting if temperatures[i] == temperature
+                }
+                found = engine(settings, shard, prompts, advance if turn == last else lambda n: None)
+                for number, samples in found.items():
+                    if isinstance(samples, InvalidRowError):
+                        raise samples.named(number)
+                    (one,) = samples
+                    said[number - first_row].append({"role": "assistant", "content": one.text.strip()})
                     result.counts["answers"] += 1
                     result.counts["truncated"] += one.truncated
         for row, messages in zip(rows, said, strict=True):

@@ -7,8 +7,8 @@ from datasets import Dataset
 from ...batching.rendering import prompt_ids
 from ...data.prompts import load_raw, text_of
 from ...errors import UserError
-from ...models.adapters import base_model
 from ...models.loading import model_fingerprint
+from ...models.sampling import end_tokens
 from ...store.provenance import read_provenance
 
 
@@ -46,14 +46,13 @@ def load_samples(name: str, policy: str) -> Dataset:
     return dataset
 
 
-def drawn_end(model, tokenizer, chat: bool) -> int:
+def end_token(model, tokenizer, chat: bool) -> int:
     """The token by which the policy ends a completion: sampling stops at those of its generation config.
 
     Of several (Gemma's are the end of the text and the end of a turn) it is, in a chat, the last that the chat template
     writes after an assistant's turn, and otherwise the tokenizer's EOS, or the first where that is none of them.
     """
-    own = base_model(model).generation_config.eos_token_id
-    ends = own if isinstance(own, list) else [tokenizer.eos_token_id if own is None else own]
+    ends = end_tokens(model, tokenizer)
     if chat and len(ends) > 1:
         turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         written = tokenizer.apply_chat_template(turns, return_dict=False)

@@ -25,7 +25,7 @@ from ...models.loading import ModelSource, model_fingerprint
 from ...models.logprobs import completion_logps
 from ...store.files import check_writable, read_table, write_json
 from ...store.fingerprints import data_fingerprint
-from .sampled_rows import drawn_end, load_samples, sampled_ids
+from .sampled_rows import end_token, load_samples, sampled_ids
 
 
 @dataclass
@@ -90,7 +90,7 @@ def evaluate_samples(dataset: Dataset, policy: str, reference: str, options: Eva
     for name in dict.fromkeys((policy, reference)):  # one at a time: two large models may not fit
         model = sources[name].load_policy(options.dtype)
         if name == policy:
-            end = drawn_end(model, tokenizer, chat=not isinstance(dataset[0]["prompt"], str))
+            end = end_token(model, tokenizer, chat=not isinstance(dataset[0]["prompt"], str))
             rows = [sampled_ids(tokenizer, row, end) for row in dataset]
         logps[name] = completion_logps(model, rows, options.batch_size)
         del model

@@ -7,16 +7,15 @@ from typing import Any
 from datasets import Dataset, Features, List, Value
 
 from ...data.prompts import load_prompts
-from ...errors import UserError, command
+from ...errors import InvalidRowError, UserError, command
 from ...models.loading import model_fingerprint
 from ...options import parse
 from ...store.fingerprints import data_fingerprint
 from ...store.provenance import versions
 from ...store.shards import Advance, Shard, Work, run_sharded
-from .engine import Engine, RowsFailed, Sample
-from .local_engines import transformers_engine, vllm_engine
+from .engine import Engine, Sample
+from .local_engines import check_prompts, model_source, transformers_engine, vllm_engine
 from .options import SampleOptions
-from .rendered_prompts import check_prompts, model_source
 from .server import root_of, server_engine, server_model
 
 _MESSAGES = List({"role": Value("string"), "content": Value("string")})
@@ -40,18 +39,14 @@ def sample(options: SampleOptions) -> dict[str, int]:
     dataset = load_prompts(options.dataset_name, options.dataset_config, options.split)
     model = server_model(options)
     if isinstance(dataset[0]["prompt"], str) and _chats(options):
-        messages = [[{"role": "user", "content": prompt}] for prompt in dataset["prompt"]]
-        others = [name for name in dataset.column_names if name != "prompt"]
-        dataset = Dataset.from_dict(
-            {"prompt": messages} | {name: dataset[name][:] for name in others},
-            features=Features({"prompt": _MESSAGES} | {name: dataset.features[name] for name in others}),
+        dataset = dataset.map(
+            lambda row: {"prompt": [{"role": "user", "content": row["prompt"]}]},
+            features=Features({**dataset.features, "prompt": _MESSAGES}),
+            desc="Reading prompts",
         )
-    text = isinstance(dataset[0]["prompt"], str)
-    one = Value("string") if text else _MESSAGES
-    kept = {name: kind for name, kind in dataset.features.items() if name != "prompt"}
-    features = Features(
-        {"prompt": dataset.features["prompt"], "completions": List(one), "truncated": List(Value("bool")), **kept}
-    )
+    completion = Value("string") if isinstance(dataset[0]["prompt"], str) else _MESSAGES
+    made = {"completions": List(completion), "truncated": List(Value("bool"))}
+    features = Features({"prompt": dataset.features["prompt"], **made, **dataset.features})
 
     def start() -> Work:
         if not options.base_url and options.on_error == "stop":
@@ -59,7 +54,7 @@ def sample(options: SampleOptions) -> dict[str, int]:
         return _work(open_engine(options, model), options)
 
     counts = run_sharded(
-        options.output, dataset, features, start, step_of(options, dataset, model),
+        options.output, dataset, features, start, step_record(options, dataset, model),
         shard_size=options.shard_size, drop_failed=options.on_error == "drop", unit="prompt",
     )  # fmt: skip
     print(summary(options, counts), file=sys.stderr)
@@ -80,63 +75,41 @@ def open_engine(options: SampleOptions, model: str) -> Engine:
     return (vllm_engine if options.engine == "vllm" else transformers_engine)(options)
 
 
-def step_of(options: SampleOptions, dataset: Dataset, model: str) -> dict:
+def step_record(options: SampleOptions, dataset: Dataset, model: str) -> dict[str, Any]:
     """What is recorded; `config` holds what changes the samples, and an output of another one is refused."""
-    weights: str | None = model
+    names = ["num_completions", "temperature", "top_p", "max_new_tokens", "stop", "seed", "duplicates", "shard_size"]
     if options.base_url:
-        engine = "server"
-        place: tuple[str, ...] = ("extra_body",)
+        names += ["extra_body"]
+        # a name says little of what a server runs: one at another address may be another model
+        runs: dict[str, str | None] = {"engine": "server", "model": model, "base_url": root_of(options)}
     else:
-        engine, weights = options.engine, model_fingerprint(model, options.model_revision)
-        place = ("dtype", "batch_size") if engine == "transformers" else ("dtype",)
-    names = ("num_completions", "temperature", "top_p", "max_new_tokens", "stop", "seed", "duplicates", "shard_size")
-    config = {name: getattr(options, name) for name in (*names, *place)}
-    config |= {"engine": engine, "model": weights, "adapter": model_fingerprint(options.adapter)}
-    config |= {"data": data_fingerprint(dataset)}
-    if options.base_url:  # a name says little of what a server runs: one at another address may be another model
-        config["base_url"] = root_of(options)
-    about: dict[str, Any] = {"model": model, "revision": options.model_revision, "adapter": options.adapter}
-    about |= {
-        "data": options.dataset_name,
-        "versions": versions("torch", "transformers", *(["vllm"] if engine == "vllm" else [])),
-    }
+        names += ["dtype", "batch_size"] if options.engine == "transformers" else ["dtype"]
+        runs = {"engine": options.engine, "model": model_fingerprint(model, options.model_revision)}
+    config = {name: getattr(options, name) for name in names} | runs
+    config |= {"adapter": model_fingerprint(options.adapter), "data": data_fingerprint(dataset)}
+    about = {
+        "model": model, "revision": options.model_revision, "adapter": options.adapter, "data": options.dataset_name,
+        "versions": versions("torch", "transformers", *(["vllm"] if runs["engine"] == "vllm" else [])),
+    }  # fmt: skip
     return {"command": "sample", "config": config, "about": about}
 
 
 def _work(engine: Engine, options: SampleOptions) -> Work:
     def work(shard: int, first_row: int, rows: list[dict], advance: Advance) -> Shard:
-        k = options.num_completions
-        result = Shard([])
-        try:
-            samples = engine(shard, first_row, rows, advance)
-        except RowsFailed as error:
-            if shard == 0 and 1 < len(rows) == len(error.failed) and options.on_error == "stop":
-                raise  # not for what one of them says
-            samples, result.failed = error.samples, error.failed
-        answered = [many for many in samples if many]
-        if shard == 0 and k > 1 and answered and not any(one.text.strip() for many in answered for one in many):
-            raise UserError(
-                f"all {k} completions of each of the first {len(rows)} prompts are empty; a model that reasons first "
-                f"may have come to no answer within `max_new_tokens` {options.max_new_tokens}: raise it, or turn the "
-                "reasoning off (in most chat templates by a column `chat_template_kwargs` of "
-                """'{"enable_thinking": false}')"""
-            )
-        if shard == 0 and k > 1 and answered and all(len({one.text for one in many}) == 1 for many in answered):
-            raise UserError(
-                f"all {k} completions of each of the first {len(rows)} prompts are the same at `temperature` "
-                f"{options.temperature}, so nothing was sampled"
-                + (
-                    "; a transformers server samples only where the request says so: --extra_body "
-                    """'{"generation_config": "{\\"do_sample\\": true}"}'"""
-                    if options.base_url
-                    else "; raise it, or ask for one completion"
-                )
-            )
-        for i, (row, many) in enumerate(zip(rows, samples, strict=True)):
-            if first_row + i in result.failed:
-                continue
-            kept = _kept(many, options, result.counts)
-            if len(kept) < min(2, k):
+        numbered = dict(enumerate(rows, first_row))
+        found = engine(options, shard, numbered, advance)
+        failed = {number: own for number, own in found.items() if isinstance(own, InvalidRowError)}
+        samples = {number: own for number, own in found.items() if not isinstance(own, InvalidRowError)}
+        if shard == 0:
+            if 1 < len(rows) == len(failed) and options.on_error == "stop":
+                raise failed[first_row].named(first_row)  # not for what one of them says
+            if options.num_completions > 1 and samples:
+                _refuse_useless([[one.text for one in own] for own in samples.values()], len(rows), options)
+        result = Shard([], failed={number: str(error) for number, error in failed.items()})
+        for number, own in samples.items():
+            row = numbered[number]
+            kept = _kept(own, options, result.counts)
+            if len(kept) < min(2, options.num_completions):
                 result.counts["rows_left_out"] += 1
                 continue
             texts: list = [one.text for one in kept]
@@ -144,13 +117,33 @@ def _work(engine: Engine, options: SampleOptions) -> Work:
                 texts = [[{"role": "assistant", "content": text}] for text in texts]
             result.counts["completions"] += len(kept)
             result.counts["truncated"] += sum(one.truncated for one in kept)
-            others = {name: value for name, value in row.items() if name != "prompt"}
-            result.rows.append(
-                {"prompt": row["prompt"], "completions": texts, "truncated": [one.truncated for one in kept], **others}
-            )
+            truncated = [one.truncated for one in kept]
+            result.rows.append({"prompt": row["prompt"], "completions": texts, "truncated": truncated, **row})
         return result
 
     return work
+
+
+def _refuse_useless(texts: list[list[str]], rows: int, options: SampleOptions) -> None:
+    """Raise where the first shard's completions are all empty, or the same for each prompt."""
+    if not any(text.strip() for own in texts for text in own):
+        raise UserError(
+            f"all {options.num_completions} completions of each of the first {rows} prompts are empty; a model that "
+            f"reasons first may have come to no answer within `max_new_tokens` {options.max_new_tokens}: raise it, or "
+            "turn the reasoning off (in most chat templates by a column `chat_template_kwargs` of "
+            """'{"enable_thinking": false}')"""
+        )
+    if all(len(set(own)) == 1 for own in texts):
+        raise UserError(
+            f"all {options.num_completions} completions of each of the first {rows} prompts are the same at "
+            f"`temperature` {options.temperature}, so nothing was sampled"
+            + (
+                "; a transformers server samples only where the request says so: --extra_body "
+                """'{"generation_config": "{\\"do_sample\\": true}"}'"""
+                if options.base_url
+                else "; raise it, or ask for one completion"
+            )
+        )
 
 
 def _kept(samples: list[Sample], options: SampleOptions, counts: Counter) -> list[Sample]:

@@ -1,25 +1,12 @@
-"""What completes prompts: the options and the protocol that engines share, and the loading of what they run.
-
-An engine is a function `(shard, first_row, rows, advance) -> [[Sample, …], …]`, K samples for each row; it calls
-`advance(n)` when n more rows are done. It draws its random numbers from the run's seed and the place of the work alone,
-so a run that was interrupted gives the same samples. `temperature` and `seed` are read from the options at every call.
-"""
+"""What completes prompts: the protocol that the engines on this machine and servers share."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from functools import wraps
+from typing import Any, NamedTuple, Protocol
 
-from ...errors import UserError
+from ...errors import InvalidRowError
 from ...store.shards import Advance
-
-
-class RowsFailed(UserError):
-    """Rows of a shard can't be completed; the samples of the others are here."""
-
-    def __init__(self, samples: list[list["Sample"]], failed: dict[int, str]):
-        row, why = next(iter(failed.items()))
-        super().__init__(f"row {row}: {why}")
-        self.samples = samples  # one list a row of the shard, empty where it failed
-        self.failed = failed  # by the row's number in the data set
+from .options import SampleOptions
 
 
 class Sample(NamedTuple):
@@ -29,26 +16,40 @@ class Sample(NamedTuple):
     truncated: bool
 
 
-Engine = Callable[[int, int, list[dict], Advance], list[list[Sample]]]
+class Engine(Protocol):
+    """Completes prompts with a model that it has loaded."""
+
+    def __call__(
+        self, sampling: SampleOptions, shard: int, rows: dict[int, dict], advance: Advance
+    ) -> dict[int, list[Sample] | InvalidRowError]:
+        """K samples of each row, or why there are none.
+
+        The random numbers come from the seed, the shard and the rows' numbers alone, so that a run that was interrupted
+        gives the same samples.
+
+        Args:
+            sampling: for K, `temperature`, `top_p`, `max_new_tokens`, `stop` and `seed`, which may differ from call to
+                call; what the model was loaded by stays.
+            shard: its number.
+            rows: by their numbers in the data set.
+            advance: called with n when n more rows are done.
+        """
 
 
-def place(
-    fit: list[int], done: list[list[Sample]], failed: dict[int, str], first_row: int, n: int
-) -> list[list[Sample]]:
-    """The samples of a shard's n rows, in order.
+def returning_invalid(function: Callable) -> Callable:
+    """`function` of a row, which returns an InvalidRowError instead of raising it: the other rows go on."""
 
-    Raises:
-        RowsFailed: some rows failed.
-    """
-    samples: list[list[Sample]] = [[] for _ in range(n)]
-    for i, many in zip(fit, done, strict=True):
-        samples[i] = many
-    if failed:
-        raise RowsFailed(samples, {first_row + i: why for i, why in sorted(failed.items())})
-    return samples
+    @wraps(function)
+    def returning(*arguments: Any) -> Any:
+        try:
+            return function(*arguments)
+        except InvalidRowError as error:
+            return error
+
+    return returning
 
 
-def cut(text: str, stop: list[str]) -> tuple[str, bool]:
+def cut_at_stop(text: str, stop: list[str]) -> tuple[str, bool]:
     """`text` up to the first stop string, and whether there was one."""
-    places = [place for place in (text.find(string) for string in stop) if place >= 0]
-    return (text[: min(places)], True) if places else (text, False)
+    starts = [start for start in (text.find(string) for string in stop) if start >= 0]
+    return (text[: min(starts)], True) if starts else (text, False)

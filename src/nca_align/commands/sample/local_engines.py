@@ -5,74 +5,112 @@ min-p on, it would be no sample of the model that is trained.
 """
 
 import json
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ...errors import UnsupportedError, UserError, one_line
-from ...models.sampling import seed_for
+from ...batching.rendering import prompt_ids
+from ...errors import InvalidRowError, UnsupportedError, UserError, one_line
+from ...models.loading import ModelSource
+from ...models.sampling import check_room, seed_for
 from ...store.shards import Advance
-from .engine import Engine, Sample, cut, place
-from .rendered_prompts import context_length, model_source, prompts_that_fit
-
-if TYPE_CHECKING:
-    from .options import SampleOptions
+from .engine import Engine, Sample, cut_at_stop, returning_invalid
+from .options import EngineOptions, SampleOptions
 
 
-def transformers_engine(options: "SampleOptions") -> Engine:
-    """Batches by length, padded on the left, bf16 on a GPU; a batch is drawn from (seed, shard, batch). An adapter's
+def model_source(options: EngineOptions) -> ModelSource:
+    """The model that completes prompts, with its adapter."""
+    return ModelSource.of(
+        str(options.model_name_or_path), adapter=options.adapter, revision=options.model_revision,
+        trust_remote_code=options.trust_remote_code,
+    )  # fmt: skip
+
+
+def prompt_reader(options: SampleOptions, tokenizer: Any) -> Callable[[dict], list[int] | InvalidRowError]:
+    """A function of a row: token ids of its prompt, or why the model can't complete it."""
+    config = model_source(options).load_config()
+
+    @returning_invalid
+    def read(row: dict) -> list[int]:
+        ids = prompt_ids(tokenizer, row)
+        check_room(config, len(ids), options.max_new_tokens)
+        return ids
+
+    return read
+
+
+def check_prompts(options: SampleOptions, rows: Iterable[dict]) -> None:
+    """Refuse prompts that the model can't complete before anything is sampled.
+
+    Raises:
+        UserError: it names the first and says how many.
+    """
+    read = prompt_reader(options, model_source(options).load_tokenizer())
+    failed = [(i, why) for i, why in enumerate(map(read, rows)) if isinstance(why, InvalidRowError)]
+    if failed:
+        row, why = failed[0]
+        raise UserError(
+            f"row {row}: {why}; {len(failed)} such rows, and nothing has been sampled: `--on_error drop` leaves "
+            "them out"
+        )
+
+
+def transformers_engine(options: SampleOptions) -> Engine:
+    """Batches by length, padded on the left, bf16 on a GPU; a batch is sampled from (seed, shard, batch). An adapter's
     base is quantised as its run's record says.
     """
     import torch
     from transformers import GenerationConfig, LogitsProcessorList
 
     from ...models.adapters import base_model, refuse_virtual_tokens
-    from ...models.sampling import FiniteLogits
+    from ...models.sampling import FiniteLogits, end_tokens
 
     source = model_source(options)
     tokenizer = source.load_tokenizer()
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
-    room = context_length(options)
+    read = prompt_reader(options, tokenizer)
     model = source.load_policy(options.dtype)
     refuse_virtual_tokens(model)
-
-    own = model.generation_config
-    end = tokenizer.eos_token_id if own.eos_token_id is None else own.eos_token_id
-    ends = set(end) if isinstance(end, list) else {end}
+    ends = end_tokens(model, tokenizer)
     # On the model too: what is passed to `generate` is filled up from there.
-    plain = GenerationConfig(eos_token_id=end, pad_token_id=tokenizer.pad_token_id, bos_token_id=own.bos_token_id)
+    plain = GenerationConfig(
+        eos_token_id=ends, pad_token_id=tokenizer.pad_token_id, bos_token_id=model.generation_config.bos_token_id
+    )
     model.generation_config = base_model(model).generation_config = plain
 
     @torch.inference_mode()
-    def complete(shard: int, first_row: int, rows: list[dict], advance: Advance) -> list[list[Sample]]:
-        sampling: dict[str, Any] = {"do_sample": False}
-        if options.temperature > 0:
+    def complete(sampling: SampleOptions, shard: int, rows: dict[int, dict], advance: Advance) -> dict[int, Any]:
+        settings: dict[str, Any] = {"do_sample": False}
+        if sampling.temperature > 0:
             # transformers has top-k at 50 where nothing is said
-            sampling = {"do_sample": True, "temperature": options.temperature, "top_p": options.top_p, "top_k": 0}
-        if options.stop:
-            sampling |= {"stop_strings": options.stop, "tokenizer": tokenizer}
-        ids, failed = prompts_that_fit(tokenizer, room, options.max_new_tokens, rows)
-        fit = sorted(ids, key=lambda i: len(ids[i]))
-        done: list[list[Sample]] = []
-        for batch, start in enumerate(range(0, len(fit), options.batch_size)):
-            picked = fit[start : start + options.batch_size]
-            inputs = tokenizer.pad({"input_ids": [ids[i] for i in picked]}, return_tensors="pt").to(model.device)
-            torch.manual_seed(seed_for(options.seed, shard, batch))
-            out = model.generate(
-                **inputs, max_new_tokens=options.max_new_tokens, num_return_sequences=options.num_completions,
-                logits_processor=LogitsProcessorList([FiniteLogits()]), **sampling,
+            settings = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+        if sampling.stop:
+            settings |= {"stop_strings": sampling.stop, "tokenizer": tokenizer}
+        found: dict[int, Any] = {number: read(row) for number, row in rows.items()}
+        prompts = {number: ids for number, ids in found.items() if isinstance(ids, list)}
+        by_length = sorted(prompts, key=lambda number: len(prompts[number]))
+        k = sampling.num_completions
+        for batch, start in enumerate(range(0, len(by_length), options.batch_size)):
+            picked = by_length[start : start + options.batch_size]
+            inputs = tokenizer.pad({"input_ids": [prompts[number] for number in picked]}, return_tensors="pt").to(
+                model.device
+            )
+            torch.manual_seed(seed_for(sampling.seed, shard, batch))
+            answers = model.generate(
+                **inputs, max_new_tokens=sampling.max_new_tokens, num_return_sequences=k,
+                logits_processor=LogitsProcessorList([FiniteLogits()]), **settings,
             )[:, inputs["input_ids"].shape[1] :].tolist()  # fmt: skip
-            drawn = []
-            for tokens in out:
+            samples = []
+            for tokens in answers:
                 length = next((t for t, token in enumerate(tokens) if token in ends), None)
-                text, stopped = cut(tokenizer.decode(tokens[:length], skip_special_tokens=True), options.stop)
-                truncated = length is None and not stopped and len(tokens) == options.max_new_tokens
-                drawn.append(Sample(text, truncated))
-            k = options.num_completions
-            done += [drawn[j * k : (j + 1) * k] for j in range(len(picked))]
+                text, stopped = cut_at_stop(tokenizer.decode(tokens[:length], skip_special_tokens=True), sampling.stop)
+                truncated = length is None and not stopped and len(tokens) == sampling.max_new_tokens
+                samples.append(Sample(text, truncated))
+            found |= {number: samples[j * k : (j + 1) * k] for j, number in enumerate(picked)}
             advance(len(picked))
-        return place(fit, done, failed, first_row, len(rows))
+        return found
 
     return complete
 
@@ -99,8 +137,8 @@ def lora_rank(adapter: str) -> int:
     return next(size for size in _VLLM_RANKS if size >= rank)
 
 
-def vllm_engine(options: "SampleOptions") -> Engine:
-    """vLLM, which batches by itself; each prompt is drawn from (seed, row).
+def vllm_engine(options: SampleOptions) -> Engine:
+    """vLLM, which batches by itself; each prompt is sampled from (seed, row).
 
     Raises:
         UserError: vLLM is not installed, or doesn't take the adapter.
@@ -123,7 +161,7 @@ def vllm_engine(options: "SampleOptions") -> Engine:
             f"`engine` is 'vllm' with the adapter {adapter}, which was trained on a quantised base: export it by "
             "`nca-align export` and name that folder by `model_name_or_path`, or use `engine` 'transformers'"
         )
-    tokenizer, room = source.load_tokenizer(), context_length(options)
+    read = prompt_reader(options, source.load_tokenizer())
     llm = LLM(
         model=source.path, revision=options.model_revision, dtype=options.dtype, seed=options.seed,
         trust_remote_code=options.trust_remote_code, generation_config="vllm",  # neutral, not the model's
@@ -131,18 +169,19 @@ def vllm_engine(options: "SampleOptions") -> Engine:
     )  # fmt: skip
     lora = LoRARequest("adapter", 1, adapter) if adapter else None
 
-    def complete(shard: int, first_row: int, rows: list[dict], advance: Advance) -> list[list[Sample]]:
-        ids, failed = prompts_that_fit(tokenizer, room, options.max_new_tokens, rows)
+    def complete(sampling: SampleOptions, shard: int, rows: dict[int, dict], advance: Advance) -> dict[int, Any]:
+        found: dict[int, Any] = {number: read(row) for number, row in rows.items()}
+        prompts = {number: {"prompt_token_ids": ids} for number, ids in found.items() if isinstance(ids, list)}
         params = [
             SamplingParams(
-                n=options.num_completions, temperature=options.temperature, top_p=options.top_p, stop=options.stop,
-                max_tokens=options.max_new_tokens, seed=seed_for(options.seed, first_row + i),
+                n=sampling.num_completions, temperature=sampling.temperature, top_p=sampling.top_p, stop=sampling.stop,
+                max_tokens=sampling.max_new_tokens, seed=seed_for(sampling.seed, number),
             )
-            for i in ids
+            for number in prompts
         ]  # fmt: skip
-        prompts = [{"prompt_token_ids": tokens} for tokens in ids.values()]
-        outputs = llm.generate(prompts, params, lora_request=lora, use_tqdm=False) if ids else []
-        done = [[Sample(one.text, one.finish_reason == "length") for one in output.outputs] for output in outputs]
-        return place(list(ids), done, failed, first_row, len(rows))
+        outputs = llm.generate([*prompts.values()], params, lora_request=lora, use_tqdm=False) if prompts else []
+        for number, output in zip(prompts, outputs, strict=True):
+            found[number] = [Sample(one.text, one.finish_reason == "length") for one in output.outputs]
+        return found
 
     return complete

@@ -6,22 +6,18 @@ import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from http.client import HTTPException
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ...data.conversation import clean_prompt
 from ...errors import InvalidRowError, UserError, one_line
 from ...models.sampling import seed_for
 from ...store.shards import Advance
-from .engine import Engine, Sample, cut, place
-from .options import EngineOptions
-
-if TYPE_CHECKING:
-    from .options import SampleOptions
+from .engine import Engine, Sample, cut_at_stop, returning_invalid
+from .options import EngineOptions, SampleOptions
 
 _AGAIN = (408, 409, 425, 429, 500, 502, 503, 504)  # busy or starting: worth another try
-
-
 _OF_THIS_ROW = (400, 413, 422)  # a prompt that is too long, or filtered
 
 
@@ -93,8 +89,8 @@ def server_model(options: EngineOptions) -> str:
     return models[0]
 
 
-def server_engine(options: "SampleOptions", model: str) -> Engine:
-    """At most `concurrency` requests at a time; completion k of a row is drawn from (seed, row, k).
+def server_engine(options: SampleOptions, model: str) -> Engine:
+    """At most `concurrency` requests at a time; completion k of a row is sampled from (seed, row, k).
 
     The model's own sampling settings are taken back as far as the protocol has words for them: both penalties are 0.
     Servers differ: one that refuses `n`, or gives fewer than the K asked for, is asked for the others one by one, each
@@ -103,13 +99,14 @@ def server_engine(options: "SampleOptions", model: str) -> Engine:
     extra = json.loads(options.extra_body)
     takes_n = [True]
 
-    def request(row: dict, n: int, seed: int) -> list[Sample]:
+    def request(sampling: SampleOptions, row: dict, n: int, seed: int) -> list[Sample]:
         body = {
-            "model": model, "n": n, "seed": seed, "max_tokens": options.max_new_tokens,
-            "temperature": options.temperature, "top_p": options.top_p, "frequency_penalty": 0, "presence_penalty": 0,
+            "model": model, "n": n, "seed": seed, "max_tokens": sampling.max_new_tokens,
+            "temperature": sampling.temperature, "top_p": sampling.top_p, "frequency_penalty": 0,
+            "presence_penalty": 0,
         }  # fmt: skip
-        if options.stop:
-            body["stop"] = options.stop
+        if sampling.stop:
+            body["stop"] = sampling.stop
         if n == 1:
             del body["n"]
         prompt = clean_prompt(row)
@@ -125,7 +122,8 @@ def server_engine(options: "SampleOptions", model: str) -> Engine:
         try:
             samples = []
             for choice in answer["choices"]:
-                text, stopped = cut(_text(choice["message"]["content"] if chat else choice["text"]), options.stop)
+                whole = _text(choice["message"]["content"] if chat else choice["text"])
+                text, stopped = cut_at_stop(whole, sampling.stop)
                 samples.append(Sample(text, choice.get("finish_reason") == "length" and not stopped))
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(
@@ -134,17 +132,18 @@ def server_engine(options: "SampleOptions", model: str) -> Engine:
             ) from error
         return samples[:n]
 
-    def row_samples(number: int, row: dict) -> list[Sample]:
-        k = options.num_completions
+    @returning_invalid
+    def complete_row(sampling: SampleOptions, number: int, row: dict) -> list[Sample]:
+        k = sampling.num_completions
         samples: list[Sample] = []
         refused = False
         if k > 1 and takes_n[0]:
             try:
-                samples = request(row, k, seed_for(options.seed, number, 0))
+                samples = request(sampling, row, k, seed_for(sampling.seed, number, 0))
             except Refused:  # perhaps of `n`; what else it may be, the next request says
                 refused = True
         while len(samples) < k:
-            one = request(row, 1, seed_for(options.seed, number, len(samples)))
+            one = request(sampling, row, 1, seed_for(sampling.seed, number, len(samples)))
             if not one:
                 raise InvalidRowError(f"the server at {options.base_url} answered without any completion")
             samples += one
@@ -152,22 +151,14 @@ def server_engine(options: "SampleOptions", model: str) -> Engine:
             takes_n[0] = False
         return samples
 
-    def complete(shard: int, first_row: int, rows: list[dict], advance: Advance) -> list[list[Sample]]:
-        with ThreadPoolExecutor(options.concurrency) as pool:
-            futures = [pool.submit(row_samples, first_row + i, row) for i, row in enumerate(rows)]
-            try:
-                fit, done, failed = [], [], {}
-                for i, future in enumerate(futures):
-                    try:
-                        done.append(future.result())
-                        fit.append(i)
-                    except InvalidRowError as error:
-                        failed[i] = str(error)
-                    advance(1)
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
-        return place(fit, done, failed, first_row, len(rows))
+    def complete(sampling: SampleOptions, shard: int, rows: dict[int, dict], advance: Advance) -> dict[int, Any]:
+        found = {}
+        with ThreadPoolExecutor(options.concurrency) as pool:  # an error cancels the requests that have not begun
+            done = pool.map(partial(complete_row, sampling), rows, rows.values())
+            for number, samples in zip(rows, done, strict=True):
+                found[number] = samples
+                advance(1)
+        return found
 
     return complete
 
