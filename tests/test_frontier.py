@@ -6,17 +6,9 @@ import statistics
 
 import pytest
 
-from nca_align.commands.report.frontier import (
-    Curve,
-    common_reach,
-    curves_of,
-    ends,
-    mean_and_interval,
-    over_steps,
-    reward_at_kl,
-    setting_of,
-    t_quantile,
-)
+from nca_align.evaluation.comparison_rows import ends, over_steps, runs_of, setting_of
+from nca_align.evaluation.frontier import Curve, common_reach, curves_of, reward_at_kl
+from nca_align.evaluation.intervals import mean_and_interval, t_quantile
 
 
 def rising(seed: int, n: int = 6) -> Curve:
@@ -120,19 +112,19 @@ def test_curves_are_grouped_by_settings_and_ordered_by_step():
 
 def test_means_over_steps_are_of_the_steps_that_all_seeds_have():
     table = rows([(1, s, "test", step, 0, s + step) for s, step in ((1, 0), (2, 0), (1, 5), (2, 5), (1, 9))])
-    (a, first), (b, second) = over_steps(table, setting_of(table[0]), "reward")
+    (a, first), (b, second) = over_steps(runs_of(table)[setting_of(table[0])], "reward")
     assert (a, first.mean, first.n) == (0, 1.5, 2)
     assert (b, second.mean, second.n) == (5, 6.5, 2)
-    assert over_steps(table, setting_of(table[0]), "accuracy") == []
+    assert over_steps(runs_of(table)[setting_of(table[0])], "accuracy") == []
 
 
 def test_the_end_is_each_runs_last_step_and_of_all_seeds_or_none():
     table = rows([(1, s, "test", step, 0, r) for s, step, r in ((1, 5, 1), (2, 5, 2), (1, 9, 3), (2, 9, 5))])
-    assert ends(table, setting_of(table[0]), "reward") == {"1": (9, 3), "2": (9, 5)}
+    assert ends(runs_of(table)[setting_of(table[0])], "reward") == {"1": (9, 3), "2": (9, 5)}
     table[-1]["reward"] = "nan"  # it diverged: step 5 is not its end
-    assert ends(table, setting_of(table[0]), "reward") == {}
-    assert ends(table, setting_of(table[0]), "accuracy") == {}
-    assert ends(table, setting_of(table[0]), "reward", "validation") == {}
+    assert ends(runs_of(table)[setting_of(table[0])], "reward") == {}
+    assert ends(runs_of(table)[setting_of(table[0])], "accuracy") == {}
+    assert ends(runs_of(table, "validation").get(setting_of(table[0]), {}), "reward") == {}
 
 
 @pytest.mark.parametrize("level", [0.5, 0.9, 0.95, 0.999])

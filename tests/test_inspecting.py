@@ -26,7 +26,8 @@ from nca_align.data import DataOptions, to_reward_dataset
 from nca_align.errors import UserError
 from nca_align.losses import targets
 from nca_align.options import parse
-from nca_align.pages.html import bars, escape, number, ticks, visible
+from nca_align.pages.charts import bars, number
+from nca_align.pages.html import escape, visible
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = "<script>alert('x')</script><img src=x onerror=alert(1)>"
@@ -313,12 +314,6 @@ class TestPage:
     def test_many_values_of_k(self):
         rows = Dataset.from_list(reward_rows(24, list(range(2, 14))))
         assert "<svg" in build_page(inspect(rows, options()), show_row(rows, 0, options()))
-
-    @pytest.mark.parametrize(("low", "high"), [(0, 1), (-0.4, 0.3), (0, 123456), (1, 4.1), (2, 2), (0, 1e-5)])
-    def test_ticks_are_round_and_inside(self, low, high):
-        found = ticks(low, high)
-        assert 1 <= len(found) <= 6
-        assert all(low - 1e-9 <= tick <= high + 1e-9 for tick in found)
 
     def test_numbers_are_short(self):
         assert [number(v) for v in (0, 0.25, 1234, 12500, 3.4e6)] == ["0", "0.25", "1,234", "12.5k", "3.4M"]

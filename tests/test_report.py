@@ -4,7 +4,6 @@ import json
 import math
 import random
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,13 +15,15 @@ from nca_align import NCAConfig, NCATrainer, RankingCallback
 from nca_align.commands.compare.grid import KEYS
 from nca_align.commands.compare.tables import COLUMNS, Selection, selected_rows
 from nca_align.commands.report import runs
-from nca_align.commands.report.charts import likelihood_charts, run_charts
+from nca_align.commands.report.charts import likelihood_charts, plotted, run_charts
 from nca_align.commands.report.command import main, write_report
-from nca_align.commands.report.frontier import Curve, curves_of, mean_and_interval
 from nca_align.commands.report.page import build_page
-from nca_align.commands.report.plots import bars_of, charts_of, plot
-from nca_align.commands.report.runs import Run, equal_kls, labels, prefixes, read_run
-from nca_align.pages.svg import Chart, Series, curves, whiskers
+from nca_align.commands.report.runs import Run, prefixes, read_run
+from nca_align.evaluation.comparison_rows import labels
+from nca_align.evaluation.frontier import Curve, curves_of, equal_kls
+from nca_align.evaluation.intervals import mean_and_interval
+from nca_align.pages.charts import Chart, Series, chart_svg, picture, styles
+from nca_align.pages.html import COLOURS
 from nca_align.store.files import write_csv
 
 SCRIPT = "<script>document.title = 'taken'</script>"
@@ -109,7 +110,7 @@ def comparison(tmp_path) -> Path:
     return write_comparison(tmp_path / "compare", comparison_rows(), {"kto-1": "Trace\nout of memory <script>"})
 
 
-def test_training_prompts_have_a_chart_of_their_own():
+def test_training_prompts_have_a_chart_svg_their_own():
     rows = [{key: str(value) for key, value in row.items()} for row in comparison_rows()]
     seen = [
         {**row, "split": "train", "reward": "", "kl": "", "logratio_best": str(float(row["logratio_best"]) + 5)}
@@ -131,46 +132,38 @@ def test_before_training_all_rewards_are_equal_and_no_accuracy_is_shown():
     assert set(charts["Ranking accuracy, test prompts"].series[0].x) == steps - {0}
 
 
-def drawn(charts: list[Chart], path: Path, monkeypatch, title: str = "title"):
-    """The picture that `plot` saves there."""
-    pyplot = pytest.importorskip("matplotlib.pyplot")
-    kept, close = [], pyplot.close
-    monkeypatch.setattr(pyplot, "close", kept.append)
-    plot(charts, title, path)
-    close(kept[0])
-    assert path.stat().st_size > 5000
-    return kept[0]
-
-
-def test_the_title_of_a_comparisons_plot_is_whole(comparison, tmp_path, monkeypatch):
+def test_the_title_of_a_comparisons_plot_is_whole(comparison):
     found = read_run(comparison)
-    picture = drawn(charts_of(found), tmp_path / "a.png", monkeypatch, f"{found.name}-of-a-long-name; {bars_of(found)}")
-    title, whole = picture.get_suptitle(), picture.bbox
+    charts, bars = plotted(found)
+    drawn = picture(charts, f"{found.name}-of-a-long-name; {bars}")
+    drawn.canvas.draw()
+    title, whole = drawn.get_suptitle(), drawn.bbox
     assert "cut at a chart's edge" in title
-    (text,) = (own for own in picture.texts if own.get_text() == title)
+    (text,) = (own for own in drawn.texts if own.get_text() == title)
     box = text.get_window_extent()
     assert whole.x0 <= box.x0 < box.x1 <= whole.x1
 
 
-def test_bars_far_wider_than_the_curves_do_not_stretch_a_plot(tmp_path, monkeypatch):
+def test_bars_far_wider_than_the_curves_do_not_stretch_a_plot():
     wide = [(-50.0, 50.0)] * 2
     frontier = Chart("", [Series(name, [0, 2], [0, 1], wide, wide) for name in "ab"], "KL", "")
     alone = Chart("", [Series("", [0, 2], [0, 1], y_bars=wide)], "α", "")
-    first, second = drawn([frontier, alone], tmp_path / "a.png", monkeypatch).axes
+    first, second = picture([frontier, alone], "title").axes
     assert -0.5 < first.get_xlim()[0] < 0 < 2 < first.get_xlim()[1] < 2.5
     assert -2 < first.get_ylim()[0] < 0 < 1 < first.get_ylim()[1] < 3
     assert second.get_ylim()[0] < -50  # of one curve all is shown
     assert second.get_legend() is None
-    assert second.lines[0].get_color() == "black"  # no colour of a curve that the legend names
+    colours = {series: styles([series])[series][0] for series in "ab"}
+    assert second.lines[0].get_color() not in {COLOURS[name][0] for name in colours.values()}
 
 
-def test_charts_of_the_same_curves_have_one_legend_and_their_bars_stand_beside_each_other(tmp_path, monkeypatch):
+def test_charts_of_the_same_curves_have_one_legend_and_their_bars_stand_beside_each_other():
     bars = [(0.0, 1.0)] * 2
     same = [Chart(f"{i}", [Series(name, [0, 10], [i, 1], y_bars=bars) for name in "ab"], "step", "") for i in (0, 1)]
     other = Chart("other", [Series("c", [0, 10], [0, 1])], "step", "")
-    picture = drawn([*same, other], tmp_path / "a.png", monkeypatch)
-    assert [text.get_text() for text in picture.legends[0].get_texts()] == ["a", "b"]
-    first, second, third = picture.axes[:3]
+    drawn = picture([*same, other], "title")
+    assert [text.get_text() for text in drawn.legends[0].get_texts()] == ["a", "b"]
+    first, second, third = drawn.axes[:3]
     assert first.get_legend() is second.get_legend() is None
     assert [text.get_text() for text in third.get_legend().get_texts()] == ["c"]
     places = [float(one.lines[0].get_xdata()[1]) for one in first.containers]
@@ -237,7 +230,7 @@ def test_a_run_without_evaluation_shows_its_training():
 def test_a_cells_plot_is_of_the_test_prompts():
     splits = {split: log_of(f"eval_{split}_", steps=steps) for split, steps in
               (("test", (0, 24, 48)), ("train", (0, 24, 48)), ("validation", (24, 48)))}  # fmt: skip
-    charts = charts_of(Run("cell", [line for log in splits.values() for line in log]))
+    charts, _ = plotted(Run("cell", [line for log in splits.values() for line in log]))
     names = {series.name for chart in charts for series in chart.series}
     assert "best, test" in names
     assert "best, validation" not in names
@@ -330,14 +323,15 @@ def test_text_of_a_run_is_never_markup(comparison, tmp_path):
 
 def test_bars_never_leave_the_chart():
     series = [Series("a", [0, 1], [0.0, 1.0], [(-99, 99), (-math.inf, math.inf)], [(-99.0, 99.0), (0.9, 1.1)])]
-    xs = [float(x) for x in re.findall(r' [xc][12x]="([-\d.]+)"', curves(Chart("t", series, "x", "")))]
-    ys = [float(y) for y in re.findall(r' [yc][12y]="([-\d.]+)"', curves(Chart("t", series, "x", "")))]
-    assert min(xs) >= 0
-    assert max(xs) <= 360
-    assert min(ys) >= 0
-    assert max(ys) <= 210
-    places = re.findall(r'x[12]="([-\d.]+)"', whiskers([("a", 1.0, -99.0, 99.0), ("b", 2.0, 1.9, 2.1)], "t", [0, 1]))
-    assert all(0 <= float(x) <= 360 for x in places)
+    svg = chart_svg(Chart("t", series, "x", ""))
+    bars = re.findall(r'<path d="([^"]*)" clip-path="url\(#(\w+)\)" style="[^"]*stroke-opacity: 0.55', svg)
+    assert len(bars) == 4
+    for _, clip in bars:
+        x, y, width, height = map(
+            float, re.search(rf'id="{clip}">\s*<rect x="(.*?)" y="(.*?)" width="(.*?)" height="(.*?)"', svg).groups()
+        )
+        assert 0 <= x < x + width <= 360
+        assert 0 <= y < y + height <= 210
 
 
 def test_what_a_trainer_logs_is_shown(tmp_path, tokenizer):
@@ -371,7 +365,6 @@ def test_what_a_trainer_logs_is_shown(tmp_path, tokenizer):
 
 
 def test_the_command_writes_a_page_and_plots(comparison, tmp_path, capsys):
-    pytest.importorskip("matplotlib")
     run = write_run(tmp_path / "quick", log_of())
     same = write_run(tmp_path / "again" / "quick", log_of(seed=1))
     out = tmp_path / "out"
@@ -384,12 +377,11 @@ def test_the_command_writes_a_page_and_plots(comparison, tmp_path, capsys):
     assert "The page is" in capsys.readouterr().out
 
 
-def test_without_matplotlib_there_is_the_page(monkeypatch, tmp_path, capsys):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    run = write_run(tmp_path / "run", log_of())
+def test_a_run_that_logged_nothing_has_a_page_and_no_plot(tmp_path, capsys):
+    run = write_run(tmp_path / "run", [{"step": 1, "loss": 1.0}])
     assert main([str(run)]) == 0
     assert [path.name for path in run.glob("report*")] == ["report.html"]
-    assert "nca-align[plots]" in capsys.readouterr().out
+    assert "No plots were written" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,11 @@ import torch
 from nca_align.commands.inspect.reward_stats import (
     alpha_grid,
     alpha_table,
+    binned,
     compare_pairs,
     effective_completions,
     effective_range,
     find_duplicates,
-    histogram,
     lengths_by_rank,
     padded_tokens,
     repeated,
@@ -190,13 +190,13 @@ class TestDuplicates:
 
 class TestHistogram:
     def test_grades_have_a_bin_each(self):
-        edges, counts = histogram(np.array([1.0, 1.5, 1.5, 3.0]))
+        edges, counts = binned(np.array([1.0, 1.5, 1.5, 3.0]))
         assert edges.tolist() == [0.75, 1.25, 1.75, 2.25, 2.75, 3.25]
         assert counts.tolist() == [1, 2, 0, 0, 1]
 
     @pytest.mark.parametrize("values", [[2.0], [2.0, 2.0], [0.1, 0.37, 5.0], list(range(100)), [0.0, 1e-12, 1.0]])
     def test_every_value_is_counted(self, values):
-        edges, counts = histogram(np.array(values, dtype=float))
+        edges, counts = binned(np.array(values, dtype=float))
         assert counts.sum() == len(values)
         assert len(edges) == len(counts) + 1 <= 25
 

@@ -91,7 +91,6 @@ def comparison(folder: Path, slopes=(("nca", 0.1), ("dpo", 0.2)), **more) -> Non
 
 
 def test_tables_are_means_over_seeds_at_the_end_and_at_equal_kl(tmp_path):
-    pytest.importorskip("matplotlib")
     comparison(tmp_path / "runs" / "task1")
     page = tmp_path / "docs" / "study.md"
     page.parent.mkdir()
@@ -134,7 +133,6 @@ def test_tables_are_means_over_seeds_at_the_end_and_at_equal_kl(tmp_path):
 
 
 def test_a_seed_that_diverged_leaves_no_mean(tmp_path):
-    pytest.importorskip("matplotlib")
     comparison(tmp_path / "task1")
     rows = read_csv(tmp_path / "task1" / "comparison.csv")
     next(row for row in rows if (row["cell"], row["split"], row["step"]) == ("dpo-2", "test", "64"))["reward"] = "nan"
@@ -145,7 +143,6 @@ def test_a_seed_that_diverged_leaves_no_mean(tmp_path):
 
 
 def test_an_ablations_table_has_task_1s_own_setting_first(tmp_path):
-    pytest.importorskip("matplotlib")
     comparison(tmp_path / "runs" / "task1")
     comparison(tmp_path / "runs" / "ablations", [("nca", 0.1)], alpha=1.0)
     rows = read_csv(tmp_path / "runs" / "ablations" / "comparison.csv")
@@ -161,7 +158,6 @@ def test_an_ablations_table_has_task_1s_own_setting_first(tmp_path):
 
 
 def test_cells_of_another_machine_join_those_that_are_there(tmp_path):
-    pytest.importorskip("matplotlib")
     output = tmp_path / "docs" / "study"
     comparison(tmp_path / "first" / "task1", [("nca", 0.1)])
     study_results.main(tmp_path / "first", output)

@@ -11,12 +11,13 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from .batching.collator import RewardCollator
     from .commands.report.command import write_report
-    from .commands.report.frontier import curves_of, mean_and_interval, reward_at_kl
     from .config import NCAConfig
     from .data import load_reward_dataset
     from .data.strategies import to_preference_pairs, to_unpaired
     from .evaluation.callbacks import GenerationCallback, RankingCallback
     from .evaluation.evaluator import GenerationEvaluator
+    from .evaluation.frontier import curves_of, reward_at_kl
+    from .evaluation.intervals import mean_and_interval
     from .losses import LOSSES, infonca_loss, nca_loss, reward_loss, targets
     from .trainer import NCATrainer
 
@@ -28,12 +29,12 @@ _HOME = {
     "NCATrainer": "trainer",
     "RankingCallback": "evaluation.callbacks",
     "RewardCollator": "batching.collator",
-    "curves_of": "commands.report.frontier",
+    "curves_of": "evaluation.frontier",
     "infonca_loss": "losses",
     "load_reward_dataset": "data",
-    "mean_and_interval": "commands.report.frontier",
+    "mean_and_interval": "evaluation.intervals",
     "nca_loss": "losses",
-    "reward_at_kl": "commands.report.frontier",
+    "reward_at_kl": "evaluation.frontier",
     "reward_loss": "losses",
     "targets": "losses",
     "to_preference_pairs": "data.strategies",

@@ -1,22 +1,11 @@
 """What a policy's scored answers show, in figures: means and their errors over prompts, wins, diversity."""
 
 import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
-
-
-class Estimate(NamedTuple):
-    """A mean over prompts and its standard error."""
-
-    mean: float
-    error: float
-
-
-UNKNOWN = Estimate(math.nan, math.nan)
+from .intervals import UNKNOWN, Estimate, mean_over_prompts
 
 
 @dataclass(frozen=True)
@@ -55,22 +44,6 @@ class GenerationFigures:
 
 
 ESTIMATES = tuple(field.name for field in fields(GenerationFigures) if field.type is Estimate)
-
-
-def mean_over_prompts(values: Iterable[Sequence[float]]) -> Estimate:
-    """Mean over prompts of each prompt's mean over its completions; prompts are what is independent.
-
-        m_b = mean_k values[b][k],   mean = mean_b m_b,   error = std_b(m_b) / √B
-
-    Args:
-        values: B sequences of one or more numbers.
-
-    Returns:
-        The mean and its standard error, NaN for a single prompt.
-    """
-    means = torch.tensor([sum(row) / len(row) for row in values], dtype=torch.float64)
-    error = float(means.std() / math.sqrt(len(means))) if len(means) > 1 else math.nan
-    return Estimate(float(means.mean()), error)
 
 
 def win_rate(own: Sequence[float], reference: Sequence[float]) -> float:

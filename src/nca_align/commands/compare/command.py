@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ...errors import UserError, command
+from ...evaluation.comparison_rows import Row, setting_name
 from ...options import parse
 from ...store.files import write_csv, write_json
 from ...store.locking import alone_at
@@ -25,7 +26,7 @@ from ...store.provenance import LIBRARIES, commit, versions
 from .grid import Cell, Evaluation, cell_options, expand, from_mapping
 from .runner import CONFIG, DONE, LOG, failure, is_done, prepare, run_cells
 from .splits import read_splits
-from .tables import COLUMNS, Row, Selection, left_out, rows_of, seeds_of, selected_rows
+from .tables import COLUMNS, Selection, left_out, rows_of, seeds_of, selected_rows
 
 
 @dataclass
@@ -131,21 +132,17 @@ def _write_tables(output: Path, cells: Sequence[Cell], selection: Selection) -> 
     return rows, selected
 
 
-def _print_selected(selected: Sequence[dict[str, Any]]) -> None:
+def _print_selected(selected: Sequence[Row]) -> None:
     table = Table(box=None, pad_edge=False)
     for name in ("chosen on validation", "seeds", "test reward", "KL, nats", "win rate", "best log-ratio"):
         table.add_column(name, justify="left" if name == "chosen on validation" else "right")
     for line in selected:
-        names = [line["method"], line["strategy"], *(
-            f"{label} {line[key]:g}" for key, label in (("alpha", "α"), ("beta", "β"), ("learning_rate", "lr"),
-                                                       ("num_completions", "K")) if line[key] is not None
-        )]  # fmt: skip
         figures = [_shown(line, f"test_{name}") for name in ("reward", "kl", "win_rate", "logratio_best")]
-        table.add_row(" ".join(names), str(line["seeds"]), *figures)
+        table.add_row(setting_name(line), str(line["seeds"]), *figures)
     Console().print(table)
 
 
-def _shown(line: dict[str, Any], name: str) -> str:
+def _shown(line: Row, name: str) -> str:
     if line[name] is None:
         return "–"
     if line[f"{name}_low"] is None:

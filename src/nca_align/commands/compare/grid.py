@@ -14,10 +14,10 @@ from trl import ModelConfig, ScriptArguments
 from ...config import NCAConfig
 from ...data import DataOptions
 from ...errors import UserError
+from ...evaluation.comparison_rows import SETTINGS
 from ...options import nearest, parse
 from ...rewards.scorers import check_weights
 from ...training.run_identity import FREE
-from ..report.frontier import SETTINGS
 from ..train.command import TRAIN_OPTIONS, RunOptions
 from .methods import READS_ALPHA, check_method
 

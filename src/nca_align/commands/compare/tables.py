@@ -9,12 +9,23 @@ from statistics import fmean
 from typing import Any
 
 from ...errors import UserError
-from ..report.frontier import COMPARED, Curve, compared_name, mean_and_interval, reward_at_kl
+from ...evaluation.comparison_rows import (
+    COMPARED,
+    SETTINGS,
+    Row,
+    Runs,
+    Setting,
+    figure_of,
+    runs_of,
+    setting_name,
+    setting_of,
+)
+from ...evaluation.frontier import curve_of, reward_at_kl
+from ...evaluation.intervals import mean_and_interval
 from .grid import KEYS, Cell
 
-Row = dict[str, Any]
-Candidates = dict[tuple, list[float | None]]  # settings → the metric of each seed
-Seeds = Mapping[tuple, Collection[Any]]  # settings → the seeds that the grid has of them
+Candidates = dict[Setting, list[float]]  # settings → the metric of each seed
+Seeds = Mapping[Setting, Collection[Any]]  # settings → the seeds that the grid has of them
 SPLITS = ("train", "validation", "test")  # of train log-ratios alone
 # column → name in the log, behind `eval_SPLIT_`
 FIGURES = {
@@ -68,7 +79,7 @@ class ValidationRows:
 def rows_of(cell: Cell, folder: Path) -> list[Row]:
     """A row a split and evaluation, of what the cell's `trainer_state.json` says and nothing else."""
     log = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
-    found: dict[tuple[str, int], Row] = {}
+    found: dict[tuple[str, int], dict[str, Any]] = {}
     minutes: dict[int, float] = {}
     for line in log:
         if "minutes" in line:
@@ -86,9 +97,9 @@ def rows_of(cell: Cell, folder: Path) -> list[Row]:
 
 def seeds_of(cells: Iterable[Cell]) -> Seeds:
     """The seeds that each of the settings is to be run with."""
-    found: dict[tuple, list[Any]] = {}
+    found: dict[Setting, list[Any]] = {}
     for cell in cells:
-        found.setdefault(_settings(cell.settings), []).append(cell.settings["seed"])
+        found.setdefault(setting_of(cell.settings), []).append(cell.settings["seed"])
     return found
 
 
@@ -103,15 +114,13 @@ def select(validation: ValidationRows, selection: Selection, seeds: Seeds) -> di
         settings that there was to choose from.
     """
     chosen = {}
+    rows = {setting_of(row): row for row in validation.rows}
     for group, candidates in _candidates(validation, selection, seeds).items():
-        known = {
-            settings: [value for value in values if value is not None]
-            for settings, values in candidates.items()
-            if None not in values
-        }
+        known = {setting: values for setting, values in candidates.items() if all(map(math.isfinite, values))}
         if known:
-            best = max(known, key=lambda settings: fmean(known[settings]))
-            chosen[group] = {"settings": dict(best), "values": known[best], "candidates": len(known)}
+            best = max(known, key=lambda setting: fmean(known[setting]))
+            settings = {name: rows[best][name] for name in SETTINGS}
+            chosen[group] = {"settings": settings, "values": known[best], "candidates": len(known)}
     return chosen
 
 
@@ -122,8 +131,8 @@ def left_out(rows: Sequence[Row], selection: Selection, seeds: Seeds) -> list[st
     if selection.at_kl is not None:
         why += f" at a KL of {selection.at_kl:g}, which it may never have come to"
     for candidates in _candidates(ValidationRows.of(rows), selection, seeds).values():
-        lacking = sum(None in values for values in candidates.values())
-        name = compared_name(dict(next(iter(candidates))))
+        lacking = sum(not all(map(math.isfinite, values)) for values in candidates.values())
+        name = setting_name(dict(next(iter(candidates))), COMPARED)
         if lacking == len(candidates):
             lines.append(f"Nothing chosen of {name}: of each setting {why}.")
         elif lacking:
@@ -132,15 +141,13 @@ def left_out(rows: Sequence[Row], selection: Selection, seeds: Seeds) -> list[st
 
 
 def _candidates(validation: ValidationRows, selection: Selection, seeds: Seeds) -> dict[tuple, Candidates]:
-    """What is compared → its candidates; None for a run that isn't there, isn't finite, or never came to the KL."""
-    runs = _by_settings(validation.rows)
+    """What is compared → its candidates; NaN for a run that isn't there, isn't finite, or never came to the KL."""
+    runs = runs_of(validation.rows, "validation")
     found: dict[tuple, Candidates] = {}
-    for settings, own in seeds.items():
-        values = [
-            _value(runs[settings][seed], selection.column, selection.at_kl) if seed in runs.get(settings, {}) else None
-            for seed in own
-        ]
-        found.setdefault(tuple(dict(settings)[name] for name in COMPARED), {})[settings] = values
+    for setting, own in seeds.items():
+        values = _values(runs.get(setting, {}), selection.column, selection.at_kl)
+        compared = tuple(dict(setting).get(name) for name in COMPARED)
+        found.setdefault(compared, {})[setting] = [values.get(seed, math.nan) for seed in own]
     return found
 
 
@@ -149,47 +156,35 @@ def selected_rows(rows: Sequence[Row], selection: Selection, seeds: Seeds) -> li
 
     Figures are means over seeds, with their 95 % t-intervals `_low` and `_high` (empty for a single seed).
     """
-    test = _by_settings(row for row in rows if row["split"] == "test")
-    table = []
+    test = runs_of(rows)
+    table: list[Row] = []
     for found in select(ValidationRows.of(rows), selection, seeds).values():
-        line: Row = {**found["settings"], "seeds": len(found["values"]), "candidates": found["candidates"]}
-        line |= _figure(f"validation_{selection.column}", found["values"])
-        runs = test[tuple(found["settings"].items())].values()
-        for name in _REPORTED:
-            line |= _figure(f"test_{name}", [_value(run, name) for run in runs])
+        runs = test[setting_of(found["settings"])]
+        columns: dict[str, tuple[str, float | None]] = {f"test_{name}": (name, None) for name in _REPORTED}
         if selection.at_kl is not None:
-            line |= _figure("test_reward_at_kl", [_value(run, "reward", selection.at_kl) for run in runs])
-        line |= _figure("minutes", [run[-1]["minutes"] for run in runs])
+            columns["test_reward_at_kl"] = "reward", selection.at_kl
+        columns["minutes"] = "minutes", None
+        figures = {f"validation_{selection.column}": found["values"]}
+        figures |= {name: [*_values(runs, *column).values()] for name, column in columns.items()}
+        line = {**found["settings"], "seeds": len(found["values"]), "candidates": found["candidates"]}
+        for name, values in figures.items():
+            line |= _figure(name, values)
         table.append(line)
     return table
 
 
-def _by_settings(rows: Iterable[Row]) -> dict[tuple, dict[Any, list[Row]]]:
-    """Settings without the seed → seed → that run's rows."""
-    found: dict[tuple, dict[Any, list[Row]]] = {}
-    for row in rows:
-        found.setdefault(_settings(row), {}).setdefault(row["seed"], []).append(row)
-    return found
-
-
-def _settings(row: Row) -> tuple:
-    return tuple((name, row[name]) for name in KEYS if name != "seed")
-
-
-def _value(rows: list[Row], column: str, at_kl: float | None = None) -> float | None:
-    """One run's value of `column`, at its end or where it came to `at_kl`; None for one that isn't finite."""
-    rows = sorted(rows, key=lambda row: row["step"])
+def _values(runs: Runs, column: str, at_kl: float | None) -> dict[Any, float]:
+    """Seed → its run's value of `column`, at its end or where it came to `at_kl`; NaN where there is none."""
     if at_kl is None:
-        value = rows[-1].get(column)
-    else:
-        points = [(row["step"], row["kl"], row[column]) for row in rows if "kl" in row and column in row]
-        value = reward_at_kl(Curve("", tuple(points)), at_kl)
-    return value if value is not None and math.isfinite(value) else None
+        return {seed: figure_of(rows[-1], column) for seed, rows in runs.items()}
+    rewards = {seed: reward_at_kl(curve_of(seed, rows, column), at_kl) for seed, rows in runs.items()}
+    return {seed: math.nan if reward is None else reward for seed, reward in rewards.items()}
 
 
-def _figure(name: str, values: Sequence[float | None]) -> Row:
-    known = [value for value in values if value is not None]
-    if not known or len(known) < len(values):  # a mean over some of the seeds would be of other runs
-        return {name: None, f"{name}_low": None, f"{name}_high": None}
-    mean, low, high, n = mean_and_interval(known)
-    return {name: mean, f"{name}_low": low if n > 1 else None, f"{name}_high": high if n > 1 else None}
+def _figure(name: str, values: Sequence[float]) -> dict[str, float | None]:
+    """The mean over seeds under its name, and its ends; empty where a seed has no value, for it'd be of other runs."""
+    mean = low = high = None
+    if values and all(map(math.isfinite, values)):
+        mean, *ends, n = mean_and_interval(values)
+        low, high = ends if n > 1 else (None, None)
+    return {name: mean, f"{name}_low": low, f"{name}_high": high}

@@ -5,9 +5,10 @@ from pathlib import Path
 import numpy as np
 
 from ...pages import html as pages
-from ...pages.html import Tile, figure
+from ...pages.charts import Chart, Series, bars, chart_card, histogram
+from ...pages.html import Tile, card
 from .measure import Example, Inspection, Tokens
-from .reward_stats import alpha_table, histogram, spreads
+from .reward_stats import alpha_table, binned, spreads
 from .tables import Section, findings, k_distribution, percent, sections
 
 
@@ -19,14 +20,14 @@ def write_page(path: Path, found: Inspection, example: Example) -> None:
 def build_page(found: Inspection, example: Example) -> str:
     """The page as HTML."""
     *figures, alphas = sections(found)
-    tables = [figure(s.title, pages.table([], [row for row in s.rows if row[0]], words=True)) for s in figures]
+    tables = [card(s.title, pages.table([], [row for row in s.rows if row[0]], words=True)) for s in figures]
     parts = [
         pages.tiles(_tiles(found)),
         pages.section("Worth knowing", pages.bullets(findings(found))),
         pages.section("Rewards", *_reward_charts(found), grid="grid"),
         pages.section(
             "Targets: how α reads the rewards", *_target_charts(found),
-            figure(alphas.title, _alpha_table(alphas), "Best: the weight of the best completion."), grid="grid",
+            card(alphas.title, _alpha_table(alphas), "Best: the weight of the best completion."), grid="grid",
         ),
         pages.section("Length", *_length_charts(found), grid="grid"),
         pages.section("Tokens", *_token_charts(found, found.tokens), grid="grid") if found.tokens is not None else "",
@@ -69,18 +70,18 @@ def _tiles(found: Inspection) -> list[Tile]:
 def _reward_charts(found: Inspection) -> list[str]:
     spread = spreads(found.rewards, found.counts)
     charts = [
-        figure("Rewards", pages.histogram(*histogram(found.rewards), "reward", "completions")),
-        figure(
-            "Spread within a prompt", pages.histogram(*histogram(spread), "highest − lowest reward", "prompts"),
+        card("Rewards", histogram(*binned(found.rewards), "reward", "completions")),
+        card(
+            "Spread within a prompt", histogram(*binned(spread), "highest − lowest reward", "prompts"),
             "Only differences within a prompt teach anything; at 0 all its completions have the same reward.",
         ),
     ]  # fmt: skip
     if len(ks := k_distribution(found)) > 1:
         if len(ks) <= 10:
-            chart = pages.bars([f"K = {k}" for k in ks], list(ks.values()), "Prompts by K")
+            chart = bars([f"K = {k}" for k in ks], list(ks.values()), "Prompts by K")
         else:
-            chart = pages.histogram(*histogram(found.counts), "K", "prompts")
-        charts.append(figure("Completions a prompt", chart))
+            chart = histogram(*binned(found.counts), "K", "prompts")
+        charts.append(card("Completions a prompt", chart))
     return charts
 
 
@@ -90,36 +91,31 @@ def _target_charts(found: Inspection) -> list[str]:
     rows = alpha_table(found.rewards, found.counts, alphas)
     marks = {"your α": found.alpha} | ({"suggested": found.suggested} if found.suggested else {})
     most = float(found.counts.mean())
-    return [
-        figure(
-            "Effective number of completions",
-            pages.lines(
-                {"mean over prompts": (alphas, [row.effective for row in rows])}, "α", (1, most * 1.02), True, marks
-            ),
+    effective = Series("mean over prompts", alphas, [row.effective for row in rows])
+    hard = Series("share of hard targets", alphas, [row.hard for row in rows])
+    best = Series("best's weight", alphas, [row.best for row in rows])
+    charts = [
+        Chart(
+            "Effective number of completions", [effective], "α",
             f"exp(H(w)) of the target w = softmax(rewards / α): 1 where the best has all weight, {most:.3g} where all "
-            "have alike.",
+            "have alike.", (1, most * 1.02), log_x=True, marks=marks,
         ),
-        figure(
-            "Hard targets",
-            pages.lines(
-                {
-                    "share of hard targets": (alphas, [row.hard for row in rows]),
-                    "best's weight": (alphas, [row.best for row in rows]),
-                },
-                "α", (0, 1), True, marks,
-            ),
-            "Hard: the worse completions have next to no weight, so that their grades don't count.",
+        Chart(
+            "Hard targets", [hard, best], "α",
+            "Hard: the worse completions have next to no weight, so that their grades don't count.", (0, 1),
+            log_x=True, marks=marks,
         ),
     ]  # fmt: skip
+    return list(map(chart_card, charts))
 
 
 def _length_charts(found: Inspection) -> list[str]:
     unit, pairs, charts = found.unit, found.pairs, []
     if pairs.longer_is_better is not None:
         charts.append(
-            figure(
+            card(
                 "Is longer better?",
-                pages.bars(
+                bars(
                     ["longer is better", "shorter is better"],
                     [100 * pairs.longer_is_better, 100 - 100 * pairs.longer_is_better],
                     "Unequal pairs by length, %", ".0f",
@@ -130,39 +126,39 @@ def _length_charts(found: Inspection) -> list[str]:
         )  # fmt: skip
     ranks = found.rank_lengths[:10]
     names = ["best", *(f"{i}." for i in range(2, len(ranks) + 1))]
-    charts.append(figure(f"Mean length by rank, {unit}", pages.bars(names, ranks, f"Mean length by rank, {unit}")))
-    chart = pages.histogram(*histogram(found.lengths), f"{unit} a completion", "completions")
-    charts.append(figure("Length of completions", chart))
+    charts.append(card(f"Mean length by rank, {unit}", bars(names, ranks, f"Mean length by rank, {unit}")))
+    chart = histogram(*binned(found.lengths), f"{unit} a completion", "completions")
+    charts.append(card("Length of completions", chart))
     return charts
 
 
 def _token_charts(found: Inspection, tokens: Tokens) -> list[str]:
     limit, whole = found.max_prompt_length, np.repeat(tokens.prompt_lengths, found.counts) + tokens.lengths
-    prompts, conversations = histogram(tokens.prompt_lengths), histogram(whole)
+    prompts, conversations = binned(tokens.prompt_lengths), binned(whole)
     return [
-        figure(
-            "Prompts", pages.histogram(*prompts, "tokens", "prompts", {"max_prompt_length": limit}),
+        card(
+            "Prompts", histogram(*prompts, "tokens", "prompts", {"max_prompt_length": limit}),
             f"{percent(tokens.cut.prompts_cut / len(found.counts))} lose their beginning.",
         ),
-        figure(
+        card(
             "Prompt and completion",
-            pages.histogram(*conversations, "tokens", "conversations", {"max_length": found.max_length}),
+            histogram(*conversations, "tokens", "conversations", {"max_length": found.max_length}),
             f"{percent(tokens.cut.completions_cut / len(found.rewards))} of the completions lose their end, "
             f"{percent(tokens.cut.tokens_lost)} of all tokens are lost.",
         ),
-        figure(
+        card(
             "What a pass over the data computes",
-            pages.bars(["padded", "shared prefixes once"], [tokens.padded, tokens.unique], "Positions"),
+            bars(["padded", "shared prefixes once"], [tokens.padded, tokens.unique], "Positions"),
             "Positions after truncation, one prompt a batch: `layout: padded` against `prefix_shared`.",
         ),
     ]  # fmt: skip
 
 
 def _example(example: Example, alpha: float) -> list[str]:
-    cards = [figure("Prompt", _pieces(example.prompt, "prompt"), "; ".join(example.remarks))]
+    cards = [card("Prompt", _pieces(example.prompt, "prompt"), "; ".join(example.remarks))]
     for k in np.argsort(-np.array(example.rewards), kind="stable").tolist():
         title = f"Completion {k}: reward {example.rewards[k]:g}, target {example.targets[k]:.3f} at α = {alpha:g}"
-        cards.append(figure(title, _pieces(example.completions[k], "completion")))
+        cards.append(card(title, _pieces(example.completions[k], "completion")))
     return cards
 
 

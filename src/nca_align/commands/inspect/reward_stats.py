@@ -243,24 +243,17 @@ def repeated(prompts: Sequence[Hashable]) -> int:
     return sum(n - 1 for n in Counter(prompts).values())
 
 
-class Histogram(NamedTuple):
-    """`counts` (n,) between `edges` (n + 1,)."""
-
-    edges: np.ndarray
-    counts: np.ndarray
-
-
-def histogram(values: np.ndarray, bins: int = 24) -> Histogram:
-    """A histogram; of a few evenly spaced values (grades) with one bin about each."""
+def binned(values: np.ndarray, bins: int = 24) -> tuple[np.ndarray, np.ndarray]:
+    """Edges (n + 1,) of bins and counts (n,) between them; a few evenly spaced values (grades) get one bin each."""
     unique = np.unique(values)
     if 1 < len(unique) <= bins:
         steps = np.diff(unique)
         units = (unique - unique[0]) / steps.min()
         if np.allclose(units, np.round(units), atol=0.05) and units[-1] < bins:
             edges = unique[0] + steps.min() * (np.arange(round(units[-1]) + 2) - 0.5)
-            return Histogram(edges, np.histogram(values, edges)[0])
+            return edges, np.histogram(values, edges)[0]
     counts, edges = np.histogram(values, min(bins, max(1, len(values))))
-    return Histogram(edges, counts)
+    return edges, counts
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from rich.text import Text
 from ...data.report import show_counts
 from ...pages.html import visible
 from .measure import Example, Inspection
-from .reward_stats import HARD, histogram, spreads, tied_for_best
+from .reward_stats import HARD, binned, spreads, tied_for_best
 
 _BLOCKS = " ▁▂▃▄▅▆▇█"
 
@@ -49,7 +49,7 @@ def quantiles(values: np.ndarray, show: str = ".3g") -> str:
 
 def sparkline(values: np.ndarray) -> str:
     """A histogram in one line, with its ends."""
-    counts = histogram(values, bins=32).counts
+    _, counts = binned(values, bins=32)
     blocks = "".join(_BLOCKS[int(np.ceil(n / counts.max() * 8))] for n in counts)
     return f"{values.min():.3g} {blocks} {values.max():.3g}"
 

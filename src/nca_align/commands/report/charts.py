@@ -1,16 +1,17 @@
-"""The charts of `nca-align report`, as data: the page draws them as SVG, the plots with matplotlib."""
+"""What the charts of `nca-align report` show, on its page and in its pictures."""
 
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ...pages.svg import Chart, Series
+from ...evaluation.comparison_rows import Row, Setting, labels, over_steps, runs_of
+from ...evaluation.frontier import Curve
+from ...evaluation.intervals import Interval
+from ...pages.charts import Chart, Series
 from ..train.summary import by_rank
-from .frontier import Curve, Interval, Setting, over_steps
-from .runs import Run, curve, labels, prefixes
+from .runs import Comparison, Run, curve, prefixes
 
 Groups = Mapping[Setting, Sequence[Curve]]
-Rows = Sequence[Mapping[str, str]]  # of `comparison.csv`
 MOST_CURVES = 8  # of a chart with bars
 
 
@@ -74,7 +75,7 @@ def _calibration(log: list[dict[str, Any]], prefix: str) -> list[Chart]:
             "All completions in five bins by their target. Across: the mean target; up: the mean share that the model "
             "gives them, softmax of the implicit rewards. On the dashed line the model does what the rewards ask; "
             "flatter, it tells completions apart too little; steeper, too much.",
-            (0, 1), True,
+            (0, 1), diagonal=True,
         ),
         Chart(
             "Distance of the model from its target", _logged(log, {"KL(w || p)": f"{prefix}kl/target_model"}), "step",
@@ -112,14 +113,14 @@ def _generation(log: list[dict[str, Any]], prefix: str, name: str) -> list[Chart
     return charts
 
 
-def frontier_chart(rows: Rows, groups: Groups) -> Chart:
+def frontier_chart(rows: Sequence[Row], groups: Groups) -> Chart:
     """Mean reward against mean KL of each setting, evaluation by evaluation, on the test split."""
-    names, shown = labels([*groups]), []
+    names, shown, runs = labels([*groups]), [], runs_of(rows)
     for setting in groups:
-        reward, kl = (dict(over_steps(rows, setting, column)) for column in ("reward", "kl"))
-        steps = [step for step in reward if step in kl]
-        x, y = [kl[step] for step in steps], [reward[step] for step in steps]
-        shown.append(Series(names[setting], _means(x), _means(y), _bars(x), _bars(y)))
+        reward, kl = (dict(over_steps(runs[setting], column)) for column in ("reward", "kl"))
+        across, up = zip(*((kl[step], reward[step]) for step in reward if step in kl), strict=True)
+        bars = [(one.low, one.high) for one in across]
+        shown.append(_over_seeds(names[setting], [one.mean for one in across], up, bars))
     return Chart(
         "Reward against KL, test prompts", shown, "KL(π || π_ref), nats",
         "Each line is one setting, each point one evaluation of its runs from the first step to the last: how far "
@@ -128,7 +129,18 @@ def frontier_chart(rows: Rows, groups: Groups) -> Chart:
     )  # fmt: skip
 
 
-def likelihood_charts(rows: Rows, groups: Groups) -> list[Chart]:
+def equal_kl_chart(kl: float, groups: Groups, ranked: Mapping[Setting, Interval]) -> Chart:
+    """Mean rewards at a KL, from the best; settings without one stay in the legend, so that no colour changes."""
+    places = {setting: [place] for place, setting in enumerate(ranked)}
+    means = {setting: [mean] for setting, mean in ranked.items()}
+    shown = [
+        _over_seeds(name, places.get(setting, []), means.get(setting, []))
+        for setting, name in labels([*groups]).items()
+    ]
+    return Chart(f"Reward at KL {kl:g}", shown, "")
+
+
+def likelihood_charts(rows: Sequence[Row], groups: Groups) -> list[Chart]:
     """Log-ratios of the best and the worst completion, and the ranking accuracy, setting by setting over steps."""
     names, charts = labels([*groups]), []
     ratio = (
@@ -145,16 +157,38 @@ def likelihood_charts(rows: Rows, groups: Groups) -> list[Chart]:
         ("test", "logratio_worst", "Log-ratio of the worst completion, test prompts", ratio.format("worst")),
         ("test", "accuracy", "Ranking accuracy, test prompts", accuracy),
     ):
-        shown = []
+        shown, runs = [], runs_of(rows, split)
         for setting in groups:
-            points = over_steps(rows, setting, column, split)
+            points = over_steps(runs.get(setting, {}), column)
             if points := [point for point in points if point[0] > 0 or column != "accuracy"]:
                 steps, values = zip(*points, strict=True)
-                shown.append(Series(names[setting], steps, _means(values), y_bars=_bars(values)))
+                shown.append(_over_seeds(names[setting], steps, values))
         if shown:
             note = f"{what}. Means over seeds ({seeds(groups)}), bars their 95% t-intervals, cut at the chart's edge."
             charts.append(Chart(title, shown, "step", note))
     return charts
+
+
+def plotted(one: Run | Comparison) -> tuple[list[Chart], str]:
+    """What the plot of a run or comparison shows, and what its bars are in words.
+
+    Of a run these are its held-out prompts, of a comparison's cell those of the test.
+    """
+    if isinstance(one, Run):
+        charts = run_charts(one)
+        return charts.get("test") or next(reversed(charts.values()), []), "bars: two standard errors over prompts"
+    chosen = one.chosen()
+    if not chosen:
+        return [], ""
+    return [frontier_chart(one.rows, chosen), *likelihood_charts(one.rows, chosen)], over_seeds(chosen)
+
+
+def over_seeds(groups: Groups) -> str:
+    """What points and bars of means over seeds are, and how they lie in a plot."""
+    return (
+        f"means over seeds ({seeds(groups)}), bars: 95% t-intervals\n"
+        "bars are cut at a chart's edge, and points of one step stand side by side"
+    )
 
 
 def seeds(groups: Groups) -> str:
@@ -164,9 +198,7 @@ def seeds(groups: Groups) -> str:
     return f"n = {ns[0]}{alone}" if len(ns) == 1 else f"n from {ns[0]} to {ns[-1]}{alone}"
 
 
-def _means(values: Sequence[Interval]) -> list[float]:
-    return [value.mean for value in values]
-
-
-def _bars(values: Sequence[Interval]) -> list[tuple[float, float]]:
-    return [(value.low, value.high) for value in values]
+def _over_seeds(
+    name: str, x: Sequence[float], y: Sequence[Interval], x_bars: Sequence[tuple[float, float]] | None = None
+) -> Series:
+    return Series(name, x, [one.mean for one in y], x_bars, [(one.low, one.high) for one in y])

@@ -35,7 +35,7 @@ class ReportOptions:
 
 
 def write_report(runs: Sequence[Path], output: Path, at_kl: Sequence[float] = ()) -> list[Path]:
-    """Write `report.html`, and a PNG of each run where matplotlib is installed.
+    """Write `report.html`, and a PNG of each run that logged something to show.
 
     Args:
         runs: folders of `nca-align train` or `nca-align compare`.
@@ -48,8 +48,9 @@ def write_report(runs: Sequence[Path], output: Path, at_kl: Sequence[float] = ()
     Raises:
         UserError: a folder that holds no run, or an `output` that is a file.
     """
+    from ...pages.charts import write_png
+    from .charts import plotted
     from .page import build_page
-    from .plots import write_figures
 
     found = [read_run(path) for path in runs]
     if output.exists() and not output.is_dir():
@@ -58,7 +59,14 @@ def write_report(runs: Sequence[Path], output: Path, at_kl: Sequence[float] = ()
     page = output / "report.html"
     with replacing(page) as file:
         file.write(build_page(found, at_kl))
-    return [page, *write_figures(found, output)]
+    written, names = [page], [one.name for one in found]
+    for i, one in enumerate(found):
+        again = names[:i].count(one.name)
+        charts, bars = plotted(one)
+        if charts:
+            written.append(output / f"report-{one.name}{f'-{again + 1}' if again else ''}.png")
+            write_png(charts, f"{one.name}; {bars}", written[-1])
+    return written
 
 
 @command("nca-align report")
@@ -76,4 +84,4 @@ def main(argv: list[str] | None = None) -> None:
     if plots:
         print(f"The plots are {', '.join(map(str, plots))}.")
     else:
-        print("No plots were written: they need matplotlib (`pip install 'nca-align[plots]'`) and something logged.")
+        print("No plots were written: nothing was logged that they could show.")

@@ -3,12 +3,14 @@
 import math
 from collections.abc import Mapping, Sequence
 
+from ...evaluation.comparison_rows import COMPARED, Row, ends, labels, runs_of, setting_name
+from ...evaluation.frontier import curves_of, equal_kls, reward_at_kl
+from ...evaluation.intervals import Interval, mean_and_interval
 from ...pages import html as pages
-from ...pages.html import Tile, figure
-from ...pages.svg import card, whiskers
-from .charts import MOST_CURVES, Groups, frontier_chart, likelihood_charts, run_charts
-from .frontier import Interval, compared_name, curves_of, ends, mean_and_interval, reward_at_kl
-from .runs import Comparison, Run, equal_kls, labels
+from ...pages.charts import chart_card, chart_svg
+from ...pages.html import Tile, card
+from .charts import MOST_CURVES, Groups, equal_kl_chart, frontier_chart, likelihood_charts, run_charts
+from .runs import Comparison, Run
 
 _LAST = {
     "reward": "reward", "kl": "KL, nats", "win_rate": "win rate", "tokens": "tokens", "cut": "cut",
@@ -33,7 +35,7 @@ def build_page(found: Sequence[Run | Comparison], at_kl: Sequence[float] = ()) -
 def _run(run: Run) -> str:
     """Charts of one run."""
     sections = [
-        pages.section(f"{run.name}: {name} prompts", *map(card, charts), grid="grid")
+        pages.section(f"{run.name}: {name} prompts", *map(chart_card, charts), grid="grid")
         for name, charts in run_charts(run).items()
     ]
     nothing = "The log holds no metric by rank and no evaluation by generation."
@@ -56,7 +58,7 @@ def _comparison(found: Comparison, at_kl: Sequence[float]) -> str:
         nothing = pages.bullets(["No run has moved from the reference: there is no KL to compare at."])
         equal = f'<p class="note">{_EQUAL}</p><div class="grid wide">{"".join(cards)}</div>' if cards else nothing
         parts += [
-            pages.section("Test reward against KL, and likelihood", *map(card, charts), grid="grid wide"),
+            pages.section("Test reward against KL, and likelihood", *map(chart_card, charts), grid="grid wide"),
             pages.section("Test reward at equal KL", equal),
             pages.section("Where training ended, test split", _last(found, chosen)),
         ]
@@ -76,30 +78,28 @@ def _comparison(found: Comparison, at_kl: Sequence[float]) -> str:
             "split, out of so many candidates. The test split had no part in the choice; what these runs came to on "
             "it stands above."
         )
-        parts.append(pages.section("Selected settings", figure("Chosen on validation", pages.table(names, rows), note)))
+        parts.append(pages.section("Selected settings", card("Chosen on validation", pages.table(names, rows), note)))
     if len(every) > len(chosen):
         title = "Every setting of the grid"
         if len(every) <= MOST_CURVES:
-            parts.append(pages.section(title, card(frontier_chart(found.rows, every)), grid="grid wide"))
+            parts.append(pages.section(title, chart_card(frontier_chart(found.rows, every)), grid="grid wide"))
         parts.append(pages.section(f"{title}, where training ended, test split", _last(found, every)))
     if found.failed:
-        parts.append(
-            pages.section("Failed cells", figure("Cell and reason", pages.table([], found.failed, words=True)))
-        )
+        parts.append(pages.section("Failed cells", card("Cell and reason", pages.table([], found.failed, words=True))))
     if found.provenance:
         rows = [[key, f"{value}"] for key, value in found.provenance.items()]
-        parts.append(pages.section("Where this comes from", figure("Provenance", pages.table([], rows, words=True))))
+        parts.append(pages.section("Where this comes from", card("Provenance", pages.table([], rows, words=True))))
     return "\n".join(parts)
 
 
-def _compared(rows: Sequence[Mapping[str, str]]) -> dict[str, None]:
+def _compared(rows: Sequence[Row]) -> dict[str, None]:
     """What settings were to be chosen for, each once."""
-    return dict.fromkeys(map(compared_name, rows))
+    return dict.fromkeys(setting_name(row, COMPARED) for row in rows)
 
 
 def _equal_kl(groups: Groups, at_kl: Sequence[float]) -> list[str]:
     """A card for each KL: intervals, and the table sorted by reward, those that never came so far at its end."""
-    names, cards, order = labels([*groups]), [], [*groups]
+    names, cards = labels([*groups]), []
     for kl in at_kl or equal_kls(groups):
         rewards = {
             setting: {c.seed: value for c in own if (value := reward_at_kl(c, kl)) is not None}
@@ -111,51 +111,39 @@ def _equal_kl(groups: Groups, at_kl: Sequence[float]) -> list[str]:
         for setting in ranked:
             first, own = rewards[ranked[0]], rewards[setting]
             gaps = [first[seed] - own[seed] for seed in own if seed in first]
-            behind = _text(mean_and_interval(gaps)) if gaps and setting != ranked[0] else ""
-            table.append((names[setting], f"{means[setting].n}", _text(means[setting]), behind))
-        for setting in order:
+            behind = mean_and_interval(gaps).text() if gaps and setting != ranked[0] else ""
+            table.append((names[setting], f"{means[setting].n}", means[setting].text(), behind))
+        for setting in groups:
             if setting not in means:
                 n, reach = len(groups[setting]), max(c.reach for c in groups[setting])
                 came = f"{len(rewards[setting])} of {n} runs came so far" if rewards[setting] else "not reached"
                 table.append((names[setting], f"{n}", came, f"went to KL {reach:.3g}"))
-        chart = ""
-        if ranked:
-            rows = [(names[setting], *means[setting][:3]) for setting in ranked]
-            chart = whiskers(rows, f"Reward at KL {kl:g}", [order.index(setting) for setting in ranked])
-        content = chart + pages.table(["setting", "n", "test reward", "behind the first"], table)
-        cards.append(figure(f"At KL = {kl:g} nats", content))
+        content = chart_svg(equal_kl_chart(kl, groups, {s: means[s] for s in ranked})) if ranked else ""
+        content += pages.table(["setting", "n", "test reward", "behind the first"], table)
+        cards.append(card(f"At KL = {kl:g} nats", content))
     return cards
 
 
 def _last(found: Comparison, groups: Groups) -> str:
     """Means and intervals of the last evaluation."""
-    names, rows = labels([*groups]), []
+    names, rows, runs = labels([*groups]), [], runs_of(found.rows)
     columns = [name for name in _LAST if name in found.rows[0]]
     for setting in groups:
-        last = [ends(found.rows, setting, column) for column in columns]
+        last = [ends(runs[setting], column) for column in columns]
         step = max((step for own in last for step, _ in own.values()), default="–")
-        means = [_text(mean_and_interval([value for _, value in own.values()])) if own else "–" for own in last]
+        means = [mean_and_interval([value for _, value in own.values()]).text() if own else "–" for own in last]
         rows.append((names[setting], len(groups[setting]), step, *means))
     note = (
         "Means over n seeds ± their 95% t-intervals. A run that went further from the reference has more reward "
         "for that alone: methods are compared at equal KL, above, not here."
     )
-    return figure("Last evaluation", pages.table(["setting", "n", "step", *(_LAST[c] for c in columns)], rows), note)
-
-
-def _text(interval: Interval) -> str:
-    """Mean ± half its interval, with the same decimals: three digits of the mean or of the half, whichever is more."""
-    half = interval.high - interval.mean if interval.n > 1 else 0.0
-    largest = max(abs(interval.mean), half)
-    decimals = min(max(2 - math.floor(math.log10(largest)), 0), 4) if largest else 0
-    mean = f"{interval.mean:.{decimals}f}"
-    return f"{mean} ± {half:.{decimals}f}" if interval.n > 1 else mean
+    return card("Last evaluation", pages.table(["setting", "n", "step", *(_LAST[c] for c in columns)], rows), note)
 
 
 def _value(row: Mapping[str, str], name: str) -> str:
     """A field of `selected.csv`, with its interval where it has one."""
     high = row.get(f"{name}_high")
-    return _text(Interval(float(row[name]), -math.inf, float(high), 2)) if high else _short(row[name])
+    return Interval(float(row[name]), -math.inf, float(high), 2).text() if high else _short(row[name])
 
 
 def _short(value: str) -> str:

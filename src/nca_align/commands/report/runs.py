@@ -9,13 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import UserError
+from ...evaluation.comparison_rows import Setting, setting_of
+from ...evaluation.frontier import Curve, curves_of
 from ...store.files import read_csv
-from .frontier import SETTINGS, Curve, Setting, common_reach, curves_of, setting_of
 
 _COLUMNS = ("method", "seed", "split", "step", "reward", "kl")
-
-
-_MOST_KL = 3  # equal-KL tables beside that of the common reach
 
 
 @dataclass(frozen=True)
@@ -40,40 +38,6 @@ class Comparison:
         """Test curves of the settings that validation chose, in the order of `selected.csv`."""
         curves = curves_of(self.rows)
         return {setting: curves[setting] for row in self.selected if (setting := setting_of(row)) in curves}
-
-
-def labels(settings: Sequence[Setting]) -> dict[Setting, str]:
-    """A name for each: its method, and those settings in which rows of one method differ."""
-    methods: dict[str, list[dict[str, str]]] = {}
-    for setting in settings:
-        methods.setdefault(dict(setting).get("method", ""), []).append(dict(setting))
-    named = {}
-    for setting in settings:
-        own = dict(setting)
-        others = methods[own.get("method", "")]
-        parts = []
-        for name in SETTINGS[1:]:
-            if any(other.get(name) != own.get(name) for other in others):
-                value = own.get(name, "all" if name == "num_completions" else None)
-                if value is not None:
-                    parts.append(value if name == "strategy" else f"{_SIGNS.get(name, name)} {value}")
-        named[setting] = ", ".join([own.get("method", "run"), *parts])
-    return named
-
-
-_SIGNS = {"alpha": "α", "beta": "β", "learning_rate": "lr", "num_completions": "K"}
-
-
-def equal_kls(groups: Mapping[Setting, Sequence[Curve]]) -> list[float]:
-    """KLs to compare at: what all runs came to, and up to three round ones that all seeds of two settings came to."""
-    reaches = sorted((min(curve.reach for curve in curves) for curves in groups.values()), reverse=True)
-    common = common_reach(groups.values())
-    found = [] if common is None else [common]
-    if len(reaches) > 1 and reaches[1] > 0:
-        first = math.floor(math.log10(reaches[1]))
-        rounds = [m * 10.0**e for e in range(first - 1, first + 1) for m in (1, 2, 5)]
-        found += [kl for kl in rounds if (common or 0) * 1.2 < kl <= reaches[1]][-_MOST_KL:]
-    return found
 
 
 def prefixes(log: Sequence[Mapping[str, Any]]) -> dict[str, str]:

@@ -19,35 +19,21 @@ def by_rank(log: list[dict[str, Any]], name: str, prefix: str = "") -> dict[int,
 
 
 def plot_curves(log: list[dict[str, Any]], path: Path) -> Path | None:
-    """Write the PNG, training as thin lines and held-out prompts as thick ones; None without matplotlib (`plots`), or
-    where nothing was logged."""
-    if not (by_rank(log, "rewards") or by_rank(log, "rewards", "eval_")):
-        return None
-    try:
-        import matplotlib
-    except ImportError:
-        return None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    """Write the PNG, training as thin lines and held-out prompts as thick ones; None where nothing was logged."""
+    from ...pages.charts import Chart, Series, write_png
 
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    charts = []
     titles = {"rewards": "implicit reward  β · log(π/π_ref)", "logratios": "log-ratio  log(π/π_ref), nats"}
-    for axis, (name, title) in zip(axes, titles.items(), strict=True):
-        train, held_out = by_rank(log, name), by_rank(log, name, "eval_")
-        ranks = sorted({*train, *held_out})
-        for rank in ranks:
-            colour = plt.get_cmap("viridis")((rank - 1) / max(1, len(ranks) - 1) * 0.9)
-            if rank in train:
-                axis.plot(*train[rank], color=colour, linewidth=0.8, alpha=0.6, label=f"rank {rank}")
-            if rank in held_out:
-                label = None if rank in train else f"rank {rank}"
-                axis.plot(*held_out[rank], color=colour, linewidth=2.5, marker="o", markersize=4, label=label)
-        axis.axhline(0, color="grey", linewidth=0.6)
-        axis.set(title=title, xlabel="step")
-        axis.legend(title="by reward, best first", fontsize="small")
-    figure.suptitle("thin: training, thick: held-out prompts", fontsize="small")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    for name, title in titles.items():
+        shown = [
+            Series(f"rank {rank}", *points, thin=not prefix)
+            for prefix in ("eval_", "")  # the thick ones stand in the legend
+            for rank, points in by_rank(log, name, prefix).items()
+        ]
+        charts.append(Chart(title, shown, "step"))
+    if not any(chart.series for chart in charts):
+        return None
+    write_png(charts, "by reward, rank 1 the best; thin: training, thick: held-out prompts", path)
     return path
 
 

@@ -1,0 +1,279 @@
+"""Charts, drawn once by matplotlib: on a page as SVG, in a file as PNG, with the same colours.
+
+A colour is a name of the page's style sheet, so that a chart on a page follows light and dark.
+"""
+
+import io
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, NullLocator
+
+from .html import COLOURS, card, escape, visible
+
+_LIGHT = {name: light for name, (light, _) in COLOURS.items()}
+_NAMES = {light: f"var(--{name})" for name, light in _LIGHT.items()}
+_CURVES = "abcdefgh"  # the colours of curves
+_METHODS = {"nca": "a", "infonca": "b", "dpo": "c", "sft": "d", "gvpo": "e", "kto": "f", "ipo": "g"}
+_LINES = ("-", "--", ":")
+_MOST_POINTS = 40  # of a curve whose points are marked
+_STYLE: dict[Any, Any] = {
+    "font.family": "DejaVu Sans", "font.size": 11, "text.parse_math": False, "text.color": _LIGHT["text"],
+    "axes.spines.left": False, "axes.spines.right": False, "axes.spines.top": False, "axes.spines.bottom": False,
+    "axes.grid": True, "axes.grid.axis": "y", "axes.axisbelow": True, "grid.color": _LIGHT["line"],
+    "axes.labelcolor": _LIGHT["soft"], "xtick.labelcolor": _LIGHT["soft"], "ytick.labelcolor": _LIGHT["soft"],
+    "xtick.major.size": 0, "ytick.major.size": 0, "legend.frameon": False, "svg.fonttype": "none", "svg.hashsalt": "",
+}  # fmt: skip
+_in_our_style = rc_context(_STYLE)
+Bars = Sequence[tuple[float, float]]  # low and high of each point
+
+
+@dataclass(frozen=True)
+class Series:
+    """Points joined by a line; intervals in either direction where they are known.
+
+    Series of one name in a chart have one colour. One without a name is in no legend, and in no colour of a curve.
+    """
+
+    name: str
+    x: Sequence[float]
+    y: Sequence[float]
+    x_bars: Bars | None = None
+    y_bars: Bars | None = None
+    thin: bool = False
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A title, curves, and the words under them.
+
+    Args:
+        x_label: what is across; the axis has no numbers without it.
+        y_range: by default that of the points, and of their bars as far as these are not much wider.
+        diagonal: draw x = y.
+        log_x: whether the x axis is logarithmic.
+        marks: vertical lines, from their names to where they stand.
+    """
+
+    title: str
+    series: Sequence[Series]
+    x_label: str
+    note: str = ""
+    y_range: tuple[float, float] | None = None
+    diagonal: bool = False
+    log_x: bool = False
+    marks: dict[str, float] = field(default_factory=dict)
+
+    def styles(self) -> dict[str, tuple[str, str]]:
+        """`styles` of its curves."""
+        return styles([one.name for one in self.series])
+
+
+def number(value: float, _: object = None) -> str:
+    """`1,234`, `0.25`, `12k`: short enough for an axis."""
+    if abs(value) >= 10_000:
+        return f"{value / 1000:,.4g}k" if abs(value) < 1e6 else f"{value / 1e6:,.4g}M"
+    return f"{value:,.0f}" if value == round(value) else f"{value:.4g}"
+
+
+def styles(names: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """Name of a curve → its colour and line.
+
+    What stands before a name's first comma has a colour of its own: a method the same one in all charts. Curves that
+    differ behind the comma differ in their lines, unless all begin alike.
+    """
+    starts = {name: name.partition(",")[0] for name in names}
+    if len({*starts.values()}) == 1:
+        starts = {name: name for name in names}
+    owners = {_METHODS[start]: start for start in starts.values() if start in _METHODS}
+    found: dict[str, tuple[str, str]] = {}
+    left: list[tuple[str, str]] = []
+    for name, start in starts.items():
+        left = left or [(colour, line) for line in _LINES for colour in _CURVES]
+        found[name] = min(left, key=lambda style: (owners.get(style[0]) != start, style[0] in owners))
+        left.remove(found[name])
+        owners.setdefault(found[name][0], start)
+    return found
+
+
+def axis_range(values: Sequence[float], ends: Sequence[float]) -> tuple[float, float]:
+    """What an axis shows of `values` and of the ends of their bars. Bars of few seeds can be far wider than all that is
+    to be seen: they widen it, but at most threefold."""
+    low, high = min(values), max(values)
+    span = high - low or abs(low) * 0.1 or 1.0
+    known = [end for end in ends if math.isfinite(end)]
+    most = max(min([low, *known]), low - span), min(max([high, *known]), high + span)
+    edge = max(0.06 * (most[1] - most[0]), 0.02 * abs(low), 1e-9)  # of equal values too
+    return most[0] - edge, most[1] + edge
+
+
+def chart_card(chart: Chart) -> str:
+    """The chart on a card of a page."""
+    return card(chart.title, chart_svg(chart), chart.note)
+
+
+@_in_our_style
+def chart_svg(chart: Chart) -> str:
+    """The chart as SVG, with a legend in HTML, which finds room on a phone too."""
+    keys = []
+    for name, (colour, line) in chart.styles().items():
+        fill = f"var(--{colour})"
+        if line != "-":
+            fill = f"repeating-linear-gradient(90deg, {fill} 0 4px, transparent 4px 6px)"
+        keys.append(f'<span><span class="key" style="background: {fill}"></span>{escape(name)}</span>')
+    axes = _page_axes()
+    _draw(axes, chart)
+    return f'<div class="note legend">{" ".join(keys)}</div>{_svg(axes, chart.title)}'
+
+
+@_in_our_style
+def histogram(
+    edges: np.ndarray, counts: np.ndarray, label: str, unit: str, marks: dict[str, float] | None = None
+) -> str:
+    """Bars between `edges` as SVG, with vertical lines at `marks`; `label` names the axis, `unit` what is counted."""
+    axes = _page_axes()
+    tips = [
+        f"{number(left)} to {number(right)}: {n:,} {unit}"
+        for left, right, n in zip(edges, edges[1:], counts, strict=False)
+    ]
+    _tip(axes.bar(edges[:-1], counts, 0.94 * np.diff(edges), align="edge", color=_LIGHT["a"]), tips)
+    axes.set(xlabel=label, xlim=(edges[0], edges[-1]), ylim=(0, counts.max() * 1.05 or 1))
+    _finish(axes, marks or {})
+    return _svg(axes, f"Histogram of {label}")
+
+
+@_in_our_style
+def bars(labels: Sequence[str], values: Sequence[float], label: str, show: str = ",.0f") -> str:
+    """One horizontal bar each as SVG, with its value beside it."""
+    n, texts = len(labels), [format(value, show) for value in values]
+    axes = _page_axes(26 * n + 6, left=min(130, max(map(len, labels)) * 6.5 + 12), right=62, top=0, bottom=0)
+    drawn = axes.barh(range(n), values, 0.7, color=_LIGHT["a"])
+    _tip(drawn, [f"{name}: {text}" for name, text in zip(labels, texts, strict=True)])
+    axes.bar_label(drawn, texts, padding=6, color=_LIGHT["soft"])
+    axes.set_yticks(range(n), labels)
+    axes.set(xlim=(0, max(*values, 1e-9)), ylim=(n - 0.5, -0.5), xticks=[])
+    axes.grid(visible=False)
+    return _svg(axes, label)
+
+
+@_in_our_style
+def picture(charts: Sequence[Chart], title: str) -> Figure:
+    """The charts in rows of two; those with the first one's curves share its legend, below."""
+    rows = -(-len(charts) // 2)
+    figure = Figure((11, 3.8 * rows), layout="constrained")
+    every = figure.subplots(rows, 2, squeeze=False).flatten()
+    first = charts[0].styles()
+    shared = sum(chart.styles() == first for chart in charts) > 1
+    for axes, chart in zip(every, charts, strict=False):
+        _draw(axes, chart)
+        axes.set_title(chart.title)
+        if any(chart.styles()) and not (shared and chart.styles() == first):
+            axes.legend(fontsize="small")
+    for axes in every[len(charts) :]:
+        axes.set_visible(False)
+    if shared:
+        figure.legend(*every[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize="small")
+    figure.suptitle(title)
+    return figure
+
+
+def write_png(charts: Sequence[Chart], title: str, path: Path) -> None:
+    """Write the `picture` of the charts, for papers and slides."""
+    picture(charts, title).savefig(path, dpi=120)
+
+
+def _draw(axes: Axes, chart: Chart) -> None:
+    """The chart's curves; bars stop at its edge, and those over one step stand side by side."""
+    for i, one in enumerate(chart.series):
+        name, line = chart.styles()[one.name]
+        colour, x = _LIGHT[name if one.name else "text"], _beside(one.x, i, chart)
+        known = one.name in axes.get_legend_handles_labels()[1]
+        _, _, error_bars = axes.errorbar(
+            x, one.y, _arms(one.y, one.y_bars), _arms(one.x, one.x_bars), label="" if known else one.name,
+            color=colour, linestyle=line, linewidth=0.8 if one.thin else 2, elinewidth=1,
+        )  # fmt: skip
+        for bar in error_bars:
+            bar.set_alpha(0.55)
+        if len(x) <= _MOST_POINTS and not one.thin:
+            points = [axes.plot(*point, "o", color=colour, markersize=5)[0] for point in zip(x, one.y, strict=True)]
+            _tip(points, [f"{one.name}: {number(a)}, {number(b)}" for a, b in zip(one.x, one.y, strict=True)])
+    if any(one.x_bars for one in chart.series):
+        axes.set_xlim(*axis_range([x for one in chart.series for x in one.x], []))
+    if chart.y_range or len(chart.series) > 1:  # of one curve all of its bars are shown
+        ends = [end for one in chart.series for bar in one.y_bars or () for end in bar]
+        axes.set_ylim(*(chart.y_range or axis_range([y for one in chart.series for y in one.y], ends)))
+    if chart.diagonal:
+        axes.plot([0, 1], [0, 1], color=_LIGHT["soft"], linestyle="--", linewidth=1)
+    elif axes.get_ylim()[0] < 0 < axes.get_ylim()[1]:
+        axes.axhline(0, color=_LIGHT["soft"], linewidth=0.8)
+    axes.set_xlabel(chart.x_label)
+    axes.xaxis.set_visible(bool(chart.x_label))
+    if chart.log_x:
+        axes.set_xscale("log")
+    _finish(axes, chart.marks)
+
+
+def _page_axes(height: float = 210, left: float = 44, right: float = 12, top: float = 16, bottom: float = 36) -> Axes:
+    """Axes in a figure of a page, with so many pixels around them."""
+    width = 360  # about what a chart gets on a phone and in a column of a wide page: text stays its size
+    figure = Figure((width / 72, height / 72))
+    return figure.add_axes((left / width, bottom / height, 1 - (left + right) / width, 1 - (top + bottom) / height))
+
+
+def _finish(axes: Axes, marks: dict[str, float]) -> None:
+    """Round numbers on the axes, and vertical lines at those `marks` that are in sight."""
+    low, high = axes.get_xlim()
+    if axes.get_xscale() == "log":
+        axes.xaxis.set_minor_locator(NullLocator())
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10]))
+    axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(number)
+    for i, (x, name) in enumerate(sorted((x, name) for name, x in marks.items() if low <= x <= high)):
+        axes.axvline(x, color=_LIGHT["warn"], linewidth=1.5, linestyle="--")
+        right = axes.transAxes.inverted().transform(axes.transData.transform((x, 0)))[0] > 0.6
+        axes.annotate(
+            name, (x, 1), (-4 if right else 4, 5 - 13 * (i % 2)), ("data", "axes fraction"), "offset points",
+            color=_LIGHT["warn"], horizontalalignment="right" if right else "left",
+        )  # fmt: skip
+
+
+def _beside(x: Sequence[float], i: int, chart: Chart) -> list[float]:
+    """`x`, a little to the side for each series where bars stand over the same steps."""
+    if not any(one.y_bars for one in chart.series) or any(one.x_bars for one in chart.series):
+        return list(x)
+    every = [value for one in chart.series for value in one.x]
+    return [value + (i - (len(chart.series) - 1) / 2) * 0.012 * (max(every) - min(every)) for value in x]
+
+
+def _arms(values: Sequence[float], bars: Bars | None) -> list[float] | None:
+    """Half the width of each interval; 0 where there is none."""
+    if bars is None:
+        return None
+    return [high - value if math.isfinite(high) else 0.0 for value, (_, high) in zip(values, bars, strict=True)]
+
+
+def _tip(drawn: Any, texts: Sequence[str]) -> None:
+    """Have a page show each text where the mouse is over its shape: `_svg` looks for these ids."""
+    for one, text in zip(drawn, texts, strict=True):
+        one.set_gid(f"tip: {visible(text)}")
+
+
+def _svg(axes: Axes, label: str) -> str:
+    """The figure for a page: its colours by their names in the style sheet, and its tips."""
+    file = io.StringIO()
+    axes.figure.savefig(file, format="svg", transparent=True)  # type: ignore[union-attr]
+    text = re.sub(r"^.*?<svg |<metadata>.*?</metadata>", "", file.getvalue(), flags=re.DOTALL)
+    text = re.sub(r'<g id="tip: ([^"]*)">', r"<g><title>\1</title>", text)
+    text = re.sub(r'<g id="[^"]*"', "<g", text)  # other figures have the same ones
+    text = re.sub(r"(?<=: )#[0-9a-f]{6}", lambda found: _NAMES.get(found[0], found[0]), text)
+    return f'<svg role="img" aria-label="{escape(label)}" {text}'
