@@ -1,12 +1,13 @@
 """NCAConfig: DPOConfig with what InfoNCA and NCA need, and a refusal of what they would ignore."""
 
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 from trl import DPOConfig
 
 from .errors import UserError, UserTypeError
 from .losses import LOSSES, loss_name
+from .options import option
 
 LAYOUTS = ("auto", "prefix_shared", "padded")
 NONFINITE = ("stop", "skip")
@@ -61,45 +62,32 @@ class NCAConfig(DPOConfig):
         ValueError: a value out of range, or an option of DPOConfig that no loss here reads.
     """
 
-    alpha: float = field(default=0.01, metadata={"help": "Temperature of the targets softmax(rewards / alpha), > 0."})
-    beta: float = field(default=0.01, metadata={"help": "Implicit reward per nat of log(pi / pi_ref), > 0."})
-    loss_type: list[str] = field(
-        default_factory=lambda: ["nca"],
-        metadata={"help": f"One or several of {', '.join(map(repr, [*LOSSES, 'sft']))}, combined by `loss_weights`."},
+    alpha: float = option("Temperature of the targets softmax(rewards / alpha), > 0.", 0.01)
+    beta: float = option("Implicit reward per nat of log(pi / pi_ref), > 0.", 0.01)
+    loss_type: list[str] = option(
+        f"One or several of {', '.join(map(repr, [*LOSSES, 'sft']))}, combined by `loss_weights`.", ["nca"]
     )
-    negative_weight: float = field(default=1.0, metadata={"help": "Weight of NCA's second term; 1 is the paper's."})
-    max_prompt_length: int | None = field(
-        default=None,
-        metadata={"help": "Tokens kept of a prompt, its end. By default half of `max_length`."},
+    negative_weight: float = option("Weight of NCA's second term; 1 is the paper's.", 1.0)
+    max_prompt_length: int | None = option("Tokens kept of a prompt, its end. By default half of `max_length`.", None)
+    layout: str = option(
+        "`prefix_shared` computes each shared token once, `padded` a row per completion, `auto` chooses.",
+        "auto",
+        choices=list(LAYOUTS),
     )
-    layout: str = field(
-        default="auto",
-        metadata={
-            "help": "`prefix_shared` computes each shared token once, `padded` a row per completion, `auto` chooses.",
-            "choices": list(LAYOUTS),
-        },
+    completions_per_forward: int | None = option(
+        "Most completions in a forward and backward; bounds activations whatever K is.", None
     )
-    completions_per_forward: int | None = field(
-        default=None,
-        metadata={"help": "Most completions in a forward and backward; bounds activations whatever K is."},
+    nonfinite: str = option(
+        "Where a loss or gradient isn't finite: `stop` names the rows, `skip` leaves the step out.",
+        "stop",
+        choices=list(NONFINITE),
     )
-    nonfinite: str = field(
-        default="stop",
-        metadata={
-            "help": "Where a loss or gradient isn't finite: `stop` names the rows, `skip` leaves the step out.",
-            "choices": list(NONFINITE),
-        },
+    collapse_nats: float = option(
+        "Warn, once, where the best completions' mean log-ratio is below minus this; `inf`: never.", 50.0
     )
-    collapse_nats: float = field(
-        default=50.0,
-        metadata={"help": "Warn, once, where the best completions' mean log-ratio is below minus this; `inf`: never."},
-    )
-    resume_changed: list[str] = field(
-        default_factory=list,
-        metadata={"help": "What may differ from the checkpoint that the run goes on from, by name."},
-    )
+    resume_changed: list[str] = option("What may differ from the checkpoint that the run goes on from, by name.", [])
     # its test of each micro-batch's loss would wait for the device; `nonfinite` looks once a step
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Replaced by `nonfinite`."})
+    logging_nan_inf_filter: bool = option("Replaced by `nonfinite`.", False)
 
     def __post_init__(self):
         names = [self.loss_type] if isinstance(self.loss_type, str) else list(self.loss_type)

@@ -5,7 +5,8 @@ import difflib
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, cast, get_args, get_type_hints
+from dataclasses import MISSING, field
+from typing import Any, Literal, cast, get_args, get_type_hints
 
 import yaml
 from trl import TrlParser
@@ -14,6 +15,34 @@ from .errors import UserError, one_line
 
 # What YAML 1.1 makes of the bare words that some options take (`save_strategy: no`).
 _YAML_WORDS = {False: ("no", "off", "false"), True: ("yes", "on", "true")}
+Dtype = Literal["auto", "bfloat16", "float16", "float32"]
+
+
+def option(help: str, default: Any = MISSING, **metadata: Any) -> Any:
+    """The field of a dataclass of options.
+
+    Args:
+        help: what `--help` says.
+        default: none where the option must be given; a list is copied for each instance.
+        **metadata: of the parser's argument, such as `choices`; `action="extend"` lets a flag repeat.
+    """
+    metadata["help"] = help
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def dtype_option(help: str = "auto: bfloat16 on a GPU, float32 on a CPU") -> Any:
+    """The field `dtype: Dtype` of a command that loads models."""
+    return option(help, "auto")
+
+
+def require_at_least_1(options: Any, *names: str) -> None:
+    """Raise a UserError where one of these options is below 1; None passes."""
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise UserError(f"`{name}` is {value}; it must be at least 1")
 
 
 class _Parser(TrlParser):

@@ -1,7 +1,7 @@
 """`nca-align score`: completions to `rewards`, from a model, a classifier, a Python function, or several of them."""
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from datasets import Features, List, Value
@@ -9,7 +9,7 @@ from datasets import Features, List, Value
 from ..data.prompts import load_completions
 from ..errors import UserError, command
 from ..models.loading import model_fingerprint
-from ..options import parse
+from ..options import Dtype, dtype_option, option, parse, require_at_least_1
 from ..rewards.scorers import Scorers, check_weights, open_scorers
 from ..rewards.spec import ScorerSpec, column_names
 from ..store.fingerprints import data_fingerprint
@@ -21,37 +21,27 @@ from ..store.shards import run_sharded
 class ScoreOptions:
     """Options of `nca-align score`."""
 
-    dataset_name: str = field(
-        metadata={"help": "rows of `prompt` and `completions`, or any format that training reads"}
+    dataset_name: str = option("rows of `prompt` and `completions`, or any format that training reads")
+    output: str = option("the file to write, .parquet or .jsonl")
+    scorer: list[str] = option(
+        "may repeat. `module:function` (TRL's reward-function signature), `pipeline:MODEL:LABEL`, "
+        "or a reward model's folder or id",
+        action="extend",
     )
-    output: str = field(metadata={"help": "the file to write, .parquet or .jsonl"})
-    scorer: list[str] = field(
-        metadata={"help": "may repeat. `module:function` (TRL's reward-function signature), `pipeline:MODEL:LABEL`, "
-                  "or a reward model's folder or id", "action": "extend"},
-    )  # fmt: skip
-    scorer_weights: list[float] = field(
-        default_factory=list, metadata={"help": "one a scorer, 1 by default", "action": "extend"}
+    scorer_weights: list[float] = option("one a scorer, 1 by default", [], action="extend")
+    dataset_config: str | None = option("configuration of a data set of the Hub", None)
+    split: str = option("split of a data set that has several", "train")
+    tokenizer: str | None = option("tokenizer whose `completion_ids` functions are given; none by default", None)
+    on_error: Literal["stop", "drop"] = option(
+        "rows that can't be scored: stop, once all others are done and kept, or drop and count them", "stop"
     )
-    dataset_config: str | None = field(default=None, metadata={"help": "configuration of a data set of the Hub"})
-    split: str = field(default="train", metadata={"help": "split of a data set that has several"})
-    tokenizer: str | None = field(
-        default=None, metadata={"help": "tokenizer whose `completion_ids` functions are given; none by default"}
-    )
-    on_error: Literal["stop", "drop"] = field(
-        default="stop",
-        metadata={"help": "rows that can't be scored: stop, once all others are done and kept, or drop and count them"},
-    )
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = field(
-        default="auto", metadata={"help": "of reward models and classifiers; auto: bfloat16 on a GPU, float32 on a CPU"}
-    )
-    trust_remote_code: bool = field(default=False, metadata={"help": "run code that comes with a scorer's model"})
-    batch_size: int = field(default=16, metadata={"help": "completions a batch of a model"})
-    shard_size: int = field(default=64, metadata={"help": "rows a shard, the unit in which work is kept"})
+    dtype: Dtype = dtype_option("of reward models and classifiers; auto: bfloat16 on a GPU, float32 on a CPU")
+    trust_remote_code: bool = option("run code that comes with a model", False)
+    batch_size: int = option("completions a batch of a model", 16)
+    shard_size: int = option("rows a shard, the unit in which work is kept", 64)
 
     def __post_init__(self):
-        for name in ("batch_size", "shard_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"`{name}` is {getattr(self, name)}; it must be at least 1")
+        require_at_least_1(self, "batch_size", "shard_size")
         if not self.scorer:
             raise UserError("`scorer` is missing: name a reward model, pipeline:MODEL:LABEL or module:function")
         check_weights(self.scorer_weights, len(self.scorer))

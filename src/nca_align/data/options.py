@@ -2,10 +2,11 @@
 
 import json
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..errors import UserError
+from ..options import option
 
 DEFAULT_SCORE = "overall_score"
 
@@ -18,55 +19,39 @@ class DataOptions:
         ValueError: a value outside what the field takes.
     """
 
-    score: str = field(
-        default=DEFAULT_SCORE,
-        metadata={
-            "help": "Which score is the reward. Raw UltraFeedback: `overall_score`, `mean_aspects` (mean of the aspect "
-            "ratings), an aspect such as `honesty`, or another field of the completion. Flat scored rows: a column "
-            "name; by default the first there is of `reward`, `score`, `overall_score`, `helpfulness`."
-        },
+    score: str = option(
+        "Which score is the reward. Raw UltraFeedback: `overall_score`, `mean_aspects` (mean of the aspect "
+        "ratings), an aspect such as `honesty`, or another field of the completion. Flat scored rows: a column "
+        "name; by default the first there is of `reward`, `score`, `overall_score`, `helpfulness`.",
+        DEFAULT_SCORE,
     )
-    preference: Literal["scores", "hard"] = field(
-        default="scores",
-        metadata={
-            "help": "Rewards of a chosen/rejected pair: its scores where it has them (`scores`), or 1 and 0 (`hard`)."
-        },
+    preference: Literal["scores", "hard"] = option(
+        "Rewards of a chosen/rejected pair: its scores where it has them (`scores`), or 1 and 0 (`hard`).", "scores"
     )
-    on_invalid: Literal["raise", "drop"] = field(
-        default="raise",
-        metadata={"help": "An invalid row stops the run (`raise`), or is dropped and counted by cause (`drop`)."},
+    on_invalid: Literal["raise", "drop"] = option(
+        "An invalid row stops the run (`raise`), or is dropped and counted by cause (`drop`).", "raise"
     )
-    score_bug: Literal["repair", "drop"] = field(
-        default="repair",
-        metadata={
-            "help": "Raw UltraFeedback turned some overall scores of 1 into 10 (recognised by a mean aspect rating of "
-            "2 or less): set them back to 1 (`repair`), or leave the completion out (`drop`). Counted either way."
-        },
+    score_bug: Literal["repair", "drop"] = option(
+        "Raw UltraFeedback turned some overall scores of 1 into 10 (recognised by a mean aspect rating of "
+        "2 or less): set them back to 1 (`repair`), or leave the completion out (`drop`). Counted either way.",
+        "repair",
     )
-    exclude_sources: list[str] = field(
-        default_factory=list,
-        metadata={
-            "help": "Values of the column `source` whose rows are left out and counted, such as `truthful_qa`, which "
-            "contaminates raw UltraFeedback."
-        },
+    exclude_sources: list[str] = option(
+        "Values of the column `source` whose rows are left out and counted, such as `truthful_qa`, which "
+        "contaminates raw UltraFeedback.",
+        [],
     )
-    chat_template_kwargs: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={
-            "help": "Arguments of the chat template for every row, a JSON object such as "
-            """'{"enable_thinking": false}'; what a row's own column `chat_template_kwargs` says comes first."""
-        },
+    chat_template_kwargs: dict[str, Any] | str | None = option(
+        "Arguments of the chat template for every row, a JSON object such as "
+        """'{"enable_thinking": false}'; what a row's own column `chat_template_kwargs` says comes first.""",
+        None,
     )
-    validation_fraction: float = field(
-        default=0.05,
-        metadata={
-            "help": "Share of the prompts held out as the split `validation` where the data has a training split "
-            "alone, rounded down to whole prompts; 0 holds out none. Streams are never cut."
-        },
+    validation_fraction: float = option(
+        "Share of the prompts held out as the split `validation` where the data has a training split "
+        "alone, rounded down to whole prompts; 0 holds out none. Streams are never cut.",
+        0.05,
     )
-    validation_seed: int = field(
-        default=0, metadata={"help": "Which prompts are held out; another seed holds out others."}
-    )
+    validation_seed: int = option("Which prompts are held out; another seed holds out others.", 0)
 
     def __post_init__(self):
         for name, known in [

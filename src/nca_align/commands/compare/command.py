@@ -7,7 +7,7 @@ import platform
 import signal
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from rich.table import Table
 
 from ...errors import UserError, command
 from ...evaluation.comparison_rows import Row, setting_name
-from ...options import parse
+from ...options import option, parse, require_at_least_1
 from ...store.files import write_csv, write_json
 from ...store.locking import alone_at
 from ...store.provenance import LIBRARIES, commit, versions
@@ -33,33 +33,27 @@ from .tables import COLUMNS, Selection, left_out, rows_of, seeds_of, selected_ro
 class CompareOptions:
     """Options of `nca-align compare`; `base`, `grid`, `evaluation` and `select` are mappings of the YAML file."""
 
-    output_dir: str = field(metadata={"help": "folder of the tables and, in `cells`, of the runs"})
-    base: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "in the file: options of `nca-align train` that all cells share"}
+    output_dir: str = option("folder of the tables and, in `cells`, of the runs")
+    base: dict[str, Any] | str | None = option("in the file: options of `nca-align train` that all cells share", None)
+    grid: dict[str, Any] | str | None = option(
+        "in the file: method, strategy, alpha, beta, learning_rate, num_completions, seed, each with "
+        "its values; or a list of such mappings",
+        None,
     )
-    grid: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={"help": "in the file: method, strategy, alpha, beta, learning_rate, num_completions, seed, each with "
-                  "its values; or a list of such mappings"},
-    )  # fmt: skip
-    evaluation: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={"help": "in the file: scorer, validation, test, prompts, num_completions, max_new_tokens, steps …"},
+    evaluation: dict[str, Any] | str | None = option(
+        "in the file: scorer, validation, test, prompts, num_completions, max_new_tokens, steps …", None
     )
-    select: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "in the file: metric and at_kl, by which validation chooses settings"}
+    select: dict[str, Any] | str | None = option(
+        "in the file: metric and at_kl, by which validation chooses settings", None
     )
-    parallel: int = field(default=1, metadata={"help": "cells at a time; on several GPUs one each"})
-    timeout_minutes: float | None = field(
-        default=None, metadata={"help": "a cell that takes longer is stopped and counts as failed"}
-    )
-    only: str = field(default="*", metadata={"help": "run the cells whose name this pattern matches, such as 'nca-*'"})
-    dry_run: bool = field(default=False, metadata={"help": "list the cells, with an estimate, and run none"})
-    report: bool = field(default=False, metadata={"help": "write report.html and its figures at the end"})
+    parallel: int = option("cells at a time; on several GPUs one each", 1)
+    timeout_minutes: float | None = option("a cell that takes longer is stopped and counts as failed", None)
+    only: str = option("run the cells whose name this pattern matches, such as 'nca-*'", "*")
+    dry_run: bool = option("list the cells, with an estimate, and run none", False)
+    report: bool = option("write report.html and its figures at the end", False)
 
     def __post_init__(self):
-        if self.parallel < 1:
-            raise UserError(f"`parallel` is {self.parallel}; it must be at least 1")
+        require_at_least_1(self, "parallel")
         if self.timeout_minutes is not None and not self.timeout_minutes > 0:
             raise UserError(f"`timeout_minutes` is {self.timeout_minutes}; it must be above 0")
 

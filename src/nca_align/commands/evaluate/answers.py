@@ -2,12 +2,12 @@
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from ...data.prompts import load_raw, split_to_answer
 from ...evaluation.estimates import Estimate, mean_over_prompts, rewards_by_prompt
+from ...options import Dtype, dtype_option, option
 from ...rewards.scorers import check_weights
 from ...rewards.spec import ScorerSpec
 from ...store.files import can_be_written
@@ -21,36 +21,22 @@ from .scored import EvaluateOptions, Evaluation, evaluate, print_table
 class GenerationOptions:
     """Options of `nca-align evaluate --scorer`."""
 
-    scorer: list[str] = field(
-        metadata={"help": "what rewards the answers, as in `nca-align score`; may repeat", "action": "extend"}
+    scorer: list[str] = option("what rewards the answers, as in `nca-align score`; may repeat", action="extend")
+    scorer_weights: list[float] = option("one a scorer, 1 by default", [], action="extend")
+    dataset_name: str = option(
+        "held-out prompts: a text file (one a line), or any file, folder or Hub id that training reads"
     )
-    scorer_weights: list[float] = field(
-        default_factory=list, metadata={"help": "one a scorer, 1 by default", "action": "extend"}
-    )
-    dataset_name: str = field(
-        metadata={
-            "help": "held-out prompts: a text file (one a line), or any file, folder or Hub id that training reads"
-        }
-    )
-    dataset_config: str | None = field(default=None, metadata={"help": "configuration of a data set of the Hub"})
-    split: str | None = field(
-        default=None, metadata={"help": "split of a data set that has several; the held-out one by default"}
-    )
-    model_name_or_path: list[str] = field(
-        metadata={"help": "the aligned model, or an adapter's folder; may repeat", "action": "extend"}
-    )
-    reference: str = field(metadata={"help": "the model before training: the table's first line, and the KL's origin"})
-    output: str = field(
-        metadata={"help": "a folder for the answers, their rewards and the table; a rerun goes on there"}
-    )
-    num_completions: int = field(default=4, metadata={"help": "answers a prompt"})
-    max_new_tokens: int = field(default=512, metadata={"help": "tokens at which an answer is cut"})
-    seed: int = field(default=42, metadata={"help": "of the answers"})
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = field(
-        default="auto", metadata={"help": "auto: bfloat16 on a GPU, float32 on a CPU"}
-    )
-    trust_remote_code: bool = field(default=False, metadata={"help": "run code that comes with a model"})
-    batch_size: int = field(default=8, metadata={"help": "prompts a batch of sampling, completions one of the rest"})
+    dataset_config: str | None = option("configuration of a data set of the Hub", None)
+    split: str | None = option("split of a data set that has several; the held-out one by default", None)
+    model_name_or_path: list[str] = option("the aligned model, or an adapter's folder; may repeat", action="extend")
+    reference: str = option("the model before training: the table's first line, and the KL's origin")
+    output: str = option("a folder for the answers, their rewards and the table; a rerun goes on there")
+    num_completions: int = option("answers a prompt", 4)
+    max_new_tokens: int = option("tokens at which an answer is cut", 512)
+    seed: int = option("of the answers", 42)
+    dtype: Dtype = dtype_option()
+    trust_remote_code: bool = option("run code that comes with a model", False)
+    batch_size: int = option("prompts a batch of sampling, completions one of the rest", 8)
 
     def __post_init__(self):
         check_weights(self.scorer_weights, len(self.scorer))

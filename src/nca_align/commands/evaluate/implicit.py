@@ -3,9 +3,9 @@
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -30,6 +30,7 @@ from ...evaluation.ranking import (
 from ...models.adapters import as_reference
 from ...models.loading import ModelSource, run_record
 from ...models.logprobs import token_logps
+from ...options import Dtype, dtype_option, option, require_at_least_1
 from ...store.files import check_writable, replacing, write_json
 
 LENGTH = "length"
@@ -39,44 +40,31 @@ LENGTH = "length"
 class ImplicitOptions(DataOptions):
     """Options of `nca-align evaluate --implicit`."""
 
-    implicit: bool = field(default=True, metadata={"help": "what chooses this evaluation"})
-    dataset_name: str = field(
-        metadata={"help": "rewarded completions or preferences, in any format that training reads"}
+    implicit: bool = option("what chooses this evaluation", True)
+    dataset_name: str = option("rewarded completions or preferences, in any format that training reads")
+    model_name_or_path: str = option("the aligned model, or the folder of its adapter")
+    reference: str | None = option(
+        "the model before training; of an adapter by default its base with the adapter off", None
     )
-    model_name_or_path: str = field(metadata={"help": "the aligned model, or the folder of its adapter"})
-    reference: str | None = field(
-        default=None,
-        metadata={"help": "the model before training; of an adapter by default its base with the adapter off"},
+    beta: float | None = option(
+        "implicit reward per nat, which no order depends on; by default the run's, or else 0.01", None
     )
-    beta: float | None = field(
-        default=None,
-        metadata={"help": "implicit reward per nat, which no order depends on; by default the run's, or else 0.01"},
+    dataset_config: str | None = option("configuration of a data set of the Hub", None)
+    split: str | None = option("by default the data's held-out split, or all of a file that is one split", None)
+    validation_fraction: float = option(
+        "with `split: validation`, the share that training held out (its default: 0.05)", 0.0
     )
-    dataset_config: str | None = field(default=None, metadata={"help": "configuration of a data set of the Hub"})
-    split: str | None = field(
-        default=None, metadata={"help": "by default the data's held-out split, or all of a file that is one split"}
-    )
-    validation_fraction: float = field(
-        default=0.0, metadata={"help": "with `split: validation`, the share that training held out (its default: 0.05)"}
-    )
-    max_length: int | None = field(default=1024, metadata={"help": "tokens of prompt and completion, as in training"})
-    max_prompt_length: int | None = field(
-        default=None, metadata={"help": "tokens kept of a prompt, its end; half of `max_length` by default"}
-    )
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = field(
-        default="auto", metadata={"help": "auto: bfloat16 on a GPU, float32 on a CPU"}
-    )
-    trust_remote_code: bool = field(default=False, metadata={"help": "run code that comes with a model"})
-    batch_size: int = field(default=16, metadata={"help": "completions a forward"})
-    output: str | None = field(default=None, metadata={"help": "JSON file of all figures with their intervals"})
-    token_scores: str | None = field(
-        default=None, metadata={"help": "JSONL file of every completion's tokens with their implicit rewards"}
-    )
+    max_length: int | None = option("tokens of prompt and completion, as in training", 1024)
+    max_prompt_length: int | None = option("tokens kept of a prompt, its end; half of `max_length` by default", None)
+    dtype: Dtype = dtype_option()
+    trust_remote_code: bool = option("run code that comes with a model", False)
+    batch_size: int = option("completions a forward", 16)
+    output: str | None = option("JSON file of all figures with their intervals", None)
+    token_scores: str | None = option("JSONL file of every completion's tokens with their implicit rewards", None)
 
     def __post_init__(self):
         super().__post_init__()
-        if self.batch_size < 1:
-            raise UserError(f"`batch_size` is {self.batch_size}; it must be at least 1")
+        require_at_least_1(self, "batch_size")
         if self.beta is not None and not 0 < self.beta < float("inf"):
             raise UserError(f"`beta` is {self.beta}; it must be a finite number above 0")
         self.max_prompt_length = prompt_limit(self.max_prompt_length, self.max_length)

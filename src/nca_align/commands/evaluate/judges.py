@@ -2,7 +2,7 @@
 
 import json
 import sys
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +11,7 @@ from datasets import Dataset, Features
 from ...data.prompts import load_raw
 from ...errors import InvalidRowError, UserError
 from ...models.sampling import seed_for
+from ...options import option, require_at_least_1
 from ...store.files import check_writable, write_json
 from ...store.hub import from_the_hub
 from ...store.shards import Advance, Shard, Work, run_sharded
@@ -25,33 +26,26 @@ from .judge_formats import JUDGES, gpt4o_encoding
 class JudgeOptions(EngineOptions):
     """Options of `nca-align evaluate --judge`."""
 
-    judge: Literal["alpaca_eval", "mt_bench", "arena_hard"] = field(metadata={"help": "whose questions to answer"})
-    output: str = field(
-        metadata={
-            "help": "the file to write: model_outputs.json for alpaca_eval, model_answer/NAME.jsonl for the others"
-        }
+    judge: Literal["alpaca_eval", "mt_bench", "arena_hard"] = option("whose questions to answer")
+    output: str = option(
+        "the file to write: model_outputs.json for alpaca_eval, model_answer/NAME.jsonl for the others"
     )
-    dataset_name: str | None = field(
-        default=None,
-        metadata={"help": "the judge's questions: a file, or a Hub id; by default the judge's own, of the Hub"},
+    dataset_name: str | None = option(
+        "the judge's questions: a file, or a Hub id; by default the judge's own, of the Hub", None
     )
-    dataset_config: str | None = field(default=None, metadata={"help": "configuration of a data set of the Hub"})
-    split: str = field(default="train", metadata={"help": "split of a data set that has several"})
-    name: str | None = field(
-        default=None,
-        metadata={
-            "help": "the model's name in alpaca_eval's file, by default of its folder; elsewhere it is the file's"
-        },
+    dataset_config: str | None = option("configuration of a data set of the Hub", None)
+    split: str = option("split of a data set that has several", "train")
+    name: str | None = option(
+        "the model's name in alpaca_eval's file, by default of its folder; elsewhere it is the file's", None
     )
-    temperature: float | None = field(
-        default=None,
-        metadata={"help": "by default MT-bench's own for each category, 0.7 for alpaca_eval, 0 for arena_hard"},
+    temperature: float | None = option(
+        "by default MT-bench's own for each category, 0.7 for alpaca_eval, 0 for arena_hard", None
     )
-    max_new_tokens: int | None = field(
-        default=None, metadata={"help": "tokens an answer; by default 1024 for mt_bench, 2048 and 4096 for the others"}
+    max_new_tokens: int | None = option(
+        "tokens an answer; by default 1024 for mt_bench, 2048 and 4096 for the others", None
     )
-    chat_template_kwargs: str = field(
-        default="{}", metadata={"help": """JSON object for the chat template, such as '{"enable_thinking": false}'"""}
+    chat_template_kwargs: str = option(
+        """JSON object for the chat template, such as '{"enable_thinking": false}'""", "{}"
     )
 
     def __post_init__(self):
@@ -65,8 +59,7 @@ class JudgeOptions(EngineOptions):
             )
         if self.temperature is not None and self.temperature < 0:
             raise UserError(f"`temperature` is {self.temperature}; it must be 0 (greedy) or more")
-        if self.max_new_tokens is not None and self.max_new_tokens < 1:
-            raise UserError(f"`max_new_tokens` is {self.max_new_tokens}; it must be at least 1")
+        require_at_least_1(self, "max_new_tokens")
         require_object("chat_template_kwargs", self.chat_template_kwargs)
         super().__post_init__()
 

@@ -8,9 +8,9 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from datasets.exceptions import DatasetsError
 from jinja2 import TemplateError
@@ -18,7 +18,7 @@ from jinja2 import TemplateError
 from ...errors import UserError, one_line, refused_by
 from ...models.adapters import as_reference
 from ...models.loading import ModelSource, model_fingerprint
-from ...options import nearest
+from ...options import Dtype, dtype_option, nearest, option, require_at_least_1
 from ...store.files import check_writable, read_table, write_json
 from ...store.fingerprints import data_fingerprint
 from ...store.hub import go_offline_without_network
@@ -29,36 +29,23 @@ from .lm_eval_table import Line, compare, plain_results, print_table
 class HarnessOptions:
     """Options of `nca-align evaluate --lm_eval`."""
 
-    lm_eval: str = field(
-        metadata={"help": "tasks, groups or patterns, with commas between; `lm_eval ls tasks` lists them"}
-    )
-    model_name_or_path: str = field(metadata={"help": "the aligned model, or an adapter's folder"})
-    reference: str | None = field(
-        default=None, metadata={"help": "the model before training; by default what the adapter was trained from"}
-    )
-    include_path: str | None = field(default=None, metadata={"help": "a folder of tasks of your own, as YAML files"})
-    output: str | None = field(
-        default=None, metadata={"help": "JSON file of the results; those that it has already are not computed again"}
-    )
-    num_fewshot: int | None = field(
-        default=None, metadata={"help": "examples before a question; by default the task's"}
-    )
-    limit: float | None = field(default=None, metadata={"help": "questions a task at most, or below 1 a share of them"})
-    apply_chat_template: bool = field(default=False, metadata={"help": "ask by the model's chat template"})
-    confirm_run_unsafe_code: bool = field(
-        default=False, metadata={"help": "run code that the model writes (humaneval)"}
-    )
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = field(
-        default="auto", metadata={"help": "auto: bfloat16 on a GPU, float32 on a CPU"}
-    )
-    trust_remote_code: bool = field(default=False, metadata={"help": "run code that comes with a model"})
-    batch_size: int = field(default=8, metadata={"help": "questions a batch"})
+    lm_eval: str = option("tasks, groups or patterns, with commas between; `lm_eval ls tasks` lists them")
+    model_name_or_path: str = option("the aligned model, or an adapter's folder")
+    reference: str | None = option("the model before training; by default what the adapter was trained from", None)
+    include_path: str | None = option("a folder of tasks of your own, as YAML files", None)
+    output: str | None = option("JSON file of the results; those that it has already are not computed again", None)
+    num_fewshot: int | None = option("examples before a question; by default the task's", None)
+    limit: float | None = option("questions a task at most, or below 1 a share of them", None)
+    apply_chat_template: bool = option("ask by the model's chat template", False)
+    confirm_run_unsafe_code: bool = option("run code that the model writes (humaneval)", False)
+    dtype: Dtype = dtype_option()
+    trust_remote_code: bool = option("run code that comes with a model", False)
+    batch_size: int = option("questions a batch", 8)
 
     def __post_init__(self):
         if not [name for name in self.lm_eval.split(",") if name.strip()]:
             raise UserError(f"`lm_eval` is {self.lm_eval!r}; it must name tasks, with commas between")
-        if self.batch_size < 1:
-            raise UserError(f"`batch_size` is {self.batch_size}; it must be at least 1")
+        require_at_least_1(self, "batch_size")
         if self.num_fewshot is not None and self.num_fewshot < 0:
             raise UserError(f"`num_fewshot` is {self.num_fewshot}; it must be 0 or more")
         if self.limit is not None and not self.limit > 0:

@@ -1,10 +1,10 @@
 """Mean reward and KL of samples that are scored already."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from math import isnan
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from datasets import Dataset
 from rich.console import Console
@@ -23,6 +23,7 @@ from ...evaluation.estimates import (
 )
 from ...models.loading import ModelSource, model_fingerprint
 from ...models.logprobs import completion_logps
+from ...options import Dtype, dtype_option, option, require_at_least_1
 from ...store.files import check_writable, read_table, write_json
 from ...store.fingerprints import data_fingerprint
 from .sampled_rows import end_token, load_samples, sampled_ids
@@ -32,22 +33,15 @@ from .sampled_rows import end_token, load_samples, sampled_ids
 class EvaluateOptions:
     """Options of `nca-align evaluate`."""
 
-    dataset_name: list[str] = field(
-        metadata={"help": "a file of samples that `nca-align score` wrote; may repeat", "action": "extend"}
+    dataset_name: list[str] = option("a file of samples that `nca-align score` wrote; may repeat", action="extend")
+    model_name_or_path: list[str] = option(
+        "the policy that was sampled for each file: a model, or an adapter's folder; may repeat", action="extend"
     )
-    model_name_or_path: list[str] = field(
-        metadata={"help": "the policy that was sampled for each file: a model, or an adapter's folder; may repeat",
-                  "action": "extend"},
-    )  # fmt: skip
-    reference: str = field(metadata={"help": "the model that the KL is measured from"})
-    output: str | None = field(
-        default=None, metadata={"help": "JSON file of the table; lines that it has already are not computed again"}
-    )
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = field(
-        default="auto", metadata={"help": "auto: bfloat16 on a GPU, float32 on a CPU"}
-    )
-    trust_remote_code: bool = field(default=False, metadata={"help": "run code that comes with a model"})
-    batch_size: int = field(default=16, metadata={"help": "completions a batch"})
+    reference: str = option("the model that the KL is measured from")
+    output: str | None = option("JSON file of the table; lines that it has already are not computed again", None)
+    dtype: Dtype = dtype_option()
+    trust_remote_code: bool = option("run code that comes with a model", False)
+    batch_size: int = option("completions a batch", 16)
 
     def __post_init__(self):
         if len(self.dataset_name) != len(self.model_name_or_path):
@@ -57,8 +51,7 @@ class EvaluateOptions:
             )
         if not self.dataset_name:
             raise UserError("`dataset_name` is missing; give a file of samples that `nca-align score` wrote")
-        if self.batch_size < 1:
-            raise UserError(f"`batch_size` is {self.batch_size}; it must be at least 1")
+        require_at_least_1(self, "batch_size")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,7 @@
 
 import shutil
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -11,7 +11,7 @@ import torch
 from ...errors import UserError, command
 from ...models.loading import ModelSource, add_adapter, is_adapter, trained_quantization
 from ...models.logprobs import completion_logps
-from ...options import parse
+from ...options import Dtype, dtype_option, option, parse
 from ...store.files import check_writable, new_folder
 from ...store.hub import push
 from .merge import Difference, Export, compare, comparison_rows, merge
@@ -33,31 +33,22 @@ _OF_AN_ADAPTER = ("base", "load_in_4bit", "dataset_name")
 class ExportOptions:
     """Options of `nca-align export`."""
 
-    model_name_or_path: str = field(metadata={"help": "a run's folder: an adapter, or a whole model"})
-    output: str = field(metadata={"help": "the folder to make"})
-    base: str | None = field(
-        default=None, metadata={"help": "the adapter's base model; by default what its adapter_config.json names"}
+    model_name_or_path: str = option("a run's folder: an adapter, or a whole model")
+    output: str = option("the folder to make")
+    base: str | None = option("the adapter's base model; by default what its adapter_config.json names", None)
+    dtype: Dtype = dtype_option(
+        "of the saved weights; auto: as the base's are stored, or float32 where rounding moves too much"
     )
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = field(
-        default="auto",
-        metadata={
-            "help": "of the saved weights; auto: as the base's are stored, or float32 where rounding moves too much"
-        },
+    load_in_4bit: bool | None = option(
+        "true or false: the adapter was trained on a base in 4 bits; by default by the run's record", None
     )
-    load_in_4bit: bool | None = field(
-        default=None,
-        metadata={"help": "true or false: the adapter was trained on a base in 4 bits; by default by the run's record"},
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = option("with `load_in_4bit`, as in training", "nf4")
+    use_bnb_nested_quant: bool = option("with `load_in_4bit`, as in training", False)
+    dataset_name: str | None = option(
+        "rewarded completions to compare merged and adapter on; by default texts that come along", None
     )
-    bnb_4bit_quant_type: Literal["nf4", "fp4"] = field(
-        default="nf4", metadata={"help": "with `load_in_4bit`, as in training"}
-    )
-    use_bnb_nested_quant: bool = field(default=False, metadata={"help": "with `load_in_4bit`, as in training"})
-    dataset_name: str | None = field(
-        default=None,
-        metadata={"help": "rewarded completions to compare merged and adapter on; by default texts that come along"},
-    )
-    push: str | None = field(default=None, metadata={"help": "a repository of the Hub to send the folder to, private"})
-    trust_remote_code: bool = field(default=False, metadata={"help": "run code that comes with the model"})
+    push: str | None = option("a repository of the Hub to send the folder to, private", None)
+    trust_remote_code: bool = option("run code that comes with a model", False)
 
     def __post_init__(self):
         for name, default in (("bnb_4bit_quant_type", "nf4"), ("use_bnb_nested_quant", False)):

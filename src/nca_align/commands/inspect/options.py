@@ -1,37 +1,36 @@
 """Options of `nca-align inspect`."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from ...errors import UserError
+from ...options import option
 
 
 @dataclass
 class InspectOptions:
     """Options of `nca-align inspect`."""
 
-    dataset_name: str = field(metadata={"help": "a Hub id, a file or a folder, in any format that training reads"})
-    dataset_config: str | None = field(default=None, metadata={"help": "configuration of a data set of the Hub"})
-    dataset_train_split: str = field(default="train", metadata={"help": "the split to look at"})
-    dataset_num_proc: int | None = field(default=None, metadata={"help": "processes to read and tokenise with"})
-    model_name_or_path: str | None = field(
-        default=None, metadata={"help": "the model that will be trained, for its tokenizer; without it no tokens"}
+    dataset_name: str = option("a Hub id, a file or a folder, in any format that training reads")
+    dataset_config: str | None = option("configuration of a data set of the Hub", None)
+    dataset_train_split: str = option("the split to look at", "train")
+    dataset_num_proc: int | None = option("processes to read and tokenise with", None)
+    model_name_or_path: str | None = option(
+        "the model that will be trained, for its tokenizer; without it no tokens", None
     )
-    model_revision: str | None = field(default=None, metadata={"help": "revision of a model of the Hub"})
-    trust_remote_code: bool = field(default=False, metadata={"help": "run code that comes with the tokenizer"})
-    max_length: int = field(default=1024, metadata={"help": "training's: tokens of prompt and completion"})
-    max_prompt_length: int | None = field(
-        default=None, metadata={"help": "training's: tokens kept of a prompt, its end; half of max_length by default"}
+    model_revision: str | None = option("revision of a model of the Hub", None)
+    trust_remote_code: bool = option("run code that comes with a model", False)
+    max_length: int = option("training's: tokens of prompt and completion", 1024)
+    max_prompt_length: int | None = option(
+        "training's: tokens kept of a prompt, its end; half of max_length by default", None
     )
-    alpha: float = field(default=0.01, metadata={"help": "training's α, which the α table marks"})
-    target_effective: float | None = field(
-        default=None,
-        metadata={"help": "suggest the α at which a prompt's target spreads over so many completions, in the mean; by "
-                  "default half-way between a hard and a uniform target"},
-    )  # fmt: skip
-    example: int | None = field(
-        default=None, metadata={"help": "show this row (from 0) as training sees it; without `html`, nothing else"}
+    alpha: float = option("training's α, which the α table marks", 0.01)
+    target_effective: float | None = option(
+        "suggest the α at which a prompt's target spreads over so many completions, in the mean; by "
+        "default half-way between a hard and a uniform target",
+        None,
     )
-    html: str | None = field(default=None, metadata={"help": "write a self-contained page with plots to this file"})
+    example: int | None = option("show this row (from 0) as training sees it; without `html`, nothing else", None)
+    html: str | None = option("write a self-contained page with plots to this file", None)
 
     def __post_init__(self):
         if not 0 < self.alpha < float("inf"):

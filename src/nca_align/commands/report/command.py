@@ -3,12 +3,12 @@
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 
 from ...errors import UserError, command
-from ...options import parse
+from ...options import option, parse
 from ...store.files import replacing
 from .runs import read_run
 
@@ -17,13 +17,10 @@ from .runs import read_run
 class ReportOptions:
     """Options of `nca-align report`."""
 
-    runs: list[str] = field(
-        default_factory=list, metadata={"help": "folders of `nca-align train` or `compare`; they may stand first"}
-    )
-    output: str | None = field(default=None, metadata={"help": "the folder to write to; the first run's by default"})
-    at_kl: list[float] = field(
-        default_factory=list,
-        metadata={"help": "compare rewards at these KLs, in nats; by default where all runs have come to and beyond"},
+    runs: list[str] = option("folders of `nca-align train` or `compare`; they may stand first", [])
+    output: str | None = option("the folder to write to; the first run's by default", None)
+    at_kl: list[float] = option(
+        "compare rewards at these KLs, in nats; by default where all runs have come to and beyond", []
     )
 
     def __post_init__(self):

@@ -6,7 +6,7 @@ import logging
 import os
 import signal
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from ...config import NCAConfig
 from ...data import DataOptions, RewardData, read_reward_dataset, select_split
 from ...errors import UserError, command, refused_by
 from ...models.loading import ModelSource, load_adapter
-from ...options import parse
+from ...options import option, parse
 from ...store.checkpoints import last_common_checkpoint, write_errors_told
 from .summary import last_evaluation, plot_curves, summary
 
@@ -30,26 +30,22 @@ logger = logging.getLogger("nca_align")
 class RunOptions:
     """What `train` does beside training."""
 
-    show_answers: int = field(
-        default=0,
-        metadata={"help": "Held-out prompts answered before and after training (greedily), and shown at the end."},
+    show_answers: int = option(
+        "Held-out prompts answered before and after training (greedily), and shown at the end.", 0
     )
-    cpu_threads: int | None = field(
-        default=None,
-        metadata={"help": "Threads of a run on the CPU, 0 for one a core; `accelerate launch` leaves it a single one."},
+    cpu_threads: int | None = option(
+        "Threads of a run on the CPU, 0 for one a core; `accelerate launch` leaves it a single one.", None
     )
-    answer_tokens: int = field(default=64, metadata={"help": "Most tokens of such an answer."})
-    eval_scorer: list[str] = field(
-        default_factory=list,
-        metadata={"help": "What rewards the model's own answers to the held-out prompts, at each evaluation: as in "
-                  "`nca-align score --scorer`; may repeat. Logs reward, KL, win rate, length and diversity.",
-                  "action": "extend"},
-    )  # fmt: skip
-    eval_completions: int = field(default=4, metadata={"help": "Such answers a prompt, at temperature 1."})
-    eval_new_tokens: int = field(default=128, metadata={"help": "Tokens at which such an answer is cut."})
-    eval_prompts: int | None = field(
-        default=None, metadata={"help": "Held-out prompts that are so answered, the first ones; all by default."}
+    answer_tokens: int = option("Most tokens of such an answer.", 64)
+    eval_scorer: list[str] = option(
+        "What rewards the model's own answers to the held-out prompts, at each evaluation: as in "
+        "`nca-align score --scorer`; may repeat. Logs reward, KL, win rate, length and diversity.",
+        [],
+        action="extend",
     )
+    eval_completions: int = option("Such answers a prompt, at temperature 1.", 4)
+    eval_new_tokens: int = option("Tokens at which such an answer is cut.", 128)
+    eval_prompts: int | None = option("Held-out prompts that are so answered, the first ones; all by default.", None)
 
 
 # in this order, for a cell of `nca-align compare` too
