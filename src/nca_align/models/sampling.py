@@ -22,9 +22,15 @@ from .adapters import base_model, refuse_virtual_tokens
 
 @torch.no_grad()
 def sample_answers(
-    model: nn.Module, prompts: Sequence[list[int]], count: int, max_new_tokens: int, ends: list[int], seed: int
+    model: nn.Module,
+    prompts: Sequence[list[int]],
+    count: int,
+    max_new_tokens: int,
+    ends: list[int],
+    seed: int,
+    **settings: Any,
 ) -> list[list[list[int]]]:
-    """Sample at temperature 1 and top-p 1, whatever the model's generation config says.
+    """Sample at temperature 1 and top-p 1, or as `settings` say, whatever the model's generation config says.
 
     Args:
         model: a causal language model in eval mode, with an adapter or without.
@@ -33,6 +39,7 @@ def sample_answers(
         max_new_tokens: tokens T at which an answer is cut.
         ends: tokens of which the first that is drawn ends an answer.
         seed: of all answers; for the same model and prompts it gives the same ones.
+        settings: arguments of `generate`, which samples where there are any.
 
     Returns:
         For each prompt K answers, the token that ended one included.
@@ -47,7 +54,8 @@ def sample_answers(
     rows = [[ends[0]] * n + ids for n, ids in zip(padding, prompts, strict=True)]
     ids = torch.tensor(rows, device=device)
     mask = (torch.arange(longest) >= torch.tensor(padding)[:, None]).long().to(device)
-    if layout.obstacle([base_model(model)], model, None) is None:  # attention in every layer, and nothing in front
+    # attention in every layer, and nothing in front
+    if not settings and layout.obstacle([base_model(model)], model, None) is None:
         generator = torch.Generator().manual_seed(seed)
         uniform = torch.rand(max_new_tokens, len(prompts) * count, generator=generator, dtype=torch.float64)
         drawn = sample_with_cache(model, ids, mask, ends, uniform.to(device))
@@ -56,7 +64,7 @@ def sample_answers(
         with neutral_generation(model, ends):
             drawn = model.generate(  # type: ignore[operator]
                 input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, num_return_sequences=count,
-                use_cache=True, logits_processor=LogitsProcessorList([FiniteLogits()]),
+                use_cache=True, logits_processor=LogitsProcessorList([FiniteLogits()]), **settings,
             )[:, longest:]  # fmt: skip
     answers = [_until_end(row, ends) for row in drawn.tolist()]
     return [answers[b * count : (b + 1) * count] for b in range(len(prompts))]

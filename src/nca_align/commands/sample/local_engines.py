@@ -12,7 +12,7 @@ from typing import Any
 from ...batching.rendering import prompt_ids
 from ...errors import InvalidRowError, UnsupportedError, UserError, one_line
 from ...models.loading import ModelSource
-from ...models.sampling import check_room, seed_for
+from ...models.sampling import check_room, end_tokens, sample_answers, seed_for
 from ...store.shards import Advance
 from .engine import Engine, Sample, cut_at_stop, returning_invalid
 from .options import EngineOptions, SampleOptions
@@ -59,56 +59,35 @@ def transformers_engine(options: SampleOptions) -> Engine:
     """Batches by length, padded on the left, bf16 on a GPU; a batch is sampled from (seed, shard, batch). An adapter's
     base is quantised as its run's record says.
     """
-    import torch
-    from transformers import GenerationConfig, LogitsProcessorList
-
-    from ...models.adapters import base_model, refuse_virtual_tokens
-    from ...models.sampling import FiniteLogits, end_tokens
-
     source = model_source(options)
     tokenizer = source.load_tokenizer()
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.padding_side = "left"
     read = prompt_reader(options, tokenizer)
     model = source.load_policy(options.dtype)
-    refuse_virtual_tokens(model)
     ends = end_tokens(model, tokenizer)
-    # On the model too: what is passed to `generate` is filled up from there.
-    plain = GenerationConfig(
-        eos_token_id=ends, pad_token_id=tokenizer.pad_token_id, bos_token_id=model.generation_config.bos_token_id
-    )
-    model.generation_config = base_model(model).generation_config = plain
 
-    @torch.inference_mode()
+    def sampled(ids: list[int], sampling: SampleOptions) -> Sample:
+        ended = ids[-1] in ends
+        text = tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=True)
+        text, stopped = cut_at_stop(text, sampling.stop)
+        return Sample(text, not ended and not stopped and len(ids) == sampling.max_new_tokens)
+
     def complete(sampling: SampleOptions, shard: int, rows: dict[int, dict], advance: Advance) -> dict[int, Any]:
         settings: dict[str, Any] = {"do_sample": False}
         if sampling.temperature > 0:
-            # transformers has top-k at 50 where nothing is said
-            settings = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+            settings = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p}
         if sampling.stop:
             settings |= {"stop_strings": sampling.stop, "tokenizer": tokenizer}
         found: dict[int, Any] = {number: read(row) for number, row in rows.items()}
         prompts = {number: ids for number, ids in found.items() if isinstance(ids, list)}
         by_length = sorted(prompts, key=lambda number: len(prompts[number]))
-        k = sampling.num_completions
         for batch, start in enumerate(range(0, len(by_length), options.batch_size)):
             picked = by_length[start : start + options.batch_size]
-            inputs = tokenizer.pad({"input_ids": [prompts[number] for number in picked]}, return_tensors="pt").to(
-                model.device
-            )
-            torch.manual_seed(seed_for(sampling.seed, shard, batch))
-            answers = model.generate(
-                **inputs, max_new_tokens=sampling.max_new_tokens, num_return_sequences=k,
-                logits_processor=LogitsProcessorList([FiniteLogits()]), **settings,
-            )[:, inputs["input_ids"].shape[1] :].tolist()  # fmt: skip
-            samples = []
-            for tokens in answers:
-                length = next((t for t, token in enumerate(tokens) if token in ends), None)
-                text, stopped = cut_at_stop(tokenizer.decode(tokens[:length], skip_special_tokens=True), sampling.stop)
-                truncated = length is None and not stopped and len(tokens) == sampling.max_new_tokens
-                samples.append(Sample(text, truncated))
-            found |= {number: samples[j * k : (j + 1) * k] for j, number in enumerate(picked)}
+            answers = sample_answers(
+                model, [prompts[number] for number in picked], sampling.num_completions, sampling.max_new_tokens, ends,
+                seed_for(sampling.seed, shard, batch), **settings,
+            )  # fmt: skip
+            for number, own in zip(picked, answers, strict=True):
+                found[number] = [sampled(ids, sampling) for ids in own]
             advance(len(picked))
         return found
 
