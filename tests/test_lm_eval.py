@@ -27,6 +27,7 @@ from nca_align.commands.evaluate.command import main
 from nca_align.commands.evaluate.lm_eval_harness import HarnessOptions, harness, load_tasks
 from nca_align.commands.evaluate.lm_eval_table import Line, compare, plain_results, print_table
 from nca_align.errors import UserError
+from nca_align.evaluation.intervals import Estimate
 
 ROOT = Path(__file__).resolve().parents[1]
 TASKS = "tests/lm_eval_tasks"
@@ -86,11 +87,12 @@ class TestTable:
 
     def test_it_fits_a_terminal_of_80_columns(self):
         console = Console(width=80, record=True, file=io.StringIO())
-        nan = math.nan
+        known = (0.4, 0.013), (0.45, 0.013), (0.05, 0.008)
+        unknown = ((mean, math.nan) for mean in (0.4, 0.3, -0.1))
         print_table(
             [
-                Line("gsm8k", "exact_match (flexible-extract)", 1319, (0.4, 0.013), (0.45, 0.013), (0.05, 0.008)),
-                Line("bbh", "exact_match", 6511, (0.4, nan), (0.3, nan), (-0.1, nan)),
+                Line("gsm8k", "exact_match (flexible-extract)", 1319, *map(Estimate._make, known)),
+                Line("bbh", "exact_match", 6511, *map(Estimate._make, unknown)),
             ],
             "base → aligned",
             console,

@@ -14,12 +14,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from ...errors import UserError, command
 from ...evaluation.comparison_rows import Row, setting_name
 from ...options import option, parse, require_at_least_1
+from ...pages.terminal import print_rows
 from ...store.files import write_csv, write_json
 from ...store.locking import alone_at
 from ...store.provenance import LIBRARIES, commit, versions
@@ -127,13 +125,11 @@ def _write_tables(output: Path, cells: Sequence[Cell], selection: Selection) -> 
 
 
 def _print_selected(selected: Sequence[Row]) -> None:
-    table = Table(box=None, pad_edge=False)
-    for name in ("chosen on validation", "seeds", "test reward", "KL, nats", "win rate", "best log-ratio"):
-        table.add_column(name, justify="left" if name == "chosen on validation" else "right")
+    rows = []
     for line in selected:
         figures = [_shown(line, f"test_{name}") for name in ("reward", "kl", "win_rate", "logratio_best")]
-        table.add_row(setting_name(line), str(line["seeds"]), *figures)
-    Console().print(table)
+        rows.append((setting_name(line), f"{line['seeds']}", *figures))
+    print_rows(("chosen on validation", "seeds", "test reward", "KL, nats", "win rate", "best log-ratio"), rows)
 
 
 def _shown(line: Row, name: str) -> str:

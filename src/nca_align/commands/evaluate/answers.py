@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...data.prompts import load_raw, split_to_answer
-from ...evaluation.estimates import Estimate, mean_over_prompts, rewards_by_prompt
+from ...evaluation.estimates import rewards_by_prompt
+from ...evaluation.intervals import Estimate, mean_over_prompts
 from ...options import Dtype, dtype_option, option
 from ...rewards.scorers import check_weights
 from ...rewards.spec import ScorerSpec
@@ -91,8 +92,7 @@ def evaluate_generations(options: GenerationOptions) -> list[Evaluation]:
     for line, own in zip(lines[1:], rewards[1:], strict=True):
         difference, prompts = paired_difference(own, rewards[0])
         print(
-            f"reward of {line.policy} less {lines[0].policy}: {difference.mean:+.3f} ± {difference.error:.3f}, on the "
-            f"same {prompts} prompts"
+            f"reward of {line.policy} less {lines[0].policy}: {difference.text('+.3f')}, on the same {prompts} prompts"
         )
     return lines
 

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from datasets import Dataset
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -31,6 +30,7 @@ from ...models.adapters import as_reference
 from ...models.loading import ModelSource, run_record
 from ...models.logprobs import token_logps
 from ...options import Dtype, dtype_option, option, require_at_least_1
+from ...pages.terminal import print_rows
 from ...store.files import check_writable, replacing, write_json
 
 LENGTH = "length"
@@ -255,13 +255,11 @@ def print_table(found: ImplicitEvaluation) -> None:
         f"{found.like_length} of them of like length (within {LENGTH_MATCH - 1:.0%}); β {found.beta:g}\n"
         "in brackets: 95 % intervals over prompts\n"
     )
-    table = Table(box=None, pad_edge=False)
-    table.add_column("", no_wrap=True)
-    for name in found.figures:
-        table.add_column(name, justify="right", no_wrap=True)
-    for figure, (label, form, bounds) in _SHOWN.items():
-        table.add_row(label, *(_cell(values[figure], form, bounds) for values in found.figures.values()))
-    Console(width=120).print(table)  # it is narrower, but never cut
+    rows = [
+        (label, *(_cell(values[figure], form, bounds) for values in found.figures.values()))
+        for figure, (label, form, bounds) in _SHOWN.items()
+    ]
+    print_rows(("", *found.figures), rows, console=Console(width=120))  # it is narrower, but never cut
     pairs, gain = (_cell(found.less_length["implicit"][name], "{:+.1%}", True) for name in ("pairs", "gain"))
     print(
         f"\nimplicit less length: pairs right {pairs}, best-of-K gain {gain}\n"

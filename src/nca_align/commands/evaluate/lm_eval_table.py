@@ -5,7 +5,9 @@ import statistics
 from typing import Any, NamedTuple
 
 from rich.console import Console
-from rich.table import Table
+
+from ...evaluation.intervals import Estimate
+from ...pages.terminal import print_rows
 
 
 class Line(NamedTuple):
@@ -22,9 +24,9 @@ class Line(NamedTuple):
     task: str
     metric: str
     questions: int
-    base: tuple[float, float]
-    aligned: tuple[float, float]
-    change: tuple[float, float]
+    base: Estimate
+    aligned: Estimate
+    change: Estimate
 
 
 def plain_results(results: dict[str, Any]) -> dict[str, Any]:
@@ -77,27 +79,19 @@ def compare(base: dict[str, Any], aligned: dict[str, Any]) -> list[Line]:
             if means and len(pairs) == len(now["questions"]) > 1:
                 error = statistics.stdev(p - q for p, q in pairs) / math.sqrt(len(pairs))
             name = metric if kind == "none" else f"{metric} ({kind})"
-            change = (now["value"] - before["value"], error)
+            change = Estimate(now["value"] - before["value"], error)
             lines.append(Line(task, name, entry["questions"], _estimate(before), _estimate(now), change))
     return lines
 
 
-def _estimate(figure: dict[str, Any]) -> tuple[float, float]:
-    return figure["value"], math.nan if figure["error"] is None else figure["error"]
+def _estimate(figure: dict[str, Any]) -> Estimate:
+    return Estimate(figure["value"], math.nan if figure["error"] is None else figure["error"])
 
 
 def print_table(lines: list[Line], title: str, console: Console | None = None) -> None:
     """The table, with a standard error after each ±."""
-
-    def text(figure: tuple[float, float], form: str = ".3f") -> str:
-        value, error = figure
-        return f"{value:{form}}" + ("" if math.isnan(error) else f" ± {error:.3f}")
-
-    table = Table(box=None, pad_edge=False, title=title)
-    for name in ("task", "metric", "n", "base", "aligned", "change"):
-        table.add_column(name, justify="left" if name in ("task", "metric") else "right")
-    for line in lines:
-        table.add_row(
-            line.task, line.metric, f"{line.questions}", text(line.base), text(line.aligned), text(line.change, "+.3f")
-        )
-    (console or Console()).print(table)
+    rows = [
+        (line.task, line.metric, f"{line.questions}", line.base.text(), line.aligned.text(), line.change.text("+.3f"))
+        for line in lines
+    ]
+    print_rows(("task", "metric", "n", "base", "aligned", "change"), rows, 2, title, console=console)

@@ -7,23 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from rich.console import Console
-from rich.table import Table
 
 from ...data.prompts import text_of
 from ...errors import UserError
-from ...evaluation.estimates import (
-    ESTIMATES,
-    UNKNOWN,
-    Estimate,
-    GenerationFigures,
-    figures_of,
-    rewards_by_prompt,
-    wins_over,
-)
+from ...evaluation.estimates import ESTIMATES, GenerationFigures, figures_of, rewards_by_prompt, wins_over
+from ...evaluation.intervals import UNKNOWN, Estimate
 from ...models.loading import ModelSource, model_fingerprint
 from ...models.logprobs import completion_logps
 from ...options import Dtype, dtype_option, option, require_at_least_1
+from ...pages.terminal import print_rows
 from ...store.files import check_writable, read_table, write_json
 from ...store.fingerprints import data_fingerprint
 from .sampled_rows import end_token, load_samples, sampled_ids
@@ -136,20 +128,15 @@ def evaluate(options: EvaluateOptions) -> list[Evaluation]:
     return lines
 
 
-def print_table(lines: Sequence[Evaluation], console: Console | None = None) -> None:
+def print_table(lines: Sequence[Evaluation]) -> None:
     """The table, for a terminal of 80 columns, and how many answers it is of."""
-    console = console or Console()
-    table = Table(box=None, pad_edge=False)
-    for name in ("policy", "tokens", "mean reward", "KL, nats", "wins, %", "distinct-2"):
-        table.add_column(name, justify="left" if name == "policy" else "right")
+    rows = []
     for line in lines:
-        wins = "–" if isnan(line.win_rate.mean) else f"{line.win_rate.mean:.0%} ± {line.win_rate.error:.0%}"
-        table.add_row(
-            line.policy, f"{line.tokens.mean:.0f}", f"{line.reward.mean:.3f} ± {line.reward.error:.3f}",
-            f"{line.kl.mean:.2f} ± {line.kl.error:.2f}", wins.replace("%", ""), f"{line.distinct_2:.2f}",
-        )  # fmt: skip
-    console.print(table)
+        wins = "–" if isnan(line.win_rate.mean) else line.win_rate.text(".0%").replace("%", "")
+        figures = f"{line.tokens.mean:.0f}", line.reward.text(), line.kl.text(".2f"), wins, f"{line.distinct_2:.2f}"
+        rows.append((line.policy, *figures))
+    print_rows(("policy", "tokens", "mean reward", "KL, nats", "wins, %", "distinct-2"), rows)
     counts = {line.policy: f"{line.completions} answers to {line.prompts} prompts" for line in lines}
     alike = len({*counts.values()}) == 1
     for text in [next(iter(counts.values()))] if alike else [f"{policy}: {n}" for policy, n in counts.items()]:
-        console.print(text, markup=False, highlight=False)
+        print(text)

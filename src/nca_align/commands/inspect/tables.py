@@ -4,14 +4,13 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from rich import box
 from rich.console import Console, Group
 from rich.panel import Panel
-from rich.table import Table
 from rich.text import Text
 
 from ...data.report import show_counts
 from ...pages.html import visible
+from ...pages.terminal import print_rows
 from .measure import Example, Inspection
 from .reward_stats import HARD, binned, spreads, tied_for_best
 
@@ -187,18 +186,12 @@ def print_inspection(found: Inspection, console: Console | None = None) -> None:
     """Tables for a terminal of 80 columns."""
     console = console or Console()
     for section in sections(found):
-        plain = not any(section.header)
         console.print(Text(section.title, style="bold"))
-        table = Table(box=None if plain else box.SIMPLE_HEAD, show_header=not plain, pad_edge=False)
-        for i, name in enumerate(section.header):
-            if plain:
-                table.add_column(min_width=0 if i else 32, style="" if i else "cyan")
-            else:
-                table.add_column(name, justify="left" if name == "" else "right")
-        for i, row in enumerate(section.rows):
-            table.add_row(*map(Text, row), style="bold" if i == section.marked else None)
-        console.print(table)
-        if plain:
+        if any(section.header):
+            print_rows(section.header, section.rows, 0, ruled=True, marked=section.marked, console=console)
+        else:
+            labelled = [(Text(f"{label:<32}", style="cyan"), value) for label, value in section.rows]
+            print_rows(section.header, labelled, console=console)
             console.print()
     what = f"effective: exp(H); hard: under {HARD} × the number tied for best; best: its weight\n"
     console.print(what, style="dim")
