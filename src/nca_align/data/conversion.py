@@ -16,10 +16,18 @@ from ..store.fingerprints import derived_fingerprint, source_fingerprint
 from . import conversation, flat, formats, pairs, validation
 from .conversation import template_inputs
 from .options import DEFAULT_SCORE, DataOptions
-from .report import FIX, NOTES, DataReport, read_notes, show_counts
-from .row import Row
-from .schema import RESULT, is_final, is_replaced, result_features
-from .validation import RowError, check_row
+from .schema import (
+    FIX,
+    NOTES,
+    RESULT,
+    DataReport,
+    is_final,
+    is_replaced,
+    read_notes,
+    result_features,
+    show_counts,
+)
+from .validation import Row, RowError, check_row
 
 logger = logging.getLogger("nca_align")
 
@@ -91,16 +99,19 @@ def convert_dataset(
         converted = _convert_groups(dataset, arguments)
     else:
         arguments["chat"] = _is_chat(peeked, fmt, options)
-        final = fmt is formats.OWN and is_final(dataset.features, arguments["chat"])
-        result = dataset if final else None
-        converted = dataset.map(
-            _check_batch if final else _convert_batch,
+        read, features = dataset, _with_notes(result_features(dataset.features, fmt, arguments["chat"]))
+        if fmt is formats.OWN and is_final(dataset.features, arguments["chat"]):  # rows that are only checked
+            checked = (*RESULT, *flat.SHARED, "source")
+            read, features = dataset.select_columns([key for key in dataset.column_names if key in checked]), NOTES
+            result = dataset
+        converted = read.map(
+            _convert_batch,
             batched=True,
             batch_size=_BATCH,
             with_indices=True,
-            remove_columns=dataset.column_names,
-            features=NOTES if final else _with_notes(result_features(dataset.features, fmt, arguments["chat"])),
-            fn_kwargs=arguments,
+            remove_columns=read.column_names,
+            features=features,
+            fn_kwargs=arguments | {"columns": list(features)},
             num_proc=num_proc,
             desc=f"Reading {name}",
         )
@@ -183,15 +194,9 @@ def _convert_rows(batch: dict[str, list], indices: list[int], arguments: dict[st
     return [_convert_values(row, i, **arguments) for row, i in zip(rows, indices, strict=True)]
 
 
-def _convert_batch(batch: dict[str, list], indices: list[int], **arguments: Any) -> dict[str, list]:
+def _convert_batch(batch: dict[str, list], indices: list[int], columns: list[str], **arguments: Any) -> dict[str, list]:
     rows = _convert_rows(batch, indices, arguments)
-    return {key: [row[key] for row in rows] for key in rows[0]}
-
-
-def _check_batch(batch: dict[str, list], indices: list[int], **arguments: Any) -> dict[str, list]:
-    needed = {key: batch[key] for key in (*RESULT, *flat.SHARED, "source") if key in batch}
-    rows = _convert_rows(needed, indices, arguments)
-    return {key: [row[key] for row in rows] for key in NOTES}
+    return {key: [row[key] for row in rows] for key in columns}
 
 
 def _convert_groups(dataset: Dataset, arguments: dict[str, Any]) -> Dataset:

@@ -11,8 +11,7 @@ import numpy as np
 from datasets import Dataset
 
 from .options import DEFAULT_SCORE, DataOptions
-from .row import Row
-from .validation import RowError, answer, read_conversation, required_number, user
+from .validation import Row, RowError, answer, read_conversation, required_number, user
 
 _SCORE_COLUMNS = ("reward", "score", DEFAULT_SCORE, "helpfulness")
 _ANSWER_COLUMNS = ("response", "completion")

@@ -8,8 +8,17 @@ from typing import Any
 from ..errors import UserError
 from . import flat, pairs
 from .options import DEFAULT_SCORE, DataOptions
-from .row import Row
-from .validation import MISSING, RowError, answer, optional_score, read_conversation, read_list, required_number, user
+from .validation import (
+    MISSING,
+    Row,
+    RowError,
+    answer,
+    optional_score,
+    read_conversation,
+    read_list,
+    required_number,
+    user,
+)
 
 ASPECTS = ("instruction_following", "honesty", "truthfulness", "helpfulness")
 NONE = r"(?!)"  # a pattern that matches nothing
@@ -38,7 +47,7 @@ def convert_ultrafeedback(row: dict[str, Any], options: DataOptions) -> Row:
                 here, "wrong type", f"is a {type(completion).__name__}; it must be an object with a response"
             )
         score = _ultrafeedback_score(completion, options.score, here)
-        if score is not None and options.score == DEFAULT_SCORE and score == 10 and _mean_rating(completion) <= 2:
+        if score is not None and options.score == DEFAULT_SCORE and score == 10 and _is_rated_low(completion):
             score, note = (1.0, REPAIRED) if options.score_bug == "repair" else (None, _SCORE_BUG)
             result.notes.append(note)
         elif score is None:
@@ -52,28 +61,27 @@ def convert_ultrafeedback(row: dict[str, Any], options: DataOptions) -> Row:
     return result
 
 
-def _ratings(completion: dict[str, Any]) -> list[float]:
+def _mean_rating(completion: dict[str, Any]) -> float | None:
+    """The mean aspect rating; None where nothing was rated."""
     annotations = completion.get("annotations") or {}
     ratings = [
         optional_score((annotations.get(aspect) or {}).get("Rating"), f"annotations.{aspect}.Rating")
         for aspect in ASPECTS
     ]
-    return [rating for rating in ratings if rating is not None]
+    known = [rating for rating in ratings if rating is not None]
+    return sum(known) / len(known) if known else None
 
 
-def _mean_rating(completion: dict[str, Any]) -> float:
-    """The mean aspect rating, infinite where nothing was rated."""
-    ratings = _ratings(completion)
-    if ratings:
-        return sum(ratings) / len(ratings)
-    rating = optional_score(completion.get("fine-grained_score"), "fine-grained_score")
-    return float("inf") if rating is None else rating
+def _is_rated_low(completion: dict[str, Any]) -> bool:
+    mean = _mean_rating(completion)
+    if mean is None:
+        mean = optional_score(completion.get("fine-grained_score"), "fine-grained_score")
+    return mean is not None and mean <= 2
 
 
 def _ultrafeedback_score(completion: dict[str, Any], score: str, here: str) -> float | None:
     if score == "mean_aspects":
-        ratings = _ratings(completion)
-        return sum(ratings) / len(ratings) if ratings else None
+        return _mean_rating(completion)
     if score in completion:
         return optional_score(completion[score], f"{here}.{score}")
     annotation = (completion.get("annotations") or {}).get(score) or {}
@@ -142,26 +150,22 @@ class Format:
     Args:
         name: what reports call it.
         needs: the columns that tell it, as an error lists them.
-        matches: whether a set of columns is this format.
         convert: from a row as a dict to a `Row`; raises `RowError`.
         replaces: a pattern of the columns that the result replaces; all others are kept.
         conversations: a pattern of the columns whose messages the result takes over, with all their fields.
         scores: the names that `score` may have, from a few rows; None where there is no choice.
         grouped: True where a row is one completion, and the rows of a prompt are put together first.
+        matches: whether a set of columns is this format; None where it is so with all that it needs.
     """
 
     name: str
     needs: str
-    matches: Callable[[set[str], DataOptions], bool]
     convert: Callable[[dict[str, Any], DataOptions], Row]
     replaces: str = NONE
     conversations: str = NONE
     scores: Callable[[list[dict[str, Any]]], set[str]] | None = None
     grouped: bool = False
-
-
-def _has(*names: str) -> Callable[[set[str], DataOptions], bool]:
-    return lambda columns, options: columns.issuperset(names)
+    matches: Callable[[set[str], DataOptions], bool] | None = None
 
 
 def _is_generated(columns: set[str], options: DataOptions) -> bool:
@@ -173,7 +177,6 @@ def _is_generated(columns: set[str], options: DataOptions) -> bool:
 OWN = Format(
     "own",
     "prompt, completions, rewards",
-    _has("prompt", "completions", "rewards"),
     convert_own,
     conversations="prompt|completions",
 )
@@ -184,7 +187,6 @@ FORMATS = {  # the first that matches is taken
         Format(
             "raw UltraFeedback",
             "instruction, completions",
-            _has("instruction", "completions"),
             convert_ultrafeedback,
             replaces="instruction",
             scores=_ultrafeedback_scores,
@@ -192,7 +194,6 @@ FORMATS = {  # the first that matches is taken
         Format(
             "ranked answers",
             "A0, A1, score_A0, score_A1",
-            _has("A0", "A1", "score_A0", "score_A1"),
             convert_ranked,
             replaces=r"(score_)?A\d+|messages",
             conversations=r"A\d+",
@@ -200,22 +201,20 @@ FORMATS = {  # the first that matches is taken
         Format(
             "trajectory pairs",
             "trajectory, chosen, rejected",
-            _has("trajectory", "chosen", "rejected"),
             pairs.convert_trajectory,
             replaces="trajectory|chosen|rejected",
         ),
         Format(
             "generated responses",
             "prompt, all_generated_responses, all_rm_scores",
-            _is_generated,
             convert_generated,
             replaces="all_generated_responses|all_rm_scores|chosen|rejected|messages",
             conversations="prompt",
+            matches=_is_generated,
         ),
         Format(
             "pairs",
             "chosen, rejected",
-            _has("chosen", "rejected"),
             pairs.convert_pair,
             replaces="chosen|rejected|messages",
             conversations="prompt|chosen|rejected",
@@ -223,12 +222,12 @@ FORMATS = {  # the first that matches is taken
         Format(
             "flat scored rows",
             "prompt, response or completion, a score column",
-            flat.matches,
             flat.convert_group,
             replaces="response|completion",
             conversations="prompt|response|completion",
             scores=flat.score_names,
             grouped=True,
+            matches=flat.matches,
         ),
     )
 }
@@ -242,7 +241,7 @@ def recognise(columns: Iterable[str], options: DataOptions, name: str) -> Format
     """
     found = set(columns)
     for fmt in FORMATS.values():
-        if fmt.matches(found, options):
+        if fmt.matches(found, options) if fmt.matches else found.issuperset(fmt.needs.split(", ")):
             return fmt
     known = "; ".join(f"{fmt.needs} ({fmt.name})" for fmt in FORMATS.values())
     missing = min(({"prompt", "completions", "rewards"} - found, {"prompt", "chosen", "rejected"} - found), key=len)

@@ -1,6 +1,5 @@
 """JSON Lines read one by one, where a line may be broken."""
 
-import codecs
 import json
 import logging
 from collections.abc import Iterator
@@ -34,6 +33,17 @@ def _read_line(line: bytes, i: int, file: str) -> dict[str, Any]:
     return value
 
 
+def _lines(file: str) -> Iterator[tuple[bytes, dict[str, Any] | UnreadableLine]]:
+    """Each line that isn't blank, with its row, or with what is wrong with it."""
+    with open(file, "rb") as lines:
+        for i, line in enumerate(lines):
+            if line.strip():
+                try:
+                    yield line, _read_line(line, i, file)
+                except UnreadableLine as error:
+                    yield line, error
+
+
 def read_lines(files: list[str], drop: list[bool]) -> Iterator[dict[str, Any]]:
     """The rows of JSONL files, lazily.
 
@@ -42,15 +52,13 @@ def read_lines(files: list[str], drop: list[bool]) -> Iterator[dict[str, Any]]:
         drop: one bool: whether an unreadable line is left out with a warning.
     """
     for file in files:
-        with open(file, "rb") as lines:
-            for i, line in enumerate(lines):
-                if line.strip():
-                    try:
-                        yield _read_line(line, i, file)
-                    except UnreadableLine as error:
-                        if not drop[0]:
-                            raise
-                        logger.warning("left out: %s", error)
+        for _, row in _lines(file):
+            if not isinstance(row, UnreadableLine):
+                yield row
+            elif drop[0]:
+                logger.warning("left out: %s", row)
+            else:
+                raise row
 
 
 def _may_hold_half_a_character(text: bytes) -> bool:
@@ -59,19 +67,15 @@ def _may_hold_half_a_character(text: bytes) -> bool:
 
 
 def is_plain(file: str) -> bool:
-    """Whether all of a file is UTF-8 text without a surrogate, read in pieces."""
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    end = b""
-    with open(file, "rb") as opened:
-        try:
-            while piece := opened.read(1 << 20):
-                decoder.decode(piece)
-                if _may_hold_half_a_character(end + piece):
-                    return False
-                end = piece[-2:]
-            decoder.decode(b"", final=True)
-        except UnicodeDecodeError:
-            return False
+    """Whether all of a file is UTF-8 text without a surrogate."""
+    with open(file, "rb") as lines:
+        for line in lines:
+            try:
+                line.decode()
+            except UnicodeDecodeError:
+                return False
+            if _may_hold_half_a_character(line):
+                return False
     return True
 
 
@@ -111,14 +115,12 @@ def copy_sound_lines(files: list[str], folder: str) -> tuple[list[str], int]:
         if _is_list(file):
             check_json([file])
         copies.append(str(Path(folder) / f"{number}.jsonl"))
-        with open(file, "rb") as lines, open(copies[-1], "wb") as copy:
-            for i, line in enumerate(lines):
-                if line.strip():
-                    try:
-                        _read_line(line, i, file)
-                        copy.write(line.rstrip(b"\n") + b"\n")
-                    except UnreadableLine:
-                        left_out += 1
+        with open(copies[-1], "wb") as copy:
+            for line, row in _lines(file):
+                if isinstance(row, UnreadableLine):
+                    left_out += 1
+                else:
+                    copy.write(line.rstrip(b"\n") + b"\n")
     logger.warning("left out %d unreadable lines of %s", left_out, ", ".join(files))
     return copies, left_out
 

@@ -9,7 +9,7 @@ from datasets import Dataset, DatasetDict, Features, IterableDataset, IterableDa
 
 from .conversion import convert_dataset
 from .options import DataOptions
-from .report import DataReport
+from .schema import DataReport
 from .source import open_source
 from .splits import find_split, is_training, split_validation
 
@@ -34,6 +34,28 @@ class RewardData:
     validation_indices: list[int] | None = None
 
 
+def load_reward_dataset(
+    path: str, *, split: str | None = None, **arguments: Any
+) -> DatasetDict | IterableDatasetDict | Dataset | IterableDataset:
+    """A data set in any known format, as validated rows `prompt, completions, rewards`.
+
+    Where the data has a training split alone, `validation_fraction` of its prompts become a split `validation`;
+    `read_reward_dataset` tells which, and what was dropped.
+
+    Args:
+        path, split, **arguments: of `read_reward_dataset`.
+
+    Returns:
+        A `DatasetDict` with the data's own names of splits, or the one of `split` (their iterable kinds when
+        streaming).
+
+    Raises:
+        ValueError, OSError: as `read_reward_dataset` does.
+    """
+    data = read_reward_dataset(path, split=split, **arguments).dataset
+    return data if split is None else next(iter(data.values()))
+
+
 def read_reward_dataset(
     path: str,
     *,
@@ -44,7 +66,25 @@ def read_reward_dataset(
     options: DataOptions | None = None,
     **fields: Any,
 ) -> RewardData:
-    """`load_reward_dataset` with its reports and the held-out rows; with `split`, that split alone is in `dataset`."""
+    """The data of `load_reward_dataset` with its reports and the held-out rows.
+
+    Args:
+        path: a Hub id, a JSON, JSONL, Parquet or CSV file, a pattern for such files (`shards/part-*.parquet`), a folder
+            of them, or a folder that `save_to_disk` wrote.
+        split: the one split to read; None reads all. `train` also finds `train_prefs`, `test` or `validation` the
+            data's only held-out split.
+        name: the configuration of a Hub data set that has several.
+        streaming: read lazily, for data that is larger than the disk; nothing is held out then.
+        num_proc: processes to convert with.
+        options: see `DataOptions`.
+        **fields: fields of `DataOptions`, which override `options`.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ConnectionError: a Hub data set that can't be had.
+        ValueError: an unreadable file, an unknown format or split, an invalid row (named from 0, with its field).
+        NotImplementedError: a stream of flat rows.
+    """
     options = replace(options or DataOptions(), **fields)
     source, unreadable = open_source(str(path), name, streaming, options.on_invalid == "drop")
     wanted = _wanted(source)
@@ -79,47 +119,6 @@ def read_reward_dataset(
     if split is not None:
         splits = {find_split(splits, split): splits[find_split(splits, split)]}
     return RewardData((IterableDatasetDict if streaming else DatasetDict)(splits), reports, indices)
-
-
-def load_reward_dataset(
-    path: str,
-    *,
-    split: str | None = None,
-    name: str | None = None,
-    streaming: bool = False,
-    num_proc: int | None = None,
-    options: DataOptions | None = None,
-    **fields: Any,
-) -> DatasetDict | IterableDatasetDict | Dataset | IterableDataset:
-    """A data set in any known format, as validated rows `prompt, completions, rewards`.
-
-    Where the data has a training split alone, `validation_fraction` of its prompts become a split `validation`;
-    `read_reward_dataset` tells which, and what was dropped.
-
-    Args:
-        path: a Hub id, a JSON, JSONL, Parquet or CSV file, a pattern for such files (`shards/part-*.parquet`), a folder
-            of them, or a folder that `save_to_disk` wrote.
-        split: the one split to return; None returns all. `train` also finds `train_prefs`, `test` or `validation` the
-            data's only held-out split.
-        name: the configuration of a Hub data set that has several.
-        streaming: read lazily, for data that is larger than the disk; nothing is held out then.
-        num_proc: processes to convert with.
-        options: see `DataOptions`.
-        **fields: fields of `DataOptions`, which override `options`.
-
-    Returns:
-        A `DatasetDict` with the data's own names of splits, or the split (their iterable kinds when streaming).
-
-    Raises:
-        FileNotFoundError: no such file.
-        ConnectionError: a Hub data set that can't be had.
-        ValueError: an unreadable file, an unknown format or split, an invalid row (named from 0, with its field).
-        NotImplementedError: a stream of flat rows.
-    """
-    data = read_reward_dataset(
-        path, split=split, name=name, streaming=streaming, num_proc=num_proc, options=options, **fields
-    ).dataset
-    return data if split is None else next(iter(data.values()))
 
 
 def with_template_arguments(dataset: Dataset | IterableDataset, arguments: dict[str, Any]) -> Any:

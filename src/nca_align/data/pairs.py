@@ -3,8 +3,17 @@
 from typing import Any
 
 from .options import DataOptions
-from .row import Row
-from .validation import RowError, answer, read_conversation, read_list, read_text, required_number, user
+from .validation import (
+    Row,
+    RowError,
+    answer,
+    check_filled,
+    read_conversation,
+    read_list,
+    read_text,
+    required_number,
+    user,
+)
 
 HARD = (1.0, 0.0)
 _ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
@@ -33,8 +42,7 @@ def convert_pair(row: dict[str, Any], options: DataOptions) -> Row:
 
 def _split_off_prompt(prompt: str | None, chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
     for name, side in (("chosen", chosen), ("rejected", rejected)):
-        if not side:
-            raise RowError(name, "empty completion", f"is {side!r}, an empty completion; it must have content")
+        check_filled(side, name)
     if prompt is not None and isinstance(chosen[0], dict) and chosen[0].get("role") == "assistant":
         return [user(prompt, "prompt")], chosen, rejected  # the messages hold the answers alone
     if chosen[0] != rejected[0] or (isinstance(chosen, list) and min(len(chosen), len(rejected)) == 1):

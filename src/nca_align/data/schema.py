@@ -1,15 +1,26 @@
-"""The column types of converted rows."""
+"""The columns of converted rows, and what those beside them say became of each row: counts by cause."""
 
 import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-from datasets import Features, Json, LargeList, List, Value
+import numpy as np
+import pyarrow.compute as pc
+from datasets import Dataset, Features, Json, LargeList, List, Value
 
+from ..errors import UserError
 from .flat import SHARED
 from .formats import Format
+from .options import DataOptions
 
 RESULT = ("prompt", "completions", "rewards")
 _MESSAGE = {"role": Value("string"), "content": Value("string")}
+# Columns beside each row while it is converted, so that a cached conversion still knows what it met: what is wrong
+# with an invalid row, why a row is dropped, and what befell its completions.
+NOTES = Features({"_problem": Value("string"), "_cause": Value("string"), "_notes": List(Value("string"))})
+FIX = "mend the row, or drop such rows with `on_invalid: drop`"
 
 
 def is_replaced(column: str, fmt: Format) -> bool:
@@ -59,3 +70,68 @@ def _is_text(feature: Any) -> bool:
 
 def _is_list(feature: Any) -> bool:
     return isinstance(feature, (List, LargeList))
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """What became of one split; nothing is left out that isn't counted here.
+
+    Args:
+        name: of the split.
+        format: the name of the recognised format.
+        rows: prompts before anything was dropped.
+        kept: prompts after it.
+        dropped: prompts by cause.
+        completions: completions of the kept prompts that were left out or repaired, by cause.
+    """
+
+    name: str
+    format: str
+    rows: int
+    kept: int
+    dropped: dict[str, int] = field(default_factory=dict)
+    completions: dict[str, int] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        text = f"`{self.name}` ({self.format}): {self.kept} of {self.rows} prompts kept"
+        if self.dropped:
+            text += f"; dropped: {show_counts(self.dropped)}"
+        if self.completions:
+            text += f"; single completions left out or repaired: {show_counts(self.completions)}"
+        return text
+
+
+def show_counts(counts: Mapping[str, int]) -> str:
+    """`3 missing score, 1 empty completion`, the most frequent first."""
+    return ", ".join(f"{n} {cause}" for cause, n in sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+
+
+def read_notes(converted: Dataset, options: DataOptions, fmt: str, name: str) -> tuple[np.ndarray, DataReport]:
+    """The rows to keep, and the report, from the columns of `NOTES`.
+
+    Raises:
+        ValueError: a row is invalid and `on_invalid` is `raise`, or no row is left.
+    """
+    dropped: Counter[str] = Counter()
+    completions: Counter[str] = Counter()
+    keep, problems, first = [], 0, ""
+    for batch in converted.select_columns(list(NOTES)).with_format("arrow").iter(100_000):
+        sound = pc.is_null(batch["_cause"])
+        keep.append(sound.to_numpy())
+        dropped.update(_tally(batch["_cause"]))
+        completions.update(_tally(pc.list_flatten(batch["_notes"].filter(sound))))
+        found = batch["_problem"].drop_null()
+        problems += len(found)
+        first = first or (found[0].as_py() if len(found) else "")
+    if first and options.on_invalid == "raise":
+        more = f" ({problems - 1} more rows are invalid)" if problems > 1 else ""
+        raise UserError(f"`{name}`, {first}{more}; {FIX}")
+    indices = np.flatnonzero(np.concatenate(keep))
+    report = DataReport(name, fmt, len(converted), len(indices), dict(dropped), dict(completions))
+    if not len(indices):
+        raise UserError(f"{report}; at least one must be left" + (f" ({first})" if first else ""))
+    return indices, report
+
+
+def _tally(values: Any) -> dict[str, int]:
+    return {item["values"]: item["counts"] for item in pc.value_counts(values.drop_null()).to_pylist()}

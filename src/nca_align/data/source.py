@@ -1,17 +1,16 @@
 """Raw data from where it lies, and one sentence where it can't be read."""
 
 import csv
-import dataclasses
 import glob
 import itertools
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import (
     DatasetDict,
@@ -24,13 +23,16 @@ from datasets import (
     load_dataset_builder,
     load_from_disk,
 )
+from datasets.builder import Key
 from datasets.exceptions import DatasetGenerationError
+from datasets.packaged_modules.parquet.parquet import Parquet
 
 from ..errors import HubError, NotFoundError, UserError, one_line
 from ..store.files import visible_files
 from .jsonlines import UnreadableLine, check_json, copy_sound_lines, is_plain, read_lines
 
 _BUILDERS = {".json": "json", ".jsonl": "json", ".ndjson": "json", ".parquet": "parquet", ".csv": "csv"}
+_ROWS = 1000  # of a Parquet file that are read at a time
 
 
 def open_source(path: str, name: str | None, streaming: bool, drop: bool) -> tuple[dict[str, Any], int]:
@@ -135,21 +137,26 @@ def _load(path: str, kind: str, files: list[str], streaming: bool, what: tuple, 
         log.setLevel(level)
 
 
+class _ParquetInBatches(Parquet):
+    """`datasets`' reader of Parquet, but a few rows at a time.
+
+    Its own reads ahead as far as a file goes, faster than rows are taken, whatever its options: of ten times the rows
+    (100 MB) it held 60 to 100 MB more, and this one 6 MB.
+    """
+
+    def _generate_tables(self, files: list[str], row_groups_list: list[list[int] | None]) -> Iterator[tuple]:
+        for i, (file, groups) in enumerate(zip(files, row_groups_list, strict=True)):
+            for j, batch in enumerate(pq.ParquetFile(file).iter_batches(_ROWS, row_groups=groups)):
+                yield Key(i, j), self._cast_table(pa.Table.from_batches([batch]))
+
+
 def _load_parquet(what: tuple, arguments: dict, streaming: bool) -> dict[str, Any]:
-    """A row group at a time: within a call pyarrow reads ahead as far as a file goes, faster than rows are taken."""
+    found = load_dataset_builder(*what, **arguments)  # which files are which split
+    builder = _ParquetInBatches(data_files=found.config.data_files, hash=found.hash)
     if streaming:
-        return {name: split.reshard() for name, split in load_dataset(*what, streaming=True, **arguments).items()}
-    builder = load_dataset_builder(*what, **arguments)
-    builder._generate_tables = partial(_by_row_group, builder._generate_tables)
+        return {name: split.reshard() for name, split in builder.as_streaming_dataset().items()}
     builder.download_and_prepare()
     return dict(builder.as_dataset())
-
-
-def _by_row_group(tables: Callable, files: list[str], row_groups_list: list[list[int] | None]) -> Iterator[tuple]:
-    for i, (file, groups) in enumerate(zip(files, row_groups_list, strict=True)):
-        for group in range(pq.read_metadata(file).num_row_groups) if groups is None else groups:
-            for key, table in tables([file], [[group]]):
-                yield dataclasses.replace(key, original_shard_id=i), table
 
 
 def _reason(error: Exception) -> str:

@@ -1,13 +1,33 @@
-"""What a row must be, and how single values are read; every refusal names the field."""
+"""What a row is and must be, and how single values are read; every refusal names the field."""
 
 import json
 import math
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import InvalidRowError
 
 MISSING = "missing score"
 _NO_NUMBER = {"", "n/a", "na", "none", "null"}
+
+
+@dataclass
+class Row:
+    """One prompt with its rewarded completions: the result of every converter.
+
+    Args:
+        prompt: text or messages.
+        completions: K completions of the same kind.
+        rewards: K floats.
+        notes: a few words for each completion that was left out or repaired.
+        extra: values that replace kept columns of the same name.
+    """
+
+    prompt: str | list
+    completions: list
+    rewards: list[float]
+    notes: list[str] = field(default_factory=list)
+    extra: dict[str, Any] = field(default_factory=dict)
 
 
 class RowError(InvalidRowError):
@@ -110,14 +130,14 @@ def user(value: Any, field: str) -> dict[str, str]:
 
 def answer(value: Any, field: str) -> list[dict[str, str]]:
     """A completion of one assistant message from text, which must not be blank."""
-    _check_filled(read_text(value, field), field)
+    check_filled(read_text(value, field), field)
     return [{"role": "assistant", "content": value}]
 
 
-def _check_filled(text: str, field: str) -> None:
-    # Chat templates strip white space, so that a blank completion would leave no token to score.
-    if not text.strip():
-        raise RowError(field, "empty completion", f"is {_show(text)}, an empty completion; it must have content")
+def check_filled(value: str | list, field: str) -> None:
+    """Refuse a completion without content: chat templates strip white space, and no token would be left to score."""
+    if not (value.strip() if isinstance(value, str) else value):
+        raise RowError(field, "empty completion", f"is {_show(value)}, an empty completion; it must have content")
 
 
 def _check_messages(messages: list, field: str) -> None:
@@ -130,20 +150,19 @@ def _check_messages(messages: list, field: str) -> None:
             raise _wrong_type(f"{here}.content", content, "text")
 
 
-def _check_prompt(prompt: str | list, field: str = "prompt") -> None:
+def _check_prompt(prompt: str | list) -> None:
     if not isinstance(prompt, (str, list)):
-        raise _wrong_type(field, prompt, "text or a list of messages")
-    if not prompt or (isinstance(prompt, str) and not prompt.strip()):
-        raise RowError(field, "empty prompt", f"is {_show(prompt)}; it must not be empty")
+        raise _wrong_type("prompt", prompt, "text or a list of messages")
+    if not (prompt.strip() if isinstance(prompt, str) else prompt):
+        raise RowError("prompt", "empty prompt", f"is {_show(prompt)}; it must not be empty")
     if isinstance(prompt, list):
-        _check_messages(prompt, field)
+        _check_messages(prompt, "prompt")
 
 
 def _check_completion(completion: str | list, chat: bool, field: str) -> None:
     if not isinstance(completion, (str, list)):
         raise _wrong_type(field, completion, "a list of messages" if chat else "text")
-    if not completion:
-        raise RowError(field, "empty completion", f"is {completion!r}, an empty completion; it must have content")
+    check_filled(completion, field)
     if isinstance(completion, list) != chat:
         raise RowError(
             field,
@@ -151,12 +170,11 @@ def _check_completion(completion: str | list, chat: bool, field: str) -> None:
             f"is {'text' if chat else 'a list of messages'}, but the prompt is "
             f"{'a list of messages' if chat else 'text'}; both must be of one kind",
         )
-    if isinstance(completion, str):
-        return _check_filled(completion, field)
-    _check_messages(completion, field)
-    for j, message in enumerate(completion):
-        if message["role"] != "tool" and not message.get("tool_calls"):
-            _check_filled(message["content"], f"{field}[{j}].content")
+    if isinstance(completion, list):
+        _check_messages(completion, field)
+        for j, message in enumerate(completion):
+            if message["role"] != "tool" and not message.get("tool_calls"):
+                check_filled(message["content"], f"{field}[{j}].content")
 
 
 def check_row(prompt: str | list, completions: list, rewards: list) -> None:
@@ -171,9 +189,9 @@ def check_row(prompt: str | list, completions: list, rewards: list) -> None:
         RowError: for the first thing that is wrong.
     """
     _check_prompt(prompt)
-    for field, value in (("completions", completions), ("rewards", rewards)):
+    for name, value in (("completions", completions), ("rewards", rewards)):
         if not isinstance(value, list):
-            raise _wrong_type(field, value, "a list")
+            raise _wrong_type(name, value, "a list")
     if len(completions) != len(rewards):
         raise RowError(
             "rewards", "unequal lengths", f"has {len(rewards)} values for {len(completions)} completions; give one each"

@@ -8,7 +8,7 @@ from rich.console import Console, Group
 from rich.panel import Panel
 from rich.text import Text
 
-from ...data.report import show_counts
+from ...data.schema import show_counts
 from ...pages.html import visible
 from ...pages.terminal import print_rows
 from .measure import Example, Inspection
