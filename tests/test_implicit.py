@@ -114,7 +114,7 @@ def test_implicit_rewards_are_those_of_the_trainers_log(model_dir, adapter_dir, 
     set_peft_model_state_dict(trainer.model, load_file(Path(adapter_dir) / "adapter_model.safetensors"))
     log = trainer.evaluate()
     found = implicit(options(data_file, adapter_dir, beta=0.2))
-    assert found.figures["implicit"]["pairs"].value == pytest.approx(log["eval_rewards/accuracies"], abs=1e-6)
+    assert found.figures["implicit"]["pairs"].mean == pytest.approx(log["eval_rewards/accuracies"], abs=1e-6)
     logratios = token_logratios(adapter_dir, None, tokenised(tokenizer, rows), options(data_file, adapter_dir))
     best = [
         0.2 * float(m[max(range(len(m)), key=r["rewards"].__getitem__)].sum())
@@ -179,13 +179,13 @@ def test_modules_to_save_are_off_in_the_reference(model_dir, tokenizer, tmp_path
 def test_scores_whole_per_token_and_less_length():
     logratios = [[torch.tensor([0.1, 0.2]), torch.tensor([0.2])], [torch.tensor([-0.3]), torch.tensor([0.1, -0.5])]]
     found = evaluate_implicit(logratios, [[1.0, 0.0], [1.0, 0.0]], beta=0.5)
-    assert found.figures["implicit"]["pairs"].value == 1  # 0.3 > 0.2 and −0.3 > −0.4
-    assert found.figures["per token"]["pairs"].value == 0  # 0.15 < 0.2 and −0.3 < −0.2
-    assert found.figures["length"]["pairs"].value == 0.5
-    assert found.figures["implicit"]["gain"].value == 1
+    assert found.figures["implicit"]["pairs"].mean == 1  # 0.3 > 0.2 and −0.3 > −0.4
+    assert found.figures["per token"]["pairs"].mean == 0  # 0.15 < 0.2 and −0.3 < −0.2
+    assert found.figures["length"]["pairs"].mean == 0.5
+    assert found.figures["implicit"]["gain"].mean == 1
     assert (found.prompts, found.completions, found.pairs, found.like_length) == (2, 4, 2, 0)
     assert (found.random, found.best) == (0.5, 1)
-    assert found.less_length["implicit"]["pairs"].value == 0.5
+    assert found.less_length["implicit"]["pairs"].mean == 0.5
 
 
 def test_beta_changes_no_order(adapter_dir, data_file):
@@ -322,7 +322,7 @@ def test_real_data(name, adapter_dir, tmp_path):
     short.write_text("".join(json.dumps(row) + "\n" for row in rows[:12]))
     found = implicit(options(str(short), adapter_dir, max_length=128))
     assert found.prompts == 12
-    assert 0 <= found.figures["implicit"]["pairs"].value <= 1
+    assert 0 <= found.figures["implicit"]["pairs"].mean <= 1
     assert (DATA / name).exists()
 
 
@@ -335,8 +335,8 @@ def test_length_of_the_real_pairs_is_what_a_loop_says(tmp_path):
     found = evaluate_implicit(logratios, rewards, 1.0)
     right = [(a > b) + 0.5 * (a == b) if x > y else (a < b) + 0.5 * (a == b)
              for (a, b), (x, y) in zip(lengths, rewards, strict=True)]  # fmt: skip
-    assert found.figures["length"]["pairs"].value == pytest.approx(sum(right) / len(right))
-    assert found.figures["implicit"]["pairs"].value == 0.5
+    assert found.figures["length"]["pairs"].mean == pytest.approx(sum(right) / len(right))
+    assert found.figures["implicit"]["pairs"].mean == 0.5
 
 
 def test_the_tokenizer_comes_from_the_base_where_the_adapter_has_none(adapter_dir, tokenizer, tmp_path):

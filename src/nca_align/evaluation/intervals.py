@@ -20,7 +20,7 @@ class Estimate(NamedTuple):
 
 
 class Interval(NamedTuple):
-    """A figure and its 95 % interval over `n` seeds or prompts; a single one leaves it unbounded."""
+    """A mean over `n` seeds or prompts, or a figure made of means, and the ends of its 95 % interval."""
 
     mean: float
     low: float

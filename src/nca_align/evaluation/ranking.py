@@ -6,22 +6,14 @@ resamples those rows and nothing is computed anew.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..losses import better_pairs
+from .intervals import Interval
 
 LENGTH_MATCH = 1.1  # completions are of like length where the longer one has at most this many times the other's tokens
-
-
-class Interval(NamedTuple):
-    """A figure and the bounds of its 95 % bootstrap interval; NaN where the data can't give it."""
-
-    value: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True)
@@ -187,15 +179,15 @@ def compare_scores(
             values[name][figure] = function(table[:, start : start + numbers.shape[1]])
             start += numbers.shape[1]
     return (
-        {name: {figure: _interval(v) for figure, v in found.items()} for name, found in values.items()},
+        {name: {figure: _interval(v, prompts) for figure, v in found.items()} for name, found in values.items()},
         {
-            name: {figure: _interval(v - values[baseline][figure]) for figure, v in found.items()}
+            name: {figure: _interval(v - values[baseline][figure], prompts) for figure, v in found.items()}
             for name, found in values.items()
             if name != baseline
         },
     )
 
 
-def _interval(values: Tensor) -> Interval:
+def _interval(values: Tensor, prompts: int) -> Interval:
     low, high = torch.nanquantile(values[1:], torch.tensor([0.025, 0.975], dtype=values.dtype)).tolist()
-    return Interval(float(values[0]), low, high)
+    return Interval(float(values[0]), low, high, prompts)

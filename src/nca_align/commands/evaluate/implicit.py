@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isnan
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,10 @@ from ...batching.tokenization import tokenize_dataset
 from ...config import NCAConfig, prompt_limit
 from ...data import DataOptions, held_out_split, read_reward_dataset
 from ...errors import UserError
+from ...evaluation.intervals import Interval
 from ...evaluation.ranking import (
     LENGTH_MATCH,
     Completions,
-    Interval,
     compare_scores,
     padded,
     pair_kinds,
@@ -229,7 +230,8 @@ def _as_json(found: ImplicitEvaluation) -> dict[str, Any]:
 
     def plain(value: Any) -> Any:
         if isinstance(value, Interval):
-            return {name: None if bound != bound else bound for name, bound in value._asdict().items()}
+            ends = {"value": value.mean, "low": value.low, "high": value.high}
+            return {name: None if isnan(end) else end for name, end in ends.items()}
         return {name: plain(inner) for name, inner in value.items()} if isinstance(value, dict) else value
 
     return plain(dict(vars(found)))
@@ -269,7 +271,7 @@ def print_table(found: ImplicitEvaluation) -> None:
 
 def _cell(interval: Interval, form: str, bounds: bool) -> str:
     """A value, and its bounds in whole percents."""
-    if interval.value != interval.value:
+    if isnan(interval.mean):
         return "–"
-    value = form.format(interval.value).replace("%", "")
+    value = form.format(interval.mean).replace("%", "")
     return f"{value} [{100 * interval.low:.0f}, {100 * interval.high:.0f}]" if bounds else value
