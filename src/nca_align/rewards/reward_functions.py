@@ -5,7 +5,7 @@ import importlib
 import inspect
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from traceback import extract_tb
 from typing import Any
 
@@ -14,6 +14,8 @@ from ..errors import UserError, one_line
 from ..models.loading import ModelSource
 from ..options import nearest
 from .reward_models import Scorer
+
+_OWN_ARGUMENTS = ("prompt", "completions", "completion_ids")  # of rows; a function is given its own
 
 
 def find_function(spec: str):
@@ -28,7 +30,9 @@ def find_function(spec: str):
     try:
         found = importlib.import_module(module_name)
     except Exception as error:  # its code runs here, which may raise anything
-        raise UserError(f"`scorer` {spec}: module {module_name} can't be imported ({_told(error)})") from error
+        raise UserError(
+            f"`scorer` {spec}: module {module_name} can't be imported ({_where_it_failed(error)})"
+        ) from error
     for part in function_name.split("."):
         if not hasattr(found, part):
             names = [name for name, value in vars(found).items() if callable(value)]
@@ -39,7 +43,7 @@ def find_function(spec: str):
     return found
 
 
-def _told(error: Exception) -> str:
+def _where_it_failed(error: Exception) -> str:
     """What an import raised, and where in the imported code, if it came that far."""
     if isinstance(error, SyntaxError):
         return f"{type(error).__name__}: {error.msg}, {error.filename} line {error.lineno}"
@@ -63,13 +67,15 @@ def function_scorer(function: Callable, spec: str, tokenizer_name: str | None) -
     """
     tokenizer = ModelSource(tokenizer_name, "tokenizer").load_tokenizer() if tokenizer_name is not None else None
 
-    def run(prompts: list, completions: list, columns: dict[str, list]) -> list[float | None]:
+    def run(rows: Sequence[dict[str, Any]], completions: Sequence[Any]) -> list[float | None]:
+        columns = {key: [row[key] for row in rows] for key in rows[0] if key not in _OWN_ARGUMENTS}
         # TRL hands these three to every function; here is no training that they could log to.
-        extra = {"trainer_state": None, "log_extra": lambda *_: None, "log_metric": lambda *_: None}
+        columns |= {"trainer_state": None, "log_extra": lambda *_: None, "log_metric": lambda *_: None}
         if tokenizer is not None:
-            texts = [text_of(completion) for completion in completions]
-            extra["completion_ids"] = tokenizer(texts, add_special_tokens=False)["input_ids"]
-        scores = function(prompts=prompts, completions=completions, **columns, **extra)
+            columns["completion_ids"] = tokenizer(list(map(text_of, completions)), add_special_tokens=False)[
+                "input_ids"
+            ]
+        scores = function(prompts=[row["prompt"] for row in rows], completions=completions, **columns)
         if inspect.isawaitable(scores):
             scores = asyncio.run(_finish(scores))
         scores = _as_list(scores, spec, len(completions))

@@ -1,4 +1,4 @@
-"""Scorers that are models: a reward model with a classification head, and a text-classification pipeline."""
+"""Scorers that are models with a classification head: reward models, and text classifiers."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -15,16 +15,15 @@ from ..models.loading import ModelSource, default_device, is_adapter, silence_tr
 
 logger = logging.getLogger("nca_align")
 
-# Scores of completions: (prompts, completions, columns) -> one float a completion, or None where it skips one.
-Scorer = Callable[[list, list, dict[str, list]], Sequence[float | None]]
+# Scores of completions: (the row of each, completions) -> one float a completion, or None where it skips one.
+Scorer = Callable[[Sequence[dict[str, Any]], Sequence[Any]], Sequence[float | None]]
 
 
 def check_config(name: str, label: str | None, classifier: bool, trust_remote_code: bool = False) -> None:
     """Look at a scorer's configuration alone, where much is to be computed before the scorer is opened.
 
     Args:
-        name, label, trust_remote_code: as of `pipeline_scorer`.
-        classifier: whether it is to be a classifier, or else a reward model.
+        name, label, classifier, trust_remote_code: as of `model_scorer`.
 
     Raises:
         UserError: there is none, or it says that the model has other outputs.
@@ -33,43 +32,52 @@ def check_config(name: str, label: str | None, classifier: bool, trust_remote_co
         return
     config = ModelSource(name, "scorer", trust_remote_code=trust_remote_code).load_config()
     if any("ForSequenceClassification" in own for own in config.architectures or []):  # else opening it says why not
-        if classifier:
-            require_label(name, label, config)
-        else:
-            require_one_output(name, config)
+        scored_label(name, label, classifier, config)
 
 
-def require_one_output(name: str, config: Any) -> None:
-    """Raise a UserError where the model has several outputs."""
-    if config.num_labels != 1:
-        raise UserError(
-            f"`scorer` {name} has {config.num_labels} outputs, where a reward model has one; for a classifier write "
-            f"pipeline:{name}:LABEL with one of {', '.join(config.label2id)}"
-        )
-
-
-def require_label(name: str, label: str | None, config: Any) -> str:
-    """`label`, or the only one that there is.
+def scored_label(name: str, label: str | None, classifier: bool, config: Any) -> str:
+    """The label of the output that is the score: `label`, or the only one that there is.
 
     Raises:
-        UserError: no such label, or none given where there are several.
+        UserError: no such label, none given where there are several, or a reward model with several.
     """
     labels = list(config.id2label.values())
-    if label is None and len(labels) == 1:
-        return labels[0]
-    if label is None or label not in labels:
+    if not classifier and len(labels) != 1:
+        raise UserError(
+            f"`scorer` {name} has {len(labels)} outputs, where a reward model has one; for a classifier write "
+            f"pipeline:{name}:LABEL with one of {', '.join(labels)}"
+        )
+    if classifier and label not in labels and (label is not None or len(labels) > 1):
         raise UserError(
             f"`scorer` pipeline:{name} has the labels {', '.join(labels)}, and "
             f"{'none was given' if label is None else f'not {label!r}'}; write pipeline:{name}:LABEL"
         )
-    return label
+    return label or labels[0]
 
 
-def _open(name: str, spec: str, wanted: str, dtype: str, trust_remote_code: bool) -> tuple[Any, Any]:
-    """The tokenizer and the sequence-classification model.
+def model_scorer(
+    name: str,
+    label: str | None,
+    classifier: bool,
+    batch_size: int,
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+) -> Scorer:
+    """A sequence-classification model as a scorer.
+
+    A reward model reads the conversation in its own chat template, and its only output is the score. A classifier reads
+    the completion's text, and the probability of `label` is the score.
+
+    Args:
+        name: a folder or a Hub id.
+        label: of a classifier; None where it has one alone.
+        classifier: whether it is one, or else a reward model.
+        batch_size: completions a batch; they are sorted by length.
+        dtype: `auto` for bfloat16 on a GPU and float32 on a CPU, or the name of one.
+        trust_remote_code: run code that comes with the model.
 
     Raises:
-        UserError: it has no head; names the scorer by `spec`, and what to give in its place.
+        UserError: no classification head, other outputs; when it is called, messages and no chat template.
     """
     silence_transformers()
     source = ModelSource(name, "scorer", trust_remote_code=trust_remote_code)
@@ -77,33 +85,23 @@ def _open(name: str, spec: str, wanted: str, dtype: str, trust_remote_code: bool
     model, report = source.load(AutoModelForSequenceClassification, dtype=torch_dtype(dtype), output_loading_info=True)
     if report["missing_keys"]:  # transformers would fill a missing head with random numbers and go on
         raise UserError(
-            f"`scorer` {spec} has no classification head ({_some(report['missing_keys'])} missing in its weights); "
-            f"give {wanted}"
+            f"`scorer` {'pipeline:' if classifier else ''}{name} has no classification head "
+            f"({', '.join(sorted(report['missing_keys'])[:3])} missing in its weights); give "
+            f"{'a model that was trained to classify' if classifier else 'a reward model that was trained with one'}"
         )
-    return tokenizer, model
-
-
-def reward_model(name: str, batch_size: int, dtype: str = "auto", trust_remote_code: bool = False) -> Scorer:
-    """A sequence-classification model with one output, given the conversation in its own chat template.
-
-    Args:
-        name: a folder or a Hub id.
-        batch_size: completions a batch; they are sorted by length.
-        dtype: `auto` for bfloat16 on a GPU and float32 on a CPU, or the name of one.
-        trust_remote_code: run code that comes with the model.
-
-    Raises:
-        UserError: no classification head, more than one output, or no chat template for messages.
-    """
-    device = default_device()
-    tokenizer, model = _open(name, name, "a reward model that was trained with one", dtype, trust_remote_code)
-    require_one_output(name, model.config)
+    label = scored_label(name, label, classifier, model.config)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     model.config.pad_token_id = tokenizer.pad_token_id
-    model.to(device).eval()
-    room = _room(tokenizer, model.config)
+    model.to(default_device()).eval()
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    room = min(int(tokenizer.model_max_length), positions or 1 << 30, 1 << 30)
+    if classifier:
+        return _classifier(model, tokenizer, label, batch_size, room)
+    return _reward_model(name, model, tokenizer, batch_size, room)
 
+
+def _reward_model(name: str, model: Any, tokenizer: Any, batch_size: int, room: int) -> Scorer:
     def ids(row: dict[str, Any], completion: Any) -> list[int]:
         prompt = clean_prompt(row)
         if isinstance(prompt.content, str):
@@ -123,65 +121,29 @@ def reward_model(name: str, batch_size: int, dtype: str = "auto", trust_remote_c
         return tokens[-room:]
 
     @torch.inference_mode()
-    def score(prompts: list, completions: list, columns: dict[str, list]) -> list[float]:
-        tokens = [
-            ids({name: values[i] for name, values in columns.items()} | {"prompt": prompt}, completion)
-            for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True))
-        ]
-        order = sorted(range(len(tokens)), key=lambda i: len(tokens[i]))
-        scores = [0.0] * len(tokens)
-        for start in range(0, len(order), batch_size):
-            picked = order[start : start + batch_size]
-            inputs = tokenizer.pad({"input_ids": [tokens[i] for i in picked]}, return_tensors="pt").to(device)
-            for i, value in zip(picked, model(**inputs).logits[:, 0].float().tolist(), strict=True):
-                scores[i] = value
+    def score_ids(tokens: list[list[int]]) -> list[float]:
+        scores = []
+        for start in range(0, len(tokens), batch_size):
+            inputs = tokenizer.pad({"input_ids": tokens[start : start + batch_size]}, return_tensors="pt")
+            scores += model(**inputs.to(model.device)).logits[:, 0].float().tolist()
         return scores
 
-    return score
+    return lambda rows, completions: _by_length(list(map(ids, rows, completions)), score_ids)
 
 
-def pipeline_scorer(
-    name: str, label: str | None, batch_size: int, dtype: str = "auto", trust_remote_code: bool = False
-) -> Scorer:
-    """A text-classification pipeline over the completion's text: the probability of `label`.
-
-    Args:
-        name: a folder or a Hub id.
-        label: the label to score; None where the model has one alone.
-        batch_size: completions a batch; they are sorted by length.
-        dtype, trust_remote_code: as of `reward_model`.
-
-    Raises:
-        UserError: no such label, or none given where there are several.
-    """
-    wanted = "a model that was trained to classify"
-    tokenizer, model = _open(name, f"pipeline:{name}", wanted, dtype, trust_remote_code)
-    label = require_label(name, label, model.config)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-        model.config.pad_token_id = tokenizer.pad_token_id
+def _classifier(model: Any, tokenizer: Any, label: str, batch_size: int, room: int) -> Scorer:
     tokenizer.truncation_side = "left"  # the end of a long completion counts
-    classify = pipeline("text-classification", model=model, tokenizer=tokenizer, device=default_device())
-    room = _room(tokenizer, model.config)
+    classify = pipeline("text-classification", model=model, tokenizer=tokenizer, device=model.device)
 
-    def score(prompts: list, completions: list, columns: dict[str, list]) -> list[float]:
-        texts = [text_of(completion) for completion in completions]
-        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-        ordered = [texts[i] for i in order]
-        found: Any = classify(ordered, top_k=None, batch_size=batch_size, truncation=True, max_length=room)
-        scores = [0.0] * len(texts)
-        for i, ranked in zip(order, found, strict=True):
-            scores[i] = next(entry["score"] for entry in ranked if entry["label"] == label)
-        return scores
+    def score_texts(texts: list[str]) -> list[float]:
+        found: Any = classify(texts, top_k=None, batch_size=batch_size, truncation=True, max_length=room)
+        return [next(entry["score"] for entry in ranked if entry["label"] == label) for ranked in found]
 
-    return score
+    return lambda rows, completions: _by_length(list(map(text_of, completions)), score_texts)
 
 
-def _room(tokenizer, config) -> int:
-    """Tokens that the model takes: what tokenizer and configuration allow."""
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return min(int(tokenizer.model_max_length), positions or 1 << 30, 1 << 30)
-
-
-def _some(names) -> str:
-    return ", ".join(sorted(names)[:3])
+def _by_length(inputs: list, score: Callable[[list], list[float]]) -> list[float]:
+    """`score` of all, in their order; it is called on them from the shortest to the longest."""
+    order = sorted(range(len(inputs)), key=lambda i: len(inputs[i]))
+    scores = score([inputs[i] for i in order])
+    return [value for _, value in sorted(zip(order, scores, strict=True))]

@@ -13,7 +13,7 @@ from .spec import ScorerSpec, column_names
 
 
 def check_weights(weights: Any, scorers: int) -> None:
-    """Raise a ValueError where `weights` aren't a finite number a scorer, or none at all."""
+    """Raise a UserError where `weights` aren't a finite number a scorer, or none at all."""
     if weights and isinstance(weights, Sequence) and len(weights) != scorers:
         raise UserError(f"`scorer_weights` has {len(weights)} values for {scorers} scorers; give one each, or none")
     if not isinstance(weights, Sequence) or not all(_is_finite(weight) for weight in weights):
@@ -36,29 +36,12 @@ class Scorers:
         self._scorers, self._weights = scorers, weights
 
     def __call__(self, shard: int, first_row: int, rows: list[dict], advance: Advance) -> Shard:
-        failed: dict[int, str] = {}
-        table: dict[str, list] = {}
-        for name, scorer in self._scorers.items():
-            try:
-                table[name] = _score_rows(scorer, rows)
-            except Exception as error:
-                if _is_of_all_rows(error):
-                    raise
-                table[name] = []  # a row that it can't score: find which, and keep the others
-                for i, row in enumerate(rows):
-                    try:
-                        table[name] += _score_rows(scorer, [row])
-                    except Exception as error:
-                        if _is_of_all_rows(error):
-                            raise
-                        failed[first_row + i] = f"`{name}` raised {type(error).__name__}: {one_line(error)[:200]}"
-                        table[name].append([None] * len(row["completions"]))
-        result = Shard([], Counter(completions=0), failed)
+        result = Shard([], Counter(completions=0))
+        table = {name: _score_rows(scorer, rows) for name, scorer in self._scorers.items()}
         for i, row in enumerate(rows):
-            scores = {name: table[name][i] for name in self._scorers}
-            problem = _problem(scores)
-            if first_row + i in failed or problem:
-                failed.setdefault(first_row + i, problem)
+            scores = {name: values[i] for name, values in table.items()}
+            if problem := _problem(scores):
+                result.failed[first_row + i] = problem
                 continue
             rewards = [
                 sum(weight * score for weight, score in zip(self._weights, given, strict=True) if score is not None)
@@ -66,12 +49,7 @@ class Scorers:
             ]
             result.counts["completions"] += len(rewards)
             result.rows.append({**row, "rewards": rewards, **scores})
-        result.failed = dict(sorted(failed.items()))
         return result
-
-
-def _is_of_all_rows(error: Exception) -> bool:
-    return isinstance(error, UserError) and not isinstance(error, InvalidRowError)
 
 
 def open_scorers(
@@ -96,19 +74,27 @@ def open_scorers(
     return Scorers(dict(zip(column_names(parsed), opened, strict=True)), weights or [1.0] * len(opened))
 
 
-def _score_rows(scorer: Scorer, rows: list[dict]) -> list[list[float | None]]:
-    counts = [len(row["completions"]) for row in rows]
-    flat = [row for row, count in zip(rows, counts, strict=True) for _ in range(count)]
-    columns = {
-        key: [row[key] for row in flat] for key in rows[0] if key not in ("prompt", "completions", "completion_ids")
-    }
-    completions = [completion for row in rows for completion in row["completions"]]
-    scores = iter(scorer([row["prompt"] for row in flat], completions, columns))
-    return [list(islice(scores, count)) for count in counts]
+def _score_rows(scorer: Scorer, rows: list[dict]) -> list[Any]:
+    """K scores of each row; where the scorer raises, it is called row by row, and a row's error stands for its scores.
+
+    Raises:
+        UserError: what is wrong with all rows alike.
+    """
+    flat = [(row, completion) for row in rows for completion in row["completions"]]
+    try:
+        scores = iter(scorer(*map(list, zip(*flat, strict=True))))
+    except Exception as error:
+        if isinstance(error, UserError) and not isinstance(error, InvalidRowError):
+            raise
+        return [error] if len(rows) == 1 else [found for row in rows for found in _score_rows(scorer, [row])]
+    return [list(islice(scores, len(row["completions"]))) for row in rows]
 
 
-def _problem(scores: dict[str, list]) -> str:
+def _problem(scores: dict[str, Any]) -> str:
+    """Why these scores of a row can't be used; empty where they can."""
     for name, values in scores.items():
+        if isinstance(values, Exception):
+            return f"`{name}` raised {type(values).__name__}: {one_line(values)[:200]}"
         for k, value in enumerate(values):
             if value is not None and not math.isfinite(value):
                 return f"`{name}` gave {value} for completion {k}; a score must be a finite number, or None to skip"

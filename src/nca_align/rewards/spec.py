@@ -9,7 +9,7 @@ from typing import Literal
 from ..models.loading import model_fingerprint
 from ..store.fingerprints import source_fingerprint
 from .reward_functions import find_function, function_scorer
-from .reward_models import Scorer, check_config, pipeline_scorer, reward_model
+from .reward_models import Scorer, check_config, model_scorer
 
 
 @dataclass(frozen=True)
@@ -79,9 +79,7 @@ class ScorerSpec:
         """
         if self.kind == "function":
             return function_scorer(self.function(), self.name, tokenizer)
-        if self.kind == "classifier":
-            return pipeline_scorer(self.name, self.label, batch_size, dtype, trust_remote_code)
-        return reward_model(self.name, batch_size, dtype, trust_remote_code)
+        return model_scorer(self.name, self.label, self.kind == "classifier", batch_size, dtype, trust_remote_code)
 
 
 def column_names(specs: Sequence[ScorerSpec]) -> list[str]:
