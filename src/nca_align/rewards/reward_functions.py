@@ -30,9 +30,7 @@ def find_function(spec: str):
     try:
         found = importlib.import_module(module_name)
     except Exception as error:  # its code runs here, which may raise anything
-        raise UserError(
-            f"`scorer` {spec}: module {module_name} can't be imported ({_where_it_failed(error)})"
-        ) from error
+        raise UserError(f"`scorer` {spec}: module {module_name} can't be imported ({_cause(error)})") from error
     for part in function_name.split("."):
         if not hasattr(found, part):
             names = [name for name, value in vars(found).items() if callable(value)]
@@ -43,7 +41,7 @@ def find_function(spec: str):
     return found
 
 
-def _where_it_failed(error: Exception) -> str:
+def _cause(error: Exception) -> str:
     """What an import raised, and where in the imported code, if it came that far."""
     if isinstance(error, SyntaxError):
         return f"{type(error).__name__}: {error.msg}, {error.filename} line {error.lineno}"
@@ -70,12 +68,11 @@ def function_scorer(function: Callable, spec: str, tokenizer_name: str | None) -
     def run(rows: Sequence[dict[str, Any]], completions: Sequence[Any]) -> list[float | None]:
         columns = {key: [row[key] for row in rows] for key in rows[0] if key not in _OWN_ARGUMENTS}
         # TRL hands these three to every function; here is no training that they could log to.
-        columns |= {"trainer_state": None, "log_extra": lambda *_: None, "log_metric": lambda *_: None}
+        extra: dict[str, Any] = {"trainer_state": None, "log_extra": lambda *_: None, "log_metric": lambda *_: None}
         if tokenizer is not None:
-            columns["completion_ids"] = tokenizer(list(map(text_of, completions)), add_special_tokens=False)[
-                "input_ids"
-            ]
-        scores = function(prompts=[row["prompt"] for row in rows], completions=completions, **columns)
+            texts = list(map(text_of, completions))
+            extra["completion_ids"] = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        scores = function(prompts=[row["prompt"] for row in rows], completions=completions, **columns, **extra)
         if inspect.isawaitable(scores):
             scores = asyncio.run(_finish(scores))
         scores = _as_list(scores, spec, len(completions))

@@ -80,9 +80,10 @@ def _score_rows(scorer: Scorer, rows: list[dict]) -> list[Any]:
     Raises:
         UserError: what is wrong with all rows alike.
     """
-    flat = [(row, completion) for row in rows for completion in row["completions"]]
+    repeated = [row for row in rows for _ in row["completions"]]
+    completions = [completion for row in rows for completion in row["completions"]]
     try:
-        scores = iter(scorer(*map(list, zip(*flat, strict=True))))
+        scores = iter(scorer(repeated, completions))
     except Exception as error:
         if isinstance(error, UserError) and not isinstance(error, InvalidRowError):
             raise
