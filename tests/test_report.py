@@ -154,7 +154,7 @@ def test_bars_far_wider_than_the_curves_do_not_stretch_a_plot():
     assert second.get_ylim()[0] < -50  # of one curve all is shown
     assert second.get_legend() is None
     colours = {series: styles([series])[series][0] for series in "ab"}
-    assert second.lines[0].get_color() not in {COLOURS[name][0] for name in colours.values()}
+    assert second.lines[0].get_color() not in {COLOURS[name] for name in colours.values()}
 
 
 def test_charts_of_the_same_curves_have_one_legend_and_their_bars_stand_beside_each_other():

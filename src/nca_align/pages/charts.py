@@ -19,17 +19,16 @@ from matplotlib.ticker import MaxNLocator, NullLocator
 
 from .html import COLOURS, card, escape, visible
 
-_LIGHT = {name: light for name, (light, _) in COLOURS.items()}
-_NAMES = {light: f"var(--{name})" for name, light in _LIGHT.items()}
+_NAMES = {light: f"var(--{name})" for name, light in COLOURS.items()}
 _CURVES = "abcdefgh"  # the colours of curves
 _METHODS = {"nca": "a", "infonca": "b", "dpo": "c", "sft": "d", "gvpo": "e", "kto": "f", "ipo": "g"}
 _LINES = ("-", "--", ":")
 _MOST_POINTS = 40  # of a curve whose points are marked
 _STYLE: dict[Any, Any] = {
-    "font.family": "DejaVu Sans", "font.size": 11, "text.parse_math": False, "text.color": _LIGHT["text"],
+    "font.family": "DejaVu Sans", "font.size": 11, "text.parse_math": False, "text.color": COLOURS["text"],
     "axes.spines.left": False, "axes.spines.right": False, "axes.spines.top": False, "axes.spines.bottom": False,
-    "axes.grid": True, "axes.grid.axis": "y", "axes.axisbelow": True, "grid.color": _LIGHT["line"],
-    "axes.labelcolor": _LIGHT["soft"], "xtick.labelcolor": _LIGHT["soft"], "ytick.labelcolor": _LIGHT["soft"],
+    "axes.grid": True, "axes.grid.axis": "y", "axes.axisbelow": True, "grid.color": COLOURS["line"],
+    "axes.labelcolor": COLOURS["soft"], "xtick.labelcolor": COLOURS["soft"], "ytick.labelcolor": COLOURS["soft"],
     "xtick.major.size": 0, "ytick.major.size": 0, "legend.frameon": False, "svg.fonttype": "none", "svg.hashsalt": "",
 }  # fmt: skip
 _in_our_style = rc_context(_STYLE)
@@ -144,7 +143,7 @@ def histogram(
         f"{number(left)} to {number(right)}: {n:,} {unit}"
         for left, right, n in zip(edges, edges[1:], counts, strict=False)
     ]
-    _tip(axes.bar(edges[:-1], counts, 0.94 * np.diff(edges), align="edge", color=_LIGHT["a"]), tips)
+    _tip(axes.bar(edges[:-1], counts, 0.94 * np.diff(edges), align="edge", color=COLOURS["a"]), tips)
     axes.set(xlabel=label, xlim=(edges[0], edges[-1]), ylim=(0, counts.max() * 1.05 or 1))
     _finish(axes, marks or {})
     return _svg(axes, f"Histogram of {label}")
@@ -155,9 +154,9 @@ def bars(labels: Sequence[str], values: Sequence[float], label: str, show: str =
     """One horizontal bar each as SVG, with its value beside it."""
     n, texts = len(labels), [format(value, show) for value in values]
     axes = _page_axes(26 * n + 6, left=min(130, max(map(len, labels)) * 6.5 + 12), right=62, top=0, bottom=0)
-    drawn = axes.barh(range(n), values, 0.7, color=_LIGHT["a"])
+    drawn = axes.barh(range(n), values, 0.7, color=COLOURS["a"])
     _tip(drawn, [f"{name}: {text}" for name, text in zip(labels, texts, strict=True)])
-    axes.bar_label(drawn, texts, padding=6, color=_LIGHT["soft"])
+    axes.bar_label(drawn, texts, padding=6, color=COLOURS["soft"])
     axes.set_yticks(range(n), labels)
     axes.set(xlim=(0, max(*values, 1e-9)), ylim=(n - 0.5, -0.5), xticks=[])
     axes.grid(visible=False)
@@ -194,7 +193,7 @@ def _draw(axes: Axes, chart: Chart) -> None:
     """The chart's curves; bars stop at its edge, and those over one step stand side by side."""
     for i, one in enumerate(chart.series):
         name, line = chart.styles()[one.name]
-        colour, x = _LIGHT[name if one.name else "text"], _beside(one.x, i, chart)
+        colour, x = COLOURS[name if one.name else "text"], _beside(one.x, i, chart)
         known = one.name in axes.get_legend_handles_labels()[1]
         _, _, error_bars = axes.errorbar(
             x, one.y, _arms(one.y, one.y_bars), _arms(one.x, one.x_bars), label="" if known else one.name,
@@ -211,9 +210,9 @@ def _draw(axes: Axes, chart: Chart) -> None:
         ends = [end for one in chart.series for bar in one.y_bars or () for end in bar]
         axes.set_ylim(*(chart.y_range or axis_range([y for one in chart.series for y in one.y], ends)))
     if chart.diagonal:
-        axes.plot([0, 1], [0, 1], color=_LIGHT["soft"], linestyle="--", linewidth=1)
+        axes.plot([0, 1], [0, 1], color=COLOURS["soft"], linestyle="--", linewidth=1)
     elif axes.get_ylim()[0] < 0 < axes.get_ylim()[1]:
-        axes.axhline(0, color=_LIGHT["soft"], linewidth=0.8)
+        axes.axhline(0, color=COLOURS["soft"], linewidth=0.8)
     axes.set_xlabel(chart.x_label)
     axes.xaxis.set_visible(bool(chart.x_label))
     if chart.log_x:
@@ -239,11 +238,11 @@ def _finish(axes: Axes, marks: dict[str, float]) -> None:
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(number)
     for i, (x, name) in enumerate(sorted((x, name) for name, x in marks.items() if low <= x <= high)):
-        axes.axvline(x, color=_LIGHT["warn"], linewidth=1.5, linestyle="--")
+        axes.axvline(x, color=COLOURS["warn"], linewidth=1.5, linestyle="--")
         right = axes.transAxes.inverted().transform(axes.transData.transform((x, 0)))[0] > 0.6
         axes.annotate(
             name, (x, 1), (-4 if right else 4, 5 - 13 * (i % 2)), ("data", "axes fraction"), "offset points",
-            color=_LIGHT["warn"], horizontalalignment="right" if right else "left",
+            color=COLOURS["warn"], horizontalalignment="right" if right else "left",
         )  # fmt: skip
 
 

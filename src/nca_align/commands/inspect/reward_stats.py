@@ -6,12 +6,13 @@ prompt after the other.
 
 import math
 from collections import Counter
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ...errors import UserError
 from ...losses import targets
@@ -30,20 +31,22 @@ def by_k(counts: np.ndarray, *flat: np.ndarray) -> Iterator[tuple]:
         yield rows, *(values[index] for values in flat)
 
 
+def per_prompt(function: Callable[..., np.ndarray | Tensor], counts: np.ndarray, *flat: np.ndarray) -> np.ndarray:
+    """(B,) what `function` makes of each prompt's values, which it gets as matrices (prompts, K) of one K."""
+    output = np.empty(len(counts))
+    for rows, *matrices in by_k(counts, *flat):
+        output[rows] = function(*matrices)
+    return output
+
+
 def spreads(rewards: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """(B,) highest minus lowest reward of each prompt; 0 where all are equal."""
-    output = np.empty(len(counts))
-    for rows, matrix in by_k(counts, rewards):
-        output[rows] = matrix.max(1) - matrix.min(1)
-    return output
+    return per_prompt(lambda r: np.ptp(r, axis=1), counts, rewards)
 
 
 def tied_for_best(rewards: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """(B,) how many completions have the highest reward; what `effective_completions` comes to as α goes to 0."""
-    output = np.empty(len(counts))
-    for rows, matrix in by_k(counts, rewards):
-        output[rows] = (matrix == matrix.max(1, keepdims=True)).sum(1)
-    return output
+    return per_prompt(lambda r: (r == r.max(1, keepdims=True)).sum(1), counts, rewards)
 
 
 def effective_completions(rewards: np.ndarray, counts: np.ndarray, alpha: float) -> np.ndarray:
@@ -62,11 +65,11 @@ def effective_completions(rewards: np.ndarray, counts: np.ndarray, alpha: float)
     Raises:
         ValueError: as `losses.targets`, which training calls as well.
     """
-    output = np.empty(len(counts))
-    for rows, matrix in by_k(counts, rewards):
-        w = targets(torch.from_numpy(matrix), alpha)
-        output[rows] = torch.special.entr(w).sum(1).exp().numpy()
-    return output
+    return per_prompt(lambda r: torch.special.entr(_weights(r, alpha)).sum(1).exp(), counts, rewards)
+
+
+def _weights(rewards: np.ndarray, alpha: float) -> Tensor:
+    return targets(torch.from_numpy(rewards), alpha)
 
 
 class AlphaRow(NamedTuple):
@@ -92,9 +95,7 @@ def alpha_table(rewards: np.ndarray, counts: np.ndarray, alphas: Sequence[float]
     table = []
     for alpha in alphas:
         effective = effective_completions(rewards, counts, alpha)
-        weight = np.empty(len(counts))
-        for rows, matrix in by_k(counts, rewards):
-            weight[rows] = targets(torch.from_numpy(matrix), alpha).amax(1).numpy()
+        weight = per_prompt(lambda r, alpha=alpha: _weights(r, alpha).amax(1), counts, rewards)
         hard = (effective < HARD * best_ties) & (spread > 0)
         table.append(AlphaRow(alpha, float(effective.mean()), float(hard.mean()), float(weight.mean())))
     return table
