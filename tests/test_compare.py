@@ -498,9 +498,12 @@ def test_a_cell_that_was_finished_has_not_failed_whatever_came_after(tmp_path, m
     finished = "import pathlib, sys; pathlib.Path(sys.argv[-1], 'done.json').write_text('{}'); sys.exit(1)"
     popen = subprocess.Popen
     monkeypatch.setattr(runner.subprocess, "Popen", lambda args, **kw: popen([args[0], "-c", finished, args[-1]], **kw))
-    assert runner._run(cell(), tmp_path, 0, 1, None, set()) is None
-    assert (tmp_path / "done.json").exists()
-    assert not (tmp_path / "error.txt").exists()
+    own = cell()
+    own.folder(tmp_path).mkdir(parents=True)
+    runner.run_cells([own], tmp_path, 1, None, lambda: None)
+    assert (own.folder(tmp_path) / "done.json").exists()
+    assert not (own.folder(tmp_path) / "error.txt").exists()
+    assert runner.failure(tmp_path, own) is None
 
 
 # Real cells

@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
         todo = [cell for cell in chosen if not is_done(output, cell)]
         print(f"{len(chosen)} cells, {len(chosen) - len(todo)} of them finished; in {output}")
         if todo:  # what is wrong with the data, once and at once
-            script, data_options, _, args, _ = cell_options(output / "cells" / todo[0].name / CONFIG)
+            script, data_options, _, args, _ = cell_options(todo[0].folder(output) / CONFIG)
             train, held_out = read_splits(script, data_options, args, evaluation)
             prompts = {name: len(rows) for name, rows in {"training": train, **held_out}.items()}
             print(f"Prompts: {', '.join(f'{name} {count}' for name, count in prompts.items())}")
@@ -116,7 +116,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _write_tables(output: Path, cells: Sequence[Cell], selection: Selection) -> tuple[list[Row], list[Row]]:
     """The tables of all cells that are finished: their rows, and those that were chosen."""
-    rows = [row for cell in cells if is_done(output, cell) for row in rows_of(cell, output / "cells" / cell.name)]
+    rows = [row for cell in cells if is_done(output, cell) for row in rows_of(cell, cell.folder(output))]
     selected = selected_rows(rows, selection, seeds_of(cells))
     if rows:
         write_csv(output / "comparison.csv", rows, COLUMNS)
@@ -143,7 +143,7 @@ def _shown(line: Row, name: str) -> str:
 def _print_cells(cells: Sequence[Cell], output: Path, parallel: int) -> None:
     took = []
     for cell in cells:
-        folder = output / "cells" / cell.name
+        folder = cell.folder(output)
         state = "new"
         if is_done(output, cell):
             took.append(json.loads((folder / DONE).read_text())["minutes"])

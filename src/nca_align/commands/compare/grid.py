@@ -97,6 +97,10 @@ class Cell:
     settings: dict[str, Any]
     options: dict[str, Any]
 
+    def folder(self, output: Path) -> Path:
+        """Where it is run, of a comparison in `output`."""
+        return output / "cells" / self.name
+
     def identity(self) -> dict[str, Any]:
         """What decides its figures, as far as the options say."""
         kept = {key: value for key, value in self.options.items() if key not in _FREE}

@@ -2,13 +2,11 @@
 
 import json
 import os
-import queue
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,7 +25,7 @@ from ...store.provenance import refuse_changes
 from ...training.resume import PREEMPTED
 from .grid import Cell, Evaluation
 
-_GRACE = 20.0  # seconds
+_GRACE, _PAUSE = 20.0, 0.1  # seconds that a cell has to save in, and between looks at those that run
 SETTINGS, CONFIG, LOG, ERROR, DONE = "settings.json", "config.yaml", "log.txt", "error.txt", "done.json"
 # Of `nca-align train`, for every cell
 _FORCED = {"eval_strategy": "no", "eval_on_start": False, "save_strategy": "no", "disable_tqdm": True}
@@ -43,24 +41,21 @@ def prepare(cells: Sequence[Cell], output: Path, evaluation: Evaluation) -> None
     data = files_fingerprint(base["dataset_name"])
     model = model_fingerprint(str(base["model_name_or_path"]))
     scorers = [ScorerSpec.parse(own).fingerprint() for own in evaluation.scorer]
-    about = {}
+    asked = asdict(evaluation)
+    alike = {f"evaluation.{key}": value for key, value in asked.items()}
+    alike |= {"scorer": scorers, "data": data, "model": model}
+    abouts = []
     for cell in cells:
-        about[cell.name] = json.loads(json.dumps({
-            "settings": cell.settings, "evaluation": asdict(evaluation),
-            "identity": {
-                **cell.identity(), **{f"evaluation.{key}": value for key, value in asdict(evaluation).items()},
-                "scorer": scorers, "data": data, "model": model,
-            },
-        }, default=str))  # fmt: skip
-        _refuse_other_settings(output / "cells" / cell.name, about[cell.name]["identity"])
-    for cell in cells:
-        folder = output / "cells" / cell.name
+        about = {"settings": cell.settings, "evaluation": asked, "identity": cell.identity() | alike}
+        abouts.append(json.loads(json.dumps(about, default=str)))
+        _refuse_other_settings(cell.folder(output), abouts[-1]["identity"])
+    for cell, about in zip(cells, abouts, strict=True):
+        folder = cell.folder(output)
         folder.mkdir(parents=True, exist_ok=True)
-        options = {**cell.options, **_FORCED, "output_dir": str(folder)}
         if not is_done(output, cell):
-            write_json(folder / SETTINGS, about[cell.name])
+            write_json(folder / SETTINGS, about)
             with replacing(folder / CONFIG) as file:
-                file.write(yaml.safe_dump(options, sort_keys=False))
+                yaml.safe_dump({**cell.options, **_FORCED, "output_dir": str(folder)}, file, sort_keys=False)
 
 
 def _refuse_other_settings(folder: Path, new: dict[str, Any]) -> None:
@@ -76,12 +71,12 @@ def _refuse_other_settings(folder: Path, new: dict[str, Any]) -> None:
 
 def is_done(output: Path, cell: Cell) -> bool:
     """Whether the cell is finished."""
-    return (output / "cells" / cell.name / DONE).exists()
+    return (cell.folder(output) / DONE).exists()
 
 
 def failure(output: Path, cell: Cell) -> str | None:
     """Why the cell failed the last time that it ran; None where it didn't, or was finished all the same."""
-    path = output / "cells" / cell.name / ERROR
+    path = cell.folder(output) / ERROR
     return path.read_text(encoding="utf-8").strip() if path.exists() and not is_done(output, cell) else None
 
 
@@ -93,36 +88,53 @@ def run_cells(
     `after_each` is called, here, whenever one has ended. An interrupt ends those that are running, which go on from
     their last evaluation another time.
     """
-    slots: queue.SimpleQueue[int] = queue.SimpleQueue()
-    for slot in range(parallel):
-        slots.put(slot)
-    running: set[subprocess.Popen] = set()
-
-    def run(cell: Cell) -> str | None:
-        slot = slots.get()
-        try:
-            return _run(cell, output / "cells" / cell.name, slot, parallel, timeout_minutes, running)
-        finally:
-            slots.put(slot)
-
-    console = Console()
+    waiting = list(cells)
+    running: dict[int, tuple[Cell, subprocess.Popen, float]] = {}  # slot → when it began
     columns = (TextColumn("cells"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with ThreadPoolExecutor(parallel) as pool, Progress(*columns, console=console) as progress:
+    with Progress(*columns, console=Console()) as progress:
         bar = progress.add_task("cells", total=len(cells))
-        futures = {pool.submit(run, cell): cell for cell in cells}
         try:
-            for future in as_completed(futures):
-                why, name = future.result(), futures[future].name
-                after_each()
-                progress.advance(bar)
-                progress.console.print(f"{name}: {'done' if why is None else f'failed: {why}'}", markup=False)
-        except BaseException:
-            for future in futures:
-                future.cancel()
-            ours = list(running)
-            running.clear()  # what ends now hasn't failed
-            _end(ours)
-            raise
+            while waiting or running:
+                for slot in range(parallel):
+                    if waiting and slot not in running:
+                        cell = waiting.pop(0)
+                        process = _start(cell, cell.folder(output), _environment(cell, slot, parallel))
+                        running[slot] = cell, process, time.monotonic()
+                time.sleep(_PAUSE)
+                for slot, (cell, process, began) in list(running.items()):
+                    why = _why_over(process, cell.folder(output), began, timeout_minutes)
+                    if why is None:
+                        continue
+                    process.communicate()
+                    del running[slot]
+                    if not is_done(output, cell):  # else what came after it counts for nothing
+                        (cell.folder(output) / ERROR).write_text(f"{why}\n", encoding="utf-8")
+                    after_each()
+                    progress.advance(bar)
+                    failed = failure(output, cell)
+                    progress.console.print(f"{cell.name}: {f'failed: {failed}' if failed else 'done'}", markup=False)
+        finally:
+            _end([process for _, process, _ in running.values()])
+
+
+def _start(cell: Cell, folder: Path, environment: dict[str, str]) -> subprocess.Popen:
+    (folder / ERROR).unlink(missing_ok=True)
+    with open(folder / LOG, "a", encoding="utf-8") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "nca_align.commands.compare.cell", str(folder)],
+            stdin=subprocess.PIPE,  # its end, when this process is no more, ends the cell
+            stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True,
+        )  # fmt: skip
+
+
+def _why_over(process: subprocess.Popen, folder: Path, began: float, timeout_minutes: float | None) -> str | None:
+    """How the process ended, at the latest now if it has had its time; None while it goes on."""
+    if process.poll() is not None:
+        return _reason(process.returncode, folder)
+    if timeout_minutes is None or time.monotonic() - began < timeout_minutes * 60:
+        return None
+    process.kill()
+    return f"it took longer than `timeout_minutes`, {timeout_minutes:g}; it goes on from its last evaluation"
 
 
 def _end(processes: Sequence[subprocess.Popen]) -> None:
@@ -135,37 +147,7 @@ def _end(processes: Sequence[subprocess.Popen]) -> None:
             process.wait(max(0.0, until - time.monotonic()))
         except subprocess.TimeoutExpired:
             process.kill()
-
-
-def _run(
-    cell: Cell, folder: Path, slot: int, parallel: int, timeout_minutes: float | None, running: set[subprocess.Popen]
-) -> str | None:
-    """One cell from start to end; what made it fail, if it did, is also in `error.txt`."""
-    (folder / ERROR).unlink(missing_ok=True)
-    with open(folder / LOG, "a", encoding="utf-8") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "nca_align.commands.compare.cell", str(folder)],
-            stdin=subprocess.PIPE,  # its end, when this process is no more, ends the cell
-            stdout=log, stderr=subprocess.STDOUT, env=_environment(cell, slot, parallel), start_new_session=True,
-        )  # fmt: skip
-        running.add(process)
-        try:
-            code = process.wait(None if timeout_minutes is None else timeout_minutes * 60)
-            why = None if code == 0 else _reason(code, folder)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-            why = f"it took longer than `timeout_minutes`, {timeout_minutes:g}; it goes on from its last evaluation"
-        finally:
-            interrupted = process not in running
-            running.discard(process)
-            if process.stdin is not None:
-                process.stdin.close()
-    if (folder / DONE).exists():  # whatever came after it
-        return None
-    if why is not None and not interrupted:
-        (folder / ERROR).write_text(f"{why}\n", encoding="utf-8")
-    return why
+        process.communicate()
 
 
 def _environment(cell: Cell, slot: int, parallel: int) -> dict[str, str]:
