@@ -108,3 +108,8 @@ def conversation(prompt: Prompt, completion: list[dict[str, Any]]) -> list[dict[
             )
         completion[0] = {**last, **first, "content": last["content"] + first.get("content", "")}
     return messages + completion
+
+
+def completion_of(prompt: str | list[dict[str, Any]], text: str) -> str | list[dict[str, Any]]:
+    """`text` as a completion of the prompt's kind."""
+    return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]

@@ -1,6 +1,7 @@
 """Evaluations in the midst of a run of any trainer, TRL's own too: by generation, and of K rewarded completions."""
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from ..models.adapters import adapter_merged, as_reference, base_model, refuse_v
 from ..models.loading import disable_nf4_repacking
 from ..models.logprobs import completion_logps
 from ..training.metrics import PromptMeans, calibration, row_metrics
-from .evaluator import GenerationEvaluator, Reference, reference_model
+from .evaluator import GenerationEvaluator, Reference, eval_mode, reference_model
 
 
 def log_within_step(trainer: Trainer, values: dict[str, float]) -> None:
@@ -70,17 +71,14 @@ class _EvaluationCallback(TrainerCallback):
         That is so for the second of several `eval_dataset`, and for `eval_on_start` of a run that is resumed.
         """
         trainer = self._trainer
-        if trainer.is_in_train and self._is_logged():
+        step, log = trainer.state.global_step, trainer.state.log_history
+        if trainer.is_in_train and any(line["step"] == step and self._mark in line for line in log):
             return {}
         model = trainer.accelerator.unwrap_model(trainer.model)
         with trainer.accelerator.autocast():
             values = self.measure(model)
         log_within_step(trainer, values)
         return values
-
-    def _is_logged(self) -> bool:
-        state = self._trainer.state
-        return any(line["step"] == state.global_step and self._mark in line for line in state.log_history)
 
     def _reference_of(self, model: nn.Module) -> Reference:
         """The given one, the trainer's, or the model with its adapter switched off; at the start perhaps `model`."""
@@ -104,7 +102,7 @@ class _EvaluationCallback(TrainerCallback):
                 f"`reference` is missing for {type(self).__name__}: the trainer holds no reference model, and the "
                 "model has no adapter that could be switched off; give one, or set `precompute_ref_log_probs: false`"
             )
-        return lambda: as_reference(model)
+        return partial(as_reference, model)
 
 
 class GenerationCallback(_EvaluationCallback):
@@ -196,32 +194,25 @@ class RankingCallback(_EvaluationCallback):
         self._reference_logps: dict[str, list[list[float]]] = {}
 
     def measure(self, model: nn.Module) -> dict[str, float]:
-        training = model.training
-        model.eval()
-        try:
-            values: dict[str, float] = {}
-            reference = self._reference_of(model)
-            for name, rows in self._rows.items():
-                if name not in self._reference_logps:
-                    other, switched = reference_model(reference, model)
-                    with switched():
-                        self._reference_logps[name] = completion_logps(other, rows, self._batch_size)
-                if reference is model:
-                    policy = self._reference_logps[name]
-                else:
-                    with adapter_merged(model):
-                        policy = completion_logps(model, rows, self._batch_size)
-                means = PromptMeans()
-                for row, *logps in zip(rows, policy, self._reference_logps[name], strict=True):
-                    pi_logps, ref_logps, rewards = (torch.tensor([own]) for own in (*logps, row["rewards"]))
-                    check_rows(rewards, None, self._alpha, self._beta)
-                    valid = torch.ones_like(rewards, dtype=torch.bool)
-                    about = (pi_logps, ref_logps, rewards, valid, self._alpha, self._beta)
-                    means.add(row_metrics(*about) | calibration(*about))
-                values |= {f"{_prefix(name)}{key}": value for key, value in means.gather().items()}
-            return values
-        finally:
-            model.train(training)
+        values: dict[str, float] = {}
+        reference = self._reference_of(model)
+        for name, rows in self._rows.items():
+            if name not in self._reference_logps:
+                with eval_mode(model), reference_model(reference, model) as other:
+                    self._reference_logps[name] = completion_logps(other, rows, self._batch_size)
+            policy = self._reference_logps[name]
+            if reference is not model:
+                with eval_mode(model), adapter_merged(model):
+                    policy = completion_logps(model, rows, self._batch_size)
+            means = PromptMeans()
+            for row, *logps in zip(rows, policy, self._reference_logps[name], strict=True):
+                pi_logps, ref_logps, rewards = (torch.tensor([own]) for own in (*logps, row["rewards"]))
+                check_rows(rewards, None, self._alpha, self._beta)
+                valid = torch.ones_like(rewards, dtype=torch.bool)
+                about = (pi_logps, ref_logps, rewards, valid, self._alpha, self._beta)
+                means.add(row_metrics(*about) | calibration(*about))
+            values |= {f"{_prefix(name)}{key}": value for key, value in means.gather().items()}
+        return values
 
 
 def _prefix(name: str) -> str:

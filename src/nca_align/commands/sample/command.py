@@ -6,6 +6,7 @@ from typing import Any
 
 from datasets import Dataset, Features, List, Value
 
+from ...data.conversation import completion_of
 from ...data.prompts import load_prompts
 from ...errors import InvalidRowError, UserError, command
 from ...models.loading import model_fingerprint
@@ -112,13 +113,11 @@ def _work(engine: Engine, options: SampleOptions) -> Work:
             if len(kept) < min(2, options.num_completions):
                 result.counts["rows_left_out"] += 1
                 continue
-            texts: list = [one.text for one in kept]
-            if not isinstance(row["prompt"], str):
-                texts = [[{"role": "assistant", "content": text}] for text in texts]
+            completions = [completion_of(row["prompt"], one.text) for one in kept]
             result.counts["completions"] += len(kept)
             result.counts["truncated"] += sum(one.truncated for one in kept)
             truncated = [one.truncated for one in kept]
-            result.rows.append({"prompt": row["prompt"], "completions": texts, "truncated": truncated, **row})
+            result.rows.append({"prompt": row["prompt"], "completions": completions, "truncated": truncated, **row})
         return result
 
     return work
