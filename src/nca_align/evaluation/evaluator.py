@@ -27,7 +27,7 @@ Reference = nn.Module | Callable[[], AbstractContextManager]
 class GenerationEvaluator:
     """Answers held-out prompts with a loaded model, and says what the answers show.
 
-    The reference's answers are drawn and scored at the first call, and kept: one evaluator is for one reference.
+    The reference's answers are sampled and scored at the first call, and kept: one evaluator is for one reference.
 
     Args:
         dataset: rows of `prompt` (text or messages), and any columns that the scorers read.

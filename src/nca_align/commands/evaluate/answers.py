@@ -4,6 +4,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ...data.prompts import load_raw, split_to_answer
 from ...evaluation.estimates import rewards_by_prompt
@@ -62,31 +63,20 @@ def evaluate_generations(options: GenerationOptions) -> list[Evaluation]:
     models = [options.reference, *options.model_name_or_path]
     split = options.split or split_to_answer(options.dataset_name, options.dataset_config)
     print(f"Prompts of {options.dataset_name}, split {split}", file=sys.stderr)
+    shared: dict[str, Any] = {name: getattr(options, name) for name in ("dtype", "trust_remote_code", "batch_size")}
     files = []
     for i, model in enumerate(models):
-        stem = folder / f"{i}-{Path(model).name}"
-        samples, scored = f"{stem}.parquet", f"{stem}.jsonl"
+        samples, scored = (str(folder / f"{i}-{Path(model).name}.{suffix}") for suffix in ("parquet", "jsonl"))
         sample(
             SampleOptions(
-                dataset_name=options.dataset_name, dataset_config=options.dataset_config, split=split,
-                output=samples, model_name_or_path=model, num_completions=options.num_completions,
-                max_new_tokens=options.max_new_tokens, seed=options.seed, dtype=options.dtype,
-                trust_remote_code=options.trust_remote_code, batch_size=options.batch_size,
+                dataset_name=options.dataset_name, dataset_config=options.dataset_config, split=split, output=samples,
+                model_name_or_path=model, num_completions=options.num_completions,
+                max_new_tokens=options.max_new_tokens, seed=options.seed, **shared,
             )
         )  # fmt: skip
-        score(
-            ScoreOptions(
-                samples, scored, options.scorer, options.scorer_weights, dtype=options.dtype,
-                trust_remote_code=options.trust_remote_code, batch_size=options.batch_size,
-            )
-        )  # fmt: skip
+        score(ScoreOptions(samples, scored, options.scorer, options.scorer_weights, **shared))
         files.append(scored)
-    lines = evaluate(
-        EvaluateOptions(
-            files, models, options.reference, str(folder / "table.json"), options.dtype, options.trust_remote_code,
-            options.batch_size,
-        )
-    )  # fmt: skip
+    lines = evaluate(EvaluateOptions(files, models, options.reference, str(folder / "table.json"), **shared))
     print_table(lines)
     rewards = [rewards_by_prompt(load_raw(file)) for file in files]
     for line, own in zip(lines[1:], rewards[1:], strict=True):

@@ -18,7 +18,7 @@ from ...options import Dtype, dtype_option, option, require_at_least_1
 from ...pages.terminal import print_rows
 from ...store.files import check_writable, read_table, write_json
 from ...store.fingerprints import data_fingerprint
-from .sampled_rows import end_token, load_samples, sampled_ids
+from .policy_samples import end_token, load_samples, sampled_ids
 
 
 @dataclass
@@ -56,7 +56,7 @@ class Evaluation(GenerationFigures):
 def evaluate_samples(dataset: Dataset, policy: str, reference: str, options: EvaluateOptions) -> Evaluation:
     """Mean reward of a policy's samples, and from the same samples how far it went from the reference.
 
-        KL(π ‖ π_ref) ≈ mean of log π(y|x) − log π_ref(y|x),   y drawn from π at temperature 1 and top-p 1
+        KL(π ‖ π_ref) ≈ mean of log π(y|x) − log π_ref(y|x),   y sampled from π at temperature 1 and top-p 1
 
     Without bias, but noisy: a single sample's difference may well be negative.
 
@@ -83,11 +83,11 @@ def evaluate_samples(dataset: Dataset, policy: str, reference: str, options: Eva
         {
             "rewards": row["rewards"],
             "kl": [p - q for p, q in zip(*pair, strict=True)],
-            "tokens": [len(ids) for ids in drawn["completion_ids"]],
+            "tokens": [len(ids) for ids in tokens["completion_ids"]],
             "texts": list(map(text_of, row["completions"])),
             "cut": row.get("truncated") or [False],
         }
-        for row, drawn, *pair in zip(dataset, rows, logps[policy], logps[reference], strict=True)
+        for row, tokens, *pair in zip(dataset, rows, logps[policy], logps[reference], strict=True)
     ]
     return Evaluation(policy=Path(policy).name, **figures_of(answers), win_rate=UNKNOWN)
 

@@ -97,7 +97,7 @@ def server_engine(options: SampleOptions, model: str) -> Engine:
     with a seed of its own.
     """
     extra = json.loads(options.extra_body)
-    takes_n = [True]
+    takes_n = True
 
     def request(sampling: SampleOptions, row: dict, n: int, seed: int) -> list[Sample]:
         body = {
@@ -134,10 +134,11 @@ def server_engine(options: SampleOptions, model: str) -> Engine:
 
     @returning_invalid
     def complete_row(sampling: SampleOptions, number: int, row: dict) -> list[Sample]:
+        nonlocal takes_n
         k = sampling.num_completions
         samples: list[Sample] = []
         refused = False
-        if k > 1 and takes_n[0]:
+        if k > 1 and takes_n:
             try:
                 samples = request(sampling, row, k, seed_for(sampling.seed, number, 0))
             except Refused:  # perhaps of `n`; what else it may be, the next request says
@@ -148,7 +149,7 @@ def server_engine(options: SampleOptions, model: str) -> Engine:
                 raise InvalidRowError(f"the server at {options.base_url} answered without any completion")
             samples += one
         if refused:
-            takes_n[0] = False
+            takes_n = False
         return samples
 
     def complete(sampling: SampleOptions, shard: int, rows: dict[int, dict], advance: Advance) -> dict[int, Any]:

@@ -1,4 +1,4 @@
-"""A policy's samples as `nca-align sample` and `score` wrote them: whether they tell its KL, and what was drawn."""
+"""A policy's samples as `nca-align sample` and `score` wrote them: whether they tell its KL, and its token ids."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ def load_samples(name: str, policy: str) -> Dataset:
 
     Raises:
         UserError: no `rewards`, or samples that by the file's own record another model drew, not at temperature 1, or
-            not all of them as they were drawn.
+            not all of them as they were sampled.
     """
     dataset = load_raw(name)
     for column in ("prompt", "completions", "rewards"):
@@ -37,8 +37,8 @@ def load_samples(name: str, policy: str) -> Dataset:
                     f"`dataset_name` {name} was sampled with `{option}` {config[option]!r}; a policy's KL needs its "
                     "samples as it drew them, up to its own end and each as often as it came: sample without it"
                 )
-        drawn, given = config["adapter"] or config["model"], model_fingerprint(policy)
-        if drawn != given and config["engine"] != "server":
+        weights = config["adapter"] or config["model"]
+        if weights != model_fingerprint(policy) and config["engine"] != "server":
             raise UserError(
                 f"`dataset_name` {name} was sampled from {made['about']['adapter'] or made['about']['model']}, whose "
                 f"weights are not those of `model_name_or_path` {policy}; a policy's KL needs samples of itself"
