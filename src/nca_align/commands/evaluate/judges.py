@@ -148,9 +148,7 @@ def load_questions(options: JudgeOptions) -> Dataset:
 
 def _work(engine: Engine, sampling: SampleOptions, options: JudgeOptions, name: str) -> Work:
     spec = JUDGES[options.judge]
-    template = (
-        {"chat_template_kwargs": options.chat_template_kwargs} if json.loads(options.chat_template_kwargs) else {}
-    )
+    template = {"chat_template_kwargs": options.chat_template_kwargs}
 
     def work(shard: int, first_row: int, rows: list[dict], advance: Advance) -> Shard:
         result = Shard([])
