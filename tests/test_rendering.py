@@ -19,7 +19,7 @@ from nca_align.commands.sample.local_engines import prompt_reader
 from nca_align.commands.sample.options import SampleOptions
 from nca_align.data.conversation import RESERVED
 from nca_align.errors import InvalidRowError, UserError
-from nca_align.rewards.reward_models import reward_model
+from nca_align.rewards.reward_models import model_scorer
 
 # As templates of today's models: BOS, tools and arguments, and thoughts that are taken out of earlier turns.
 THINKING = (
@@ -218,7 +218,7 @@ def scorer_dir(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def score(scorer_dir):
-    return reward_model(scorer_dir, 4)
+    return model_scorer(scorer_dir, None, False, 4)
 
 
 @pytest.mark.parametrize("kind", ROWS)
@@ -234,8 +234,7 @@ def test_a_reward_model_reads_the_same_conversation(kind, score, monkeypatch):
         PreTrainedTokenizerBase, "__call__",
         lambda self, text, **given: tokenized.append(out := call(self, text, **given)) or out,
     )  # fmt: skip
-    columns = {name: [row[name]] * 2 for name in ("tools", "chat_template_kwargs") if name in row}
-    arguments = ([row["prompt"]] * 2, row["completions"], columns)
+    arguments = ([row] * 2, row["completions"])
     if "error" in expected:
         with pytest.raises(InvalidRowError, match=re.escape(expected["error"])):
             score(*arguments)
