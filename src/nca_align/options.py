@@ -3,8 +3,8 @@
 import argparse
 import difflib
 import os
-import sys
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import MISSING, field
 from typing import Any, Literal, cast, get_args, get_type_hints
 
@@ -15,6 +15,12 @@ from .errors import UserError, one_line
 
 # What YAML 1.1 makes of the bare words that some options take (`save_strategy: no`).
 _YAML_WORDS = {False: ("no", "off", "false"), True: ("yes", "on", "true")}
+# By the name of what converts a flag's text: the types that YAML may give, and what the value must be.
+_YAML_TYPES: dict[str, tuple[tuple[type, ...], str]] = {
+    "int": ((int,), "a whole number"),
+    "float": ((int, float), "a number"),
+    "string_to_bool": ((bool,), "true or false"),
+}
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 
 
@@ -84,9 +90,7 @@ def parse(
     parser = _Parser(cast(Any, list(dataclass_types)), prog=prog, description=description or None, allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE", help="YAML file of options; flags override it")
     actions = {action.dest: action for action in reversed(parser._actions) if action.dest not in ("help", "config")}
-    argv = list(sys.argv[1:] if argv is None else argv)
-
-    config_path = _pop_config(argv)
+    config_path, argv = _take_config(argv)
     if config_path is not None:
         config = _read_config(config_path)
         env = config.pop("env", None) or {}
@@ -128,22 +132,19 @@ def parse(
 
 def given_options(argv: Sequence[str]) -> set[str]:
     """Names of the options that flags and the `--config` file give, known or not: what a command with modes goes by."""
-    argv = list(argv)
-    path = _pop_config(argv)
+    path, argv = _take_config(argv)
     keys = set() if path is None else {key for key, value in _read_config(path).items() if value not in (None, False)}
     return keys | {flag.split("=")[0].removeprefix("--") for flag in argv if flag.startswith("--")}
 
 
-def _pop_config(argv: list[str]) -> str | None:
-    for i, flag in enumerate(argv):
-        if flag.startswith("--config="):
-            return argv.pop(i).removeprefix("--config=")
-        if flag == "--config":
-            if i + 1 == len(argv):
-                raise UserError("`--config` needs the path of a YAML file after it")
-            del argv[i]
-            return argv.pop(i)
-    return None
+def _take_config(argv: Sequence[str] | None) -> tuple[str | None, list[str]]:
+    """The file that `--config` names, and the other arguments."""
+    reader = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    reader.add_argument("--config", nargs="?", const="")
+    known, others = reader.parse_known_args(argv)
+    if known.config == "":
+        raise UserError("`--config` needs the path of a YAML file after it")
+    return known.config, others
 
 
 def _read_config(path: str) -> dict[str, Any]:
@@ -171,33 +172,16 @@ def _yaml_value(action: argparse.Action, value: Any, path: str) -> Any:
 
 def _yaml_scalar(action: argparse.Action, value: Any, path: str) -> Any:
     convert: Any = action.type
-    name, kind = action.dest, getattr(convert, "__name__", "str")
-
-    def refuse(required: str) -> UserError:
-        return UserError(f"`{name}` in {path} is {value!r}; it must be {required}")
-
+    types, required = _YAML_TYPES.get(getattr(convert, "__name__", "str"), ((type(value),), ""))
     if action.choices:
         words = _YAML_WORDS[value] if isinstance(value, bool) and value not in action.choices else ()
         value = next((word for word in words if word in action.choices), value)
-        if value not in action.choices:
-            raise refuse(f"one of {', '.join(map(str, action.choices))}{nearest(str(value), map(str, action.choices))}")
+        if value in action.choices:
+            return value
+        required = f"one of {', '.join(map(str, action.choices))}{nearest(str(value), map(str, action.choices))}"
+    elif type(value) in types:
         return value
-    if kind in ("int", "float"):
-        required = "a whole number" if kind == "int" else "a number"
-        if isinstance(value, str):
-            try:  # YAML 1.1 reads 5e-6 as text
-                return convert(value)
-            except ValueError:
-                raise refuse(required) from None
-        if isinstance(value, bool) or not isinstance(value, int if kind == "int" else (int, float)):
-            raise refuse(required)
-        return value
-    if kind == "string_to_bool":
-        if isinstance(value, str):
-            try:
-                return convert(value)
-            except argparse.ArgumentTypeError:
-                raise refuse("true or false") from None
-        if not isinstance(value, bool):
-            raise refuse("true or false")
-    return value
+    elif isinstance(value, str):  # YAML 1.1 reads 5e-6 as text
+        with suppress(ValueError, argparse.ArgumentTypeError):
+            return convert(value)
+    raise UserError(f"`{action.dest}` in {path} is {value!r}; it must be {required}")
