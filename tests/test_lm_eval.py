@@ -110,8 +110,8 @@ class TestGoingOn:
         calls: list[tuple[str, str]] = []
 
         @contextmanager
-        def model(options, side):
-            yield side
+        def model(source, adapter_off, options):
+            yield "base" if adapter_off or source.key == "reference" else "aligned"
 
         def evaluate(model, tasks, **settings):
             calls.append((model, tasks[0]))
@@ -217,7 +217,7 @@ class TestRefused:
         def evaluate(**settings):
             raise error
 
-        monkeypatch.setattr(harness_module, "_language_model", lambda options, side: nullcontext())
+        monkeypatch.setattr(harness_module, "_language_model", lambda *about: nullcontext())
         monkeypatch.setattr(harness_module, "_import_lm_eval", lambda options: (evaluate, None))
         monkeypatch.setattr(harness_module, "load_tasks", lambda manager, options: {"opposites": "x"})
         flags = ["--lm_eval", "opposites", "--model_name_or_path", adapter, "--output", str(tmp_path / "x.json")]

@@ -63,6 +63,10 @@ class ModelSource:
         """`name` as `from_pretrained` takes it."""
         return resolve_model(self.name)
 
+    def fingerprint(self) -> str | None:
+        """`model_fingerprint` of the adapter with its base, or of the whole model."""
+        return model_fingerprint(self.adapter or self.name, self.revision)
+
     def load(self, auto_class: Any, **kwargs: Any) -> Any:
         """`auto_class.from_pretrained` of `name`, weights as safetensors only.
 

@@ -17,7 +17,7 @@ from jinja2 import TemplateError
 
 from ...errors import UserError, one_line, refused_by
 from ...models.adapters import as_reference
-from ...models.loading import ModelSource, model_fingerprint
+from ...models.loading import ModelSource
 from ...options import Dtype, dtype_option, nearest, option, require_at_least_1
 from ...store.files import check_writable, read_table, write_json
 from ...store.fingerprints import data_fingerprint
@@ -65,9 +65,9 @@ def harness(options: HarnessOptions) -> list[Line]:
         UserError: a model or lm_eval is missing, a task is unknown, what a task needs is not here or can't be read, or
             `output` can't be written.
     """
-    aligned = _source(options, "model_name_or_path")
-    _check_tokenizers(options)
-    if options.reference is None and aligned.adapter is None:
+    sources = _sources(options)
+    aligned, reference = sources["model_name_or_path"], sources.get("reference")
+    if reference is None and aligned.adapter is None:
         raise UserError(
             f"`reference` is missing: `model_name_or_path` {options.model_name_or_path} is no adapter, whose base it "
             "would be; name the model before training"
@@ -78,19 +78,15 @@ def harness(options: HarnessOptions) -> list[Line]:
     tasks = load_tasks(manager, options)
 
     settings = {name: getattr(options, name) for name in ("num_fewshot", "limit", "apply_chat_template", "dtype")}
-    found: dict[str, dict[str, Any]] = {}
-    for side in ("base", "aligned"):
-        alone = side == "aligned" or options.reference is not None  # else the adapter's model, with the adapter off
-        named = options.model_name_or_path if side == "aligned" else options.reference or options.model_name_or_path
-        weights = model_fingerprint(named)
-        keys = {
-            name: json.dumps([name, weights if alone else f"base of {weights}", fingerprint, settings])
-            for name, fingerprint in tasks.items()
-        }
+    sides = [(reference or aligned, reference is None), (aligned, False)]
+    found: list[dict[str, Any]] = []
+    for source, adapter_off in sides:
+        weights = f"base of {source.fingerprint()}" if adapter_off else source.fingerprint()
+        keys = {name: json.dumps([name, weights, fingerprint, settings]) for name, fingerprint in tasks.items()}
         missing = [name for name in tasks if keys[name] not in known]
         if missing and path is not None:
             check_writable(path)
-        with _language_model(options, side) if missing else nullcontext() as model:
+        with _language_model(source, adapter_off, options) if missing else nullcontext() as model:
             for name in missing:
                 with refused_by(f"`lm_eval` {name}", also=(TemplateError,)):
                     results = evaluate(
@@ -101,28 +97,26 @@ def harness(options: HarnessOptions) -> list[Line]:
                 known[keys[name]] = plain_results(results)
                 if path is not None:  # after each task, and whole: a kill loses the one in work
                     write_json(path, known)
-        found[side] = {task: figures for name in tasks for task, figures in known[keys[name]].items()}
-    lines = compare(found["base"], found["aligned"])
+        found.append({task: figures for name in tasks for task, figures in known[keys[name]].items()})
+    lines = compare(*found)
     base = options.reference or aligned.path
     print_table(lines, f"{Path(base).name} → {Path(aligned.adapter or aligned.path).name}")
     return lines
 
 
-def _source(options: HarnessOptions, key: str) -> ModelSource:
-    return ModelSource.of(getattr(options, key), key=key, trust_remote_code=options.trust_remote_code)
-
-
-def _check_tokenizers(options: HarnessOptions) -> None:
-    """Refuse models that aren't there, or that have no chat template where one is asked for, before anything else."""
+def _sources(options: HarnessOptions) -> dict[str, ModelSource]:
+    """The models by their options; refuses one that isn't there, or lacks a chat template that is asked for."""
+    sources = {}
     for key in ("model_name_or_path", "reference"):
         if (name := getattr(options, key)) is None:
             continue
-        tokenizer = _source(options, key).load_tokenizer()
-        if options.apply_chat_template and tokenizer.chat_template is None:
+        sources[key] = ModelSource.of(name, key=key, trust_remote_code=options.trust_remote_code)
+        if sources[key].load_tokenizer().chat_template is None and options.apply_chat_template:
             raise UserError(
                 f"`apply_chat_template` is true, but the tokenizer of `{key}` {name} has no chat template; leave it "
                 "out, or give the tokenizer one"
             )
+    return sources
 
 
 def _is_result(entry: Any) -> bool:
@@ -189,12 +183,10 @@ def load_tasks(manager: Any, options: HarnessOptions) -> dict[str, str]:
 
 
 @contextmanager
-def _language_model(options: HarnessOptions, side: str) -> Iterator[Any]:
-    """The base or the aligned model, as lm_eval takes it."""
+def _language_model(source: ModelSource, adapter_off: bool, options: HarnessOptions) -> Iterator[Any]:
+    """A model as lm_eval takes it, or what its adapter was trained from."""
     from lm_eval.models.huggingface import HFLM
 
-    key = "reference" if side == "base" and options.reference is not None else "model_name_or_path"
-    source = _source(options, key)
     model, tokenizer = source.load_policy(options.dtype), source.load_tokenizer()
-    with as_reference(model) if side == "base" and options.reference is None else nullcontext():
+    with as_reference(model) if adapter_off else nullcontext():
         yield HFLM(pretrained=model, tokenizer=tokenizer, batch_size=options.batch_size)
