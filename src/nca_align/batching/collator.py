@@ -215,6 +215,12 @@ def split_by_length(conversations: list[Any], size: int | None) -> list[list[Any
     return [chunks[j] for j in sorted(range(len(chunks)), key=lambda j: -loads[j])]
 
 
+def batches_by_length(lengths: Sequence[int], size: int) -> list[list[int]]:
+    """The places of `lengths` in batches of `size`, the shortest first, so that a batch's are alike."""
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
 def _padded_matrix(rows: list[list], columns: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """(B, K) of ragged lists, zeros (False) where a row has fewer."""
     matrix = torch.zeros(len(rows), columns, dtype=dtype)

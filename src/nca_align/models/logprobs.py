@@ -1,7 +1,7 @@
 """Log-probabilities of the labelled tokens alone: the LM head runs where a label is, and nowhere else."""
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from ..batching import layout
-from ..batching.collator import RewardCollator
+from ..batching.collator import RewardCollator, batches_by_length
 from ..errors import UnsupportedError
 from .adapters import base_model
 
@@ -204,7 +204,7 @@ def token_logps(
     Args:
         model: a causal language model in eval mode, with an adapter or without.
         rows: `prompt_ids`, `completion_ids` (K lists).
-        batch_size: completions a forward, of rows of like length; a prompt counts once where the model allows it.
+        batch_size: most completions a forward, of rows of like length; a prompt counts once where the model allows it.
         progress: called with the number of rows that are done.
 
     Returns:
@@ -218,7 +218,9 @@ def token_logps(
     collator = RewardCollator(0, "prefix_shared" if packed else "padded", completions_per_forward=batch_size)
     device = next(model.parameters()).device
     values: list[list[torch.Tensor]] = [[] for _ in rows]
-    for batch in _batches(rows, batch_size):
+    lengths = [len(row["prompt_ids"]) + max(map(len, row["completion_ids"])) for row in rows]
+    most = max((len(row["completion_ids"]) for row in rows), default=1)
+    for batch in batches_by_length(lengths, max(1, batch_size // most)):
         columns = max(len(rows[i]["completion_ids"]) for i in batch)
         found: dict[int, torch.Tensor] = {}
         for chunk in send_to_device(collator.chunks([rows[i] for i in batch]), device):
@@ -229,22 +231,6 @@ def token_logps(
             values[i] = [found[b * columns + k] for k in range(len(rows[i]["completion_ids"]))]
         progress(len(batch))
     return values
-
-
-def _batches(rows: Sequence[dict[str, Any]], size: int) -> Iterator[list[int]]:
-    """Rows by their length, as many as have no more than `size` completions together."""
-    batch: list[int] = []
-    room = size
-    for i in sorted(
-        range(len(rows)), key=lambda i: len(rows[i]["prompt_ids"]) + max(map(len, rows[i]["completion_ids"]))
-    ):
-        if batch and room < len(rows[i]["completion_ids"]):
-            yield batch
-            batch, room = [], size
-        batch.append(i)
-        room -= len(rows[i]["completion_ids"])
-    if batch:
-        yield batch
 
 
 def completion_logps(model: nn.Module, rows: Sequence[dict[str, Any]], batch_size: int) -> list[list[float]]:

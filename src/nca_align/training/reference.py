@@ -16,7 +16,7 @@ from accelerate.utils import broadcast_object_list, gather_object, send_to_devic
 from datasets import Dataset
 from torch import nn
 
-from ..batching.collator import RewardCollator
+from ..batching.collator import RewardCollator, batches_by_length
 from ..errors import notify
 from ..models.adapters import base_model
 from ..store.checkpoints import write_errors_told
@@ -170,8 +170,7 @@ def _shard_logps(
 ) -> list[list[float]]:
     """Batches of like length, dealt to the processes in step: sharded models gather their weights in each forward."""
     lengths = [sum(map(len, completions)) for completions in shard["completion_ids"]]
-    order = sorted(range(len(shard)), key=lengths.__getitem__)
-    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    batches = batches_by_length(lengths, batch_size)
     logps: dict[int, list[float]] = {}
     for first in range(0, len(batches), accelerator.num_processes):
         # a process without a batch of its own repeats the last one
