@@ -14,11 +14,11 @@ from conftest import build_model, planned, reward_rows
 from nca_align import NCAConfig, NCATrainer, RankingCallback
 from nca_align.commands.compare.grid import KEYS
 from nca_align.commands.compare.tables import COLUMNS, Selection, selected_rows
-from nca_align.commands.report import runs
 from nca_align.commands.report.charts import likelihood_charts, plotted, run_charts
 from nca_align.commands.report.command import main, write_report
 from nca_align.commands.report.page import build_page
 from nca_align.commands.report.runs import Run, prefixes, read_run
+from nca_align.commands.train.summary import logged
 from nca_align.evaluation.comparison_rows import labels
 from nca_align.evaluation.frontier import Curve, curves_of, equal_kls
 from nca_align.evaluation.intervals import mean_and_interval
@@ -182,7 +182,7 @@ def test_the_settings_are_those_of_a_comparison():
 
 def test_of_a_step_logged_twice_the_last_counts():
     log = [{"step": 0, "a": 1.0}, {"step": 5, "a": 2.0}, {"step": 5, "a": 3.0}, {"step": 9, "a": math.nan}]
-    assert runs.curve(log, "a") == ([0, 5], [1.0, 3.0])
+    assert logged(log, "a") == ([0, 5], [1.0, 3.0])
 
 
 def test_prefixes_are_named_for_whose_prompts_they_are():

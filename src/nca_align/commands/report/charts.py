@@ -8,109 +8,93 @@ from ...evaluation.comparison_rows import Row, Setting, labels, over_steps, runs
 from ...evaluation.frontier import Curve
 from ...evaluation.intervals import Interval
 from ...pages.charts import Chart, Series
-from ..train.summary import by_rank
-from .runs import Comparison, Run, curve, prefixes
+from ..train.summary import by_rank, logged
+from .runs import Comparison, Run, prefixes
 
 Groups = Mapping[Setting, Sequence[Curve]]
 MOST_CURVES = 8  # of a chart with bars
+
+
+_ERRORS = "Bars: two standard errors over prompts to either side; they say nothing about other seeds."
 
 
 def run_charts(run: Run) -> dict[str, list[Chart]]:
     """Whose prompts → whatever charts the log has numbers for; training's alone where nothing was held out."""
     groups = prefixes(run.log)
     held_out = {prefix: name for prefix, name in groups.items() if prefix} or groups
-    return {
-        name: [*_ranks(run.log, prefix, name), *_calibration(run.log, prefix), *_generation(run.log, prefix, name)]
-        for prefix, name in held_out.items()
-    }
+    return {name: _run_charts(run.log, prefix, name) for prefix, name in held_out.items()}
 
 
-def _logged(log: list[dict[str, Any]], keys: Mapping[str, str]) -> list[Series]:
-    """A series for each (name, metric) that was logged."""
-    return [Series(name, *points) for name, key in keys.items() if (points := curve(log, key))[0]]
-
-
-def _ranks(log: list[dict[str, Any]], prefix: str, name: str) -> list[Chart]:
-    ranks = list(by_rank(log, "rewards", prefix))[:MOST_CURVES]
-    rewards = {"best" if rank == 1 else f"{rank}.": f"{prefix}rewards/rank_{rank}" for rank in ranks}
+def _run_charts(log: list[dict[str, Any]], prefix: str, name: str) -> list[Chart]:
+    ranks = [*by_rank(log, "rewards", prefix)][:MOST_CURVES]
     ratios = {f"{which}, {name}": f"{prefix}logratios/{which}" for which in ("best", "worst")}
     if prefix:
         ratios |= {f"{which}, training": f"logratios/{which}" for which in ("best", "worst")}
-    accuracy = {"pairs in order": f"{prefix}rewards/accuracies", "best on top": f"{prefix}rewards/top1"}
-    charts = [
-        Chart(
-            "Implicit reward by rank", _logged(log, rewards), "step",
-            "β · log(π/π_ref), the mean over prompts, of the completion with the best reward, the second best and so "
-            "on. The wider the lines fan out in their order, the better the model tells the completions apart; 0 is "
-            "the reference.",
-        ),
-        Chart(
-            "Log-ratio of the best and the worst completion", _logged(log, ratios), "step",
-            "log(π/π_ref) in nats, the mean over prompts: above 0 the model finds a completion likelier than the "
-            "reference did. A loss on differences alone lets both fall as long as they part (the paper's Figure 2).",
-        ),
-        Chart(
-            "Ranking accuracy", _logged(log, accuracy), "step",
-            "Share of the pairs with unequal rewards that the implicit reward orders as the reward does (a coin gets "
-            "0.5; equal counts as wrong, which is why step 0 can be lower), and share of the prompts whose best "
-            "completion is on top.",
-            (0, 1),
-        ),
+    answers, share = f"{prefix}generation/", (0.0, 1.0)
+    told: list[tuple[str, dict[str, str], tuple[float, float] | None, str]] = [
+        ("Implicit reward by rank",
+         {"best" if rank == 1 else f"{rank}.": f"{prefix}rewards/rank_{rank}" for rank in ranks}, None,
+         "β · log(π/π_ref), the mean over prompts, of the completion with the best reward, the second best and so on. "
+         "The wider the lines fan out in their order, the better the model tells the completions apart; 0 is the "
+         "reference."),
+        ("Log-ratio of the best and the worst completion", ratios, None,
+         "log(π/π_ref) in nats, the mean over prompts: above 0 the model finds a completion likelier than the "
+         "reference did. A loss on differences alone lets both fall as long as they part (the paper's Figure 2)."),
+        ("Ranking accuracy",
+         {"pairs in order": f"{prefix}rewards/accuracies", "best on top": f"{prefix}rewards/top1"}, share,
+         "Share of the pairs with unequal rewards that the implicit reward orders as the reward does (a coin gets 0.5; "
+         "equal counts as wrong, which is why step 0 can be lower), and share of the prompts whose best completion is "
+         "on top."),
+        ("Distance of the model from its target", {"KL(w || p)": f"{prefix}kl/target_model"}, None,
+         "KL(w || softmax(r)) in nats, the mean over prompts: 0 where the model's distribution over the completions is "
+         "the target."),
+        ("Reward of its own answers", {name: f"{answers}reward"}, None, f"Mean reward of sampled answers. {_ERRORS}"),
+        ("KL from the reference", {name: f"{answers}kl"}, None,
+         f"KL(π || π_ref) in nats an answer, estimated from the same samples. {_ERRORS}"),
+        ("Win rate against the reference", {name: f"{answers}win_rate"}, None,
+         "Chance that an answer has a higher reward than one of the reference to the same prompt, ties counting half; "
+         f"0.5 is no difference. {_ERRORS}"),
+        ("Length of its answers", {name: f"{answers}tokens"}, None,
+         f"Mean tokens. A reward that only length buys shows here. {_ERRORS}"),
+        ("Diversity and cut answers",
+         {own.replace("_", "-"): f"{answers}{own}" for own in ("distinct_1", "distinct_2", "cut")}, share,
+         "Distinct-n: different n-grams as a share of all, over all answers; a fall is a collapse onto few phrases. "
+         "Cut: share of the answers that reached the limit of tokens."),
     ]  # fmt: skip
+    charts = [Chart(title, _logged(log, metrics), "step", note, y_range) for title, metrics, y_range, note in told]
+    charts.insert(3, _calibration(log, f"{prefix}calibration/"))
     return [chart for chart in charts if chart.series]
 
 
-def _calibration(log: list[dict[str, Any]], prefix: str) -> list[Chart]:
-    """Target against model distribution: by bins of the target at the first and the last step, and their distance."""
-    key = f"{prefix}calibration/target_bin_"
+def _logged(log: list[dict[str, Any]], metrics: Mapping[str, str]) -> list[Series]:
+    """A series for each (name, metric) that was logged, its bars two standard errors where these were logged too."""
+    found = []
+    for name, metric in metrics.items():
+        steps, values = logged(log, metric)
+        errors = dict(zip(*logged(log, f"{metric}_error"), strict=True))
+        arms = [2 * errors.get(step, math.nan) for step in steps]
+        bars = [(value - arm, value + arm) for value, arm in zip(values, arms, strict=True)]
+        if steps:
+            found.append(Series(name, steps, values, y_bars=bars if errors else None))
+    return found
+
+
+def _calibration(log: list[dict[str, Any]], prefix: str) -> Chart:
+    """By bins of the target, at the first and the last step."""
+    key = f"{prefix}target_bin_"
     lines = [line for line in log if any(own.startswith(key) for own in line)]
     shown = []
     for line in lines[:: max(1, len(lines) - 1)]:
         bins = sorted(own.removeprefix(key) for own in line if own.startswith(key))
         x = [line[f"{key}{i}"] for i in bins]
-        shown.append(Series(f"step {line['step']}", x, [line[f"{prefix}calibration/model_bin_{i}"] for i in bins]))
-    charts = [
-        Chart(
-            "Target against model distribution", shown, "target, softmax(rewards / α)",
-            "All completions in five bins by their target. Across: the mean target; up: the mean share that the model "
-            "gives them, softmax of the implicit rewards. On the dashed line the model does what the rewards ask; "
-            "flatter, it tells completions apart too little; steeper, too much.",
-            (0, 1), diagonal=True,
-        ),
-        Chart(
-            "Distance of the model from its target", _logged(log, {"KL(w || p)": f"{prefix}kl/target_model"}), "step",
-            "KL(w || softmax(r)) in nats, the mean over prompts: 0 where the model's distribution over the "
-            "completions is the target.",
-        ),
-    ]  # fmt: skip
-    return [chart for chart in charts if chart.series]
-
-
-def _generation(log: list[dict[str, Any]], prefix: str, name: str) -> list[Chart]:
-    """What the model itself answers: reward, KL, wins, length and diversity over steps."""
-    charts = []
-    for key, title, note in (
-        ("reward", "Reward of its own answers", "Mean reward of sampled answers."),
-        ("kl", "KL from the reference", "KL(π || π_ref) in nats an answer, estimated from the same samples."),
-        ("win_rate", "Win rate against the reference", "Chance that an answer has a higher reward than one of the "
-         "reference to the same prompt, ties counting half; 0.5 is no difference."),
-        ("tokens", "Length of its answers", "Mean tokens. A reward that only length buys shows here."),
-    ):  # fmt: skip
-        steps, values = curve(log, f"{prefix}generation/{key}")
-        errors = dict(zip(*curve(log, f"{prefix}generation/{key}_error"), strict=True))
-        arms = [2 * errors.get(step, math.nan) for step in steps]
-        bars = [(value - arm, value + arm) for value, arm in zip(values, arms, strict=True)]
-        if steps:
-            note += " Bars: two standard errors over prompts to either side; they say nothing about other seeds."
-            charts.append(Chart(title, [Series(name, steps, values, y_bars=bars)], "step", note))
-    names = {"distinct-1": "distinct_1", "distinct-2": "distinct_2", "cut": "cut"}
-    if diversity := _logged(log, {label: f"{prefix}generation/{key}" for label, key in names.items()}):
-        note = (
-            "Distinct-n: different n-grams as a share of all, over all answers; a fall is a collapse onto few phrases. "
-            "Cut: share of the answers that reached the limit of tokens."
-        )
-        charts.append(Chart("Diversity and cut answers", diversity, "step", note, (0, 1)))
-    return charts
+        shown.append(Series(f"step {line['step']}", x, [line[f"{prefix}model_bin_{i}"] for i in bins]))
+    note = (
+        "All completions in five bins by their target. Across: the mean target; up: the mean share that the model "
+        "gives them, softmax of the implicit rewards. On the dashed line the model does what the rewards ask; "
+        "flatter, it tells completions apart too little; steeper, too much."
+    )
+    x_label = "target, softmax(rewards / α)"
+    return Chart("Target against model distribution", shown, x_label, note, (0, 1), diagonal=True)
 
 
 def frontier_chart(rows: Sequence[Row], groups: Groups) -> Chart:

@@ -1,7 +1,6 @@
 """What runs and comparisons logged, read from their folders."""
 
 import json
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -49,13 +48,6 @@ def prefixes(log: Sequence[Mapping[str, Any]]) -> dict[str, str]:
         for prefix in sorted(found)
         if not prefix or prefix.startswith("eval_")
     }
-
-
-def curve(log: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float], list[float]]:
-    """Steps and finite values of a metric; of a step logged twice, as after a resumed run, the last."""
-    values = {line["step"]: float(line[key]) for line in log if isinstance(line.get(key), int | float)}
-    values = {step: value for step, value in sorted(values.items()) if math.isfinite(value)}
-    return list(values), list(values.values())
 
 
 def read_run(path: Path) -> Run | Comparison:

@@ -1,24 +1,31 @@
 """What a run's log says: the plot of implicit rewards and log-ratios by rank, and in plain words what moved."""
 
-import re
+import math
+from collections.abc import Mapping, Sequence
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
 
+Log = Sequence[Mapping[str, Any]]  # a trainer's `log_history`
+Curve = tuple[list[float], list[float]]  # steps and values
 
-def by_rank(log: list[dict[str, Any]], name: str, prefix: str = "") -> dict[int, tuple[list[float], list[float]]]:
+
+def logged(log: Log, metric: str) -> Curve:
+    """Steps and finite values of a metric; of a step logged twice, as after a resumed run, the last."""
+    values = {line["step"]: float(line[metric]) for line in log if isinstance(line.get(metric), int | float)}
+    values = {step: value for step, value in sorted(values.items()) if math.isfinite(value)}
+    return list(values), list(values.values())
+
+
+def by_rank(
+    log: Sequence[Mapping[str, Any]], name: str, prefix: str = ""
+) -> dict[int, tuple[list[float], list[float]]]:
     """Rank (1 the best) → (steps, values) of `name` ("rewards" or "logratios") in a `log_history`."""
-    pattern = re.compile(rf"{re.escape(prefix)}{name}/rank_(\d+)")
-    curves: dict[int, tuple[list[float], list[float]]] = {}
-    for line in log:
-        for key, value in line.items():
-            if match := pattern.fullmatch(key):
-                steps, values = curves.setdefault(int(match[1]), ([], []))
-                steps.append(line["step"])
-                values.append(value)
-    return dict(sorted(curves.items()))
+    curves = (logged(log, f"{prefix}{name}/rank_{rank}") for rank in count(1))
+    return dict(enumerate(takewhile(lambda curve: curve[0], curves), 1))
 
 
-def plot_curves(log: list[dict[str, Any]], path: Path) -> Path | None:
+def plot_curves(log: Log, path: Path) -> Path | None:
     """Write the PNG, training as thin lines and held-out prompts as thick ones; None where nothing was logged."""
     from ...pages.charts import Chart, Series, write_png
 
@@ -37,13 +44,13 @@ def plot_curves(log: list[dict[str, Any]], path: Path) -> Path | None:
     return path
 
 
-def last_evaluation(log: list[dict[str, Any]], step: int | None = None) -> dict[str, Any] | None:
+def last_evaluation(log: Log, step: int | None = None) -> Mapping[str, Any] | None:
     """The log's last line of an evaluation, or the one at `step`, where the best model was that is kept."""
     lines = [line for line in log if "eval_loss" in line]
     return next((line for line in reversed(lines) if step is None or line["step"] == step), None)
 
 
-def summary(log: list[dict[str, Any]], answers: list[tuple[Any, str, str]], kept_step: int | None = None) -> str:
+def summary(log: Log, answers: list[tuple[Any, str, str]], kept_step: int | None = None) -> str:
     """What moved from the start to the last evaluation, and prompts answered before and after; where none came after
     the start, to the last training log.
 
