@@ -70,11 +70,11 @@ class TestTokens:
         tokens = measured(rows, tokenizer, max_length=max_length, max_prompt_length=max_prompt_length).tokens
         assert (tokens.padded, tokens.unique) == (padded, unique)
         assert tokens.unique < tokens.padded
-        assert tokens.cut.prompts_cut == sum(ids["prompt_cut"])
-        assert tokens.cut.completions_cut == sum(ids["completions_cut"])
+        assert tokens.prompts_cut == sum(ids["prompt_cut"])
+        assert tokens.completions_cut == sum(ids["completions_cut"])
         assert (max_length < 1024) == bool(sum(ids["completions_cut"]))
-        assert tokens.cut.prompt_lengths.tolist() == [len(prompt) for prompt in ids["prompt_ids"]]
-        assert tokens.cut.lengths.tolist() == [len(c) for row in ids["completion_ids"] for c in row]
+        assert tokens.kept_prompt_lengths.tolist() == [len(prompt) for prompt in ids["prompt_ids"]]
+        assert tokens.kept_lengths.tolist() == [len(c) for row in ids["completion_ids"] for c in row]
 
     def test_limits_are_trainings_by_default(self):
         config = NCAConfig(output_dir="x", bf16=False, use_cpu=True)

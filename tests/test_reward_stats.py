@@ -16,12 +16,10 @@ from nca_align.commands.inspect.reward_stats import (
     effective_range,
     find_duplicates,
     lengths_by_rank,
-    padded_tokens,
     repeated,
     spreads,
     suggest_alpha,
     tied_for_best,
-    truncate,
     within_correlation,
 )
 from nca_align.losses import targets
@@ -199,15 +197,3 @@ class TestHistogram:
         edges, counts = binned(np.array(values, dtype=float))
         assert counts.sum() == len(values)
         assert len(edges) == len(counts) + 1 <= 25
-
-
-class TestTruncation:
-    def test_prompt_first_then_completions(self):
-        cut = truncate(np.array([10, 3]), np.array([5, 20, 1, 8]), np.array([2, 2]), 4, 10)
-        assert cut.prompt_lengths.tolist() == [4, 3]
-        assert cut.lengths.tolist() == [5, 6, 1, 7]
-        assert (cut.prompts_cut, cut.completions_cut) == (1, 2)
-        assert cut.tokens_lost == pytest.approx(1 - (4 + 3 + 5 + 6 + 1 + 7) / (13 + 34))
-
-    def test_padded_rows_are_as_long_as_the_longest_conversation(self):
-        assert padded_tokens(np.array([10, 3]), np.array([5, 20, 1]), np.array([2, 1])) == 2 * 29 + 3

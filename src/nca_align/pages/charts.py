@@ -150,9 +150,9 @@ def histogram(
 
 
 @_in_our_style
-def bars(labels: Sequence[str], values: Sequence[float], label: str, show: str = ",.0f") -> str:
+def bars(labels: Sequence[str], values: Sequence[float], label: str) -> str:
     """One horizontal bar each as SVG, with its value beside it."""
-    n, texts = len(labels), [format(value, show) for value in values]
+    n, texts = len(labels), [f"{value:,.0f}" for value in values]
     axes = _page_axes(26 * n + 6, left=min(130, max(map(len, labels)) * 6.5 + 12), right=62, top=0, bottom=0)
     drawn = axes.barh(range(n), values, 0.7, color=COLOURS["a"])
     _tip(drawn, [f"{name}: {text}" for name, text in zip(labels, texts, strict=True)])

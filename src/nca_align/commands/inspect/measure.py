@@ -1,5 +1,6 @@
 """What `nca-align inspect` measures: a split as a whole, and one row as training sees it."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,17 +15,14 @@ from .reward_stats import (
     AlphaRow,
     Duplicates,
     Pairs,
-    Truncation,
     alpha_grid,
     alpha_table,
     compare_pairs,
     effective_range,
     find_duplicates,
     lengths_by_rank,
-    padded_tokens,
     repeated,
     suggest_alpha,
-    truncate,
     within_correlation,
 )
 
@@ -38,17 +36,34 @@ class Tokens:
 
     Args:
         prompt_lengths, lengths: (B,) and (ΣK,) before truncation.
-        cut: what truncation does.
-        padded, unique: positions of the two layouts after it, one prompt a batch.
+        kept_prompt_lengths, kept_lengths: after it: a prompt's beginning is cut, and a completion's end.
+        padded, unique: positions of the two layouts, one prompt a batch.
         notices: what tokenisation has to say.
     """
 
     prompt_lengths: np.ndarray
     lengths: np.ndarray
-    cut: Truncation
+    kept_prompt_lengths: np.ndarray
+    kept_lengths: np.ndarray
     padded: int
     unique: int
     notices: list[str]
+
+    @property
+    def prompts_cut(self) -> int:
+        """How many prompts lose their beginning."""
+        return int((self.kept_prompt_lengths < self.prompt_lengths).sum())
+
+    @property
+    def completions_cut(self) -> int:
+        """How many completions lose their end."""
+        return int((self.kept_lengths < self.lengths).sum())
+
+    @property
+    def lost(self) -> float:
+        """The share of all tokens that is cut, each prompt's counted once."""
+        total = self.prompt_lengths.sum() + self.lengths.sum()
+        return float(1 - (self.kept_prompt_lengths.sum() + self.kept_lengths.sum()) / total)
 
 
 @dataclass(frozen=True)
@@ -56,7 +71,7 @@ class Inspection:
     """All that is known of a split.
 
     Args:
-        name: of the data set.
+        options: what was asked for.
         report: what reading it left out.
         counts: (B,) K of each prompt.
         rewards, lengths: (ΣK,) of the completions; lengths in `unit`.
@@ -64,12 +79,12 @@ class Inspection:
         unfinished: completions that `nca-align sample` cut; None where the data does not say.
         correlation: of rewards and lengths within prompts.
         rank_lengths: mean length by rank, of the commonest K.
-        alphas: the α table, and which α was asked for and which is suggested (None where no α makes a difference).
+        alphas: the α table, with the α that was asked for and the one that is suggested.
+        suggested: None where no α makes a difference.
         target: the effective number that the suggestion comes to.
-        max_length, max_prompt_length: tokens, training's limits.
     """
 
-    name: str
+    options: "InspectOptions"
     report: DataReport | None
     counts: np.ndarray
     rewards: np.ndarray
@@ -82,12 +97,14 @@ class Inspection:
     correlation: float | None
     rank_lengths: list[float]
     alphas: list[AlphaRow]
-    alpha: float
     suggested: float | None
     target: float
-    max_length: int
-    max_prompt_length: int
     tokens: Tokens | None
+
+    @property
+    def here(self) -> AlphaRow:
+        """What the α that was asked for makes of the rewards."""
+        return next(row for row in self.alphas if row.alpha == self.options.alpha)
 
 
 def inspect(
@@ -111,7 +128,7 @@ def inspect(
             characters += [len(text_of(completion)) for completion in row]
         rewards += [reward for row in batch["rewards"] for reward in row]
     r, k = np.array(rewards, dtype=float), np.array(counts)
-    tokens = None if tokenizer is None else count_tokens(dataset, tokenizer, options, k)
+    tokens = None if tokenizer is None else count_tokens(dataset, tokenizer, options)
     lengths = np.array(characters) if tokens is None else tokens.lengths
 
     low, high = effective_range(r, k)
@@ -119,14 +136,12 @@ def inspect(
     suggested = None if low == high and options.target_effective is None else suggest_alpha(r, k, target)
     wanted = {options.alpha, *([suggested] if suggested else []), *alpha_grid(r, k)}
     return Inspection(
-        name=options.dataset_name, report=report, counts=k, rewards=r, lengths=lengths,
-        unit="characters" if tokens is None else "tokens",
-        repeated_prompts=repeated(prompts), unfinished=_count_truncated(dataset),
-        duplicates=find_duplicates(completions, r, k),
+        options=options, report=report, counts=k, rewards=r, lengths=lengths,
+        unit="characters" if tokens is None else "tokens", repeated_prompts=repeated(prompts),
+        unfinished=_count_truncated(dataset), duplicates=find_duplicates(completions, r, k),
         pairs=compare_pairs(r, lengths, k), correlation=within_correlation(r, lengths, k),
         rank_lengths=lengths_by_rank(r, lengths, k), alphas=alpha_table(r, k, sorted(wanted)),
-        alpha=options.alpha, suggested=suggested, target=target, max_length=options.max_length,
-        max_prompt_length=int(options.max_prompt_length or 0), tokens=tokens,
+        suggested=suggested, target=target, tokens=tokens,
     )  # fmt: skip
 
 
@@ -140,7 +155,7 @@ def _hash(text: str | list[dict[str, Any]]) -> int:
     return hash(text if isinstance(text, str) else repr(text))
 
 
-def count_tokens(dataset: Dataset, tokenizer, options: "InspectOptions", counts: np.ndarray) -> Tokens:
+def count_tokens(dataset: Dataset, tokenizer, options: "InspectOptions") -> Tokens:
     """Tokenise as training does, and count what it would cut, pad and share."""
     from ...batching.collator import RewardCollator
     from ...batching.tokenization import tokenize_dataset
@@ -150,20 +165,20 @@ def count_tokens(dataset: Dataset, tokenizer, options: "InspectOptions", counts:
     )
     pack = RewardCollator(pad_token_id=0, layout="prefix_shared")
     limit, room = int(options.max_prompt_length or 0), options.max_length  # `InspectOptions` fills it in
-    prompt_lengths: list[int] = []
-    lengths: list[int] = []
-    unique = 0
+    prompt_lengths: list[tuple[int, int]] = []  # whole and kept
+    lengths: list[tuple[int, int]] = []
+    padded = unique = 0
     rows = dataset.select_columns(["prompt_ids", "completion_ids", "rewards"])
     for row in tqdm(rows, desc="Counting tokens", unit=" row", disable=None, leave=False):
         prompt, completions = row["prompt_ids"], row["completion_ids"]
-        prompt_lengths.append(len(prompt))
-        lengths += map(len, completions)
         kept = prompt[-limit:]
         short = [completion[: room - len(kept)] for completion in completions]
+        prompt_lengths.append((len(prompt), len(kept)))
+        lengths += zip(map(len, completions), map(len, short), strict=True)
+        padded += len(short) * (len(kept) + max(map(len, short)) - 1)  # a last token is a target only, and no position
         unique += pack([{"prompt_ids": kept, "completion_ids": short, "rewards": row["rewards"]}])["num_tokens"]
-    p, n = np.array(prompt_lengths), np.array(lengths)
-    cut = truncate(p, n, counts, limit, room)
-    return Tokens(p, n, cut, padded_tokens(cut.prompt_lengths, cut.lengths, counts), unique, notices)
+    (p, kept_p), (n, kept_n) = np.array(prompt_lengths).T, np.array(lengths).T
+    return Tokens(p, n, kept_p, kept_n, padded, unique, notices)
 
 
 @dataclass(frozen=True)
@@ -183,6 +198,12 @@ class Example:
     rewards: list[float]
     targets: list[float]
     remarks: list[str]
+
+    def ranked(self, alpha: float) -> Iterator[tuple[str, list[str], float]]:
+        """What is said of each completion, its pieces and its target, from the best."""
+        for k in np.argsort(-np.array(self.rewards), kind="stable").tolist():
+            title = f"completion {k}: reward {self.rewards[k]:g}, target {self.targets[k]:.3f} at α = {alpha:g}"
+            yield title, self.completions[k], self.targets[k]
 
 
 def show_row(dataset: Dataset, index: int, options: "InspectOptions", tokenizer=None) -> Example:

@@ -31,11 +31,16 @@ def build_page(found: Inspection, example: Example) -> str:
         ),
         pages.section("Length", *_length_charts(found), grid="grid"),
         pages.section("Tokens", *_token_charts(found, found.tokens), grid="grid") if found.tokens is not None else "",
-        pages.section(f"Row {example.row}, as training sees it", *_example(example, found.alpha), grid="grid wide"),
+        pages.section(
+            f"Row {example.row}, as training sees it",
+            card("Prompt", _pieces(example.prompt, "prompt"), "; ".join(example.remarks)),
+            *(card(title, _pieces(pieces, "completion")) for title, pieces, _ in example.ranked(found.options.alpha)),
+            grid="grid wide",
+        ),
         pages.section("All figures", *tables, grid="grid"),
     ]  # fmt: skip
     subtitle = f"{len(found.counts):,} prompts with {len(found.rewards):,} rewarded completions, by nca-align inspect"
-    return pages.page(found.name, subtitle, "\n".join(parts))
+    return pages.page(found.options.dataset_name, subtitle, "\n".join(parts))
 
 
 def _alpha_table(section: Section) -> str:
@@ -45,24 +50,23 @@ def _alpha_table(section: Section) -> str:
 
 
 def _tiles(found: Inspection) -> list[Tile]:
-    ks, pairs = k_distribution(found), found.pairs
-    here = next(row for row in found.alphas if row.alpha == found.alpha)
+    ks, pairs, here = k_distribution(found), found.pairs, found.here
     tiles = [
         Tile(f"{len(found.counts):,}", "prompts"),
         Tile(f"{min(ks)}" if len(ks) == 1 else f"{min(ks)} to {max(ks)}", "completions a prompt"),
         Tile(percent(pairs.ties / pairs.pairs), "of pairs tie", pairs.ties > 0.5 * pairs.pairs),
     ]
     if pairs.longer_is_better is not None:
-        biased = abs(pairs.longer_is_better - 0.5) > max(0.05, 2 * pairs.error)
-        tiles.append(Tile(percent(pairs.longer_is_better), "of unequal pairs that length alone orders right", biased))
+        share = percent(pairs.longer_is_better)
+        tiles.append(Tile(share, "of unequal pairs that length alone orders right", pairs.biased))
     tiles.append(
-        Tile(f"{here.effective:.2f}", f"effective completions at α = {found.alpha:g}, where "
+        Tile(f"{here.effective:.2f}", f"effective completions at α = {found.options.alpha:g}, where "
              f"{percent(here.hard)} of targets are hard", here.hard > 0.5)
     )  # fmt: skip
     if found.suggested is not None:
         tiles.append(Tile(f"{found.suggested:g}", f"suggested α, for {found.target:.2g} effective completions"))
     if found.tokens is not None:
-        cut = found.tokens.cut.completions_cut / len(found.rewards)
+        cut = found.tokens.completions_cut / len(found.rewards)
         tiles.append(Tile(percent(cut), "of completions cut at `max_length`", cut > 0.01))
     return tiles
 
@@ -89,7 +93,7 @@ def _target_charts(found: Inspection) -> list[str]:
     xs = [row.alpha for row in found.alphas]
     alphas = np.geomspace(min(xs), max(xs), 60).tolist()
     rows = alpha_table(found.rewards, found.counts, alphas)
-    marks = {"your α": found.alpha} | ({"suggested": found.suggested} if found.suggested else {})
+    marks = {"your α": found.options.alpha} | ({"suggested": found.suggested} if found.suggested else {})
     most = float(found.counts.mean())
     effective = Series("mean over prompts", alphas, [row.effective for row in rows])
     hard = Series("share of hard targets", alphas, [row.hard for row in rows])
@@ -110,41 +114,35 @@ def _target_charts(found: Inspection) -> list[str]:
 
 
 def _length_charts(found: Inspection) -> list[str]:
-    unit, pairs, charts = found.unit, found.pairs, []
-    if pairs.longer_is_better is not None:
-        charts.append(
-            card(
-                "Is longer better?",
-                bars(
-                    ["longer is better", "shorter is better"],
-                    [100 * pairs.longer_is_better, 100 - 100 * pairs.longer_is_better],
-                    "Unequal pairs by length, %", ".0f",
-                ),
-                "Per cent of the pairs with unequal rewards; half and half is no bias. "
-                + (f"Correlation within prompts {found.correlation:+.2f}." if found.correlation is not None else ""),
-            )
-        )  # fmt: skip
+    unit, longer, charts = found.unit, found.pairs.longer_is_better, []
+    if longer is not None:
+        chart = bars(
+            ["longer is better", "shorter is better"], [100 * longer, 100 - 100 * longer], "Unequal pairs by length, %"
+        )
+        note = "Per cent of the pairs with unequal rewards; half and half is no bias."
+        if found.correlation is not None:
+            note += f" Correlation within prompts {found.correlation:+.2f}."
+        charts.append(card("Is longer better?", chart, note))
     ranks = found.rank_lengths[:10]
-    names = ["best", *(f"{i}." for i in range(2, len(ranks) + 1))]
-    charts.append(card(f"Mean length by rank, {unit}", bars(names, ranks, f"Mean length by rank, {unit}")))
-    chart = histogram(*binned(found.lengths), f"{unit} a completion", "completions")
-    charts.append(card("Length of completions", chart))
-    return charts
+    title, names = f"Mean length by rank, {unit}", ["best", *(f"{i}." for i in range(2, len(ranks) + 1))]
+    lengths = histogram(*binned(found.lengths), f"{unit} a completion", "completions")
+    return [*charts, card(title, bars(names, ranks, title)), card("Length of completions", lengths)]
 
 
 def _token_charts(found: Inspection, tokens: Tokens) -> list[str]:
-    limit, whole = found.max_prompt_length, np.repeat(tokens.prompt_lengths, found.counts) + tokens.lengths
+    limit = float(found.options.max_prompt_length or 0)
+    whole = np.repeat(tokens.prompt_lengths, found.counts) + tokens.lengths
     prompts, conversations = binned(tokens.prompt_lengths), binned(whole)
     return [
         card(
             "Prompts", histogram(*prompts, "tokens", "prompts", {"max_prompt_length": limit}),
-            f"{percent(tokens.cut.prompts_cut / len(found.counts))} lose their beginning.",
+            f"{percent(tokens.prompts_cut / len(found.counts))} lose their beginning.",
         ),
         card(
             "Prompt and completion",
-            histogram(*conversations, "tokens", "conversations", {"max_length": found.max_length}),
-            f"{percent(tokens.cut.completions_cut / len(found.rewards))} of the completions lose their end, "
-            f"{percent(tokens.cut.tokens_lost)} of all tokens are lost.",
+            histogram(*conversations, "tokens", "conversations", {"max_length": found.options.max_length}),
+            f"{percent(tokens.completions_cut / len(found.rewards))} of the completions lose their end, "
+            f"{percent(tokens.lost)} of all tokens are lost.",
         ),
         card(
             "What a pass over the data computes",
@@ -152,14 +150,6 @@ def _token_charts(found: Inspection, tokens: Tokens) -> list[str]:
             "Positions after truncation, one prompt a batch: `layout: padded` against `prefix_shared`.",
         ),
     ]  # fmt: skip
-
-
-def _example(example: Example, alpha: float) -> list[str]:
-    cards = [card("Prompt", _pieces(example.prompt, "prompt"), "; ".join(example.remarks))]
-    for k in np.argsort(-np.array(example.rewards), kind="stable").tolist():
-        title = f"Completion {k}: reward {example.rewards[k]:g}, target {example.targets[k]:.3f} at α = {alpha:g}"
-        cards.append(card(title, _pieces(example.completions[k], "completion")))
-    return cards
 
 
 def _pieces(pieces: list[str], kind: str) -> str:

@@ -157,6 +157,11 @@ class Pairs:
     longest_is_best: float | None
     chance: float
 
+    @property
+    def biased(self) -> bool:
+        """Whether length alone orders clearly more or fewer of the unequal pairs right than half."""
+        return self.longer_is_better is not None and abs(self.longer_is_better - 0.5) > max(0.05, 2 * self.error)
+
 
 def compare_pairs(rewards: np.ndarray, lengths: np.ndarray, counts: np.ndarray) -> Pairs:
     """All pairs of completions within prompts, by rewards and by lengths."""
@@ -255,36 +260,3 @@ def binned(values: np.ndarray, bins: int = 24) -> tuple[np.ndarray, np.ndarray]:
             return edges, np.histogram(values, edges)[0]
     counts, edges = np.histogram(values, min(bins, max(1, len(values))))
     return edges, counts
-
-
-@dataclass(frozen=True)
-class Truncation:
-    """What `max_prompt_length` and `max_length` cut, as training does: a prompt's beginning, a completion's end."""
-
-    prompt_lengths: np.ndarray  # (B,) kept
-    lengths: np.ndarray  # (ΣK,) kept
-    prompts_cut: int
-    completions_cut: int
-    tokens_lost: float  # share of all tokens, each prompt's counted once
-
-
-def truncate(
-    prompt_lengths: np.ndarray, lengths: np.ndarray, counts: np.ndarray, max_prompt_length: int, max_length: int
-) -> Truncation:
-    """Lengths in tokens after the end of each prompt is kept within one limit, then each completion's beginning."""
-    prompts = np.minimum(prompt_lengths, max_prompt_length)
-    kept = np.minimum(lengths, max_length - np.repeat(prompts, counts))
-    total = prompt_lengths.sum() + lengths.sum()
-    return Truncation(
-        prompts, kept, int((prompts < prompt_lengths).sum()), int((kept < lengths).sum()),
-        float(1 - (prompts.sum() + kept.sum()) / total),
-    )  # fmt: skip
-
-
-def padded_tokens(prompt_lengths: np.ndarray, lengths: np.ndarray, counts: np.ndarray) -> int:
-    """Positions of the padded layout, one prompt a batch: K rows, each as long as the longest conversation.
-
-    A conversation's last token is a target only, and no position.
-    """
-    longest = np.maximum.reduceat(lengths, np.cumsum(counts) - counts)
-    return int((counts * (prompt_lengths + longest - 1)).sum())

@@ -21,18 +21,14 @@ class Section(NamedTuple):
     """A table: what a row is and its values; `marked` is the row that stands out."""
 
     title: str
-    header: tuple[str, ...]
     rows: Sequence[tuple[str, ...]]
+    header: tuple[str, ...] = ("", "")
     marked: int | None = None
 
 
 def share(n: float, total: float) -> str:
     """`121 of 360 (34%)`."""
     return f"{n:,} of {total:,} ({percent(n / total)})" if total else "none"
-
-
-def _plain(title: str, rows: Sequence[tuple[str, ...]]) -> Section:
-    return Section(title, ("", ""), rows)
 
 
 def percent(value: float) -> str:
@@ -101,35 +97,34 @@ def sections(found: Inspection) -> list[Section]:
             ("prompts whose longest is best", longest),
             (f"mean by rank, K = {len(found.rank_lengths)}", ranks),
         ]
-    output = [_plain("Data", data), _plain("Rewards", rewards), _plain("Length", length)]
+    output = [Section("Data", data), Section("Rewards", rewards), Section("Length", length)]
     if (tokens := found.tokens) is not None:
-        cut = tokens.cut
         rows = [
             ("prompt", quantiles(tokens.prompt_lengths, ",.0f")),
             ("", sparkline(tokens.prompt_lengths)),
-            (f"prompts cut to their last {found.max_prompt_length:,}", share(cut.prompts_cut, prompts)),
-            (f"completions cut at {found.max_length:,}", share(cut.completions_cut, completions)),
-            ("tokens lost by both", percent(cut.tokens_lost)),
+            (f"prompts cut to their last {found.options.max_prompt_length:,}", share(tokens.prompts_cut, prompts)),
+            (f"completions cut at {found.options.max_length:,}", share(tokens.completions_cut, completions)),
+            ("tokens lost by both", percent(tokens.lost)),
             ("positions, padded", f"{tokens.padded:,}"),
             ("positions, shared prefixes once", f"{tokens.unique:,} ({percent(tokens.unique / tokens.padded)})"),
         ]
-        output.append(_plain("Tokens", rows))
+        output.append(Section("Tokens", rows))
     lines, marked = [], None
     for i, row in enumerate(found.alphas):
         note = ""
         if row.alpha == found.suggested:
             note, marked = "suggested", i
-        if row.alpha == found.alpha:
+        if row.alpha == found.options.alpha:
             note = ", ".join(filter(None, ("yours", note)))
         lines.append((f"{row.alpha:g}", f"{row.effective:.2f}", percent(row.hard), f"{row.best:.2f}", note))
     header = ("α", "effective", "hard", "best", "")
-    return [*output, Section("Targets softmax(rewards / α)", header, lines, marked)]
+    return [*output, Section("Targets softmax(rewards / α)", lines, header, marked)]
 
 
 def findings(found: Inspection) -> list[str]:
     """What someone should know before training, in sentences; the worst traps only."""
     prompts, pairs, lines = len(found.counts), found.pairs, []
-    here = next(row for row in found.alphas if row.alpha == found.alpha)
+    here = found.here
     equal = float((spreads(found.rewards, found.counts) == 0).mean())
     if found.suggested is not None:
         what = f"α = {found.suggested:g} makes a prompt's target spread over {found.target:.2g} completions"
@@ -145,7 +140,7 @@ def findings(found: Inspection) -> list[str]:
             f"{percent(equal)} of the prompts have equal rewards for all completions: nothing tells them apart, and "
             "both losses draw them together."
         )
-    if pairs.longer_is_better is not None and abs(pairs.longer_is_better - 0.5) > max(0.05, 2 * pairs.error):
+    if pairs.biased and pairs.longer_is_better is not None:
         longer = pairs.longer_is_better > 0.5
         right = pairs.longer_is_better if longer else 1 - pairs.longer_is_better
         lines.append(
@@ -171,13 +166,13 @@ def findings(found: Inspection) -> list[str]:
     if found.repeated_prompts > 0.01 * prompts:
         lines.append(f"{percent(found.repeated_prompts / prompts)} of the rows repeat the prompt of an earlier one.")
     if (tokens := found.tokens) is not None:
-        if tokens.cut.completions_cut > 0.01 * len(found.rewards):
+        if tokens.completions_cut > 0.01 * len(found.rewards):
             lines.append(
-                f"`max_length` cuts {percent(tokens.cut.completions_cut / len(found.rewards))} of the completions, "
+                f"`max_length` cuts {percent(tokens.completions_cut / len(found.rewards))} of the completions, "
                 "whose rewards were given for the whole answer: raise it where memory allows."
             )
-        if tokens.cut.prompts_cut > 0.01 * prompts:
-            lines.append(f"`max_prompt_length` cuts the beginning of {share(tokens.cut.prompts_cut, prompts)} prompts.")
+        if tokens.prompts_cut > 0.01 * prompts:
+            lines.append(f"`max_prompt_length` cuts the beginning of {share(tokens.prompts_cut, prompts)} prompts.")
         lines += tokens.notices
     return lines or ["Nothing stands out."]
 
@@ -204,11 +199,9 @@ def print_example(example: Example, alpha: float, console: Console | None = None
     """One row, its tokens in alternating shades: the prompt in cyan, completions in green."""
     console = console or Console()
     console.print(Panel(_shaded(example.prompt, "cyan"), title=f"row {example.row}: prompt", title_align="left"))
-    order = np.argsort(-np.array(example.rewards), kind="stable")
-    for k in order.tolist():
-        title = f"completion {k}: reward {example.rewards[k]:g}, target {example.targets[k]:.3f} at α = {alpha:g}"
-        bar = Text("█" * round(example.targets[k] * 40) or "▏", style="magenta")
-        console.print(Panel(Group(_shaded(example.completions[k], "green"), bar), title=title, title_align="left"))
+    for title, pieces, target in example.ranked(alpha):
+        bar = Text("█" * round(target * 40) or "▏", style="magenta")
+        console.print(Panel(Group(_shaded(pieces, "green"), bar), title=title, title_align="left"))
     for remark in example.remarks:
         console.print(Text(f"• {remark}"))
 
