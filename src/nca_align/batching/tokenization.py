@@ -147,8 +147,7 @@ def tokenize_rows(
             raise UserError(f"{named[i]}: {error}") from error
         plain += [isinstance(prompt.content, str)] * (1 + len(completions))
     ids = iter(text_ids(tokenizer, texts, plain))
-    columns = ("prompt_ids", "completion_ids", "rewards", length_column, "row_number", *CUT_COLUMNS)
-    output: dict[str, list] = {column: [] for column in columns}
+    tokenized = []
     for i, completions in enumerate(batch["completions"]):
         whole_prompt, *wholes = [next(ids) for _ in range(1 + len(completions))]
         boundary = min(common_prefix_length(whole_prompt, whole) for whole in wholes)
@@ -164,11 +163,10 @@ def tokenize_rows(
         end = None if max_length is None else boundary + max_length - len(kept)
         rests = [whole[boundary:end] for whole in wholes]
         cut = sum(len(rest) < len(whole) - boundary for rest, whole in zip(rests, wholes, strict=True))
-        unique_tokens = len(kept) + sum(map(len, rests))
-        values = (
-            kept, rests, batch["rewards"][i], unique_tokens, indices[i],
-            int(len(kept) < boundary), cut, len(whole_prompt) - boundary,
-        )  # fmt: skip
-        for column, value in zip(columns, values, strict=True):
-            output[column].append(value)
-    return output
+        tokenized.append({
+            "prompt_ids": kept, "completion_ids": rests, "rewards": batch["rewards"][i],
+            length_column: len(kept) + sum(map(len, rests)), "row_number": indices[i],
+            "prompt_cut": int(len(kept) < boundary), "completions_cut": cut,
+            "boundary_tokens": len(whole_prompt) - boundary,
+        })  # fmt: skip
+    return {column: [row[column] for row in tokenized] for column in tokenized[0]}

@@ -5,6 +5,9 @@ from pathlib import Path
 from datasets import Dataset, Features, Json, List
 
 from ..errors import UserError
+from .conversion import to_reward_dataset
+from .source import open_source
+from .splits import held_out_split, select_split
 from .validation import read_conversation, read_list
 
 # Columns that answer the prompt: `sample` makes new answers, so these don't go along.
@@ -21,9 +24,6 @@ def load_raw(name: str, config: str | None = None, split: str = "train") -> Data
         UserError: a text file that can't be read, or no rows.
         ValueError, OSError: what `nca_align.data` says of other sources.
     """
-    from .source import open_source
-    from .splits import select_split
-
     if name.endswith(".txt"):
         try:
             lines = [line.strip() for line in Path(name).read_text(encoding="utf-8-sig").splitlines()]
@@ -45,9 +45,6 @@ def split_to_answer(name: str, config: str | None = None) -> str:
     Raises:
         ValueError, OSError: no such split, or several; what `nca_align.data` says of the source.
     """
-    from .source import open_source
-    from .splits import held_out_split
-
     if name.endswith(".txt"):
         return "train"  # as a file of any other kind is called
     splits, _ = open_source(name, config, streaming=False, drop=False)
@@ -58,7 +55,7 @@ def load_prompts(name: str, config: str | None = None, split: str = "train") -> 
     """Rows with a `prompt` (text or messages) and any columns beside it that don't answer it."""
     dataset = load_raw(name, config, split)
     if "prompt" not in dataset.column_names or {"response", "chosen"} & set(dataset.column_names):
-        dataset = _convert(dataset, split)  # finds the prompt, and puts rows together that share one
+        dataset = to_reward_dataset(dataset, name=split)  # finds the prompt, and puts rows together that share one
     dataset = dataset.remove_columns([c for c in dataset.column_names if c in _ANSWERS or c.startswith("score_")])
     for i, prompt in enumerate(dataset["prompt"]):
         if not prompt or not isinstance(prompt, (str, list)):
@@ -76,17 +73,11 @@ def load_completions(name: str, config: str | None = None, split: str = "train")
     dataset = load_raw(name, config, split)
     own = {"prompt", "completions"} <= set(dataset.column_names)
     if not own or isinstance(dataset[0]["completions"], str):  # a CSV holds lists as text
-        dataset = _convert(dataset, split)
+        dataset = to_reward_dataset(dataset, name=split)
     for i, completions in enumerate(dataset["completions"]):
         if not isinstance(completions, list) or not completions:
             raise UserError(f"row {i}: `completions` is {completions!r}; it must be a list of at least one")
     return dataset
-
-
-def _convert(dataset: Dataset, split: str) -> Dataset:
-    from . import to_reward_dataset
-
-    return to_reward_dataset(dataset, name=split)
 
 
 def text_of(completion: str | list[dict]) -> str:
