@@ -6,9 +6,9 @@ import statistics
 
 import pytest
 
-from nca_align.evaluation.comparison_rows import ends, over_steps, runs_of, setting_of
+from nca_align.evaluation.comparison_rows import COMPARED, ends, over_steps, runs_of, setting_name, setting_of
 from nca_align.evaluation.frontier import Curve, common_reach, curves_of, reward_at_kl
-from nca_align.evaluation.intervals import mean_and_interval, t_quantile
+from nca_align.evaluation.intervals import UNKNOWN, Estimate, Interval, mean_and_interval, t_quantile
 
 
 def rising(seed: int, n: int = 6) -> Curve:
@@ -110,6 +110,14 @@ def test_curves_are_grouped_by_settings_and_ordered_by_step():
     assert curves_of(table, "validation")[setting_of(table[0])][0].points == ((0, 0.0, 9.0),)
 
 
+def test_settings_are_alike_in_memory_and_from_a_file():
+    cell = {"method": "nca", "strategy": "rewards", "alpha": 0.3, "beta": 0.1, "learning_rate": 2e-4}
+    file = {name: str(value) for name, value in cell.items()} | {"beta": "0.10", "num_completions": ""}
+    assert setting_of(cell | {"num_completions": None, "seed": 1}) == setting_of(file | {"seed": "1"})
+    assert setting_name(cell | {"num_completions": 4}) == "nca rewards α 0.3 β 0.1 lr 0.0002 K 4"
+    assert setting_name(file, COMPARED) == "nca rewards"
+
+
 def test_means_over_steps_are_of_the_steps_that_all_seeds_have():
     table = rows([(1, s, "test", step, 0, s + step) for s, step in ((1, 0), (2, 0), (1, 5), (2, 5), (1, 9))])
     (a, first), (b, second) = over_steps(runs_of(table)[setting_of(table[0])], "reward")
@@ -156,3 +164,12 @@ def test_the_interval_covers_the_mean_as_often_as_it_says():
 
 def test_one_value_says_nothing_of_the_spread():
     assert mean_and_interval([0.7]) == (0.7, -math.inf, math.inf, 1)
+
+
+def test_a_mean_is_written_with_its_interval():
+    assert Interval(0.70521, 0.66, 0.75042, 3).text() == "0.705 ± 0.045"
+    assert Interval(0.0057, -0.0554, 0.0668, 3).text() == "0.0057 ± 0.0611"
+    assert mean_and_interval([0.7]).text() == "0.700"
+    assert Interval(12.3, 11.0, 13.6, 3).text("+.2f") == "+12.30 ± 1.30"
+    assert Estimate(0.1, 0.07).text("+.2f") == "+0.10 ± 0.07"
+    assert UNKNOWN._replace(mean=0.5).text(".0%") == "50%"

@@ -41,6 +41,12 @@ def figure_of(row: Row, column: str) -> float:
     return math.nan if row.get(column) in (None, "") else float(row[column])
 
 
+def interval_of(row: Row, column: str) -> Interval:
+    """A figure of a row of `selected.csv` with its ends, NaN where one seed has none."""
+    mean, low, high = (figure_of(row, name) for name in (column, f"{column}_low", f"{column}_high"))
+    return Interval(mean, low, high, int(row["seeds"]))
+
+
 def over_steps(runs: Runs, column: str) -> list[tuple[int, Interval]]:
     """(step, mean over seeds) of a column at each step that all seeds of one setting have."""
     values: dict[int, list[float]] = {}

@@ -272,7 +272,7 @@ def _svg(axes: Axes, label: str) -> str:
     file = io.StringIO()
     axes.figure.savefig(file, format="svg", transparent=True)  # type: ignore[union-attr]
     text = re.sub(r"^.*?<svg |<metadata>.*?</metadata>", "", file.getvalue(), flags=re.DOTALL)
-    text = re.sub(r'<g id="tip: ([^"]*)">', r"<g><title>\1</title>", text)
+    text = re.sub(r"""<g id=(["'])tip: (.*?)\1>""", r"<g><title>\2</title>", text)
     text = re.sub(r'<g id="[^"]*"', "<g", text)  # other figures have the same ones
     text = re.sub(r"(?<=: )#[0-9a-f]{6}", lambda found: _NAMES.get(found[0], found[0]), text)
     return f'<svg role="img" aria-label="{escape(label)}" {text}'

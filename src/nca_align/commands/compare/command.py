@@ -2,6 +2,7 @@
 
 import fnmatch
 import json
+import math
 import os
 import platform
 import signal
@@ -15,7 +16,7 @@ from statistics import median
 from typing import Any
 
 from ...errors import UserError, command
-from ...evaluation.comparison_rows import Row, setting_name
+from ...evaluation.comparison_rows import Row, interval_of, setting_name
 from ...options import option, parse, require_at_least_1
 from ...pages.terminal import print_rows
 from ...store.files import write_csv, write_json
@@ -127,17 +128,10 @@ def _write_tables(output: Path, cells: Sequence[Cell], selection: Selection) -> 
 def _print_selected(selected: Sequence[Row]) -> None:
     rows = []
     for line in selected:
-        figures = [_shown(line, f"test_{name}") for name in ("reward", "kl", "win_rate", "logratio_best")]
-        rows.append((setting_name(line), f"{line['seeds']}", *figures))
+        figures = [interval_of(line, f"test_{name}") for name in ("reward", "kl", "win_rate", "logratio_best")]
+        texts = ["–" if math.isnan(figure.mean) else figure.text(".3f") for figure in figures]
+        rows.append((setting_name(line), f"{line['seeds']}", *texts))
     print_rows(("chosen on validation", "seeds", "test reward", "KL, nats", "win rate", "best log-ratio"), rows)
-
-
-def _shown(line: Row, name: str) -> str:
-    if line[name] is None:
-        return "–"
-    if line[f"{name}_low"] is None:
-        return f"{line[name]:.3f}"
-    return f"{line[name]:.3f} ± {(line[f'{name}_high'] - line[f'{name}_low']) / 2:.3f}"
 
 
 def _print_cells(cells: Sequence[Cell], output: Path, parallel: int) -> None:

@@ -1,11 +1,10 @@
 """The page of `nca-align report`: charts and tables of runs and comparisons, with what is to be seen in words."""
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-from ...evaluation.comparison_rows import COMPARED, Row, ends, labels, runs_of, setting_name
+from ...evaluation.comparison_rows import COMPARED, Row, ends, interval_of, labels, runs_of, setting_name
 from ...evaluation.frontier import curves_of, equal_kls, reward_at_kl
-from ...evaluation.intervals import Interval, mean_and_interval
+from ...evaluation.intervals import mean_and_interval
 from ...pages import html as pages
 from ...pages.charts import chart_card, chart_svg
 from ...pages.html import Tile, card
@@ -140,14 +139,11 @@ def _last(found: Comparison, groups: Groups) -> str:
     return card("Last evaluation", pages.table(["setting", "n", "step", *(_LAST[c] for c in columns)], rows), note)
 
 
-def _value(row: Mapping[str, str], name: str) -> str:
+def _value(row: Row, name: str) -> str:
     """A field of `selected.csv`, with its interval where it has one."""
-    high = row.get(f"{name}_high")
-    return Interval(float(row[name]), -math.inf, float(high), 2).text() if high else _short(row[name])
-
-
-def _short(value: str) -> str:
+    if row.get(f"{name}_high"):
+        return interval_of(row, name).text()
     try:
-        return f"{float(value):.3g}"
+        return f"{float(row[name]):.3g}"
     except ValueError:
-        return value
+        return row[name]
