@@ -116,7 +116,7 @@ def test_rows_of_a_stream_are_numbered(tmp_path):
 
 
 def guard(**own) -> StepGuard:
-    return StepGuard(Accelerator(cpu=True), **({"nonfinite": "stop", "collapse_nats": 50.0} | own))
+    return StepGuard(Accelerator(cpu=True), SimpleNamespace(**({"nonfinite": "stop", "collapse_nats": 50.0} | own)))
 
 
 def test_rows_without_numbers_say_so():
@@ -148,7 +148,7 @@ def test_an_overflow_under_gradient_scaling_is_the_scalers_business():
 
 def test_skip_is_refused_under_deepspeed():
     with pytest.raises(NotImplementedError, match="`nonfinite: skip` can't be used with DeepSpeed"):
-        StepGuard(SimpleNamespace(distributed_type=DistributedType.DEEPSPEED), "skip", 50.0)
+        StepGuard(SimpleNamespace(distributed_type=DistributedType.DEEPSPEED), SimpleNamespace(nonfinite="skip"))
 
 
 class Synchronisations(TorchDispatchMode):

@@ -8,9 +8,12 @@ import transformers
 from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 
 from conftest import build_model
-from nca_align.batching import attention, layout
+from nca_align.batching import attention
+from nca_align.batching.attention import share_prefixes
 from nca_align.batching.collator import RewardCollator
-from nca_align.models.logprobs import add_token_logps
+from nca_align.batching.layout import obstacle
+from nca_align.models.logprobs import add_token_logps, forward_chunk, sum_by_completion
+from nca_align.training import layout
 
 VOCABULARY = 384
 COLLATOR = RewardCollator(pad_token_id=0)
@@ -32,14 +35,9 @@ def rows() -> list[dict]:
 def compute_with(model):
     """As the trainer computes them."""
 
-    def compute(chunk, shape):
-        names = ("input_ids", "attention_mask", "position_ids", "segments", "token_index", "target_ids")
-        inputs = {name: chunk[name] for name in names if name in chunk}
-        token_logps = model(**inputs, row_length=chunk["input_ids"].shape[1]).token_logps
-        logps = torch.zeros(shape.numel(), dtype=torch.float64).index_add(
-            0, chunk["completion_index"], token_logps.double()
-        )
-        return logps.view(shape).float(), None
+    def compute(chunk, batch):
+        token_logps = forward_chunk(model, chunk).token_logps
+        return sum_by_completion(token_logps, chunk["completion_index"], batch["rewards"].shape), None
 
     return compute
 
@@ -51,7 +49,7 @@ def compared(model, policy=None, gradients: bool = True, collator: RewardCollato
 
 def prepared(model):
     add_token_logps(model)
-    layout.share_prefixes(model)
+    share_prefixes(model)
     return model
 
 
@@ -132,7 +130,7 @@ def test_convolutions_show_in_the_gradients(monkeypatch):
         bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
     model = transformers.Lfm2ForCausalLM(config).eval()
-    assert layout.obstacle([model], model, None) is not None
+    assert obstacle([model], model, None) is not None
     monkeypatch.setattr(attention, "prefix_sharing_obstacle", lambda model: None)
     logps, grads = compared(prepared(model))
     assert grads > 0.05
@@ -143,9 +141,9 @@ def test_convolutions_show_in_the_gradients(monkeypatch):
 def test_a_gradient_that_only_the_packed_row_has_is_a_difference():
     weight = torch.nn.Parameter(torch.ones(()))
 
-    def compute(chunk, shape):
+    def compute(chunk, batch):
         packed = "segments" in chunk
-        return -torch.ones(shape) + (weight - 1 if packed else 0.0 * weight), None
+        return -torch.ones_like(batch["rewards"]) + (weight - 1 if packed else 0.0 * weight), None
 
     policy = torch.nn.Module()
     policy.weight = weight
@@ -240,17 +238,17 @@ def test_sample_rows_are_the_first_two_and_small(number):
 )
 def test_virtual_tokens_are_an_obstacle(config, method, model):
     policy = get_peft_model(model, config(task_type="CAUSAL_LM", num_virtual_tokens=3))
-    assert layout.obstacle([model], policy, None) == f"{method} puts virtual tokens in front of a row"
+    assert obstacle([model], policy, None) == f"{method} puts virtual tokens in front of a row"
 
 
 def test_an_adapter_is_none(model):
     policy = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))
-    assert layout.obstacle([model], policy, None) is None
+    assert obstacle([model], policy, None) is None
 
 
 def test_padding_asked_for_is_an_obstacle(model):
-    assert layout.obstacle([model], model, 64) == "`pad_to_multiple_of` 64 asks for padding"
-    assert layout.obstacle([model], model, None) is None
+    assert obstacle([model], model, 64) == "`pad_to_multiple_of` 64 asks for padding"
+    assert obstacle([model], model, None) is None
 
 
 def test_policy_and_reference_must_both_do(tokenizer):
@@ -258,6 +256,6 @@ def test_policy_and_reference_must_both_do(tokenizer):
     config = transformers.BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=1, n_head=4)
     bad = transformers.BloomForCausalLM(config)
     reason = "BloomForCausalLM does not route its attention through transformers' AttentionInterface"
-    assert layout.obstacle([good, bad], good, None) == reason
-    assert layout.obstacle([bad, good], bad, None) == reason
-    assert layout.obstacle([good, good], good, None) is None
+    assert obstacle([good, bad], good, None) == reason
+    assert obstacle([bad, good], bad, None) == reason
+    assert obstacle([good, good], good, None) is None

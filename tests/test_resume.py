@@ -28,9 +28,9 @@ from nca_align import NCAConfig, NCATrainer
 from nca_align.commands.train.command import main
 from nca_align.errors import UserError
 from nca_align.store.checkpoints import MANIFEST, is_whole, read_manifest, whole_checkpoints
-from nca_align.training.epoch_tail import prepare_to_skip
 from nca_align.training.resume import PREEMPTED
-from nca_align.training.run_identity import FIXED, FREE
+from nca_align.training.row_weights import begin_epoch
+from nca_align.training.run_settings import FIXED, FREE
 from test_trainer import trainer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -112,13 +112,12 @@ def test_stopped_again_and_again_it_ends_as_if_it_had_not(name, tmp_path):
 
 def test_a_rebalanced_epoch_is_known_on_several_processes():
     sampler = BatchRebalanceSampler(lengths=list(range(1, 17)), effective_batch_size=4, dp_size=2, grad_accum=1)
-    shard = BatchSamplerShard(sampler, num_processes=2)
-    prepare_to_skip(shard, sampler)
-    rest = skip_first_batches(DataLoaderShard(list(range(16)), batch_sampler=shard), 1)
-    rest.set_epoch(3)
-    assert sampler.epoch == 3
-    prepare_to_skip(sampler, sampler)  # on one process there is nothing between
-    assert not hasattr(sampler, "sampler")
+    loader = DataLoaderShard(list(range(16)), batch_sampler=BatchSamplerShard(sampler, 2))
+    begin_epoch(loader, 7, 3)
+    rest = skip_first_batches(loader, 1)
+    rest.set_epoch(3)  # as transformers does, which does not reach the sampler
+    next(iter(rest))
+    assert (sampler.seed, sampler.epoch) == (7, 3)
 
 
 def test_there_is_dropout(tmp_path):
@@ -384,7 +383,7 @@ class TestChanges:
         assert not FREE & FIXED
         assert options - FREE <= identity.keys()
         assert identity.keys() - options >= {"data", "model", "global_batch_size", "model.hidden_size"}
-        assert "hf_secret" not in json.dumps(make(run, hub_token="hf_secret")._resume.identity())
+        assert "hf_secret" not in json.dumps(make(run, hub_token="hf_secret")._resume.run_settings())
 
 
 class TestSigterm:
@@ -554,11 +553,11 @@ class TestFullDisk:
 # `nca-align train` with small shards of the reference's cache, and SIGTERM to a process of one's choice
 DRIVER = """
 import os, signal, sys
-import nca_align.training.reference
+import nca_align.training.reference_cache
 from nca_align import trainer
 from transformers import TrainerCallback
 
-nca_align.training.reference.ROWS_PER_SHARD = 4
+nca_align.training.reference_cache.ROWS_PER_SHARD = 4
 rank, step = map(int, os.environ.get("TERMINATE", "-1 -1").split())
 
 class Terminate(TrainerCallback):

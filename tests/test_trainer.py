@@ -17,7 +17,9 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 from conftest import build_model, build_tokenizer, reward_rows
 from nca_align import NCAConfig, NCATrainer
 from nca_align.batching.attention import share_prefixes
+from nca_align.batching.collator import RewardCollator
 from nca_align.errors import UserError
+from nca_align.losses import reward_loss
 from nca_align.models.loading import disable_nf4_repacking
 from nca_align.models.logprobs import add_token_logps
 
@@ -210,7 +212,7 @@ def test_both_passes_over_a_chunk_have_the_same_dropout(tmp_path):
     with torch.no_grad():  # and the dropout was really on: another draw differs
         batch = nca.data_collator([nca.train_dataset[0], nca.train_dataset[1]])
         nca.model.train()
-        draws = [own(nca.model, batch["chunks"][0], batch["rewards"].shape)[0] for _ in range(2)]
+        draws = [own(nca.model, batch["chunks"][0], batch)[0] for _ in range(2)]
     assert not torch.equal(*draws)
 
 
@@ -288,7 +290,7 @@ def test_eos_that_is_also_pad_is_scored_and_seen(tmp_path):
         nca = trainer(tmp_path, rows=rows, tokenizer=tokenizer, layout=layout)
         batch = nca.data_collator([nca.train_dataset[i] for i in range(3)])
         assert (batch["chunks"][0]["target_ids"] == tokenizer.eos_token_id).sum() == 8
-        logps = nca._chunk_logps(nca.model, batch["chunks"][0], batch["rewards"].shape)[0]
+        logps = nca._chunk_logps(nca.model, batch["chunks"][0], batch)[0]
         for i, row in enumerate(expected):
             assert logps[i, : len(row)].tolist() == pytest.approx(row, rel=1e-5)
 
@@ -333,11 +335,10 @@ def test_qlora_trains_saves_and_reloads_with_the_same_log_probabilities(model_di
     assert "Paged" in type(nca.optimizer.optimizer).__name__ or nca.optimizer.optimizer.is_paged
     nca.save_model()
     batch = nca.data_collator([nca.train_dataset[i] for i in range(4)])
-    shape = batch["rewards"].shape
 
     def logps(model):
         with torch.no_grad(), nca.accelerator.autocast():
-            return nca._chunk_logps(model.eval(), batch["chunks"][0], shape)[0]
+            return nca._chunk_logps(model.eval(), batch["chunks"][0], batch)[0]
 
     trained = logps(nca.model)
     assert not torch.allclose(trained, nca._reference_logps(batch), atol=1e-2), "the adapter changed nothing"
@@ -366,7 +367,7 @@ def test_evaluation_leaves_nf4_layers_with_a_gradient(tokenizer, tmp_path):
         nca.model.train()
         batch = nca.data_collator([nca.train_dataset[0]])
         weights = [p for n, p in nca.model.named_parameters() if "layers.0" in n and p.requires_grad]
-        logps = nca._chunk_logps(nca.model, batch["chunks"][0], batch["rewards"].shape)[0]
+        logps = nca._chunk_logps(nca.model, batch["chunks"][0], batch)[0]
         return torch.cat([g.flatten() for g in torch.autograd.grad(logps.sum(), weights)])
 
     before = gradient()
@@ -461,9 +462,9 @@ def test_whatever_changes_the_reference_is_noticed(what, cache, tmp_path, monkey
 
 
 def test_an_interrupted_computation_goes_on_where_it_stopped(cache, tmp_path, monkeypatch):
-    from nca_align.training import reference
+    from nca_align.training import reference_cache
 
-    monkeypatch.setattr(reference, "ROWS_PER_SHARD", 3)
+    monkeypatch.setattr(reference_cache, "ROWS_PER_SHARD", 3)
     own = NCATrainer.compute_ref_log_probs
     calls = []
 
@@ -490,9 +491,9 @@ def test_an_interrupted_computation_goes_on_where_it_stopped(cache, tmp_path, mo
 
 @pytest.mark.parametrize("damage", [b"", b"PAR1 and no more", "zeros", "short"])
 def test_a_shard_that_a_crash_left_unreadable_is_computed_anew(damage, cache, tmp_path, monkeypatch, caplog):
-    from nca_align.training import reference
+    from nca_align.training import reference_cache
 
-    monkeypatch.setattr(reference, "ROWS_PER_SHARD", 3)
+    monkeypatch.setattr(reference_cache, "ROWS_PER_SHARD", 3)
     options = {"rows": reward_rows(8), "precompute_ref_log_probs": True}
     expected = trainer(tmp_path, **options).train_dataset["ref_logps"][:]
     broken, *others = sorted(cache.rglob("*.parquet"))
@@ -506,7 +507,7 @@ def test_a_shard_that_a_crash_left_unreadable_is_computed_anew(damage, cache, tm
 
 
 def test_what_a_killed_run_left_half_written_goes_and_another_runs_stays(cache, tmp_path):
-    from nca_align.training.reference import ReferenceCache
+    from nca_align.training.reference_cache import ReferenceCache
 
     own = ReferenceCache(("key",), 2)
     own.folder.mkdir(parents=True)
@@ -521,7 +522,7 @@ def test_what_a_killed_run_left_half_written_goes_and_another_runs_stays(cache, 
 
 
 def test_a_shard_is_on_the_disk_before_it_has_its_name(cache, monkeypatch):
-    from nca_align.training.reference import ReferenceCache
+    from nca_align.training.reference_cache import ReferenceCache
 
     own = ReferenceCache(("key",), 1)
     ((_, _, shard),) = own.missing()
@@ -534,15 +535,15 @@ def test_a_shard_is_on_the_disk_before_it_has_its_name(cache, monkeypatch):
 
 
 def test_a_disk_too_full_for_the_cache_is_told_with_what_to_do(cache, monkeypatch):
-    from nca_align.training import reference
+    from nca_align.training import reference_cache
 
     def full(table, where):
         where.write(b"PAR1")
         raise OSError(errno.ENOSPC, "Error writing bytes to file")
 
-    own = reference.ReferenceCache(("key",), 1)
+    own = reference_cache.ReferenceCache(("key",), 1)
     ((_, _, shard),) = own.missing()
-    monkeypatch.setattr(reference.pq, "write_table", full)
+    monkeypatch.setattr(reference_cache.pq, "write_table", full)
     with pytest.raises(
         UserError,
         match=r"^the cache of reference log-probabilities can't be written: Error writing .* MiB free in .*"
@@ -769,7 +770,7 @@ def test_chosen_and_rejected_are_one_and_zero_also_beside_scores(tmp_path):
 def test_every_override_is_really_called(tmp_path, monkeypatch):
     """Fails loudly when a TRL or transformers release renames what the trainer overrides."""
     overrides = [
-        "_prepare_dataset", "_set_signature_columns_if_needed", "_get_train_sampler", "get_batch_samples",
+        "_prepare_dataset", "_set_signature_columns_if_needed", "get_batch_samples",
         "compute_loss", "training_step", "prediction_step", "evaluate", "evaluation_loop", "log", "floating_point_ops",
         "_precompute_ref_logps", "compute_ref_log_probs",
     ]  # fmt: skip
@@ -791,3 +792,51 @@ def test_every_override_is_really_called(tmp_path, monkeypatch):
     )
     nca.train()
     assert called == set(overrides)
+
+
+# One of each value
+
+
+def test_beta_and_alpha_set_afterwards_reach_loss_and_metrics(tmp_path):
+    """TRL's loss reads `trainer.beta`; the metrics and every loss here do as well."""
+    nca = trainer(tmp_path, ref_model=build_model(build_tokenizer(), seed=5), loss_type="infonca")
+    batch = nca.data_collator([nca.train_dataset[i] for i in range(4)])
+
+    def evaluated() -> tuple[float, float, float]:
+        nca.model.eval()
+        with torch.no_grad():
+            loss, outputs = nca.compute_loss(nca.model, batch, return_outputs=True)
+        about = outputs["logps"], nca._reference_logps(batch), batch["rewards"], nca.args.alpha, nca.beta
+        metric = nca._log.evaluation.gather()["rewards/best"]
+        return loss.item(), reward_loss(*about, "infonca", batch["valid"]).mean().item(), metric
+
+    first, expected, best = evaluated()
+    assert first == pytest.approx(expected, rel=1e-5)
+    nca.beta *= 3
+    second, expected, tripled = evaluated()
+    assert second == pytest.approx(expected, rel=1e-5)
+    assert second != pytest.approx(first, rel=1e-2)
+    assert tripled == pytest.approx(3 * best, rel=1e-5)
+    nca.args.alpha *= 3
+    third, expected, _ = evaluated()
+    assert third == pytest.approx(expected, rel=1e-5)
+    assert third != pytest.approx(second, rel=1e-2)
+
+
+@pytest.mark.parametrize("layout", ["padded", "prefix_shared", "auto"])
+def test_a_collator_that_was_given_decides_its_layout_and_its_chunks(layout, tmp_path):
+    """Also for the model, whose own attention would read a packed row as one conversation."""
+    tokenizer, rows = build_tokenizer(), reward_rows(4, [3, 2])
+    nca = NCATrainer(
+        build_model(tokenizer), args=config(tmp_path, max_steps=1, layout="padded"), processing_class=tokenizer,
+        train_dataset=Dataset.from_list(rows), data_collator=RewardCollator(0, layout, completions_per_forward=2),
+    )  # fmt: skip
+    assert nca.data_collator.layout == ("padded" if layout == "padded" else "prefix_shared")
+    batch = nca.data_collator([nca.train_dataset[i] for i in range(4)])
+    assert [len(chunk["completion_index"].unique()) for chunk in batch["chunks"]] == [2] * 5
+    expected = [alone(build_model(tokenizer), tokenizer, row) for row in rows]
+    for logps, row in zip(nca._reference_logps(batch).tolist(), expected, strict=True):
+        assert logps[: len(row)] == pytest.approx(row, rel=1e-5)
+    forwards = Forwards().attach(nca)
+    nca.train()
+    assert max(forwards.completions) == 2

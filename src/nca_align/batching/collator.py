@@ -40,7 +40,7 @@ class RewardCollator:
 
     Args:
         pad_token_id: id that fills the padded layout; never seen by attention, never scored, so eos will do.
-        layout: "padded" or "prefix_shared".
+        layout: "padded", "prefix_shared", or "auto" for `NCATrainer` to choose; until then it is padded.
         completions_per_forward: most completions in a chunk; None for all of the batch's in one.
         pad_to_multiple_of: rounds the padded layout's T up.
     """

@@ -222,7 +222,7 @@ def add_adapter(model: Any, adapter: str) -> Any:
         if isinstance(error, UserError):
             raise
         raise UserError(
-            f"the adapter in {adapter} could not be put on {model.config._name_or_path} ({one_line(error)[:300]}); "
+            f"the adapter in {adapter} could not be put on {model.config.name_or_path} ({one_line(error)[:300]}); "
             "is that the model that it was trained on?"
         ) from error
     return policy.eval()

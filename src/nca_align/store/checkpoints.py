@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shutil
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,11 +21,6 @@ MANIFEST = "nca_align.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
 # what the errors of safetensors and torch say that are no OSError
 _WRITE_ERRORS = ("I/O error", "No space left", "PytorchStreamWriter", "inline_container")
-# what transformers reads a checkpoint with, to go on from it
-_LOADERS = {
-    "_load_from_checkpoint", "load_from_json", "_load_callback_state", "_load_optimizer_and_scheduler", "_load_scaler",
-    "_load_rng_state", "deepspeed_load_checkpoint",
-}  # fmt: skip
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
@@ -79,6 +73,40 @@ def other_checkpoint(folder: Path, output_dir: str | os.PathLike) -> str:
     return f"{output_dir} holds no other one: leave `resume_from_checkpoint` out to start anew"
 
 
+def find_checkpoint(wanted: str | os.PathLike | bool, output_dir: str) -> Path:
+    """The checkpoint that `resume_from_checkpoint: wanted` means, which is whole; all processes come here together.
+
+    Raises:
+        UserError: there is none, it is half written, or it holds the model alone.
+    """
+    last = last_common_checkpoint(output_dir)
+    if wanted is True and last is None:
+        raise UserError(
+            f"`resume_from_checkpoint` is true, but `output_dir` {output_dir} holds no whole checkpoint; "
+            "leave it out to start anew"
+        )
+    folder = last if last and wanted is True else Path(str(wanted))
+    if not is_whole(folder):
+        instead = f"the last whole one is {last}" if last else f"{output_dir} holds no whole one"
+        raise UserError(
+            f"`resume_from_checkpoint` {folder} is not a whole checkpoint: a save was cut off, or files are "
+            f"missing; {instead}"
+        )
+    if (read_manifest(folder) or {}).get("model_only"):
+        raise UserError(
+            f"`resume_from_checkpoint` {folder} holds the model alone, as `save_only_model` asked, and no state to "
+            f"go on from; {other_checkpoint(folder, output_dir)}, or with its weights as `model_name_or_path`"
+        )
+    return folder
+
+
+def remove_half_written(output_dir: str | os.PathLike) -> None:
+    """Remove what saves that were cut off have left; not what is no checkpoint of ours."""
+    for half in Path(output_dir).glob("checkpoint-*"):
+        if (read_manifest(half) or {}).get("complete") is False:
+            shutil.rmtree(half, ignore_errors=True)
+
+
 @contextmanager
 def write_errors_told(what: str, folder: Path, advice: Callable[[], str]) -> Iterator[None]:
     """Around writing `what`: a full disk and its like become one sentence that ends with `advice`.
@@ -98,8 +126,8 @@ def write_errors_told(what: str, folder: Path, advice: Callable[[], str]) -> Ite
 
 
 @contextmanager
-def read_errors_told(folder: str | None, output_dir: str) -> Iterator[None]:
-    """Around training that goes on from `folder`: what can't be loaded of it becomes one sentence.
+def read_errors_told(folder: Path | None, output_dir: str) -> Iterator[None]:
+    """Around reading the checkpoint `folder`, if any, to go on from it: what can't be loaded becomes one sentence.
 
     Raises:
         UserError: loading failed; `NCA_ALIGN_TRACEBACK=1` shows where.
@@ -107,18 +135,11 @@ def read_errors_told(folder: str | None, output_dir: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        within = {frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)}
-        loading = within & _LOADERS and "_load_best_model" not in within
-        if (
-            folder is None
-            or not loading
-            or os.environ.get("NCA_ALIGN_TRACEBACK")
-            or isinstance(error, torch.OutOfMemoryError)
-        ):
+        if folder is None or os.environ.get("NCA_ALIGN_TRACEBACK") or isinstance(error, torch.OutOfMemoryError):
             raise
         # torch's own text on a pickle advises to load it without this safeguard
         reason = type(error).__name__ if "weights_only" in str(error) else one_line(error)[:200]
         raise UserError(
             f"`resume_from_checkpoint` {folder} can't be loaded ({reason}): it is damaged, or of another model or "
-            f"trainer; {other_checkpoint(Path(folder), output_dir)} (NCA_ALIGN_TRACEBACK=1 shows where)"
+            f"trainer; {other_checkpoint(folder, output_dir)} (NCA_ALIGN_TRACEBACK=1 shows where)"
         ) from error

@@ -6,6 +6,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object
 
+from ..config import NCAConfig
 from ..errors import UnsupportedError, UserError, notify
 
 # As many steps left out one after another mean that the weights are broken, and no row.
@@ -19,22 +20,21 @@ class StepGuard:
 
     Args:
         accelerator: the trainer's.
-        nonfinite: "stop", or "skip" to leave the step out.
-        collapse_nats: the best completion's mean log-ratio below minus this many nats is told, once.
+        args: of which `nonfinite` ("stop", or "skip" to leave the step out) and `collapse_nats` (the best completion's
+            mean log-ratio below minus this many nats is told, once) are read.
 
     Raises:
         NotImplementedError: "skip" under DeepSpeed.
     """
 
-    def __init__(self, accelerator: Accelerator, nonfinite: str, collapse_nats: float):
-        if nonfinite == "skip" and accelerator.distributed_type == DistributedType.DEEPSPEED:
+    def __init__(self, accelerator: Accelerator, args: NCAConfig):
+        if args.nonfinite == "skip" and accelerator.distributed_type == DistributedType.DEEPSPEED:
             raise UnsupportedError(
                 "`nonfinite: skip` can't be used with DeepSpeed, whose backward pass updates the weights; use "
                 "`nonfinite: stop`."
             )
         self.accelerator = accelerator
-        self.nonfinite = nonfinite
-        self.collapse_nats = collapse_nats
+        self.args = args
         self.collapse_told = False
         # of this step: the rows' numbers and which are finite, and which losses are
         self._rows: list[tuple[list[int] | None, torch.Tensor]] = []
@@ -84,7 +84,7 @@ class StepGuard:
             return False, any_stopping
         self._skipped += 1
         sentence = self._sentence(rows, step, loss_broken)
-        if self.nonfinite == "stop":
+        if self.args.nonfinite == "stop":
             raise UserError(
                 f"{sentence}. Look at these rows, lower `learning_rate` or `max_grad_norm`; "
                 "`resume_from_checkpoint: true` goes on from the last checkpoint, and `nonfinite: skip` leaves such "
@@ -114,13 +114,13 @@ class StepGuard:
 
     def watch(self, best: float | None, step: int) -> None:
         """Warn, once, when the best completions' mean log-ratio since the last log falls below `-collapse_nats`."""
-        if self.collapse_told or best is None or not best < -self.collapse_nats:
+        if self.collapse_told or best is None or not best < -self.args.collapse_nats:
             return
         self.collapse_told = True
         notify(
             f"Step {step}: the best completion's log-ratio is {best:.1f} nats, the mean over prompts, below the "
-            f"-{self.collapse_nats:g} of `collapse_nats`: even the best answers become unlikely, and samples degrade "
-            "with them. Look at samples of a checkpoint; lower `learning_rate`, raise `beta`, or hold the best "
+            f"-{self.args.collapse_nats:g} of `collapse_nats`: even the best answers become unlikely, and samples "
+            "degrade with them. Look at samples of a checkpoint; lower `learning_rate`, raise `beta`, or hold the best "
             "completion up with `loss_type: [nca, sft]` or, under NCA, `negative_weight` below 1."
         )
 

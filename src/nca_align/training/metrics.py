@@ -1,12 +1,14 @@
 """(B, K) log-probabilities and rewards to ranking, likelihood and target metrics, one value and one weight a prompt."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
 from ..losses import better_pairs, logratios, reward_loss, target_distribution
+from .objective import Objective
 
 _BINS = 5
 
@@ -163,15 +165,71 @@ class PromptMeans:
     def add_state(self, state: Mapping[str, list[float]]) -> None:
         """Add the sums of an earlier process."""
         for name, own in state.items():
-            sums = self._sums.setdefault(name, [0.0, 0.0])
-            for i in (0, 1):
-                sums[i] += own[i]
+            self._sums[name] = [a + b for a, b in zip(self._sums.get(name, [0.0, 0.0]), own, strict=True)]
 
     def gather(self) -> dict[str, float]:
         """Means since the last call, of the names that have any weight; every process must call it."""
-        own = {name: (float(total), float(weight)) for name, (total, weight) in self._sums.items()}
+        parts = gather_object([self.state()])
         self.clear()
-        parts = gather_object([own])
-        names = dict.fromkeys(name for part in parts for name in part)
-        sums = {name: [sum(part.get(name, (0.0, 0.0))[i] for part in parts) for i in (0, 1)] for name in names}
-        return {name: total / weight for name, (total, weight) in sums.items() if weight}
+        whole = PromptMeans()
+        for part in parts:
+            whole.add_state(part)
+        return {name: total / weight for name, (total, weight) in whole._sums.items() if weight}
+
+
+class MetricLog:
+    """What is logged of the batches: of training since its last line, of evaluation since it began."""
+
+    def __init__(self) -> None:
+        self.training, self.evaluation = PromptMeans(), PromptMeans()
+        self.tokens = 0  # read by the model in training, on this process
+
+    @torch.no_grad()
+    def add(
+        self,
+        training: bool,
+        objective: Objective,
+        logps: Tensor,
+        ref_logps: Tensor,
+        auxiliary: Tensor | None,
+        batch: dict[str, Any],
+    ) -> Tensor:
+        """Add a batch's prompts, and in training only those whose log-probabilities are finite: (B,) bool.
+
+        Args:
+            training: else it is an evaluation's.
+            objective: what is minimised.
+            logps, ref_logps, auxiliary, batch: as `Objective.share` takes them.
+        """
+        logps, ref_logps = logps.detach(), ref_logps.detach()
+        finite = (logps.isfinite() & ref_logps.isfinite()).all(1)
+        weights = batch.get("weights", torch.ones(len(logps), device=logps.device))
+        if training:
+            logps, ref_logps = (values.where(finite.unsqueeze(1), 0.0) for values in (logps, ref_logps))
+            weights = weights * finite
+            self.tokens += batch["num_tokens"]
+        about = (logps, ref_logps, batch["rewards"], batch["valid"], objective.alpha, objective.beta)
+        rows = row_metrics(*about) | ({} if training else calibration(*about))
+        rows = {name: (values, weights * own) for name, (values, own) in rows.items()}
+        if not training:  # there transformers logs the loss
+            for name, _, values, own in objective.terms(logps, ref_logps, batch):
+                rows[f"loss/{name}"] = (values, own)
+        if auxiliary is not None:
+            rows["aux_loss"] = (auxiliary.detach().reshape(1), weights.sum().reshape(1))
+        (self.training if training else self.evaluation).add(rows)
+        return finite
+
+    def state(self) -> dict[str, Any]:
+        """What training has summed up on this process, for `restore`."""
+        return {"means": self.training.state(), "num_tokens": self.tokens}
+
+    def restore(self, states: list[dict[str, Any]]) -> None:
+        """Go on from the sums of one or more earlier processes."""
+        self.training.clear()
+        for state in states:
+            self.training.add_state(state["means"])
+        self.tokens = sum(state["num_tokens"] for state in states)
+
+    def gather(self) -> dict[str, float]:
+        """The line of training: means since the last one, and all tokens; every process must call it."""
+        return self.training.gather() | {"num_tokens": sum(gather_object([self.tokens]))}

@@ -11,13 +11,15 @@ from ..losses import SEPARABLE, reward_loss
 
 @dataclass(frozen=True)
 class Objective:
-    """One or several losses of K completions a prompt, with weights.
+    """One or several losses of K completions a prompt, with weights, and a mixture of experts' load-balancing loss.
 
     Args:
         loss_types: names in `losses.LOSSES`, or "sft": the best completion's negative log-likelihood, the mean over the
             tokens of all best completions, as TRL's.
         weights: one for each.
         alpha, beta, negative_weight: see `losses.reward_loss`.
+        router_weight: of the load-balancing loss.
+        processes: over which gradients are averaged, each of which holds its share of the sum.
     """
 
     loss_types: list[str]
@@ -25,6 +27,8 @@ class Objective:
     alpha: float
     beta: float
     negative_weight: float = 1.0
+    router_weight: float = 0.0
+    processes: int = 1
 
     @property
     def separable(self) -> bool:
@@ -47,12 +51,19 @@ class Objective:
                 yield name, weight, values, row_weights
 
     def share(
-        self, logps: torch.Tensor, ref_logps: torch.Tensor, batch: dict[str, Any], counts: torch.Tensor | None = None
+        self,
+        logps: torch.Tensor,
+        auxiliary: torch.Tensor | None,
+        ref_logps: torch.Tensor,
+        batch: dict[str, Any],
+        counts: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """This batch's share in the mean loss over a window of batches, whose shares add up to it.
+        """This batch's share in the mean loss over a window of batches, the mean of whose shares it is.
 
         Args:
-            logps, ref_logps: (B, K), nats.
+            logps: (B, K), nats.
+            auxiliary: load-balancing loss of this batch, or of a chunk as far as it counts in the batch.
+            ref_logps: (B, K), nats.
             batch: with `rewards`, `valid`, `lengths` (B, K), and `weights` (B,) where prompts are repeated.
             counts: the window's sum of `count_prompts`; None for the mean over this batch alone.
         """
@@ -60,7 +71,16 @@ class Objective:
         for name, weight, values, row_weights in self.terms(logps, ref_logps, batch):
             total = row_weights.sum() if counts is None else counts[int(name == "sft")].to(values.dtype)
             loss = loss + weight * (values * row_weights).sum() / total.clamp_min(1e-9)
-        return loss
+        if auxiliary is not None:
+            part = 1.0 if counts is None else batch["weights"].sum() / counts[0].to(auxiliary.dtype)
+            loss = loss + self.router_weight * part * auxiliary.to(loss.device)
+        return loss if counts is None else loss * self.processes
+
+    def mean(self, means: dict[str, float]) -> float:
+        """The loss over an evaluation, from the means of its terms, which are taken out of `means`."""
+        losses = [means.pop(f"loss/{name}") for name in self.loss_types]
+        loss = sum(weight * own for weight, own in zip(self.weights, losses, strict=True))
+        return loss + self.router_weight * means.get("aux_loss", 0.0)
 
 
 def count_prompts(batch: dict[str, Any]) -> torch.Tensor:

@@ -1,33 +1,23 @@
-"""Reference log-probabilities computed once and kept: what changes them is their key; shards make them resumable."""
+"""The reference: what it is of a policy, what identifies it, and where it comes from when it wasn't kept."""
 
-import hashlib
-import os
-import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
-import datasets
-import pyarrow as pa
-import pyarrow.parquet as pq
-import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object, send_to_device, tqdm
-from datasets import Dataset
+from accelerate.utils import is_peft_model
 from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from trl.models import prepare_deepspeed
 
-from ..batching.collator import RewardCollator, batches_by_length
-from ..errors import notify
-from ..models.adapters import base_model
-from ..store.checkpoints import write_errors_told
-from ..store.files import replacing
-from ..store.fingerprints import columns_fingerprint, derived_fingerprint, tensors_fingerprint
+from ..batching import layout
+from ..config import NCAConfig
+from ..errors import UserError
+from ..models.adapters import as_reference, base_model
+from ..models.logprobs import add_token_logps
+from ..store.fingerprints import tensors_fingerprint
 
-ROWS_PER_SHARD = 512
-# The ids of all rows, and so the template, the truncation and the completions behind them
-TOKENS = ("prompt_ids", "completion_ids")
-# A half-written shard this old, in seconds, is a killed run's: writing one takes no time
-_STALE = 3600
 # What a model's config says beside what its forward computes
 _NOT_COMPUTED = (  # saving writes some of these, and each training sets the ids
     "_name_or_path", "transformers_version", "use_cache", "architectures", "bos_token_id", "eos_token_id",
@@ -66,120 +56,77 @@ def _computation(model: nn.Module) -> list[Any]:
     return [type(base).__name__, computed_config(base), scale]
 
 
-class ReferenceCache:
-    """The reference log-probabilities of one data set under one reference, in shards of `ROWS_PER_SHARD` rows.
+def frozen_copy(model: Any, peft_config: Any, args: NCAConfig) -> PreTrainedModel | None:
+    """The reference of a model that was passed as an instance, where one is kept in memory beside it; else None.
+
+    TRL would load the reference from the id in the model's config, which may not be what was passed.
+    """
+    sharded = args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3  # holds empty parameters
+    if isinstance(model, str) or peft_config or is_peft_model(model) or args.precompute_ref_log_probs or sharded:
+        return None
+    reference = copy.deepcopy(model).eval().requires_grad_(False)
+    for patched in ("forward", "_has_token_logps"):  # of an earlier trainer, bound to the model itself
+        reference.__dict__.pop(patched, None)
+    return reference
+
+
+@contextmanager
+def reference_forward(policy: nn.Module, reference: nn.Module | None, accelerator: Accelerator) -> Iterator[None]:
+    """Around forwards of the reference: without dropout, and of a policy with an adapter as what it started from.
 
     Args:
-        key: whatever changes them (weights, token ids, precision), joined into the folder's name.
-        num_rows: rows of the data set.
-        root: folder of all caches; beside the data sets' own by default.
+        policy: the trained model.
+        reference: a model of its own, if there is one.
     """
-
-    def __init__(self, key: tuple[str, ...], num_rows: int, root: str | os.PathLike | None = None):
-        digest = hashlib.sha256("\n".join(key).encode()).hexdigest()[:32]
-        root = Path(root or Path(datasets.config.HF_DATASETS_CACHE) / "nca_align_reference")
-        self.folder = root / digest
-        self.num_rows = num_rows
-
-    def shards(self) -> Iterator[tuple[int, int, Path]]:
-        """(first row, row after the last, file) of each shard."""
-        for start in range(0, self.num_rows, ROWS_PER_SHARD):
-            yield start, min(start + ROWS_PER_SHARD, self.num_rows), self.folder / f"{start:09d}.parquet"
-
-    def missing(self) -> list[tuple[int, int, Path]]:
-        """The shards that are still to be computed, with those that a crash of the machine left unreadable."""
-        return [shard for shard in self.shards() if not _is_whole(*shard)]
-
-    def write(self, file: Path, logps: list[list[float]]) -> None:
-        """Write one shard so that a run killed meanwhile leaves no half of it, nor a machine that goes down.
-
-        Raises:
-            UserError: the disk is full, or the folder can't be written.
-        """
-        partial = file.with_suffix(f".{os.getpid()}.partial")  # another run may be writing the same shard
-        advice = (
-            "make room, or set HF_DATASETS_CACHE to another disk; the same command goes on from the rows done so far"
-        )
-        with write_errors_told("the cache of reference log-probabilities", self.folder, lambda: advice):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for left in self.folder.glob("*.partial"):
-                if left.stat().st_mtime < time.time() - _STALE:
-                    left.unlink(missing_ok=True)
-            with replacing(file, "wb", temporary=partial) as opened:
-                pq.write_table(pa.table({"ref_logps": pa.array(logps, pa.list_(pa.float64()))}), opened)
-
-    def read(self) -> list[list[float]]:
-        """(rows) lists of K log-probabilities, nats."""
-        return [row for *_, file in self.shards() for row in pq.read_table(file)["ref_logps"].to_pylist()]
-
-
-def _is_whole(start: int, end: int, file: Path) -> bool:
+    adapter: Any = nullcontext()
+    if reference is None and is_peft_model(policy):
+        adapter = as_reference(accelerator.unwrap_model(policy))
+    was_training = policy.training
+    policy.eval()
     try:
-        return pq.read_metadata(file).num_rows == end - start
-    except FileNotFoundError:
-        return False
-    except (OSError, ValueError):  # Arrow's own errors are the latter
-        notify(f"{file} can't be read: its rows' reference log-probabilities are computed anew.")
-        return False
+        with adapter, accelerator.autocast():
+            yield
+    finally:
+        policy.train(was_training)
 
 
-def add_reference_logps(
-    dataset: Dataset,
-    key: tuple[str, ...],
-    compute: Callable[[dict[str, Any]], torch.Tensor],
-    collator: RewardCollator,
-    batch_size: int,
-    accelerator: Accelerator,
-    name: str,
-) -> Dataset:
-    """`dataset` with a column `ref_logps` (lists of K, nats), from the cache as far as it goes, else computed into it.
+@contextmanager
+def before_training(model: nn.Module, accelerator: Accelerator, wraps: bool) -> Iterator[nn.Module]:
+    """`model` as it can run before training has placed it; `wraps` where DeepSpeed has to place and gather it."""
+    if not wraps:
+        yield model
+        return
+    engine = prepare_deepspeed(model, accelerator)
+    try:
+        yield engine
+    finally:
+        engine.destroy()  # its hooks on the model would get in the way of the training engine's
+
+
+def reloaded_reference(model: Any, expected: str, shares_prefixes: bool, accelerator: Accelerator) -> nn.Module:
+    """The reference from where `model` came from, if those still are its weights from before training.
 
     Args:
-        dataset: tokenised rows.
-        key: what changes the log-probabilities beside the rows' tokens.
-        compute: a batch to its (B, K) reference log-probabilities.
-        batch_size: prompts in a batch.
-        name: of the data set, for the progress bar.
+        model: the trained model, without an adapter.
+        expected: `reference_hash` from before training.
+        shares_prefixes: whether its batches are packed rows.
+
+    Raises:
+        UserError: it can't be loaded, or its weights are others.
     """
-    whole_key = [(*key, columns_fingerprint(dataset, TOKENS))]
-    broadcast_object_list(whole_key, from_process=0)  # a sharded model hashes differently on each process
-    cache = ReferenceCache(whole_key[0], len(dataset))
-    missing = [cache.missing() if accelerator.is_main_process else []]
-    broadcast_object_list(missing, from_process=0)
-    if missing[0]:
-        done = len(dataset) - sum(end - start for start, end, _ in missing[0])
-        with tqdm(total=len(dataset), initial=done, desc=f"Reference log-probabilities, {name}", unit="row") as bar:
-            for start, end, file in missing[0]:
-                shard = dataset.select(range(start, end))
-                logps = _shard_logps(shard, compute, collator, batch_size, accelerator, bar.update)
-                if accelerator.is_main_process:
-                    cache.write(file, logps)
-    column = [cache.read() if accelerator.is_main_process else None]
-    broadcast_object_list(column, from_process=0)
-    fingerprint = derived_fingerprint("ref_logps", dataset, whole_key[0])
-    return dataset.add_column("ref_logps", column[0], new_fingerprint=fingerprint)
-
-
-def _shard_logps(
-    shard: Dataset,
-    compute: Callable[[dict[str, Any]], torch.Tensor],
-    collator: RewardCollator,
-    batch_size: int,
-    accelerator: Accelerator,
-    progress: Callable[[int], Any],
-) -> list[list[float]]:
-    """Batches of like length, dealt to the processes in step: sharded models gather their weights in each forward."""
-    lengths = [sum(map(len, completions)) for completions in shard["completion_ids"]]
-    batches = batches_by_length(lengths, batch_size)
-    logps: dict[int, list[float]] = {}
-    for first in range(0, len(batches), accelerator.num_processes):
-        # a process without a batch of its own repeats the last one
-        indices = batches[min(first + accelerator.process_index, len(batches) - 1)]
-        rows = [shard[i] for i in indices]
-        values = compute(send_to_device(collator(rows), accelerator.device)).double().cpu()
-        for i, row, row_logps in zip(indices, rows, values, strict=True):
-            logps[i] = row_logps[: len(row["rewards"])].tolist()
-        progress(sum(map(len, batches[first : first + accelerator.num_processes])))
-    for part in gather_object([logps]):
-        logps |= part
-    return [logps[i] for i in range(len(shard))]
+    path = model.config.name_or_path
+    try:
+        reference = AutoModelForCausalLM.from_pretrained(path, dtype=model.dtype, use_safetensors=True)
+    except (OSError, ValueError) as error:
+        reason = f"it could not be loaded again from {path!r} ({type(error).__name__})"
+    else:
+        if reference_hash(reference) == expected:
+            add_token_logps(reference)
+            if shares_prefixes:
+                layout.share_prefixes(reference)
+            return accelerator.prepare_model(reference, evaluation_mode=True)
+        reason = f"the weights in {path!r} are not those that it had before training"
+    raise UserError(
+        "`evaluate()` on a new data set needs the reference model, which `precompute_ref_log_probs` did not keep: "
+        f"{reason}. Give the data set as `eval_dataset` at construction, or give `ref_model`."
+    )

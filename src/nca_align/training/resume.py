@@ -5,36 +5,48 @@ what was summed up since its last log line, an evaluation that was cut off, and 
 `nca_align.json` in it holds these.
 """
 
+import functools
 import os
 import shutil
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer_utils import rotate_checkpoints
 
 from ..errors import UserError, notify
 from ..store.checkpoints import (
     MANIFEST,
-    is_whole,
-    last_common_checkpoint,
-    other_checkpoint,
+    find_checkpoint,
+    read_errors_told,
     read_manifest,
+    remove_half_written,
     whole_checkpoints,
     write_errors_told,
 )
 from ..store.files import sync, write_json
-from .run_identity import refuse_another_run, run_identity
+from .row_weights import begin_epoch
+from .run_settings import refuse_another_run, run_settings
 
 # What a process exits with that was stopped by SIGTERM after it had saved: "try again" in BSD's sysexits.h.
 PREEMPTED = 75
+
+
+def reads_checkpoint(method: Callable) -> Callable:
+    """Decorates a method of the trainer by which transformers reads the checkpoint that a run goes on from."""
+
+    @functools.wraps(method)
+    def told(trainer: Any, *args, **kwargs):
+        with read_errors_told(trainer._resume.folder, trainer.args.output_dir):
+            return method(trainer, *args, **kwargs)
+
+    return told
 
 
 class EvaluationCut(Exception):
@@ -55,8 +67,8 @@ class Resume(TrainerCallback):
         self.owes_evaluation = False
         self.steps_without_loss = 0  # that don't count in the mean loss of the run
         self._deferred = False
-        self._identity: dict[str, Any] | None = None
-        self._folder: Path | None = None  # the checkpoint that the run goes on from
+        self._settings: dict[str, Any] | None = None
+        self.folder: Path | None = None  # the checkpoint that the run goes on from
         self._loaded: dict[str, Any] = {}  # its manifest
 
     # Finding a checkpoint
@@ -65,37 +77,20 @@ class Resume(TrainerCallback):
         """The checkpoint that `train(resume_from_checkpoint=wanted)` goes on from.
 
         Raises:
-            UserError: there is none, it is half written or the model alone, or it belongs to another run.
+            UserError: see `find_checkpoint`, or it can't be read or belongs to another run.
         """
-        self._folder, self._loaded = None, {}
+        self.folder, self._loaded = None, {}
         if wanted is None or wanted is False:
             return None
         args = self.trainer.args
-        last = last_common_checkpoint(args.output_dir)
-        if wanted is True and last is None:
-            raise UserError(
-                f"`resume_from_checkpoint` is true, but `output_dir` {args.output_dir} holds no whole checkpoint; "
-                "leave it out to start anew"
-            )
-        folder = last if wanted is True else Path(wanted)
-        if folder is None or not is_whole(folder):
-            instead = f"the last whole one is {last}" if last else f"{args.output_dir} holds no whole one"
-            raise UserError(
-                f"`resume_from_checkpoint` {folder} is not a whole checkpoint: a save was cut off, or files are "
-                f"missing; {instead}"
-            )
-        self._folder, self._loaded = folder, read_manifest(folder) or {}
-        if self._loaded.get("model_only"):
-            raise UserError(
-                f"`resume_from_checkpoint` {folder} holds the model alone, as `save_only_model` asked, and no state to "
-                f"go on from; {other_checkpoint(folder, args.output_dir)}, or with its weights as `model_name_or_path`"
-            )
+        self.folder = folder = find_checkpoint(wanted, args.output_dir)
+        self._loaded = read_manifest(folder) or {}
+        with read_errors_told(folder, args.output_dir):  # `train` reads it too, where no error can be told from others
+            TrainerState.load_from_json(str(folder / "trainer_state.json"))
         self._refuse_changes(folder)
         PartialState().wait_for_everyone()  # before a process removes what another may be looking at
         if args.should_save:
-            for half in Path(args.output_dir).glob("checkpoint-*"):
-                if (read_manifest(half) or {}).get("complete") is False:  # ours, and cut off
-                    shutil.rmtree(half, ignore_errors=True)
+            remove_half_written(args.output_dir)
         return str(folder)
 
     def _refuse_changes(self, folder: Path) -> None:
@@ -105,7 +100,7 @@ class Resume(TrainerCallback):
         refusal: list[str | None] = [None]
         if PartialState().is_main_process:  # processes hold different shards, and only need to agree
             try:
-                new, args = self.identity(), self.trainer.args
+                new, args = self.run_settings(), self.trainer.args
                 refuse_another_run(self._loaded["identity"], new, args.resume_changed, folder.name)
             except UserError as error:
                 refusal = [str(error)]
@@ -113,14 +108,14 @@ class Resume(TrainerCallback):
         if refusal[0] is not None:
             raise UserError(refusal[0])
 
-    def identity(self) -> dict[str, Any]:
-        """`run_identity` of the trainer, computed once; by the main process alone."""
-        if self._identity is None:
+    def run_settings(self) -> dict[str, Any]:
+        """`run_settings` of the trainer, computed once; by the main process alone."""
+        if self._settings is None:
             t = self.trainer
             model = t.accelerator.unwrap_model(t.model)
             reference = t._reference_hash if t._reference_given else None
-            self._identity = run_identity(t.args, model, t.train_dataset, t.accelerator.num_processes, reference)
-        return self._identity
+            self._settings = run_settings(t.args, model, t.train_dataset, t.accelerator.num_processes, reference)
+        return self._settings
 
     def epochs_done(self, max_steps: int, epochs: int, epochs_trained: int) -> int:
         """How many epochs a resumed run has behind it: all, where it has all steps; transformers would add a step."""
@@ -144,10 +139,7 @@ class Resume(TrainerCallback):
                     folder.mkdir(parents=True, exist_ok=True)
                     write_json(folder / MANIFEST, {"complete": False})
                 yield
-                run = {
-                    "processes": gather_object([self._sums_so_far()]),  # also waits for all files
-                    "owes_evaluation": self.owes_evaluation,
-                }
+                processes = gather_object([self._sums_so_far()])  # also waits for all files
                 if args.should_save:
                     files = [file for file in folder.rglob("*") if file.is_file() and file.name != MANIFEST]
                     for file in files:
@@ -156,8 +148,8 @@ class Resume(TrainerCallback):
                         "complete": True,
                         "model_only": args.save_only_model,
                         "files": {str(file.relative_to(folder)): file.stat().st_size for file in files},
-                        "run": run,
-                        "identity": self.identity(),
+                        "run": {"processes": processes, "owes_evaluation": self.owes_evaluation},
+                        "identity": self.run_settings(),
                     }
                     write_json(folder / MANIFEST, about)
         finally:
@@ -185,30 +177,24 @@ class Resume(TrainerCallback):
             "total_loss": t._total_loss_scalar,
             "last_logged": t._globalstep_last_logged,
             "steps_without_loss": self.steps_without_loss,
-            "means": t._sums["train"].state(),
-            "num_tokens": t._tokens_here,
             "collapse_told": t._guard.collapse_told,
+            **t._log.state(),
         }
 
     def _restore_sums(self, processes: list[dict[str, Any]]) -> None:
         """This process's own sums; where their number is another now, all of them on the main one."""
-        t = self.trainer
-        index, number = t.accelerator.process_index, t.accelerator.num_processes
-        if len(processes) != number:
-            own = processes[0] | {"loss": sum(p["loss"] for p in processes) / len(processes)}  # each is to be averaged
-            processes = processes if index == 0 else []
+        t, index = self.trainer, self.trainer.accelerator.process_index
+        if len(processes) == t.accelerator.num_processes:
+            own, parts = processes[index], [processes[index]]
         else:
-            own = processes[index]
-            processes = [own]
+            own = processes[0] | {"loss": sum(p["loss"] for p in processes) / len(processes)}  # each is to be averaged
+            parts = processes if index == 0 else []
         t._tr_loss += own["loss"]
         t._total_loss_scalar = own["total_loss"]
         t._globalstep_last_logged = own["last_logged"]
         self.steps_without_loss = own["steps_without_loss"]
         t._guard.collapse_told = own["collapse_told"]
-        t._sums["train"].clear()
-        for process in processes:
-            t._sums["train"].add_state(process["means"])
-        t._tokens_here = sum(process["num_tokens"] for process in processes)
+        t._log.restore(parts)
 
     # SIGTERM
 
@@ -232,13 +218,7 @@ class Resume(TrainerCallback):
 
     def agree_to_stop(self) -> bool:
         """Whether any process has had SIGTERM; all processes come here together."""
-        if not self.stopping:
-            accelerator = self.trainer.accelerator
-            if accelerator.num_processes == 1:  # an evaluation asks at each batch: no device need be waited for
-                self.stopping = self.asked_to_stop
-            else:
-                asked = torch.tensor(float(self.asked_to_stop), device=accelerator.device)
-                self.stopping = bool(accelerator.reduce(asked, "sum"))
+        self.stopping = self.stopping or any(gather_object([self.asked_to_stop]))
         return self.stopping
 
     def leave(self, owing_evaluation: bool = False) -> NoReturn:
@@ -260,7 +240,7 @@ class Resume(TrainerCallback):
         """Whether the run goes on from this step's checkpoint: writing it anew would put the only one at risk."""
         own = Path(self.trainer.args.output_dir, f"checkpoint-{step}").resolve()
         owing = self._loaded.get("run", {}).get("owes_evaluation", False)
-        return owing and self._folder is not None and self._folder.resolve() == own
+        return owing and self.folder is not None and self.folder.resolve() == own
 
     # Callbacks
 
@@ -277,6 +257,9 @@ class Resume(TrainerCallback):
                 trainer._tr_loss, None, trainer.model_wrapped, trial=None, epoch=state.epoch,
                 ignore_keys_for_eval=None, start_time=0.0,
             )  # fmt: skip
+
+    def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        begin_epoch(train_dataloader, args.seed if args.data_seed is None else args.data_seed, int(state.epoch))
 
     def on_step_end(self, args, state, control, **kwargs):
         ends_epoch = control.should_training_stop or float(state.epoch).is_integer()

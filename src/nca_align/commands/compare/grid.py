@@ -17,7 +17,7 @@ from ...errors import UserError
 from ...evaluation.comparison_rows import SETTINGS
 from ...options import nearest, parse
 from ...rewards.scorers import check_weights
-from ...training.run_identity import FREE
+from ...training.run_settings import FREE
 from ..train.command import TRAIN_OPTIONS, RunOptions
 from .methods import READS_ALPHA, check_method
 

@@ -1,11 +1,10 @@
-"""What a run is: the options, model and data that decide its result, and what of it changed since a checkpoint."""
+"""The options, model and data that decide a run's result, and the refusal of a checkpoint that had others."""
 
 import json
 from typing import Any
 
 from datasets import Dataset
 from torch import nn
-from trl.trainer.utils import get_config_model_id
 
 from ..config import NCAConfig
 from ..errors import UserError
@@ -13,7 +12,8 @@ from ..models.adapters import base_model
 from ..options import nearest
 from ..store.fingerprints import columns_fingerprint, weights_fingerprint
 from ..store.provenance import changed_names, refuse_changes
-from .reference import TOKENS, adapter_hash, computed_config
+from .reference import adapter_hash, computed_config
+from .reference_cache import TOKENS
 
 # Options that may change between a run and its continuation: the same training, if at times up to rounding.
 FREE = {
@@ -50,7 +50,7 @@ _NOT_OF_THE_MODEL = ("token", "use_auth_token", "proxies")  # how it is fetched;
 _CONTENT = (*TOKENS, "rewards")
 
 
-def run_identity(
+def run_settings(
     args: NCAConfig, model: nn.Module, dataset, processes: int, reference: str | None = None
 ) -> dict[str, Any]:
     """What decides a run's result, as JSON values: `args` without `FREE`, the batch, the model, adapter and data.
@@ -62,41 +62,41 @@ def run_identity(
         processes: of the launch; only the prompts of a whole step count, not how they are dealt to processes.
         reference: `reference_hash` of a `ref_model` that was given.
     """
-    identity = {name: value for name, value in args.to_dict().items() if name not in FREE}
+    settings = {name: value for name, value in args.to_dict().items() if name not in FREE}
     kwargs = args.model_init_kwargs
     if isinstance(kwargs, dict):
-        identity["model_init_kwargs"] = {name: kwargs[name] for name in kwargs if name not in _NOT_OF_THE_MODEL}
+        settings["model_init_kwargs"] = {name: kwargs[name] for name in kwargs if name not in _NOT_OF_THE_MODEL}
     if reference is not None:
-        identity["ref_model"] = reference[:16]
-    identity["global_batch_size"] = args.train_batch_size * args.gradient_accumulation_steps * processes
+        settings["ref_model"] = reference[:16]
+    settings["global_batch_size"] = args.train_batch_size * args.gradient_accumulation_steps * processes
     if args.train_sampling_strategy == "group_by_length":  # there the order of the rows depends on it
-        identity["prompts_a_process"] = args.train_batch_size * args.gradient_accumulation_steps
+        settings["prompts_a_process"] = args.train_batch_size * args.gradient_accumulation_steps
     base = base_model(model)
-    identity["model"] = weights_fingerprint(get_config_model_id(base.config))
+    settings["model"] = weights_fingerprint(base.config.name_or_path)
     about = computed_config(base) | {"class": type(base).__name__, "dtype": str(base.dtype)}
-    identity |= {f"model.{key}": value for key, value in about.items()}
+    settings |= {f"model.{key}": value for key, value in about.items()}
     for name, adapter in getattr(model, "peft_config", {}).items():
         leave_out = ("base_model_name_or_path", "inference_mode", "revision", "auto_mapping", "peft_version")
-        identity |= {
+        settings |= {
             f"adapter.{name}.{key}": sorted(value) if isinstance(value, set) else value
             for key, value in adapter.to_dict().items()
             if key not in leave_out
         }
         if name == "ref":
-            identity["adapter.ref"] = adapter_hash(model, name)[:16]  # a reference that no model folder holds
+            settings["adapter.ref"] = adapter_hash(model, name)[:16]  # a reference that no model folder holds
     if isinstance(dataset, Dataset):
-        identity["data"] = f"{len(dataset)} rows, {columns_fingerprint(dataset, _CONTENT)[:16]}"
+        settings["data"] = f"{len(dataset)} rows, {columns_fingerprint(dataset, _CONTENT)[:16]}"
     else:
         first = Dataset.from_list(list(dataset.take(_STREAM_ROWS)))
-        identity["data"] = f"stream, {columns_fingerprint(first, _CONTENT)[:16]}"
-    return json.loads(json.dumps(identity, default=str, sort_keys=True))
+        settings["data"] = f"stream, {columns_fingerprint(first, _CONTENT)[:16]}"
+    return json.loads(json.dumps(settings, default=str, sort_keys=True))
 
 
 def refuse_another_run(old: dict[str, Any], new: dict[str, Any], allowed: list[str], checkpoint: str) -> None:
     """Raise where `new` isn't the run that `checkpoint` belongs to, unless each difference is allowed by name.
 
     Args:
-        old, new: `run_identity` of the checkpoint and of this run.
+        old, new: `run_settings` of the checkpoint and of this run.
         allowed: `resume_changed`.
         checkpoint: its name.
 

@@ -1,0 +1,108 @@
+"""The exact gradients of a batch with the activations of one of its chunks at a time."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, gather_object
+from torch import nn
+
+Chunk = dict[str, Any]
+# (B, K) log-probabilities of a chunk's completions, zeros for all others, and its load-balancing loss, if any
+Forward = Callable[[Chunk], tuple[torch.Tensor, torch.Tensor | None]]
+
+
+def backward_by_chunk(
+    batch: dict[str, Any],
+    chunks: list[tuple[Chunk, float]],
+    forward: Forward,
+    loss: Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor],
+    separable: bool,
+    accelerator: Accelerator,
+    model: nn.Module,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Leave d loss / d logp_i · d logp_i on the parameters, chunk by chunk.
+
+    A separable loss (NCA) has d loss / d logp_i from logp_i alone. The others first take all K without a gradient.
+
+    Args:
+        batch: see `batching.collator`.
+        chunks: see `chunks_in_step`.
+        forward: a pass of the model over one chunk.
+        loss: of the batch's (B, K) log-probabilities and of one chunk's load-balancing loss.
+        separable: see `Objective.separable`.
+        accelerator, model: the trainer's; the model as accelerate wrapped it.
+
+    Returns:
+        What `loss` takes, of the whole batch, without gradients.
+    """
+    shape, device, own = batch["rewards"].shape, accelerator.device, len(batch["chunks"])
+    logps, auxiliary = torch.zeros(shape, device=device), None
+    random_states: list[tuple | None] = [None] * len(chunks)
+    if not separable:
+        with torch.no_grad():
+            for i, (chunk, counts) in enumerate(chunks):
+                random_states[i] = random_state(device)
+                logps += counts * forward(chunk)[0]
+    for chunk, counts in chunks[own:]:
+        with _gradient_sync(accelerator, model, last=False):
+            _backward(accelerator, counts * forward(chunk)[0].sum())
+    for i, (chunk, _) in enumerate(chunks[:own]):
+        mine = torch.zeros(shape.numel(), dtype=torch.bool, device=device)
+        mine = mine.index_fill(0, chunk["completion_index"], True).view(shape)
+        with _gradient_sync(accelerator, model, last=i == own - 1):
+            restore_random_state(random_states[i], device)  # both passes over a chunk have the same dropout
+            live, share = forward(chunk)
+            _backward(accelerator, loss(torch.where(mine, live, logps), share))
+        logps = torch.where(mine, live.detach(), logps)
+        if share is not None:
+            auxiliary = share.detach() + (0.0 if auxiliary is None else auxiliary)
+    return logps, auxiliary
+
+
+def chunks_in_step(chunks: list[Chunk], sharded: bool) -> list[tuple[Chunk, float]]:
+    """The chunks, which count 1, and the last one again, which counts 0, as often as another process has more.
+
+    Args:
+        sharded: whether each forward gathers weights, which all processes must come to.
+    """
+    waiting = max(gather_object([len(chunks)])) - len(chunks) if sharded else 0
+    return [(chunk, 1.0) for chunk in chunks] + [(chunks[-1], 0.0)] * waiting
+
+
+def _backward(accelerator: Accelerator, loss: torch.Tensor) -> None:
+    """A backward of a loss that is scaled for gradient accumulation already."""
+    deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
+    accelerator.backward(loss, **({"scale_wrt_gas": False} if deepspeed else {}))
+
+
+@contextmanager
+def _gradient_sync(accelerator: Accelerator, model: nn.Module, last: bool) -> Iterator[None]:
+    """Around the forward and backward of a chunk: only the last one's gradients are synchronised.
+
+    The forward belongs inside: DDP sends its buffers round in each that is to be synchronised, and processes may have
+    unequal numbers of chunks. DeepSpeed's backward steps the engine where gradients are synchronised.
+    """
+    before = accelerator.sync_gradients
+    deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
+    accelerator.sync_gradients = before and last
+    try:
+        with nullcontext() if last or deepspeed else accelerator.no_sync(model):
+            yield
+    finally:
+        accelerator.sync_gradients = before
+
+
+def random_state(device: torch.device) -> tuple:
+    """The state of the random numbers here, for `restore_random_state`."""
+    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+
+def restore_random_state(state: tuple | None, device: torch.device) -> None:
+    """Let the random numbers that followed `state` come again."""
+    if state is not None:
+        torch.set_rng_state(state[0])
+        if state[1] is not None:
+            torch.cuda.set_rng_state(state[1], device)

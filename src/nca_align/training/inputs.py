@@ -1,0 +1,108 @@
+"""What NCATrainer is given: refused where it can't be used, and completed, before any model is loaded."""
+
+from collections.abc import Callable
+from typing import Any
+
+from datasets import Dataset, IterableDataset
+from torch import nn
+from trl import DPOConfig
+
+from ..batching.collator import RewardCollator
+from ..config import NCAConfig
+from ..data import DataOptions, to_reward_dataset
+from ..errors import UnsupportedError, UserError, UserTypeError, notify
+
+# chosen and rejected handed to the trainer are rewards 1 and 0, also beside score columns
+_HANDED_OVER = DataOptions(preference="hard", validation_fraction=0.0)
+TOKENISED = {"prompt_ids", "completion_ids", "rewards"}
+
+
+def own_config(args: DPOConfig | None, model: Any) -> NCAConfig:
+    """`args` as an NCAConfig, by default one that is named after the model; what a DPOConfig becomes is told."""
+    if args is None:
+        name = model if isinstance(model, str) else model.config.name_or_path
+        args = NCAConfig(f"{name.split('/')[-1]}-NCA")
+    config, changes = NCAConfig.of(args)
+    if changes:
+        notify(changes)
+    return config
+
+
+def refuse_inputs(data_collator: object, compute_metrics: Callable | None, train_dataset: object) -> None:
+    """Refuse what `DPOTrainer` takes and `NCATrainer` does not.
+
+    Raises:
+        UserError: of the class that says which.
+    """
+    if data_collator is not None and not isinstance(data_collator, RewardCollator):
+        raise UserTypeError(
+            f"`data_collator` is a {type(data_collator).__name__}, but NCATrainer needs a RewardCollator, which "
+            "lays out K completions a prompt; leave it out."
+        )
+    if compute_metrics is not None:
+        raise UnsupportedError(
+            "`compute_metrics` can't be used with NCATrainer, which builds no logits; its metrics over completions "
+            "are logged in any case, and a callback's `on_evaluate` receives them."
+        )
+    if train_dataset is None:
+        raise UserError("`train_dataset` is None, but NCATrainer needs one, also to evaluate only.")
+
+
+def refuse_frozen(model: nn.Module) -> None:
+    """Refuse a model that would not be trained.
+
+    Raises:
+        UserError: none of its parameters has a gradient.
+    """
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UserError(
+            "`model` has no parameter that is trained; load an adapter with `is_trainable=True`, or give a "
+            "`peft_config`."
+        )
+
+
+def reward_rows(dataset: Any, name: str) -> Any:
+    """`dataset`, or a dict of them, as rows `prompt, completions, rewards`; None and tokenised rows as they are."""
+    if dataset is None:
+        return None
+    if isinstance(dataset, dict):
+        return {key: reward_rows(own, key) for key, own in dataset.items()}
+    if not isinstance(dataset, (Dataset, IterableDataset)):
+        raise UserTypeError(
+            f"`{name}` data is a {type(dataset).__name__}, but must be a Dataset or an IterableDataset."
+        )
+    first: dict[str, Any] = next(iter(dataset), {})
+    if set(first) >= TOKENISED:
+        return dataset
+    if images := {"image", "images"} & set(first):
+        raise UnsupportedError(
+            f"`{name}` data has a column `{images.pop()}`, but NCATrainer trains on text alone; use TRL's "
+            "DPOTrainer for images."
+        )
+    return to_reward_dataset(dataset, _HANDED_OVER, name=name)
+
+
+def complete_arguments(args: NCAConfig, model: Any, train_dataset: Any, eval_dataset: Any) -> None:
+    """Set the arguments that the model, the data sets and the batches' shape decide."""
+    if isinstance(model, str):  # weights out of a pickle could run any code
+        args.model_init_kwargs = {"use_safetensors": True} | dict(args.model_init_kwargs or {})  # type: ignore[arg-type]
+    accelerator_config: Any = args.accelerator_config
+    if accelerator_config.split_batches:
+        raise UnsupportedError(
+            "`accelerator_config.split_batches` is true, but a batch of prompt trees can't be cut by rows; leave it "
+            "out, and divide `per_device_train_batch_size` by the number of processes."
+        )
+    if accelerator_config.dispatch_batches:
+        raise UnsupportedError(
+            "`accelerator_config.dispatch_batches` is true, but a batch of prompt trees can't be cut by rows; leave it "
+            "out."
+        )
+    accelerator_config.dispatch_batches = False  # its default is true for streams
+    evaluated = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
+    streamed = any(isinstance(dataset, IterableDataset) for dataset in (train_dataset, *evaluated))
+    if args.precompute_ref_log_probs and streamed:
+        args.precompute_ref_log_probs = False
+        notify(
+            "`precompute_ref_log_probs` is true, but a data set is a stream, whose rows aren't known beforehand: the "
+            "reference is computed live at each step."
+        )
