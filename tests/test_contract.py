@@ -77,7 +77,7 @@ PUBLIC = (
 OTHERS = {
     "_ExtendAction", "_actions",  # argparse
     "_asdict", "_exit",  # Python
-    "_fingerprint", "_generate_tables",  # datasets
+    "_cast_table", "_fingerprint", "_generate_tables",  # datasets
 }  # fmt: skip
 # Every option that DPOConfig has beside transformers' own.
 DPO_OPTIONS = {

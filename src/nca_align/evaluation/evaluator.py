@@ -14,7 +14,7 @@ from torch import nn
 from ..batching.rendering import prompt_ids
 from ..data.conversation import completion_of
 from ..errors import InvalidRowError, UserError
-from ..models.adapters import adapter_merged, as_reference, base_model
+from ..models.adapters import adapter_merged, as_reference, base_model, eval_mode
 from ..models.logprobs import completion_logps
 from ..models.sampling import check_room, end_tokens, sample_answers, seed_for
 from ..options import require_at_least_1
@@ -159,17 +159,6 @@ class GenerationEvaluator:
         if shard.failed:
             raise UserError(f"an answer could not be scored: {next(iter(shard.failed.values()))}")
         return [found[i] | {"rewards": row["rewards"]} for i, row in zip(mine, shard.rows, strict=True)]
-
-
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Within it, `model` is in eval mode."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 @contextmanager

@@ -74,3 +74,14 @@ def refuse_virtual_tokens(model: Any) -> None:
                 f"the adapter is of the kind {config.peft_type.value}, with which `generate` draws from "
                 "another distribution than was trained; use LoRA, or another kind that changes weights"
             )
+
+
+@contextmanager
+def eval_mode(model: Any) -> Iterator[None]:
+    """Within it, `model` is in eval mode."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)

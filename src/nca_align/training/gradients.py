@@ -44,7 +44,7 @@ def backward_by_chunk(
     if not separable:
         with torch.no_grad():
             for i, (chunk, counts) in enumerate(chunks):
-                random_states[i] = random_state(device)
+                random_states[i] = _random_state(device)
                 logps += counts * forward(chunk)[0]
     for chunk, counts in chunks[own:]:
         with _gradient_sync(accelerator, model, last=False):
@@ -53,7 +53,7 @@ def backward_by_chunk(
         mine = torch.zeros(shape.numel(), dtype=torch.bool, device=device)
         mine = mine.index_fill(0, chunk["completion_index"], True).view(shape)
         with _gradient_sync(accelerator, model, last=i == own - 1):
-            restore_random_state(random_states[i], device)  # both passes over a chunk have the same dropout
+            _restore(random_states[i], device)  # both passes over a chunk have the same dropout
             live, share = forward(chunk)
             _backward(accelerator, loss(torch.where(mine, live, logps), share))
         logps = torch.where(mine, live.detach(), logps)
@@ -95,13 +95,11 @@ def _gradient_sync(accelerator: Accelerator, model: nn.Module, last: bool) -> It
         accelerator.sync_gradients = before
 
 
-def random_state(device: torch.device) -> tuple:
-    """The state of the random numbers here, for `restore_random_state`."""
+def _random_state(device: torch.device) -> tuple:
     return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
 
 
-def restore_random_state(state: tuple | None, device: torch.device) -> None:
-    """Let the random numbers that followed `state` come again."""
+def _restore(state: tuple | None, device: torch.device) -> None:
     if state is not None:
         torch.set_rng_state(state[0])
         if state[1] is not None:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from ..batching.collator import RewardCollator
 from ..batching.layout import obstacle, share_prefixes
 from ..errors import UnsupportedError, notify
-from ..models.adapters import base_model
+from ..models.adapters import base_model, eval_mode
 
 # a chunk and its batch to (B, K) log-probabilities, nats
 Compute = Callable[[dict[str, Any], dict[str, Any]], tuple[torch.Tensor, Any]]
@@ -67,11 +67,8 @@ def verify(
     Raises:
         NotImplementedError: "prefix_shared", and they don't agree.
     """
-    was_training = policy.training
-    policy.eval()
-    with accelerator.autocast():
+    with eval_mode(policy), accelerator.autocast():
         difference = compare(sample_rows(dataset), collator, compute, policy, accelerator.device, gradients)
-    policy.train(was_training)
     base = base_model(accelerator.unwrap_model(policy))
     quantization = getattr(base.config, "quantization_config", None)
     agrees, figures = judge(

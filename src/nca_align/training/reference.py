@@ -14,7 +14,7 @@ from trl.models import prepare_deepspeed
 from ..batching import layout
 from ..config import NCAConfig
 from ..errors import UserError
-from ..models.adapters import as_reference, base_model
+from ..models.adapters import as_reference, base_model, eval_mode
 from ..models.logprobs import add_token_logps
 from ..store.fingerprints import tensors_fingerprint
 
@@ -81,13 +81,8 @@ def reference_forward(policy: nn.Module, reference: nn.Module | None, accelerato
     adapter: Any = nullcontext()
     if reference is None and is_peft_model(policy):
         adapter = as_reference(accelerator.unwrap_model(policy))
-    was_training = policy.training
-    policy.eval()
-    try:
-        with adapter, accelerator.autocast():
-            yield
-    finally:
-        policy.train(was_training)
+    with eval_mode(policy), adapter, accelerator.autocast():
+        yield
 
 
 @contextmanager
