@@ -17,7 +17,8 @@ from conftest import build_tokenizer, real_rows, reward_rows
 from nca_align.batching.collator import RewardCollator
 from nca_align.batching.tokenization import tokenize_rows
 from nca_align.commands.inspect.command import InspectDataOptions, main, training_options
-from nca_align.commands.inspect.measure import inspect, show_row, token_texts
+from nca_align.commands.inspect.example import show_row, token_texts
+from nca_align.commands.inspect.inspection import inspect
 from nca_align.commands.inspect.options import InspectOptions
 from nca_align.commands.inspect.page import build_page
 from nca_align.commands.inspect.tables import findings, print_example, print_inspection, sections, sparkline

@@ -19,7 +19,7 @@ from ..models.logprobs import completion_logps
 from ..models.sampling import check_room, end_tokens, sample_answers, seed_for
 from ..options import require_at_least_1
 from ..rewards.scorers import Scorers, open_scorers
-from .estimates import GenerationFigures, figures_of, mean_over_prompts, win_rate
+from .generation_figures import GenerationFigures, figures_of, mean_over_prompts, win_rate
 
 Reference = nn.Module | Callable[[], AbstractContextManager]
 

@@ -1,1 +1,1 @@
-"""HTML pages and charts."""
+"""HTML pages, charts, and tables in a terminal."""

@@ -10,7 +10,7 @@ from datasets import Dataset
 
 from ...data.prompts import text_of
 from ...errors import UserError
-from ...evaluation.estimates import ESTIMATES, GenerationFigures, figures_of, rewards_by_prompt, wins_over
+from ...evaluation.generation_figures import ESTIMATES, GenerationFigures, figures_of, rewards_by_prompt, wins_over
 from ...evaluation.intervals import UNKNOWN, Estimate
 from ...models.loading import ModelSource, model_fingerprint
 from ...models.logprobs import completion_logps

@@ -11,7 +11,8 @@ from rich.text import Text
 from ...data.schema import show_counts
 from ...pages.html import visible
 from ...pages.terminal import print_rows
-from .measure import Example, Inspection
+from .example import Example
+from .inspection import Inspection
 from .reward_stats import HARD, binned, spreads, tied_for_best
 
 _BLOCKS = " ▁▂▃▄▅▆▇█"

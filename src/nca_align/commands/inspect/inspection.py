@@ -1,33 +1,19 @@
-"""What `nca-align inspect` measures: a split as a whole, and one row as training sees it."""
+"""What `nca-align inspect` measures of a split."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from datasets import Dataset, List, Value
 from tqdm.auto import tqdm
 
+from ...batching.collator import RewardCollator
+from ...batching.tokenization import tokenize_dataset
 from ...data import DataReport
 from ...data.prompts import text_of
-from ...errors import UserError
-from .reward_stats import (
-    AlphaRow,
-    Duplicates,
-    Pairs,
-    alpha_grid,
-    alpha_table,
-    compare_pairs,
-    effective_range,
-    find_duplicates,
-    lengths_by_rank,
-    repeated,
-    suggest_alpha,
-    within_correlation,
-)
-
-if TYPE_CHECKING:
-    from .options import InspectOptions
+from . import reward_stats as stats
+from .options import InspectOptions
+from .reward_stats import AlphaRow, Duplicates, Pairs
 
 
 @dataclass(frozen=True)
@@ -84,7 +70,7 @@ class Inspection:
         target: the effective number that the suggestion comes to.
     """
 
-    options: "InspectOptions"
+    options: InspectOptions
     report: DataReport | None
     counts: np.ndarray
     rewards: np.ndarray
@@ -107,9 +93,7 @@ class Inspection:
         return next(row for row in self.alphas if row.alpha == self.options.alpha)
 
 
-def inspect(
-    dataset: Dataset, options: "InspectOptions", tokenizer=None, report: DataReport | None = None
-) -> Inspection:
+def inspect(dataset: Dataset, options: InspectOptions, tokenizer=None, report: DataReport | None = None) -> Inspection:
     """Measure rows `prompt, completions, rewards`.
 
     Raises:
@@ -131,16 +115,16 @@ def inspect(
     tokens = None if tokenizer is None else count_tokens(dataset, tokenizer, options)
     lengths = np.array(characters) if tokens is None else tokens.lengths
 
-    low, high = effective_range(r, k)
+    low, high = stats.effective_range(r, k)
     target = (low + high) / 2 if options.target_effective is None else options.target_effective
-    suggested = None if low == high and options.target_effective is None else suggest_alpha(r, k, target)
-    wanted = {options.alpha, *([suggested] if suggested else []), *alpha_grid(r, k)}
+    suggested = None if low == high and options.target_effective is None else stats.suggest_alpha(r, k, target)
+    wanted = {options.alpha, *([suggested] if suggested else []), *stats.alpha_grid(r, k)}
     return Inspection(
         options=options, report=report, counts=k, rewards=r, lengths=lengths,
-        unit="characters" if tokens is None else "tokens", repeated_prompts=repeated(prompts),
-        unfinished=_count_truncated(dataset), duplicates=find_duplicates(completions, r, k),
-        pairs=compare_pairs(r, lengths, k), correlation=within_correlation(r, lengths, k),
-        rank_lengths=lengths_by_rank(r, lengths, k), alphas=alpha_table(r, k, sorted(wanted)),
+        unit="characters" if tokens is None else "tokens", repeated_prompts=stats.repeated(prompts),
+        unfinished=_count_truncated(dataset), duplicates=stats.find_duplicates(completions, r, k),
+        pairs=stats.compare_pairs(r, lengths, k), correlation=stats.within_correlation(r, lengths, k),
+        rank_lengths=stats.lengths_by_rank(r, lengths, k), alphas=stats.alpha_table(r, k, sorted(wanted)),
         suggested=suggested, target=target, tokens=tokens,
     )  # fmt: skip
 
@@ -155,11 +139,8 @@ def _hash(text: str | list[dict[str, Any]]) -> int:
     return hash(text if isinstance(text, str) else repr(text))
 
 
-def count_tokens(dataset: Dataset, tokenizer, options: "InspectOptions") -> Tokens:
+def count_tokens(dataset: Dataset, tokenizer, options: InspectOptions) -> Tokens:
     """Tokenise as training does, and count what it would cut, pad and share."""
-    from ...batching.collator import RewardCollator
-    from ...batching.tokenization import tokenize_dataset
-
     dataset, notices = tokenize_dataset(
         dataset, tokenizer, None, None, "unique_tokens", options.dataset_num_proc, options.dataset_train_split
     )
@@ -179,76 +160,3 @@ def count_tokens(dataset: Dataset, tokenizer, options: "InspectOptions") -> Toke
         unique += pack([{"prompt_ids": kept, "completion_ids": short, "rewards": row["rewards"]}])["num_tokens"]
     (p, kept_p), (n, kept_n) = np.array(prompt_lengths).T, np.array(lengths).T
     return Tokens(p, n, kept_p, kept_n, padded, unique, notices)
-
-
-@dataclass(frozen=True)
-class Example:
-    """One row as training sees it.
-
-    Args:
-        row: its number.
-        prompt, completions: the text in pieces, one a token, or one a message without a tokenizer.
-        rewards, targets: one a completion.
-        remarks: what was cut.
-    """
-
-    row: int
-    prompt: list[str]
-    completions: list[list[str]]
-    rewards: list[float]
-    targets: list[float]
-    remarks: list[str]
-
-    def ranked(self, alpha: float) -> Iterator[tuple[str, list[str], float]]:
-        """What is said of each completion, its pieces and its target, from the best."""
-        for k in np.argsort(-np.array(self.rewards), kind="stable").tolist():
-            title = f"completion {k}: reward {self.rewards[k]:g}, target {self.targets[k]:.3f} at α = {alpha:g}"
-            yield title, self.completions[k], self.targets[k]
-
-
-def show_row(dataset: Dataset, index: int, options: "InspectOptions", tokenizer=None) -> Example:
-    """Row `index` with its chat template applied, cut as training cuts it, and its target weights at `options.alpha`.
-
-    Raises:
-        UserError: there is no such row.
-    """
-    import torch
-
-    from ...batching.tokenization import tokenize_rows
-    from ...losses import targets
-
-    if not 0 <= index < len(dataset):
-        raise UserError(f"`example` is {index}; it must be a row from 0 to {len(dataset) - 1}")
-    row = dataset[index]
-    weights = targets(torch.tensor([row["rewards"]], dtype=torch.float64), options.alpha)[0].tolist()
-    if tokenizer is None:
-        return Example(
-            index, _turns(row["prompt"]), [_turns(c) for c in row["completions"]], row["rewards"], weights, []
-        )
-    limits: dict[str, Any] = {"max_prompt_length": options.max_prompt_length, "max_length": options.max_length}
-    ids = tokenize_rows({key: [value] for key, value in row.items()}, [index], tokenizer, **limits, length_column="n")
-    remarks = []
-    if ids["prompt_cut"][0]:
-        remarks.append(f"cut to its last {options.max_prompt_length} tokens: the prompt")
-    if cut := ids["completions_cut"][0]:
-        remarks.append(f"cut at {options.max_length} tokens: {cut} of {len(row['completions'])} completions")
-    completions = [token_texts(tokenizer, completion) for completion in ids["completion_ids"][0]]
-    return Example(index, token_texts(tokenizer, ids["prompt_ids"][0]), completions, row["rewards"], weights, remarks)
-
-
-def _turns(text: str | list[dict[str, Any]]) -> list[str]:
-    if isinstance(text, str):
-        return [text]
-    return [f"{message['role']}: {message['content'] or ''}\n" for message in text]
-
-
-def token_texts(tokenizer, ids: list[int]) -> list[str]:
-    """The text of each token; those that make up one character between them are one piece."""
-    pieces, waiting = [], []
-    for token in ids:
-        waiting.append(token)
-        text = tokenizer.decode(waiting, clean_up_tokenization_spaces=False)
-        if not text.endswith("�") or len(waiting) == 4:  # no character has more bytes
-            pieces.append(text)
-            waiting = []
-    return pieces + ([tokenizer.decode(waiting)] if waiting else [])
