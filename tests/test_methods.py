@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -63,7 +64,7 @@ def test_a_batch_holds_rows_in_proportion_to_those_of_a_prompt(method, strategy,
 def test_a_step_takes_rows_in_proportion_whatever_is_accumulated(size, times, share, tmp_path):
     given = options(tmp_path, per_device_train_batch_size=size, gradient_accumulation_steps=times)
     for whole in (False, True) if share >= 1 else (False,):
-        args = methods._same_steps(given, 1000, round(1000 * share), whole)
+        args = SimpleNamespace(**methods._same_steps(given, 1000, round(1000 * share), whole))
         taken = args.per_device_train_batch_size * args.gradient_accumulation_steps
         assert taken == pytest.approx(size * times * share, rel=0.5 / size if whole else 0.07)
         assert args.max_steps == math.ceil(1000 / (size * times))

@@ -293,15 +293,11 @@ class TestOneAtATime:
             assert len(seen) == 2
             assert output.with_name(f".{output.name}.lock").exists()
 
-    @pytest.mark.parametrize("why", ["no flock", "no locks on this disk"])
-    def test_where_there_are_no_locks_the_work_is_done_without(self, output, monkeypatch, why):
+    def test_where_there_are_no_locks_the_work_is_done_without(self, output, monkeypatch):
         def none(descriptor, how):
             raise OSError(95, "Operation not supported")
 
-        if why == "no flock":
-            monkeypatch.setattr(locking, "fcntl", None)
-        else:
-            monkeypatch.setattr(locking.fcntl, "flock", none)
+        monkeypatch.setattr(locking.fcntl, "flock", none)
         assert run(output)["rows"] == 10
 
     def test_a_finished_output_where_nothing_can_be_written(self, output, monkeypatch):

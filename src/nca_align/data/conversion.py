@@ -13,20 +13,10 @@ from datasets import Dataset, Features, IterableDataset
 
 from ..errors import UnsupportedError, UserError, UserTypeError
 from ..store.fingerprints import derived_fingerprint, source_fingerprint
-from . import conversation, flat, formats, pairs, validation
+from . import conversation, flat, formats, pairs, schema, validation
 from .conversation import template_inputs
 from .options import DEFAULT_SCORE, DataOptions
-from .schema import (
-    FIX,
-    NOTES,
-    RESULT,
-    DataReport,
-    is_final,
-    is_replaced,
-    read_notes,
-    result_features,
-    show_counts,
-)
+from .schema import NOTES, RESULT, DataReport, result_features
 from .validation import Row, RowError, check_row
 
 logger = logging.getLogger("nca_align")
@@ -99,8 +89,8 @@ def convert_dataset(
         converted = _convert_groups(dataset, arguments)
     else:
         arguments["chat"] = _is_chat(peeked, fmt, options)
-        read, features = dataset, _with_notes(result_features(dataset.features, fmt, arguments["chat"]))
-        if fmt is formats.OWN and is_final(dataset.features, arguments["chat"]):  # rows that are only checked
+        read, features = dataset, Features(result_features(dataset.features, fmt, arguments["chat"]) | NOTES)
+        if fmt is formats.OWN and schema.is_final(dataset.features, arguments["chat"]):  # rows that are only checked
             checked = (*RESULT, *flat.SHARED, "source")
             read, features = dataset.select_columns([key for key in dataset.column_names if key in checked]), NOTES
             result = dataset
@@ -115,14 +105,10 @@ def convert_dataset(
             num_proc=num_proc,
             desc=f"Reading {name}",
         )
-    keep, report = read_notes(converted, options, fmt.name, name)
+    keep, report = schema.read_notes(converted, options, fmt.name, name)
     logger.log(logging.WARNING if report.dropped or report.completions else logging.INFO, "%s", report)
     result = converted.remove_columns(list(NOTES)) if result is None else result
     return (result if report.kept == report.rows else result.select(keep)), report
-
-
-def _with_notes(features: Features) -> Features:
-    return Features({**features, **NOTES})
 
 
 @cache
@@ -146,12 +132,9 @@ def _check_options(fmt: formats.Format, options: DataOptions, peeked: list[dict[
 def _convert_row(row: dict[str, Any], fmt: formats.Format, options: DataOptions) -> Row:
     result = fmt.convert(row, options)
     if len(result.completions) < 2 and result.notes:
-        raise RowError(
-            "completions",
-            "fewer than two completions",
-            f"has {len(result.completions)} after some were left out ({show_counts(Counter(result.notes))}); there "
-            "must be at least two to compare",
-        )
+        left = f"{len(result.completions)} after some were left out ({schema.show_counts(Counter(result.notes))})"
+        detail = f"has {left}; there must be at least two to compare"
+        raise RowError("completions", "fewer than two completions", detail)
     check_row(result.prompt, result.completions, result.rewards)
     parsed = dict(zip(flat.SHARED, template_inputs(row), strict=True))
     result.extra |= {name: value for name, value in parsed.items() if isinstance(row.get(name), str)}
@@ -171,7 +154,7 @@ def _is_chat(rows: Iterable[dict[str, Any]], fmt: formats.Format, options: DataO
 def _convert_values(row: dict[str, Any], i: int, fmt: str, options: DataOptions, chat: bool, **_: Any) -> dict:
     """A row's values in the result with its notes; None for what can't be read of an invalid or excluded row."""
     kind = formats.FORMATS[fmt]
-    values = {key: value for key, value in row.items() if key != "_index" and not is_replaced(key, kind)}
+    values = {key: value for key, value in row.items() if key != "_index" and not schema.is_replaced(key, kind)}
     values |= dict.fromkeys(RESULT) | {"_problem": None, "_cause": None, "_notes": []}
     unread = values | {name: None for name in flat.SHARED if isinstance(row.get(name), str)}
     source = row["source"][0] if kind.grouped and "source" in row else row.get("source")
@@ -211,7 +194,7 @@ def _convert_groups(dataset: Dataset, arguments: dict[str, Any]) -> Dataset:
 
     return Dataset.from_generator(
         generate,
-        features=_with_notes(result_features(dataset.features, fmt, arguments["chat"])),
+        features=Features(result_features(dataset.features, fmt, arguments["chat"]) | NOTES),
         fingerprint=derived_fingerprint("nca_align groups", dataset, arguments),
     )
 
@@ -241,7 +224,7 @@ def _convert_stream_batch(batch: dict[str, list], indices: list[int], **argument
     rows = _convert_rows(batch, indices, arguments)
     problem = next((row["_problem"] for row in rows if row["_problem"]), None)
     if problem and arguments["options"].on_invalid == "raise":
-        raise UserError(f"`{name}`, {problem}; {FIX}")
+        raise UserError(f"`{name}`, {problem}; {schema.FIX}")
     kept = [row for row in rows if row["_cause"] is None]
     dropped = Counter(row["_cause"] for row in rows if row["_cause"])
     notes = Counter(note for row in kept for note in row["_notes"])

@@ -11,7 +11,7 @@ from .conversion import convert_dataset
 from .options import DataOptions
 from .schema import DataReport
 from .source import open_source
-from .splits import find_split, is_training, split_validation
+from .splits import find_split, is_training, select_split, split_validation
 
 logger = logging.getLogger("nca_align")
 
@@ -88,13 +88,12 @@ def read_reward_dataset(
     options = replace(options or DataOptions(), **fields)
     source, unreadable = open_source(str(path), name, streaming, options.on_invalid == "drop")
     wanted = _wanted(source)
-    training = [split_name for split_name in wanted if is_training(split_name)]
     # Held out is a part of the training split where the data has no other split.
-    cut = len(training) == len(wanted) == 1 and not streaming and options.validation_fraction > 0
+    cut = len(wanted) == 1 and is_training(wanted[0]) and not streaming and options.validation_fraction > 0
     if split is not None:
         split = find_split([*source, VALIDATION] if cut else source, split)
-        wanted = training if cut and split == VALIDATION else [split]
-        cut = cut and wanted == training
+        if not cut or split not in (*wanted, VALIDATION):
+            wanted, cut = [split], False
 
     splits: dict[str, Any] = {}
     reports, indices = {}, None
@@ -108,16 +107,17 @@ def read_reward_dataset(
                 dropped = report.dropped | {"unreadable line": unreadable}
                 reports[split_name] = replace(report, rows=report.rows + unreadable, dropped=dropped)
     if cut:
+        (training,) = wanted
         train, validation, held_out = split_validation(
-            splits[training[0]], options.validation_fraction, options.validation_seed
+            splits[training], options.validation_fraction, options.validation_seed
         )
         if validation is None:
-            logger.info("`%s` has too few prompts to hold out %g of them", training[0], options.validation_fraction)
+            logger.info("`%s` has too few prompts to hold out %g of them", training, options.validation_fraction)
         else:
-            splits, indices = {training[0]: train, VALIDATION: validation}, held_out
-            logger.info("held out %d of %d rows as `validation`", len(held_out), reports[training[0]].kept)
+            splits, indices = {training: train, VALIDATION: validation}, held_out
+            logger.info("held out %d of %d rows as `validation`", len(held_out), reports[training].kept)
     if split is not None:
-        splits = {find_split(splits, split): splits[find_split(splits, split)]}
+        splits = {split: select_split(splits, split)}
     return RewardData((IterableDatasetDict if streaming else DatasetDict)(splits), reports, indices)
 
 

@@ -3,7 +3,7 @@
 import json
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from ..errors import UserError
 from ..options import option
@@ -54,13 +54,9 @@ class DataOptions:
     validation_seed: int = option("Which prompts are held out; another seed holds out others.", 0)
 
     def __post_init__(self):
-        for name, known in [
-            ("preference", ("scores", "hard")),
-            ("on_invalid", ("raise", "drop")),
-            ("score_bug", ("repair", "drop")),
-        ]:
-            if getattr(self, name) not in known:
-                raise UserError(f"`{name}` is {getattr(self, name)!r}; it must be one of {', '.join(known)}")
+        for name, kind in get_type_hints(type(self)).items():
+            if get_origin(kind) is Literal and getattr(self, name) not in get_args(kind):
+                raise UserError(f"`{name}` is {getattr(self, name)!r}; it must be one of {', '.join(get_args(kind))}")
         if not isinstance(self.exclude_sources, (list, tuple)):
             raise UserError(f"`exclude_sources` is {self.exclude_sources!r}; it must be a list of names")
         if isinstance(self.chat_template_kwargs, str):

@@ -1,5 +1,6 @@
 """One process at a time on one output: a lock that the system lets go of however the process ends."""
 
+import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -7,11 +8,6 @@ from pathlib import Path
 
 from ..errors import UserError
 from .files import can_be_written
-
-try:
-    import fcntl
-except ImportError:  # Windows has no flock: there two commands on one output are the user's to avoid
-    fcntl = None  # type: ignore[assignment]
 
 
 @contextmanager
@@ -45,12 +41,11 @@ def _lock(path: Path) -> int:
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            if fcntl is not None:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(descriptor)
             raise
-        except OSError:  # some network file systems have no locks: then as without flock
+        except OSError:  # some network file systems have no locks: there two commands are the user's to avoid
             pass
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(descriptor), os.stat(path)):

@@ -85,24 +85,25 @@ def build_trainer(
         rows = to_unpaired(select_completions(train_dataset, strategy, args.seed))
     else:
         rows = select_completions(train_dataset, strategy, args.seed)
-    args = _same_steps(args, len(train_dataset), len(rows), whole=name == "kto")
+    steps = _same_steps(args, len(train_dataset), len(rows), whole=name == "kto")
     common: dict[str, Any] = {
         "model": model, "train_dataset": rows, "processing_class": tokenizer, "peft_config": peft_config,
         "quantization_config": quantization_config, "callbacks": list(callbacks),
     }  # fmt: skip
     if name in _DPO_LOSSES:
-        return DPOTrainer(args=_shared(DPOConfig, args, loss_type=[_DPO_LOSSES[name]], loss_weights=None), **common)
+        dpo = _shared(DPOConfig, args, **steps, loss_type=[_DPO_LOSSES[name]], loss_weights=None)
+        return DPOTrainer(args=dpo, **common)
     if name == "kto":
         # its KL term takes a fixed order of rows, so they are shuffled here, once
         common["train_dataset"] = rows.shuffle(seed=args.seed)
-        kto = _shared(KTOConfig, args, loss_type="kto", train_sampling_strategy="sequential")
+        kto = _shared(KTOConfig, args, **steps, loss_type="kto", train_sampling_strategy="sequential")
         return KTOTrainer(args=kto, **common)
     from ...trainer import NCATrainer
 
-    return NCATrainer(args=_shared(NCAConfig, args, loss_type=[name], loss_weights=None), **common)
+    return NCATrainer(args=_shared(NCAConfig, args, **steps, loss_type=[name], loss_weights=None), **common)
 
 
-def _same_steps(args: NCAConfig, prompts: int, rows: int, whole: bool) -> NCAConfig:
+def _same_steps(args: NCAConfig, prompts: int, rows: int, whole: bool) -> dict[str, int]:
     """As many steps as there are of batches of prompts, and a batch's rows in proportion.
 
     More rows are accumulated, so that they need no more memory; `whole` leaves them one batch, over which KTO's
@@ -113,10 +114,7 @@ def _same_steps(args: NCAConfig, prompts: int, rows: int, whole: bool) -> NCACon
     times, share = args.gradient_accumulation_steps, rows / prompts
     accumulated = times if whole else max(1, round(times * share))
     per_device = max(1, round(args.per_device_train_batch_size * times * share / accumulated))
-    return _shared(
-        NCAConfig, args, max_steps=steps, per_device_train_batch_size=per_device,
-        gradient_accumulation_steps=accumulated,
-    )  # fmt: skip
+    return {"max_steps": steps, "per_device_train_batch_size": per_device, "gradient_accumulation_steps": accumulated}
 
 
 def _shared(kind: type, args: NCAConfig, **changes: Any) -> Any:
