@@ -72,10 +72,9 @@ def run_cell(folder: Path) -> None:
         evaluation.scorer, evaluation.scorer_weights or None, trust_remote_code=args.trust_remote_code
     )
     with refused_by("setting up the training"):
-        model, peft_config, quantization_config = open_policy(source, model_args, args)
         trainer = build_trainer(
-            settings["method"], model, args, train, tokenizer, strategy=settings["strategy"], peft_config=peft_config,
-            quantization_config=quantization_config,
+            settings["method"], strategy=settings["strategy"], args=args, train_dataset=train, tokenizer=tokenizer,
+            **open_policy(source, model_args, args),
         )  # fmt: skip
     last_step = trainer.args.max_steps
     # reward bends with the KL, most at a run's beginning: halves of halves, so that the curve is known there too

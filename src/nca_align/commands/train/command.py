@@ -15,6 +15,7 @@ from datasets import disable_progress_bars
 from transformers import AutoModelForCausalLM
 from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
 
+from ...batching.rendering import prompt_ids
 from ...config import NCAConfig
 from ...data import DataOptions, RewardData, read_reward_dataset, select_split
 from ...errors import UserError, command, refused_by
@@ -96,15 +97,9 @@ def main(argv: list[str] | None = None) -> int:
     with refused_by("setting up the training"):
         # a scorer that can't be had is told before the model is read
         scorers = open_scorers(run.eval_scorer, trust_remote_code=args.trust_remote_code) if run.eval_scorer else None
-        model, peft_config, quantization_config = open_policy(source, model_args, args)
+        policy = open_policy(source, model_args, args)
         trainer = NCATrainer(
-            model=model,
-            args=args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=tokenizer,
-            quantization_config=quantization_config,
-            peft_config=peft_config,
+            args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, processing_class=tokenizer, **policy
         )
         if scorers is not None and eval_dataset is not None:
             answered = eval_dataset if run.eval_prompts is None else eval_dataset.take(run.eval_prompts)
@@ -113,16 +108,17 @@ def main(argv: list[str] | None = None) -> int:
                 max_new_tokens=run.eval_new_tokens, seed=args.seed,
             )  # fmt: skip
             trainer.add_callback(GenerationCallback(trainer, {"": evaluator}))
-    prompts = [row["prompt"] for row in eval_dataset.take(run.show_answers)] if eval_dataset is not None else []
-    before = _answers(trainer, tokenizer, prompts, run.answer_tokens)
+    shown = list(eval_dataset.take(run.show_answers)) if eval_dataset is not None else []
+    before = _answers(trainer, tokenizer, shown, run.answer_tokens)
     with refused_by("the first step", known=lambda: trainer.state.global_step == 0):
         result = trainer.train(resume_from_checkpoint=checkpoint)
     again = "make room, and run the same command with `resume_from_checkpoint: true`"
     with write_errors_told("the trained model", Path(args.output_dir), lambda: again):
         _save(trainer, result.metrics, data)
-    after = _answers(trainer, tokenizer, prompts, run.answer_tokens)
+    after = _answers(trainer, tokenizer, shown, run.answer_tokens)
     if trainer.is_world_process_zero():
-        print(summary(trainer.state.log_history, list(zip(prompts, before, after, strict=True)), _kept_step(trainer)))
+        answers = list(zip([row["prompt"] for row in shown], before, after, strict=True))
+        print(summary(trainer.state.log_history, answers, _kept_step(trainer)))
         where = [f"The {'adapter' if hasattr(trainer.model, 'peft_config') else 'model'} is in {args.output_dir}"]
         if (figure := plot_curves(trainer.state.log_history, Path(args.output_dir) / "curves.png")) is not None:
             where.append(f"the plot is {figure}")
@@ -210,8 +206,8 @@ def model_source(model_args: ModelConfig, args: NCAConfig) -> ModelSource:
     )
 
 
-def open_policy(source: ModelSource, model_args: ModelConfig, args: NCAConfig):
-    """`model`, `peft_config` and `quantization_config` for the trainer; an adapter is trained on from where it is."""
+def open_policy(source: ModelSource, model_args: ModelConfig, args: NCAConfig) -> dict[str, Any]:
+    """`model`, `peft_config` and `quantization_config` of a trainer; an adapter is trained on from where it is."""
     options: dict[str, Any] = {
         "attn_implementation": model_args.attn_implementation,
         "dtype": model_args.dtype,
@@ -220,7 +216,8 @@ def open_policy(source: ModelSource, model_args: ModelConfig, args: NCAConfig):
     quantization_config = get_quantization_config(model_args)
     if source.adapter is None:
         args.model_init_kwargs = {"revision": source.revision, **options}
-        return source.path, _peft_config(model_args), quantization_config
+        peft_config = _peft_config(model_args)
+        return {"model": source.path, "peft_config": peft_config, "quantization_config": quantization_config}
     from peft import PeftConfig
 
     own = PeftConfig.from_pretrained(source.adapter)
@@ -233,7 +230,7 @@ def open_policy(source: ModelSource, model_args: ModelConfig, args: NCAConfig):
     args.model_init_kwargs = None  # the trainer is given an instance
     if quantization_config is not None:
         options["quantization_config"] = quantization_config
-    return load_adapter(source.load(AutoModelForCausalLM, **options), source.adapter, is_trainable=True), None, None
+    return {"model": load_adapter(source.load(AutoModelForCausalLM, **options), source.adapter, is_trainable=True)}
 
 
 def _peft_config(model_args: ModelConfig):
@@ -244,25 +241,20 @@ def _peft_config(model_args: ModelConfig):
     return config
 
 
-def _answers(trainer, tokenizer, prompts: list, max_new_tokens: int) -> list[str]:
+def _answers(trainer, tokenizer, rows: list[dict[str, Any]], max_new_tokens: int) -> list[str]:
     """Greedy answers of the model as it stands."""
     if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
-        return ["(not generated under a sharded launch)"] * len(prompts)
+        return ["(not generated under a sharded launch)"] * len(rows)
     model = trainer.accelerator.unwrap_model(trainer.model)
     was_training = model.training
     model.eval()
     answers = []
-    for prompt in prompts:
-        if isinstance(prompt, str):
-            inputs = tokenizer(prompt, return_tensors="pt")
-        else:
-            inputs = tokenizer.apply_chat_template(
-                prompt, add_generation_prompt=True, return_dict=True, return_tensors="pt"
-            )
-        inputs = inputs.to(trainer.accelerator.device)
+    for row in rows:
+        ids = torch.tensor([prompt_ids(tokenizer, row)], device=trainer.accelerator.device)
+        settings = {"max_new_tokens": max_new_tokens, "do_sample": False, "use_cache": True}
         with trainer.accelerator.autocast():
-            ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, use_cache=True)
-        answers.append(tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+            answer = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **settings)
+        answers.append(tokenizer.decode(answer[0, ids.shape[1] :], skip_special_tokens=True))
     model.train(was_training)
     return answers
 
