@@ -101,10 +101,12 @@ def raised_messages() -> dict[str, str]:
     found = {}
     for path in SOURCES:
         for node in ast.walk(ast.parse(path.read_text())):
-            if not (isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node.exc.args):
+            call = node.exc if isinstance(node, ast.Raise) else node
+            name = getattr(call.func, "id", getattr(call.func, "attr", "")) if isinstance(call, ast.Call) else ""
+            refuses = name == "refuse_changes"  # which raises its first argument, what differs, and some advice
+            if not refuses and not (isinstance(node, ast.Raise) and isinstance(call, ast.Call) and call.args):
                 continue
-            name = getattr(node.exc.func, "id", getattr(node.exc.func, "attr", ""))
-            last = normalised(node.exc.args[-1])
+            last = normalised(call.args[0 if refuses else -1])
             if last is None or not words(last):  # what another sentence is put into
                 continue
             if name == "RowError":

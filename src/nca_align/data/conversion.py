@@ -132,9 +132,12 @@ def _check_options(fmt: formats.Format, options: DataOptions, peeked: list[dict[
 def _convert_row(row: dict[str, Any], fmt: formats.Format, options: DataOptions) -> Row:
     result = fmt.convert(row, options)
     if len(result.completions) < 2 and result.notes:
-        left = f"{len(result.completions)} after some were left out ({schema.show_counts(Counter(result.notes))})"
-        detail = f"has {left}; there must be at least two to compare"
-        raise RowError("completions", "fewer than two completions", detail)
+        left, causes = len(result.completions), schema.show_counts(Counter(result.notes))
+        raise RowError(
+            "completions",
+            "fewer than two completions",
+            f"has {left} after some were left out ({causes}); there must be at least two to compare",
+        )
     check_row(result.prompt, result.completions, result.rewards)
     parsed = dict(zip(flat.SHARED, template_inputs(row), strict=True))
     result.extra |= {name: value for name, value in parsed.items() if isinstance(row.get(name), str)}

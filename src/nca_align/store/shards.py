@@ -188,8 +188,10 @@ def _refuse_other(what: str, made: dict | None, step: dict) -> None:
         raise UserError(f"{what} is there already and does not say what made it; {fix}")
     if made["command"] != step["command"]:
         raise UserError(f"{what} is there already, made by `{made['command']}` and not `{step['command']}`; {fix}")
-    what = f"{what} is there already, of another configuration"
-    refuse_changes(what, made["config"], step["config"], fix, form="{} there and {} here")
+    refuse_changes(
+        f"{what} is there already, of another configuration", made["config"], step["config"], fix,
+        form="{} there and {} here",
+    )  # fmt: skip
 
 
 def _edited(made: dict, step: dict) -> str:
