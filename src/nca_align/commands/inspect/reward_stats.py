@@ -23,12 +23,13 @@ _PAIRS_AT_A_TIME = 1 << 23
 
 
 def by_k(counts: np.ndarray, *flat: np.ndarray) -> Iterator[tuple]:
-    """For each K that occurs: the prompts that have it, and each of `flat` as a matrix (prompts, K)."""
-    starts = np.cumsum(counts) - counts
+    """For each K that occurs, so many prompts at a time as bound the memory: which, and `flat` as matrices (.., K)."""
     for k in np.unique(counts):
-        rows = np.flatnonzero(counts == k)
-        index = starts[rows, None] + np.arange(k)
-        yield rows, *(values[index] for values in flat)
+        rows, there = np.flatnonzero(counts == k), np.repeat(counts == k, counts)
+        matrices = [values[there].reshape(-1, k) for values in flat]
+        step = max(1, _PAIRS_AT_A_TIME // k**2)
+        for first in range(0, len(rows), step):
+            yield tuple(values[first : first + step] for values in (rows, *matrices))
 
 
 def per_prompt(function: Callable[..., np.ndarray | Tensor], counts: np.ndarray, *flat: np.ndarray) -> np.ndarray:
@@ -46,7 +47,11 @@ def spreads(rewards: np.ndarray, counts: np.ndarray) -> np.ndarray:
 
 def tied_for_best(rewards: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """(B,) how many completions have the highest reward; what `effective_completions` comes to as α goes to 0."""
-    return per_prompt(lambda r: (r == r.max(1, keepdims=True)).sum(1), counts, rewards)
+    return per_prompt(lambda r: _highest(r).sum(1), counts, rewards)
+
+
+def _highest(values: np.ndarray) -> np.ndarray:
+    return values == values.max(1, keepdims=True)
 
 
 def effective_completions(rewards: np.ndarray, counts: np.ndarray, alpha: float) -> np.ndarray:
@@ -165,17 +170,17 @@ class Pairs:
 
 def compare_pairs(rewards: np.ndarray, lengths: np.ndarray, counts: np.ndarray) -> Pairs:
     """All pairs of completions within prompts, by rewards and by lengths."""
-    right, unequal = np.zeros(len(counts)), np.zeros(len(counts))
-    longest, chance = np.zeros(len(counts)), np.zeros(len(counts))
-    for all_rows, r_k, n_k in by_k(counts, rewards, lengths):
-        step = max(1, _PAIRS_AT_A_TIME // r_k.shape[1] ** 2)
-        for first in range(0, len(all_rows), step):
-            rows, r, n = all_rows[first : first + step], r_k[first : first + step], n_k[first : first + step]
-            better = r[:, :, None] > r[:, None, :]
-            longer = (n[:, :, None] > n[:, None, :]) + 0.5 * (n[:, :, None] == n[:, None, :])
-            unequal[rows], right[rows] = better.sum((1, 2)), (better * longer).sum((1, 2))
-            best, top = r == r.max(1, keepdims=True), n == n.max(1, keepdims=True)
-            longest[rows], chance[rows] = (best & top).sum(1) / top.sum(1), best.mean(1)
+
+    def above(values: np.ndarray) -> np.ndarray:
+        return values[:, :, None] > values[:, None, :]  # (prompts, K, K)
+
+    def right_by_length(r: np.ndarray, n: np.ndarray) -> np.ndarray:
+        return (above(r) * (above(n) + 0.5 * (n[:, :, None] == n[:, None, :]))).sum((1, 2))
+
+    unequal = per_prompt(lambda r: above(r).sum((1, 2)), counts, rewards)
+    right = per_prompt(right_by_length, counts, rewards, lengths)
+    longest = per_prompt(lambda r, n: (_highest(r) & _highest(n)).sum(1) / _highest(n).sum(1), counts, rewards, lengths)
+    chance = tied_for_best(rewards, counts) / counts
     pairs, total, graded = int((counts * (counts - 1) // 2).sum()), unequal.sum(), unequal > 0
     if not total:
         return Pairs(pairs, pairs, None, 0.0, None, 0.0)
@@ -209,15 +214,10 @@ def lengths_by_rank(rewards: np.ndarray, lengths: np.ndarray, counts: np.ndarray
     Over the prompts of one K, the one that most completions have.
     """
     common = (np.bincount(counts) * np.arange(counts.max() + 1)).argmax()
-    _, r, n = next(group for group in by_k(counts, rewards, lengths) if group[1].shape[1] == common)
-    order = np.argsort(-r, 1, kind="stable")
-    above = np.stack([(r > value[:, None]).sum(1) for value in r.T], 1)  # (prompts, K)
-    tied = np.stack([(r == value[:, None]).sum(1) for value in r.T], 1)
-    means = []
-    for rank in range(len(order[0])):
-        there = (above <= rank) & (rank < above + tied)
-        means.append(float(((n * there).sum(1) / there.sum(1)).mean()))
-    return means
+    there = np.repeat(counts == common, counts)
+    r, n = rewards[there].reshape(-1, common), lengths[there].reshape(-1, common)
+    alike = (r == of_rank[:, None] for of_rank in -np.sort(-r).T)
+    return [float(((n * tied).sum(1) / tied.sum(1)).mean()) for tied in alike]
 
 
 class Duplicates(NamedTuple):
