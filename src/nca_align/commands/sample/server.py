@@ -100,21 +100,17 @@ def server_engine(options: SampleOptions, model: str) -> Engine:
     takes_n = True
 
     def request(sampling: SampleOptions, row: dict, n: int, seed: int) -> list[Sample]:
-        body = {
-            "model": model, "n": n, "seed": seed, "max_tokens": sampling.max_new_tokens,
-            "temperature": sampling.temperature, "top_p": sampling.top_p, "frequency_penalty": 0,
-            "presence_penalty": 0,
-        }  # fmt: skip
-        if sampling.stop:
-            body["stop"] = sampling.stop
-        if n == 1:
-            del body["n"]
         prompt = clean_prompt(row)
         chat = not isinstance(prompt.content, str)
-        body["messages" if chat else "prompt"] = prompt.content
+        body = {
+            "model": model, "messages" if chat else "prompt": prompt.content, "seed": seed,
+            "max_tokens": sampling.max_new_tokens, "temperature": sampling.temperature, "top_p": sampling.top_p,
+            "frequency_penalty": 0, "presence_penalty": 0,
+        }  # fmt: skip
+        given: dict[str, Any] = {"n": n if n > 1 else None, "stop": sampling.stop}
         if chat:
-            given = {"tools": prompt.tools, "chat_template_kwargs": prompt.arguments}
-            body |= {key: value for key, value in given.items() if value}  # strict servers refuse unknown keys
+            given |= {"tools": prompt.tools, "chat_template_kwargs": prompt.arguments}
+        body |= {key: value for key, value in given.items() if value}  # strict servers refuse keys that they don't know
         if prompt.continues:
             body |= {"add_generation_prompt": False, "continue_final_message": True}  # of vLLM's and llama.cpp's
         url = f"{root_of(options)}/{'chat/completions' if chat else 'completions'}"
