@@ -1,5 +1,6 @@
 """An adapter's weights added to its base's, and how far the result is from the adapter on real text."""
 
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,37 +13,7 @@ from ...errors import UserError, one_line
 from ...models.loading import add_adapter
 
 # Public-domain prose in three languages, a table of numbers, and code: a first sentence, and what follows it.
-TEXTS = (
-    "Alice was beginning to get very tired of sitting by her sister on the bank, and of having nothing to do.\n"
-    "Once or twice she had peeped into the book her sister was reading, but it had no pictures or conversations in it, "
-    "“and what is the use of a book,” thought Alice “without pictures or conversations?” So she was considering in her "
-    "own mind (as well as she could, for the hot day made her feel very sleepy and stupid), whether the pleasure of "
-    "making a daisy-chain would be worth the trouble of getting up and picking the daisies, when suddenly a White "
-    "Rabbit with pink eyes ran close by her.",
-    "When on board H.M.S. ‘Beagle,’ as naturalist, I was much struck with certain facts.\n"
-    "They were facts in the distribution of the inhabitants of South America, and in the geological relations of the "
-    "present to the past inhabitants of that continent. These facts seemed to me to throw some light on the origin of "
-    "species—that mystery of mysteries, as it has been called by one of our greatest philosophers. On my return home, "
-    "it occurred to me, in 1837, that something might perhaps be made out on this question by patiently accumulating "
-    "and reflecting on all sorts of facts which could possibly have any bearing on it.",
-    "Als Gregor Samsa eines Morgens aus unruhigen Träumen erwachte, fand er sich verwandelt.\n"
-    "Er lag auf seinem panzerartig harten Rücken und sah, wenn er den Kopf ein wenig hob, seinen gewölbten, braunen, "
-    "von bogenförmigen Versteifungen geteilten Bauch, auf dessen Höhe sich die Bettdecke, zum gänzlichen Niedergleiten "
-    "bereit, kaum noch erhalten konnte. Seine vielen, im Vergleich zu seinem sonstigen Umfang kläglich dünnen Beine "
-    "flimmerten ihm hilflos vor den Augen.",
-    "Longtemps, je me suis couché de bonne heure.\n"
-    "Parfois, à peine ma bougie éteinte, mes yeux se fermaient si vite que je n’avais pas le temps de me dire: « Je "
-    "m’endors. » Et, une demi-heure après, la pensée qu’il était temps de chercher le sommeil m’éveillait; je voulais "
-    "poser le volume que je croyais avoir encore dans les mains et souffler ma lumière.",
-    "Write a function that says whether a number is prime.\n"
-    "def is_prime(n: int) -> bool:\n    if n < 2:\n        return False\n    divisor = 2\n    while divisor * divisor "
-    "<= n:\n        if n % divisor == 0:\n            return False\n        divisor += 1\n    return True\n\n\nassert "
-    "[n for n in range(20) if is_prime(n)] == [2, 3, 5, 7, 11, 13, 17, 19]",
-    "List the planets with their distances from the Sun.\n"
-    "| planet | million km |\n| --- | --- |\n| Mercury | 57.9 |\n| Venus | 108.2 |\n| Earth | 149.6 |\n| Mars | 228.0 |"
-    "\n| Jupiter | 778.5 |\n| Saturn | 1432.0 |\n| Uranus | 2867.0 |\n| Neptune | 4515.0 |\n\nLight takes 8 minutes "
-    "and 20 seconds from the Sun to the Earth, and more than 4 hours to Neptune.",
-)
+TEXTS = files(__package__).joinpath("comparison_texts.txt").read_text(encoding="utf-8").strip().split("\n%\n")
 
 
 class Difference(NamedTuple):

@@ -2,6 +2,7 @@
 
 import json
 from importlib.metadata import version
+from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,33 +16,6 @@ _TOLD = (
     "loss_type", "alpha", "beta", "learning_rate", "lr_scheduler_type", "num_train_epochs", "max_steps",
     "global_batch_size", "max_length", "max_prompt_length", "seed",
 )  # fmt: skip
-_CARD = """\
-{metadata}
-
-# {name}
-
-{base} trained on prompts with several rewarded completions each by nca-align, an implementation of
-[Noise Contrastive Alignment of Language Models with Explicit Rewards](https://arxiv.org/abs/2402.05369).
-
-```python
-from transformers import pipeline
-
-generator = pipeline("text-generation", model="{name}")
-{prompt}
-print(generator(prompt, max_new_tokens=128, return_full_text=False)[0]["generated_text"])
-```
-{training}{merge}
-Made with {versions}.
-
-```bibtex
-@inproceedings{{chen2024noise,
-  title     = {{Noise Contrastive Alignment of Language Models with Explicit Rewards}},
-  author    = {{Chen, Huayu and He, Guande and Yuan, Lifan and Cui, Ganqu and Su, Hang and Zhu, Jun}},
-  booktitle = {{Advances in Neural Information Processing Systems}},
-  year      = {{2024}}
-}}
-```
-"""
 _CHAT_PROMPT = 'prompt = [{"role": "user", "content": "What makes a good day?"}]'
 _TEXT_PROMPT = 'prompt = "What makes a good day is"'
 
@@ -83,7 +57,8 @@ def model_card(
             f"saved in {dtype} ({measured.saved.largest:.4f} nats).\n"
         )
     packages = ("nca-align", "trl", "transformers", "peft", "torch")
-    return _CARD.format(
+    template = files(__package__).joinpath("card_template.md").read_text(encoding="utf-8")
+    return template.format(
         metadata="\n".join(["---", *lines, "---"]), name=Path(output).name, training=training, merge=merge,
         prompt=_CHAT_PROMPT if chat else _TEXT_PROMPT,
         base=f"`{Path(base_name).name}`" if base_name else "A language model",
