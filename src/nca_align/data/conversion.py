@@ -15,12 +15,19 @@ from ..errors import UnsupportedError, UserError, UserTypeError
 from ..store.fingerprints import derived_fingerprint, source_fingerprint
 from . import conversation, flat, formats, pairs, schema, validation
 from .conversation import template_inputs
+from .formats import Format
 from .options import DEFAULT_SCORE, DataOptions
 from .schema import NOTES, RESULT, DataReport, result_features
 from .validation import Row, RowError, check_row
 
 logger = logging.getLogger("nca_align")
 
+FORMATS = {  # the first that matches is taken
+    fmt.name: fmt
+    for fmt in (
+        formats.own, formats.ultrafeedback, formats.ranked, pairs.trajectory, formats.generated, pairs.pair, flat.group,
+    )
+}  # fmt: skip
 _PEEKED = 64  # rows looked at before the others are converted
 _BATCH = 256
 
@@ -72,7 +79,7 @@ def convert_dataset(
     peeked = list(itertools.islice(dataset, _PEEKED))
     if not peeked:
         raise UserError(f"`{name}` is empty; it must have at least one row")
-    fmt = formats.recognise(peeked[0], options, name)
+    fmt = _recognise(peeked[0], options, name)
     _check_options(fmt, options, peeked, name)
     if isinstance(dataset, IterableDataset):
         return _convert_stream(dataset, fmt, options, peeked, name), None
@@ -81,7 +88,7 @@ def convert_dataset(
     needed = replace(options, validation_fraction=0, validation_seed=0)
     if not fmt.grouped:
         needed = replace(needed, on_invalid="raise")
-    if fmt is formats.OWN:
+    if fmt is formats.own:
         needed = DataOptions(exclude_sources=options.exclude_sources, validation_fraction=0)
     arguments: dict[str, Any] = {"fmt": fmt.name, "options": needed, "revision": _revision()}
     result = None
@@ -90,7 +97,7 @@ def convert_dataset(
     else:
         arguments["chat"] = _is_chat(peeked, fmt, options)
         read, features = dataset, Features(result_features(dataset.features, fmt, arguments["chat"]) | NOTES)
-        if fmt is formats.OWN and schema.is_final(dataset.features, arguments["chat"]):  # rows that are only checked
+        if fmt is formats.own and schema.is_final(dataset.features, arguments["chat"]):  # rows that are only checked
             checked = (*RESULT, *flat.SHARED, "source")
             read, features = dataset.select_columns([key for key in dataset.column_names if key in checked]), NOTES
             result = dataset
@@ -118,7 +125,25 @@ def _revision() -> str:
     return " ".join(str(source_fingerprint(module)) for module in modules)
 
 
-def _check_options(fmt: formats.Format, options: DataOptions, peeked: list[dict[str, Any]], name: str) -> None:
+def _recognise(columns: Iterable[str], options: DataOptions, name: str) -> Format:
+    """The format that a data set with these columns is in.
+
+    Raises:
+        ValueError: for no known format; lists the columns that were found and those that are known.
+    """
+    found = set(columns)
+    for fmt in FORMATS.values():
+        if fmt.matches(found, options) if fmt.matches else found.issuperset(fmt.needs.split(", ")):
+            return fmt
+    known = "; ".join(f"{fmt.needs} ({fmt.name})" for fmt in FORMATS.values())
+    missing = min(({"prompt", "completions", "rewards"} - found, {"prompt", "chosen", "rejected"} - found), key=len)
+    hint = f", only `{next(iter(missing))}` is missing" if len(missing) == 1 else ""
+    raise UserError(
+        f"`{name}` has the columns {', '.join(sorted(found))}, which is no known format{hint}; known are {known}"
+    )
+
+
+def _check_options(fmt: Format, options: DataOptions, peeked: list[dict[str, Any]], name: str) -> None:
     if options.exclude_sources and "source" not in peeked[0]:
         raise UserError(
             f"`exclude_sources` is {options.exclude_sources}, but `{name}` has no column `source`; leave the option out"
@@ -129,7 +154,7 @@ def _check_options(fmt: formats.Format, options: DataOptions, peeked: list[dict[
         raise UserError(f"`score` is {options.score!r}, which `{name}` ({fmt.name}) doesn't have; {choice}")
 
 
-def _convert_row(row: dict[str, Any], fmt: formats.Format, options: DataOptions) -> Row:
+def _convert_row(row: dict[str, Any], fmt: Format, options: DataOptions) -> Row:
     result = fmt.convert(row, options)
     if len(result.completions) < 2 and result.notes:
         left, causes = len(result.completions), schema.show_counts(Counter(result.notes))
@@ -144,7 +169,7 @@ def _convert_row(row: dict[str, Any], fmt: formats.Format, options: DataOptions)
     return result
 
 
-def _is_chat(rows: Iterable[dict[str, Any]], fmt: formats.Format, options: DataOptions) -> bool:
+def _is_chat(rows: Iterable[dict[str, Any]], fmt: Format, options: DataOptions) -> bool:
     """Whether the first sound row is of messages; all others must be as it is."""
     for row in rows:
         try:
@@ -156,7 +181,7 @@ def _is_chat(rows: Iterable[dict[str, Any]], fmt: formats.Format, options: DataO
 
 def _convert_values(row: dict[str, Any], i: int, fmt: str, options: DataOptions, chat: bool, **_: Any) -> dict:
     """A row's values in the result with its notes; None for what can't be read of an invalid or excluded row."""
-    kind = formats.FORMATS[fmt]
+    kind = FORMATS[fmt]
     values = {key: value for key, value in row.items() if key != "_index" and not schema.is_replaced(key, kind)}
     values |= dict.fromkeys(RESULT) | {"_problem": None, "_cause": None, "_notes": []}
     unread = values | {name: None for name in flat.SHARED if isinstance(row.get(name), str)}
@@ -186,7 +211,7 @@ def _convert_batch(batch: dict[str, list], indices: list[int], columns: list[str
 
 
 def _convert_groups(dataset: Dataset, arguments: dict[str, Any]) -> Dataset:
-    fmt = formats.FORMATS[arguments["fmt"]]
+    fmt = FORMATS[arguments["fmt"]]
     order, starts = flat.group_rows(dataset)
     first = itertools.islice(flat.read_groups(dataset, order, starts), _PEEKED)
     arguments["chat"] = _is_chat((row for _, row in first), fmt, arguments["options"])
@@ -203,7 +228,7 @@ def _convert_groups(dataset: Dataset, arguments: dict[str, Any]) -> Dataset:
 
 
 def _convert_stream(
-    stream: IterableDataset, fmt: formats.Format, options: DataOptions, peeked: list[dict[str, Any]], name: str
+    stream: IterableDataset, fmt: Format, options: DataOptions, peeked: list[dict[str, Any]], name: str
 ) -> IterableDataset:
     if fmt.grouped:
         raise UnsupportedError(

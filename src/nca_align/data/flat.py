@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
+from .formats import reads
 from .options import DEFAULT_SCORE, DataOptions
 from .validation import Row, RowError, answer, read_conversation, required_number, user
 
@@ -73,7 +74,16 @@ def group_rows(dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
     return order, np.searchsorted(groups[order], np.arange(len(numbers) + 1))
 
 
-def convert_group(row: dict[str, Any], options: DataOptions) -> Row:
+@reads(
+    "flat scored rows",
+    "prompt, response or completion, a score column",
+    replaces="response|completion",
+    conversations="prompt|response|completion",
+    scores=score_names,
+    grouped=True,
+    matches=matches,
+)
+def group(row: dict[str, Any], options: DataOptions) -> Row:
     """From one prompt with a list in every other column, to a row.
 
     A `response` is a turn of a chat, a `completion` beside a prompt of text continues that text, as in TRL.

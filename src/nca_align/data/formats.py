@@ -1,12 +1,11 @@
-"""The formats that are recognised, and the converters of those that score each of a row's completions."""
+"""What a data format is, and those that score each of a row's completions: a function each, from a row to a `Row`."""
 
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from ..errors import UserError
-from . import flat, pairs
 from .options import DEFAULT_SCORE, DataOptions
 from .validation import (
     MISSING,
@@ -20,45 +19,48 @@ from .validation import (
     user,
 )
 
+Convert = Callable[[dict[str, Any], DataOptions], Row]
 ASPECTS = ("instruction_following", "honesty", "truthfulness", "helpfulness")
 NONE = r"(?!)"  # a pattern that matches nothing
 REPAIRED = "score 10 repaired to 1"
 _SCORE_BUG = "score 10 that should be 1"
 
 
-def convert_own(row: dict[str, Any], options: DataOptions) -> Row:
+@dataclass(frozen=True)
+class Format:
+    """One way that public data sets are laid out.
+
+    Args:
+        name: what reports call it.
+        needs: the columns that tell it, as an error lists them.
+        convert: from a row as a dict to a `Row`; raises `RowError`.
+        replaces: a pattern of the columns that the result replaces; all others are kept.
+        conversations: a pattern of the columns whose messages the result takes over, with all their fields.
+        scores: the names that `score` may have, from a few rows; None where there is no choice.
+        grouped: True where a row is one completion, and the rows of a prompt are put together first.
+        matches: whether a set of columns is this format; None where it is so with all that it needs.
+    """
+
+    name: str
+    needs: str
+    convert: Convert
+    replaces: str = NONE
+    conversations: str = NONE
+    scores: Callable[[list[dict[str, Any]]], set[str]] | None = None
+    grouped: bool = False
+    matches: Callable[[set[str], DataOptions], bool] | None = None
+
+
+def reads(name: str, needs: str, **more: Any) -> Callable[[Convert], Format]:
+    """Decorate a converter: it becomes the `Format` with these fields."""
+    return partial(Format, name, needs, **more)
+
+
+@reads("own", "prompt, completions, rewards", conversations="prompt|completions")
+def own(row: dict[str, Any], options: DataOptions) -> Row:
     """`prompt, completions, rewards` as they are; only text that holds lists or numbers is read."""
     rewards = [required_number(item, f"rewards[{k}]") for k, item in enumerate(read_list(row["rewards"], "rewards"))]
     return Row(read_conversation(row["prompt"], "prompt"), read_list(row["completions"], "completions"), rewards)
-
-
-def convert_ultrafeedback(row: dict[str, Any], options: DataOptions) -> Row:
-    """openbmb/UltraFeedback: a completion without a score is left out.
-
-    A completion's `custom_system_prompt` is the principle that it was sampled with, differs between the completions of
-    one prompt, and was not part of the prompt in the paper's data: it isn't here either.
-    """
-    result = Row([user(row["instruction"], "instruction")], [], [])
-    models = []
-    for k, completion in enumerate(read_list(row["completions"], "completions")):
-        here = f"completions[{k}]"
-        if not isinstance(completion, dict):
-            raise RowError(
-                here, "wrong type", f"is a {type(completion).__name__}; it must be an object with a response"
-            )
-        score = _ultrafeedback_score(completion, options.score, here)
-        if score is not None and options.score == DEFAULT_SCORE and score == 10 and _is_rated_low(completion):
-            score, note = (1.0, REPAIRED) if options.score_bug == "repair" else (None, _SCORE_BUG)
-            result.notes.append(note)
-        elif score is None:
-            result.notes.append(MISSING)
-        if score is not None:
-            result.completions.append(answer(completion.get("response"), f"{here}.response"))
-            result.rewards.append(score)
-            models.append(completion.get("model"))
-    if "models" in row:
-        result.extra["models"] = models  # one for each completion that is left
-    return result
 
 
 def _mean_rating(completion: dict[str, Any]) -> float | None:
@@ -99,7 +101,38 @@ def _ultrafeedback_scores(rows: Iterable[dict[str, Any]]) -> set[str]:
     return names
 
 
-def convert_ranked(row: dict[str, Any], options: DataOptions) -> Row:
+@reads("raw UltraFeedback", "instruction, completions", replaces="instruction", scores=_ultrafeedback_scores)
+def ultrafeedback(row: dict[str, Any], options: DataOptions) -> Row:
+    """openbmb/UltraFeedback: a completion without a score is left out.
+
+    A completion's `custom_system_prompt` is the principle that it was sampled with, differs between the completions of
+    one prompt, and was not part of the prompt in the paper's data: it isn't here either.
+    """
+    result = Row([user(row["instruction"], "instruction")], [], [])
+    models = []
+    for k, completion in enumerate(read_list(row["completions"], "completions")):
+        here = f"completions[{k}]"
+        if not isinstance(completion, dict):
+            raise RowError(
+                here, "wrong type", f"is a {type(completion).__name__}; it must be an object with a response"
+            )
+        score = _ultrafeedback_score(completion, options.score, here)
+        if score is not None and options.score == DEFAULT_SCORE and score == 10 and _is_rated_low(completion):
+            score, note = (1.0, REPAIRED) if options.score_bug == "repair" else (None, _SCORE_BUG)
+            result.notes.append(note)
+        elif score is None:
+            result.notes.append(MISSING)
+        if score is not None:
+            result.completions.append(answer(completion.get("response"), f"{here}.response"))
+            result.rewards.append(score)
+            models.append(completion.get("model"))
+    if "models" in row:
+        result.extra["models"] = models  # one for each completion that is left
+    return result
+
+
+@reads("ranked answers", "A0, A1, score_A0, score_A1", replaces=r"(score_)?A\d+|messages", conversations=r"A\d+")
+def ranked(row: dict[str, Any], options: DataOptions) -> Row:
     """ChenDRAG/ultrafeedback_reward: conversations A0, A1 … with score_A0, score_A1 …, in whatever order.
 
     "N/A" stands for an answer where a prompt has fewer; it is left out, as is an answer without a score.
@@ -125,7 +158,20 @@ def convert_ranked(row: dict[str, Any], options: DataOptions) -> Row:
     return result
 
 
-def convert_generated(row: dict[str, Any], options: DataOptions) -> Row:
+def _is_generated(columns: set[str], options: DataOptions) -> bool:
+    # Beside the list stands a pair of its best and worst: less to learn from, unless hard preferences are asked for.
+    pair = options.preference == "hard" and columns.issuperset(("chosen", "rejected"))
+    return columns.issuperset(("prompt", "all_generated_responses", "all_rm_scores")) and not pair
+
+
+@reads(
+    "generated responses",
+    "prompt, all_generated_responses, all_rm_scores",
+    replaces="all_generated_responses|all_rm_scores|chosen|rejected|messages",
+    conversations="prompt",
+    matches=_is_generated,
+)
+def generated(row: dict[str, Any], options: DataOptions) -> Row:
     """princeton-nlp/llama3-ultrafeedback-armorm: lists of responses and of the reward model's scores."""
     responses = read_list(row["all_generated_responses"], "all_generated_responses")
     scores = read_list(row["all_rm_scores"], "all_rm_scores")
@@ -140,112 +186,4 @@ def convert_generated(row: dict[str, Any], options: DataOptions) -> Row:
         [user(prompt, "prompt")] if isinstance(prompt, str) else prompt,
         [answer(text, f"all_generated_responses[{k}]") for k, text in enumerate(responses)],
         [required_number(score, f"all_rm_scores[{k}]") for k, score in enumerate(scores)],
-    )
-
-
-@dataclass(frozen=True)
-class Format:
-    """One way that public data sets are laid out.
-
-    Args:
-        name: what reports call it.
-        needs: the columns that tell it, as an error lists them.
-        convert: from a row as a dict to a `Row`; raises `RowError`.
-        replaces: a pattern of the columns that the result replaces; all others are kept.
-        conversations: a pattern of the columns whose messages the result takes over, with all their fields.
-        scores: the names that `score` may have, from a few rows; None where there is no choice.
-        grouped: True where a row is one completion, and the rows of a prompt are put together first.
-        matches: whether a set of columns is this format; None where it is so with all that it needs.
-    """
-
-    name: str
-    needs: str
-    convert: Callable[[dict[str, Any], DataOptions], Row]
-    replaces: str = NONE
-    conversations: str = NONE
-    scores: Callable[[list[dict[str, Any]]], set[str]] | None = None
-    grouped: bool = False
-    matches: Callable[[set[str], DataOptions], bool] | None = None
-
-
-def _is_generated(columns: set[str], options: DataOptions) -> bool:
-    # Beside the list stands a pair of its best and worst: less to learn from, unless hard preferences are asked for.
-    pair = options.preference == "hard" and columns.issuperset(("chosen", "rejected"))
-    return columns.issuperset(("prompt", "all_generated_responses", "all_rm_scores")) and not pair
-
-
-OWN = Format(
-    "own",
-    "prompt, completions, rewards",
-    convert_own,
-    conversations="prompt|completions",
-)
-FORMATS = {  # the first that matches is taken
-    fmt.name: fmt
-    for fmt in (
-        OWN,
-        Format(
-            "raw UltraFeedback",
-            "instruction, completions",
-            convert_ultrafeedback,
-            replaces="instruction",
-            scores=_ultrafeedback_scores,
-        ),
-        Format(
-            "ranked answers",
-            "A0, A1, score_A0, score_A1",
-            convert_ranked,
-            replaces=r"(score_)?A\d+|messages",
-            conversations=r"A\d+",
-        ),
-        Format(
-            "trajectory pairs",
-            "trajectory, chosen, rejected",
-            pairs.convert_trajectory,
-            replaces="trajectory|chosen|rejected",
-        ),
-        Format(
-            "generated responses",
-            "prompt, all_generated_responses, all_rm_scores",
-            convert_generated,
-            replaces="all_generated_responses|all_rm_scores|chosen|rejected|messages",
-            conversations="prompt",
-            matches=_is_generated,
-        ),
-        Format(
-            "pairs",
-            "chosen, rejected",
-            pairs.convert_pair,
-            replaces="chosen|rejected|messages",
-            conversations="prompt|chosen|rejected",
-        ),
-        Format(
-            "flat scored rows",
-            "prompt, response or completion, a score column",
-            flat.convert_group,
-            replaces="response|completion",
-            conversations="prompt|response|completion",
-            scores=flat.score_names,
-            grouped=True,
-            matches=flat.matches,
-        ),
-    )
-}
-
-
-def recognise(columns: Iterable[str], options: DataOptions, name: str) -> Format:
-    """The format that a data set with these columns is in.
-
-    Raises:
-        ValueError: for no known format; lists the columns that were found and those that are known.
-    """
-    found = set(columns)
-    for fmt in FORMATS.values():
-        if fmt.matches(found, options) if fmt.matches else found.issuperset(fmt.needs.split(", ")):
-            return fmt
-    known = "; ".join(f"{fmt.needs} ({fmt.name})" for fmt in FORMATS.values())
-    missing = min(({"prompt", "completions", "rewards"} - found, {"prompt", "chosen", "rejected"} - found), key=len)
-    hint = f", only `{next(iter(missing))}` is missing" if len(missing) == 1 else ""
-    raise UserError(
-        f"`{name}` has the columns {', '.join(sorted(found))}, which is no known format{hint}; known are {known}"
     )

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from .formats import reads
 from .options import DataOptions
 from .validation import (
     Row,
@@ -19,7 +20,8 @@ HARD = (1.0, 0.0)
 _ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
 
 
-def convert_pair(row: dict[str, Any], options: DataOptions) -> Row:
+@reads("pairs", "chosen, rejected", replaces="chosen|rejected|messages", conversations="prompt|chosen|rejected")
+def pair(row: dict[str, Any], options: DataOptions) -> Row:
     """TRL's preference rows, text or conversational, and HuggingFaceH4/ultrafeedback_binarized with its scores.
 
     A conversation in `chosen` that begins with the prompt's turns is split there, a prompt that is implicit is
@@ -60,7 +62,8 @@ def _rewards(row: dict[str, Any], options: DataOptions) -> list[float]:
     return [required_number(row[name], name) for name in names]
 
 
-def convert_trajectory(row: dict[str, Any], options: DataOptions) -> Row:
+@reads("trajectory pairs", "trajectory, chosen, rejected", replaces="trajectory|chosen|rejected")
+def trajectory(row: dict[str, Any], options: DataOptions) -> Row:
     """openbmb/UltraInteract_pair: a trajectory of {from, value} turns, and the two next turns."""
     prompt = []
     for j, turn in enumerate(read_list(row["trajectory"], "trajectory")):
