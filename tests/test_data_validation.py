@@ -150,3 +150,26 @@ def test_empty_data_and_other_objects_are_refused():
 def test_a_format_set_on_the_data_set_is_set_aside():
     rows = reward_rows(2)
     assert to_reward_dataset(Dataset.from_list(rows).with_format("numpy")).to_list() == rows
+
+
+class TestTemplateInputs:
+    """What training would refuse once it renders the rows is found where they are read, and can be dropped."""
+
+    @pytest.mark.parametrize(
+        ("changed", "cause"),
+        [
+            ({"chat_template_kwargs": {"chat_template": "{{ 1 }}"}}, "reserved argument"),
+            ({"prompt": [{"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]}]}, "can't be continued"),
+            ({"completions": [[{"role": "tool", "content": "1"}]] * 2}, "doesn't continue the prompt's"),
+        ],
+    )
+    def test_they_are_counted_by_cause(self, changed, cause):
+        row = {
+            "prompt": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "The quick"}],
+            "completions": [[{"role": "assistant", "content": text}] for text in (" brown", " fox")],
+            "rewards": [1.0, 0.0], "chat_template_kwargs": None,
+        }  # fmt: skip
+        rows = Dataset.from_list([row, row | changed], on_mixed_types="use_json")
+        dataset, report = convert_dataset(rows, DataOptions(on_invalid="drop"))
+        assert (len(dataset), sum(report.dropped.values())) == (1, 1)
+        assert cause in next(iter(report.dropped))

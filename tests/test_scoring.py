@@ -598,7 +598,7 @@ def check_kills(tmp_path, monkeypatch, suffix, times):
         "--scorer", "nca_align.scorers:vader", "--shard_size", "1", "--output",
     ]  # fmt: skip
     whole, output = tmp_path / f"whole{suffix}", tmp_path / f"out{suffix}"
-    assert main([*command[3:], str(whole)]) == 0
+    assert main([*command[4:], str(whole)]) == 0
     assert kill_and_restart([*command, str(output)], output, times, seed=times) == times
     assert output.read_bytes() == whole.read_bytes()
     assert len(read(output)) == 25 * times

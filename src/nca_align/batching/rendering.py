@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from ..data.conversation import Prompt, clean_prompt, conversation
+from ..data.conversation import Prompt, clean_prompt, joined_messages
 from ..errors import InvalidRowError, UserError, one_line
 
 
@@ -55,7 +55,7 @@ def conversation_text(tokenizer, prompt: Prompt, completion: Any) -> str:
     if isinstance(prompt.content, str):
         eos = tokenizer.eos_token or ""
         return prompt.content + completion + ("" if completion.endswith(eos) else eos)
-    return _render(tokenizer, prompt, conversation(prompt, completion))
+    return _render(tokenizer, prompt, joined_messages(prompt, completion))
 
 
 def _render(tokenizer, prompt: Prompt, messages: list[dict[str, Any]], **opening: bool) -> str:

@@ -36,12 +36,22 @@ class Prompt(NamedTuple):
 
 
 def clean_prompt(row: Mapping[str, Any]) -> Prompt:
-    """A row's `prompt`, `tools` and `chat_template_kwargs`, without null values.
+    """A row's `prompt`, `tools` and `chat_template_kwargs`, from objects or from JSON text, without null values.
 
     Raises:
-        RowError: unreadable JSON, a reserved argument, or an assistant's turn at the end that can't be continued.
+        RowError: unreadable JSON, arguments that are no object, a reserved one, or an assistant's turn at the end that
+            can't be continued.
     """
-    prompt = Prompt(_without_nulls(row["prompt"]), *template_inputs(row))
+    tools, arguments = (_read_json(row.get(name), name) for name in ("tools", "chat_template_kwargs"))
+    if not isinstance(arguments, (dict, type(None))):
+        raise RowError("chat_template_kwargs", "wrong type", f"is {arguments!r}; it must map names to values")
+    if reserved := RESERVED.intersection(arguments or {}):
+        raise RowError(
+            "chat_template_kwargs",
+            "reserved argument",
+            f"holds `{min(reserved)}`, which the library itself tells the renderer; leave it out",
+        )
+    prompt = Prompt(_without_nulls(row["prompt"]), tools or None, arguments or {})
     if prompt.continues:
         last = prompt.content[-1]
         if not isinstance(last.get("content"), str) or last.get("tool_calls"):
@@ -52,26 +62,6 @@ def clean_prompt(row: Mapping[str, Any]) -> Prompt:
                 "it in the turn before or after",
             )
     return prompt
-
-
-def template_inputs(row: Mapping[str, Any]) -> tuple[list[dict[str, Any]] | None, dict[str, Any]]:
-    """`tools` and `chat_template_kwargs` of a row, from objects or from JSON text, without null values.
-
-    Raises:
-        RowError: unreadable JSON, arguments that are no object, or a reserved one.
-    """
-    tools, arguments = (_read_json(row.get(name), name) for name in ("tools", "chat_template_kwargs"))
-    if arguments is None:
-        arguments = {}
-    if not isinstance(arguments, dict):
-        raise RowError("chat_template_kwargs", "wrong type", f"is {arguments!r}; it must map names to values")
-    if reserved := RESERVED.intersection(arguments):
-        raise RowError(
-            "chat_template_kwargs",
-            "reserved argument",
-            f"holds `{min(reserved)}`, which the library itself tells the renderer; leave it out",
-        )
-    return tools or None, arguments
 
 
 def _read_json(value: Any, name: str) -> Any:
@@ -90,7 +80,7 @@ def _without_nulls(value: Any) -> Any:
     return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
-def conversation(prompt: Prompt, completion: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def joined_messages(prompt: Prompt, completion: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The messages of both; a completion that continues the prompt's last turn stands in one turn with it.
 
     Raises:

@@ -14,7 +14,7 @@ from datasets import Dataset, Features, IterableDataset
 from ..errors import UnsupportedError, UserError, UserTypeError
 from ..store.fingerprints import derived_fingerprint, source_fingerprint
 from . import conversation, flat, formats, pairs, schema, validation
-from .conversation import template_inputs
+from .conversation import clean_prompt, joined_messages
 from .formats import Format
 from .options import DEFAULT_SCORE, DataOptions
 from .schema import NOTES, RESULT, DataReport, result_features
@@ -164,7 +164,11 @@ def _convert_row(row: dict[str, Any], fmt: Format, options: DataOptions) -> Row:
             f"has {left} after some were left out ({causes}); there must be at least two to compare",
         )
     check_row(result.prompt, result.completions, result.rewards)
-    parsed = dict(zip(flat.SHARED, template_inputs(row), strict=True))
+    prompt = clean_prompt(row | {"prompt": result.prompt})
+    if prompt.continues:
+        for completion in result.completions:
+            joined_messages(prompt, completion)  # raises where it can't continue the prompt
+    parsed = dict(zip(flat.SHARED, (prompt.tools, prompt.arguments), strict=True))
     result.extra |= {name: value for name, value in parsed.items() if isinstance(row.get(name), str)}
     return result
 

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, pipeline
 
 from ..batching.rendering import adds_special_tokens
-from ..data.conversation import clean_prompt, conversation
+from ..data.conversation import clean_prompt, joined_messages
 from ..data.prompts import text_of
 from ..errors import UserError
 from ..models.loading import ModelSource, default_device, is_adapter, silence_transformers, torch_dtype
@@ -114,7 +114,7 @@ def _reward_model(name: str, model: Any, tokenizer: Any, batch_size: int, room: 
             )
         else:
             tokens = tokenizer.apply_chat_template(
-                conversation(prompt, completion), tools=prompt.tools, return_dict=False, **prompt.arguments
+                joined_messages(prompt, completion), tools=prompt.tools, return_dict=False, **prompt.arguments
             )
         if len(tokens) > room:
             logger.warning("scorer %s: a conversation of %d tokens was cut to its last %d", name, len(tokens), room)
