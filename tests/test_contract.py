@@ -34,7 +34,7 @@ OVERRIDES = {
     "__init__", "_evaluate", "_get_grad_norm", "_init_training_state", "_load_from_checkpoint",
     "_load_optimizer_and_scheduler", "_load_rng_state", "_load_scaler", "_precompute_ref_logps", "_prepare_dataset",
     "_prepare_for_training",
-    "_save_checkpoint", "_set_signature_columns_if_needed", "compute_loss", "compute_ref_log_probs", "evaluate",
+    "_save_checkpoint", "compute_loss", "compute_ref_log_probs", "evaluate",
     "evaluation_loop", "floating_point_ops", "get_batch_samples", "log", "prediction_step", "train", "training_step",
 }  # fmt: skip
 # Methods of TRL's and transformers' objects that are called.

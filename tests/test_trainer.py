@@ -770,7 +770,7 @@ def test_chosen_and_rejected_are_one_and_zero_also_beside_scores(tmp_path):
 def test_every_override_is_really_called(tmp_path, monkeypatch):
     """Fails loudly when a TRL or transformers release renames what the trainer overrides."""
     overrides = [
-        "_prepare_dataset", "_set_signature_columns_if_needed", "get_batch_samples",
+        "_prepare_dataset", "get_batch_samples",
         "compute_loss", "training_step", "prediction_step", "evaluate", "evaluation_loop", "log", "floating_point_ops",
         "_precompute_ref_logps", "compute_ref_log_probs",
     ]  # fmt: skip

@@ -5,7 +5,7 @@ from typing import Any
 
 from trl import DPOConfig
 
-from .errors import UserError, UserTypeError
+from .errors import UserError, UserTypeError, notify
 from .losses import LOSSES, loss_name
 from .options import option
 
@@ -96,33 +96,28 @@ class NCAConfig(DPOConfig):
             raise UserError(
                 f"`loss_type` is {names}, but must name at least one loss, and each once; `loss_weights` weighs them."
             )
-        for name in ("alpha", "beta"):
-            value = getattr(self, name)
-            if not (isinstance(value, (int, float)) and 0 < value < float("inf")):
-                raise UserError(f"`{name}` is {value!r}, but must be a finite number above 0; the paper's is 0.01.")
-        if not 0 <= self.negative_weight < float("inf"):
-            raise UserError(f"`negative_weight` is {self.negative_weight}, but must be 0 or above; the paper's is 1.")
+        inf, per_forward = float("inf"), self.completions_per_forward
+        whole = "leave it out to run all completions of a batch at once"
+        for name, holds, must in (
+            ("alpha", _positive(self.alpha), "a finite number above 0; the paper's is 0.01"),
+            ("beta", _positive(self.beta), "a finite number above 0; the paper's is 0.01"),
+            ("negative_weight", 0 <= self.negative_weight < inf, "0 or above; the paper's is 1"),
+            ("per_device_train_batch_size", self.per_device_train_batch_size >= 1, "at least 1"),
+            ("per_device_eval_batch_size", self.per_device_eval_batch_size >= 1, "at least 1"),
+            ("gradient_accumulation_steps", self.gradient_accumulation_steps >= 1, "at least 1"),
+            ("learning_rate", 0 <= self.learning_rate < inf, "a finite number, 0 or above"),
+            ("layout", self.layout in LAYOUTS, f"one of {', '.join(map(repr, LAYOUTS))}"),
+            ("completions_per_forward", per_forward is None or per_forward >= 1, f"at least 1; {whole}"),
+            ("nonfinite", self.nonfinite in NONFINITE, "one of 'stop', 'skip'"),
+            ("collapse_nats", self.collapse_nats > 0, "above 0; `inf` turns it off"),
+        ):
+            if not holds:
+                raise UserError(f"`{name}` is {getattr(self, name)!r}, but must be {must}.")
         if self.negative_weight != 1 and "nca" not in self.loss_type:
             raise UserError(
                 f"`negative_weight` is {self.negative_weight}, but `loss_type` is {'+'.join(self.loss_type)}, and only "
                 "nca has a negative term. Leave it out."
             )
-        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
-            if getattr(self, name) < 1:
-                raise UserError(f"`{name}` is {getattr(self, name)}, but must be at least 1.")
-        if not 0 <= self.learning_rate < float("inf"):
-            raise UserError(f"`learning_rate` is {self.learning_rate}, but must be a finite number, 0 or above.")
-        if self.layout not in LAYOUTS:
-            raise UserError(f"`layout` is {self.layout!r}, but must be one of {', '.join(map(repr, LAYOUTS))}.")
-        if self.completions_per_forward is not None and self.completions_per_forward < 1:
-            raise UserError(
-                f"`completions_per_forward` is {self.completions_per_forward}, but must be at least 1; "
-                "leave it out to run all completions of a batch at once."
-            )
-        if self.nonfinite not in NONFINITE:
-            raise UserError(f"`nonfinite` is {self.nonfinite!r}, but must be one of 'stop', 'skip'.")
-        if not self.collapse_nats > 0:
-            raise UserError(f"`collapse_nats` is {self.collapse_nats}, but must be above 0; `inf` turns it off.")
         if self.enable_jit_checkpoint:
             raise UserError(
                 "`enable_jit_checkpoint` is true, but NCATrainer saves on SIGTERM by itself, after whole steps. Leave "
@@ -135,15 +130,22 @@ class NCAConfig(DPOConfig):
         super().__post_init__()
 
     @classmethod
-    def of(cls, args: DPOConfig) -> tuple["NCAConfig", str | None]:
-        """`args`, or a plain DPOConfig's fields as an NCAConfig, and then a sentence on what changes.
+    def of(cls, args: DPOConfig | None, model: Any) -> "NCAConfig":
+        """`args`, or a plain DPOConfig's fields as an NCAConfig, with a notice of what changes.
+
+        Args:
+            args: None for the defaults, in a folder that is named after the model.
+            model: or its name.
 
         Raises:
-            TypeError: neither of them.
-            ValueError: `args` asks for something that no loss here does.
+            TypeError: `args` is something else.
+            ValueError: it asks for something that no loss here does.
         """
+        if args is None:
+            name = model if isinstance(model, str) else model.config.name_or_path
+            return cls(f"{name.split('/')[-1]}-NCA")
         if isinstance(args, cls):
-            return args, None
+            return args
         if not isinstance(args, DPOConfig):
             raise UserTypeError(f"`args` is a {type(args).__name__}, but must be an NCAConfig or a DPOConfig.")
         values: dict[str, Any] = {f.name: getattr(args, f.name) for f in fields(DPOConfig) if f.init}
@@ -155,16 +157,19 @@ class NCAConfig(DPOConfig):
         if args.loss_weights or len(weights) < len(args.loss_type):
             values["loss_weights"] = list(weights.values())
         config = cls(**values)
-        cut = (
-            "prompts aren't cut"
-            if config.max_prompt_length is None
-            else f"prompts are cut to their last {config.max_prompt_length} tokens (`max_prompt_length`)"
-        )
-        return config, (
+        cut = "prompts aren't cut"
+        if config.max_prompt_length is not None:
+            cut = f"prompts are cut to their last {config.max_prompt_length} tokens (`max_prompt_length`)"
+        notify(
             f"NCATrainer was given a DPOConfig, whose fields are kept (`beta` {config.beta}): the loss is "
             f"{'+'.join(config.loss_type)} instead of {'+'.join(args.loss_type)}, `alpha` is {config.alpha}, and "
             f"{cut}. Give an NCAConfig to choose."
         )
+        return config
+
+
+def _positive(value: Any) -> bool:
+    return isinstance(value, (int, float)) and 0 < value < float("inf")
 
 
 def prompt_limit(max_prompt_length: int | None, max_length: int | None) -> int | None:

@@ -11,12 +11,13 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import is_peft_model
 from datasets import IterableDataset
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from trl import DPOConfig, DPOTrainer
 
-from .batching.collator import RewardCollator
+from .batching.collator import Batch, Chunk, RewardCollator
 from .batching.tokenization import tokenize_dataset
+from .config import NCAConfig
 from .errors import UserError, notify
 from .models.adapters import base_model
 from .models.loading import disable_nf4_repacking
@@ -25,7 +26,7 @@ from .store.checkpoints import read_errors_told
 from .training import layout
 from .training.gradients import backward_by_chunk, chunks_in_step
 from .training.guards import StepGuard
-from .training.inputs import TOKENISED, complete_arguments, own_config, refuse_frozen, refuse_inputs, reward_rows
+from .training.inputs import TOKENISED, complete_arguments, refuse_frozen, refuse_inputs, reward_rows
 from .training.metrics import MetricLog
 from .training.objective import Objective, count_prompts
 from .training.reference import before_training, frozen_copy, reference_forward, reference_hash, reloaded_reference
@@ -72,6 +73,7 @@ class NCATrainer(DPOTrainer):
     args: Any  # an NCAConfig, with what transformers has made of its texts
     data_collator: RewardCollator
     ref_model: Any
+    _signature_columns: Any
     # compute_loss divides by the prompts of the whole accumulation window
     loss_is_scaled_for_ga = True
 
@@ -90,7 +92,7 @@ class NCATrainer(DPOTrainer):
         quantization_config=None,
         peft_config=None,
     ):
-        args = own_config(args, model)
+        args = NCAConfig.of(args, model)
         refuse_inputs(data_collator, compute_metrics, train_dataset)
         # Before the model is loaded, so that an invalid row costs no waiting
         train_dataset, eval_dataset = reward_rows(train_dataset, "train"), reward_rows(eval_dataset, "eval")
@@ -112,6 +114,9 @@ class NCATrainer(DPOTrainer):
             peft_config=peft_config,
         )
         self._set_up()
+        self._signature_columns = [
+            "prompt_ids", "completion_ids", "rewards", "ref_logps", "row_number", args.length_column_name,
+        ]  # fmt: skip
         self._guard = StepGuard(self.accelerator, args)
         self._resume = Resume(self)
         self.add_callback(self._resume)
@@ -167,12 +172,6 @@ class NCATrainer(DPOTrainer):
             notify(notice)
         return dataset
 
-    def _set_signature_columns_if_needed(self):
-        if self._signature_columns is None:
-            self._signature_columns = [
-                "prompt_ids", "completion_ids", "rewards", "ref_logps", "row_number", self.args.length_column_name,
-            ]  # fmt: skip
-
     def _precompute_ref_logps(self, dataset, name: str, batch_size: int):
         """`dataset` with a column `ref_logps`, cached or computed shard by shard; a stream keeps the live reference."""
         self._set_up()
@@ -190,7 +189,7 @@ class NCATrainer(DPOTrainer):
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
         """The micro-batches of one step, and what they are averaged over: prompts, and tokens of best completions."""
-        batches: list[dict[str, Any]] = []
+        batches: list[Batch] = []
         for batch in islice(epoch_iterator, num_batches):
             batch["weights"] = row_weights(batch, self.accelerator, self.args.dataloader_drop_last)
             batches.append(batch)
@@ -200,7 +199,7 @@ class NCATrainer(DPOTrainer):
             counts = self.accelerator.reduce(counts, "sum")
         return batches, counts
 
-    def _chunks(self, batch: dict[str, Any]) -> list[tuple[dict[str, Any], float]]:
+    def _chunks(self, batch: Batch) -> list[tuple[Chunk, float]]:
         """A batch's chunks, one forward each, and what each counts: see `chunks_in_step`."""
         split = self.data_collator.completions_per_forward is not None
         return chunks_in_step(batch["chunks"], split and (self.is_fsdp_enabled or self.is_deepspeed_enabled))
@@ -208,8 +207,8 @@ class NCATrainer(DPOTrainer):
     # Log-probabilities
 
     def _chunk_logps(
-        self, model: nn.Module, chunk: dict[str, Any], batch: dict[str, Any], auxiliary: bool = True
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        self, model: nn.Module, chunk: Chunk, batch: Batch, auxiliary: bool = True
+    ) -> tuple[Tensor, Tensor | None]:
         """(B, K) log-probabilities of a chunk, zeros for what is not in it, and its part in the load-balancing loss."""
         options = {"output_router_logits": True} if auxiliary and self.aux_loss_enabled else {}
         outputs = forward_chunk(model, chunk, **options)
@@ -219,9 +218,7 @@ class NCATrainer(DPOTrainer):
             part = part.to(self.accelerator.device) * len(chunk["completion_index"]) / batch["lengths"].sum()
         return logps.to(self.accelerator.device), part
 
-    def _batch_logps(
-        self, model: nn.Module, batch: dict[str, Any], auxiliary: bool = True
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _batch_logps(self, model: nn.Module, batch: Batch, auxiliary: bool = True) -> tuple[Tensor, Tensor | None]:
         """(B, K) log-probabilities of a batch, nats, chunk after chunk, and its load-balancing loss."""
         logps, total = torch.zeros_like(batch["rewards"]), None
         for chunk, counts in self._chunks(batch):
@@ -232,12 +229,12 @@ class NCATrainer(DPOTrainer):
         return logps, total
 
     @torch.no_grad()
-    def compute_ref_log_probs(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+    def compute_ref_log_probs(self, model: nn.Module, inputs: Batch) -> Tensor:
         """(B, K) log-probabilities under the reference: its own model, the adapter as it came, or the bare base."""
         with reference_forward(self.model, self.ref_model, self.accelerator):
             return self._batch_logps(model, inputs, auxiliary=False)[0]
 
-    def _reference_logps(self, batch: dict[str, Any]) -> torch.Tensor:
+    def _reference_logps(self, batch: Batch) -> Tensor:
         if "ref_logps" in batch:
             return batch["ref_logps"]
         if self.ref_model is None and not is_peft_model(self.model):
@@ -261,7 +258,7 @@ class NCATrainer(DPOTrainer):
         logps, auxiliary = self._batch_logps(model, inputs)
         ref_logps = self._reference_logps(inputs)
         loss = self._objective.share(logps, auxiliary, ref_logps, inputs, num_items_in_batch)
-        self._record(logps, ref_logps, auxiliary, inputs)
+        self._record(logps, auxiliary, ref_logps, inputs)
         return (loss, {"logps": logps.detach()}) if return_outputs else loss
 
     # Backward
@@ -281,14 +278,14 @@ class NCATrainer(DPOTrainer):
             self._guard.add_loss(loss, self._tr_loss)
         return loss
 
-    def _step_by_chunk(self, model: nn.Module, batch: dict[str, Any], counts: torch.Tensor | None) -> torch.Tensor:
+    def _step_by_chunk(self, model: nn.Module, batch: Batch, counts: Tensor | None) -> Tensor:
         objective, ref_logps = self._objective, self._reference_logps(batch)
         forward = partial(self._chunk_logps, model, batch=batch)
         loss = partial(objective.share, ref_logps=ref_logps, batch=batch, counts=counts)
         logps, auxiliary = backward_by_chunk(
             batch, self._chunks(batch), forward, loss, objective.separable, self.accelerator, model
         )
-        self._record(logps, ref_logps, auxiliary, batch)
+        self._record(logps, auxiliary, ref_logps, batch)
         return loss(logps, auxiliary)
 
     # Update, and what stops a run
@@ -380,10 +377,10 @@ class NCATrainer(DPOTrainer):
 
     # Logging
 
-    def _record(self, logps, ref_logps, auxiliary, batch: dict[str, Any]) -> None:
+    def _record(self, logps, auxiliary, ref_logps, batch: Batch) -> None:
         """Add these prompts to the means that are logged."""
         training = self.model.training
-        finite = self._log.add(training, self._objective, logps, ref_logps, auxiliary, batch)
+        finite = self._log.add(training, self._objective, logps, auxiliary, ref_logps, batch)
         if training:
             self._guard.add_rows(batch.get("row_numbers"), finite)
 
@@ -396,5 +393,5 @@ class NCATrainer(DPOTrainer):
             logs["train_loss"] = self._total_loss_scalar / max(steps, 1)
         super().log(logs, start_time)
 
-    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+    def floating_point_ops(self, inputs: Batch) -> int:
         return 6 * inputs["num_tokens"] * self.model.num_parameters(exclude_embeddings=True)

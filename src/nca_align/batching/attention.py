@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -41,7 +41,7 @@ class Segments:
     paths: tuple[tuple[tuple[int, int], ...], ...]
     _cache: dict[Any, Any] = field(default_factory=dict, repr=False)
 
-    def causal_mask(self, q: int, k: int, window: int | None, like: torch.Tensor) -> torch.Tensor | None:
+    def causal_mask(self, q: int, k: int, window: int | None, like: Tensor) -> Tensor | None:
         """Additive lower-right causal mask (q, k) of one segment, kept for all layers; None where `is_causal` says it.
 
         `window` counts the query itself, as transformers' `sliding_window` does.
@@ -58,7 +58,7 @@ class Segments:
             self._cache[key] = torch.zeros(q, k, dtype=like.dtype, device=like.device).masked_fill_(~seen, -torch.inf)
         return self._cache[key]
 
-    def varlen(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int, int]:
+    def varlen(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor, int, int]:
         """What variable-length kernels take: `kv_index`, `cu_seqlens_q`, `cu_seqlens_k` (int32), and both maxima."""
         key = ("varlen", device)
         if key not in self._cache:
@@ -105,15 +105,15 @@ def share_prefixes(model: PreTrainedModel) -> None:
 
 def segment_attention(
     module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
     *,
     own: str,
     segments: Segments | None = None,
     **kwargs,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+) -> tuple[Tensor, Tensor | None]:
     """What the model's layers call: by segments where the forward was given them, else the model's `own` attention."""
     if segments is not None:
         return attend_segments(query, key, value, segments, **kwargs), None
@@ -125,18 +125,18 @@ def segment_attention(
 
 
 def attend_segments(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
     segments: Segments,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    s_aux: torch.Tensor | None = None,
-    position_bias: torch.Tensor | None = None,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
     **kwargs,
-) -> torch.Tensor:
+) -> Tensor:
     """Causal attention of one packed row of T tokens, each segment over its own path from the root.
 
     Args:
@@ -178,13 +178,13 @@ def attend_segments(
     return torch.cat(outputs, 2).transpose(1, 2).contiguous()
 
 
-def _stretches(x: torch.Tensor, path: tuple[tuple[int, int], ...]) -> torch.Tensor:
+def _stretches(x: Tensor, path: tuple[tuple[int, int], ...]) -> Tensor:
     # Slices, not an index: gathering by a tensor made a step of K = 16 12 % slower on CPU, all of it in the backward
     slices = [x[:, :, start:end] for start, end in path]
     return slices[0] if len(slices) == 1 else torch.cat(slices, 2)
 
 
-def _varlen_takes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
+def _varlen_takes(query: Tensor, key: Tensor, value: Tensor) -> bool:
     return (
         query.is_cuda
         and torch.cuda.get_device_capability(query.device) >= (8, 0)
@@ -196,13 +196,8 @@ def _varlen_takes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -
 
 
 def _varlen_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    segments: Segments,
-    scaling: float | None,
-    window: int | None,
-) -> torch.Tensor:
+    query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling: float | None, window: int | None
+) -> Tensor:
     """One kernel call for the row: lower-right causal by segment, separate query and key lengths. (1, T, heads, D)."""
     kv_index, cu_seqlens_q, cu_seqlens_k, max_q, max_k = segments.varlen(query.device)
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
@@ -215,15 +210,15 @@ def _varlen_attention(
 
 
 def _explicit_attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    mask: torch.Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
     scaling: float | None,
     dropout: float,
     softcap: float | None,
-    sinks: torch.Tensor | None,
-) -> torch.Tensor:
+    sinks: Tensor | None,
+) -> Tensor:
     """The softmax written out, for soft-capped scores and attention sinks."""
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     scores = q @ k.transpose(2, 3) * (q.shape[-1] ** -0.5 if scaling is None else scaling)

@@ -21,15 +21,19 @@ completions and the earlier turns of multi-turn trees.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..losses import check_rows
 from .attention import Segments
 
+Batch = dict[str, Any]
+Chunk = dict[str, Any]
+Conversation = tuple[int, list[int], list[int]]  # completion index, prompt ids, completion ids
 # A fork costs a segment, one more attention call and copy of its path: it isn't worth it where it saves fewer tokens.
 MIN_SHARED_TOKENS = 16
 
@@ -50,23 +54,22 @@ class RewardCollator:
     completions_per_forward: int | None = None
     pad_to_multiple_of: int | None = None
 
-    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> Batch:
         """The batch of `rows`; here on the CPU its rewards are checked, so that no loss on a GPU has to look.
 
         Raises:
             ValueError: a row has fewer than two completions, or a reward that isn't finite.
         """
-        columns = max(len(row["completion_ids"]) for row in rows)
-        batch: dict[str, Any] = {
-            "rewards": _padded_matrix([row["rewards"] for row in rows], columns),
-            "valid": _padded_matrix([[True] * len(row["rewards"]) for row in rows], columns, torch.bool),
-            "lengths": _padded_matrix([[len(c) for c in row["completion_ids"]] for row in rows], columns, torch.long),
+        batch: Batch = {
+            "rewards": padded([row["rewards"] for row in rows], torch.float32),
+            "valid": padded([[True] * len(row["completion_ids"]) for row in rows], torch.bool),
+            "lengths": padded([list(map(len, row["completion_ids"])) for row in rows], torch.long),
         }
         check_rows(batch["rewards"], batch["valid"])
         if all("row_number" in row for row in rows):
             batch["row_numbers"] = [row["row_number"] for row in rows]  # a list stays where it is
         if all(row.get("ref_logps") is not None for row in rows):
-            batch["ref_logps"] = _padded_matrix([row["ref_logps"] for row in rows], columns)
+            batch["ref_logps"] = padded([row["ref_logps"] for row in rows], torch.float32)
         batch["chunks"] = self.chunks(rows)
         batch["num_tokens"] = sum(
             chunk["input_ids"].numel() if "segments" in chunk else int(chunk["attention_mask"].sum())
@@ -74,7 +77,7 @@ class RewardCollator:
         )
         return batch
 
-    def chunks(self, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    def chunks(self, rows: Sequence[dict[str, Any]]) -> list[Chunk]:
         """The chunks alone, for `rows` without rewards."""
         columns = max(len(row["completion_ids"]) for row in rows)
         conversations = [
@@ -88,30 +91,24 @@ class RewardCollator:
             for chunk in split_by_length(conversations, self.completions_per_forward)
         ]
 
-    def _pad(self, conversations: Sequence[tuple[int, list[int], list[int]]]) -> dict[str, Any]:
+    def _pad(self, conversations: Sequence[Conversation]) -> Chunk:
         # A conversation's last token predicts nothing, so it is a target only
         rows = [(prompt + completion)[:-1] for _, prompt, completion in conversations]
         length = max(map(len, rows))
         if self.pad_to_multiple_of:
             length = -(-length // self.pad_to_multiple_of) * self.pad_to_multiple_of
-        token_index: list[int] = []
-        target_ids: list[int] = []
-        completion_index: list[int] = []
-        for i, (index, prompt, completion) in enumerate(conversations):
-            first = i * length + len(prompt) - 1
-            token_index.extend(range(first, first + len(completion)))
-            target_ids.extend(completion)
-            completion_index.extend([index] * len(completion))
+        positions = [
+            range(i * length + len(prompt) - 1, i * length + len(prompt) - 1 + len(completion))
+            for i, (_, prompt, completion) in enumerate(conversations)
+        ]
         return {
             "input_ids": torch.tensor([row + [self.pad_token_id] * (length - len(row)) for row in rows]),
             "attention_mask": torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows]),
-            "token_index": torch.tensor(token_index),
-            "target_ids": torch.tensor(target_ids),
-            "completion_index": torch.tensor(completion_index),
+            **_terms(conversations, positions),
         }
 
 
-def pack_tree(conversations: Sequence[tuple[int, list[int], list[int]]]) -> dict[str, Any]:
+def pack_tree(conversations: Sequence[Conversation]) -> Chunk:
     """Lay conversations `(completion index, prompt ids, completion ids)` out as one packed row, in depth-first order.
 
     Two conversations share a position where they agree on its token *and* on the next one, so they part one token
@@ -146,20 +143,23 @@ def pack_tree(conversations: Sequence[tuple[int, list[int], list[int]]]) -> dict
             grow(branch, depth, path)
 
     fork(list(range(len(keys))), 0, ())
-    token_index, target_ids, completion_index = [], [], []
-    for (index, prompt, completion), route in zip(conversations, routes, strict=True):
-        token_index.extend(route[len(prompt) - 1 :])
-        target_ids.extend(completion)
-        completion_index.extend([index] * len(completion))
+    positions = [route[len(prompt) - 1 :] for route, (_, prompt, _) in zip(routes, conversations, strict=True)]
     return {
         "input_ids": torch.tensor([input_ids]),
         "position_ids": torch.tensor([position_ids]),
         # transformers takes a 4-D mask as it stands, so none of the row's length squared is built
         "attention_mask": torch.ones(1, 1, 1, 1),
         "segments": Segments(tuple(queries), tuple(paths)),
-        "token_index": torch.tensor(token_index),
-        "target_ids": torch.tensor(target_ids),
-        "completion_index": torch.tensor(completion_index),
+        **_terms(conversations, positions),
+    }
+
+
+def _terms(conversations: Sequence[Conversation], positions: Iterable[Iterable[int]]) -> Chunk:
+    """A chunk's terms, from the positions at which each conversation's completion is predicted."""
+    return {
+        "token_index": torch.tensor(list(itertools.chain.from_iterable(positions))),
+        "target_ids": torch.tensor([token for *_, completion in conversations for token in completion]),
+        "completion_index": torch.tensor([index for index, _, completion in conversations for _ in completion]),
     }
 
 
@@ -221,9 +221,6 @@ def batches_by_length(lengths: Sequence[int], size: int) -> list[list[int]]:
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 
-def _padded_matrix(rows: list[list], columns: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+def padded(rows: Sequence[Sequence[float]], dtype: torch.dtype = torch.float64) -> Tensor:
     """(B, K) of ragged lists, zeros (False) where a row has fewer."""
-    matrix = torch.zeros(len(rows), columns, dtype=dtype)
-    for b, row in enumerate(rows):
-        matrix[b, : len(row)] = torch.tensor(row, dtype=dtype)
-    return matrix
+    return torch.nn.utils.rnn.pad_sequence([torch.tensor(row, dtype=dtype) for row in rows], batch_first=True)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..batching.collator import padded
 from ..losses import better_pairs
 from .intervals import Interval
 
@@ -33,12 +34,7 @@ class Completions:
     @classmethod
     def of(cls, rewards: Sequence[Sequence[float]], lengths: Sequence[Sequence[int]]) -> "Completions":
         """From B lists of K."""
-        return cls(padded(rewards), padded(lengths), padded([[1.0] * len(row) for row in rewards]) > 0)
-
-
-def padded(rows: Sequence[Sequence[float]]) -> Tensor:
-    """(B, K) float64 of ragged lists, zeros where a row has fewer."""
-    return torch.nn.utils.rnn.pad_sequence([torch.tensor(row, dtype=torch.float64) for row in rows], batch_first=True)
+        return cls(padded(rewards), padded(lengths), padded([[True] * len(row) for row in rewards], torch.bool))
 
 
 def pair_kinds(data: Completions) -> dict[str, Tensor]:

@@ -2,27 +2,27 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object
-from torch import nn
+from torch import Tensor, nn
 
-Chunk = dict[str, Any]
+from ..batching.collator import Batch, Chunk
+
 # (B, K) log-probabilities of a chunk's completions, zeros for all others, and its load-balancing loss, if any
-Forward = Callable[[Chunk], tuple[torch.Tensor, torch.Tensor | None]]
+Forward = Callable[[Chunk], tuple[Tensor, Tensor | None]]
 
 
 def backward_by_chunk(
-    batch: dict[str, Any],
+    batch: Batch,
     chunks: list[tuple[Chunk, float]],
     forward: Forward,
-    loss: Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor],
+    loss: Callable[[Tensor, Tensor | None], Tensor],
     separable: bool,
     accelerator: Accelerator,
     model: nn.Module,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+) -> tuple[Tensor, Tensor | None]:
     """Leave d loss / d logp_i · d logp_i on the parameters, chunk by chunk.
 
     A separable loss (NCA) has d loss / d logp_i from logp_i alone. The others first take all K without a gradient.
@@ -40,21 +40,26 @@ def backward_by_chunk(
     """
     shape, device, own = batch["rewards"].shape, accelerator.device, len(batch["chunks"])
     logps, auxiliary = torch.zeros(shape, device=device), None
-    random_states: list[tuple | None] = [None] * len(chunks)
+    seeds = torch.randint(2**31, (len(chunks),)).tolist()
+
+    def run(i: int) -> tuple[Tensor, Tensor | None]:
+        """Both passes over a chunk have the same dropout."""
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(seeds[i])
+            return forward(chunks[i][0])
+
     if not separable:
         with torch.no_grad():
-            for i, (chunk, counts) in enumerate(chunks):
-                random_states[i] = _random_state(device)
-                logps += counts * forward(chunk)[0]
-    for chunk, counts in chunks[own:]:
+            for i, (_, counts) in enumerate(chunks):
+                logps += counts * run(i)[0]
+    for i, (_, counts) in enumerate(chunks[own:], own):
         with _gradient_sync(accelerator, model, last=False):
-            _backward(accelerator, counts * forward(chunk)[0].sum())
+            _backward(accelerator, counts * run(i)[0].sum())
     for i, (chunk, _) in enumerate(chunks[:own]):
         mine = torch.zeros(shape.numel(), dtype=torch.bool, device=device)
         mine = mine.index_fill(0, chunk["completion_index"], True).view(shape)
         with _gradient_sync(accelerator, model, last=i == own - 1):
-            _restore(random_states[i], device)  # both passes over a chunk have the same dropout
-            live, share = forward(chunk)
+            live, share = run(i)
             _backward(accelerator, loss(torch.where(mine, live, logps), share))
         logps = torch.where(mine, live.detach(), logps)
         if share is not None:
@@ -72,7 +77,7 @@ def chunks_in_step(chunks: list[Chunk], sharded: bool) -> list[tuple[Chunk, floa
     return [(chunk, 1.0) for chunk in chunks] + [(chunks[-1], 0.0)] * waiting
 
 
-def _backward(accelerator: Accelerator, loss: torch.Tensor) -> None:
+def _backward(accelerator: Accelerator, loss: Tensor) -> None:
     """A backward of a loss that is scaled for gradient accumulation already."""
     deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
     accelerator.backward(loss, **({"scale_wrt_gas": False} if deepspeed else {}))
@@ -93,14 +98,3 @@ def _gradient_sync(accelerator: Accelerator, model: nn.Module, last: bool) -> It
             yield
     finally:
         accelerator.sync_gradients = before
-
-
-def _random_state(device: torch.device) -> tuple:
-    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-
-
-def _restore(state: tuple | None, device: torch.device) -> None:
-    if state is not None:
-        torch.set_rng_state(state[0])
-        if state[1] is not None:
-            torch.cuda.set_rng_state(state[1], device)

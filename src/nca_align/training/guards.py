@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object
+from torch import Tensor
 
 from ..config import NCAConfig
 from ..errors import UnsupportedError, UserError, notify
@@ -37,21 +38,21 @@ class StepGuard:
         self.args = args
         self.collapse_told = False
         # of this step: the rows' numbers and which are finite, and which losses are
-        self._rows: list[tuple[list[int] | None, torch.Tensor]] = []
-        self._losses: list[torch.Tensor] = []
+        self._rows: list[tuple[list[int] | None, Tensor]] = []
+        self._losses: list[Tensor] = []
         self._skipped = 0
 
-    def add_rows(self, numbers: list[int] | None, finite: torch.Tensor) -> None:
+    def add_rows(self, numbers: list[int] | None, finite: Tensor) -> None:
         """Note a micro-batch's rows, by their numbers in the training split, and which are finite, (B,) bool."""
         self._rows.append((numbers, finite))
 
-    def add_loss(self, loss: torch.Tensor, logged: torch.Tensor) -> None:
+    def add_loss(self, loss: Tensor, logged: Tensor) -> None:
         """Note a micro-batch's loss, and what the losses since the last log line added up to before it."""
         if not self._losses:
             self._logged = logged.clone()
         self._losses.append(loss.detach().isfinite())
 
-    def restore_loss(self, logged: torch.Tensor) -> None:
+    def restore_loss(self, logged: Tensor) -> None:
         """Take this step's losses back out of the sum that is logged, in place."""
         logged.copy_(self._logged)
 
@@ -98,7 +99,7 @@ class StepGuard:
         notify(f"{sentence}: the step is left out (`nonfinite: skip`).")
         return True, any_stopping
 
-    def _sentence(self, rows: list[tuple[list[int] | None, torch.Tensor]], step: int, loss_broken: bool) -> str:
+    def _sentence(self, rows: list[tuple[list[int] | None, Tensor]], step: int, loss_broken: bool) -> str:
         """What isn't finite in which rows; all processes come here together."""
         own: list[tuple[int, bool]] = []
         for numbers, finite in rows:

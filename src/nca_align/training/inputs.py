@@ -5,7 +5,6 @@ from typing import Any
 
 from datasets import Dataset, IterableDataset
 from torch import nn
-from trl import DPOConfig
 
 from ..batching.collator import RewardCollator
 from ..config import NCAConfig
@@ -15,17 +14,6 @@ from ..errors import UnsupportedError, UserError, UserTypeError, notify
 # chosen and rejected handed to the trainer are rewards 1 and 0, also beside score columns
 _HANDED_OVER = DataOptions(preference="hard", validation_fraction=0.0)
 TOKENISED = {"prompt_ids", "completion_ids", "rewards"}
-
-
-def own_config(args: DPOConfig | None, model: Any) -> NCAConfig:
-    """`args` as an NCAConfig, by default one that is named after the model; what a DPOConfig becomes is told."""
-    if args is None:
-        name = model if isinstance(model, str) else model.config.name_or_path
-        args = NCAConfig(f"{name.split('/')[-1]}-NCA")
-    config, changes = NCAConfig.of(args)
-    if changes:
-        notify(changes)
-    return config
 
 
 def refuse_inputs(data_collator: object, compute_metrics: Callable | None, train_dataset: object) -> None:
@@ -87,16 +75,15 @@ def complete_arguments(args: NCAConfig, model: Any, train_dataset: Any, eval_dat
     if isinstance(model, str):  # weights out of a pickle could run any code
         args.model_init_kwargs = {"use_safetensors": True} | dict(args.model_init_kwargs or {})  # type: ignore[arg-type]
     accelerator_config: Any = args.accelerator_config
-    if accelerator_config.split_batches:
-        raise UnsupportedError(
-            "`accelerator_config.split_batches` is true, but a batch of prompt trees can't be cut by rows; leave it "
-            "out, and divide `per_device_train_batch_size` by the number of processes."
-        )
-    if accelerator_config.dispatch_batches:
-        raise UnsupportedError(
-            "`accelerator_config.dispatch_batches` is true, but a batch of prompt trees can't be cut by rows; leave it "
-            "out."
-        )
+    for name, instead in (
+        ("split_batches", ", and divide `per_device_train_batch_size` by the number of processes"),
+        ("dispatch_batches", ""),
+    ):
+        if getattr(accelerator_config, name):
+            raise UnsupportedError(
+                f"`accelerator_config.{name}` is true, but a batch of prompt trees can't be cut by rows; leave it "
+                f"out{instead}."
+            )
     accelerator_config.dispatch_batches = False  # its default is true for streams
     evaluated = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
     streamed = any(isinstance(dataset, IterableDataset) for dataset in (train_dataset, *evaluated))

@@ -8,16 +8,17 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, send_to_device
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..batching.collator import RewardCollator
+from ..batching.collator import Batch, Chunk, RewardCollator
 from ..batching.layout import obstacle, share_prefixes
 from ..errors import UnsupportedError, notify
 from ..models.adapters import base_model, eval_mode
 
 # a chunk and its batch to (B, K) log-probabilities, nats
-Compute = Callable[[dict[str, Any], dict[str, Any]], tuple[torch.Tensor, Any]]
+Compute = Callable[[Chunk, Batch], tuple[Tensor, Any]]
+Row = dict[str, Any]
 
 
 def choose(collator: RewardCollator, models: list[PreTrainedModel], policy: nn.Module) -> str | None:
@@ -88,7 +89,7 @@ def verify(
         notify(f"Layout: padded, since prefix_shared does not agree with it on the first rows ({figures}).")
 
 
-def sample_rows(dataset: Any) -> list[dict[str, Any]]:
+def sample_rows(dataset: Any) -> list[Row]:
     """The first two rows, cut to a size that fits wherever the model does: the check keeps whole activations."""
     return [
         {
@@ -101,7 +102,7 @@ def sample_rows(dataset: Any) -> list[dict[str, Any]]:
 
 
 def compare(
-    rows: list[dict[str, Any]],
+    rows: list[Row],
     collator: RewardCollator,
     compute: Compute,
     policy: nn.Module,

@@ -7,6 +7,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
+from ..batching.collator import Batch
 from ..losses import better_pairs, logratios, reward_loss, target_distribution
 from .objective import Objective
 
@@ -190,16 +191,16 @@ class MetricLog:
         training: bool,
         objective: Objective,
         logps: Tensor,
-        ref_logps: Tensor,
         auxiliary: Tensor | None,
-        batch: dict[str, Any],
+        ref_logps: Tensor,
+        batch: Batch,
     ) -> Tensor:
         """Add a batch's prompts, and in training only those whose log-probabilities are finite: (B,) bool.
 
         Args:
             training: else it is an evaluation's.
             objective: what is minimised.
-            logps, ref_logps, auxiliary, batch: as `Objective.share` takes them.
+            logps, auxiliary, ref_logps, batch: as `Objective.share` takes them.
         """
         logps, ref_logps = logps.detach(), ref_logps.detach()
         finite = (logps.isfinite() & ref_logps.isfinite()).all(1)

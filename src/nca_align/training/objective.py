@@ -2,10 +2,11 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
+from torch import Tensor
 
+from ..batching.collator import Batch
 from ..losses import SEPARABLE, reward_loss
 
 
@@ -35,7 +36,7 @@ class Objective:
         """Whether a completion's gradient needs its own log-probability alone."""
         return {*self.loss_types} <= {*SEPARABLE, "sft"}
 
-    def terms(self, logps: torch.Tensor, ref_logps: torch.Tensor, batch: dict[str, Any]) -> Iterator[tuple]:
+    def terms(self, logps: Tensor, ref_logps: Tensor, batch: Batch) -> Iterator[tuple]:
         """For each loss: its name, weight, values (B,), and what each value counts in its mean (B,)."""
         row_weights = batch.get("weights", torch.ones(len(logps), device=logps.device))
         for name, weight in zip(self.loss_types, self.weights, strict=True):
@@ -51,13 +52,8 @@ class Objective:
                 yield name, weight, values, row_weights
 
     def share(
-        self,
-        logps: torch.Tensor,
-        auxiliary: torch.Tensor | None,
-        ref_logps: torch.Tensor,
-        batch: dict[str, Any],
-        counts: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+        self, logps: Tensor, auxiliary: Tensor | None, ref_logps: Tensor, batch: Batch, counts: Tensor | None = None
+    ) -> Tensor:
         """This batch's share in the mean loss over a window of batches, the mean of whose shares it is.
 
         Args:
@@ -83,12 +79,12 @@ class Objective:
         return loss + self.router_weight * means.get("aux_loss", 0.0)
 
 
-def count_prompts(batch: dict[str, Any]) -> torch.Tensor:
+def count_prompts(batch: Batch) -> Tensor:
     """(2,) float64: the batch's prompts, and the tokens of their best completions, repeated prompts left out."""
     tokens = batch["lengths"].gather(1, best_column(batch))[:, 0]
     return torch.stack([batch["weights"].double().sum(), (batch["weights"].double() * tokens).sum()])
 
 
-def best_column(batch: dict[str, Any]) -> torch.Tensor:
+def best_column(batch: Batch) -> Tensor:
     """(B, 1) column of each prompt's highest reward, the first of a tie."""
     return batch["rewards"].masked_fill(~batch["valid"], -torch.inf).argmax(1, keepdim=True)

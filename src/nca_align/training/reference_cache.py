@@ -11,12 +11,12 @@ from typing import Any
 import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object, send_to_device, tqdm
 from datasets import Dataset
+from torch import Tensor
 
-from ..batching.collator import RewardCollator, batches_by_length
+from ..batching.collator import Batch, RewardCollator, batches_by_length
 from ..errors import notify
 from ..store.checkpoints import write_errors_told
 from ..store.files import replacing
@@ -89,7 +89,7 @@ def _is_whole(start: int, end: int, file: Path) -> bool:
 def add_reference_logps(
     dataset: Dataset,
     key: tuple[str, ...],
-    compute: Callable[[dict[str, Any]], torch.Tensor],
+    compute: Callable[[Batch], Tensor],
     collator: RewardCollator,
     batch_size: int,
     accelerator: Accelerator,
@@ -128,7 +128,7 @@ def add_reference_logps(
 
 def _shard_logps(
     shard: Dataset,
-    compute: Callable[[dict[str, Any]], torch.Tensor],
+    compute: Callable[[Batch], Tensor],
     collator: RewardCollator,
     batch_size: int,
     accelerator: Accelerator,

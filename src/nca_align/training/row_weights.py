@@ -5,7 +5,10 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.data_loader import SkipBatchSampler
+from torch import Tensor
 from transformers.trainer_pt_utils import BatchRebalanceSampler, LengthGroupedSampler
+
+from ..batching.collator import Batch
 
 
 def begin_epoch(loader: Any, seed: int, epoch: int) -> None:
@@ -23,7 +26,7 @@ def begin_epoch(loader: Any, seed: int, epoch: int) -> None:
         rows.generator = torch.Generator().manual_seed(seed + epoch)
 
 
-def row_weights(batch: dict[str, Any], accelerator: Accelerator, drop_last: bool) -> torch.Tensor:
+def row_weights(batch: Batch, accelerator: Accelerator, drop_last: bool) -> Tensor:
     """(B,) 1 for each prompt, and 0 for those that accelerate repeats to even out an epoch's last batch.
 
     Args:
@@ -40,7 +43,7 @@ def row_weights(batch: dict[str, Any], accelerator: Accelerator, drop_last: bool
     return weights
 
 
-def leave_out_repeated(batches: list[dict[str, Any]], accelerator: Accelerator) -> None:
+def leave_out_repeated(batches: list[Batch], accelerator: Accelerator) -> None:
     """Weight 0 for the rows by which `batch_rebalance` fills an epoch's last step, whose batches these are."""
     state = accelerator.gradient_state
     sampler = _batch_sampler(state.active_dataloader) if state.end_of_dataloader else None

@@ -14,6 +14,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ...batching.collator import padded
 from ...batching.tokenization import tokenize_dataset
 from ...config import NCAConfig, prompt_limit
 from ...data import DataOptions, held_out_split, read_reward_dataset
@@ -23,7 +24,6 @@ from ...evaluation.ranking import (
     LENGTH_MATCH,
     Completions,
     compare_scores,
-    padded,
     pair_kinds,
     without_length,
 )
