@@ -648,9 +648,7 @@ def killed_and_resumed(launch, kills: int, seed: int) -> None:
             # the reference's cache: some shards are there, and stay; the next is being computed
             "cache": lambda kept=kept: len(list(cache.glob("*/*.parquet"))) > len(kept) + 1,
             # a save: its folder is there, and not yet whole
-            "save": lambda: any(
-                (read_manifest(half) or {}).get("complete") is False for half in run.glob("checkpoint-*")
-            ),
+            "save": lambda: any(read_manifest(half).get("complete") is False for half in run.glob("checkpoint-*")),
             # anywhere later in training
             "step": lambda newest=newest: max(whole_checkpoints(run), default=0) > newest,
         }

@@ -160,7 +160,7 @@ def run_record(folder: str | Path) -> dict[str, Any]:
     """Options and model of the run that `folder` is of, as its last checkpoint keeps them; empty where it has none."""
     folder = Path(folder)
     checkpoints = [folder, *reversed(whole_checkpoints(folder).values())]
-    return next((found for path in checkpoints if (found := (read_manifest(path) or {}).get("identity"))), {})
+    return next((found for path in checkpoints if (found := read_manifest(path).get("identity"))), {})
 
 
 def trained_quantization(folder: str | Path) -> BitsAndBytesConfig | None:

@@ -23,13 +23,12 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 _WRITE_ERRORS = ("I/O error", "No space left", "PytorchStreamWriter", "inline_container")
 
 
-def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """What `nca_align.json` in `folder` says; None where there is none, or no readable one."""
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """What `nca_align.json` in `folder` says; nothing where there is none, or no readable one."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-    except (OSError, ValueError):
-        return None
-    return manifest if isinstance(manifest, dict) else None
+        return dict(json.loads((folder / MANIFEST).read_text()))
+    except (OSError, ValueError, TypeError):
+        return {}
 
 
 def is_whole(folder: Path) -> bool:
@@ -41,7 +40,7 @@ def is_whole(folder: Path) -> bool:
         return False
     if not (folder / MANIFEST).exists():
         return True
-    manifest = read_manifest(folder) or {}
+    manifest = read_manifest(folder)
     files = manifest.get("files", {})
     return bool(manifest.get("complete")) and all(
         (folder / name).is_file() and (folder / name).stat().st_size == size for name, size in files.items()
@@ -66,7 +65,7 @@ def other_checkpoint(folder: Path, output_dir: str | os.PathLike) -> str:
     others = [
         other
         for other in whole_checkpoints(output_dir).values()
-        if other.resolve() != folder.resolve() and not (read_manifest(other) or {}).get("model_only")
+        if other.resolve() != folder.resolve() and not read_manifest(other).get("model_only")
     ]
     if others:
         return f"the last other one is {others[-1]}: give it as `resume_from_checkpoint`"
@@ -92,7 +91,7 @@ def find_checkpoint(wanted: str | os.PathLike | bool, output_dir: str) -> Path:
             f"`resume_from_checkpoint` {folder} is not a whole checkpoint: a save was cut off, or files are "
             f"missing; {instead}"
         )
-    if (read_manifest(folder) or {}).get("model_only"):
+    if read_manifest(folder).get("model_only"):
         raise UserError(
             f"`resume_from_checkpoint` {folder} holds the model alone, as `save_only_model` asked, and no state to "
             f"go on from; {other_checkpoint(folder, output_dir)}, or with its weights as `model_name_or_path`"
@@ -103,7 +102,7 @@ def find_checkpoint(wanted: str | os.PathLike | bool, output_dir: str) -> Path:
 def remove_half_written(output_dir: str | os.PathLike) -> None:
     """Remove what saves that were cut off have left; not what is no checkpoint of ours."""
     for half in Path(output_dir).glob("checkpoint-*"):
-        if (read_manifest(half) or {}).get("complete") is False:
+        if read_manifest(half).get("complete") is False:
             shutil.rmtree(half, ignore_errors=True)
 
 

@@ -84,7 +84,7 @@ class Resume(TrainerCallback):
             return None
         args = self.trainer.args
         self.folder = folder = find_checkpoint(wanted, args.output_dir)
-        self._loaded = read_manifest(folder) or {}
+        self._loaded = read_manifest(folder)
         with read_errors_told(folder, args.output_dir):  # `train` reads it too, where no error can be told from others
             TrainerState.load_from_json(str(folder / "trainer_state.json"))
         self._refuse_changes(folder)
