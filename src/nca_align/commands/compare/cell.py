@@ -21,7 +21,7 @@ from ...errors import UserError, command, refused_by
 from ...evaluation.callbacks import GenerationCallback, RankingCallback, log_within_step
 from ...evaluation.evaluator import GenerationEvaluator
 from ...rewards.scorers import open_scorers
-from ...store.checkpoints import last_common_checkpoint
+from ...store.checkpoints import whole_checkpoints
 from ...store.files import write_json
 from ...store.locking import alone_at
 from ...store.provenance import LIBRARIES, commit, versions
@@ -96,13 +96,13 @@ def run_cell(folder: Path) -> None:
             )  # fmt: skip
             trainer.add_callback(GenerationCallback(trainer, {split: evaluator}, when, starts_as_reference=True))
     trainer.add_callback(_Keep(trainer, steps, began))
-    last = last_common_checkpoint(folder)
-    if last is None or _step(last) < last_step:  # else it was stopped after its last step: transformers would add one
-        trainer.train(resume_from_checkpoint=str(last) if last else None)
-        last = last_common_checkpoint(folder)
-    if last is None or _step(last) != last_step:
+    saved = whole_checkpoints(folder)
+    if last_step not in saved:  # else it was stopped after its last step: transformers would add one
+        trainer.train(resume_from_checkpoint=str(saved[max(saved)]) if saved else None)
+        saved = whole_checkpoints(folder)
+    if last_step not in saved:
         raise UserError(f"training ended before its last step, {last_step}; see the log above for what stopped it")
-    _finish(folder, last, about | {"commit": code}, keep_checkpoints)
+    _finish(folder, saved[last_step], about | {"commit": code}, keep_checkpoints)
 
 
 class _Keep(TrainerCallback):
@@ -130,11 +130,11 @@ class _Keep(TrainerCallback):
 def _finish(folder: Path, checkpoint: Path, about: dict[str, Any], keep_checkpoints: bool) -> None:
     """The log, `cell.json`, `done.json`; then the last checkpoint becomes `model`, less what only training needs."""
     shutil.copyfile(checkpoint / "trainer_state.json", folder / "trainer_state.json")
-    log = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
-    minutes = max(line["minutes"] for line in log if "minutes" in line)
+    state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+    minutes = max(line["minutes"] for line in state["log_history"] if "minutes" in line)
     made = {"minutes": minutes, "versions": versions(*LIBRARIES)}
     write_json(folder / "cell.json", {name: about[name] for name in ("settings", "commit")} | made)
-    write_json(folder / "done.json", {"steps": _step(checkpoint), "minutes": minutes})
+    write_json(folder / "done.json", {"steps": state["global_step"], "minutes": minutes})
     if not keep_checkpoints:
         for name in _STATE:
             (checkpoint / name).unlink(missing_ok=True)
@@ -142,10 +142,6 @@ def _finish(folder: Path, checkpoint: Path, about: dict[str, Any], keep_checkpoi
         checkpoint.rename(folder / "model")
         for other in folder.glob("checkpoint-*"):
             shutil.rmtree(other, ignore_errors=True)
-
-
-def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name.split("-")[1])
 
 
 def end_with_parent() -> None:
