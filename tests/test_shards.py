@@ -14,7 +14,7 @@ from datasets import Dataset, Features, List, Value
 from nca_align.errors import UserError
 from nca_align.store import locking
 from nca_align.store.fingerprints import data_fingerprint, weights_fingerprint
-from nca_align.store.locking import alone_at
+from nca_align.store.locking import lock_output
 from nca_align.store.provenance import read_provenance
 from nca_align.store.shards import Shard, run_sharded
 
@@ -251,8 +251,8 @@ class TestEditedCode:
 
 
 class TestOneAtATime:
-    HOLD = "import sys\nfrom pathlib import Path\nfrom nca_align.store.locking import alone_at\n" \
-           "with alone_at(Path(sys.argv[1])):\n    print('held', flush=True)\n    sys.stdin.read()"  # fmt: skip
+    HOLD = "import sys\nfrom pathlib import Path\nfrom nca_align.store.locking import lock_output\n" \
+           "with lock_output(Path(sys.argv[1])):\n    print('held', flush=True)\n    sys.stdin.read()"  # fmt: skip
 
     def test_the_second_is_told_and_a_kill_lets_go(self, output):
         holding = subprocess.Popen(
@@ -289,7 +289,7 @@ class TestOneAtATime:
             flock(descriptor, how)
 
         monkeypatch.setattr(locking.fcntl, "flock", late)
-        with alone_at(output):
+        with lock_output(output):
             assert len(seen) == 2
             assert output.with_name(f".{output.name}.lock").exists()
 

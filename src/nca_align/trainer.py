@@ -22,7 +22,7 @@ from .errors import UserError, notify
 from .models.adapters import base_model
 from .models.loading import disable_nf4_repacking
 from .models.logprobs import add_token_logps, forward_chunk, sum_by_completion
-from .store.checkpoints import read_errors_told
+from .store.checkpoints import explain_read_errors
 from .training import layout
 from .training.gradients import backward_by_chunk, chunks_in_step
 from .training.guards import StepGuard
@@ -321,7 +321,7 @@ class NCATrainer(DPOTrainer):
 
     def _prepare_for_training(self, max_steps, train_dataloader, checkpoint):
         read = self._resume.folder if self.is_deepspeed_enabled else None  # by a function of transformers, in here
-        with read_errors_told(read, self.args.output_dir):
+        with explain_read_errors(read, self.args.output_dir):
             return super()._prepare_for_training(max_steps, train_dataloader, checkpoint)
 
     _load_from_checkpoint = reads_checkpoint(DPOTrainer._load_from_checkpoint)

@@ -146,8 +146,9 @@ class _ParquetInBatches(Parquet):
 
     def _generate_tables(self, files: list[str], row_groups_list: list[list[int] | None]) -> Iterator[tuple]:
         for i, (file, groups) in enumerate(zip(files, row_groups_list, strict=True)):
-            for j, batch in enumerate(pq.ParquetFile(file).iter_batches(_ROWS, row_groups=groups)):
-                yield Key(i, j), self._cast_table(pa.Table.from_batches([batch]))
+            with pq.ParquetFile(file) as opened:
+                for j, batch in enumerate(opened.iter_batches(_ROWS, row_groups=groups)):
+                    yield Key(i, j), self._cast_table(pa.Table.from_batches([batch]))
 
 
 def _load_parquet(what: tuple, arguments: dict, streaming: bool) -> dict[str, Any]:

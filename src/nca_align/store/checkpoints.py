@@ -107,7 +107,7 @@ def remove_half_written(output_dir: str | os.PathLike) -> None:
 
 
 @contextmanager
-def write_errors_told(what: str, folder: Path, advice: Callable[[], str]) -> Iterator[None]:
+def explain_write_errors(what: str, folder: Path, advice: Callable[[], str]) -> Iterator[None]:
     """Around writing `what`: a full disk and its like become one sentence that ends with `advice`.
 
     Raises:
@@ -125,7 +125,7 @@ def write_errors_told(what: str, folder: Path, advice: Callable[[], str]) -> Ite
 
 
 @contextmanager
-def read_errors_told(folder: Path | None, output_dir: str) -> Iterator[None]:
+def explain_read_errors(folder: Path | None, output_dir: str) -> Iterator[None]:
     """Around reading the checkpoint `folder`, if any, to go on from it: what can't be loaded becomes one sentence.
 
     Raises:

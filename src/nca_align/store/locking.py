@@ -11,7 +11,7 @@ from .files import can_be_written
 
 
 @contextmanager
-def alone_at(output: Path) -> Iterator[None]:
+def lock_output(output: Path) -> Iterator[None]:
     """Within it no other process works on `output`, by a lock on a hidden file beside it; its folder is made.
 
     Raises:

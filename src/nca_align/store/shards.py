@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from ..errors import UserError
 from .files import replacing, write_json
-from .locking import alone_at
+from .locking import lock_output
 from .provenance import KEY, read_provenance, refuse_changes, sidecar
 
 
@@ -82,7 +82,7 @@ def run_sharded(
     parts = path.with_name(path.name + ".parts")
     if path.exists() and not parts.exists():  # looked at without the lock: it may be where nothing can be written
         return _finished(path, step)
-    with alone_at(path):
+    with lock_output(path):
         if path.exists():
             counts = _finished(path, step)
             shutil.rmtree(parts, ignore_errors=True)  # a kill may have come between the last rename and this

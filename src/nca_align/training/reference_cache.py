@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..batching.collator import Batch, RewardCollator, batches_by_length
 from ..errors import notify
-from ..store.checkpoints import write_errors_told
+from ..store.checkpoints import explain_write_errors
 from ..store.files import replacing
 from ..store.fingerprints import columns_fingerprint, derived_fingerprint
 
@@ -63,7 +63,7 @@ class ReferenceCache:
         advice = (
             "make room, or set HF_DATASETS_CACHE to another disk; the same command goes on from the rows done so far"
         )
-        with write_errors_told("the cache of reference log-probabilities", self.folder, lambda: advice):
+        with explain_write_errors("the cache of reference log-probabilities", self.folder, lambda: advice):
             self.folder.mkdir(parents=True, exist_ok=True)
             for left in self.folder.glob("*.partial"):
                 if left.stat().st_mtime < time.time() - _STALE:

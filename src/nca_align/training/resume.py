@@ -23,12 +23,12 @@ from transformers.trainer_utils import rotate_checkpoints
 from ..errors import UserError, notify
 from ..store.checkpoints import (
     MANIFEST,
+    explain_read_errors,
+    explain_write_errors,
     find_checkpoint,
-    read_errors_told,
     read_manifest,
     remove_half_written,
     whole_checkpoints,
-    write_errors_told,
 )
 from ..store.files import sync, write_json
 from .row_weights import begin_epoch
@@ -43,7 +43,7 @@ def reads_checkpoint(method: Callable) -> Callable:
 
     @functools.wraps(method)
     def told(trainer: Any, *args, **kwargs):
-        with read_errors_told(trainer._resume.folder, trainer.args.output_dir):
+        with explain_read_errors(trainer._resume.folder, trainer.args.output_dir):
             return method(trainer, *args, **kwargs)
 
     return told
@@ -85,7 +85,9 @@ class Resume(TrainerCallback):
         args = self.trainer.args
         self.folder = folder = find_checkpoint(wanted, args.output_dir)
         self._loaded = read_manifest(folder)
-        with read_errors_told(folder, args.output_dir):  # `train` reads it too, where no error can be told from others
+        with explain_read_errors(
+            folder, args.output_dir
+        ):  # `train` reads it too, where no error can be told from others
             TrainerState.load_from_json(str(folder / "trainer_state.json"))
         self._refuse_changes(folder)
         PartialState().wait_for_everyone()  # before a process removes what another may be looking at
@@ -134,7 +136,7 @@ class Resume(TrainerCallback):
         model_only = args.save_only_model
         args.save_only_model = model_only and not self.stopping  # what SIGTERM leaves is to be gone on from
         try:
-            with write_errors_told(folder.name, folder, lambda: self._give_up(folder)):
+            with explain_write_errors(folder.name, folder, lambda: self._give_up(folder)):
                 if args.should_save:
                     folder.mkdir(parents=True, exist_ok=True)
                     write_json(folder / MANIFEST, {"complete": False})

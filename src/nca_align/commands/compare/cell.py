@@ -23,7 +23,7 @@ from ...evaluation.evaluator import GenerationEvaluator
 from ...rewards.scorers import open_scorers
 from ...store.checkpoints import whole_checkpoints
 from ...store.files import write_json
-from ...store.locking import alone_at
+from ...store.locking import lock_output
 from ...store.provenance import LIBRARIES, commit, versions
 from ..train.command import model_source, open_policy, set_threads
 from .grid import Evaluation, cell_options
@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(format="%(message)s", stream=sys.stdout)
     logging.getLogger("nca_align").setLevel(logging.INFO)
     disable_progress_bars()
-    with alone_at(folder / "cell"):
+    with lock_output(folder / "cell"):
         run_cell(folder)
 
 

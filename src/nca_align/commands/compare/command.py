@@ -20,7 +20,7 @@ from ...evaluation.comparison_rows import Row, interval_of, setting_name
 from ...options import option, parse, require_at_least_1
 from ...pages.terminal import print_rows
 from ...store.files import write_csv, write_json
-from ...store.locking import alone_at
+from ...store.locking import lock_output
 from ...store.provenance import LIBRARIES, commit, versions
 from .grid import Cell, Evaluation, cell_options, expand, from_mapping
 from .runner import CONFIG, DONE, LOG, failure, is_done, prepare, run_cells
@@ -82,7 +82,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.dry_run:
         _print_cells(chosen, output, options.parallel)
         return 0
-    with alone_at(output / "comparison.csv"):
+    with lock_output(output / "comparison.csv"):
         prepare(cells, output, evaluation)
         todo = [cell for cell in chosen if not is_done(output, cell)]
         print(f"{len(chosen)} cells, {len(chosen) - len(todo)} of them finished; in {output}")

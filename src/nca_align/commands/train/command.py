@@ -21,7 +21,7 @@ from ...data import DataOptions, RewardData, read_reward_dataset, select_split
 from ...errors import UserError, command, refused_by
 from ...models.loading import ModelSource, load_adapter
 from ...options import option, parse
-from ...store.checkpoints import last_common_checkpoint, write_errors_told
+from ...store.checkpoints import explain_write_errors, last_common_checkpoint
 from .summary import last_evaluation, plot_curves, summary
 
 logger = logging.getLogger("nca_align")
@@ -113,7 +113,7 @@ def main(argv: list[str] | None = None) -> int:
     with refused_by("the first step", known=lambda: trainer.state.global_step == 0):
         result = trainer.train(resume_from_checkpoint=checkpoint)
     again = "make room, and run the same command with `resume_from_checkpoint: true`"
-    with write_errors_told("the trained model", Path(args.output_dir), lambda: again):
+    with explain_write_errors("the trained model", Path(args.output_dir), lambda: again):
         _save(trainer, result.metrics, data)
     after = _answers(trainer, tokenizer, shown, run.answer_tokens)
     if trainer.is_world_process_zero():
