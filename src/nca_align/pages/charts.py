@@ -217,7 +217,7 @@ def _draw(axes: Axes, chart: Chart) -> None:
     axes.xaxis.set_visible(bool(chart.x_label))
     if chart.log_x:
         axes.set_xscale("log")
-    _finish(axes, chart.marks)
+    _finish(axes, chart.marks, whole=all(float(x).is_integer() for one in chart.series for x in one.x))
 
 
 def _page_axes(height: float = 210, left: float = 44, right: float = 12, top: float = 16, bottom: float = 36) -> Axes:
@@ -227,13 +227,13 @@ def _page_axes(height: float = 210, left: float = 44, right: float = 12, top: fl
     return figure.add_axes((left / width, bottom / height, 1 - (left + right) / width, 1 - (top + bottom) / height))
 
 
-def _finish(axes: Axes, marks: dict[str, float]) -> None:
-    """Round numbers on the axes, and vertical lines at those `marks` that are in sight."""
+def _finish(axes: Axes, marks: dict[str, float], whole: bool = False) -> None:
+    """Round numbers on the axes, across of `whole` ones such as steps, and lines at those `marks` that are in sight."""
     low, high = axes.get_xlim()
     if axes.get_xscale() == "log":
         axes.xaxis.set_minor_locator(NullLocator())
     else:
-        axes.xaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10]))
+        axes.xaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10], integer=whole))
     axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(number)
