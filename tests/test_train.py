@@ -75,7 +75,8 @@ def test_a_run_leaves_everything_that_people_look_for(model_dir, data_file, tmp_
     assert [line["step"] for line in state["log_history"] if "loss" in line] == [1, 2, 3]
 
     # and its adapter can be trained on
-    assert main(flags(model_name_or_path=output, dataset_name=data_file, output_dir=tmp_path / "on")) == 0
+    again = flags(model_name_or_path=output, dataset_name=data_file, output_dir=tmp_path / "on")
+    assert main([*again, "--model_init_kwargs", '{"revision": "main"}']) == 0
     state = json.loads((tmp_path / "on" / "trainer_state.json").read_text())
     assert state["log_history"][0]["rewards/best"] == pytest.approx(0, abs=1e-6)
 

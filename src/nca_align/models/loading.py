@@ -68,7 +68,7 @@ class ModelSource:
         return model_fingerprint(self.adapter or self.name, self.revision)
 
     def load(self, auto_class: Any, **kwargs: Any) -> Any:
-        """`auto_class.from_pretrained` of `name`, weights as safetensors only.
+        """`auto_class.from_pretrained` of `name`; weights as safetensors only, unless `kwargs` say otherwise.
 
         Raises:
             UserError: it can't be had.
@@ -77,12 +77,11 @@ class ModelSource:
             raise UserError(
                 f"`{self.key}` is {self.name!r}, and there is no such folder; give the path of one that holds a model"
             )
+        options = {"revision": self.revision or "main", "trust_remote_code": self.trust_remote_code}
         if auto_class not in (AutoConfig, AutoTokenizer):
-            kwargs = {"use_safetensors": True, **kwargs}
+            options["use_safetensors"] = True
         try:
-            return auto_class.from_pretrained(
-                self.path, revision=self.revision or "main", trust_remote_code=self.trust_remote_code, **kwargs
-            )
+            return auto_class.from_pretrained(self.path, **{**options, **kwargs})
         except (OSError, ValueError, SafetensorError) as error:
             if isinstance(error, UserError):
                 raise
