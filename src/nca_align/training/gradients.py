@@ -40,26 +40,21 @@ def backward_by_chunk(
     """
     shape, device, own = batch["rewards"].shape, accelerator.device, len(batch["chunks"])
     logps, auxiliary = torch.zeros(shape, device=device), None
-    seeds = torch.randint(2**31, (len(chunks),)).tolist()
-
-    def run(i: int) -> tuple[Tensor, Tensor | None]:
-        """Both passes over a chunk have the same dropout."""
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            torch.manual_seed(seeds[i])
-            return forward(chunks[i][0])
-
+    states: list[tuple | None] = [None] * len(chunks)
     if not separable:
         with torch.no_grad():
-            for i, (_, counts) in enumerate(chunks):
-                logps += counts * run(i)[0]
-    for i, (_, counts) in enumerate(chunks[own:], own):
+            for i, (chunk, counts) in enumerate(chunks):
+                states[i] = _random_state(device)
+                logps += counts * forward(chunk)[0]
+    for chunk, counts in chunks[own:]:
         with _gradient_sync(accelerator, model, last=False):
-            _backward(accelerator, counts * run(i)[0].sum())
+            _backward(accelerator, counts * forward(chunk)[0].sum())
     for i, (chunk, _) in enumerate(chunks[:own]):
         mine = torch.zeros(shape.numel(), dtype=torch.bool, device=device)
         mine = mine.index_fill(0, chunk["completion_index"], True).view(shape)
         with _gradient_sync(accelerator, model, last=i == own - 1):
-            live, share = run(i)
+            _restore(states[i], device)  # both passes over a chunk have the same dropout
+            live, share = forward(chunk)
             _backward(accelerator, loss(torch.where(mine, live, logps), share))
         logps = torch.where(mine, live.detach(), logps)
         if share is not None:
@@ -98,3 +93,14 @@ def _gradient_sync(accelerator: Accelerator, model: nn.Module, last: bool) -> It
             yield
     finally:
         accelerator.sync_gradients = before
+
+
+def _random_state(device: torch.device) -> tuple:
+    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+
+def _restore(state: tuple | None, device: torch.device) -> None:
+    if state is not None:
+        torch.set_rng_state(state[0])
+        if state[1] is not None:
+            torch.cuda.set_rng_state(state[1], device)
