@@ -11,7 +11,6 @@ from conftest import build_model
 from nca_align.batching import attention
 from nca_align.batching.attention import share_prefixes
 from nca_align.batching.collator import RewardCollator
-from nca_align.batching.layout import obstacle
 from nca_align.models.logprobs import add_token_logps, forward_chunk, sum_by_completion
 from nca_align.training import layout
 
@@ -130,7 +129,7 @@ def test_convolutions_show_in_the_gradients(monkeypatch):
         bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
     model = transformers.Lfm2ForCausalLM(config).eval()
-    assert obstacle([model], model, None) is not None
+    assert attention.prefix_sharing_obstacle(model) is not None
     monkeypatch.setattr(attention, "prefix_sharing_obstacle", lambda model: None)
     logps, grads = compared(prepared(model))
     assert grads > 0.05
@@ -238,17 +237,17 @@ def test_sample_rows_are_the_first_two_and_small(number):
 )
 def test_virtual_tokens_are_an_obstacle(config, method, model):
     policy = get_peft_model(model, config(task_type="CAUSAL_LM", num_virtual_tokens=3))
-    assert obstacle([model], policy, None) == f"{method} puts virtual tokens in front of a row"
+    assert layout.obstacle([policy], None) == f"{method} puts virtual tokens in front of a row"
 
 
 def test_an_adapter_is_none(model):
     policy = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))
-    assert obstacle([model], policy, None) is None
+    assert layout.obstacle([policy], None) is None
 
 
 def test_padding_asked_for_is_an_obstacle(model):
-    assert obstacle([model], model, 64) == "`pad_to_multiple_of` 64 asks for padding"
-    assert obstacle([model], model, None) is None
+    assert layout.obstacle([model], 64) == "`pad_to_multiple_of` 64 asks for padding"
+    assert layout.obstacle([model], None) is None
 
 
 def test_policy_and_reference_must_both_do(tokenizer):
@@ -256,6 +255,6 @@ def test_policy_and_reference_must_both_do(tokenizer):
     config = transformers.BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=1, n_head=4)
     bad = transformers.BloomForCausalLM(config)
     reason = "BloomForCausalLM does not route its attention through transformers' AttentionInterface"
-    assert obstacle([good, bad], good, None) == reason
-    assert obstacle([bad, good], bad, None) == reason
-    assert obstacle([good, good], good, None) is None
+    assert layout.obstacle([good, bad], None) == reason
+    assert layout.obstacle([bad, good], None) == reason
+    assert layout.obstacle([good, good], None) is None

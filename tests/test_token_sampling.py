@@ -5,7 +5,7 @@ import torch
 from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 
 from conftest import build_model
-from nca_align.batching.layout import obstacle
+from nca_align.batching.attention import prefix_sharing_obstacle
 from nca_align.errors import UserError
 from nca_align.models import sampling
 from nca_align.models.logprobs import add_token_logps
@@ -98,7 +98,7 @@ def test_virtual_tokens_are_refused(kind, tokenizer):
 @torch.no_grad()
 def test_models_that_the_loop_does_not_cover_draw_by_generate_from_their_own_distribution():
     model = build("Mamba", num_hidden_layers=1, state_size=4)
-    assert obstacle([model], model, None) is not None
+    assert prefix_sharing_obstacle(model) is not None
     model.generation_config.top_k, model.generation_config.repetition_penalty = 1, 9.0
     (answers,) = sample_answers(model, [PROMPTS[0]], 4000, 1, ENDS, 0)
     shares = torch.bincount(torch.tensor([ids[0] for ids in answers]), minlength=VOCABULARY) / 4000

@@ -127,21 +127,21 @@ class NCATrainer(DPOTrainer):
             return
         self._is_set_up = True
         refuse_frozen(self.model)
-        models = [base_model(self.model)]
+        models: list[Any] = [self.model]
         if self.ref_model is not None:
-            models.append(base_model(self.accelerator.unwrap_model(self.ref_model)))
+            models.append(self.accelerator.unwrap_model(self.ref_model))
         for model in models:
-            add_token_logps(model)
+            add_token_logps(base_model(model))
             disable_nf4_repacking(model)
         # Before any forward: bitsandbytes repacks its weights there on a CPU
         if self.precompute_ref_logps or self._reference_given:
-            self._reference_hash = reference_hash(models[-1] if self.ref_model is not None else self.model)
+            self._reference_hash = reference_hash(models[-1])
         if not isinstance(self.data_collator, RewardCollator):  # TRL's
             args = self.args
             self.data_collator = RewardCollator(
                 self._tokenizer.pad_token_id, args.layout, args.completions_per_forward, args.pad_to_multiple_of
             )
-        self._layout_to_verify = layout.choose(self.data_collator, models, self.model)
+        self._layout_to_verify = layout.choose(self.data_collator, models)
         if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):  # those have no usable model before they wrap it
             self._verify_layout(self.model, gradients=True)
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import is_peft_model
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
@@ -70,8 +71,12 @@ class Segments:
         return self._cache[key]
 
 
-def prefix_sharing_obstacle(model: PreTrainedModel) -> str | None:
-    """Why `model` can't take a packed row, in words that end a sentence; None where it can."""
+def prefix_sharing_obstacle(model: Any) -> str | None:
+    """Why `model`, with its adapters, can't take a packed row, in words that end a sentence; None where it can."""
+    for adapter in getattr(model, "peft_config", {}).values():
+        if adapter.is_prompt_learning:
+            return f"{adapter.peft_type.value} puts virtual tokens in front of a row"
+    model = model.get_base_model() if is_peft_model(model) else model
     config = model.config.get_text_config()
     name = type(model).__name__
     if not (model._supports_attention_backend and model._can_set_attn_implementation()):

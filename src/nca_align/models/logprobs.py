@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from ..batching import layout
+from ..batching.attention import prefix_sharing_obstacle, share_prefixes
 from ..batching.collator import RewardCollator, batches_by_length
 from ..errors import UnsupportedError
 from .adapters import base_model
@@ -212,9 +212,9 @@ def token_logps(
     """
     base = base_model(model)
     add_token_logps(base)
-    packed = layout.obstacle([base], model, None) is None
+    packed = prefix_sharing_obstacle(model) is None
     if packed:
-        layout.share_prefixes(base)
+        share_prefixes(base)
     collator = RewardCollator(0, "prefix_shared" if packed else "padded", completions_per_forward=batch_size)
     device = next(model.parameters()).device
     values: list[list[torch.Tensor]] = [[] for _ in rows]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from ..batching import layout
+from ..batching.attention import prefix_sharing_obstacle
 from ..errors import InvalidRowError, UserError
 from .adapters import base_model, refuse_virtual_tokens
 
@@ -55,7 +55,7 @@ def sample_answers(
     ids = torch.tensor(rows, device=device)
     mask = (torch.arange(longest) >= torch.tensor(padding)[:, None]).long().to(device)
     # attention in every layer, and nothing in front
-    if not settings and layout.obstacle([base_model(model)], model, None) is None:
+    if not settings and prefix_sharing_obstacle(model) is None:
         generator = torch.Generator().manual_seed(seed)
         uniform = torch.rand(max_new_tokens, len(prompts) * count, generator=generator, dtype=torch.float64)
         drawn = sample_with_cache(model, ids, mask, ends, uniform.to(device))

@@ -9,10 +9,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, send_to_device
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
+from ..batching.attention import prefix_sharing_obstacle, share_prefixes
 from ..batching.collator import Batch, Chunk, RewardCollator
-from ..batching.layout import obstacle, share_prefixes
 from ..errors import UnsupportedError, notify
 from ..models.adapters import base_model, eval_mode
 
@@ -21,13 +20,19 @@ Compute = Callable[[Chunk, Batch], tuple[Tensor, Any]]
 Row = dict[str, Any]
 
 
-def choose(collator: RewardCollator, models: list[PreTrainedModel], policy: nn.Module) -> str | None:
+def obstacle(models: list[nn.Module], pad_to_multiple_of: int | None) -> str | None:
+    """Why a packed row can't be used, in words that end a sentence; None where it can."""
+    if pad_to_multiple_of:
+        return f"`pad_to_multiple_of` {pad_to_multiple_of} asks for padding"
+    return next(filter(None, map(prefix_sharing_obstacle, models)), None)
+
+
+def choose(collator: RewardCollator, models: list[nn.Module]) -> str | None:
     """Give the collator the layout that it asks for, or under "auto" the one that the models allow.
 
     Args:
         collator: with `layout` "auto", "prefix_shared" or "padded".
-        models: those that read the batches, which are prepared for packed rows.
-        policy: the trained one, with its adapters.
+        models: those that read the batches, with their adapters; they are prepared for packed rows.
 
     Returns:
         What was asked for, where `verify` is to follow.
@@ -36,7 +41,7 @@ def choose(collator: RewardCollator, models: list[PreTrainedModel], policy: nn.M
         NotImplementedError: "prefix_shared", and something is in its way.
     """
     requested = collator.layout
-    reason = None if requested == "padded" else obstacle(models, policy, collator.pad_to_multiple_of)
+    reason = None if requested == "padded" else obstacle(models, collator.pad_to_multiple_of)
     if reason and requested == "prefix_shared":
         raise UnsupportedError(f"`layout: prefix_shared` can't be used here: {reason}. Use `layout: padded`.")
     if requested == "padded" or reason:
@@ -44,7 +49,7 @@ def choose(collator: RewardCollator, models: list[PreTrainedModel], policy: nn.M
         notify(f"Layout: padded, {reason or 'as asked for'}.")
         return None
     for model in models:
-        share_prefixes(model)
+        share_prefixes(base_model(model))
     collator.layout = "prefix_shared"
     return requested
 

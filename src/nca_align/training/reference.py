@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from trl.models import prepare_deepspeed
 
-from ..batching import layout
+from ..batching.attention import share_prefixes
 from ..config import NCAConfig
 from ..errors import UserError
 from ..models.adapters import as_reference, base_model, eval_mode
@@ -118,7 +118,7 @@ def reloaded_reference(model: Any, expected: str, shares_prefixes: bool, acceler
         if reference_hash(reference) == expected:
             add_token_logps(reference)
             if shares_prefixes:
-                layout.share_prefixes(reference)
+                share_prefixes(reference)
             return accelerator.prepare_model(reference, evaluation_mode=True)
         reason = f"the weights in {path!r} are not those that it had before training"
     raise UserError(
