@@ -62,9 +62,10 @@ def row_metrics(
 
     w = target_distribution(rewards, alpha, mask).to(ratios.dtype)
     entropy = torch.special.entr(w).sum(1)
-    right = better & (implicit.unsqueeze(2) > implicit.unsqueeze(1))
+    higher = better_pairs(implicit, mask)  # (B, K, K), the same for the implicit rewards
+    right = better & higher
     top = mask & (implicit == implicit.masked_fill(~mask, -torch.inf).amax(1, keepdim=True))
-    tau, tau_defined = _kendall_tau(better, implicit, mask)
+    tau, tau_defined = _kendall_tau(better, higher)
     infonca = reward_loss(logps, ref_logps, rewards, alpha, beta, "infonca", mask, check=False)
     everywhere, unequal = torch.ones_like(pairs), pairs > 0
 
@@ -133,10 +134,8 @@ def _mean(values: Tensor, where: Tensor) -> Tensor:
     return torch.where(where, values, 0).sum(1) / where.sum(1).clamp(min=1)
 
 
-def _kendall_tau(better: Tensor, implicit_rewards: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """(B,) Kendall's τ-b between the order of the rewards and of the implicit rewards, and where it is defined."""
-    both = mask.unsqueeze(1) & mask.unsqueeze(2)
-    higher = both & (implicit_rewards.unsqueeze(2) > implicit_rewards.unsqueeze(1))  # (B, K, K)
+def _kendall_tau(better: Tensor, higher: Tensor) -> tuple[Tensor, Tensor]:
+    """(B,) Kendall's τ-b between the orders of rewards and of implicit rewards, (B, K, K), and where it is defined."""
     pairs, implicit_pairs = better.sum((1, 2)), higher.sum((1, 2))  # without ties in the one, in the other
     concordant, discordant = (better & higher).sum((1, 2)), (better & higher.transpose(1, 2)).sum((1, 2))
     untied = pairs * implicit_pairs

@@ -54,7 +54,7 @@ class Objective:
     def share(
         self, logps: Tensor, auxiliary: Tensor | None, ref_logps: Tensor, batch: Batch, counts: Tensor | None = None
     ) -> Tensor:
-        """This batch's share in the mean loss over a window of batches, the mean of whose shares it is.
+        """This batch's share in the mean loss over a window; it is averaged over processes, and added up over batches.
 
         Args:
             logps: (B, K), nats.
