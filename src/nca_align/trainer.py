@@ -2,6 +2,7 @@
 
 import textwrap
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -14,6 +15,7 @@ from datasets import IterableDataset
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from trl import DPOConfig, DPOTrainer
+from trl.models import prepare_deepspeed
 
 from .batching.collator import Batch, Chunk, RewardCollator
 from .batching.tokenization import tokenize_dataset
@@ -23,16 +25,11 @@ from .models.adapters import base_model
 from .models.loading import disable_nf4_repacking
 from .models.logprobs import add_token_logps, forward_chunk, sum_by_completion
 from .store.checkpoints import explain_read_errors
-from .training import layout
-from .training.gradients import backward_by_chunk, chunks_in_step
+from .training import gradients, inputs, layout, reference, reference_cache, row_weights
 from .training.guards import StepGuard
-from .training.inputs import TOKENISED, complete_arguments, refuse_frozen, refuse_inputs, reward_rows
 from .training.metrics import MetricLog
 from .training.objective import Objective, count_prompts
-from .training.reference import before_training, frozen_copy, reference_forward, reference_hash, reloaded_reference
-from .training.reference_cache import add_reference_logps
 from .training.resume import EvaluationCut, Resume, reads_checkpoint
-from .training.row_weights import leave_out_repeated, row_weights
 
 
 class NCATrainer(DPOTrainer):
@@ -93,16 +90,14 @@ class NCATrainer(DPOTrainer):
         peft_config=None,
     ):
         args = NCAConfig.of(args, model)
-        refuse_inputs(data_collator, compute_metrics, train_dataset)
-        # Before the model is loaded, so that an invalid row costs no waiting
-        train_dataset, eval_dataset = reward_rows(train_dataset, "train"), reward_rows(eval_dataset, "eval")
-        complete_arguments(args, model, train_dataset, eval_dataset)
+        inputs.refuse(data_collator, compute_metrics, train_dataset)
+        train_dataset, eval_dataset = inputs.prepare(args, model, train_dataset, eval_dataset)
         self._reference_given = ref_model is not None  # a checkpoint belongs to it
         self._is_set_up = False
         self._log = MetricLog()
         super().__init__(
             model=model,
-            ref_model=ref_model or frozen_copy(model, peft_config, args),
+            ref_model=ref_model or reference.frozen_copy(model, peft_config, args),
             args=args,
             data_collator=data_collator,
             train_dataset=train_dataset,
@@ -126,7 +121,7 @@ class NCATrainer(DPOTrainer):
         if self._is_set_up:
             return
         self._is_set_up = True
-        refuse_frozen(self.model)
+        inputs.refuse_frozen(self.model)
         models: list[Any] = [self.model]
         if self.ref_model is not None:
             models.append(self.accelerator.unwrap_model(self.ref_model))
@@ -135,7 +130,7 @@ class NCATrainer(DPOTrainer):
             disable_nf4_repacking(model)
         # Before any forward: bitsandbytes repacks its weights there on a CPU
         if self.precompute_ref_logps or self._reference_given:
-            self._reference_hash = reference_hash(models[-1])
+            self._reference_hash = reference.model_hash(models[-1])
         if not isinstance(self.data_collator, RewardCollator):  # TRL's
             args = self.args
             self.data_collator = RewardCollator(
@@ -158,10 +153,10 @@ class NCATrainer(DPOTrainer):
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
         """Any known format → `prompt_ids, completion_ids, rewards`; a data set that has them comes back as it is."""
-        if set(next(iter(dataset))) >= TOKENISED:
+        if set(next(iter(dataset))) >= inputs.TOKENISED:
             return dataset
         if self._is_set_up:  # one for `evaluate()`; the constructor converts its own before it loads the model
-            dataset = reward_rows(dataset, dataset_name)
+            dataset = inputs.reward_rows(dataset, dataset_name)
         state = PartialState()
         with state.main_process_first(), state.local_main_process_first():  # a cache may be shared, or each node's own
             dataset, notices = tokenize_dataset(
@@ -177,13 +172,18 @@ class NCATrainer(DPOTrainer):
         self._set_up()
         if isinstance(dataset, IterableDataset) or "ref_logps" in dataset.column_names:
             return dataset
-        unplaced = self.ref_model is None and self.is_deepspeed_enabled and self.model_wrapped is self.model
-        with before_training(self.ref_model or self.model, self.accelerator, unplaced) as model:
+        with ExitStack() as stack:
+            model = self.ref_model or self.model
+            if self.ref_model is None and self.is_deepspeed_enabled and self.model_wrapped is self.model:
+                model = prepare_deepspeed(self.model, self.accelerator)  # places and gathers it before training
+                stack.callback(model.destroy)  # its hooks would get in the way of the training engine's
             self._verify_layout(model, gradients=False)
             key = (self._reference_hash, str(self.accelerator.mixed_precision), str(self.model.dtype))
             compute = partial(self.compute_ref_log_probs, model)
             batch_size = self.args.precompute_ref_batch_size or 4 * batch_size  # no activations are kept
-            return add_reference_logps(dataset, key, compute, self.data_collator, batch_size, self.accelerator, name)
+            return reference_cache.add_reference_logps(
+                dataset, key, compute, self.data_collator, batch_size, self.accelerator, name
+            )
 
     # A step's batches
 
@@ -191,18 +191,18 @@ class NCATrainer(DPOTrainer):
         """The micro-batches of one step, and what they are averaged over: prompts, and tokens of best completions."""
         batches: list[Batch] = []
         for batch in islice(epoch_iterator, num_batches):
-            batch["weights"] = row_weights(batch, self.accelerator, self.args.dataloader_drop_last)
+            batch["weights"] = row_weights.last_batch(batch, self.accelerator, self.args.dataloader_drop_last)
             batches.append(batch)
-        leave_out_repeated(batches, self.accelerator)
+        row_weights.leave_out_repeated(batches, self.accelerator)
         counts = sum(map(count_prompts, batches), torch.zeros(2, dtype=torch.float64, device=device))
         if self.accelerator.num_processes > 1:
             counts = self.accelerator.reduce(counts, "sum")
         return batches, counts
 
     def _chunks(self, batch: Batch) -> list[tuple[Chunk, float]]:
-        """A batch's chunks, one forward each, and what each counts: see `chunks_in_step`."""
+        """A batch's chunks, one forward each, and what each counts: see `gradients.chunks_in_step`."""
         split = self.data_collator.completions_per_forward is not None
-        return chunks_in_step(batch["chunks"], split and (self.is_fsdp_enabled or self.is_deepspeed_enabled))
+        return gradients.chunks_in_step(batch["chunks"], split and (self.is_fsdp_enabled or self.is_deepspeed_enabled))
 
     # Log-probabilities
 
@@ -231,7 +231,7 @@ class NCATrainer(DPOTrainer):
     @torch.no_grad()
     def compute_ref_log_probs(self, model: nn.Module, inputs: Batch) -> Tensor:
         """(B, K) log-probabilities under the reference: its own model, the adapter as it came, or the bare base."""
-        with reference_forward(self.model, self.ref_model, self.accelerator):
+        with reference.forwards(self.model, self.ref_model, self.accelerator):
             return self._batch_logps(model, inputs, auxiliary=False)[0]
 
     def _reference_logps(self, batch: Batch) -> Tensor:
@@ -282,7 +282,7 @@ class NCATrainer(DPOTrainer):
         objective, ref_logps = self._objective, self._reference_logps(batch)
         forward = partial(self._chunk_logps, model, batch=batch)
         loss = partial(objective.share, ref_logps=ref_logps, batch=batch, counts=counts)
-        logps, auxiliary = backward_by_chunk(
+        logps, auxiliary = gradients.backward_by_chunk(
             batch, self._chunks(batch), forward, loss, objective.separable, self.accelerator, model
         )
         self._record(logps, auxiliary, ref_logps, batch)
@@ -352,7 +352,7 @@ class NCATrainer(DPOTrainer):
             if not new or kept or not self.state.global_step:
                 return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
             packed = self.data_collator.layout == "prefix_shared"
-            self.ref_model = reloaded_reference(self.model, self._reference_hash, packed, self.accelerator)
+            self.ref_model = reference.reloaded(self.model, self._reference_hash, packed, self.accelerator)
             try:
                 return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
             finally:
@@ -370,10 +370,10 @@ class NCATrainer(DPOTrainer):
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         if self.is_in_train and self._resume.agree_to_stop():
             raise EvaluationCut
-        inputs = self._prepare_inputs(inputs)
-        inputs["weights"] = row_weights(inputs, self.accelerator, self.args.dataloader_drop_last)
+        batch = self._prepare_inputs(inputs)
+        batch["weights"] = row_weights.last_batch(batch, self.accelerator, self.args.dataloader_drop_last)
         with torch.no_grad(), self.compute_loss_context_manager():
-            return self.compute_loss(model, inputs).detach(), None, None
+            return self.compute_loss(model, batch).detach(), None, None
 
     # Logging
 

@@ -16,7 +16,7 @@ _HANDED_OVER = DataOptions(preference="hard", validation_fraction=0.0)
 TOKENISED = {"prompt_ids", "completion_ids", "rewards"}
 
 
-def refuse_inputs(data_collator: object, compute_metrics: Callable | None, train_dataset: object) -> None:
+def refuse(data_collator: object, compute_metrics: Callable | None, train_dataset: object) -> None:
     """Refuse what `DPOTrainer` takes and `NCATrainer` does not.
 
     Raises:
@@ -70,8 +70,12 @@ def reward_rows(dataset: Any, name: str) -> Any:
     return to_reward_dataset(dataset, _HANDED_OVER, name=name)
 
 
-def complete_arguments(args: NCAConfig, model: Any, train_dataset: Any, eval_dataset: Any) -> None:
-    """Set the arguments that the model, the data sets and the batches' shape decide."""
+def prepare(args: NCAConfig, model: Any, train_dataset: Any, eval_dataset: Any) -> tuple[Any, Any]:
+    """The data sets as reward rows, and in `args` what they, the model and the batches' shape decide.
+
+    This is before the model is loaded, so that an invalid row costs no waiting.
+    """
+    train_dataset, eval_dataset = reward_rows(train_dataset, "train"), reward_rows(eval_dataset, "eval")
     if isinstance(model, str):  # weights out of a pickle could run any code
         args.model_init_kwargs = {"use_safetensors": True} | dict(args.model_init_kwargs or {})  # type: ignore[arg-type]
     accelerator_config: Any = args.accelerator_config
@@ -93,3 +97,4 @@ def complete_arguments(args: NCAConfig, model: Any, train_dataset: Any, eval_dat
             "`precompute_ref_log_probs` is true, but a data set is a stream, whose rows aren't known beforehand: the "
             "reference is computed live at each step."
         )
+    return train_dataset, eval_dataset

@@ -9,7 +9,6 @@ from accelerate import Accelerator
 from accelerate.utils import is_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from trl.models import prepare_deepspeed
 
 from ..batching.attention import share_prefixes
 from ..config import NCAConfig
@@ -25,7 +24,7 @@ _NOT_COMPUTED = (  # saving writes some of these, and each training sets the ids
 )  # fmt: skip
 
 
-def reference_hash(model: nn.Module) -> str:
+def model_hash(model: nn.Module) -> str:
     """Hash of the reference: all of `model`'s weights but the trained adapter's, and what computes on them.
 
     A PEFT model's reference is its base, or the adapter "ref" where training goes on from an existing one, so runs that
@@ -71,7 +70,7 @@ def frozen_copy(model: Any, peft_config: Any, args: NCAConfig) -> PreTrainedMode
 
 
 @contextmanager
-def reference_forward(policy: nn.Module, reference: nn.Module | None, accelerator: Accelerator) -> Iterator[None]:
+def forwards(policy: nn.Module, reference: nn.Module | None, accelerator: Accelerator) -> Iterator[None]:
     """Around forwards of the reference: without dropout, and of a policy with an adapter as what it started from.
 
     Args:
@@ -85,25 +84,12 @@ def reference_forward(policy: nn.Module, reference: nn.Module | None, accelerato
         yield
 
 
-@contextmanager
-def before_training(model: nn.Module, accelerator: Accelerator, wraps: bool) -> Iterator[nn.Module]:
-    """`model` as it can run before training has placed it; `wraps` where DeepSpeed has to place and gather it."""
-    if not wraps:
-        yield model
-        return
-    engine = prepare_deepspeed(model, accelerator)
-    try:
-        yield engine
-    finally:
-        engine.destroy()  # its hooks on the model would get in the way of the training engine's
-
-
-def reloaded_reference(model: Any, expected: str, shares_prefixes: bool, accelerator: Accelerator) -> nn.Module:
+def reloaded(model: Any, expected: str, shares_prefixes: bool, accelerator: Accelerator) -> nn.Module:
     """The reference from where `model` came from, if those still are its weights from before training.
 
     Args:
         model: the trained model, without an adapter.
-        expected: `reference_hash` from before training.
+        expected: `model_hash` from before training.
         shares_prefixes: whether its batches are packed rows.
 
     Raises:
@@ -115,7 +101,7 @@ def reloaded_reference(model: Any, expected: str, shares_prefixes: bool, acceler
     except (OSError, ValueError) as error:
         reason = f"it could not be loaded again from {path!r} ({type(error).__name__})"
     else:
-        if reference_hash(reference) == expected:
+        if model_hash(reference) == expected:
             add_token_logps(reference)
             if shares_prefixes:
                 share_prefixes(reference)

@@ -26,7 +26,7 @@ def begin_epoch(loader: Any, seed: int, epoch: int) -> None:
         rows.generator = torch.Generator().manual_seed(seed + epoch)
 
 
-def row_weights(batch: Batch, accelerator: Accelerator, drop_last: bool) -> Tensor:
+def last_batch(batch: Batch, accelerator: Accelerator, drop_last: bool) -> Tensor:
     """(B,) 1 for each prompt, and 0 for those that accelerate repeats to even out an epoch's last batch.
 
     Args:
@@ -36,7 +36,7 @@ def row_weights(batch: Batch, accelerator: Accelerator, drop_last: bool) -> Tens
     weights = torch.ones(len(batch["rewards"]), device=batch["rewards"].device)
     state = accelerator.gradient_state
     if state.end_of_dataloader and not isinstance(_batch_sampler(state.active_dataloader), BatchRebalanceSampler):
-        remainder, total = _last_batch(state.active_dataloader, drop_last)
+        remainder, total = _remainder(state.active_dataloader, drop_last)
         if remainder:
             real = remainder - accelerator.process_index * (total // accelerator.num_processes)
             weights[max(0, real) :] = 0
@@ -74,7 +74,7 @@ def _repeated_rows(sampler: BatchRebalanceSampler) -> set[int]:
     return {*order[:missing]} - {*order[-sampler.remainder :]}
 
 
-def _last_batch(loader: Any, drop_last: bool) -> tuple[int, int]:
+def _remainder(loader: Any, drop_last: bool) -> tuple[int, int]:
     """(rows of the last global batch that are no repeats, or 0 where all of it are rows; rows of a global batch)."""
     sampler = loader.batch_sampler
     if not isinstance(sampler, SkipBatchSampler):

@@ -60,7 +60,7 @@ def run_settings(
         model: the policy, with its adapters if it has any.
         dataset: tokenised training rows; a stream is known by its first rows.
         processes: of the launch; only the prompts of a whole step count, not how they are dealt to processes.
-        reference: `reference_hash` of a `ref_model` that was given.
+        reference: `reference.model_hash` of a `ref_model` that was given.
     """
     settings = {name: value for name, value in args.to_dict().items() if name not in FREE}
     kwargs = args.model_init_kwargs
