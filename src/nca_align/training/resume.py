@@ -85,9 +85,8 @@ class Resume(TrainerCallback):
         args = self.trainer.args
         self.folder = folder = find_checkpoint(wanted, args.output_dir)
         self._loaded = read_manifest(folder)
-        with explain_read_errors(
-            folder, args.output_dir
-        ):  # `train` reads it too, where no error can be told from others
+        # `train` reads it too, where no error can be told from others
+        with explain_read_errors(folder, args.output_dir):
             TrainerState.load_from_json(str(folder / "trainer_state.json"))
         self._refuse_changes(folder)
         PartialState().wait_for_everyone()  # before a process removes what another may be looking at
