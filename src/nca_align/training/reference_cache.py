@@ -32,16 +32,16 @@ _STALE = 3600
 class ReferenceCache:
     """The reference log-probabilities of one data set under one reference, in shards of `ROWS_PER_SHARD` rows.
 
+    The folder of all caches, `nca_align_reference`, is beside the data sets' own.
+
     Args:
         key: whatever changes them (weights, token ids, precision), joined into the folder's name.
         num_rows: rows of the data set.
-        root: folder of all caches; beside the data sets' own by default.
     """
 
-    def __init__(self, key: tuple[str, ...], num_rows: int, root: str | os.PathLike | None = None):
+    def __init__(self, key: tuple[str, ...], num_rows: int):
         digest = hashlib.sha256("\n".join(key).encode()).hexdigest()[:32]
-        root = Path(root or Path(datasets.config.HF_DATASETS_CACHE) / "nca_align_reference")
-        self.folder = root / digest
+        self.folder = Path(datasets.config.HF_DATASETS_CACHE) / "nca_align_reference" / digest
         self.num_rows = num_rows
 
     def shards(self) -> Iterator[tuple[int, int, Path]]:

@@ -42,11 +42,11 @@ def reads_checkpoint(method: Callable) -> Callable:
     """Decorates a method of the trainer by which transformers reads the checkpoint that a run goes on from."""
 
     @functools.wraps(method)
-    def told(trainer: Any, *args, **kwargs):
+    def explained(trainer: Any, *args, **kwargs):
         with explain_read_errors(trainer._resume.folder, trainer.args.output_dir):
             return method(trainer, *args, **kwargs)
 
-    return told
+    return explained
 
 
 class EvaluationCut(Exception):
@@ -57,7 +57,8 @@ class Resume(TrainerCallback):
     """What a trainer does with its checkpoints, and on SIGTERM; its own calls come here, and it is its callback.
 
     Args:
-        trainer: an NCATrainer.
+        trainer: an NCATrainer. Used of it are its arguments, state, accelerator, model and training rows, what it and
+            transformers have summed up for the next log line (`_log`, `_guard`, `_tr_loss` …), and `_save_checkpoint`.
     """
 
     def __init__(self, trainer: Trainer):
