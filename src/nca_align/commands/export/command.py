@@ -26,7 +26,7 @@ _MODEL_FILES = (
 )  # fmt: skip
 # of a model that also reads images: vLLM wants them, and no tokenizer saves them
 _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
-_OF_AN_ADAPTER = ("base", "load_in_4bit", "dataset_name")
+_ADAPTER_OPTIONS = ("base", "load_in_4bit", "dataset_name")
 
 
 @dataclass
@@ -155,7 +155,7 @@ def _export_model(options: ExportOptions, new: Path) -> None:
     whole = ModelSource(options.model_name_or_path, trust_remote_code=options.trust_remote_code)
     source = Path(whole.path)
     tokenizer = whole.load_tokenizer()  # first: a model without one isn't whole
-    for name in _OF_AN_ADAPTER:
+    for name in _ADAPTER_OPTIONS:
         if (value := getattr(options, name)) is not None:
             raise UserError(
                 f"`{name}` is {value!r}, but `model_name_or_path` {options.model_name_or_path} is a whole model, which "

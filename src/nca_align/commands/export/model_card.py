@@ -11,8 +11,8 @@ from ...models.loading import run_record
 if TYPE_CHECKING:
     from .merge import Export
 
-# options of the run that the card tells, where the run kept them
-_TOLD = (
+# options of the run that the card shows, where the run kept them
+_CARD_OPTIONS = (
     "loss_type", "alpha", "beta", "learning_rate", "lr_scheduler_type", "num_train_epochs", "max_steps",
     "global_batch_size", "max_length", "max_prompt_length", "seed",
 )  # fmt: skip
@@ -46,7 +46,7 @@ def model_card(
     if base_name and not Path(base_name).exists():  # an id of the Hub, and no place on this machine
         metadata["base_model"] = base_name
     lines = [f"{key}: {json.dumps(value)}" for key, value in metadata.items()]
-    options = [f"| `{key}` | {_plain(record[key])} |" for key in _TOLD if record.get(key) not in (None, -1)]
+    options = [f"| `{key}` | {_plain(record[key])} |" for key in _CARD_OPTIONS if record.get(key) not in (None, -1)]
     training = "\n## Training\n\n| option | value |\n| --- | --- |\n" + "\n".join(options) + "\n" if options else ""
     merge = ""
     if measured is not None:
