@@ -2,6 +2,7 @@
 
 import json
 import math
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +14,7 @@ from conftest import CHAT_TEMPLATE, build_model, build_tokenizer, reward_rows
 from nca_align import NCAConfig
 from nca_align.commands.compare import methods
 from nca_align.commands.compare.methods import METHODS, build_trainer, check_method
+from nca_align.errors import UserError
 
 BETA = 0.1
 
@@ -99,6 +101,15 @@ def test_every_method_renders_the_prompt_with_its_tools_and_template_arguments(m
     tokens = trainer_of(method, tokenizer, tmp_path, rows, strategy=strategy).train_dataset["prompt_ids"]
     started = {tokenizer.decode(ids).split("<|im_start|>")[0] for ids in tokens}
     assert started == {"[weather]LOUD", "", "[weather]"}
+
+
+@pytest.mark.parametrize(("method", "refused"), [("nca", False), ("dpo", True), ("kto", True)])
+def test_trls_trainers_refuse_prompts_that_they_would_not_continue(method, refused, tokenizer, tmp_path):
+    rows = reward_rows(2, 2)
+    rows[1]["prompt"] = [*rows[1]["prompt"], {"role": "assistant", "content": "So: "}]
+    message = f"row 1: `prompt` ends in an assistant's turn, which `method` {method} of TRL doesn't continue"
+    with pytest.raises(UserError, match=message) if refused else nullcontext():
+        assert len(trainer_of(method, tokenizer, tmp_path, rows).train_dataset) == 2
 
 
 def first_loss(trainer) -> float:

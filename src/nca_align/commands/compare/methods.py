@@ -76,9 +76,11 @@ def build_trainer(
         peft_config, quantization_config, callbacks: as the trainers'.
 
     Raises:
-        ValueError: see `check_method`; no row is left.
+        ValueError: see `check_method`; no row is left; TRL's trainers would see other tokens of a prompt.
     """
     name, strategy = check_method(method, strategy)
+    if name not in LOSSES:
+        _require_whole_turns(train_dataset, name)
     if name in _DPO_LOSSES:
         rows = to_preference_pairs(train_dataset, strategy, args.seed)
     elif name == "kto":
@@ -101,6 +103,17 @@ def build_trainer(
     from ...trainer import NCATrainer
 
     return NCATrainer(args=_shared(NCAConfig, args, **steps, loss_type=[name], loss_weights=None), **common)
+
+
+def _require_whole_turns(dataset: Dataset, method: str) -> None:
+    """Refuse a prompt that ends in an assistant's turn: TRL's trainers open another one, NCATrainer continues it."""
+    for i, prompt in enumerate(dataset["prompt"]):
+        if isinstance(prompt, list) and prompt[-1]["role"] == "assistant":
+            raise UserError(
+                f"row {i}: `prompt` ends in an assistant's turn, which `method` {method} of TRL doesn't continue as "
+                "NCATrainer does, so that they would see other tokens; leave such rows out, or compare NCATrainer's "
+                "losses alone"
+            )
 
 
 def _same_steps(args: NCAConfig, prompts: int, rows: int, whole: bool) -> dict[str, int]:
