@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..losses import check_rows
+from ..reward_tensors import check_rows
 from .attention import Segments
 
 Batch = dict[str, Any]

@@ -11,10 +11,10 @@ from transformers import Trainer, TrainerCallback
 
 from ..batching.tokenization import tokenize_dataset
 from ..errors import UnsupportedError, UserError
-from ..losses import check_rows
 from ..models.adapters import adapter_merged, as_reference, base_model, eval_mode, refuse_virtual_tokens
 from ..models.loading import disable_nf4_repacking
 from ..models.logprobs import completion_logps
+from ..reward_tensors import check_rows
 from ..training.metrics import PromptMeans, calibration, row_metrics
 from .evaluator import GenerationEvaluator, Reference, reference_model
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..batching.collator import padded
-from ..losses import better_pairs
+from ..reward_tensors import better_pairs
 from .intervals import Interval
 
 LENGTH_MATCH = 1.1  # completions are of like length where the longer one has at most this many times the other's tokens

@@ -8,7 +8,8 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from ..batching.collator import Batch
-from ..losses import better_pairs, logratios, reward_loss, target_distribution
+from ..losses import reward_loss
+from ..reward_tensors import better_pairs, logratios, target_distribution
 from .objective import Objective
 
 _BINS = 5
