@@ -3,7 +3,6 @@
 `nca_align.json` in a checkpoint says "not complete" from before its first other file until after the last is on disk.
 """
 
-import json
 import os
 import re
 import shutil
@@ -16,6 +15,7 @@ import torch
 from accelerate.utils import gather_object
 
 from ..errors import UserError, one_line
+from .files import read_json
 
 MANIFEST = "nca_align.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -26,7 +26,7 @@ _WRITE_ERRORS = ("I/O error", "No space left", "PytorchStreamWriter", "inline_co
 def read_manifest(folder: Path) -> dict[str, Any]:
     """What `nca_align.json` in `folder` says; nothing where there is none, or no readable one."""
     try:
-        return dict(json.loads((folder / MANIFEST).read_text()))
+        return dict(read_json(folder / MANIFEST))
     except (OSError, ValueError, TypeError):
         return {}
 

@@ -58,6 +58,11 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def read_json(path: Path) -> Any:
+    """What a JSON file says."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 def write_json(path: Path, value: Any, ensure_ascii: bool = True) -> None:
     """`value` as JSON in the place of `path` at once, or not at all."""
     with replacing(path) as file:
@@ -118,7 +123,7 @@ def read_table(path: Path, is_line: Callable[[Any], bool]) -> dict[str, Any]:
     if not path.exists():
         return {}
     with suppress(OSError, ValueError, AttributeError):  # a folder, broken JSON, a list
-        known = json.loads(path.read_text(encoding="utf-8"))
+        known = read_json(path)
         if all(map(is_line, known.values())):
             return known
     raise UserError(f"`output` is {str(path)!r}, which holds no table of `nca-align evaluate`; choose another file")

@@ -16,7 +16,7 @@ import pyarrow as pa
 from datasets import Dataset
 from datasets.fingerprint import Hasher
 
-from .files import visible_files
+from .files import read_json, visible_files
 
 _CHUNK = 1 << 20
 
@@ -59,7 +59,7 @@ def weights_fingerprint(name: str | None, revision: str | None = None) -> str | 
 def _adapter_base(folder: Path) -> str | None:
     """The fingerprint of the model that an adapter's folder names as its base; None of any other folder."""
     try:
-        about = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        about = read_json(folder / "adapter_config.json")
         base = about["base_model_name_or_path"]
     except (OSError, ValueError, KeyError, TypeError):  # what is wrong with it, loading says
         return None

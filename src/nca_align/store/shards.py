@@ -21,7 +21,7 @@ from datasets import Dataset, Features
 from tqdm.auto import tqdm
 
 from ..errors import UserError
-from .files import replacing, write_json
+from .files import read_json, replacing, write_json
 from .locking import lock_output
 from .provenance import KEY, read_provenance, refuse_changes, sidecar
 
@@ -133,7 +133,7 @@ def _done(shards: list[Path], step: dict, drop_failed: bool) -> set[Path]:
     if not there:
         return set()
     parts = there[0].parent
-    made = json.loads((parts / "config.json").read_text())
+    made = read_json(parts / "config.json")
     _refuse_other(f"{parts}, an unfinished run,", made, step)
     done = {shard for shard in there if drop_failed or not _about(shard)["failed"]}
     if done and (edited := _edited(made, step)):
@@ -179,7 +179,7 @@ def _few(rows: list[int]) -> str:
 
 def _about(shard: Path) -> dict[str, dict]:
     """What was counted in a shard, and which of its rows failed."""
-    return json.loads(shard.with_suffix(".json").read_text())
+    return read_json(shard.with_suffix(".json"))
 
 
 def _refuse_other(what: str, made: dict | None, step: dict) -> None:

@@ -1,6 +1,5 @@
 """One cell of a comparison, resumable at each evaluation: `python -m nca_align.commands.compare.cell FOLDER`."""
 
-import json
 import logging
 import os
 import shutil
@@ -22,7 +21,7 @@ from ...evaluation.callbacks import GenerationCallback, RankingCallback, log_wit
 from ...evaluation.evaluator import GenerationEvaluator
 from ...rewards.scorers import open_scorers
 from ...store.checkpoints import whole_checkpoints
-from ...store.files import write_json
+from ...store.files import read_json, write_json
 from ...store.locking import lock_output
 from ...store.provenance import LIBRARIES, commit, versions
 from ..train.command import model_source, open_policy, set_threads
@@ -51,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
 def run_cell(folder: Path) -> None:
     """Train and evaluate what `settings.json` and `config.yaml` in `folder` say, and leave `done.json` there."""
     began, code = time.monotonic(), commit()
-    about = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
+    about = read_json(folder / "settings.json")
     settings, evaluation = about["settings"], Evaluation(**about["evaluation"])
     script, data_options, run, args, model_args = cell_options(folder / "config.yaml")
     set_threads(run)
@@ -130,7 +129,7 @@ class _Keep(TrainerCallback):
 def _finish(folder: Path, checkpoint: Path, about: dict[str, Any], keep_checkpoints: bool) -> None:
     """The log, `cell.json`, `done.json`; then the last checkpoint becomes `model`, less what only training needs."""
     shutil.copyfile(checkpoint / "trainer_state.json", folder / "trainer_state.json")
-    state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+    state = read_json(folder / "trainer_state.json")
     minutes = max(line["minutes"] for line in state["log_history"] if "minutes" in line)
     made = {"minutes": minutes, "versions": versions(*LIBRARIES)}
     write_json(folder / "cell.json", {name: about[name] for name in ("settings", "commit")} | made)

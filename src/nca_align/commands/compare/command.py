@@ -1,7 +1,6 @@
 """`nca-align compare`: methods and settings beside each other, a training run a cell, from one YAML file."""
 
 import fnmatch
-import json
 import math
 import os
 import platform
@@ -19,7 +18,7 @@ from ...errors import UserError, command
 from ...evaluation.comparison_rows import Row, interval_of, setting_name
 from ...options import option, parse, require_at_least_1
 from ...pages.terminal import print_rows
-from ...store.files import write_csv, write_json
+from ...store.files import read_json, write_csv, write_json
 from ...store.locking import lock_output
 from ...store.provenance import LIBRARIES, commit, versions
 from .grid import Cell, Evaluation, cell_options, expand, from_mapping
@@ -140,7 +139,7 @@ def _print_cells(cells: Sequence[Cell], output: Path, parallel: int) -> None:
         folder = cell.folder(output)
         state = "new"
         if is_done(output, cell):
-            took.append(json.loads((folder / DONE).read_text())["minutes"])
+            took.append(read_json(folder / DONE)["minutes"])
             state = f"finished, {took[-1]:.1f} minutes"
         elif (why := failure(output, cell)) is not None:
             state = f"failed: {why}"

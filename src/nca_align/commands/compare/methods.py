@@ -1,7 +1,6 @@
 """Methods beside each other on the same reward data: NCATrainer's losses, and TRL's own trainers as baselines."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -13,6 +12,7 @@ from ...config import NCAConfig
 from ...data.strategies import PAIRS, check_strategy, select_completions, to_preference_pairs, to_unpaired
 from ...errors import UserError
 from ...losses import LOSSES, loss_name
+from ...trainer import NCATrainer
 
 # TRL's name of a DPOTrainer loss for each method that goes through it
 _DPO_LOSSES = {
@@ -56,9 +56,7 @@ def build_trainer(
     tokenizer: Any,
     *,
     strategy: str | None = None,
-    peft_config: Any = None,
-    quantization_config: Any = None,
-    callbacks: Sequence[Any] = (),
+    **arguments: Any,
 ) -> Trainer:
     """A trainer of `method` on what `strategy` takes of the rewarded completions, its steps those of all other methods.
 
@@ -73,7 +71,7 @@ def build_trainer(
         train_dataset: `prompt, completions, rewards`.
         tokenizer: the model's.
         strategy: see `data.strategies.choose`; by default `rewards`, or best_worst for DPOTrainer's losses.
-        peft_config, quantization_config, callbacks: as the trainers'.
+        **arguments: `peft_config`, `quantization_config`, `callbacks`, as the trainers'.
 
     Raises:
         ValueError: see `check_method`; no row is left; TRL's trainers would see other tokens of a prompt.
@@ -81,28 +79,22 @@ def build_trainer(
     name, strategy = check_method(method, strategy)
     if name not in LOSSES:
         _require_whole_turns(train_dataset, name)
+    trainer: Any  # its class, that of its arguments, and those of its own
+    config: Any
+    own: dict[str, Any]
     if name in _DPO_LOSSES:
         rows = to_preference_pairs(train_dataset, strategy, args.seed)
+        trainer, config, own = DPOTrainer, DPOConfig, {"loss_type": [_DPO_LOSSES[name]], "loss_weights": None}
     elif name == "kto":
-        rows = to_unpaired(select_completions(train_dataset, strategy, args.seed))
+        # its KL term takes a fixed order of rows, so they are shuffled here, once
+        rows = to_unpaired(select_completions(train_dataset, strategy, args.seed)).shuffle(seed=args.seed)
+        trainer, config, own = KTOTrainer, KTOConfig, {"loss_type": "kto", "train_sampling_strategy": "sequential"}
     else:
         rows = select_completions(train_dataset, strategy, args.seed)
+        trainer, config, own = NCATrainer, NCAConfig, {"loss_type": [name], "loss_weights": None}
     steps = _same_steps(args, len(train_dataset), len(rows), whole=name == "kto")
-    common: dict[str, Any] = {
-        "model": model, "train_dataset": rows, "processing_class": tokenizer, "peft_config": peft_config,
-        "quantization_config": quantization_config, "callbacks": list(callbacks),
-    }  # fmt: skip
-    if name in _DPO_LOSSES:
-        dpo = _shared(DPOConfig, args, **steps, loss_type=[_DPO_LOSSES[name]], loss_weights=None)
-        return DPOTrainer(args=dpo, **common)
-    if name == "kto":
-        # its KL term takes a fixed order of rows, so they are shuffled here, once
-        common["train_dataset"] = rows.shuffle(seed=args.seed)
-        kto = _shared(KTOConfig, args, **steps, loss_type="kto", train_sampling_strategy="sequential")
-        return KTOTrainer(args=kto, **common)
-    from ...trainer import NCATrainer
-
-    return NCATrainer(args=_shared(NCAConfig, args, **steps, loss_type=[name], loss_weights=None), **common)
+    own_args = _shared(config, args, **steps, **own)
+    return trainer(model=model, args=own_args, train_dataset=rows, processing_class=tokenizer, **arguments)
 
 
 def _require_whole_turns(dataset: Dataset, method: str) -> None:

@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ...models.loading import model_fingerprint
 from ...rewards.spec import ScorerSpec
 from ...store.checkpoints import whole_checkpoints
-from ...store.files import replacing, write_json
+from ...store.files import read_json, replacing, write_json
 from ...store.fingerprints import files_fingerprint
 from ...store.provenance import refuse_changes
 from ...training.resume import PREEMPTED
@@ -62,7 +62,7 @@ def _refuse_other_settings(folder: Path, new: dict[str, Any]) -> None:
     begun = (folder / DONE).exists() or whole_checkpoints(folder)
     if not begun or not (folder / SETTINGS).exists():
         return
-    old = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))["identity"]
+    old = read_json(folder / SETTINGS)["identity"]
     refuse_changes(
         f"the cell {folder.name} in `output_dir` was trained with other settings", old, new,
         f"go back to what it was, choose another `output_dir`, or remove {folder} to train it anew",

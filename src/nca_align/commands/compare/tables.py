@@ -1,6 +1,5 @@
 """A comparison's tables: rows out of the cells' `trainer_state.json`, and settings chosen on validation rows alone."""
 
-import json
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from ...evaluation.comparison_rows import (
 )
 from ...evaluation.frontier import curve_of, reward_at_kl
 from ...evaluation.intervals import mean_and_interval
+from ...store.files import read_json
 from .grid import KEYS, Cell
 
 Candidates = dict[Setting, list[float]]  # settings → the metric of each seed
@@ -78,7 +78,7 @@ class ValidationRows:
 
 def rows_of(cell: Cell, folder: Path) -> list[Row]:
     """A row a split and evaluation, of what the cell's `trainer_state.json` says and nothing else."""
-    log = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+    log = read_json(folder / "trainer_state.json")["log_history"]
     found: dict[tuple[str, int], dict[str, Any]] = {}
     minutes: dict[int, float] = {}
     for line in log:

@@ -1,6 +1,5 @@
 """What runs and comparisons logged, read from their folders."""
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from typing import Any
 from ...errors import UserError
 from ...evaluation.comparison_rows import Setting, setting_of
 from ...evaluation.frontier import Curve, curves_of
-from ...store.files import read_csv
+from ...store.files import read_csv, read_json
 
 _COLUMNS = ("method", "seed", "split", "step", "reward", "kl")
 
@@ -97,7 +96,7 @@ def _comparison(path: Path) -> Comparison:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path)
     except (OSError, ValueError) as error:
         raise UserError(f"{path} can't be read as JSON: {error}; write it again, or give another folder") from error
     return found if isinstance(found, dict) else {}

@@ -4,7 +4,6 @@ Of a model's generation config they take where a completion ends, and nothing el
 min-p on, it would be no sample of the model that is trained.
 """
 
-import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from ...batching.rendering import prompt_ids
 from ...errors import InvalidRowError, UnsupportedError, UserError, one_line
 from ...models.loading import ModelSource
 from ...models.sampling import check_room, end_tokens, sample_answers, seed_for
+from ...store.files import read_json
 from ...store.shards import Advance
 from .engine import Engine, Sample, cut_at_stop, returning_invalid
 from .options import EngineOptions, SampleOptions
@@ -104,7 +104,7 @@ def lora_rank(adapter: str) -> int:
         UserError: the folder has no such adapter, or its rank is more than vLLM takes.
     """
     try:
-        about = json.loads((Path(adapter) / "adapter_config.json").read_text(encoding="utf-8"))
+        about = read_json(Path(adapter) / "adapter_config.json")
         rank = max(about["r"], *(about.get("rank_pattern") or {"": 0}).values())
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
