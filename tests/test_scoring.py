@@ -28,7 +28,7 @@ from nca_align.data.prompts import text_of
 from nca_align.errors import UserError
 from nca_align.models import smollm2
 from nca_align.models.loading import ModelSource
-from nca_align.rewards.spec import ScorerSpec, column_names
+from nca_align.rewards.scorers import ScorerSpec, column_names
 from nca_align.scorers import vader, within_words
 from nca_align.store.fingerprints import source_fingerprint
 from nca_align.store.provenance import read_provenance

@@ -10,8 +10,7 @@ from ..data.prompts import load_completions
 from ..errors import UserError, command
 from ..models.loading import model_fingerprint
 from ..options import Dtype, dtype_option, option, parse, require_at_least_1
-from ..rewards.scorers import Scorers, check_weights, open_scorers
-from ..rewards.spec import ScorerSpec, column_names
+from ..rewards.scorers import Scorers, ScorerSpec, check_weights, column_names, open_scorers
 from ..store.fingerprints import data_fingerprint
 from ..store.provenance import read_provenance, versions
 from ..store.shards import run_sharded

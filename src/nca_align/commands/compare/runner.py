@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ...models.loading import model_fingerprint
-from ...rewards.spec import ScorerSpec
+from ...rewards.scorers import ScorerSpec
 from ...store.checkpoints import whole_checkpoints
 from ...store.files import read_json, replacing, write_json
 from ...store.fingerprints import files_fingerprint

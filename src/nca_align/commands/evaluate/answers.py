@@ -10,8 +10,7 @@ from ...data.prompts import load_raw, split_to_answer
 from ...evaluation.generation_figures import rewards_by_prompt
 from ...evaluation.intervals import Estimate, mean_over_prompts
 from ...options import Dtype, dtype_option, option
-from ...rewards.scorers import check_weights
-from ...rewards.spec import ScorerSpec
+from ...rewards.scorers import ScorerSpec, check_weights
 from ...store.files import can_be_written
 from ..sample.command import sample
 from ..sample.options import SampleOptions
