@@ -16,7 +16,7 @@ from nca_align.commands.evaluate.implicit import ImplicitOptions, token_logratio
 from nca_align.commands.evaluate.judges import JudgeOptions, judge
 from nca_align.commands.export.command import ExportOptions, export
 from nca_align.commands.sample.command import sample
-from nca_align.commands.sample.options import SampleOptions
+from nca_align.commands.sample.engine import SampleOptions
 from nca_align.errors import UserError
 from nca_align.models import loading as models_loading
 from nca_align.models.adapters import adapter_merged

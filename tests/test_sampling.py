@@ -27,8 +27,7 @@ from conftest import build_model, build_tokenizer, record_nf4, reward_rows
 from nca_align.commands.sample import command as sample_command
 from nca_align.commands.sample import server
 from nca_align.commands.sample.command import main, sample
-from nca_align.commands.sample.engine import Sample, cut_at_stop
-from nca_align.commands.sample.options import SampleOptions
+from nca_align.commands.sample.engine import Sample, SampleOptions, cut_at_stop
 from nca_align.errors import UserError
 from nca_align.models import smollm2
 from nca_align.models.loading import ModelSource

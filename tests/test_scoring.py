@@ -552,7 +552,7 @@ class TestFiles:
 
     def test_provenance_goes_along(self, tmp_path, options, model_dir):
         from nca_align.commands.sample.command import sample
-        from nca_align.commands.sample.options import SampleOptions
+        from nca_align.commands.sample.engine import SampleOptions
 
         (tmp_path / "p.txt").write_text("Hi\nWhat is the best way?\n")
         made = str(tmp_path / "samples.parquet")

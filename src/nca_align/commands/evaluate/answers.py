@@ -13,7 +13,7 @@ from ...options import Dtype, dtype_option, option
 from ...rewards.scorers import ScorerSpec, check_weights
 from ...store.files import can_be_written
 from ..sample.command import sample
-from ..sample.options import SampleOptions
+from ..sample.engine import SampleOptions
 from ..score import ScoreOptions, score
 from .scored import EvaluateOptions, Evaluation, evaluate, print_table
 

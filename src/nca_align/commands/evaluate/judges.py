@@ -16,8 +16,7 @@ from ...store.files import check_writable, write_json
 from ...store.hub import from_the_hub
 from ...store.shards import Advance, Shard, Work, run_sharded
 from ..sample.command import open_engine, step_record
-from ..sample.engine import Engine
-from ..sample.options import EngineOptions, SampleOptions, require_object
+from ..sample.engine import Engine, EngineOptions, SampleOptions, require_object
 from ..sample.server import server_model
 from .judge_formats import JUDGES, gpt4o_encoding
 
@@ -87,8 +86,8 @@ def judge(options: JudgeOptions) -> None:
     )  # fmt: skip
     step = step_record(sampling, questions, model)
     step["command"] = f"evaluate --judge {options.judge}"
-    step["config"] |= {"temperature": options.temperature, "chat_template_kwargs": options.chat_template_kwargs}
-    step["config"] |= {"name": name}
+    asked = {"temperature": options.temperature, "chat_template_kwargs": options.chat_template_kwargs}
+    step["config"] |= asked | {"name": name}
 
     def start() -> Work:
         if options.judge == "arena_hard" and gpt4o_encoding() is None:

