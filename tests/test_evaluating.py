@@ -17,10 +17,17 @@ from conftest import build_model, build_tokenizer, reward_rows
 from nca_align.commands.evaluate import answers, scored
 from nca_align.commands.evaluate.answers import GenerationOptions, evaluate_generations, paired_difference
 from nca_align.commands.evaluate.command import MODES, main
-from nca_align.commands.evaluate.policy_samples import end_token, load_samples, sampled_ids
-from nca_align.commands.evaluate.scored import EvaluateOptions, evaluate, evaluate_samples, print_table
+from nca_align.commands.evaluate.scored import (
+    EvaluateOptions,
+    end_token,
+    evaluate,
+    evaluate_samples,
+    load_samples,
+    print_table,
+    sampled_ids,
+)
 from nca_align.commands.sample.command import sample
-from nca_align.commands.sample.options import SampleOptions
+from nca_align.commands.sample.engine import SampleOptions
 from nca_align.commands.score import ScoreOptions, score
 from nca_align.errors import UserError
 from nca_align.evaluation.generation_figures import UNKNOWN, distinct, mean_over_prompts, rewards_by_prompt, wins_over

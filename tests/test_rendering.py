@@ -13,10 +13,10 @@ from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrained
 from conftest import build_tokenizer
 from nca_align import GenerationEvaluator
 from nca_align.batching.tokenization import tokenize_rows
-from nca_align.commands.evaluate.policy_samples import sampled_ids
+from nca_align.commands.evaluate.scored import sampled_ids
 from nca_align.commands.sample import server
+from nca_align.commands.sample.engine import SampleOptions
 from nca_align.commands.sample.local_engines import prompt_reader
-from nca_align.commands.sample.options import SampleOptions
 from nca_align.data.conversation import RESERVED
 from nca_align.errors import InvalidRowError, UserError
 from nca_align.rewards.reward_models import model_scorer

@@ -1,4 +1,4 @@
-"""Mean reward and KL of samples that are scored already."""
+"""Mean reward and KL of policies by samples that are scored already."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -8,17 +8,19 @@ from typing import Any
 
 from datasets import Dataset
 
-from ...data.prompts import text_of
+from ...batching.rendering import prompt_ids
+from ...data.prompts import load_raw, text_of
 from ...errors import UserError
 from ...evaluation.generation_figures import ESTIMATES, GenerationFigures, figures_of, rewards_by_prompt, wins_over
 from ...evaluation.intervals import UNKNOWN, Estimate
 from ...models.loading import ModelSource, model_fingerprint
 from ...models.logprobs import completion_logps
+from ...models.sampling import end_tokens
 from ...options import Dtype, dtype_option, option, require_at_least_1
 from ...pages.terminal import print_rows
 from ...store.files import check_writable, read_table, write_json
 from ...store.fingerprints import data_fingerprint
-from .policy_samples import end_token, load_samples, sampled_ids
+from ...store.provenance import read_provenance
 
 
 @dataclass
@@ -44,6 +46,71 @@ class EvaluateOptions:
         if not self.dataset_name:
             raise UserError("`dataset_name` is missing; give a file of samples that `nca-align score` wrote")
         require_at_least_1(self, "batch_size")
+
+
+def load_samples(name: str, policy: str) -> Dataset:
+    """Scored samples, and a refusal of what a policy's KL can't be estimated from.
+
+    Raises:
+        UserError: no `rewards`, or samples that by the file's own record another model drew, not at temperature 1, or
+            not all of them as they were sampled.
+    """
+    dataset = load_raw(name)
+    for column in ("prompt", "completions", "rewards"):
+        if column not in dataset.column_names:
+            raise UserError(f"`dataset_name` {name} has no column `{column}`; give what `nca-align score` wrote")
+    made = next((step for step in read_provenance(name) if step["command"] == "sample"), None)
+    if made is not None:
+        config = made["config"]
+        if config["temperature"] != 1 or config["top_p"] != 1:
+            raise UserError(
+                f"`dataset_name` {name} was sampled at `temperature` {config['temperature']:g} and `top_p` "
+                f"{config['top_p']:g}; a policy's KL needs samples of itself: draw them at 1 and 1"
+            )
+        for option, plain in (("stop", []), ("duplicates", "keep")):
+            if config.get(option, plain) != plain:
+                raise UserError(
+                    f"`dataset_name` {name} was sampled with `{option}` {config[option]!r}; a policy's KL needs its "
+                    "samples as it drew them, up to its own end and each as often as it came: sample without it"
+                )
+        weights = config["adapter"] or config["model"]
+        if weights != model_fingerprint(policy) and config["engine"] != "server":
+            raise UserError(
+                f"`dataset_name` {name} was sampled from {made['about']['adapter'] or made['about']['model']}, whose "
+                f"weights are not those of `model_name_or_path` {policy}; a policy's KL needs samples of itself"
+            )
+    return dataset
+
+
+def end_token(model, tokenizer, chat: bool) -> int:
+    """The token by which the policy ends a completion: sampling stops at those of its generation config.
+
+    Of several (Gemma's are the end of the text and the end of a turn) it is, in a chat, the last that the chat template
+    writes after an assistant's turn, and otherwise the tokenizer's EOS, or the first where that is none of them.
+    """
+    ends = end_tokens(model, tokenizer)
+    if chat and len(ends) > 1:
+        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        written = tokenizer.apply_chat_template(turns, return_dict=False)
+        return next((token for token in reversed(written) if token in ends), ends[0])
+    return tokenizer.eos_token_id if tokenizer.eos_token_id in ends else ends[0]
+
+
+def sampled_ids(tokenizer, row: dict[str, Any], end: int) -> dict[str, Any]:
+    """Token ids of a row of `nca-align sample`: of the prompt that was continued, and of each completion.
+
+    A completion's ids are those of its text and, unless it was `truncated`, the token `end` by which it ended: what the
+    policy drew, and nothing that a chat template writes after it.
+
+    Returns:
+        `prompt_ids`, `completion_ids`, and `rewards` where the row has them.
+    """
+    truncated = row.get("truncated") or [False] * len(row["completions"])
+    completions = []
+    for completion, cut in zip(row["completions"], truncated, strict=True):
+        ids = tokenizer(text_of(completion), add_special_tokens=False)["input_ids"]
+        completions.append(ids if cut and ids else [*ids, end])
+    return {"prompt_ids": prompt_ids(tokenizer, row), "completion_ids": completions, "rewards": row["rewards"]}
 
 
 @dataclass(frozen=True, kw_only=True)
