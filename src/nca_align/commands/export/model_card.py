@@ -1,15 +1,13 @@
-"""What `nca-align export` writes beside the weights, and the texts that it compares on where no data is given."""
+"""The model card that `nca-align export` writes beside the weights."""
 
 import json
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ...models.loading import run_record
-
-if TYPE_CHECKING:
-    from .merge import Export
+from .merge import Export
 
 # options of the run that the card shows, where the run kept them
 _CARD_OPTIONS = (
@@ -27,7 +25,7 @@ def model_card(
     chat: bool,
     quantization: Any = None,
     dtype: str | None = None,
-    measured: "Export | None" = None,
+    measured: Export | None = None,
 ) -> str:
     """The README.md of an exported model.
 

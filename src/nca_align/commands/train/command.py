@@ -19,6 +19,7 @@ from ...batching.rendering import prompt_ids
 from ...config import NCAConfig
 from ...data import DataOptions, RewardData, read_reward_dataset, select_split
 from ...errors import UserError, command, refused_by
+from ...models.adapters import eval_mode
 from ...models.loading import ModelSource, load_adapter
 from ...options import option, parse
 from ...store.checkpoints import explain_write_errors, last_common_checkpoint
@@ -246,16 +247,13 @@ def _answers(trainer, tokenizer, rows: list[dict[str, Any]], max_new_tokens: int
     if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
         return ["(not generated under a sharded launch)"] * len(rows)
     model = trainer.accelerator.unwrap_model(trainer.model)
-    was_training = model.training
-    model.eval()
+    settings = {"max_new_tokens": max_new_tokens, "do_sample": False, "use_cache": True}
     answers = []
-    for row in rows:
-        ids = torch.tensor([prompt_ids(tokenizer, row)], device=trainer.accelerator.device)
-        settings = {"max_new_tokens": max_new_tokens, "do_sample": False, "use_cache": True}
-        with trainer.accelerator.autocast():
+    with eval_mode(model), trainer.accelerator.autocast():
+        for row in rows:
+            ids = torch.tensor([prompt_ids(tokenizer, row)], device=trainer.accelerator.device)
             answer = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **settings)
-        answers.append(tokenizer.decode(answer[0, ids.shape[1] :], skip_special_tokens=True))
-    model.train(was_training)
+            answers.append(tokenizer.decode(answer[0, ids.shape[1] :], skip_special_tokens=True))
     return answers
 
 
