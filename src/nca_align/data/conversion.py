@@ -96,8 +96,9 @@ def convert_dataset(
         converted = _convert_groups(dataset, arguments)
     else:
         arguments["chat"] = _is_chat(peeked, fmt, options)
-        read, features = dataset, Features(result_features(dataset.features, fmt, arguments["chat"]) | NOTES)
-        if fmt is formats.own and schema.is_final(dataset.features, arguments["chat"]):  # rows that are only checked
+        types = result_features(dataset.features, fmt, arguments["chat"])
+        read, features = dataset, Features(types | NOTES)
+        if fmt is formats.own and types == dataset.features:  # rows that are only checked
             checked = (*RESULT, *flat.SHARED, "source")
             read, features = dataset.select_columns([key for key in dataset.column_names if key in checked]), NOTES
             result = dataset

@@ -40,16 +40,6 @@ def result_features(source: Features, fmt: Format, chat: bool) -> Features:
     return Features(kept | {"prompt": text, "completions": List(text), "rewards": List(Value("float64"))})
 
 
-def is_final(features: Features, chat: bool) -> bool:
-    """Whether rows in our own format have their final types, so that they need no rewriting."""
-    prompt, completions, rewards = (features[name] for name in RESULT)
-    if not (_is_list(completions) and _is_list(rewards)) or any(_is_text(features.get(name)) for name in SHARED):
-        return False
-    same = _is_list if chat else _is_text
-    numbers = isinstance(rewards.feature, Value) and rewards.feature.dtype.startswith("float")
-    return same(prompt) and same(completions.feature) and numbers
-
-
 def _message(source: Features, fmt: Format) -> Any:
     """The one type of the source's messages; JSON, which takes any fields, where they differ or stand in text."""
     found = []
