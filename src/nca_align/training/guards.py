@@ -101,10 +101,8 @@ class StepGuard:
 
     def _sentence(self, rows: list[tuple[list[int] | None, Tensor]], step: int, loss_broken: bool) -> str:
         """What isn't finite in which rows; all processes come here together."""
-        own: list[tuple[int, bool]] = []
-        for numbers, finite in rows:
-            own += zip(numbers or [], finite.tolist(), strict=False)
-        parts = [pair for part in gather_object([own]) for pair in part]
+        own = [pair for numbers, finite in rows for pair in zip(numbers or [], finite.tolist(), strict=False)]
+        parts = gather_object(own)
         broken = sorted({number for number, finite in parts if not finite})
         if broken:
             rows_ = f"row{'s' * (len(broken) > 1)} {_list(broken)} of the training split"
