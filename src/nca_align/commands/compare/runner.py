@@ -13,8 +13,7 @@ from typing import Any
 
 import torch
 import yaml
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from tqdm.auto import tqdm
 
 from ...models.loading import model_fingerprint
 from ...rewards.scorers import ScorerSpec
@@ -90,9 +89,7 @@ def run_cells(
     """
     waiting = list(cells)
     running: dict[int, tuple[Cell, subprocess.Popen, float]] = {}  # slot → when it began
-    columns = (TextColumn("cells"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console()) as progress:
-        bar = progress.add_task("cells", total=len(cells))
+    with tqdm(total=len(cells), unit=" cell", dynamic_ncols=True) as bar:
         try:
             while waiting or running:
                 for slot in range(parallel):
@@ -110,9 +107,9 @@ def run_cells(
                     if not is_done(output, cell):  # else what came after it counts for nothing
                         (cell.folder(output) / ERROR).write_text(f"{why}\n", encoding="utf-8")
                     after_each()
-                    progress.advance(bar)
+                    bar.update()
                     failed = failure(output, cell)
-                    progress.console.print(f"{cell.name}: {f'failed: {failed}' if failed else 'done'}", markup=False)
+                    bar.write(f"{cell.name}: {f'failed: {failed}' if failed else 'done'}")
         finally:
             _end([process for _, process, _ in running.values()])
 
