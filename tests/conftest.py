@@ -86,11 +86,11 @@ def model_dir(tokenizer, tmp_path_factory) -> str:
     return str(folder)
 
 
-def record_nf4(run: Path, **identity) -> None:
+def record_nf4(run: Path, bits: int = 4, **identity) -> None:
     """What a QLoRA run's last checkpoint says of its base, as `run_record` reads it."""
     from transformers import BitsAndBytesConfig
 
-    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4").to_dict()
+    config = BitsAndBytesConfig(bnb_4bit_quant_type="nf4", **{f"load_in_{bits}bit": True}).to_dict()
     (run / "checkpoint-2").mkdir(parents=True)
     (run / "checkpoint-2" / "trainer_state.json").write_text("{}")
     (run / "checkpoint-2" / "nca_align.json").write_text(

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -172,6 +173,16 @@ def test_from_4_bits(wide, nested, tokenizer, tmp_path):
     assert "the base in 4 bits, dequantised, in float32" in (tmp_path / "out" / "README.md").read_text()
     export(ExportOptions(adapter, str(tmp_path / "plain"), load_in_4bit=False))
     assert compare(logps_of(tmp_path / "plain", rows), trained).largest > 0.3  # why the base's 4 bits matter
+
+
+def test_from_8_bits_by_the_record_is_refused(wide, tmp_path, capsys):
+    """bitsandbytes rounds the activations too, which no weights can hold."""
+    _, adapter = wide
+    shutil.copytree(adapter, tmp_path / "run")
+    record_nf4(tmp_path / "run", bits=8)
+    with pytest.raises(UserError, match="this adapter can't be merged exactly; use it unmerged"):
+        export(ExportOptions(str(tmp_path / "run"), str(tmp_path / "out")))
+    assert "merged against adapter on its base in 8 bits: " in capsys.readouterr().out
 
 
 def test_merging_after_a_forward_is_another_model(wide, tokenizer):
@@ -406,17 +417,21 @@ def test_the_card_names_a_base_of_the_hub_and_no_place_on_this_machine(adapter_d
 
 
 class TestPush:
-    def test_the_folder_is_sent(self, adapter_dir, tmp_path, monkeypatch):
+    @pytest.mark.parametrize("private", [True, False])
+    def test_the_folder_is_sent(self, private, adapter_dir, tmp_path, monkeypatch, capsys):
         import huggingface_hub
 
         calls = []
         monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", lambda self, name, **kw: calls.append((name, kw)))
+        monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda self, name: SimpleNamespace(private=private))
         monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", lambda self, **kw: calls.append(kw))
         export(ExportOptions(adapter_dir, str(tmp_path / "out"), push="me/aligned"))
         assert calls == [
             ("me/aligned", {"private": True, "exist_ok": True}),
             {"repo_id": "me/aligned", "folder_path": tmp_path / "out"},
         ]
+        said = "and me/aligned on the Hub, private" if private else "and me/aligned on the Hub, public as it was"
+        assert said in capsys.readouterr().out
 
     def test_no_network_leaves_the_folder(self, adapter_dir, tmp_path, capsys):
         flags = ["--model_name_or_path", adapter_dir, "--output", str(tmp_path / "out"), "--push", "me/aligned"]

@@ -165,10 +165,7 @@ def run_record(folder: str | Path) -> dict[str, Any]:
 def trained_quantization(folder: str | Path) -> BitsAndBytesConfig | None:
     """The quantisation of the base that `folder`'s adapter was trained on, by the run's record; None for none."""
     recorded = run_record(folder).get("model.quantization_config")
-    if not recorded:
-        return None
-    known = {key: value for key, value in recorded.items() if not key.startswith("_") and key != "quant_method"}
-    return BitsAndBytesConfig(**known)
+    return BitsAndBytesConfig(**recorded) if recorded else None
 
 
 def torch_dtype(name: str) -> torch.dtype:

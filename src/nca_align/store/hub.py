@@ -47,8 +47,11 @@ def from_the_hub(repo: str, kind: str, file: str, what: str) -> str:
         ) from error
 
 
-def push(folder: Path, repository: str) -> None:
-    """Send an exported folder to a private repository of the Hub, made where there is none.
+def push(folder: Path, repository: str) -> bool:
+    """Send an exported folder to a repository of the Hub, which is made, private, where there is none.
+
+    Returns:
+        Whether the repository is private; one that was there before may not be.
 
     Raises:
         UserError: the Hub didn't take it; the folder stays.
@@ -58,9 +61,11 @@ def push(folder: Path, repository: str) -> None:
     go_offline_without_network()
     try:
         HfApi().create_repo(repository, private=True, exist_ok=True)
+        private = bool(HfApi().model_info(repository).private)
         HfApi().upload_folder(repo_id=repository, folder_path=folder)
     except (OSError, ValueError) as error:
         raise UserError(
             f"`push` {repository}: the Hub did not take it ({one_line(error)[:200]}); the model is in {folder}, and "
             f"`hf upload {repository} {folder}` sends it later"
         ) from error
+    return private

@@ -27,7 +27,7 @@ def usage() -> str:
     )  # fmt: skip
 
 
-@command("nca-align evaluate")
+@command("nca-align evaluate", goes_on="what `output` holds by now is not computed again")
 def main(argv: list[str] | None = None) -> None:
     """Call the mode that the options choose, or print the table of scored samples."""
     argv = list(sys.argv[1:] if argv is None else argv)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from huggingface_hub import snapshot_download
 
 from ...errors import UserError, command
 from ...models.loading import ModelSource, add_adapter, is_adapter, trained_quantization
@@ -79,8 +80,8 @@ def export(options: ExportOptions) -> Export | None:
         found = (_export_adapter if is_adapter(options.model_name_or_path) else _export_model)(options, new)
     print(f"{output} is the model, with its tokenizer and model card")
     if options.push is not None:
-        push(output, options.push)
-        print(f"and {options.push} on the Hub, private")
+        private = push(output, options.push)
+        print(f"and {options.push} on the Hub, {'private' if private else 'public as it was'}")
     return found
 
 
@@ -95,6 +96,7 @@ def _export_adapter(options: ExportOptions, new: Path) -> Export:
     tokenizer = source.load_tokenizer()
     rows = comparison_rows(tokenizer, options.dataset_name)
     quantization = _quantization(options)
+    bits = quantization and (4 if quantization.load_in_4bit else 8)
 
     def load() -> torch.nn.Module:
         return source.load_base(torch.float32, quantization=quantization)
@@ -105,7 +107,7 @@ def _export_adapter(options: ExportOptions, new: Path) -> Export:
     tokens = sum(len(ids) for row in rows for ids in row["completion_ids"])
     sequences = sum(len(row["completion_ids"]) for row in rows)
     print(
-        f"merged against adapter on {'its base in 4 bits' if quantization else 'its base'}: "
+        f"merged against adapter on its base{f' in {bits} bits' if bits else ''}: "
         f"{own.largest:.4f} nats a sequence at most, {own.mean:.4f} on average ({sequences} sequences, {tokens} tokens)"
     )
     if not own.largest <= MAX_NATS:
@@ -142,7 +144,7 @@ def _export_adapter(options: ExportOptions, new: Path) -> Export:
         )
     found = Export(own, saved, sequences, tokens)
     chat = tokenizer.chat_template is not None
-    card = model_card(options.output, adapter, source.path, chat, quantization, _name(dtype), found)
+    card = model_card(options.output, adapter, source.path, chat, bits, _name(dtype), found)
     (new / "README.md").write_text(card)
     return found
 
@@ -167,8 +169,7 @@ def _export_model(options: ExportOptions, new: Path) -> None:
                 shutil.copy2(file, new / file.name)
         how = "copied"
     else:
-        dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
-        model = whole.load_base(dtype)
+        model = whole.load_base(options.dtype)
         model.save_pretrained(new)
         tokenizer.save_pretrained(new)
         _copy_processor(str(source), new)
@@ -178,12 +179,12 @@ def _export_model(options: ExportOptions, new: Path) -> None:
 
 
 def _copy_processor(source: str, new: Path) -> None:
-    from transformers.utils import cached_file
-
+    folder = Path(source)
+    if not folder.is_dir():
+        folder = Path(snapshot_download(source, allow_patterns=[*_PROCESSOR_FILES]))
     for name in _PROCESSOR_FILES:
-        found = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
-        if found is not None:
-            shutil.copy2(found, new / name)
+        if (folder / name).exists():
+            shutil.copy2(folder / name, new / name)
 
 
 def _refuse_prompt_learning(adapter: str) -> None:
@@ -212,11 +213,10 @@ def _quantization(options: ExportOptions):
 
 
 def _stored_dtype(source: ModelSource) -> torch.dtype:
-    dtype = source.load_config().dtype or torch.float32
-    return getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    return source.load_config().dtype or torch.float32
 
 
-@command("nca-align export")
+@command("nca-align export", goes_on="`output` is there whole, or not at all")
 def main(argv: list[str] | None = None) -> None:
     """Parse the options and export."""
     (options,) = parse([ExportOptions], argv, "nca-align export", "the trained model in one folder, adapter merged")

@@ -23,7 +23,7 @@ def model_card(
     source: str,
     base: str | None,
     chat: bool,
-    quantization: Any = None,
+    bits: int | None = None,
     dtype: str | None = None,
     measured: Export | None = None,
 ) -> str:
@@ -34,7 +34,7 @@ def model_card(
         source: the run's folder.
         base: the model that an adapter was merged into; None for a whole model.
         chat: whether its tokenizer has a chat template, so that messages can be given.
-        quantization: what the adapter was trained on, if quantised.
+        bits: of the base that the adapter was trained on, if quantised.
         dtype: of the merged weights.
         measured: the merge against the adapter.
     """
@@ -48,7 +48,7 @@ def model_card(
     training = "\n## Training\n\n| option | value |\n| --- | --- |\n" + "\n".join(options) + "\n" if options else ""
     merge = ""
     if measured is not None:
-        start = "the base in 4 bits, dequantised," if quantization is not None else "its base"
+        start = f"the base in {bits} bits, dequantised," if bits else "its base"
         merge = (
             f"\nThe adapter was merged into {start} in float32, {measured.merged.largest:.4f} nats a sequence at most "
             f"from the unmerged adapter on {measured.sequences} sequences of {measured.tokens} tokens in all, and "
