@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from ..batching.attention import prefix_sharing_obstacle
@@ -48,12 +49,10 @@ def sample_answers(
         UserError: the probabilities aren't finite; and see `refuse_virtual_tokens`.
     """
     refuse_virtual_tokens(model)
-    longest = max(map(len, prompts))
     device = next(model.parameters()).device
-    padding = [longest - len(ids) for ids in prompts]
-    rows = [[ends[0]] * n + ids for n, ids in zip(padding, prompts, strict=True)]
-    ids = torch.tensor(rows, device=device)
-    mask = (torch.arange(longest) >= torch.tensor(padding)[:, None]).long().to(device)
+    rows = [torch.tensor(prompt, device=device) for prompt in prompts]
+    ids = pad_sequence(rows, batch_first=True, padding_value=ends[0], padding_side="left")
+    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
     # attention in every layer, and nothing in front
     if not settings and prefix_sharing_obstacle(model) is None:
         generator = torch.Generator().manual_seed(seed)
@@ -65,7 +64,7 @@ def sample_answers(
             drawn = model.generate(  # type: ignore[operator]
                 input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, num_return_sequences=count,
                 use_cache=True, logits_processor=LogitsProcessorList([FiniteLogits()]), **settings,
-            )[:, longest:]  # fmt: skip
+            )[:, ids.shape[1] :]  # fmt: skip
     answers = [_until_end(row, ends) for row in drawn.tolist()]
     return [answers[b * count : (b + 1) * count] for b in range(len(prompts))]
 
