@@ -218,6 +218,8 @@ def test_the_runs_record_says_that_the_base_was_in_4_bits(wide, tokenizer, tmp_p
     a, b = (load_file(tmp_path / name / "model.safetensors") for name in ("by record", "by option"))
     assert all(torch.equal(a[name], b[name]) for name in b)
     card = (tmp_path / "by record" / "README.md").read_text()
+    assert "`base` trained on prompts with several rewarded completions each by nca-align" in card
+    assert 'tags: ["nca-align", "nca"]' in card
     assert "| `loss_type` | nca |" in card
     assert "| `beta` | 0.3 |" in card
     export(ExportOptions(str(run), str(tmp_path / "against it"), load_in_4bit=False))
@@ -410,6 +412,9 @@ def test_the_card_names_a_base_of_the_hub_and_no_place_on_this_machine(adapter_d
     card = (tmp_path / "mine" / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: ")
     assert "base_model" not in card
+    # its folder has no run's record, and may come from anywhere
+    assert " exported by nca-align" in card
+    assert 'tags: ["nca-align"]' in card
     assert str(Path(model_dir).parent) not in card
     assert 'model="mine"' in card
     assert re.search(r"0\.00\d\d nats a sequence at most", card)

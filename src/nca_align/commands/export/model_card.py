@@ -40,7 +40,8 @@ def model_card(
     """
     record = run_record(source)
     base_name = base or record.get("model._name_or_path")
-    metadata = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["nca-align", "nca"]}
+    tags = ["nca-align", *record.get("loss_type", [])]
+    metadata = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": tags}
     if base_name and not Path(base_name).exists():  # an id of the Hub, and no place on this machine
         metadata["base_model"] = base_name
     lines = [f"{key}: {json.dumps(value)}" for key, value in metadata.items()]
@@ -60,6 +61,7 @@ def model_card(
         metadata="\n".join(["---", *lines, "---"]), name=Path(output).name, training=training, merge=merge,
         prompt=_CHAT_PROMPT if chat else _TEXT_PROMPT,
         base=f"`{Path(base_name).name}`" if base_name else "A language model",
+        made="trained on prompts with several rewarded completions each" if record else "exported",
         versions=", ".join(f"{package} {version(package)}" for package in packages),
     )  # fmt: skip
 
