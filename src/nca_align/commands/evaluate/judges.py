@@ -76,7 +76,7 @@ def judge(options: JudgeOptions) -> None:
     model = server_model(options)
     path = Path(options.output)
     name = path.stem if spec.suffix == ".jsonl" else options.name or Path(options.adapter or model).name
-    lines = path if spec.suffix == ".jsonl" else path.with_suffix(".jsonl")
+    lines = path.with_suffix(".jsonl")
     if lines != path:
         check_writable(path)
     sampling = SampleOptions(

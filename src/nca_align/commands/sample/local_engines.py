@@ -10,7 +10,7 @@ from typing import Any
 
 from ...batching.rendering import prompt_ids
 from ...errors import InvalidRowError, UnsupportedError, UserError, one_line
-from ...models.loading import ModelSource
+from ...models.loading import ModelSource, trained_quantization
 from ...models.sampling import check_room, end_tokens, sample_answers, seed_for
 from ...store.files import read_json
 from ...store.shards import Advance
@@ -132,8 +132,6 @@ def vllm_engine(options: SampleOptions) -> Engine:
             "`engine` is 'vllm', which is not installed here: pip install 'nca-align[vllm]' on a CUDA machine, or use "
             "`engine` 'transformers'"
         ) from error
-    from ...models.loading import trained_quantization
-
     source = model_source(options)
     adapter = source.adapter
     if adapter is not None and trained_quantization(adapter) is not None:
