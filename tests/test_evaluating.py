@@ -30,7 +30,8 @@ from nca_align.commands.sample.command import sample
 from nca_align.commands.sample.engine import SampleOptions
 from nca_align.commands.score import ScoreOptions, score
 from nca_align.errors import UserError
-from nca_align.evaluation.generation_figures import UNKNOWN, distinct, mean_over_prompts, rewards_by_prompt, wins_over
+from nca_align.evaluation.evaluator import distinct, rewards_by_prompt, wins_over
+from nca_align.evaluation.intervals import UNKNOWN, mean_over_prompts
 from nca_align.models.loading import ModelSource
 from nca_align.models.logprobs import completion_logps
 from test_scoring import rewards_model

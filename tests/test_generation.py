@@ -17,7 +17,7 @@ from peft import LoraConfig, get_peft_model
 from conftest import build_model, build_tokenizer
 from nca_align import GenerationEvaluator
 from nca_align.errors import UserError
-from nca_align.evaluation.generation_figures import distinct, win_rate, wins_over
+from nca_align.evaluation.evaluator import distinct, win_rate, wins_over
 from nca_align.models.adapters import as_reference
 from nca_align.models.sampling import neutral_generation
 from nca_align.rewards.scorers import open_scorers

@@ -16,9 +16,8 @@ from rich.console import Console
 from conftest import build_tokenizer, real_rows, reward_rows
 from nca_align.batching.collator import RewardCollator
 from nca_align.batching.tokenization import tokenize_rows
-from nca_align.commands.inspect.command import InspectDataOptions, main, training_options
-from nca_align.commands.inspect.example import show_row, token_texts
-from nca_align.commands.inspect.inspection import inspect
+from nca_align.commands.inspect.command import main, training_options
+from nca_align.commands.inspect.inspection import inspect, show_row, token_texts
 from nca_align.commands.inspect.options import InspectOptions
 from nca_align.commands.inspect.page import build_page
 from nca_align.commands.inspect.tables import findings, print_example, print_inspection, sections, sparkline
@@ -404,9 +403,8 @@ class TestCommand:
     def test_every_recipe_is_taken(self, tmp_path):
         recipes = [*ROOT.glob("configs/*.yaml"), *ROOT.glob("configs/recipes/*.yaml")]
         assert len(recipes) > 5
-        known = [InspectOptions, InspectDataOptions]
         for recipe in recipes:
-            found, _ = parse(known, ["--config", str(recipe)], "x", ignored=training_options)
+            (found,) = parse([InspectOptions], ["--config", str(recipe)], "x", ignored=training_options)
             assert found.alpha == yaml.safe_load(recipe.read_text()).get("alpha", found.alpha)
 
     def test_a_key_that_training_does_not_know_either(self, data_file, tmp_path, capsys):
@@ -422,5 +420,5 @@ class TestCommand:
             show_row(Dataset.from_list(reward_rows(1)), -1, options())
 
     def test_data_options_are_trainings_but_for_the_held_out_rows(self):
-        ours, trainings = vars(InspectDataOptions()), vars(DataOptions())
-        assert {name for name in ours if ours[name] != trainings.get(name)} == {"validation_fraction"}
+        ours, trainings = vars(InspectOptions(dataset_name="x")), vars(DataOptions())
+        assert {name for name in trainings if ours[name] != trainings[name]} == {"validation_fraction"}

@@ -24,8 +24,15 @@ from transformers import AutoModelForCausalLM
 
 from nca_align.commands.evaluate import lm_eval_harness as harness_module
 from nca_align.commands.evaluate.command import main
-from nca_align.commands.evaluate.lm_eval_harness import HarnessOptions, harness, load_tasks
-from nca_align.commands.evaluate.lm_eval_table import Line, compare, plain_results, print_table
+from nca_align.commands.evaluate.lm_eval_harness import (
+    HarnessOptions,
+    Line,
+    compare,
+    harness,
+    load_tasks,
+    plain_results,
+    print_table,
+)
 from nca_align.errors import UserError
 from nca_align.evaluation.intervals import Estimate
 

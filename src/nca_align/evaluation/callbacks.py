@@ -9,6 +9,7 @@ from datasets import Dataset
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
+from ..batching.collator import padded
 from ..batching.tokenization import tokenize_dataset
 from ..errors import UnsupportedError, UserError
 from ..models.adapters import adapter_merged, as_reference, base_model, eval_mode, refuse_virtual_tokens
@@ -204,13 +205,12 @@ class RankingCallback(_EvaluationCallback):
             if reference is not model:
                 with eval_mode(model), adapter_merged(model):
                     policy = completion_logps(model, rows, self._batch_size)
-            means = PromptMeans()
-            for row, *logps in zip(rows, policy, self._reference_logps[name], strict=True):
-                pi_logps, ref_logps, rewards = (torch.tensor([own]) for own in (*logps, row["rewards"]))
-                check_rows(rewards, None, self._alpha, self._beta)
-                valid = torch.ones_like(rewards, dtype=torch.bool)
-                about = (pi_logps, ref_logps, rewards, valid, self._alpha, self._beta)
-                means.add(row_metrics(*about) | calibration(*about))
+            rewards = [row["rewards"] for row in rows]
+            valid = padded([[True] * len(own) for own in rewards], torch.bool)
+            logps, ref_logps, scores = map(padded, (policy, self._reference_logps[name], rewards))
+            check_rows(scores, valid, self._alpha, self._beta)
+            means, about = PromptMeans(), (logps, ref_logps, scores, valid, self._alpha, self._beta)
+            means.add(row_metrics(*about) | calibration(*about))
             values |= {f"{_prefix(name)}{key}": value for key, value in means.gather().items()}
         return values
 

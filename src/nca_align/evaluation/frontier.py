@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import ROUND_DOWN, Context
 from typing import Any
 
 from .comparison_rows import Row, Setting, figure_of, runs_of, step_of
@@ -74,14 +75,8 @@ def _root(kl: float) -> float:
 def common_reach(groups: Iterable[Sequence[Curve]]) -> float | None:
     """The highest KL that every run of all groups came to, rounded down to two digits; None without any above 0."""
     reach = min((curve.reach for curves in groups for curve in curves), default=0.0)
-    if reach <= 0:
-        return None
-    unit = 10.0 ** (math.floor(math.log10(reach)) - 1)
-    for units in (math.floor(reach / unit * (1 + 1e-12)), math.floor(reach / unit) - 1):
-        rounded = float(f"{units * unit:.12g}")
-        if rounded <= reach:
-            return rounded
-    return reach
+    two_digits = Context(prec=2, rounding=ROUND_DOWN)
+    return float(two_digits.create_decimal(repr(reach))) if reach > 0 else None
 
 
 def equal_kls(groups: Mapping[Setting, Sequence[Curve]]) -> list[float]:

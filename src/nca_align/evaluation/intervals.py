@@ -5,7 +5,8 @@ from collections.abc import Iterable, Sequence
 from statistics import fmean, stdev
 from typing import NamedTuple
 
-import torch
+import numpy as np
+from numpy.polynomial.legendre import leggauss
 
 
 class Estimate(NamedTuple):
@@ -55,9 +56,8 @@ def mean_over_prompts(values: Iterable[Sequence[float]]) -> Estimate:
     Returns:
         The mean and its standard error, NaN for a single prompt.
     """
-    means = torch.tensor([sum(row) / len(row) for row in values], dtype=torch.float64)
-    error = float(means.std() / math.sqrt(len(means))) if len(means) > 1 else math.nan
-    return Estimate(float(means.mean()), error)
+    means = [fmean(row) for row in values]
+    return Estimate(fmean(means), stdev(means) / math.sqrt(len(means)) if len(means) > 1 else math.nan)
 
 
 def mean_and_interval(values: Sequence[float], level: float = 0.95) -> Interval:
@@ -79,7 +79,7 @@ def mean_and_interval(values: Sequence[float], level: float = 0.95) -> Interval:
 
 def t_quantile(level: float, degrees: int) -> float:
     """The t for which P(|T| < t) = `level` in Student's distribution with that many degrees of freedom."""
-    low, high = 0.0, math.pi / 2  # of the angle atan(t / √degrees), in which the distribution is a finite sum
+    low, high = 0.0, math.pi / 2  # of the angle atan(t / √degrees), which is bounded
     for _ in range(80):
         middle = (low + high) / 2
         low, high = (middle, high) if _within(middle, degrees) < level else (low, middle)
@@ -87,13 +87,7 @@ def t_quantile(level: float, degrees: int) -> float:
 
 
 def _within(angle: float, degrees: int) -> float:
-    """P(|T| < √degrees · tan(angle)); Abramowitz and Stegun 26.7.3 and 26.7.4."""
-    sine, cosine = math.sin(angle), math.cos(angle)
-    odd = degrees % 2
-    if degrees == 1:
-        return 2 * angle / math.pi
-    term = total = cosine if odd else 1.0
-    for k in range(3 if odd else 2, degrees - 1, 2):
-        term *= cosine * cosine * (k - 1) / k
-        total += term
-    return 2 / math.pi * (angle + sine * total) if odd else sine * total
+    """P(|T| < √degrees · tan(angle)): the angle's density is in proportion to its cosine to the power degrees − 1."""
+    nodes, weights = leggauss(100)  # on −1 … 1
+    integral = angle / 2 * float(weights @ np.cos(angle / 2 * (1 + nodes)) ** (degrees - 1))
+    return 2 / math.sqrt(math.pi) * math.exp(math.lgamma((degrees + 1) / 2) - math.lgamma(degrees / 2)) * integral

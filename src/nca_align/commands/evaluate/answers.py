@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ...data.prompts import load_raw, split_to_answer
-from ...evaluation.generation_figures import rewards_by_prompt
+from ...evaluation.evaluator import rewards_by_prompt
 from ...evaluation.intervals import Estimate, mean_over_prompts
 from ...options import Dtype, dtype_option, option
 from ...rewards.scorers import ScorerSpec, check_weights

@@ -20,13 +20,7 @@ from ...config import NCAConfig, prompt_limit
 from ...data import DataOptions, held_out_split, read_reward_dataset
 from ...errors import UserError
 from ...evaluation.intervals import Interval
-from ...evaluation.ranking import (
-    LENGTH_MATCH,
-    Completions,
-    compare_scores,
-    pair_kinds,
-    without_length,
-)
+from ...evaluation.ranking import LENGTH_MATCH, Completions, compare_scores, pair_kinds, without_length
 from ...models.adapters import as_reference
 from ...models.loading import ModelSource, run_record
 from ...models.logprobs import token_logps

@@ -5,24 +5,28 @@ lm_eval is an extra (`pip install 'nca-align[lm-eval]'`) and imported only here,
 
 import json
 import logging
+import math
 import os
+import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from datasets.exceptions import DatasetsError
 from jinja2 import TemplateError
+from rich.console import Console
 
 from ...errors import UserError, one_line, refused_by
+from ...evaluation.intervals import Estimate
 from ...models.adapters import as_reference
 from ...models.loading import ModelSource
 from ...options import Dtype, dtype_option, nearest, option, require_at_least_1
+from ...pages.terminal import print_rows
 from ...store.files import check_writable, read_table, write_json
 from ...store.fingerprints import data_fingerprint
 from ...store.hub import go_offline_without_network
-from .lm_eval_table import Line, compare, plain_results, print_table
 
 
 @dataclass(kw_only=True)
@@ -54,6 +58,25 @@ class HarnessOptions:
             raise UserError(
                 f"`include_path` is {self.include_path!r}, and there is no such folder; give one of YAML files"
             )
+
+
+class Line(NamedTuple):
+    """One line of the table: a figure of a task for both models.
+
+    Args:
+        task, metric: as lm_eval names them; the metric with its filter, where it has one.
+        questions: how many.
+        base, aligned: the figure and its standard error; NaN where lm_eval gives none.
+        change: aligned − base, and its standard error over the same questions (paired), NaN where the figure is no
+            mean over questions.
+    """
+
+    task: str
+    metric: str
+    questions: int
+    base: Estimate
+    aligned: Estimate
+    change: Estimate
 
 
 def harness(options: HarnessOptions) -> list[Line]:
@@ -190,3 +213,71 @@ def _language_model(source: ModelSource, adapter_off: bool, options: HarnessOpti
     model, tokenizer = source.load_policy(options.dtype), source.load_tokenizer()
     with as_reference(model) if adapter_off else nullcontext():
         yield HFLM(pretrained=model, tokenizer=tokenizer, batch_size=options.batch_size)
+
+
+def plain_results(results: dict[str, Any]) -> dict[str, Any]:
+    """Of lm_eval's results, by task: number of questions, figures with their errors, and the questions' own values."""
+    plain: dict[str, Any] = {}
+    for task, entry in results["results"].items():
+        figures = {}
+        for key, value in entry.items():
+            metric, _, kind = key.partition(",")
+            if not kind or metric.endswith("_stderr") or not isinstance(value, (int, float)):
+                continue
+            error = entry.get(f"{metric}_stderr,{kind}")
+            # A group's figure is put together from its tasks' and has no questions of its own.
+            samples = {
+                str(one["doc_id"]): float(one[metric])
+                for one in results["samples"].get(task, [])
+                if one["filter"] == kind and isinstance(one.get(metric), (int, float))
+            }
+            figures[key] = {
+                "value": float(value), "error": float(error) if isinstance(error, (int, float)) else None,
+                "questions": samples,
+            }  # fmt: skip
+        plain[task] = {"questions": entry.get("sample_len", 0), "figures": figures}
+    return plain
+
+
+def compare(base: dict[str, Any], aligned: dict[str, Any]) -> list[Line]:
+    """Both models' figures, line by line, with the change and its error over the same questions.
+
+        error = std_i(aligned_i − base_i) / √n
+
+    which is smaller than the two errors suggest where most questions come out alike.
+
+    Args:
+        base, aligned: by task `questions` and `figures`, each with `value`, `error` and its `questions`.
+    """
+    lines = []
+    for task, entry in aligned.items():
+        for key, now in entry["figures"].items():
+            before = base[task]["figures"][key]
+            metric, _, kind = key.partition(",")
+            pairs = [
+                (now["questions"][i], before["questions"][i]) for i in now["questions"] if i in before["questions"]
+            ]
+            means = all(
+                figure["questions"] and math.isclose(statistics.fmean(figure["questions"].values()), figure["value"])
+                for figure in (now, before)
+            )
+            error = math.nan
+            if means and len(pairs) == len(now["questions"]) > 1:
+                error = statistics.stdev(p - q for p, q in pairs) / math.sqrt(len(pairs))
+            name = metric if kind == "none" else f"{metric} ({kind})"
+            change = Estimate(now["value"] - before["value"], error)
+            lines.append(Line(task, name, entry["questions"], _estimate(before), _estimate(now), change))
+    return lines
+
+
+def _estimate(figure: dict[str, Any]) -> Estimate:
+    return Estimate(figure["value"], math.nan if figure["error"] is None else figure["error"])
+
+
+def print_table(lines: list[Line], title: str, console: Console | None = None) -> None:
+    """The table, with a standard error after each ±."""
+    rows = [
+        (line.task, line.metric, f"{line.questions}", line.base.text(), line.aligned.text(), line.change.text("+.3f"))
+        for line in lines
+    ]
+    print_rows(("task", "metric", "n", "base", "aligned", "change"), rows, 2, title, console=console)

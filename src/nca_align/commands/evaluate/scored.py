@@ -11,7 +11,7 @@ from datasets import Dataset
 from ...batching.rendering import prompt_ids
 from ...data.prompts import load_raw, text_of
 from ...errors import UserError
-from ...evaluation.generation_figures import ESTIMATES, GenerationFigures, figures_of, rewards_by_prompt, wins_over
+from ...evaluation.evaluator import ESTIMATES, GenerationFigures, figures_of, rewards_by_prompt, wins_over
 from ...evaluation.intervals import UNKNOWN, Estimate
 from ...models.loading import ModelSource, model_fingerprint
 from ...models.logprobs import completion_logps

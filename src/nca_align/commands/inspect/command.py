@@ -1,21 +1,12 @@
 """`nca-align inspect`: a data set before a GPU is spent on it, with a tokenizer or without one."""
 
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 from pathlib import Path
 
 from ...data import DataOptions, read_reward_dataset, select_split
 from ...errors import UserError, command, refused_by
 from ...options import parse
 from .options import InspectOptions
-
-
-@dataclass
-class InspectDataOptions(DataOptions):
-    """Training's options of reading data, but all rows are looked at by default."""
-
-    validation_fraction: float = field(
-        default=0.0, metadata={"help": "training's, to look at the rows that it leaves in the split; 0 looks at all"}
-    )
 
 
 def training_options() -> set[str]:
@@ -31,10 +22,9 @@ def training_options() -> set[str]:
 @command("nca-align inspect")
 def main(argv: list[str] | None = None) -> None:
     """Parse the options, and print or write what was found."""
-    options, data_options = parse(
-        [InspectOptions, InspectDataOptions], argv, "nca-align inspect", "a data set, before training on it",
-        ignored=training_options,
-    )  # fmt: skip
+    (options,) = parse(
+        [InspectOptions], argv, "nca-align inspect", "a data set, before training on it", ignored=training_options
+    )
     if options.html is not None:
         if not Path(options.html).resolve().parent.is_dir():
             raise UserError(f"`html` is {options.html!r}, whose folder does not exist; make it, or choose another file")
@@ -50,12 +40,12 @@ def main(argv: list[str] | None = None) -> None:
     data = read_reward_dataset(
         options.dataset_name, split=options.dataset_train_split, name=options.dataset_config,
         num_proc=options.dataset_num_proc,
-        options=DataOptions(**{f.name: getattr(data_options, f.name) for f in fields(DataOptions)}),
+        # as training has them, so that both read one cache
+        options=DataOptions(**{f.name: getattr(options, f.name) for f in fields(DataOptions)}),
     )  # fmt: skip
     dataset = select_split(data.dataset, options.dataset_train_split)
 
-    from .example import show_row
-    from .inspection import inspect
+    from .inspection import inspect, show_row
     from .tables import print_example, print_inspection
 
     if options.example is not None:

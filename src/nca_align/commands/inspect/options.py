@@ -2,13 +2,14 @@
 
 from dataclasses import dataclass
 
+from ...data import DataOptions
 from ...errors import UserError
 from ...options import option
 
 
-@dataclass
-class InspectOptions:
-    """Options of `nca-align inspect`."""
+@dataclass(kw_only=True)
+class InspectOptions(DataOptions):
+    """Options of `nca-align inspect`: training's of reading data too, but all rows are looked at by default."""
 
     dataset_name: str = option("a Hub id, a file or a folder, in any format that training reads")
     dataset_config: str | None = option("configuration of a data set of the Hub", None)
@@ -19,6 +20,9 @@ class InspectOptions:
     )
     model_revision: str | None = option("revision of a model of the Hub", None)
     trust_remote_code: bool = option("run code that comes with a model", False)
+    validation_fraction: float = option(
+        "training's, to look at the rows that it leaves in the split; 0 looks at all", 0.0
+    )
     max_length: int = option("training's: tokens of prompt and completion", 1024)
     max_prompt_length: int | None = option(
         "training's: tokens kept of a prompt, its end; half of max_length by default", None
@@ -33,6 +37,7 @@ class InspectOptions:
     html: str | None = option("write a self-contained page with plots to this file", None)
 
     def __post_init__(self):
+        super().__post_init__()
         if not 0 < self.alpha < float("inf"):
             raise UserError(f"`alpha` is {self.alpha}; it must be a finite number above 0")
         if self.max_prompt_length is None:

@@ -7,8 +7,7 @@ import numpy as np
 from ...pages import html as pages
 from ...pages.charts import Chart, Series, bars, chart_card, histogram
 from ...pages.html import Tile, card
-from .example import Example
-from .inspection import Inspection, Tokens
+from .inspection import Example, Inspection, Tokens
 from .reward_stats import alpha_table, binned, spreads
 from .tables import Section, findings, k_distribution, percent, sections
 

@@ -5,9 +5,10 @@ prompt after the other.
 """
 
 import math
-from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -22,21 +23,19 @@ HARD = 1.05
 _PAIRS_AT_A_TIME = 1 << 23
 
 
-def by_k(counts: np.ndarray, *flat: np.ndarray) -> Iterator[tuple]:
-    """For each K that occurs, so many prompts at a time as bound the memory: which, and `flat` as matrices (.., K)."""
+def per_prompt(function: Callable[..., np.ndarray | Tensor], counts: np.ndarray, *flat: np.ndarray) -> np.ndarray:
+    """(B,) what `function` makes of each prompt's values, which it gets as matrices (prompts, K) of one K.
+
+    It gets so many prompts at a time as bound the memory.
+    """
+    output = np.empty(len(counts))
     for k in np.unique(counts):
         rows, there = np.flatnonzero(counts == k), np.repeat(counts == k, counts)
         matrices = [values[there].reshape(-1, k) for values in flat]
         step = max(1, _PAIRS_AT_A_TIME // k**2)
         for first in range(0, len(rows), step):
-            yield tuple(values[first : first + step] for values in (rows, *matrices))
-
-
-def per_prompt(function: Callable[..., np.ndarray | Tensor], counts: np.ndarray, *flat: np.ndarray) -> np.ndarray:
-    """(B,) what `function` makes of each prompt's values, which it gets as matrices (prompts, K) of one K."""
-    output = np.empty(len(counts))
-    for rows, *matrices in by_k(counts, *flat):
-        output[rows] = function(*matrices)
+            some = slice(first, first + step)
+            output[rows[some]] = function(*(values[some] for values in matrices))
     return output
 
 
@@ -120,7 +119,7 @@ def effective_range(rewards: np.ndarray, counts: np.ndarray) -> tuple[float, flo
 
 
 def suggest_alpha(rewards: np.ndarray, counts: np.ndarray, target: float) -> float:
-    """The α at which the mean effective number of completions is `target`, by bisection; rounded to two digits.
+    """The α at which the mean effective number of completions is `target`, rounded to two digits.
 
     Raises:
         ValueError: no α reaches `target`, which lies outside `effective_range`.
@@ -132,14 +131,11 @@ def suggest_alpha(rewards: np.ndarray, counts: np.ndarray, target: float) -> flo
             f"tie for the best) and below {high:.3g} (all of them): choose one between"
         )
     spread = spreads(rewards, counts)
-    bottom, top = math.log(spread[spread > 0].min() * 1e-3), math.log(spread.max() * 1e3)
-    for _ in range(40):
-        middle = (bottom + top) / 2
-        if effective_completions(rewards, counts, math.exp(middle)).mean() < target:
-            bottom = middle
-        else:
-            top = middle
-    return float(f"{math.exp(bottom):.2g}")
+    alphas = np.geomspace(spread[spread > 0].min() * 1e-3, spread.max() * 1e3, 100_000)
+    place = bisect_left(  # the mean never falls as α grows
+        alphas, target, hi=len(alphas) - 1, key=lambda alpha: effective_completions(rewards, counts, alpha).mean()
+    )
+    return float(f"{alphas[place]:.2g}")
 
 
 @dataclass(frozen=True)
@@ -232,21 +228,19 @@ class Duplicates(NamedTuple):
 def find_duplicates(completions: Sequence[Hashable], rewards: np.ndarray, counts: np.ndarray) -> Duplicates:
     """Equal completions within prompts; `completions` (ΣK) are compared as they are."""
     extra = prompts = unequal = 0
-    first = 0
+    scored = zip(completions, rewards.tolist(), strict=True)
     for k in counts.tolist():
-        row = completions[first : first + k]
-        if len(set(row)) < k:
-            prompts += 1
-            extra += k - len(set(row))
-            scores = set(zip(row, rewards[first : first + k].tolist(), strict=True))
-            unequal += len(scores) > len(set(row))
-        first += k
+        row = list(islice(scored, k))
+        different = len({completion for completion, _ in row})
+        extra += k - different
+        prompts += different < k
+        unequal += len(set(row)) > different
     return Duplicates(extra, prompts, unequal)
 
 
 def repeated(prompts: Sequence[Hashable]) -> int:
     """How many rows have a prompt that an earlier row has."""
-    return sum(n - 1 for n in Counter(prompts).values())
+    return len(prompts) - len(set(prompts))
 
 
 def binned(values: np.ndarray, bins: int = 24) -> tuple[np.ndarray, np.ndarray]:

@@ -11,8 +11,7 @@ from rich.text import Text
 from ...data.schema import show_counts
 from ...pages.html import visible
 from ...pages.terminal import print_rows
-from .example import Example
-from .inspection import Inspection
+from .inspection import Example, Inspection
 from .reward_stats import HARD, binned, spreads, tied_for_best
 
 _BLOCKS = " ▁▂▃▄▅▆▇█"

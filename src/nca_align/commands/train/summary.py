@@ -17,9 +17,7 @@ def logged(log: Log, metric: str) -> Curve:
     return list(values), list(values.values())
 
 
-def by_rank(
-    log: Sequence[Mapping[str, Any]], name: str, prefix: str = ""
-) -> dict[int, tuple[list[float], list[float]]]:
+def by_rank(log: Log, name: str, prefix: str = "") -> dict[int, Curve]:
     """Rank (1 the best) → (steps, values) of `name` ("rewards" or "logratios") in a `log_history`."""
     curves = (logged(log, f"{prefix}{name}/rank_{rank}") for rank in count(1))
     return dict(enumerate(takewhile(lambda curve: curve[0], curves), 1))
@@ -59,17 +57,14 @@ def summary(log: Log, answers: list[tuple[Any, str, str]], kept_step: int | None
         answers: prompt, answer before, answer after.
         kept_step: the step whose model is kept; None for the last one.
     """
-    last = last_evaluation(log, kept_step)
-    if last is not None and last["step"] == 0:  # only `eval_on_start`: nothing has moved by then
-        last = None
-    prefix = "" if last is None else "eval_"
+    evaluated = last_evaluation(log, kept_step)
     trained = next((line for line in reversed(log) if "logratios/rank_1" in line), None)
-    last = trained if last is None else last
+    # of step 0 alone, by `eval_on_start`, nothing has moved
+    prefix, last = ("eval_", evaluated) if evaluated is not None and evaluated["step"] > 0 else ("", trained)
     if last is None:
         return "Nothing was logged; lower `logging_steps` to see what moves."
-    start = next(
-        (line for line in log if line["step"] == 0 and f"{prefix}rewards/rank_1" in line), {}
-    )  # else all are 0
+    # without a line of step 0 all are 0 there
+    start = next((line for line in log if line["step"] == 0 and f"{prefix}rewards/rank_1" in line), {})
     where = "held-out prompts" if prefix else "training prompts"
     text = [f"What moved, on {where}, from step 0 to {last['step']}:"]
     for rank in by_rank([last], "rewards", prefix):
