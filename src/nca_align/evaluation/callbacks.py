@@ -53,13 +53,11 @@ class _EvaluationCallback(TrainerCallback):
         """What is logged."""
         raise NotImplementedError
 
-    def on_train_begin(self, args, state, control, **kwargs):
-        if self._steps is not None and 0 in self._steps and state.global_step == 0:
-            self._run()
-
     def on_step_end(self, args, state, control, **kwargs):
         if self._steps is not None and state.global_step in self._steps:
             self._run()
+
+    on_train_begin = on_step_end  # of step 0; a run that is resumed has its step's line already
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         """Also adds to `metrics`, so that `metric_for_best_model` and early stopping can go by it."""

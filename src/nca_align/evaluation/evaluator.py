@@ -176,29 +176,26 @@ class GenerationEvaluator:
         ends = end_tokens(model, self._tokenizer)
         by_length = sorted(mine, key=lambda i: len(self._prompts[i]))
         size = max(1, self.batch_size // self.num_completions)
-        found: dict[int, dict[str, Any]] = {}
+        found: dict[int, list[list[int]]] = {}
         for start in range(0, len(by_length), size):
             batch = by_length[start : start + size]
             prompts, seed = [self._prompts[i] for i in batch], seed_for(self._seed, which, batch[0])
             answers = sample_answers(model, prompts, self.num_completions, self.max_new_tokens, ends, seed)
-            for i, own in zip(batch, answers, strict=True):
-                found[i] = {
-                    "prompt_ids": self._prompts[i],
-                    "completion_ids": own,
-                    "texts": [self._tokenizer.decode(ids, skip_special_tokens=True) for ids in own],
-                    "tokens": [len(ids) for ids in own],
-                    "cut": [ids[-1] not in ends for ids in own],
-                }
+            found.update(zip(batch, answers, strict=True))
         if not found:  # more processes than prompts
             return []
-        rows = []
+        answered, rows = [], []
         for i in mine:
-            prompt = self._rows[i]["prompt"]
-            rows.append(self._rows[i] | {"completions": [completion_of(prompt, text) for text in found[i]["texts"]]})
+            texts = [self._tokenizer.decode(ids, skip_special_tokens=True) for ids in found[i]]
+            answered.append({
+                "prompt_ids": self._prompts[i], "completion_ids": found[i], "texts": texts,
+                "tokens": [len(ids) for ids in found[i]], "cut": [ids[-1] not in ends for ids in found[i]],
+            })  # fmt: skip
+            rows.append(self._rows[i] | {"completions": [completion_of(self._rows[i]["prompt"], t) for t in texts]})
         shard = self._score(0, 0, rows, lambda done: None)
         if shard.failed:
             raise UserError(f"an answer could not be scored: {next(iter(shard.failed.values()))}")
-        return [found[i] | {"rewards": row["rewards"]} for i, row in zip(mine, shard.rows, strict=True)]
+        return [own | {"rewards": row["rewards"]} for own, row in zip(answered, shard.rows, strict=True)]
 
 
 @contextmanager

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from decimal import ROUND_DOWN, Context
 from typing import Any
 
+import numpy as np
+
 from .comparison_rows import Row, Setting, figure_of, runs_of, step_of
 
 _MOST_KL = 3  # KLs to compare at beside the common reach
@@ -55,21 +57,12 @@ def reward_at_kl(curve: Curve, kl: float) -> float | None:
 
     Source: Gao et al., "Scaling Laws for Reward Model Overoptimization", 2023, for reward as a function of √KL.
     """
-    before: tuple[float, float] | None = None
-    for _, here, reward in curve.points:
-        if here == kl:
-            return reward
-        if here > kl:
-            if before is None:
-                return None
-            share = (_root(kl) - _root(before[0])) / (_root(here) - _root(before[0]))
-            return before[1] + share * (reward - before[1])
-        before = here, reward
-    return None
-
-
-def _root(kl: float) -> float:
-    return math.sqrt(max(kl, 0.0))  # an estimate near 0 may fall below it
+    first = next((i for i, (_, here, _) in enumerate(curve.points) if here >= kl), None)
+    if first is None or (first == 0 and curve.points[0][1] > kl):
+        return None
+    around = curve.points[max(first - 1, 0) : first + 1]
+    roots = [math.sqrt(max(here, 0.0)) for _, here, _ in around]  # an estimate near 0 may fall below it
+    return float(np.interp(math.sqrt(kl), roots, [reward for *_, reward in around]))
 
 
 def common_reach(groups: Iterable[Sequence[Curve]]) -> float | None:

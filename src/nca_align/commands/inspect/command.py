@@ -11,12 +11,9 @@ from .options import InspectOptions
 
 def training_options() -> set[str]:
     """Names of all options of training, which a file that is given to `inspect` may hold."""
-    from trl import ModelConfig, ScriptArguments
+    from ..train.command import TRAIN_OPTIONS  # loads torch
 
-    from ...config import NCAConfig
-    from ..train.command import RunOptions
-
-    return {f.name for cls in (ScriptArguments, DataOptions, RunOptions, NCAConfig, ModelConfig) for f in fields(cls)}
+    return {f.name for cls in TRAIN_OPTIONS for f in fields(cls)}
 
 
 @command("nca-align inspect")

@@ -17,7 +17,6 @@ from ...errors import UserError
 from ...losses import targets
 from . import reward_stats as stats
 from .options import InspectOptions
-from .reward_stats import AlphaRow, Duplicates, Pairs
 
 
 @dataclass(frozen=True)
@@ -82,17 +81,17 @@ class Inspection:
     unit: str
     repeated_prompts: int
     unfinished: int | None
-    duplicates: Duplicates
-    pairs: Pairs
+    duplicates: stats.Duplicates
+    pairs: stats.Pairs
     correlation: float | None
     rank_lengths: list[float]
-    alphas: list[AlphaRow]
+    alphas: list[stats.AlphaRow]
     suggested: float | None
     target: float
     tokens: Tokens | None
 
     @property
-    def here(self) -> AlphaRow:
+    def here(self) -> stats.AlphaRow:
         """What the α that was asked for makes of the rewards."""
         return next(row for row in self.alphas if row.alpha == self.options.alpha)
 
@@ -109,10 +108,10 @@ def inspect(dataset: Dataset, options: InspectOptions, tokenizer=None, report: D
     rewards: list[float] = []
     counts: list[int] = []
     for batch in dataset.select_columns(["prompt", "completions", "rewards"]).iter(1000):
-        prompts += map(_hash, batch["prompt"])
+        prompts += [hash(repr(prompt)) for prompt in batch["prompt"]]
         for row in batch["completions"]:
             counts.append(len(row))
-            completions += map(_hash, row)
+            completions += [hash(repr(completion)) for completion in row]
             characters += [len(text_of(completion)) for completion in row]
         rewards += [reward for row in batch["rewards"] for reward in row]
     r, k = np.array(rewards, dtype=float), np.array(counts)
@@ -137,10 +136,6 @@ def _count_truncated(dataset: Dataset) -> int | None:
     if dataset.features.get("truncated") != List(Value("bool")):
         return None
     return sum(sum(row or []) for row in dataset["truncated"])
-
-
-def _hash(text: str | list[dict[str, Any]]) -> int:
-    return hash(text if isinstance(text, str) else repr(text))
 
 
 def count_tokens(dataset: Dataset, tokenizer, options: InspectOptions) -> Tokens:
@@ -201,10 +196,9 @@ def show_row(dataset: Dataset, index: int, options: InspectOptions, tokenizer=No
         raise UserError(f"`example` is {index}; it must be a row from 0 to {len(dataset) - 1}")
     row = dataset[index]
     weights = targets(torch.tensor([row["rewards"]], dtype=torch.float64), options.alpha)[0].tolist()
+    prompt, *completions = map(_turns, [row["prompt"], *row["completions"]])
     if tokenizer is None:
-        return Example(
-            index, _turns(row["prompt"]), [_turns(c) for c in row["completions"]], row["rewards"], weights, []
-        )
+        return Example(index, prompt, completions, row["rewards"], weights, [])
     limits: dict[str, Any] = {"max_prompt_length": options.max_prompt_length, "max_length": options.max_length}
     ids = tokenize_rows({key: [value] for key, value in row.items()}, [index], tokenizer, **limits, length_column="n")
     remarks = []
@@ -212,8 +206,8 @@ def show_row(dataset: Dataset, index: int, options: InspectOptions, tokenizer=No
         remarks.append(f"cut to its last {options.max_prompt_length} tokens: the prompt")
     if cut := ids["completions_cut"][0]:
         remarks.append(f"cut at {options.max_length} tokens: {cut} of {len(row['completions'])} completions")
-    completions = [token_texts(tokenizer, completion) for completion in ids["completion_ids"][0]]
-    return Example(index, token_texts(tokenizer, ids["prompt_ids"][0]), completions, row["rewards"], weights, remarks)
+    prompt, *completions = (token_texts(tokenizer, own) for own in (ids["prompt_ids"][0], *ids["completion_ids"][0]))
+    return Example(index, prompt, completions, row["rewards"], weights, remarks)
 
 
 def _turns(text: str | list[dict[str, Any]]) -> list[str]:

@@ -141,12 +141,11 @@ def findings(found: Inspection) -> list[str]:
             "both losses draw them together."
         )
     if pairs.biased and pairs.longer_is_better is not None:
-        longer = pairs.longer_is_better > 0.5
-        right = pairs.longer_is_better if longer else 1 - pairs.longer_is_better
+        bias = "longer" if pairs.longer_is_better > 0.5 else "shorter"
+        right = max(pairs.longer_is_better, 1 - pairs.longer_is_better)
         lines.append(
-            f"“{'Longer' if longer else 'Shorter'} is better” orders {percent(right)} of the unequal pairs right: the "
-            f"model can learn to answer {'longer' if longer else 'shorter'} instead of better. Compare with that "
-            "baseline, and watch the length of its answers."
+            f"“{bias.capitalize()} is better” orders {percent(right)} of the unequal pairs right: the model can learn "
+            f"to answer {bias} instead of better. Compare with that baseline, and watch the length of its answers."
         )
     if found.duplicates.completions > 0.01 * len(found.rewards):
         lines.append(

@@ -40,13 +40,10 @@ class Comparison:
 
 def prefixes(log: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """Prefix of a log's metrics → whose they are: "" training's, `eval_` held-out prompts', `eval_test_` the test's."""
-    pattern = re.compile(r"(.*?)(?:logratios/best|generation/reward)")
+    pattern = re.compile(r"(|eval_.*?)(?:logratios/best|generation/reward)")
     found = {match[1] for line in log for key in line if (match := pattern.fullmatch(key))}
-    return {
-        prefix: "training" if not prefix else "held-out" if prefix == "eval_" else prefix[5:-1]
-        for prefix in sorted(found)
-        if not prefix or prefix.startswith("eval_")
-    }
+    names = {"": "training", "eval_": "held-out"}
+    return {prefix: names.get(prefix, prefix[5:-1]) for prefix in sorted(found)}
 
 
 def read_run(path: Path) -> Run | Comparison:
