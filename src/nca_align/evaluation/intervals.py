@@ -8,6 +8,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.polynomial.legendre import leggauss
 
+_NODES, _WEIGHTS = leggauss(100)  # an integral over −1 … 1 as a sum
+
 
 class Estimate(NamedTuple):
     """A mean over prompts and its standard error; NaN where it isn't known."""
@@ -88,6 +90,5 @@ def t_quantile(level: float, degrees: int) -> float:
 
 def _within(angle: float, degrees: int) -> float:
     """P(|T| < √degrees · tan(angle)): the angle's density is in proportion to its cosine to the power degrees − 1."""
-    nodes, weights = leggauss(100)  # on −1 … 1
-    integral = angle / 2 * float(weights @ np.cos(angle / 2 * (1 + nodes)) ** (degrees - 1))
+    integral = angle / 2 * float(_WEIGHTS @ np.cos(angle / 2 * (1 + _NODES)) ** (degrees - 1))
     return 2 / math.sqrt(math.pi) * math.exp(math.lgamma((degrees + 1) / 2) - math.lgamma(degrees / 2)) * integral
