@@ -17,7 +17,7 @@ from nca_align.commands.evaluate.scored import sampled_ids
 from nca_align.commands.sample import server
 from nca_align.commands.sample.engine import SampleOptions
 from nca_align.commands.sample.local_engines import prompt_reader
-from nca_align.data.conversation import RESERVED
+from nca_align.data.cleaning import RESERVED
 from nca_align.errors import InvalidRowError, UserError
 from nca_align.rewards.reward_models import model_scorer
 

@@ -30,7 +30,7 @@ from nca_align.errors import UserError
 from nca_align.store.checkpoints import MANIFEST, is_whole, read_manifest, whole_checkpoints
 from nca_align.training.resume import PREEMPTED
 from nca_align.training.row_weights import begin_epoch
-from nca_align.training.run_settings import FIXED, FREE
+from nca_align.training.run_identity import FIXED, FREE
 from test_trainer import trainer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -383,7 +383,7 @@ class TestChanges:
         assert not FREE & FIXED
         assert options - FREE <= identity.keys()
         assert identity.keys() - options >= {"data", "model", "global_batch_size", "model.hidden_size"}
-        assert "hf_secret" not in json.dumps(make(run, hub_token="hf_secret")._resume.run_settings())
+        assert "hf_secret" not in json.dumps(make(run, hub_token="hf_secret")._resume.run_identity())
 
 
 class TestSigterm:

@@ -4,6 +4,10 @@ Every loss is written in the implicit rewards `r = β · (pi_logps − ref_logps
 computed in float32, or in float64 where `pi_logps` or `ref_logps` is float64, and so is the loss that comes back. What
 stands at a masked position is never used: it may be NaN, and its gradient is exactly 0. Arguments, shapes and errors
 are the same for all of them and stand under `reward_loss`; each adds its formula and what it does with equal rewards.
+
+A new loss is a function here and an entry in `LOSSES`, by a name in lower case. Where it reads α, `READS_ALPHA` names
+it too. The configuration, `--help` and `nca-align compare` follow these tables. "sft" stands in `training.objective`,
+since its mean is over tokens.
 """
 
 import functools
@@ -192,6 +196,8 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
 }
 # A completion's gradient needs its own log-ratio only; every other loss needs the row's K log-probabilities first.
 SEPARABLE = frozenset({"nca"})
+# Losses in which α counts: of the others only the order of the rewards does, and `compare` makes no cells of α.
+READS_ALPHA = frozenset({"nca", "infonca", "gvpo"})
 
 
 def reward_loss(

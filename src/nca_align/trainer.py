@@ -1,4 +1,8 @@
-"""NCATrainer: TRL's DPOTrainer on K rewarded completions per prompt, from top to bottom as one training step goes."""
+"""NCATrainer: TRL's DPOTrainer on K rewarded completions per prompt.
+
+For each step, transformers' loop calls `get_batch_samples`, `training_step` for each micro-batch, `_get_grad_norm`
+before the update, and `log`. The methods stand in that order, each before those that it calls.
+"""
 
 import textwrap
 from collections.abc import Callable, Iterator
@@ -25,11 +29,11 @@ from .models.adapters import base_model
 from .models.loading import disable_nf4_repacking
 from .models.logprobs import add_token_logps, forward_chunk, sum_by_completion
 from .store.checkpoints import explain_read_errors
-from .training import gradients, inputs, layout, reference, reference_cache, row_weights
+from .training import arguments, gradients, layout, reference, reference_cache, row_weights
 from .training.guards import StepGuard
 from .training.metrics import MetricLog
 from .training.objective import Objective, count_prompts
-from .training.resume import EvaluationCut, Resume, reads_checkpoint
+from .training.resume import EvaluationInterrupted, Resume, reads_checkpoint
 
 
 class NCATrainer(DPOTrainer):
@@ -90,8 +94,8 @@ class NCATrainer(DPOTrainer):
         peft_config=None,
     ):
         args = NCAConfig.of(args, model)
-        inputs.refuse(data_collator, compute_metrics, train_dataset)
-        train_dataset, eval_dataset = inputs.prepare(args, model, train_dataset, eval_dataset)
+        arguments.check_arguments(data_collator, compute_metrics, train_dataset)
+        train_dataset, eval_dataset = arguments.prepare_datasets(args, model, train_dataset, eval_dataset)
         self._reference_given = ref_model is not None  # a checkpoint belongs to it
         self._is_set_up = False
         self._log = MetricLog()
@@ -121,7 +125,7 @@ class NCATrainer(DPOTrainer):
         if self._is_set_up:
             return
         self._is_set_up = True
-        inputs.refuse_frozen(self.model)
+        arguments.check_trainable(self.model)
         models: list[Any] = [self.model]
         if self.ref_model is not None:
             models.append(self.accelerator.unwrap_model(self.ref_model))
@@ -136,7 +140,7 @@ class NCATrainer(DPOTrainer):
             self.data_collator = RewardCollator(
                 self._tokenizer.pad_token_id, args.layout, args.completions_per_forward, args.pad_to_multiple_of
             )
-        self._layout_to_verify = layout.choose(self.data_collator, models)
+        self._layout_to_verify = layout.choose_layout(self.data_collator, models)
         if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):  # those have no usable model before they wrap it
             self._verify_layout(self.model, gradients=True)
 
@@ -144,7 +148,7 @@ class NCATrainer(DPOTrainer):
         """Once, before the first batch, where a packed row is used."""
         requested, self._layout_to_verify = self._layout_to_verify, None
         if requested is not None:
-            compute = partial(self._chunk_logps, model, auxiliary=False)
+            compute = partial(self._chunk_logps, model, with_aux_loss=False)
             layout.verify(
                 requested, self.train_dataset, self.data_collator, compute, self.model, self.accelerator, gradients
             )
@@ -153,10 +157,10 @@ class NCATrainer(DPOTrainer):
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
         """Any known format → `prompt_ids, completion_ids, rewards`; a data set that has them comes back as it is."""
-        if set(next(iter(dataset))) >= inputs.TOKENISED:
+        if set(next(iter(dataset))) >= arguments.TOKENISED:
             return dataset
         if self._is_set_up:  # one for `evaluate()`; the constructor converts its own before it loads the model
-            dataset = inputs.reward_rows(dataset, dataset_name)
+            dataset = arguments.reward_rows(dataset, dataset_name)
         state = PartialState()
         with state.main_process_first(), state.local_main_process_first():  # a cache may be shared, or each node's own
             dataset, notices = tokenize_dataset(
@@ -185,83 +189,19 @@ class NCATrainer(DPOTrainer):
                 dataset, key, compute, self.data_collator, batch_size, self.accelerator, name
             )
 
-    # A step's batches
+    # One training step
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
         """The micro-batches of one step, and what they are averaged over: prompts, and tokens of best completions."""
         batches: list[Batch] = []
         for batch in islice(epoch_iterator, num_batches):
-            batch["weights"] = row_weights.last_batch(batch, self.accelerator, self.args.dataloader_drop_last)
+            batch["weights"] = row_weights.last_batch_weights(batch, self.accelerator, self.args.dataloader_drop_last)
             batches.append(batch)
-        row_weights.leave_out_repeated(batches, self.accelerator)
+        row_weights.zero_repeated_rows(batches, self.accelerator)
         counts = sum(map(count_prompts, batches), torch.zeros(2, dtype=torch.float64, device=device))
         if self.accelerator.num_processes > 1:
             counts = self.accelerator.reduce(counts, "sum")
         return batches, counts
-
-    def _chunks(self, batch: Batch) -> list[tuple[Chunk, float]]:
-        """A batch's chunks, one forward each, and what each counts: see `gradients.chunks_in_step`."""
-        split = self.data_collator.completions_per_forward is not None
-        return gradients.chunks_in_step(batch["chunks"], split and (self.is_fsdp_enabled or self.is_deepspeed_enabled))
-
-    # Log-probabilities
-
-    def _chunk_logps(
-        self, model: nn.Module, chunk: Chunk, batch: Batch, auxiliary: bool = True
-    ) -> tuple[Tensor, Tensor | None]:
-        """(B, K) log-probabilities of a chunk, zeros for what is not in it, and its part in the load-balancing loss."""
-        options = {"output_router_logits": True} if auxiliary and self.aux_loss_enabled else {}
-        outputs = forward_chunk(model, chunk, **options)
-        logps = sum_by_completion(outputs.token_logps, chunk["completion_index"], batch["rewards"].shape)
-        part = outputs.aux_loss
-        if part is not None:
-            part = part.to(self.accelerator.device) * len(chunk["completion_index"]) / batch["lengths"].sum()
-        return logps.to(self.accelerator.device), part
-
-    def _batch_logps(self, model: nn.Module, batch: Batch, auxiliary: bool = True) -> tuple[Tensor, Tensor | None]:
-        """(B, K) log-probabilities of a batch, nats, chunk after chunk, and its load-balancing loss."""
-        logps, total = torch.zeros_like(batch["rewards"]), None
-        for chunk, counts in self._chunks(batch):
-            own, part = self._chunk_logps(model, chunk, batch, auxiliary)
-            logps = logps + counts * own
-            if part is not None:
-                total = counts * part + (0.0 if total is None else total)
-        return logps, total
-
-    @torch.no_grad()
-    def compute_ref_log_probs(self, model: nn.Module, inputs: Batch) -> Tensor:
-        """(B, K) log-probabilities under the reference: its own model, the adapter as it came, or the bare base."""
-        with reference.forwards(self.model, self.ref_model, self.accelerator):
-            return self._batch_logps(model, inputs, auxiliary=False)[0]
-
-    def _reference_logps(self, batch: Batch) -> Tensor:
-        if "ref_logps" in batch:
-            return batch["ref_logps"]
-        if self.ref_model is None and not is_peft_model(self.model):
-            raise UserError(
-                "This data set has no cached reference log-probabilities, and `precompute_ref_log_probs` keeps no "
-                "reference model in memory; give `ref_model`, or set `precompute_ref_log_probs: false`."
-            )
-        return self.compute_ref_log_probs(self.ref_model or self.model, batch)
-
-    # Loss
-
-    @property
-    def _objective(self) -> Objective:
-        return Objective(
-            self.loss_types, self.loss_weights, self.args.alpha, self.beta, self.args.negative_weight,
-            self.router_aux_loss_coef, self.accelerator.num_processes,
-        )  # fmt: skip
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Mean loss over the window's prompts; the K log-probabilities are the outputs."""
-        logps, auxiliary = self._batch_logps(model, inputs)
-        ref_logps = self._reference_logps(inputs)
-        loss = self._objective.share(logps, auxiliary, ref_logps, inputs, num_items_in_batch)
-        self._record(logps, auxiliary, ref_logps, inputs)
-        return (loss, {"logps": logps.detach()}) if return_outputs else loss
-
-    # Backward
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """One micro-batch, all completions at once, or `completions_per_forward` at a time with a backward each."""
@@ -278,17 +218,82 @@ class NCATrainer(DPOTrainer):
             self._guard.add_loss(loss, self._tr_loss)
         return loss
 
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Mean loss over the window's prompts; the K log-probabilities are the outputs."""
+        logps, aux_loss = self._batch_logps(model, inputs)
+        ref_logps = self._reference_logps(inputs)
+        loss = self._objective.loss_share(logps, aux_loss, ref_logps, inputs, num_items_in_batch)
+        self._record(logps, aux_loss, ref_logps, inputs)
+        return (loss, {"logps": logps.detach()}) if return_outputs else loss
+
+    def _batch_logps(self, model: nn.Module, batch: Batch, with_aux_loss: bool = True) -> tuple[Tensor, Tensor | None]:
+        """(B, K) log-probabilities of a batch, nats, chunk after chunk, and its load-balancing loss."""
+        logps, total = torch.zeros_like(batch["rewards"]), None
+        for chunk, factor in self._chunks(batch):
+            own, part = self._chunk_logps(model, chunk, batch, with_aux_loss)
+            logps = logps + factor * own
+            if part is not None:
+                total = factor * part + (0.0 if total is None else total)
+        return logps, total
+
+    def _chunk_logps(
+        self, model: nn.Module, chunk: Chunk, batch: Batch, with_aux_loss: bool = True
+    ) -> tuple[Tensor, Tensor | None]:
+        """(B, K) log-probabilities of a chunk, zeros for what is not in it, and its part in the load-balancing loss."""
+        options = {"output_router_logits": True} if with_aux_loss and self.aux_loss_enabled else {}
+        outputs = forward_chunk(model, chunk, **options)
+        logps = sum_by_completion(outputs.token_logps, chunk["completion_index"], batch["rewards"].shape)
+        part = outputs.aux_loss
+        if part is not None:
+            part = part.to(self.accelerator.device) * len(chunk["completion_index"]) / batch["lengths"].sum()
+        return logps.to(self.accelerator.device), part
+
+    def _chunks(self, batch: Batch) -> list[tuple[Chunk, float]]:
+        """A batch's chunks, one forward each, and what each counts: see `gradients.pad_chunks_across_processes`."""
+        split = self.data_collator.completions_per_forward is not None
+        return gradients.pad_chunks_across_processes(
+            batch["chunks"], split and (self.is_fsdp_enabled or self.is_deepspeed_enabled)
+        )
+
+    def _reference_logps(self, batch: Batch) -> Tensor:
+        if "ref_logps" in batch:
+            return batch["ref_logps"]
+        if self.ref_model is None and not is_peft_model(self.model):
+            raise UserError(
+                "This data set has no cached reference log-probabilities, and `precompute_ref_log_probs` keeps no "
+                "reference model in memory; give `ref_model`, or set `precompute_ref_log_probs: false`."
+            )
+        return self.compute_ref_log_probs(self.ref_model or self.model, batch)
+
+    @torch.no_grad()
+    def compute_ref_log_probs(self, model: nn.Module, inputs: Batch) -> Tensor:
+        """(B, K) log-probabilities under the reference: its own model, the adapter as it came, or the bare base."""
+        with reference.reference_mode(self.model, self.ref_model, self.accelerator):
+            return self._batch_logps(model, inputs, with_aux_loss=False)[0]
+
+    @property
+    def _objective(self) -> Objective:
+        return Objective(
+            self.loss_types, self.loss_weights, self.args.alpha, self.beta, self.args.negative_weight,
+            self.router_aux_loss_coef, self.accelerator.num_processes,
+        )  # fmt: skip
+
     def _step_by_chunk(self, model: nn.Module, batch: Batch, counts: Tensor | None) -> Tensor:
         objective, ref_logps = self._objective, self._reference_logps(batch)
         forward = partial(self._chunk_logps, model, batch=batch)
-        loss = partial(objective.share, ref_logps=ref_logps, batch=batch, counts=counts)
-        logps, auxiliary = gradients.backward_by_chunk(
+        loss = partial(objective.loss_share, ref_logps=ref_logps, batch=batch, counts=counts)
+        logps, aux_loss = gradients.backward_by_chunk(
             batch, self._chunks(batch), forward, loss, objective.separable, self.accelerator, model
         )
-        self._record(logps, auxiliary, ref_logps, batch)
-        return loss(logps, auxiliary)
+        self._record(logps, aux_loss, ref_logps, batch)
+        return loss(logps, aux_loss)
 
-    # Update, and what stops a run
+    def _record(self, logps, aux_loss, ref_logps, batch: Batch) -> None:
+        """Add these prompts to the means that are logged."""
+        training = self.model.training
+        finite = self._log.add(training, self._objective, logps, aux_loss, ref_logps, batch)
+        if training:
+            self._guard.add_rows(batch.get("row_numbers"), finite)
 
     def _get_grad_norm(self, model, grad_norm=None):
         """The one place between a step's gradients and its update: what isn't finite goes no further."""
@@ -302,6 +307,8 @@ class NCATrainer(DPOTrainer):
         self._globalstep_last_logged += 1
         self._resume.steps_without_loss += 1
         return 0.0
+
+    # A run: how it starts, saves and goes on
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
         """As transformers', exactly as if the run had not stopped; `True` takes the last checkpoint that is whole.
@@ -340,7 +347,7 @@ class NCATrainer(DPOTrainer):
             return {}
         try:
             return super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
-        except EvaluationCut:
+        except EvaluationInterrupted:
             self._resume.leave(owing_evaluation=True)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
@@ -352,7 +359,7 @@ class NCATrainer(DPOTrainer):
             if not new or kept or not self.state.global_step:
                 return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
             packed = self.data_collator.layout == "prefix_shared"
-            self.ref_model = reference.reloaded(self.model, self._reference_hash, packed, self.accelerator)
+            self.ref_model = reference.reload_reference(self.model, self._reference_hash, packed, self.accelerator)
             try:
                 return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
             finally:
@@ -369,20 +376,13 @@ class NCATrainer(DPOTrainer):
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         if self.is_in_train and self._resume.agree_to_stop():
-            raise EvaluationCut
+            raise EvaluationInterrupted
         batch = self._prepare_inputs(inputs)
-        batch["weights"] = row_weights.last_batch(batch, self.accelerator, self.args.dataloader_drop_last)
+        batch["weights"] = row_weights.last_batch_weights(batch, self.accelerator, self.args.dataloader_drop_last)
         with torch.no_grad(), self.compute_loss_context_manager():
             return self.compute_loss(model, batch).detach(), None, None
 
     # Logging
-
-    def _record(self, logps, auxiliary, ref_logps, batch: Batch) -> None:
-        """Add these prompts to the means that are logged."""
-        training = self.model.training
-        finite = self._log.add(training, self._objective, logps, auxiliary, ref_logps, batch)
-        if training:
-            self._guard.add_rows(batch.get("row_numbers"), finite)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.model.training and "loss" in logs:  # transformers' own line, which every process comes to

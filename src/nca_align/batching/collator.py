@@ -44,7 +44,7 @@ class RewardCollator:
 
     Args:
         pad_token_id: id that fills the padded layout; never seen by attention, never scored, so eos will do.
-        layout: "padded", "prefix_shared", or "auto" for `NCATrainer` to choose; until then it is padded.
+        layout: "padded", "prefix_shared", or "auto", until `training.layout` chooses: padded.
         completions_per_forward: most completions in a chunk; None for all of the batch's in one.
         pad_to_multiple_of: rounds the padded layout's T up.
     """

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from ..data.conversation import Prompt, clean_prompt, joined_messages
+from ..data.cleaning import Prompt, clean_prompt, joined_messages
 from ..errors import InvalidRowError, UserError, one_line
 
 

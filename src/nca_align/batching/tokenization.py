@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from trl.data_utils import common_prefix_length
 
 from ..config import NCAConfig, prompt_limit
-from ..data.conversation import clean_prompt
+from ..data.cleaning import clean_prompt
 from ..errors import UserError
 from ..store.fingerprints import derived_fingerprint
 from .rendering import conversation_text, prompt_text, text_ids

@@ -49,6 +49,9 @@ class ScoreOptions:
 def score(options: ScoreOptions) -> dict[str, int]:
     """Score every completion and write `options.output`: the input's columns, `rewards`, and `score_NAME` for each.
 
+    It finds the scorers, reads the data, and compares both with what `output` holds. Only then it opens the scorers and
+    scores what is left, a shard at a time.
+
         rewards_i = Σ_s weight_s · score_s,i over the scorers s that gave completion i a score
 
     Returns:
@@ -65,7 +68,7 @@ def score(options: ScoreOptions) -> dict[str, int]:
     kept = {name: kind for name, kind in dataset.features.items() if name not in new}
     dataset = dataset.select_columns(list(kept))
 
-    def start() -> Scorers:
+    def open_when_needed() -> Scorers:
         return open_scorers(
             options.scorer, options.scorer_weights, options.tokenizer, options.batch_size, options.dtype,
             options.trust_remote_code,
@@ -79,7 +82,7 @@ def score(options: ScoreOptions) -> dict[str, int]:
     }  # fmt: skip
     about = {"scorers": options.scorer, "data": options.dataset_name, "versions": versions("torch", "transformers")}
     counts = run_sharded(
-        options.output, dataset, Features({**kept, **new}), start,
+        options.output, dataset, Features({**kept, **new}), open_when_needed,
         {"command": "score", "config": config, "about": about, "sources": sources},
         history=read_provenance(options.dataset_name),
         shard_size=options.shard_size, drop_failed=options.on_error == "drop",

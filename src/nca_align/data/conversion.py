@@ -13,8 +13,8 @@ from datasets import Dataset, Features, IterableDataset
 
 from ..errors import UnsupportedError, UserError, UserTypeError
 from ..store.fingerprints import derived_fingerprint, source_fingerprint
-from . import conversation, flat, formats, pairs, schema, validation
-from .conversation import clean_prompt, joined_messages
+from . import cleaning, flat, formats, pairs, schema, validation
+from .cleaning import clean_prompt, joined_messages
 from .formats import Format
 from .options import DEFAULT_SCORE, DataOptions
 from .schema import NOTES, RESULT, DataReport, result_features
@@ -122,7 +122,8 @@ def convert_dataset(
 @cache
 def _revision() -> str:
     """Changes with the converters' code, so that what older code left in the cache isn't taken."""
-    modules = (sys.modules[__name__], conversation, flat, formats, pairs, validation)
+    modules = [sys.modules[name] for name in sorted({fmt.convert.__module__ for fmt in FORMATS.values()})]
+    modules += [sys.modules[__name__], cleaning, validation]
     return " ".join(str(source_fingerprint(module)) for module in modules)
 
 

@@ -1,4 +1,4 @@
-"""Flat rows, one scored completion each (HelpSteer2 and the like), put together by prompt."""
+"""The data format of flat rows, one scored completion each (HelpSteer2 and the like), put together by prompt."""
 
 import hashlib
 import itertools
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
-from .formats import reads
+from .formats import data_format
 from .options import DEFAULT_SCORE, DataOptions
 from .validation import Row, RowError, answer, read_conversation, required_number, user
 
@@ -74,7 +74,7 @@ def group_rows(dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
     return order, np.searchsorted(groups[order], np.arange(len(numbers) + 1))
 
 
-@reads(
+@data_format(
     "flat scored rows",
     "prompt, response or completion, a score column",
     replaces="response|completion",

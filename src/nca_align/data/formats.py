@@ -1,4 +1,9 @@
-"""What a data format is, and those that score each of a row's completions: a function each, from a row to a `Row`."""
+"""Data formats: what one is, and those that score each of a row's completions.
+
+A format is a function from a row to a `Row`, decorated by `@data_format`. Preference pairs are in `pairs.py`, rows of
+one completion each in `flat.py`. A new format also needs its place in `conversion.FORMATS`, which are tried in order,
+and the columns of its answers in `prompts.ANSWERS`, which `sample` leaves out.
+"""
 
 import re
 from collections.abc import Callable, Iterable
@@ -51,12 +56,12 @@ class Format:
     matches: Callable[[set[str], DataOptions], bool] | None = None
 
 
-def reads(name: str, needs: str, **more: Any) -> Callable[[Convert], Format]:
+def data_format(name: str, needs: str, **more: Any) -> Callable[[Convert], Format]:
     """Decorate a converter: it becomes the `Format` with these fields."""
     return partial(Format, name, needs, **more)
 
 
-@reads("own", "prompt, completions, rewards", conversations="prompt|completions")
+@data_format("own", "prompt, completions, rewards", conversations="prompt|completions")
 def own(row: dict[str, Any], options: DataOptions) -> Row:
     """`prompt, completions, rewards` as they are; only text that holds lists or numbers is read."""
     rewards = [required_number(item, f"rewards[{k}]") for k, item in enumerate(read_list(row["rewards"], "rewards"))]
@@ -101,7 +106,7 @@ def _ultrafeedback_scores(rows: Iterable[dict[str, Any]]) -> set[str]:
     return names
 
 
-@reads("raw UltraFeedback", "instruction, completions", replaces="instruction", scores=_ultrafeedback_scores)
+@data_format("raw UltraFeedback", "instruction, completions", replaces="instruction", scores=_ultrafeedback_scores)
 def ultrafeedback(row: dict[str, Any], options: DataOptions) -> Row:
     """openbmb/UltraFeedback: a completion without a score is left out.
 
@@ -131,7 +136,7 @@ def ultrafeedback(row: dict[str, Any], options: DataOptions) -> Row:
     return result
 
 
-@reads("ranked answers", "A0, A1, score_A0, score_A1", replaces=r"(score_)?A\d+|messages", conversations=r"A\d+")
+@data_format("ranked answers", "A0, A1, score_A0, score_A1", replaces=r"(score_)?A\d+|messages", conversations=r"A\d+")
 def ranked(row: dict[str, Any], options: DataOptions) -> Row:
     """ChenDRAG/ultrafeedback_reward: conversations A0, A1 … with score_A0, score_A1 …, in whatever order.
 
@@ -164,7 +169,7 @@ def _is_generated(columns: set[str], options: DataOptions) -> bool:
     return columns.issuperset(("prompt", "all_generated_responses", "all_rm_scores")) and not pair
 
 
-@reads(
+@data_format(
     "generated responses",
     "prompt, all_generated_responses, all_rm_scores",
     replaces="all_generated_responses|all_rm_scores|chosen|rejected|messages",

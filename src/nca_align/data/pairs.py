@@ -1,8 +1,8 @@
-"""Converters of preference pairs: chosen and rejected, with scores or hard."""
+"""Data formats of preference pairs, chosen and rejected, with scores or hard."""
 
 from typing import Any
 
-from .formats import reads
+from .formats import data_format
 from .options import DataOptions
 from .validation import (
     Row,
@@ -20,7 +20,7 @@ HARD = (1.0, 0.0)
 _ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
 
 
-@reads("pairs", "chosen, rejected", replaces="chosen|rejected|messages", conversations="prompt|chosen|rejected")
+@data_format("pairs", "chosen, rejected", replaces="chosen|rejected|messages", conversations="prompt|chosen|rejected")
 def pair(row: dict[str, Any], options: DataOptions) -> Row:
     """TRL's preference rows, text or conversational, and HuggingFaceH4/ultrafeedback_binarized with its scores.
 
@@ -62,7 +62,7 @@ def _rewards(row: dict[str, Any], options: DataOptions) -> list[float]:
     return [required_number(row[name], name) for name in names]
 
 
-@reads("trajectory pairs", "trajectory, chosen, rejected", replaces="trajectory|chosen|rejected")
+@data_format("trajectory pairs", "trajectory, chosen, rejected", replaces="trajectory|chosen|rejected")
 def trajectory(row: dict[str, Any], options: DataOptions) -> Row:
     """openbmb/UltraInteract_pair: a trajectory of {from, value} turns, and the two next turns."""
     prompt = []

@@ -11,7 +11,7 @@ from .splits import held_out_split, select_split
 from .validation import read_conversation, read_list
 
 # Columns that answer the prompt: `sample` makes new answers, so these don't go along.
-_ANSWERS = (
+ANSWERS = (
     "completions", "rewards", "truncated", "completion", "chosen", "rejected", "response", "messages",
     "all_generated_responses", "all_rm_scores",
 )  # fmt: skip
@@ -56,7 +56,7 @@ def load_prompts(name: str, config: str | None = None, split: str = "train") -> 
     dataset = load_raw(name, config, split)
     if "prompt" not in dataset.column_names or {"response", "chosen"} & set(dataset.column_names):
         dataset = to_reward_dataset(dataset, name=split)  # finds the prompt, and puts rows together that share one
-    dataset = dataset.remove_columns([c for c in dataset.column_names if c in _ANSWERS or c.startswith("score_")])
+    dataset = dataset.remove_columns([c for c in dataset.column_names if c in ANSWERS or c.startswith("score_")])
     for i, prompt in enumerate(dataset["prompt"]):
         if not prompt or not isinstance(prompt, (str, list)):
             raise UserError(f"row {i}: `prompt` is {prompt!r}; it must be text or a list of messages, and not empty")

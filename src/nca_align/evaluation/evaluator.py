@@ -14,7 +14,7 @@ from datasets import Dataset
 from torch import nn
 
 from ..batching.rendering import prompt_ids
-from ..data.conversation import completion_of
+from ..data.cleaning import completion_of
 from ..errors import InvalidRowError, UserError
 from ..models.adapters import adapter_merged, as_reference, base_model, eval_mode
 from ..models.logprobs import completion_logps

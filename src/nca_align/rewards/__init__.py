@@ -1,1 +1,1 @@
-"""Scorers: reward functions and reward models."""
+"""What gives completions their rewards: `scorers` opens the functions and models that `--scorer` names."""

@@ -1,1 +1,1 @@
-"""What is kept on disk: whole files, shards, locks, checkpoints, provenance; and the Hub."""
+"""What is kept on disk: whole files, shards, locks, checkpoints, fingerprints and provenance; and the Hub."""

@@ -29,7 +29,7 @@ def backward_by_chunk(
 
     Args:
         batch: see `batching.collator`.
-        chunks: see `chunks_in_step`.
+        chunks: see `pad_chunks_across_processes`.
         forward: a pass of the model over one chunk.
         loss: of the batch's (B, K) log-probabilities and of one chunk's load-balancing loss.
         separable: see `Objective.separable`.
@@ -39,30 +39,30 @@ def backward_by_chunk(
         What `loss` takes, of the whole batch, without gradients.
     """
     shape, device, own = batch["rewards"].shape, accelerator.device, len(batch["chunks"])
-    logps, auxiliary = torch.zeros(shape, device=device), None
+    logps, aux_loss = torch.zeros(shape, device=device), None
     states: list[tuple | None] = [None] * len(chunks)
     if not separable:
         with torch.no_grad():
-            for i, (chunk, counts) in enumerate(chunks):
+            for i, (chunk, factor) in enumerate(chunks):
                 states[i] = _random_state(device)
-                logps += counts * forward(chunk)[0]
-    for chunk, counts in chunks[own:]:
+                logps += factor * forward(chunk)[0]
+    for chunk, factor in chunks[own:]:
         with _gradient_sync(accelerator, model, last=False):
-            _backward(accelerator, counts * forward(chunk)[0].sum())
+            _backward(accelerator, factor * forward(chunk)[0].sum())
     for i, (chunk, _) in enumerate(chunks[:own]):
         mine = torch.zeros(shape.numel(), dtype=torch.bool, device=device)
         mine = mine.index_fill(0, chunk["completion_index"], True).view(shape)
         with _gradient_sync(accelerator, model, last=i == own - 1):
             _restore(states[i], device)  # both passes over a chunk have the same dropout
-            live, share = forward(chunk)
-            _backward(accelerator, loss(torch.where(mine, live, logps), share))
+            live, part = forward(chunk)
+            _backward(accelerator, loss(torch.where(mine, live, logps), part))
         logps = torch.where(mine, live.detach(), logps)
-        if share is not None:
-            auxiliary = share.detach() + (0.0 if auxiliary is None else auxiliary)
-    return logps, auxiliary
+        if part is not None:
+            aux_loss = part.detach() + (0.0 if aux_loss is None else aux_loss)
+    return logps, aux_loss
 
 
-def chunks_in_step(chunks: list[Chunk], sharded: bool) -> list[tuple[Chunk, float]]:
+def pad_chunks_across_processes(chunks: list[Chunk], sharded: bool) -> list[tuple[Chunk, float]]:
     """The chunks, which count 1, and the last one again, which counts 0, as often as another process has more.
 
     Args:

@@ -1,4 +1,7 @@
-"""Choosing a run's layout, and the check of the packed row against padded."""
+"""Which layout a run has, packed (`prefix_shared`) or padded, and the check of the one against the other.
+
+What in a model is in the way of packing stands in `batching.attention.prefix_sharing_obstacle`.
+"""
 
 import itertools
 from collections.abc import Callable
@@ -27,7 +30,7 @@ def obstacle(models: list[nn.Module], pad_to_multiple_of: int | None) -> str | N
     return next(filter(None, map(prefix_sharing_obstacle, models)), None)
 
 
-def choose(collator: RewardCollator, models: list[nn.Module]) -> str | None:
+def choose_layout(collator: RewardCollator, models: list[nn.Module]) -> str | None:
     """Give the collator the layout that it asks for, or under "auto" the one that the models allow.
 
     Args:
@@ -66,7 +69,7 @@ def verify(
     """Compare the packed row with padded on the first rows, and go back to padded under "auto"; all processes alike.
 
     Args:
-        requested: what `choose` returned.
+        requested: what `choose_layout` returned.
         dataset: tokenised rows.
         compute, policy, gradients: see `compare`.
 

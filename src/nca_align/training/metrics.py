@@ -191,7 +191,7 @@ class MetricLog:
         training: bool,
         objective: Objective,
         logps: Tensor,
-        auxiliary: Tensor | None,
+        aux_loss: Tensor | None,
         ref_logps: Tensor,
         batch: Batch,
     ) -> Tensor:
@@ -200,7 +200,7 @@ class MetricLog:
         Args:
             training: else it is an evaluation's.
             objective: what is minimised.
-            logps, auxiliary, ref_logps, batch: as `Objective.share` takes them.
+            logps, aux_loss, ref_logps, batch: as `Objective.share` takes them.
         """
         logps, ref_logps = logps.detach(), ref_logps.detach()
         finite = (logps.isfinite() & ref_logps.isfinite()).all(1)
@@ -215,8 +215,8 @@ class MetricLog:
         if not training:  # there transformers logs the loss
             for name, _, values, own in objective.terms(logps, ref_logps, batch):
                 rows[f"loss/{name}"] = (values, own)
-        if auxiliary is not None:
-            rows["aux_loss"] = (auxiliary.detach().reshape(1), weights.sum().reshape(1))
+        if aux_loss is not None:
+            rows["aux_loss"] = (aux_loss.detach().reshape(1), weights.sum().reshape(1))
         (self.training if training else self.evaluation).add(rows)
         return finite
 

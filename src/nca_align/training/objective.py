@@ -51,14 +51,14 @@ class Objective:
                 )  # fmt: skip
                 yield name, weight, values, row_weights
 
-    def share(
-        self, logps: Tensor, auxiliary: Tensor | None, ref_logps: Tensor, batch: Batch, counts: Tensor | None = None
+    def loss_share(
+        self, logps: Tensor, aux_loss: Tensor | None, ref_logps: Tensor, batch: Batch, counts: Tensor | None = None
     ) -> Tensor:
         """This batch's share in the mean loss over a window; it is averaged over processes, and added up over batches.
 
         Args:
             logps: (B, K), nats.
-            auxiliary: load-balancing loss of this batch, or of a chunk as far as it counts in the batch.
+            aux_loss: load-balancing loss of this batch, or of a chunk as far as it counts in the batch.
             ref_logps: (B, K), nats.
             batch: with `rewards`, `valid`, `lengths` (B, K), and `weights` (B,) where prompts are repeated.
             counts: the window's sum of `count_prompts`; None for the mean over this batch alone.
@@ -67,9 +67,9 @@ class Objective:
         for name, weight, values, row_weights in self.terms(logps, ref_logps, batch):
             total = row_weights.sum() if counts is None else counts[int(name == "sft")].to(values.dtype)
             loss = loss + weight * (values * row_weights).sum() / total.clamp_min(1e-9)
-        if auxiliary is not None:
-            part = 1.0 if counts is None else batch["weights"].sum() / counts[0].to(auxiliary.dtype)
-            loss = loss + self.router_weight * part * auxiliary.to(loss.device)
+        if aux_loss is not None:
+            part = 1.0 if counts is None else batch["weights"].sum() / counts[0].to(aux_loss.dtype)
+            loss = loss + self.router_weight * part * aux_loss.to(loss.device)
         return loss if counts is None else loss * self.processes
 
     def mean(self, means: dict[str, float]) -> float:

@@ -70,7 +70,7 @@ def frozen_copy(model: Any, peft_config: Any, args: NCAConfig) -> PreTrainedMode
 
 
 @contextmanager
-def forwards(policy: nn.Module, reference: nn.Module | None, accelerator: Accelerator) -> Iterator[None]:
+def reference_mode(policy: nn.Module, reference: nn.Module | None, accelerator: Accelerator) -> Iterator[None]:
     """Around forwards of the reference: without dropout, and of a policy with an adapter as what it started from.
 
     Args:
@@ -84,7 +84,7 @@ def forwards(policy: nn.Module, reference: nn.Module | None, accelerator: Accele
         yield
 
 
-def reloaded(model: Any, expected: str, shares_prefixes: bool, accelerator: Accelerator) -> nn.Module:
+def reload_reference(model: Any, expected: str, shares_prefixes: bool, accelerator: Accelerator) -> nn.Module:
     """The reference from where `model` came from, if those still are its weights from before training.
 
     Args:

@@ -1,4 +1,9 @@
-"""Reference log-probabilities computed once and kept: what changes them is their key; shards make them resumable."""
+"""Reference log-probabilities computed once and kept on the disk, in shards, so that a killed run goes on.
+
+Their key is of all that changes them: `NCATrainer._precompute_ref_logps` gives the hash of the weights, the precision
+and the dtype, and `add_reference_logps` adds that of the token ids. The folder is `nca_align_reference/KEY` in the
+cache of `datasets`.
+"""
 
 import hashlib
 import os
@@ -31,8 +36,6 @@ _STALE = 3600
 
 class ReferenceCache:
     """The reference log-probabilities of one data set under one reference, in shards of `ROWS_PER_SHARD` rows.
-
-    The folder of all caches, `nca_align_reference`, is beside the data sets' own.
 
     Args:
         key: whatever changes them (weights, token ids, precision), joined into the folder's name.

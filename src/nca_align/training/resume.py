@@ -32,7 +32,7 @@ from ..store.checkpoints import (
 )
 from ..store.files import sync, write_json
 from .row_weights import begin_epoch
-from .run_settings import refuse_another_run, run_settings
+from .run_identity import refuse_another_run, run_identity
 
 # What a process exits with that was stopped by SIGTERM after it had saved: "try again" in BSD's sysexits.h.
 PREEMPTED = 75
@@ -49,7 +49,7 @@ def reads_checkpoint(method: Callable) -> Callable:
     return explained
 
 
-class EvaluationCut(Exception):
+class EvaluationInterrupted(Exception):
     """SIGTERM came during an evaluation, which is done anew after the run is resumed."""
 
 
@@ -68,7 +68,7 @@ class Resume(TrainerCallback):
         self.owes_evaluation = False
         self.steps_without_loss = 0  # that don't count in the mean loss of the run
         self._deferred = False
-        self._settings: dict[str, Any] | None = None
+        self._identity: dict[str, Any] | None = None
         self.folder: Path | None = None  # the checkpoint that the run goes on from
         self._loaded: dict[str, Any] = {}  # its manifest
 
@@ -89,20 +89,20 @@ class Resume(TrainerCallback):
         # `train` reads it too, where no error can be told from others
         with explain_read_errors(folder, args.output_dir):
             TrainerState.load_from_json(str(folder / "trainer_state.json"))
-        self._refuse_changes(folder)
+        self._refuse_another_run(folder)
         PartialState().wait_for_everyone()  # before a process removes what another may be looking at
         if args.should_save:
             remove_half_written(args.output_dir)
         return str(folder)
 
-    def _refuse_changes(self, folder: Path) -> None:
+    def _refuse_another_run(self, folder: Path) -> None:
         if "identity" not in self._loaded:
             notify(f"{folder} has no {MANIFEST}: whether it belongs to this run, and all of its sums, can't be known.")
             return
         refusal: list[str | None] = [None]
         if PartialState().is_main_process:  # processes hold different shards, and only need to agree
             try:
-                new, args = self.run_settings(), self.trainer.args
+                new, args = self.run_identity(), self.trainer.args
                 refuse_another_run(self._loaded["identity"], new, args.resume_changed, folder.name)
             except UserError as error:
                 refusal = [str(error)]
@@ -110,14 +110,14 @@ class Resume(TrainerCallback):
         if refusal[0] is not None:
             raise UserError(refusal[0])
 
-    def run_settings(self) -> dict[str, Any]:
-        """`run_settings` of the trainer, computed once; by the main process alone."""
-        if self._settings is None:
+    def run_identity(self) -> dict[str, Any]:
+        """`run_identity` of the trainer, computed once; by the main process alone."""
+        if self._identity is None:
             t = self.trainer
             model = t.accelerator.unwrap_model(t.model)
             reference = t._reference_hash if t._reference_given else None
-            self._settings = run_settings(t.args, model, t.train_dataset, t.accelerator.num_processes, reference)
-        return self._settings
+            self._identity = run_identity(t.args, model, t.train_dataset, t.accelerator.num_processes, reference)
+        return self._identity
 
     def epochs_done(self, max_steps: int, epochs: int, epochs_trained: int) -> int:
         """How many epochs a resumed run has behind it: all, where it has all steps; transformers would add a step."""
@@ -151,7 +151,7 @@ class Resume(TrainerCallback):
                         "model_only": args.save_only_model,
                         "files": {str(file.relative_to(folder)): file.stat().st_size for file in files},
                         "run": {"processes": processes, "owes_evaluation": self.owes_evaluation},
-                        "identity": self.run_settings(),
+                        "identity": self.run_identity(),
                     }
                     write_json(folder / MANIFEST, about)
         finally:

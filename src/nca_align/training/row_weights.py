@@ -26,7 +26,7 @@ def begin_epoch(loader: Any, seed: int, epoch: int) -> None:
         rows.generator = torch.Generator().manual_seed(seed + epoch)
 
 
-def last_batch(batch: Batch, accelerator: Accelerator, drop_last: bool) -> Tensor:
+def last_batch_weights(batch: Batch, accelerator: Accelerator, drop_last: bool) -> Tensor:
     """(B,) 1 for each prompt, and 0 for those that accelerate repeats to even out an epoch's last batch.
 
     Args:
@@ -43,7 +43,7 @@ def last_batch(batch: Batch, accelerator: Accelerator, drop_last: bool) -> Tenso
     return weights
 
 
-def leave_out_repeated(batches: list[Batch], accelerator: Accelerator) -> None:
+def zero_repeated_rows(batches: list[Batch], accelerator: Accelerator) -> None:
     """Weight 0 for the rows by which `batch_rebalance` fills an epoch's last step, whose batches these are."""
     state = accelerator.gradient_state
     sampler = _batch_sampler(state.active_dataloader) if state.end_of_dataloader else None

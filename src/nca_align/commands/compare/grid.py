@@ -15,11 +15,12 @@ from ...config import NCAConfig
 from ...data import DataOptions
 from ...errors import UserError
 from ...evaluation.comparison_rows import SETTINGS
+from ...losses import READS_ALPHA
 from ...options import nearest, parse
 from ...rewards.scorers import check_weights
-from ...training.run_settings import FREE
+from ...training.run_identity import FREE
 from ..train.command import TRAIN_OPTIONS, RunOptions
-from .methods import READS_ALPHA, check_method
+from .methods import check_method
 
 KEYS = (*SETTINGS, "seed")
 _OWN = ("method", "strategy", "num_completions")  # of the grid's keys those that `train` has no option for

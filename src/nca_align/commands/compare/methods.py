@@ -19,8 +19,6 @@ _DPO_LOSSES = {
     "dpo": "sigmoid", "ipo": "ipo", "hinge": "hinge", "nca_pair": "nca_pair", "apo_zero": "apo_zero", "sft": "sft",
 }  # fmt: skip
 METHODS = (*LOSSES, *_DPO_LOSSES, "kto")
-# Losses in which α counts: of the others only the order of the rewards does
-READS_ALPHA = frozenset({"nca", "infonca", "gvpo"})
 
 
 def check_method(method: str, strategy: str | None) -> tuple[str, str]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from datasets import Dataset, Features, List, Value
 
-from ...data.conversation import completion_of
+from ...data.cleaning import completion_of
 from ...data.prompts import load_prompts
 from ...errors import InvalidRowError, UserError, command
 from ...models.loading import model_fingerprint

@@ -10,7 +10,7 @@ from functools import partial
 from http.client import HTTPException
 from typing import Any
 
-from ...data.conversation import clean_prompt
+from ...data.cleaning import clean_prompt
 from ...errors import InvalidRowError, UserError, one_line
 from ...models.sampling import seed_for
 from ...store.shards import Advance

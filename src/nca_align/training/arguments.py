@@ -12,11 +12,11 @@ from ..data import DataOptions, to_reward_dataset
 from ..errors import UnsupportedError, UserError, UserTypeError, notify
 
 # chosen and rejected handed to the trainer are rewards 1 and 0, also beside score columns
-_HANDED_OVER = DataOptions(preference="hard", validation_fraction=0.0)
+_DATA_OPTIONS = DataOptions(preference="hard", validation_fraction=0.0)
 TOKENISED = {"prompt_ids", "completion_ids", "rewards"}
 
 
-def refuse(data_collator: object, compute_metrics: Callable | None, train_dataset: object) -> None:
+def check_arguments(data_collator: object, compute_metrics: Callable | None, train_dataset: object) -> None:
     """Refuse what `DPOTrainer` takes and `NCATrainer` does not.
 
     Raises:
@@ -36,7 +36,7 @@ def refuse(data_collator: object, compute_metrics: Callable | None, train_datase
         raise UserError("`train_dataset` is None, but NCATrainer needs one, also to evaluate only.")
 
 
-def refuse_frozen(model: nn.Module) -> None:
+def check_trainable(model: nn.Module) -> None:
     """Refuse a model that would not be trained.
 
     Raises:
@@ -67,10 +67,10 @@ def reward_rows(dataset: Any, name: str) -> Any:
             f"`{name}` data has a column `{images.pop()}`, but NCATrainer trains on text alone; use TRL's "
             "DPOTrainer for images."
         )
-    return to_reward_dataset(dataset, _HANDED_OVER, name=name)
+    return to_reward_dataset(dataset, _DATA_OPTIONS, name=name)
 
 
-def prepare(args: NCAConfig, model: Any, train_dataset: Any, eval_dataset: Any) -> tuple[Any, Any]:
+def prepare_datasets(args: NCAConfig, model: Any, train_dataset: Any, eval_dataset: Any) -> tuple[Any, Any]:
     """The data sets as reward rows, and in `args` what they, the model and the batches' shape decide.
 
     This is before the model is loaded, so that an invalid row costs no waiting.

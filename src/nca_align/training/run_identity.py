@@ -15,7 +15,8 @@ from ..store.provenance import changed_names, refuse_changes
 from .reference import adapter_hash, computed_config
 from .reference_cache import TOKENS
 
-# Options that may change between a run and its continuation: the same training, if at times up to rounding.
+# Options that may change between a run and its continuation: the same training, if at times up to rounding. A finished
+# cell of `nca-align compare` also stays finished when they do.
 FREE = {
     # where things go, what is logged, evaluated and kept
     "output_dir", "run_name", "project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id",
@@ -50,7 +51,7 @@ _NOT_OF_THE_MODEL = ("token", "use_auth_token", "proxies")  # how it is fetched;
 _CONTENT = (*TOKENS, "rewards")
 
 
-def run_settings(
+def run_identity(
     args: NCAConfig, model: nn.Module, dataset, processes: int, reference: str | None = None
 ) -> dict[str, Any]:
     """What decides a run's result, as JSON values: `args` without `FREE`, the batch, the model, adapter and data.
@@ -62,41 +63,41 @@ def run_settings(
         processes: of the launch; only the prompts of a whole step count, not how they are dealt to processes.
         reference: `reference.model_hash` of a `ref_model` that was given.
     """
-    settings = {name: value for name, value in args.to_dict().items() if name not in FREE}
+    identity = {name: value for name, value in args.to_dict().items() if name not in FREE}
     kwargs = args.model_init_kwargs
     if isinstance(kwargs, dict):
-        settings["model_init_kwargs"] = {name: kwargs[name] for name in kwargs if name not in _NOT_OF_THE_MODEL}
+        identity["model_init_kwargs"] = {name: kwargs[name] for name in kwargs if name not in _NOT_OF_THE_MODEL}
     if reference is not None:
-        settings["ref_model"] = reference[:16]
-    settings["global_batch_size"] = args.train_batch_size * args.gradient_accumulation_steps * processes
+        identity["ref_model"] = reference[:16]
+    identity["global_batch_size"] = args.train_batch_size * args.gradient_accumulation_steps * processes
     if args.train_sampling_strategy == "group_by_length":  # there the order of the rows depends on it
-        settings["prompts_a_process"] = args.train_batch_size * args.gradient_accumulation_steps
+        identity["prompts_a_process"] = args.train_batch_size * args.gradient_accumulation_steps
     base = base_model(model)
-    settings["model"] = weights_fingerprint(base.config.name_or_path)
+    identity["model"] = weights_fingerprint(base.config.name_or_path)
     about = computed_config(base) | {"class": type(base).__name__, "dtype": str(base.dtype)}
-    settings |= {f"model.{key}": value for key, value in about.items()}
+    identity |= {f"model.{key}": value for key, value in about.items()}
     for name, adapter in getattr(model, "peft_config", {}).items():
         leave_out = ("base_model_name_or_path", "inference_mode", "revision", "auto_mapping", "peft_version")
-        settings |= {
+        identity |= {
             f"adapter.{name}.{key}": sorted(value) if isinstance(value, set) else value
             for key, value in adapter.to_dict().items()
             if key not in leave_out
         }
         if name == "ref":
-            settings["adapter.ref"] = adapter_hash(model, name)[:16]  # a reference that no model folder holds
+            identity["adapter.ref"] = adapter_hash(model, name)[:16]  # a reference that no model folder holds
     if isinstance(dataset, Dataset):
-        settings["data"] = f"{len(dataset)} rows, {columns_fingerprint(dataset, _CONTENT)[:16]}"
+        identity["data"] = f"{len(dataset)} rows, {columns_fingerprint(dataset, _CONTENT)[:16]}"
     else:
         first = Dataset.from_list(list(dataset.take(_STREAM_ROWS)))
-        settings["data"] = f"stream, {columns_fingerprint(first, _CONTENT)[:16]}"
-    return json.loads(json.dumps(settings, default=str, sort_keys=True))
+        identity["data"] = f"stream, {columns_fingerprint(first, _CONTENT)[:16]}"
+    return json.loads(json.dumps(identity, default=str, sort_keys=True))
 
 
 def refuse_another_run(old: dict[str, Any], new: dict[str, Any], allowed: list[str], checkpoint: str) -> None:
     """Raise where `new` isn't the run that `checkpoint` belongs to, unless each difference is allowed by name.
 
     Args:
-        old, new: `run_settings` of the checkpoint and of this run.
+        old, new: `run_identity` of the checkpoint and of this run.
         allowed: `resume_changed`.
         checkpoint: its name.
 
