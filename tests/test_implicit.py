@@ -265,6 +265,14 @@ def test_rows_are_the_held_out_split_or_all_of_one(data_file, adapter_dir, tmp_p
     assert len(load_rows(options(str(tmp_path), adapter_dir, split="dev"))) == 2
 
 
+def test_another_model_or_beta_reads_the_same_converted_rows(adapter_dir, tmp_path):
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text(json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"}) + "\n")
+    first = load_rows(options(str(pairs), adapter_dir))
+    again = load_rows(options(str(pairs), "another", beta=0.5, output=str(tmp_path / "table.json")))
+    assert first.cache_files == again.cache_files != []
+
+
 MISTAKES = {
     "batch": ({"batch_size": 0}, "`batch_size` is 0; it must be at least 1"),
     "beta": ({"beta": 0.0}, "`beta` is 0.0; it must be a finite number above 0"),

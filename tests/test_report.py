@@ -194,6 +194,10 @@ def test_a_run_in_the_midst_is_read_from_its_last_checkpoint(tmp_path):
     for step in (8, 16, 100):
         write_run(tmp_path / "run" / f"checkpoint-{step}", [{"step": step, "loss": 1.0}])
     assert read_run(tmp_path / "run").log == [{"step": 100, "loss": 1.0}]
+    write_run(tmp_path / "run" / "checkpoint-best", [{"step": 16, "loss": 1.0}])  # someone's copy
+    write_run(tmp_path / "run" / "checkpoint-200", [{"step": 200, "loss": 1.0}])
+    (tmp_path / "run" / "checkpoint-200" / "nca_align.json").write_text('{"complete": false}')  # killed as it was saved
+    assert read_run(tmp_path / "run").log == [{"step": 100, "loss": 1.0}]
 
 
 def test_names_say_where_settings_differ_and_no_more():

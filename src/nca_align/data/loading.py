@@ -76,7 +76,7 @@ def read_reward_dataset(
         name: the configuration of a Hub data set that has several.
         streaming: read lazily, for data that is larger than the disk; nothing is held out then.
         num_proc: processes to convert with.
-        options: see `DataOptions`.
+        options: see `DataOptions`; a command's own fields beside them don't count.
         **fields: fields of `DataOptions`, which override `options`.
 
     Raises:
@@ -85,7 +85,7 @@ def read_reward_dataset(
         ValueError: an unreadable file, an unknown format or split, an invalid row (named from 0, with its field).
         NotImplementedError: a stream of flat rows.
     """
-    options = replace(options or DataOptions(), **fields)
+    options = replace(options or DataOptions(), **fields).of_data()
     source, unreadable = open_source(str(path), name, streaming, options.on_invalid == "drop")
     wanted = _wanted(source)
     # Held out is a part of the training split where the data has no other split.

@@ -2,7 +2,7 @@
 
 import json
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from ..errors import UserError
@@ -71,3 +71,7 @@ class DataOptions:
             raise UserError(
                 f"`validation_fraction` is {self.validation_fraction}; it must be at least 0 and less than 1"
             )
+
+    def of_data(self) -> "DataOptions":
+        """These fields alone, where a command's options have more: no others may be in the key of what is cached."""
+        return DataOptions(**{own.name: getattr(self, own.name) for own in fields(DataOptions)})

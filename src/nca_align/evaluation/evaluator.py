@@ -73,7 +73,7 @@ class GenerationEvaluator:
         dataset: rows of `prompt` (text or messages), and any columns that the scorers read.
         tokenizer: the model's.
         scorers: one or several, as `nca-align score --scorer` or as Python functions of TRL's reward-function
-            signature; or what `scoring.open_scorers` made of them, for several evaluators.
+            signature; or what `rewards.scorers.open_scorers` made of them, for several evaluators.
         scorer_weights: one a scorer, 1 by default.
         num_completions: answers a prompt.
         max_new_tokens: tokens at which an answer is cut.

@@ -3,7 +3,7 @@
 from dataclasses import fields
 from pathlib import Path
 
-from ...data import DataOptions, read_reward_dataset, select_split
+from ...data import read_reward_dataset, select_split
 from ...errors import UserError, command, refused_by
 from ...options import parse
 from .options import InspectOptions
@@ -36,9 +36,7 @@ def main(argv: list[str] | None = None) -> None:
         ).load_tokenizer()
     data = read_reward_dataset(
         options.dataset_name, split=options.dataset_train_split, name=options.dataset_config,
-        num_proc=options.dataset_num_proc,
-        # as training has them, so that both read one cache
-        options=DataOptions(**{f.name: getattr(options, f.name) for f in fields(DataOptions)}),
+        num_proc=options.dataset_num_proc, options=options,
     )  # fmt: skip
     dataset = select_split(data.dataset, options.dataset_train_split)
 

@@ -9,6 +9,7 @@ from typing import Any
 from ...errors import UserError
 from ...evaluation.comparison_rows import Setting, setting_of
 from ...evaluation.frontier import Curve, curves_of
+from ...store.checkpoints import whole_checkpoints
 from ...store.files import read_csv, read_json
 
 _COLUMNS = ("method", "seed", "split", "step", "reward", "kl")
@@ -54,17 +55,17 @@ def read_run(path: Path) -> Run | Comparison:
         return _comparison(path)
     state = path / "trainer_state.json"
     if not state.is_file():
-        states = sorted(path.glob("checkpoint-*/trainer_state.json"), key=lambda p: int(p.parent.name.split("-")[1]))
+        saved = whole_checkpoints(path)
         if (path / "cells").is_dir():
             raise UserError(
                 f"run {path} is a comparison of which no cell is finished; its tables are written when the first one is"
             )
-        if not states:
+        if not saved:
             raise UserError(
                 f"run {path} holds neither trainer_state.json nor comparison.csv; give the `output_dir` of a run of "
                 "`nca-align train` that has saved once, or of `nca-align compare`"
             )
-        state = states[-1]
+        state = saved[max(saved)] / "trainer_state.json"
     log = _json(state).get("log_history")
     if not isinstance(log, list):
         raise UserError(f"{state} has no `log_history`; it is no state of a trainer, so give another folder")
