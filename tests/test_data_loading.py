@@ -60,6 +60,17 @@ def test_shards_by_pattern_and_folders(tmp_path):
     assert {name: split.to_list() for name, split in splits.items()} == {"train": rows[:4], "test": rows[4:]}
 
 
+def test_several_jsonl_files_are_streamed_one_after_another(tmp_path):
+    rows = reward_rows(5)
+    write(tmp_path / "a.jsonl", rows[:1])
+    (tmp_path / "b.jsonl").write_text("7\n" + "".join(json.dumps(row) + "\n" for row in rows[1:]))
+    stream = whole(tmp_path / "*.jsonl", streaming=True, on_invalid="drop")
+    assert list(stream) == rows
+    assert stream.num_shards == 2  # so that workers share them out
+    with pytest.raises(ValueError, match=r"row 0 of .*b.jsonl is a JSON int"):
+        list(whole(tmp_path / "*.jsonl", streaming=True))
+
+
 def test_csv_cells_that_hold_lists_are_lists_and_answers_stay_text(tmp_path):
     rows = [
         {"prompt": "N/A", "completions": ["12", "null"], "rewards": [1.5, 2.0]},

@@ -44,18 +44,18 @@ def _lines(file: str) -> Iterator[tuple[bytes, dict[str, Any] | UnreadableLine]]
                     yield line, error
 
 
-def read_lines(files: list[str], drop: list[bool]) -> Iterator[dict[str, Any]]:
+def read_lines(files: list[str], drop: bool) -> Iterator[dict[str, Any]]:
     """The rows of JSONL files, lazily.
 
     Args:
         files: paths; a list, so that `datasets` may share them out.
-        drop: one bool: whether an unreadable line is left out with a warning.
+        drop: whether an unreadable line is left out with a warning.
     """
     for file in files:
         for _, row in _lines(file):
             if not isinstance(row, UnreadableLine):
                 yield row
-            elif drop[0]:
+            elif drop:
                 logger.warning("left out: %s", row)
             else:
                 raise row
@@ -87,7 +87,7 @@ def check_json(files: list[str]) -> None:
     """
     for file in files:
         if not _is_list(file):
-            for _ in read_lines([file], [False]):
+            for _ in read_lines([file], drop=False):
                 pass
             continue
         try:

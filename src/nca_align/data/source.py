@@ -94,7 +94,7 @@ def _kind(files: list[str], path: str) -> str:
 def _open_files(path: str, files: list[str], streaming: bool, drop: bool) -> tuple[dict[str, Any], int]:
     kind = _kind(files, path)
     if kind == "json" and streaming and not any(file.endswith(".json") for file in files):
-        return {"train": IterableDataset.from_generator(read_lines, gen_kwargs={"files": files, "drop": [drop]})}, 0
+        return {"train": IterableDataset.from_generator(read_lines, gen_kwargs={"files": files, "drop": drop})}, 0
     try:
         return _load(path, kind, files, streaming, (kind,), {"data_files": {"train": files}}), 0
     except UnreadableLine:
