@@ -16,8 +16,8 @@ from datasets import Dataset, disable_progress_bars, enable_progress_bars
 
 from nca_align import NCAConfig
 from nca_align.data import DataOptions, check_row, convert_dataset, read_reward_dataset, to_reward_dataset
-from nca_align.data.conversion import FORMATS
-from nca_align.data.formats import ASPECTS, REPAIRED
+from nca_align.data.formats import FORMATS
+from nca_align.data.formats.completions import ASPECTS, REPAIRED
 from nca_align.data.options import DEFAULT_SCORE
 from nca_align.errors import UserError
 from nca_align.options import parse

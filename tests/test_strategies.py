@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nca_align import to_preference_pairs, to_unpaired
-from nca_align.data.strategies import PAIRS, check_strategy, choose, select_completions
+from nca_align.data.strategies import PAIRS, check_strategy, select_completions, select_indices
 
 REWARDS = st.lists(st.sampled_from([-1.0, 0.0, 0.5, 2.0]), min_size=2, max_size=7)
 
@@ -25,7 +25,7 @@ def rows(*rewards: list[float]) -> Dataset:
 class TestChoose:
     @given(REWARDS, st.sampled_from(PAIRS), st.integers(0, 9))
     def test_pairs_are_of_unequal_rewards_and_the_better_is_first(self, rewards, strategy, seed):
-        pairs = choose(rewards, strategy, random.Random(seed))
+        pairs = select_indices(rewards, strategy, random.Random(seed))
         assert all(rewards[i] > rewards[j] for i, j in pairs)
         assert len(set(map(tuple, pairs))) == len(pairs)
         unequal = sum(a > b for a in rewards for b in rewards)
@@ -40,7 +40,7 @@ class TestChoose:
 
     @given(REWARDS, st.integers(1, 8), st.integers(0, 9))
     def test_best_plus_n_holds_the_best_and_n_others(self, rewards, n, seed):
-        chosen = choose(rewards, f"best_plus_{n}", random.Random(seed))
+        chosen = select_indices(rewards, f"best_plus_{n}", random.Random(seed))
         if n >= len(rewards):
             assert chosen == []
             return
@@ -49,12 +49,12 @@ class TestChoose:
         assert rewards[places[0]] == max(rewards)
 
     def test_random_ones_reach_every_worse_completion(self):
-        drawn = {choose([3.0, 1.0, 2.0], "best_random", random.Random(seed))[0][1] for seed in range(40)}
+        drawn = {select_indices([3.0, 1.0, 2.0], "best_random", random.Random(seed))[0][1] for seed in range(40)}
         assert drawn == {1, 2}
 
     def test_first_n_keeps_the_order_and_leaves_out_shorter_rows(self):
-        assert choose([1.0, 5.0, 3.0], "first_2", random.Random(0)) == [[0, 1]]
-        assert choose([1.0, 5.0], "first_3", random.Random(0)) == []
+        assert select_indices([1.0, 5.0, 3.0], "first_2", random.Random(0)) == [[0, 1]]
+        assert select_indices([1.0, 5.0], "first_3", random.Random(0)) == []
 
     @pytest.mark.parametrize("name", ["best", "first_1", "first_x", "best_plus_0", None, 3])
     def test_another_name_is_refused_with_the_list(self, name):

@@ -1,33 +1,30 @@
 """From a data set in any known format to validated rows `prompt, completions, rewards`."""
 
+import glob
 import itertools
 import logging
-import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, Features, IterableDataset
 
 from ..errors import UnsupportedError, UserError, UserTypeError
-from ..store.fingerprints import derived_fingerprint, source_fingerprint
-from . import cleaning, flat, formats, pairs, schema, validation
+from ..store.fingerprints import derived_fingerprint, files_fingerprint
+from . import schema
 from .cleaning import clean_prompt, joined_messages
-from .formats import Format
+from .formats import FORMATS
+from .formats.completions import rewarded_completions
+from .formats.flat_rows import group_rows, read_groups
 from .options import DEFAULT_SCORE, DataOptions
-from .schema import NOTES, RESULT, DataReport, result_features
+from .schema import NOTES, PROMPT_COLUMNS, REWARD_COLUMNS, DataReport, Format, result_features
 from .validation import Row, RowError, check_row
 
 logger = logging.getLogger("nca_align")
 
-FORMATS = {  # the first that matches is taken
-    fmt.name: fmt
-    for fmt in (
-        formats.own, formats.ultrafeedback, formats.ranked, pairs.trajectory, formats.generated, pairs.pair, flat.group,
-    )
-}  # fmt: skip
 _PEEKED = 64  # rows looked at before the others are converted
 _BATCH = 256
 
@@ -88,7 +85,7 @@ def convert_dataset(
     needed = replace(options, validation_fraction=0, validation_seed=0)
     if not fmt.grouped:
         needed = replace(needed, on_invalid="raise")
-    if fmt is formats.own:
+    if fmt is rewarded_completions:
         needed = DataOptions(exclude_sources=options.exclude_sources, validation_fraction=0)
     arguments: dict[str, Any] = {"fmt": fmt.name, "options": needed, "revision": _revision()}
     result = None
@@ -98,8 +95,8 @@ def convert_dataset(
         arguments["chat"] = _is_chat(peeked, fmt, options)
         types = result_features(dataset.features, fmt, arguments["chat"])
         read, features = dataset, Features(types | NOTES)
-        if fmt is formats.own and types == dataset.features:  # rows that are only checked
-            checked = (*RESULT, *flat.SHARED, "source")
+        if fmt is rewarded_completions and types == dataset.features:  # rows that are only checked
+            checked = (*REWARD_COLUMNS, *PROMPT_COLUMNS, "source")
             read, features = dataset.select_columns([key for key in dataset.column_names if key in checked]), NOTES
             result = dataset
         converted = read.map(
@@ -121,10 +118,8 @@ def convert_dataset(
 
 @cache
 def _revision() -> str:
-    """Changes with the converters' code, so that what older code left in the cache isn't taken."""
-    modules = [sys.modules[name] for name in sorted({fmt.convert.__module__ for fmt in FORMATS.values()})]
-    modules += [sys.modules[__name__], cleaning, validation]
-    return " ".join(str(source_fingerprint(module)) for module in modules)
+    """Changes with the code of this package, so that what older code left in the cache isn't taken."""
+    return files_fingerprint(f"{glob.escape(str(Path(__file__).parent))}/**/*.py")
 
 
 def _recognise(columns: Iterable[str], options: DataOptions, name: str) -> Format:
@@ -170,7 +165,7 @@ def _convert_row(row: dict[str, Any], fmt: Format, options: DataOptions) -> Row:
     if prompt.continues:
         for completion in result.completions:
             joined_messages(prompt, completion)  # raises where it can't continue the prompt
-    parsed = dict(zip(flat.SHARED, (prompt.tools, prompt.arguments), strict=True))
+    parsed = dict(zip(PROMPT_COLUMNS, (prompt.tools, prompt.arguments), strict=True))
     result.extra |= {name: value for name, value in parsed.items() if isinstance(row.get(name), str)}
     return result
 
@@ -189,8 +184,8 @@ def _convert_values(row: dict[str, Any], i: int, fmt: str, options: DataOptions,
     """A row's values in the result with its notes; None for what can't be read of an invalid or excluded row."""
     kind = FORMATS[fmt]
     values = {key: value for key, value in row.items() if key != "_index" and not schema.is_replaced(key, kind)}
-    values |= dict.fromkeys(RESULT) | {"_problem": None, "_cause": None, "_notes": []}
-    unread = values | {name: None for name in flat.SHARED if isinstance(row.get(name), str)}
+    values |= dict.fromkeys(REWARD_COLUMNS) | {"_problem": None, "_cause": None, "_notes": []}
+    unread = values | {name: None for name in PROMPT_COLUMNS if isinstance(row.get(name), str)}
     source = row["source"][0] if kind.grouped and "source" in row else row.get("source")
     if source in options.exclude_sources:
         return unread | {"_cause": f"source {source}"}
@@ -218,12 +213,12 @@ def _convert_batch(batch: dict[str, list], indices: list[int], columns: list[str
 
 def _convert_groups(dataset: Dataset, arguments: dict[str, Any]) -> Dataset:
     fmt = FORMATS[arguments["fmt"]]
-    order, starts = flat.group_rows(dataset)
-    first = itertools.islice(flat.read_groups(dataset, order, starts), _PEEKED)
+    order, starts = group_rows(dataset)
+    first = itertools.islice(read_groups(dataset, order, starts), _PEEKED)
     arguments["chat"] = _is_chat((row for _, row in first), fmt, arguments["options"])
 
     def generate() -> Iterator[dict[str, Any]]:
-        for i, row in flat.read_groups(dataset, order, starts):
+        for i, row in read_groups(dataset, order, starts):
             yield _convert_values(row, i, **arguments)
 
     return Dataset.from_generator(

@@ -1,20 +1,19 @@
 """Rows for `sample` and `score`: prompts out of any format that training reads, or out of a text file."""
 
+import re
 from pathlib import Path
 
 from datasets import Dataset, Features, Json, List
 
 from ..errors import UserError
 from .conversion import to_reward_dataset
+from .formats import FORMATS
 from .source import open_source
 from .splits import held_out_split, select_split
 from .validation import read_conversation, read_list
 
 # Columns that answer the prompt: `sample` makes new answers, so these don't go along.
-ANSWERS = (
-    "completions", "rewards", "truncated", "completion", "chosen", "rejected", "response", "messages",
-    "all_generated_responses", "all_rm_scores",
-)  # fmt: skip
+_ANSWERS = re.compile("|".join(["completions|rewards|truncated|score_.*", *(fmt.answers for fmt in FORMATS.values())]))
 
 
 def load_raw(name: str, config: str | None = None, split: str = "train") -> Dataset:
@@ -56,7 +55,7 @@ def load_prompts(name: str, config: str | None = None, split: str = "train") -> 
     dataset = load_raw(name, config, split)
     if "prompt" not in dataset.column_names or {"response", "chosen"} & set(dataset.column_names):
         dataset = to_reward_dataset(dataset, name=split)  # finds the prompt, and puts rows together that share one
-    dataset = dataset.remove_columns([c for c in dataset.column_names if c in ANSWERS or c.startswith("score_")])
+    dataset = dataset.remove_columns([name for name in dataset.column_names if _ANSWERS.fullmatch(name)])
     for i, prompt in enumerate(dataset["prompt"]):
         if not prompt or not isinstance(prompt, (str, list)):
             raise UserError(f"row {i}: `prompt` is {prompt!r}; it must be text or a list of messages, and not empty")

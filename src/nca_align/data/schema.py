@@ -1,9 +1,10 @@
-"""The columns of converted rows, and what those beside them say became of each row: counts by cause."""
+"""What a format is, the columns of converted rows, and what became of each row: counts by cause."""
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,11 +12,13 @@ import pyarrow.compute as pc
 from datasets import Dataset, Features, Json, LargeList, List, Value
 
 from ..errors import UserError
-from .flat import SHARED
-from .formats import Format
 from .options import DataOptions
+from .validation import Row
 
-RESULT = ("prompt", "completions", "rewards")
+REWARD_COLUMNS = ("prompt", "completions", "rewards")
+PROMPT_COLUMNS = ("tools", "chat_template_kwargs")  # belong to the prompt: rows that differ in them are other prompts
+NONE = r"(?!)"  # a pattern that matches nothing
+Convert = Callable[[dict[str, Any], DataOptions], Row]
 _MESSAGE = {"role": Value("string"), "content": Value("string")}
 # Columns beside each row while it is converted, so that a cached conversion still knows what it met: what is wrong
 # with an invalid row, why a row is dropped, and what befell its completions.
@@ -23,16 +26,50 @@ NOTES = Features({"_problem": Value("string"), "_cause": Value("string"), "_note
 FIX = "mend the row, or drop such rows with `on_invalid: drop`"
 
 
+@dataclass(frozen=True)
+class Format:
+    """One way that public data sets are laid out.
+
+    Args:
+        name: what reports call it.
+        needs: the columns that tell it, as an error lists them.
+        convert: from a row as a dict to a `Row`; raises `RowError`.
+        prompts, answers: patterns of the columns that the prompt and its answers are read from. The result replaces
+            them and keeps all others; `sample`, which makes new answers, leaves the answers out.
+        conversations: a pattern of the columns whose messages the result takes over, with all their fields.
+        scores: the names that `score` may have, from a few rows; None where there is no choice.
+        grouped: True where a row is one completion, and the rows of a prompt are put together first.
+        matches: whether a set of columns is this format; None where it is so with all that it needs.
+    """
+
+    name: str
+    needs: str
+    convert: Convert
+    prompts: str = NONE
+    answers: str = NONE
+    conversations: str = NONE
+    scores: Callable[[list[dict[str, Any]]], set[str]] | None = None
+    grouped: bool = False
+    matches: Callable[[set[str], DataOptions], bool] | None = None
+
+
+def data_format(name: str, needs: str, **more: Any) -> Callable[[Convert], Format]:
+    """Decorate a converter: it becomes the `Format` with these fields."""
+    return partial(Format, name, needs, **more)
+
+
 def is_replaced(column: str, fmt: Format) -> bool:
     """Whether a source column gives way to the result's."""
-    return re.fullmatch(fmt.replaces, column) is not None
+    return re.fullmatch(f"{fmt.prompts}|{fmt.answers}", column) is not None
 
 
 def result_features(source: Features, fmt: Format, chat: bool) -> Features:
     """The types of the result: kept columns as they are, messages with the fields that the source's have."""
-    kept = {name: feature for name, feature in source.items() if not is_replaced(name, fmt) and name not in RESULT}
+    kept = {
+        name: feature for name, feature in source.items() if not is_replaced(name, fmt) and name not in REWARD_COLUMNS
+    }
     for name, feature in kept.items():
-        if name in SHARED:
+        if name in PROMPT_COLUMNS:
             kept[name] = Json() if _is_text(feature) else feature
         elif fmt.grouped:
             kept[name] = List(feature)

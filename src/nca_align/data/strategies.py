@@ -9,9 +9,9 @@ from typing import Any
 from datasets import Dataset, concatenate_datasets
 
 from ..errors import UserError, UserTypeError
-from .flat import SHARED
+from .formats.pairs import HARD_REWARDS
 from .loading import with_template_arguments
-from .pairs import HARD
+from .schema import PROMPT_COLUMNS
 
 PAIRS = ("best_random", "best_worst", "best_each", "all_pairs")
 STRATEGIES = ("rewards", "first_N", "best_plus_N", *PAIRS)
@@ -32,7 +32,7 @@ def check_strategy(name: str) -> str:
     )
 
 
-def choose(rewards: Sequence[float], strategy: str, draw: random.Random) -> list[list[int]]:
+def select_indices(rewards: Sequence[float], strategy: str, draw: random.Random) -> list[list[int]]:
     """The rows that one prompt's completions become, each a list of their places.
 
     - `rewards`: one row of all K. `first_N`: one row of the first N. `best_plus_N`: one row of the best and N others,
@@ -88,7 +88,7 @@ def select_completions(dataset: Dataset, strategy: str, seed: int = 42) -> Datas
         return dataset.select_columns(["prompt", "completions", "rewards", *_shared(dataset)])
 
     def select(row: dict[str, Any], places: list[int]) -> dict[str, Any]:
-        rewards = list(HARD) if strategy in PAIRS else [row["rewards"][i] for i in places]
+        rewards = list(HARD_REWARDS) if strategy in PAIRS else [row["rewards"][i] for i in places]
         return {"prompt": row["prompt"], "completions": [row["completions"][i] for i in places], "rewards": rewards}
 
     return _rows(dataset, strategy, seed, select)
@@ -99,7 +99,7 @@ def to_preference_pairs(dataset: Dataset, strategy: str = "best_worst", seed: in
 
     Args:
         dataset: as of `select_completions`.
-        strategy: best_worst, best_random, best_each or all_pairs, as in `choose`.
+        strategy: best_worst, best_random, best_each or all_pairs, as in `select_indices`.
         seed: of best_random.
 
     Returns:
@@ -151,7 +151,7 @@ def to_unpaired(dataset: Dataset, threshold: float | None = None) -> Dataset:
     return _rows(dataset, "unpaired", 0, label, each)
 
 
-def _rows(dataset: Dataset, strategy: str, seed: int, make, pick=choose) -> Dataset:
+def _rows(dataset: Dataset, strategy: str, seed: int, make, pick=select_indices) -> Dataset:
     if not isinstance(dataset, Dataset):
         raise UserTypeError(f"`dataset` is a {type(dataset).__name__}, but must be a Dataset: give one split")
     function = partial(_made, strategy=strategy, seed=seed, make=make, pick=pick)
@@ -172,7 +172,7 @@ def _rows(dataset: Dataset, strategy: str, seed: int, make, pick=choose) -> Data
 
 def _shared(dataset: Dataset) -> list[str]:
     """What a prompt is rendered with beside its messages."""
-    return [name for name in SHARED if name in dataset.column_names]
+    return [name for name in PROMPT_COLUMNS if name in dataset.column_names]
 
 
 def _made(batch: dict[str, list], numbers: list[int], *, strategy: str, seed: int, make, pick) -> dict[str, list]:

@@ -123,12 +123,12 @@ def read_text(value: Any, field: str) -> str:
     return value
 
 
-def user(value: Any, field: str) -> dict[str, str]:
+def user_message(value: Any, field: str) -> dict[str, str]:
     """A user's message from text."""
     return {"role": "user", "content": read_text(value, field)}
 
 
-def answer(value: Any, field: str) -> list[dict[str, str]]:
+def assistant_message(value: Any, field: str) -> list[dict[str, str]]:
     """A completion of one assistant message from text, which must not be blank."""
     check_filled(read_text(value, field), field)
     return [{"role": "assistant", "content": value}]

@@ -10,13 +10,12 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
-from .formats import data_format
-from .options import DEFAULT_SCORE, DataOptions
-from .validation import Row, RowError, answer, read_conversation, required_number, user
+from ..options import DEFAULT_SCORE, DataOptions
+from ..schema import PROMPT_COLUMNS, data_format
+from ..validation import Row, RowError, assistant_message, read_conversation, required_number, user_message
 
 _SCORE_COLUMNS = ("reward", "score", DEFAULT_SCORE, "helpfulness")
 _ANSWER_COLUMNS = ("response", "completion")
-SHARED = ("tools", "chat_template_kwargs")  # belong to the prompt: rows that differ in them are other prompts
 _TURN = re.compile(r"\n?<extra_id_1>(Assistant|User)\n")
 
 
@@ -38,7 +37,7 @@ def matches(columns: set[str], options: DataOptions) -> bool:
 
 
 def score_names(rows: list[dict[str, Any]]) -> set[str]:
-    return set().union(*rows) - {"prompt", *_ANSWER_COLUMNS, *SHARED}
+    return set().union(*rows) - {"prompt", *_ANSWER_COLUMNS, *PROMPT_COLUMNS}
 
 
 def read_groups(dataset: Dataset, order: np.ndarray, starts: np.ndarray) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -48,7 +47,7 @@ def read_groups(dataset: Dataset, order: np.ndarray, starts: np.ndarray) -> Iter
         indices = order[ends[0] : ends[-1]]
         batch = dataset[indices]
         for a, b in itertools.pairwise(ends - ends[0]):
-            shared = ("prompt", *SHARED)
+            shared = ("prompt", *PROMPT_COLUMNS)
             row = {key: values[a] if key in shared else values[a:b] for key, values in batch.items()}
             yield int(indices[a]), row | {"_index": indices[a:b].tolist()}
 
@@ -60,7 +59,7 @@ def group_rows(dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
         `order`, all row numbers with those of a prompt together, and `starts`, where in it each prompt begins, with
         the end as a last entry. Memory is that of one digest a prompt.
     """
-    keys = ["prompt", *(name for name in SHARED if name in dataset.column_names)]
+    keys = ["prompt", *(name for name in PROMPT_COLUMNS if name in dataset.column_names)]
     numbers: dict[bytes, int] = {}
     groups = np.empty(len(dataset), np.int64)
     i = 0
@@ -77,13 +76,13 @@ def group_rows(dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
 @data_format(
     "flat scored rows",
     "prompt, response or completion, a score column",
-    replaces="response|completion",
+    answers="response|completion",
     conversations="prompt|response|completion",
     scores=score_names,
     grouped=True,
     matches=matches,
 )
-def group(row: dict[str, Any], options: DataOptions) -> Row:
+def flat_rows(row: dict[str, Any], options: DataOptions) -> Row:
     """From one prompt with a list in every other column, to a row.
 
     A `response` is a turn of a chat, a `completion` beside a prompt of text continues that text, as in TRL.
@@ -97,7 +96,7 @@ def group(row: dict[str, Any], options: DataOptions) -> Row:
     for i, text, score in zip(row["_index"], row[answers], row[scores], strict=True):
         try:
             reward = required_number(score, scores)
-            completion = answer(text, answers) if chat and not isinstance(text, list) else text
+            completion = assistant_message(text, answers) if chat and not isinstance(text, list) else text
         except RowError as error:
             error.row = i
             if options.on_invalid == "raise":
@@ -114,4 +113,4 @@ def _turns(text: str) -> list[dict[str, str]]:
     first, *rest = _TURN.split(text)
     roles = (role.lower() for role in rest[::2])
     turns = ({"role": role, "content": turn} for role, turn in zip(roles, rest[1::2], strict=True))
-    return [user(first, "prompt"), *turns]
+    return [user_message(first, "prompt"), *turns]

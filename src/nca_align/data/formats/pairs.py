@@ -2,26 +2,26 @@
 
 from typing import Any
 
-from .formats import data_format
-from .options import DataOptions
-from .validation import (
+from ..options import DataOptions
+from ..schema import data_format
+from ..validation import (
     Row,
     RowError,
-    answer,
+    assistant_message,
     check_filled,
     read_conversation,
     read_list,
     read_text,
     required_number,
-    user,
+    user_message,
 )
 
-HARD = (1.0, 0.0)
+HARD_REWARDS = (1.0, 0.0)
 _ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
 
 
-@data_format("pairs", "chosen, rejected", replaces="chosen|rejected|messages", conversations="prompt|chosen|rejected")
-def pair(row: dict[str, Any], options: DataOptions) -> Row:
+@data_format("pairs", "chosen, rejected", answers="chosen|rejected|messages", conversations="prompt|chosen|rejected")
+def preference_pair(row: dict[str, Any], options: DataOptions) -> Row:
     """TRL's preference rows, text or conversational, and HuggingFaceH4/ultrafeedback_binarized with its scores.
 
     A conversation in `chosen` that begins with the prompt's turns is split there, a prompt that is implicit is
@@ -46,7 +46,7 @@ def _split_off_prompt(prompt: str | None, chosen: Any, rejected: Any) -> tuple[A
     for name, side in (("chosen", chosen), ("rejected", rejected)):
         check_filled(side, name)
     if prompt is not None and isinstance(chosen[0], dict) and chosen[0].get("role") == "assistant":
-        return [user(prompt, "prompt")], chosen, rejected  # the messages hold the answers alone
+        return [user_message(prompt, "prompt")], chosen, rejected  # the messages hold the answers alone
     if chosen[0] != rejected[0] or (isinstance(chosen, list) and min(len(chosen), len(rejected)) == 1):
         raise RowError("chosen", "no shared prompt", "has no beginning in common with `rejected`; give a `prompt`")
     from trl.data_utils import extract_prompt  # loads torch: not for those who need it not
@@ -58,12 +58,12 @@ def _split_off_prompt(prompt: str | None, chosen: Any, rejected: Any) -> tuple[A
 def _rewards(row: dict[str, Any], options: DataOptions) -> list[float]:
     names = ("score_chosen", "score_rejected")
     if options.preference == "hard" or not all(name in row for name in names):
-        return list(HARD)
+        return list(HARD_REWARDS)
     return [required_number(row[name], name) for name in names]
 
 
-@data_format("trajectory pairs", "trajectory, chosen, rejected", replaces="trajectory|chosen|rejected")
-def trajectory(row: dict[str, Any], options: DataOptions) -> Row:
+@data_format("trajectory pairs", "trajectory, chosen, rejected", prompts="trajectory", answers="chosen|rejected")
+def trajectory_pair(row: dict[str, Any], options: DataOptions) -> Row:
     """openbmb/UltraInteract_pair: a trajectory of {from, value} turns, and the two next turns."""
     prompt = []
     for j, turn in enumerate(read_list(row["trajectory"], "trajectory")):
@@ -73,4 +73,4 @@ def trajectory(row: dict[str, Any], options: DataOptions) -> Row:
                 f"trajectory[{j}]", "wrong type", f"comes from {role!r}; it must come from one of {', '.join(_ROLES)}"
             )
         prompt.append({"role": _ROLES[role], "content": read_text(turn.get("value"), f"trajectory[{j}].value")})
-    return Row(prompt, [answer(row[name], name) for name in ("chosen", "rejected")], _rewards(row, options))
+    return Row(prompt, [assistant_message(row[name], name) for name in ("chosen", "rejected")], _rewards(row, options))

@@ -1,68 +1,30 @@
-"""Data formats: what one is, and those that score each of a row's completions.
-
-A format is a function from a row to a `Row`, decorated by `@data_format`. Preference pairs are in `pairs.py`, rows of
-one completion each in `flat.py`. A new format also needs its place in `conversion.FORMATS`, which are tried in order,
-and the columns of its answers in `prompts.ANSWERS`, which `sample` leaves out.
-"""
+"""Data formats that hold all completions of a prompt in one row, each with its score."""
 
 import re
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterable
 from typing import Any
 
-from .options import DEFAULT_SCORE, DataOptions
-from .validation import (
+from ..options import DEFAULT_SCORE, DataOptions
+from ..schema import data_format
+from ..validation import (
     MISSING,
     Row,
     RowError,
-    answer,
+    assistant_message,
     optional_score,
     read_conversation,
     read_list,
     required_number,
-    user,
+    user_message,
 )
 
-Convert = Callable[[dict[str, Any], DataOptions], Row]
 ASPECTS = ("instruction_following", "honesty", "truthfulness", "helpfulness")
-NONE = r"(?!)"  # a pattern that matches nothing
 REPAIRED = "score 10 repaired to 1"
 _SCORE_BUG = "score 10 that should be 1"
 
 
-@dataclass(frozen=True)
-class Format:
-    """One way that public data sets are laid out.
-
-    Args:
-        name: what reports call it.
-        needs: the columns that tell it, as an error lists them.
-        convert: from a row as a dict to a `Row`; raises `RowError`.
-        replaces: a pattern of the columns that the result replaces; all others are kept.
-        conversations: a pattern of the columns whose messages the result takes over, with all their fields.
-        scores: the names that `score` may have, from a few rows; None where there is no choice.
-        grouped: True where a row is one completion, and the rows of a prompt are put together first.
-        matches: whether a set of columns is this format; None where it is so with all that it needs.
-    """
-
-    name: str
-    needs: str
-    convert: Convert
-    replaces: str = NONE
-    conversations: str = NONE
-    scores: Callable[[list[dict[str, Any]]], set[str]] | None = None
-    grouped: bool = False
-    matches: Callable[[set[str], DataOptions], bool] | None = None
-
-
-def data_format(name: str, needs: str, **more: Any) -> Callable[[Convert], Format]:
-    """Decorate a converter: it becomes the `Format` with these fields."""
-    return partial(Format, name, needs, **more)
-
-
 @data_format("own", "prompt, completions, rewards", conversations="prompt|completions")
-def own(row: dict[str, Any], options: DataOptions) -> Row:
+def rewarded_completions(row: dict[str, Any], options: DataOptions) -> Row:
     """`prompt, completions, rewards` as they are; only text that holds lists or numbers is read."""
     rewards = [required_number(item, f"rewards[{k}]") for k, item in enumerate(read_list(row["rewards"], "rewards"))]
     return Row(read_conversation(row["prompt"], "prompt"), read_list(row["completions"], "completions"), rewards)
@@ -106,14 +68,14 @@ def _ultrafeedback_scores(rows: Iterable[dict[str, Any]]) -> set[str]:
     return names
 
 
-@data_format("raw UltraFeedback", "instruction, completions", replaces="instruction", scores=_ultrafeedback_scores)
+@data_format("raw UltraFeedback", "instruction, completions", prompts="instruction", scores=_ultrafeedback_scores)
 def ultrafeedback(row: dict[str, Any], options: DataOptions) -> Row:
     """openbmb/UltraFeedback: a completion without a score is left out.
 
     A completion's `custom_system_prompt` is the principle that it was sampled with, differs between the completions of
     one prompt, and was not part of the prompt in the paper's data: it isn't here either.
     """
-    result = Row([user(row["instruction"], "instruction")], [], [])
+    result = Row([user_message(row["instruction"], "instruction")], [], [])
     models = []
     for k, completion in enumerate(read_list(row["completions"], "completions")):
         here = f"completions[{k}]"
@@ -128,7 +90,7 @@ def ultrafeedback(row: dict[str, Any], options: DataOptions) -> Row:
         elif score is None:
             result.notes.append(MISSING)
         if score is not None:
-            result.completions.append(answer(completion.get("response"), f"{here}.response"))
+            result.completions.append(assistant_message(completion.get("response"), f"{here}.response"))
             result.rewards.append(score)
             models.append(completion.get("model"))
     if "models" in row:
@@ -136,8 +98,8 @@ def ultrafeedback(row: dict[str, Any], options: DataOptions) -> Row:
     return result
 
 
-@data_format("ranked answers", "A0, A1, score_A0, score_A1", replaces=r"(score_)?A\d+|messages", conversations=r"A\d+")
-def ranked(row: dict[str, Any], options: DataOptions) -> Row:
+@data_format("ranked answers", "A0, A1, score_A0, score_A1", answers=r"(score_)?A\d+|messages", conversations=r"A\d+")
+def ranked_answers(row: dict[str, Any], options: DataOptions) -> Row:
     """ChenDRAG/ultrafeedback_reward: conversations A0, A1 … with score_A0, score_A1 …, in whatever order.
 
     "N/A" stands for an answer where a prompt has fewer; it is left out, as is an answer without a score.
@@ -163,7 +125,7 @@ def ranked(row: dict[str, Any], options: DataOptions) -> Row:
     return result
 
 
-def _is_generated(columns: set[str], options: DataOptions) -> bool:
+def _has_generated_responses(columns: set[str], options: DataOptions) -> bool:
     # Beside the list stands a pair of its best and worst: less to learn from, unless hard preferences are asked for.
     pair = options.preference == "hard" and columns.issuperset(("chosen", "rejected"))
     return columns.issuperset(("prompt", "all_generated_responses", "all_rm_scores")) and not pair
@@ -172,11 +134,11 @@ def _is_generated(columns: set[str], options: DataOptions) -> bool:
 @data_format(
     "generated responses",
     "prompt, all_generated_responses, all_rm_scores",
-    replaces="all_generated_responses|all_rm_scores|chosen|rejected|messages",
+    answers="all_generated_responses|all_rm_scores|chosen|rejected|messages",
     conversations="prompt",
-    matches=_is_generated,
+    matches=_has_generated_responses,
 )
-def generated(row: dict[str, Any], options: DataOptions) -> Row:
+def generated_responses(row: dict[str, Any], options: DataOptions) -> Row:
     """princeton-nlp/llama3-ultrafeedback-armorm: lists of responses and of the reward model's scores."""
     responses = read_list(row["all_generated_responses"], "all_generated_responses")
     scores = read_list(row["all_rm_scores"], "all_rm_scores")
@@ -188,7 +150,7 @@ def generated(row: dict[str, Any], options: DataOptions) -> Row:
         )
     prompt = read_conversation(row["prompt"], "prompt")
     return Row(
-        [user(prompt, "prompt")] if isinstance(prompt, str) else prompt,
-        [answer(text, f"all_generated_responses[{k}]") for k, text in enumerate(responses)],
+        [user_message(prompt, "prompt")] if isinstance(prompt, str) else prompt,
+        [assistant_message(text, f"all_generated_responses[{k}]") for k, text in enumerate(responses)],
         [required_number(score, f"all_rm_scores[{k}]") for k, score in enumerate(scores)],
     )
