@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from conftest import build_model, build_tokenizer, reward_rows
 from nca_align.commands.evaluate import answers, scored
-from nca_align.commands.evaluate.answers import GenerationOptions, evaluate_generations, paired_difference
+from nca_align.commands.evaluate.answers import GenerationOptions, difference_of_means, evaluate_generations
 from nca_align.commands.evaluate.command import MODES, main
 from nca_align.commands.evaluate.scored import (
     EvaluateOptions,
@@ -30,7 +30,7 @@ from nca_align.commands.sample.command import sample
 from nca_align.commands.sample.engine import SampleOptions
 from nca_align.commands.score import ScoreOptions, score
 from nca_align.errors import UserError
-from nca_align.evaluation.evaluator import distinct, rewards_by_prompt, wins_over
+from nca_align.evaluation.evaluator import distinct, over_common_prompts, rewards_by_prompt, win_rate
 from nca_align.evaluation.intervals import UNKNOWN, mean_over_prompts
 from nca_align.models.loading import ModelSource
 from nca_align.models.logprobs import completion_logps
@@ -194,7 +194,8 @@ def test_a_model_is_no_nat_from_itself_and_an_adapter_its_log_ratio(samples, mod
 def test_wins_diversity_and_length_are_of_the_same_samples(samples, model_dir, adapter_dir, tokenizer):
     lines = evaluate(options(samples, [adapter_dir, model_dir], model_dir))
     own, reference = ([json.loads(line) for line in Path(file).read_text().splitlines()] for file in samples)
-    assert lines[0].win_rate == wins_over(rewards_by_prompt(own), rewards_by_prompt(reference))
+    wins, _ = over_common_prompts(win_rate, rewards_by_prompt(own), rewards_by_prompt(reference))
+    assert lines[0].win_rate == wins
     assert lines[0].win_rate.mean == mean_over_prompts(
         [sum((a > b) + (a == b) / 2 for a in x["rewards"] for b in y["rewards"]) / 9]
         for x, y in zip(own, reference, strict=True)
@@ -411,6 +412,19 @@ def test_a_scorers_outputs_are_too(form, message, model_dir, adapter_dir, tmp_pa
         evaluate_generations(generation_options(tmp_path, model_dir, adapter_dir, scorer=[form.format(name)]))
 
 
+def test_a_reference_of_another_vocabulary_is_refused(
+    samples, model_dir, adapter_dir, tokenizer, tmp_path, monkeypatch
+):
+    build_model(tokenizer, vocab_size=500).save_pretrained(tmp_path / "other")
+    tokenizer.save_pretrained(tmp_path / "other")
+    message = "`reference` .*other has a vocabulary of 500 tokens and `model_name_or_path`"
+    with pytest.raises(UserError, match=message):
+        evaluate(options(samples, [adapter_dir, model_dir], str(tmp_path / "other")))
+    monkeypatch.setattr(answers, "sample", lambda _: pytest.fail("answered before it looked"))
+    with pytest.raises(UserError, match=message):
+        evaluate_generations(generation_options(tmp_path, str(tmp_path / "other"), adapter_dir))
+
+
 def test_another_number_of_answers_in_the_same_folder_is_refused(model_dir, adapter_dir, tmp_path):
     evaluate_generations(generation_options(tmp_path, model_dir, adapter_dir))
     with pytest.raises(UserError, match="num_completions"):
@@ -418,7 +432,8 @@ def test_another_number_of_answers_in_the_same_folder_is_refused(model_dir, adap
 
 
 def test_differences_are_over_the_prompts_that_both_answered():
-    difference, prompts = paired_difference({"a": [1.0, 2.0], "b": [4.0], "c": [9.0]}, {"a": [1.0], "b": [1.0]})
+    own, reference = {"a": [1.0, 2.0], "b": [4.0], "c": [9.0]}, {"a": [1.0], "b": [1.0]}
+    difference, prompts = over_common_prompts(difference_of_means, own, reference)
     assert (difference.mean, prompts) == (1.75, 2)
     assert difference.error == pytest.approx(1.25)
 

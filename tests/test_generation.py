@@ -17,7 +17,7 @@ from peft import LoraConfig, get_peft_model
 from conftest import build_model, build_tokenizer
 from nca_align import GenerationEvaluator
 from nca_align.errors import UserError
-from nca_align.evaluation.evaluator import distinct, win_rate, wins_over
+from nca_align.evaluation.evaluator import distinct, over_common_prompts, win_rate
 from nca_align.models.adapters import as_reference
 from nca_align.models.sampling import neutral_generation
 from nca_align.rewards.scorers import open_scorers
@@ -180,8 +180,9 @@ def test_win_rate_counts_ties_as_half():
 
 
 def test_wins_are_over_the_prompts_that_both_answered():
-    assert wins_over({"a": [2.0], "b": [1.0, 3.0], "c": [0.0]}, {"a": [1.0], "b": [2.0]}).mean == (1 + 0.5) / 2
-    assert math.isnan(wins_over({"a": [1.0]}, {"b": [1.0]}).mean)
+    own = {"a": [2.0], "b": [1.0, 3.0], "c": [0.0]}
+    assert over_common_prompts(win_rate, own, {"a": [1.0], "b": [2.0]})[0].mean == (1 + 0.5) / 2
+    assert math.isnan(over_common_prompts(win_rate, {"a": [1.0]}, {"b": [1.0]})[0].mean)
 
 
 def test_distinct_is_one_without_repetition_and_falls_with_it():

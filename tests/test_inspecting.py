@@ -328,8 +328,8 @@ class TestPage:
 
 MISTAKES = {
     "alpha": ({"alpha": 0.0}, "`alpha` is 0.0; it must be a finite number above 0"),
-    "room": ({"max_prompt_length": 128}, "`max_prompt_length` is 128 and `max_length` 128; they must"),
-    "no room": ({"max_length": 1}, "`max_prompt_length` is 1 and `max_length` 1; they must"),
+    "room": ({"max_prompt_length": 128}, "`max_prompt_length` is 128, which leaves no room for completions"),
+    "no room": ({"max_length": 1}, "`max_prompt_length` is 1, which leaves no room for completions"),
 }
 
 

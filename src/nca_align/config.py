@@ -7,7 +7,7 @@ from trl import DPOConfig
 
 from .errors import UserError, UserTypeError, notify
 from .losses import LOSSES, loss_name
-from .options import option
+from .options import is_positive, option
 
 LAYOUTS = ("auto", "prefix_shared", "padded")
 NONFINITE = ("stop", "skip")
@@ -99,8 +99,8 @@ class NCAConfig(DPOConfig):
         inf, per_forward = float("inf"), self.completions_per_forward
         whole = "leave it out to run all completions of a batch at once"
         for name, holds, must in (
-            ("alpha", _positive(self.alpha), "a finite number above 0; the paper's is 0.01"),
-            ("beta", _positive(self.beta), "a finite number above 0; the paper's is 0.01"),
+            ("alpha", is_positive(self.alpha), "a finite number above 0; the paper's is 0.01"),
+            ("beta", is_positive(self.beta), "a finite number above 0; the paper's is 0.01"),
             ("negative_weight", 0 <= self.negative_weight < inf, "0 or above; the paper's is 1"),
             ("per_device_train_batch_size", self.per_device_train_batch_size >= 1, "at least 1"),
             ("per_device_eval_batch_size", self.per_device_eval_batch_size >= 1, "at least 1"),
@@ -166,10 +166,6 @@ class NCAConfig(DPOConfig):
             f"{cut}. Give an NCAConfig to choose."
         )
         return config
-
-
-def _positive(value: Any) -> bool:
-    return isinstance(value, (int, float)) and 0 < value < float("inf")
 
 
 def prompt_limit(max_prompt_length: int | None, max_length: int | None) -> int | None:

@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -49,6 +50,19 @@ def require_at_least_1(options: Any, *names: str) -> None:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise UserError(f"`{name}` is {value}; it must be at least 1")
+
+
+def is_positive(value: Any) -> bool:
+    """Whether it is a finite number above 0."""
+    return isinstance(value, (int, float)) and 0 < value < math.inf
+
+
+def require_positive(options: Any, *names: str) -> None:
+    """Raise a UserError where one of these options is no finite number above 0; None passes."""
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and not is_positive(value):
+            raise UserError(f"`{name}` is {value}; it must be a finite number above 0")
 
 
 class _Parser(TrlParser):

@@ -159,10 +159,9 @@ def tokenize_rows(
         for k, whole in enumerate(wholes):
             if len(whole) == boundary:
                 raise UserError(f"{named[i]}: `completions[{k}]` gives no token after the prompt; leave it out.")
-        kept = whole_prompt[:boundary][-max_prompt_length:] if max_prompt_length else whole_prompt[:boundary]
-        end = None if max_length is None else boundary + max_length - len(kept)
-        rests = [whole[boundary:end] for whole in wholes]
-        cut = sum(len(rest) < len(whole) - boundary for rest, whole in zip(rests, wholes, strict=True))
+        completion_ids = [whole[boundary:] for whole in wholes]
+        kept, rests = truncate(whole_prompt[:boundary], completion_ids, max_prompt_length, max_length)
+        cut = sum(len(rest) < len(whole) for rest, whole in zip(rests, completion_ids, strict=True))
         tokenized.append({
             "prompt_ids": kept, "completion_ids": rests, "rewards": batch["rewards"][i],
             length_column: len(kept) + sum(map(len, rests)), "row_number": indices[i],
@@ -170,3 +169,12 @@ def tokenize_rows(
             "boundary_tokens": len(whole_prompt) - boundary,
         })  # fmt: skip
     return {column: [row[column] for row in tokenized] for column in tokenized[0]}
+
+
+def truncate(
+    prompt: list[int], completions: list[list[int]], max_prompt_length: int | None, max_length: int | None
+) -> tuple[list[int], list[list[int]]]:
+    """A prompt's end within `max_prompt_length`, and each completion's beginning that fits `max_length` behind it."""
+    kept = prompt[-max_prompt_length:] if max_prompt_length else prompt
+    room = None if max_length is None else max_length - len(kept)
+    return kept, [completion[:room] for completion in completions]

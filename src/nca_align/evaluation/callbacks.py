@@ -1,7 +1,6 @@
 """Evaluations in the midst of a run of any trainer, TRL's own too: by generation, and of K rewarded completions."""
 
 from collections.abc import Iterable, Mapping
-from functools import partial
 from typing import Any
 
 import torch
@@ -12,12 +11,12 @@ from transformers import Trainer, TrainerCallback
 from ..batching.collator import padded
 from ..batching.tokenization import tokenize_dataset
 from ..errors import UnsupportedError, UserError
-from ..models.adapters import adapter_merged, as_reference, base_model, eval_mode, refuse_virtual_tokens
+from ..models.adapters import adapter_merged, base_model, eval_mode, refuse_virtual_tokens
 from ..models.loading import disable_nf4_repacking
 from ..models.logprobs import completion_logps
 from ..reward_tensors import check_rows
 from ..training.metrics import PromptMeans, calibration, row_metrics
-from .evaluator import GenerationEvaluator, Reference, reference_model
+from .evaluator import GenerationEvaluator, Reference, adapter_off, reference_model
 
 
 def log_within_step(trainer: Trainer, values: dict[str, float]) -> None:
@@ -96,12 +95,11 @@ class _EvaluationCallback(TrainerCallback):
                     "against itself; give a copy of it from before training"
                 )
             return known
-        if not hasattr(model, "peft_config"):
-            raise UserError(
-                f"`reference` is missing for {type(self).__name__}: the trainer holds no reference model, and the "
-                "model has no adapter that could be switched off; give one, or set `precompute_ref_log_probs: false`"
-            )
-        return partial(as_reference, model)
+        return adapter_off(
+            model,
+            f"`reference` is missing for {type(self).__name__}: the trainer holds no reference model, and the "
+            "model has no adapter that could be switched off; give one, or set `precompute_ref_log_probs: false`",
+        )
 
 
 class GenerationCallback(_EvaluationCallback):

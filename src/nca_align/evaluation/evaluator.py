@@ -13,11 +13,12 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import nn
 
+from ..batching.collator import batches_by_length
 from ..batching.rendering import prompt_ids
 from ..data.cleaning import completion_of
 from ..errors import InvalidRowError, UserError
 from ..models.adapters import adapter_merged, as_reference, base_model, eval_mode
-from ..models.logprobs import completion_logps
+from ..models.logprobs import completion_logps, differences
 from ..models.sampling import check_room, end_tokens, sample_answers, seed_for
 from ..options import require_at_least_1
 from ..rewards.scorers import Scorers, open_scorers
@@ -115,7 +116,7 @@ class GenerationEvaluator:
             scorers = open_scorers(scorers, scorer_weights)
         elif scorer_weights is not None:
             raise UserError("`scorer_weights` are given with `Scorers`, which have theirs; leave them out")
-        self._tokenizer, self._score, self._seed = tokenizer, scorers, seed
+        self._tokenizer, self._scorers, self._seed = tokenizer, scorers, seed
         self._reference_answers: list[dict[str, Any]] | None = None
 
     def __call__(self, model: Any, reference: Reference | None = None) -> GenerationFigures:
@@ -130,12 +131,11 @@ class GenerationEvaluator:
             UserError: a prompt that is too long for the model, an answer that the scorers can't score.
         """
         if reference is None:
-            if not hasattr(model, "peft_config"):
-                raise UserError(
-                    "`reference` is missing, and the model has no adapter that could be switched off: give the model "
-                    "that the KL and the wins are measured against"
-                )
-            reference = partial(as_reference, model)
+            reference = adapter_off(
+                model,
+                "`reference` is missing, and the model has no adapter that could be switched off: give the model "
+                "that the KL and the wins are measured against",
+            )
         self.check_room(model)
         state = PartialState()
         mine = range(state.process_index, len(self._rows), state.num_processes)
@@ -153,8 +153,7 @@ class GenerationEvaluator:
                     logps = completion_logps(model, answers, self.batch_size)
                 with reference_model(reference, model) as other:
                     reference_logps = completion_logps(other, answers, self.batch_size)
-                pairs = zip(logps, reference_logps, strict=True)
-                kl = [[p - q for p, q in zip(*pair, strict=True)] for pair in pairs]
+                kl = differences(logps, reference_logps)
         rows = gather_object([
             {name: own[name] for name in ("rewards", "tokens", "texts", "cut")}
             | {"kl": nats, "wins": win_rate(own["rewards"], theirs["rewards"])}
@@ -174,11 +173,10 @@ class GenerationEvaluator:
             (whether they were) and `rewards`.
         """
         ends = end_tokens(model, self._tokenizer)
-        by_length = sorted(mine, key=lambda i: len(self._prompts[i]))
-        size = max(1, self.batch_size // self.num_completions)
+        lengths = [len(self._prompts[i]) for i in mine]
         found: dict[int, list[list[int]]] = {}
-        for start in range(0, len(by_length), size):
-            batch = by_length[start : start + size]
+        for places in batches_by_length(lengths, max(1, self.batch_size // self.num_completions)):
+            batch = [mine[place] for place in places]
             prompts, seed = [self._prompts[i] for i in batch], seed_for(self._seed, which, batch[0])
             answers = sample_answers(model, prompts, self.num_completions, self.max_new_tokens, ends, seed)
             found.update(zip(batch, answers, strict=True))
@@ -192,10 +190,21 @@ class GenerationEvaluator:
                 "tokens": [len(ids) for ids in found[i]], "cut": [ids[-1] not in ends for ids in found[i]],
             })  # fmt: skip
             rows.append(self._rows[i] | {"completions": [completion_of(self._rows[i]["prompt"], t) for t in texts]})
-        shard = self._score(0, 0, rows, lambda done: None)
+        shard = self._scorers.score_rows(rows)
         if shard.failed:
             raise UserError(f"an answer could not be scored: {next(iter(shard.failed.values()))}")
         return [own | {"rewards": row["rewards"]} for own, row in zip(answered, shard.rows, strict=True)]
+
+
+def adapter_off(model: Any, missing: str) -> Reference:
+    """The context in which `model` is its own reference.
+
+    Raises:
+        UserError: with the text `missing`, where it has no adapter.
+    """
+    if not hasattr(model, "peft_config"):
+        raise UserError(missing)
+    return partial(as_reference, model)
 
 
 @contextmanager
@@ -248,7 +257,16 @@ def rewards_by_prompt(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[float
     return found
 
 
-def wins_over(own: Mapping[str, list[float]], reference: Mapping[str, list[float]]) -> Estimate:
-    """Mean over the prompts that both answered of `win_rate`; NaN where there is none."""
+def over_common_prompts(
+    compare: Callable[[list[float], list[float]], float],
+    own: Mapping[str, list[float]],
+    reference: Mapping[str, list[float]],
+) -> tuple[Estimate, int]:
+    """Mean of `compare` over the prompts that both answered, and how many they are; NaN where there is none.
+
+    Args:
+        compare: of the rewards of a prompt's answers, such as `win_rate`.
+        own, reference: see `rewards_by_prompt`.
+    """
     both = [prompt for prompt in own if prompt in reference]
-    return mean_over_prompts([win_rate(own[p], reference[p])] for p in both) if both else UNKNOWN
+    return mean_over_prompts([compare(own[p], reference[p])] for p in both) if both else UNKNOWN, len(both)

@@ -31,6 +31,16 @@ class Completions:
     lengths: Tensor
     valid: Tensor
 
+    @property
+    def mean_rewards(self) -> Tensor:
+        """(B,) of a completion chosen at random."""
+        return torch.where(self.valid, self.rewards, 0).sum(1) / self.valid.sum(1)
+
+    @property
+    def best_rewards(self) -> Tensor:
+        """(B,) of the best completion."""
+        return self.rewards.masked_fill(~self.valid, -torch.inf).amax(1)
+
     @classmethod
     def of(cls, rewards: Sequence[Sequence[float]], lengths: Sequence[Sequence[int]]) -> "Completions":
         """From B lists of K."""
@@ -131,8 +141,7 @@ def figures(scores: Tensor, data: Completions) -> dict[str, tuple[Tensor, Callab
     kinds = pair_kinds(data)
     shares = {name: _share_right(scores, kind) for name, kind in kinds.items()}
     reward, tokens = _chosen(scores, data)
-    mean = torch.where(data.valid, data.rewards, 0).sum(1) / data.valid.sum(1)
-    best = data.rewards.masked_fill(~data.valid, -torch.inf).amax(1)
+    mean, best = data.mean_rewards, data.best_rewards
     ones = torch.ones_like(mean)
     return {
         **{name: (share, _ratio) for name, share in shares.items()},

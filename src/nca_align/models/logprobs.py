@@ -236,3 +236,8 @@ def token_logps(
 def completion_logps(model: nn.Module, rows: Sequence[dict[str, Any]], batch_size: int) -> list[list[float]]:
     """log π(completion | prompt) of every completion, nats, summed over its tokens: lists of K, see `token_logps`."""
     return [[float(logps.double().sum()) for logps in row] for row in token_logps(model, rows, batch_size)]
+
+
+def differences(logps: Sequence[Sequence[Any]], ref_logps: Sequence[Sequence[Any]]) -> list[list[Any]]:
+    """Log-ratios log π − log π_ref in nats of B lists of K: numbers, or tensors (T,) with one a token."""
+    return [[p - q for p, q in zip(*row, strict=True)] for row in zip(logps, ref_logps, strict=True)]

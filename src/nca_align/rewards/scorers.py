@@ -12,7 +12,7 @@ from typing import Any, Literal
 from ..errors import InvalidRowError, UserError, one_line
 from ..models.loading import model_fingerprint
 from ..store.fingerprints import source_fingerprint
-from ..store.shards import Advance, Shard
+from ..store.shards import Shard
 from .reward_functions import find_function, function_scorer
 from .reward_models import Scorer, check_config, model_scorer
 
@@ -111,7 +111,7 @@ def _is_finite(value: Any) -> bool:
 
 
 class Scorers:
-    """Rewards for rows, by one or several scorers: what `shards.run_sharded` calls for each shard.
+    """Rewards for rows, by one or several scorers.
 
     Args:
         scorers: name of a score → scorer.
@@ -121,7 +121,8 @@ class Scorers:
     def __init__(self, scorers: dict[str, Scorer], weights: list[float]):
         self._scorers, self._weights = scorers, weights
 
-    def __call__(self, shard: int, first_row: int, rows: list[dict], advance: Advance) -> Shard:
+    def score_rows(self, rows: list[dict], first_row: int = 0) -> Shard:
+        """Rows with their rewards and scores, and by their numbers from `first_row` on why others have none."""
         result = Shard([], Counter(completions=0))
         table = {name: _score_rows(scorer, rows) for name, scorer in self._scorers.items()}
         for i, row in enumerate(rows):

@@ -6,8 +6,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -112,21 +112,14 @@ def check_writable(path: Path, key: str = "output") -> None:
         tempfile.TemporaryFile(dir=path.parent).close()
 
 
-def read_table(path: Path, is_line: Callable[[Any], bool]) -> dict[str, Any]:
-    """The lines that `output` holds already, by what they are of.
+def require_folder_of(file: str, key: str = "output") -> None:
+    """Refuse a file whose folder is not there.
 
     Raises:
-        UserError: its folder does not exist, or the file holds something else.
+        UserError: the option `key` names such a file.
     """
-    if not path.resolve().parent.is_dir():
-        raise UserError(f"`output` is {str(path)!r}, whose folder does not exist; make it, or choose another file")
-    if not path.exists():
-        return {}
-    with suppress(OSError, ValueError, AttributeError):  # a folder, broken JSON, a list
-        known = read_json(path)
-        if all(map(is_line, known.values())):
-            return known
-    raise UserError(f"`output` is {str(path)!r}, which holds no table of `nca-align evaluate`; choose another file")
+    if not Path(file).resolve().parent.is_dir():
+        raise UserError(f"`{key}` is {file!r}, whose folder does not exist; make it, or choose another file")
 
 
 def visible_files(folder: Path) -> list[Path]:

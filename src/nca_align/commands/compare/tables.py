@@ -21,6 +21,7 @@ from ...evaluation.comparison_rows import (
 )
 from ...evaluation.frontier import curve_of, reward_at_kl
 from ...evaluation.intervals import mean_and_interval
+from ...options import is_positive
 from ...store.files import read_json
 from .grid import KEYS, Cell
 
@@ -55,7 +56,7 @@ class Selection:
     def __post_init__(self):
         if self.column not in FIGURES:
             raise UserError(f"`metric` of `select` is {self.metric!r}; it must be one of {', '.join(FIGURES)}")
-        if self.at_kl is not None and not (isinstance(self.at_kl, (int, float)) and 0 < self.at_kl < math.inf):
+        if self.at_kl is not None and not is_positive(self.at_kl):
             raise UserError(f"`at_kl` of `select` is {self.at_kl!r}; it must be a finite number of nats, above 0")
 
     @property

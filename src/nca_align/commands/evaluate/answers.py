@@ -1,20 +1,22 @@
 """`nca-align evaluate --scorer`: base and aligned models answer held-out prompts; their mean reward, KL and length."""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from ...data.prompts import load_raw, split_to_answer
-from ...evaluation.evaluator import rewards_by_prompt
-from ...evaluation.intervals import Estimate, mean_over_prompts
+from ...evaluation.evaluator import over_common_prompts, rewards_by_prompt
+from ...models.loading import ModelSource
 from ...options import Dtype, dtype_option, option
 from ...rewards.scorers import ScorerSpec, check_weights
 from ...store.files import can_be_written
 from ..sample.command import sample
 from ..sample.engine import SampleOptions
 from ..score import ScoreOptions, score
+from .references import check_vocabulary
 from .scored import EvaluateOptions, Evaluation, evaluate, print_table
 
 
@@ -59,6 +61,9 @@ def evaluate_generations(options: GenerationOptions) -> list[Evaluation]:
         folder.mkdir(parents=True, exist_ok=True)
     for scorer in options.scorer:  # before any model answers
         ScorerSpec.parse(scorer).check(options.trust_remote_code)
+    reference = ModelSource.of(options.reference, key="reference", trust_remote_code=options.trust_remote_code)
+    for policy in options.model_name_or_path:
+        check_vocabulary(ModelSource.of(policy, trust_remote_code=options.trust_remote_code), reference)
     models = [options.reference, *options.model_name_or_path]
     split = options.split or split_to_answer(options.dataset_name, options.dataset_config)
     print(f"Prompts of {options.dataset_name}, split {split}", file=sys.stderr)
@@ -79,14 +84,13 @@ def evaluate_generations(options: GenerationOptions) -> list[Evaluation]:
     print_table(lines)
     rewards = [rewards_by_prompt(load_raw(file)) for file in files]
     for line, own in zip(lines[1:], rewards[1:], strict=True):
-        difference, prompts = paired_difference(own, rewards[0])
+        difference, prompts = over_common_prompts(difference_of_means, own, rewards[0])
         print(
             f"reward of {line.policy} less {lines[0].policy}: {difference.text('+.3f')}, on the same {prompts} prompts"
         )
     return lines
 
 
-def paired_difference(a: Mapping[str, list[float]], b: Mapping[str, list[float]]) -> tuple[Estimate, int]:
-    """Mean over the prompts that both answered of the difference of their mean rewards, its error, and how many."""
-    both = [prompt for prompt in a if prompt in b]
-    return mean_over_prompts([sum(a[p]) / len(a[p]) - sum(b[p]) / len(b[p])] for p in both), len(both)
+def difference_of_means(own: Sequence[float], reference: Sequence[float]) -> float:
+    """How far the mean reward of `own` is above that of `reference`."""
+    return fmean(own) - fmean(reference)

@@ -8,7 +8,6 @@ from math import isnan
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset
 from rich.console import Console
 from torch import Tensor, nn
@@ -18,15 +17,15 @@ from ...batching.collator import padded
 from ...batching.tokenization import tokenize_dataset
 from ...config import NCAConfig, prompt_limit
 from ...data import DataOptions, held_out_split, read_reward_dataset
-from ...errors import UserError
 from ...evaluation.intervals import Interval
 from ...evaluation.ranking import LENGTH_MATCH, Completions, compare_scores, pair_kinds, without_length
 from ...models.adapters import as_reference
 from ...models.loading import ModelSource, run_record
-from ...models.logprobs import token_logps
-from ...options import Dtype, dtype_option, option, require_at_least_1
+from ...models.logprobs import differences, token_logps
+from ...options import Dtype, dtype_option, option, require_at_least_1, require_positive
 from ...pages.terminal import print_rows
 from ...store.files import check_writable, replacing, write_json
+from .references import check_vocabulary, require_reference
 
 LENGTH = "length"
 
@@ -60,8 +59,7 @@ class ImplicitOptions(DataOptions):
     def __post_init__(self):
         super().__post_init__()
         require_at_least_1(self, "batch_size")
-        if self.beta is not None and not 0 < self.beta < float("inf"):
-            raise UserError(f"`beta` is {self.beta}; it must be a finite number above 0")
+        require_positive(self, "beta")
         self.max_prompt_length = prompt_limit(self.max_prompt_length, self.max_length)
 
 
@@ -112,34 +110,27 @@ def token_logratios(
     Raises:
         UserError: a whole model without a reference, or a reference with another vocabulary.
     """
-    source = ModelSource.of(policy, trust_remote_code=options.trust_remote_code)
-    if reference is None and source.adapter is None:
-        raise UserError(
-            f"`reference` is missing: `model_name_or_path` {policy} is a whole model, no adapter, so name the model "
-            "that it was before training"
-        )
+    aligned = ModelSource.of(policy, trust_remote_code=options.trust_remote_code)
+    before = None
+    if reference is not None:
+        before = ModelSource.of(reference, key="reference", trust_remote_code=options.trust_remote_code)
+        check_vocabulary(aligned, before)
+    require_reference(aligned, before)
 
     def logps(model: nn.Module, name: str) -> list[list[Tensor]]:
         with tqdm(total=len(rows), desc=f"Log-probabilities, {name}", unit=" row", leave=False, disable=None) as bar:
             return token_logps(model, rows, options.batch_size, bar.update)
 
-    model = source.load_policy(options.dtype)
-    pi, vocabulary = logps(model, "aligned"), model.config.get_text_config().vocab_size
-    if reference is None:
+    model = aligned.load_policy(options.dtype)
+    pi = logps(model, "aligned")
+    if before is None:
         with as_reference(model):
             ref = logps(model, "reference")
     else:
         del model  # one at a time: two large models may not fit
-        source = ModelSource.of(reference, key="reference", trust_remote_code=options.trust_remote_code)
-        model = source.load_policy(options.dtype)
-        other = model.config.get_text_config().vocab_size
-        if other != vocabulary:
-            raise UserError(
-                f"`reference` {reference} has a vocabulary of {other} tokens and `model_name_or_path` {policy} one of "
-                f"{vocabulary}; name the model that it was before training"
-            )
+        model = before.load_policy(options.dtype)
         ref = logps(model, "reference")
-    return [[p - q for p, q in zip(*row, strict=True)] for row in zip(pi, ref, strict=True)]
+    return differences(pi, ref)
 
 
 def evaluate_implicit(logratios: Sequence[Sequence[Tensor]], rewards: Sequence[Sequence[float]], beta: float):
@@ -167,10 +158,9 @@ def evaluate_implicit(logratios: Sequence[Sequence[Tensor]], rewards: Sequence[S
     }
     found, less_length = compare_scores(scores, data, LENGTH)
     kinds = pair_kinds(data)
-    best = data.rewards.masked_fill(~data.valid, -torch.inf).amax(1).mean()
     return ImplicitEvaluation(
         len(rewards), int(data.valid.sum()), int(kinds["pairs"].sum()), int(kinds["like_length"].sum()), beta, found,
-        less_length, float((data.rewards.sum(1) / data.valid.sum(1)).mean()), float(best),
+        less_length, float(data.mean_rewards.mean()), float(data.best_rewards.mean()),
     )  # fmt: skip
 
 

@@ -24,9 +24,10 @@ from ...models.adapters import as_reference
 from ...models.loading import ModelSource
 from ...options import Dtype, dtype_option, nearest, option, require_at_least_1
 from ...pages.terminal import print_rows
-from ...store.files import check_writable, read_table, write_json
 from ...store.fingerprints import data_fingerprint
 from ...store.hub import go_offline_without_network
+from .kept_results import KeptResults
+from .references import require_reference
 
 
 @dataclass(kw_only=True)
@@ -90,13 +91,8 @@ def harness(options: HarnessOptions) -> list[Line]:
     """
     sources = _sources(options)
     aligned, reference = sources["model_name_or_path"], sources.get("reference")
-    if reference is None and aligned.adapter is None:
-        raise UserError(
-            f"`reference` is missing: `model_name_or_path` {options.model_name_or_path} is no adapter, whose base it "
-            "would be; name the model before training"
-        )
-    path = Path(options.output) if options.output is not None else None
-    known = {} if path is None else read_table(path, _is_result)
+    require_reference(aligned, reference)
+    known = KeptResults(options.output, _is_result)
     evaluate, manager = _import_lm_eval(options)
     tasks = load_tasks(manager, options)
 
@@ -107,8 +103,8 @@ def harness(options: HarnessOptions) -> list[Line]:
         weights = f"base of {source.fingerprint()}" if adapter_off else source.fingerprint()
         keys = {name: json.dumps([name, weights, fingerprint, settings]) for name, fingerprint in tasks.items()}
         missing = [name for name in tasks if keys[name] not in known]
-        if missing and path is not None:
-            check_writable(path)
+        if missing:
+            known.check_writable()
         with _language_model(source, adapter_off, options) if missing else nullcontext() as model:
             for name in missing:
                 with refused_by(f"`lm_eval` {name}", also=(TemplateError,)):
@@ -118,8 +114,6 @@ def harness(options: HarnessOptions) -> list[Line]:
                         confirm_run_unsafe_code=options.confirm_run_unsafe_code, batch_size=options.batch_size,
                     )  # fmt: skip
                 known[keys[name]] = plain_results(results)
-                if path is not None:  # after each task, and whole: a kill loses the one in work
-                    write_json(path, known)
         found.append({task: figures for name in tasks for task, figures in known[keys[name]].items()})
     lines = compare(*found)
     base = options.reference or aligned.path

@@ -11,16 +11,24 @@ from datasets import Dataset
 from ...batching.rendering import prompt_ids
 from ...data.prompts import load_raw, text_of
 from ...errors import UserError
-from ...evaluation.evaluator import ESTIMATES, GenerationFigures, figures_of, rewards_by_prompt, wins_over
+from ...evaluation.evaluator import (
+    ESTIMATES,
+    GenerationFigures,
+    figures_of,
+    over_common_prompts,
+    rewards_by_prompt,
+    win_rate,
+)
 from ...evaluation.intervals import UNKNOWN, Estimate
 from ...models.loading import ModelSource, model_fingerprint
-from ...models.logprobs import completion_logps
+from ...models.logprobs import completion_logps, differences
 from ...models.sampling import end_tokens
 from ...options import Dtype, dtype_option, option, require_at_least_1
 from ...pages.terminal import print_rows
-from ...store.files import check_writable, read_table, write_json
 from ...store.fingerprints import data_fingerprint
 from ...store.provenance import read_provenance
+from .kept_results import KeptResults
+from .references import check_vocabulary
 
 
 @dataclass
@@ -136,6 +144,7 @@ def evaluate_samples(dataset: Dataset, policy: str, reference: str, options: Eva
         name: ModelSource.of(name, key=key, trust_remote_code=options.trust_remote_code)
         for name, key in ((reference, "reference"), (policy, "model_name_or_path"))
     }
+    check_vocabulary(sources[policy], sources[reference])
     tokenizer = sources[policy].load_tokenizer()
     rows: list[dict[str, Any]] = []
     logps = {}
@@ -149,12 +158,12 @@ def evaluate_samples(dataset: Dataset, policy: str, reference: str, options: Eva
     answers = [
         {
             "rewards": row["rewards"],
-            "kl": [p - q for p, q in zip(*pair, strict=True)],
+            "kl": nats,
             "tokens": [len(ids) for ids in tokens["completion_ids"]],
             "texts": list(map(text_of, row["completions"])),
             "cut": row.get("truncated") or [False],
         }
-        for row, tokens, *pair in zip(dataset, rows, logps[policy], logps[reference], strict=True)
+        for row, tokens, nats in zip(dataset, rows, differences(logps[policy], logps[reference]), strict=True)
     ]
     return Evaluation(policy=Path(policy).name, **figures_of(answers), win_rate=UNKNOWN)
 
@@ -168,8 +177,7 @@ def evaluate(options: EvaluateOptions) -> list[Evaluation]:
 
     Wins are over the reference's own samples, where one of the files holds them.
     """
-    path = Path(options.output) if options.output is not None else None
-    known = {} if path is None else read_table(path, _is_line)
+    known = KeptResults(options.output, _is_line)
     reference = model_fingerprint(options.reference)
     given = list(zip(options.dataset_name, options.model_name_or_path, strict=True))
     weights = {policy: model_fingerprint(policy) for _, policy in given}
@@ -181,17 +189,14 @@ def evaluate(options: EvaluateOptions) -> list[Evaluation]:
     lines = []
     for (_, policy), dataset, own in zip(given, datasets, rewards, strict=True):
         key = " ".join((data_fingerprint(dataset), str(weights[policy]), str(reference), options.dtype))
-        before = known.get(key)
-        if before is None:
-            if path is not None:
-                check_writable(path)
-            line = evaluate_samples(dataset, policy, options.reference, options)
-        else:
+        if key in known:
+            before = known[key]
             line = Evaluation(**{**before, **{name: Estimate(*before[name]) for name in ESTIMATES}})
-        lines.append(replace(line, win_rate=wins_over(own, of_reference)))
+        else:
+            known.check_writable()
+            line = evaluate_samples(dataset, policy, options.reference, options)
+        lines.append(replace(line, win_rate=over_common_prompts(win_rate, own, of_reference)[0]))
         known[key] = asdict(lines[-1])
-        if path is not None:  # after each line, and whole: a kill loses the one in work
-            write_json(path, known)
     return lines
 
 

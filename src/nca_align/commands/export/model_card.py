@@ -1,12 +1,12 @@
 """The model card that `nca-align export` writes beside the weights."""
 
 import json
-from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from ...models.loading import run_record
+from ...store.provenance import versions
 from .merge import Export
 
 # options of the run that the card shows, where the run kept them
@@ -55,14 +55,14 @@ def model_card(
             f"from the unmerged adapter on {measured.sequences} sequences of {measured.tokens} tokens in all, and "
             f"saved in {dtype} ({measured.saved.largest:.4f} nats).\n"
         )
-    packages = ("nca-align", "trl", "transformers", "peft", "torch")
+    made_with = versions("trl", "transformers", "peft", "torch")
     template = files(__package__).joinpath("card_template.md").read_text(encoding="utf-8")
     return template.format(
         metadata="\n".join(["---", *lines, "---"]), name=Path(output).name, training=training, merge=merge,
         prompt=_CHAT_PROMPT if chat else _TEXT_PROMPT,
         base=f"`{Path(base_name).name}`" if base_name else "A language model",
         made="trained on prompts with several rewarded completions each" if record else "exported",
-        versions=", ".join(f"{package} {version(package)}" for package in packages),
+        versions=", ".join(f"{package} {version}" for package, version in made_with.items()),
     )  # fmt: skip
 
 

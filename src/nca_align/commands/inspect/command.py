@@ -6,6 +6,7 @@ from pathlib import Path
 from ...data import read_reward_dataset, select_split
 from ...errors import UserError, command, refused_by
 from ...options import parse
+from ...store.files import require_folder_of
 from .options import InspectOptions
 
 
@@ -23,8 +24,7 @@ def main(argv: list[str] | None = None) -> None:
         [InspectOptions], argv, "nca-align inspect", "a data set, before training on it", ignored=training_options
     )
     if options.html is not None:
-        if not Path(options.html).resolve().parent.is_dir():
-            raise UserError(f"`html` is {options.html!r}, whose folder does not exist; make it, or choose another file")
+        require_folder_of(options.html, "html")
         if Path(options.html).is_dir():
             raise UserError(f"`html` is {options.html!r}, which is a folder; give the name of a file")
     tokenizer = None

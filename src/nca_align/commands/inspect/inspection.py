@@ -10,7 +10,7 @@ from datasets import Dataset, List, Value
 from tqdm.auto import tqdm
 
 from ...batching.collator import RewardCollator
-from ...batching.tokenization import tokenize_dataset, tokenize_rows
+from ...batching.tokenization import tokenize_dataset, tokenize_rows, truncate
 from ...data import DataReport
 from ...data.prompts import text_of
 from ...errors import UserError
@@ -144,15 +144,13 @@ def count_tokens(dataset: Dataset, tokenizer, options: InspectOptions) -> Tokens
         dataset, tokenizer, None, None, "unique_tokens", options.dataset_num_proc, options.dataset_train_split
     )
     pack = RewardCollator(pad_token_id=0, layout="prefix_shared")
-    limit, room = int(options.max_prompt_length or 0), options.max_length  # `InspectOptions` fills it in
     prompt_lengths: list[tuple[int, int]] = []  # whole and kept
     lengths: list[tuple[int, int]] = []
     padded = unique = 0
     rows = dataset.select_columns(["prompt_ids", "completion_ids", "rewards"])
     for row in tqdm(rows, desc="Counting tokens", unit=" row", disable=None, leave=False):
         prompt, completions = row["prompt_ids"], row["completion_ids"]
-        kept = prompt[-limit:]
-        short = [completion[: room - len(kept)] for completion in completions]
+        kept, short = truncate(prompt, completions, options.max_prompt_length, options.max_length)
         prompt_lengths.append((len(prompt), len(kept)))
         lengths += zip(map(len, completions), map(len, short), strict=True)
         padded += len(short) * (len(kept) + max(map(len, short)) - 1)  # a last token is a target only, and no position

@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
+from ...config import prompt_limit
 from ...data import DataOptions
-from ...errors import UserError
-from ...options import option
+from ...options import option, require_positive
 
 
 @dataclass(kw_only=True)
@@ -38,12 +38,5 @@ class InspectOptions(DataOptions):
 
     def __post_init__(self):
         super().__post_init__()
-        if not 0 < self.alpha < float("inf"):
-            raise UserError(f"`alpha` is {self.alpha}; it must be a finite number above 0")
-        if self.max_prompt_length is None:
-            self.max_prompt_length = max(1, self.max_length // 2)
-        if not 1 <= self.max_prompt_length < self.max_length:
-            raise UserError(
-                f"`max_prompt_length` is {self.max_prompt_length} and `max_length` {self.max_length}; they must be at "
-                "least 1 and leave room for completions: make the first smaller than the second"
-            )
+        require_positive(self, "alpha")
+        self.max_prompt_length = prompt_limit(self.max_prompt_length, self.max_length)

@@ -1,6 +1,5 @@
 """`nca-align report RUN …`: what runs of `train` and `compare` wrote down, as one page and as plots."""
 
-import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,7 +7,7 @@ from itertools import takewhile
 from pathlib import Path
 
 from ...errors import UserError, command
-from ...options import option, parse
+from ...options import is_positive, option, parse
 from ...store.files import replacing
 from .runs import read_run
 
@@ -27,7 +26,7 @@ class ReportOptions:
         if not self.runs:
             raise UserError("`runs` is missing; name at least one folder, as in `nca-align report runs/first`")
         for kl in self.at_kl:
-            if not 0 < kl < math.inf:
+            if not is_positive(kl):
                 raise UserError(f"`at_kl` is {kl}; it must be a finite number of nats above 0")
 
 
