@@ -32,7 +32,7 @@ def measure(source: str, path: str) -> list[tuple[str, int, str]]:
     from nca_align.models.smollm2 import smollm2_path
 
     dataset = load_reward_dataset(path, split="train", validation_fraction=0.0)
-    dataset, _ = tokenize_dataset(dataset, AutoTokenizer.from_pretrained(smollm2_path()), None, None, "length")
+    dataset, _ = tokenize_dataset(dataset, AutoTokenizer.from_pretrained(smollm2_path()), None, None)
     return [
         (source, len(row["prompt_ids"]), " ".join(str(len(ids)) for ids in row["completion_ids"])) for row in dataset
     ]

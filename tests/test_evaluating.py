@@ -27,7 +27,7 @@ from nca_align.commands.evaluate.scored import (
     sampled_ids,
 )
 from nca_align.commands.sample.command import sample
-from nca_align.commands.sample.engine import SampleOptions
+from nca_align.commands.sample.options import SampleOptions
 from nca_align.commands.score import ScoreOptions, score
 from nca_align.errors import UserError
 from nca_align.evaluation.evaluator import distinct, over_common_prompts, rewards_by_prompt, win_rate
@@ -85,8 +85,8 @@ def alone(model, prompt: list[int], completion: list[int]) -> float:
 def test_log_probabilities_equal_plain_forwards(model_dir, adapter_dir, tokenizer):
     rows = [sampled_ids(tokenizer, row, tokenizer.eos_token_id) for row in reward_rows(5, [3, 2])]
     for folder in (model_dir, adapter_dir):
-        found = completion_logps(ModelSource.of(folder).load_policy(), rows, batch_size=4)
-        whole = completion_logps(ModelSource.of(folder).load_policy(), rows, batch_size=100)
+        found = completion_logps(ModelSource.of(folder).load_policy("auto"), rows, batch_size=4)
+        whole = completion_logps(ModelSource.of(folder).load_policy("auto"), rows, batch_size=100)
         plain = AutoModelForCausalLM.from_pretrained(folder)
         for row, logps, again in zip(rows, found, whole, strict=True):
             expected = [alone(plain, row["prompt_ids"], ids) for ids in row["completion_ids"]]

@@ -65,7 +65,7 @@ def test_the_export_is_the_adapter_on_its_base(adapter_dir, model_dir, tokenizer
     )
     assert re.search(r"\(6 sequences, \d{4} tokens\)\nas saved in float32: 0\.00\d\d nats at most", text)
     rows = comparison_rows(tokenizer)
-    expected = completion_logps(ModelSource.of(adapter_dir).load_policy(), rows, 1)
+    expected = completion_logps(ModelSource.of(adapter_dir).load_policy("auto"), rows, 1)
     assert compare(logps_of(output, rows), expected).largest < 0.01
     assert compare(logps_of(model_dir, rows), expected).largest > 1  # the adapter does something
     assert {path.name for path in output.iterdir()} == {
@@ -104,7 +104,7 @@ def test_what_adapters_change(name, tied, tokenizer, tmp_path):
     rows = comparison_rows(tokenizer)
     assert (
         compare(
-            logps_of(tmp_path / "out", rows), completion_logps(ModelSource.of(adapter).load_policy(), rows, 1)
+            logps_of(tmp_path / "out", rows), completion_logps(ModelSource.of(adapter).load_policy("auto"), rows, 1)
         ).largest
         < 0.01
     )

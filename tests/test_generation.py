@@ -18,7 +18,7 @@ from conftest import build_model, build_tokenizer
 from nca_align import GenerationEvaluator
 from nca_align.errors import UserError
 from nca_align.evaluation.evaluator import distinct, over_common_prompts, win_rate
-from nca_align.models.adapters import as_reference
+from nca_align.models.policy import as_reference
 from nca_align.models.sampling import neutral_generation
 from nca_align.rewards.scorers import open_scorers
 

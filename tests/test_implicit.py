@@ -26,9 +26,9 @@ from nca_align.commands.evaluate.implicit import (
     write_token_scores,
 )
 from nca_align.errors import UserError
-from nca_align.models.adapters import as_reference
 from nca_align.models.loading import ModelSource, run_record
 from nca_align.models.logprobs import completion_logps, token_logps
+from nca_align.models.policy import as_reference
 
 
 def save_adapter(model, folder: Path, seed: int, modules=("q_proj",), **config) -> str:
@@ -73,7 +73,7 @@ def plain_token_logps(model, prompt: list[int], completion: list[int]) -> torch.
 
 def test_token_logps_equal_plain_forwards_whatever_the_batch(tokenizer, model_dir, adapter_dir):
     rows = tokenised(tokenizer, reward_rows(5, [3, 2]))
-    policy = ModelSource.of(adapter_dir).load_policy()
+    policy = ModelSource.of(adapter_dir).load_policy("auto")
     plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_dir), adapter_dir).eval()
     for size in (1, 3, 100):
         found = token_logps(policy, rows, size)
@@ -93,7 +93,7 @@ def test_what_has_no_packed_row_is_padded(tokenizer, model_dir, tmp_path):
     torch.nn.init.normal_(policy.prompt_encoder["default"].embedding.weight, std=0.5)
     policy.save_pretrained(tmp_path)
     rows = tokenised(tokenizer, reward_rows(2, 2))
-    found = completion_logps(ModelSource.of(str(tmp_path)).load_policy(), rows, 3)
+    found = completion_logps(ModelSource.of(str(tmp_path)).load_policy("auto"), rows, 3)
     for row, values in zip(rows, found, strict=True):
         for ids, value in zip(row["completion_ids"], values, strict=True):
             with torch.no_grad():
@@ -151,11 +151,13 @@ def test_an_adapter_that_went_on_from_another_has_that_one_for_reference(model_d
     policy.save_pretrained(tmp_path)
     assert (tmp_path / "ref" / "adapter_config.json").exists()
     rows = tokenised(tokenizer, reward_rows(2, 2))
-    loaded = ModelSource.of(str(tmp_path)).load_policy()
+    loaded = ModelSource.of(str(tmp_path)).load_policy("auto")
     before = completion_logps(loaded, rows, 4)
     with as_reference(loaded):
         found = completion_logps(loaded, rows, 4)
-    assert found[0] == pytest.approx(completion_logps(ModelSource.of(adapter_dir).load_policy(), rows, 4)[0], abs=1e-4)
+    assert found[0] == pytest.approx(
+        completion_logps(ModelSource.of(adapter_dir).load_policy("auto"), rows, 4)[0], abs=1e-4
+    )
     assert found[0] != pytest.approx(before[0], abs=1e-2)
     assert completion_logps(loaded, rows, 4) == before  # and the policy again afterwards
 
@@ -168,11 +170,11 @@ def test_modules_to_save_are_off_in_the_reference(model_dir, tokenizer, tmp_path
     policy.base_model.model.lm_head.modules_to_save["default"].weight.data += 0.3
     policy.save_pretrained(tmp_path)
     rows = tokenised(tokenizer, reward_rows(2, 2))
-    loaded = ModelSource.of(str(tmp_path)).load_policy()
+    loaded = ModelSource.of(str(tmp_path)).load_policy("auto")
     with as_reference(loaded):
         reference = completion_logps(loaded, rows, 4)
     assert reference[0] == pytest.approx(
-        completion_logps(ModelSource.of(model_dir).load_policy(), rows, 4)[0], abs=1e-4
+        completion_logps(ModelSource.of(model_dir).load_policy("auto"), rows, 4)[0], abs=1e-4
     )
 
 
@@ -320,7 +322,7 @@ def test_an_adapter_on_another_model(tokenizer, tmp_path, adapter_dir):
         )
         (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": base}))
         with pytest.raises(UserError, match=message):
-            ModelSource.of(str(folder)).load_policy()
+            ModelSource.of(str(folder)).load_policy("auto")
 
 
 @pytest.mark.parametrize("name", ["vicuna_k4_scored.jsonl", "ultrafeedback_pairs.jsonl"])

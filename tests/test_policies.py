@@ -16,11 +16,11 @@ from nca_align.commands.evaluate.implicit import ImplicitOptions, token_logratio
 from nca_align.commands.evaluate.judges import JudgeOptions, judge
 from nca_align.commands.export.command import ExportOptions, export
 from nca_align.commands.sample.command import sample
-from nca_align.commands.sample.engine import SampleOptions
+from nca_align.commands.sample.options import SampleOptions
 from nca_align.errors import UserError
 from nca_align.models import loading as models_loading
-from nca_align.models.adapters import adapter_merged
 from nca_align.models.loading import ModelSource
+from nca_align.models.policy import adapter_merged
 
 PREFIX = "base_model.model.model.layers.0.self_attn"
 
@@ -56,7 +56,7 @@ def test_a_qlora_run_is_one_model_in_every_mode(quantised, model_dir, tmp_path, 
         return add_adapter(base, folder)
 
     monkeypatch.setattr(models_loading, "add_adapter", spy)
-    ModelSource.of(run).load_policy()  # of `--lm_eval`
+    ModelSource.of(run).load_policy("auto")  # of `--lm_eval`
     # of `--scorer`, and without a mode
     rows = Dataset.from_list([{"prompt": "Hi", "completions": ["the dog", "a fox"], "rewards": [0.0, 1.0]}])
     scored.evaluate_samples(rows, run, run, scored.EvaluateOptions(["x"], ["x"], "x"))
@@ -127,7 +127,7 @@ class TestWhatNamesTheModel:
     def test_an_adapters_base(self, lost, tmp_path):
         message = f"`base_model_name_or_path of {lost}/adapter_config.json` chat could not be loaded"
         with pytest.raises(UserError, match=re.escape(message)):
-            ModelSource.of(lost).load_policy()
+            ModelSource.of(lost).load_policy("auto")
         for own_tokenizer in (True, False):
             with pytest.raises(UserError, match=re.escape(message)):
                 sample(sample_options(tmp_path, lost))

@@ -15,8 +15,8 @@ from nca_align import GenerationEvaluator
 from nca_align.batching.tokenization import tokenize_rows
 from nca_align.commands.evaluate.scored import sampled_ids
 from nca_align.commands.sample import server
-from nca_align.commands.sample.engine import SampleOptions
 from nca_align.commands.sample.local_engines import prompt_reader
+from nca_align.commands.sample.options import SampleOptions
 from nca_align.data.cleaning import RESERVED
 from nca_align.errors import InvalidRowError, UserError
 from nca_align.rewards.reward_models import model_scorer
@@ -253,11 +253,11 @@ def test_a_server_is_asked_for_the_same_prompt(kind, monkeypatch):
     row, expected = expected_of("thinking", kind)
     bodies = []
 
-    def ask(url, body, *_):
+    def request_json(url, body, *_):
         bodies.append(body)
         return {"choices": [{"text": "a", "message": {"content": "a"}}]}
 
-    monkeypatch.setattr(server, "ask", ask)
+    monkeypatch.setattr(server, "request_json", request_json)
     options = SampleOptions(
         dataset_name="x", output="x", base_url="http://x", num_completions=1, model_name_or_path="m"
     )

@@ -27,7 +27,7 @@ from conftest import build_model, build_tokenizer, record_nf4, reward_rows
 from nca_align.commands.sample import command as sample_command
 from nca_align.commands.sample import server
 from nca_align.commands.sample.command import main, sample
-from nca_align.commands.sample.engine import Sample, SampleOptions, cut_at_stop
+from nca_align.commands.sample.options import Sample, SampleOptions, cut_at_stop
 from nca_align.errors import UserError
 from nca_align.models import smollm2
 from nca_align.models.loading import ModelSource
@@ -464,7 +464,7 @@ class TestErrors:
         with pytest.raises(UserError, match=r"rm is no whole language model \(lm_head.weight missing in its weights\)"):
             sample(options(model_name_or_path=str(tmp_path / "rm")))
         with pytest.raises(UserError, match="rm is no whole language model"):  # as `evaluate --reference` loads it
-            ModelSource.of(str(tmp_path / "rm")).load_policy()
+            ModelSource.of(str(tmp_path / "rm")).load_policy("auto")
 
     def test_broken_weights(self, options, tmp_path, model_dir, model):
         shutil.copytree(model_dir, tmp_path / "broken")
@@ -834,7 +834,7 @@ class TestServer:
             urllib.request, "urlopen", lambda request, timeout: seen.append(request) or exec("raise OSError('gone')")
         )
         with pytest.raises(UserError, match="gone"):
-            server.ask("http://x", None, 1, 0)
+            server.request_json("http://x", None, 1, 0)
         assert seen[0].headers["Authorization"] == "Bearer k"
 
 

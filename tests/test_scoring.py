@@ -24,7 +24,7 @@ from conftest import build_model, build_tokenizer, reward_rows
 from nca_align import cli
 from nca_align.commands.score import ScoreOptions, main, score
 from nca_align.data import load_reward_dataset
-from nca_align.data.prompts import text_of
+from nca_align.data.cleaning import text_of
 from nca_align.errors import UserError
 from nca_align.models import smollm2
 from nca_align.models.loading import ModelSource
@@ -552,7 +552,7 @@ class TestFiles:
 
     def test_provenance_goes_along(self, tmp_path, options, model_dir):
         from nca_align.commands.sample.command import sample
-        from nca_align.commands.sample.engine import SampleOptions
+        from nca_align.commands.sample.options import SampleOptions
 
         (tmp_path / "p.txt").write_text("Hi\nWhat is the best way?\n")
         made = str(tmp_path / "samples.parquet")

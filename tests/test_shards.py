@@ -12,9 +12,9 @@ import pytest
 from datasets import Dataset, Features, List, Value
 
 from nca_align.errors import UserError
-from nca_align.store import locking
+from nca_align.store import files
+from nca_align.store.files import lock_output
 from nca_align.store.fingerprints import data_fingerprint, weights_fingerprint
-from nca_align.store.locking import lock_output
 from nca_align.store.provenance import read_provenance
 from nca_align.store.shards import Shard, run_sharded
 
@@ -164,7 +164,7 @@ def test_a_run_that_kept_nothing_may_be_corrected(output):
         raise UserError("no such model")
 
     with pytest.raises(UserError, match="no such model"):
-        run_sharded(str(output), DATASET, FEATURES, start, STEP)
+        run_sharded(str(output), DATASET, FEATURES, start, STEP, 64)
     assert run(output, step=OTHER)["rows"] == 10
 
 
@@ -251,7 +251,7 @@ class TestEditedCode:
 
 
 class TestOneAtATime:
-    HOLD = "import sys\nfrom pathlib import Path\nfrom nca_align.store.locking import lock_output\n" \
+    HOLD = "import sys\nfrom pathlib import Path\nfrom nca_align.store.files import lock_output\n" \
            "with lock_output(Path(sys.argv[1])):\n    print('held', flush=True)\n    sys.stdin.read()"  # fmt: skip
 
     def test_the_second_is_told_and_a_kill_lets_go(self, output):
@@ -276,11 +276,11 @@ class TestOneAtATime:
             raise UserError("seen")
 
         with pytest.raises(UserError, match="seen"):
-            run_sharded(str(output), DATASET, FEATURES, start, STEP)
+            run_sharded(str(output), DATASET, FEATURES, start, STEP, 64)
 
     def test_a_lock_that_was_removed_while_it_was_waited_for_is_none(self, output, monkeypatch):
         """The first finishes, and removes the file, between the second's opening it and locking it."""
-        flock, seen = locking.fcntl.flock, []
+        flock, seen = files.fcntl.flock, []
 
         def late(descriptor, how):
             if not seen:
@@ -288,7 +288,7 @@ class TestOneAtATime:
             seen.append(descriptor)
             flock(descriptor, how)
 
-        monkeypatch.setattr(locking.fcntl, "flock", late)
+        monkeypatch.setattr(files.fcntl, "flock", late)
         with lock_output(output):
             assert len(seen) == 2
             assert output.with_name(f".{output.name}.lock").exists()
@@ -297,7 +297,7 @@ class TestOneAtATime:
         def none(descriptor, how):
             raise OSError(95, "Operation not supported")
 
-        monkeypatch.setattr(locking.fcntl, "flock", none)
+        monkeypatch.setattr(files.fcntl, "flock", none)
         assert run(output)["rows"] == 10
 
     def test_a_finished_output_where_nothing_can_be_written(self, output, monkeypatch):
@@ -325,7 +325,7 @@ def copied(output, rows, features):
     def start():
         return lambda shard, first_row, rows, advance: Shard(rows)
 
-    run_sharded(str(output), data, features, start, STEP)
+    run_sharded(str(output), data, features, start, STEP, 64)
 
 
 def test_dates_and_times_come_back(output):

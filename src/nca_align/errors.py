@@ -4,7 +4,7 @@ import functools
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 
@@ -50,6 +50,11 @@ def notify(message: str) -> None:
 def one_line(error: BaseException) -> str:
     """The text of `error` in one line, by the name of its class where it has no text."""
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def first_few(items: Sequence[object], most: int = 5) -> str:
+    """The first `most` of `items` in words, and an ellipsis where there are more."""
+    return ", ".join(map(str, items[:most])) + (", …" if len(items) > most else "")
 
 
 @contextmanager

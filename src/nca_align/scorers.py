@@ -3,7 +3,7 @@
 import re
 from functools import cache
 
-from .data.prompts import text_of
+from .data.cleaning import text_of
 from .errors import UserError
 
 

@@ -25,9 +25,9 @@ from .batching.collator import Batch, Chunk, RewardCollator
 from .batching.tokenization import tokenize_dataset
 from .config import NCAConfig
 from .errors import UserError, notify
-from .models.adapters import base_model
 from .models.loading import disable_nf4_repacking
 from .models.logprobs import add_token_logps, forward_chunk, sum_by_completion
+from .models.policy import base_model
 from .store.checkpoints import explain_read_errors
 from .training import arguments, gradients, layout, reference, reference_cache, row_weights
 from .training.guards import StepGuard

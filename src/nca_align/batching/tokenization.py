@@ -26,7 +26,7 @@ def tokenize_dataset(
     tokenizer: PreTrainedTokenizerBase,
     max_prompt_length: int | None,
     max_length: int | None,
-    length_column: str,
+    length_column: str = "length",
     num_proc: int | None = None,
     name: str = "train",
 ) -> tuple[Dataset | IterableDataset, list[str]]:
@@ -85,7 +85,7 @@ def rows_that_fit(
         ValueError: there is none.
     """
     limits = prompt_limit(args.max_prompt_length, args.max_length), args.max_length
-    whole: Any = tokenize_dataset(dataset, tokenizer, None, None, "length", name=name)[0]
+    whole: Any = tokenize_dataset(dataset, tokenizer, None, None, name=name)[0]
     most_of_prompt, most = (limit if limit is not None else sys.maxsize for limit in limits)
     kept = [
         i for i, (prompt, completions) in enumerate(zip(whole["prompt_ids"], whole["completion_ids"], strict=True))
@@ -110,7 +110,7 @@ def tokenize_rows(
     tokenizer: PreTrainedTokenizerBase,
     max_prompt_length: int | None,
     max_length: int | None,
-    length_column: str,
+    length_column: str = "length",
     name: str | None = None,
 ) -> dict[str, list]:
     """Tokenise and cut a batch of rows, for `Dataset.map(batched=True, with_indices=True)`.

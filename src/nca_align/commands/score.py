@@ -13,7 +13,7 @@ from ..options import Dtype, dtype_option, option, parse, require_at_least_1
 from ..rewards.scorers import ScorerSpec, check_weights, column_names, open_scorers
 from ..store.fingerprints import data_fingerprint
 from ..store.provenance import read_provenance, versions
-from ..store.shards import Work, run_sharded
+from ..store.shards import ShardFunction, run_sharded
 
 
 @dataclass
@@ -68,12 +68,12 @@ def score(options: ScoreOptions) -> dict[str, int]:
     kept = {name: kind for name, kind in dataset.features.items() if name not in new}
     dataset = dataset.select_columns(list(kept))
 
-    def open_when_needed() -> Work:
+    def open_when_needed() -> ShardFunction:
         scorers = open_scorers(
             options.scorer, options.scorer_weights, options.tokenizer, options.batch_size, options.dtype,
             options.trust_remote_code,
         )  # fmt: skip
-        return lambda shard, first_row, rows, advance: scorers.score_rows(rows, first_row)
+        return lambda shard, first_row, rows, progress: scorers.score_rows(rows, first_row)
 
     config = {
         "scorers": [spec.identity() for spec in specs],

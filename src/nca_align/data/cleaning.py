@@ -103,3 +103,10 @@ def joined_messages(prompt: Prompt, completion: list[dict[str, Any]]) -> list[di
 def completion_of(prompt: str | list[dict[str, Any]], text: str) -> str | list[dict[str, Any]]:
     """`text` as a completion of the prompt's kind."""
     return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+
+
+def text_of(completion: str | list[dict]) -> str:
+    """A completion's text: itself, or what its messages say."""
+    if isinstance(completion, str):
+        return completion
+    return "\n".join(message.get("content") or "" for message in completion)

@@ -10,7 +10,7 @@ from datasets import Dataset, DatasetDict, Features, IterableDataset, IterableDa
 from .conversion import convert_dataset
 from .options import DataOptions
 from .schema import DataReport
-from .source import open_source
+from .source import open_dataset
 from .splits import find_split, is_training, select_split, split_validation
 
 logger = logging.getLogger("nca_align")
@@ -86,7 +86,7 @@ def read_reward_dataset(
         NotImplementedError: a stream of flat rows.
     """
     options = replace(options or DataOptions(), **fields).of_data()
-    source, unreadable = open_source(str(path), name, streaming, options.on_invalid == "drop")
+    source, unreadable = open_dataset(str(path), name, streaming, options.on_invalid == "drop")
     wanted = _wanted(source)
     # Held out is a part of the training split where the data has no other split.
     cut = len(wanted) == 1 and is_training(wanted[0]) and not streaming and options.validation_fraction > 0

@@ -8,7 +8,7 @@ from datasets import Dataset, Features, Json, List
 from ..errors import UserError
 from .conversion import to_reward_dataset
 from .formats import FORMATS
-from .source import open_source
+from .source import open_dataset
 from .splits import held_out_split, select_split
 from .validation import read_conversation, read_list
 
@@ -31,14 +31,14 @@ def load_raw(name: str, config: str | None = None, split: str = "train") -> Data
             raise UserError(f"`dataset_name` {name} can't be read: {reason}") from error
         dataset = Dataset.from_dict({"prompt": [line for line in lines if line]})
     else:
-        splits, _ = open_source(name, config, streaming=False, drop=False)
+        splits, _ = open_dataset(name, config, streaming=False, drop=False)
         dataset = select_split(splits, split)
     if len(dataset) == 0:
         raise UserError(f"`dataset_name` {name} has no rows; it must have at least one prompt")
     return dataset
 
 
-def split_to_answer(name: str, config: str | None = None) -> str:
+def held_out_split_name(name: str, config: str | None = None) -> str:
     """The split of `name` that isn't trained on; the only one where there is one alone.
 
     Raises:
@@ -46,7 +46,7 @@ def split_to_answer(name: str, config: str | None = None) -> str:
     """
     if name.endswith(".txt"):
         return "train"  # as a file of any other kind is called
-    splits, _ = open_source(name, config, streaming=False, drop=False)
+    splits, _ = open_dataset(name, config, streaming=False, drop=False)
     return held_out_split(splits)
 
 
@@ -77,10 +77,3 @@ def load_completions(name: str, config: str | None = None, split: str = "train")
         if not isinstance(completions, list) or not completions:
             raise UserError(f"row {i}: `completions` is {completions!r}; it must be a list of at least one")
     return dataset
-
-
-def text_of(completion: str | list[dict]) -> str:
-    """A completion's text: itself, or what its messages say."""
-    if isinstance(completion, str):
-        return completion
-    return "\n".join(message.get("content") or "" for message in completion)

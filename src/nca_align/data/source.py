@@ -35,7 +35,7 @@ _BUILDERS = {".json": "json", ".jsonl": "json", ".ndjson": "json", ".parquet": "
 _ROWS = 1000  # of a Parquet file that are read at a time
 
 
-def open_source(path: str, name: str | None, streaming: bool, drop: bool) -> tuple[dict[str, Any], int]:
+def open_dataset(path: str, name: str | None, streaming: bool, drop: bool) -> tuple[dict[str, Any], int]:
     """The data set at `path` as it is.
 
     Args:

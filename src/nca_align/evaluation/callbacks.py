@@ -11,9 +11,9 @@ from transformers import Trainer, TrainerCallback
 from ..batching.collator import padded
 from ..batching.tokenization import tokenize_dataset
 from ..errors import UnsupportedError, UserError
-from ..models.adapters import adapter_merged, base_model, eval_mode, refuse_virtual_tokens
 from ..models.loading import disable_nf4_repacking
 from ..models.logprobs import completion_logps
+from ..models.policy import adapter_merged, base_model, eval_mode, refuse_virtual_tokens
 from ..reward_tensors import check_rows
 from ..training.metrics import PromptMeans, calibration, row_metrics
 from .evaluator import GenerationEvaluator, Reference, adapter_off, reference_model
@@ -183,9 +183,8 @@ class RankingCallback(_EvaluationCallback):
                 "NCATrainer as `eval_dataset`, which logs the same"
             )
         self._alpha, self._beta, self._batch_size = alpha, beta, batch_size
-        column = trainer.args.length_column_name
         self._rows: dict[str, list[dict[str, Any]]] = {
-            name: list(tokenize_dataset(dataset, tokenizer, None, max_length, column, name=name or "eval")[0])
+            name: list(tokenize_dataset(dataset, tokenizer, None, max_length, name=name or "eval")[0])
             for name, dataset in datasets.items()
         }
         self._reference_logps: dict[str, list[list[float]]] = {}

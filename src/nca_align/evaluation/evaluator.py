@@ -17,8 +17,8 @@ from ..batching.collator import batches_by_length
 from ..batching.rendering import prompt_ids
 from ..data.cleaning import completion_of
 from ..errors import InvalidRowError, UserError
-from ..models.adapters import adapter_merged, as_reference, base_model, eval_mode
 from ..models.logprobs import completion_logps, differences
+from ..models.policy import adapter_merged, as_reference, base_model, eval_mode
 from ..models.sampling import check_room, end_tokens, sample_answers, seed_for
 from ..options import require_at_least_1
 from ..rewards.scorers import Scorers, open_scorers

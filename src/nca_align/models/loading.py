@@ -127,7 +127,7 @@ class ModelSource:
         disable_nf4_repacking(model)  # the repacked layers also compute in bfloat16
         return model if quantization is not None else model.to(device)
 
-    def load_policy(self, dtype: str = "auto") -> Any:
+    def load_policy(self, dtype: str) -> Any:
         """The model as it was trained, in eval mode on the GPU, if any.
 
         An adapter's base is quantised as in the run that made the adapter, by its record.

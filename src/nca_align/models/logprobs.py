@@ -16,7 +16,7 @@ from transformers.utils import ModelOutput
 from ..batching.attention import prefix_sharing_obstacle, share_prefixes
 from ..batching.collator import RewardCollator, batches_by_length
 from ..errors import UnsupportedError
-from .adapters import base_model
+from .policy import base_model
 
 # Bytes of logits and of their gradient that a forward may keep for its backward; above it the head runs in tiles that
 # the backward computes again. Free at 7B (under 1 % of a step), dear on small models with a large vocabulary, whose

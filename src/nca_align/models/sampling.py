@@ -18,7 +18,7 @@ from transformers import DynamicCache, GenerationConfig, LogitsProcessor, Logits
 
 from ..batching.attention import prefix_sharing_obstacle
 from ..errors import InvalidRowError, UserError
-from .adapters import base_model, refuse_virtual_tokens
+from .policy import base_model, refuse_virtual_tokens
 
 
 @torch.no_grad()

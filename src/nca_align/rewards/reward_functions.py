@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from traceback import extract_tb
 from typing import Any
 
-from ..data.prompts import text_of
+from ..data.cleaning import text_of
 from ..errors import UserError, one_line
 from ..models.loading import ModelSource
 from ..options import nearest

@@ -8,8 +8,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, pipeline
 
 from ..batching.rendering import adds_special_tokens
-from ..data.cleaning import clean_prompt, joined_messages
-from ..data.prompts import text_of
+from ..data.cleaning import clean_prompt, joined_messages, text_of
 from ..errors import UserError
 from ..models.loading import ModelSource, default_device, is_adapter, silence_transformers, torch_dtype
 

@@ -25,7 +25,7 @@ def go_offline_without_network() -> None:
         hub.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
 
 
-def from_the_hub(repo: str, kind: str, file: str, what: str) -> str:
+def download_file(repo: str, kind: str, file: str, what: str) -> str:
     """The path of a file of the Hub, downloaded or cached.
 
     Args:

@@ -20,9 +20,8 @@ import pyarrow.parquet as pq
 from datasets import Dataset, Features
 from tqdm.auto import tqdm
 
-from ..errors import UserError
-from .files import read_json, replacing, write_json
-from .locking import lock_output
+from ..errors import UserError, first_few
+from .files import lock_output, read_json, replacing, write_json
 from .provenance import KEY, read_provenance, refuse_changes, sidecar
 
 
@@ -35,19 +34,19 @@ class Shard:
     failed: dict[int, str] = field(default_factory=dict)
 
 
-Advance = Callable[[int], object]  # says that so many more rows are done
-# (shard, number of its first row, its rows, `Advance`)
-Work = Callable[[int, int, list[dict], Advance], Shard]
+Progress = Callable[[int], object]  # says that so many more rows are done
+# (shard's number, number of its first row, its rows, `Progress`)
+ShardFunction = Callable[[int, int, list[dict], Progress], Shard]
 
 
 def run_sharded(
     output: str,
     dataset: Dataset,
     features: Features,
-    start: Callable[[], Work],
+    start: Callable[[], ShardFunction],
     step: dict[str, Any],
+    shard_size: int,
     history: list[dict] | None = None,
-    shard_size: int = 64,
     drop_failed: bool = False,
     unit: str = "row",
 ) -> dict[str, int]:
@@ -57,11 +56,11 @@ def run_sharded(
         output: a path that ends in `.parquet` or `.jsonl`.
         dataset: the input rows.
         features: the types of the output rows.
-        start: called once, and only where work is left, to load what the work needs.
+        start: called once, and only where work is left, to load what the function that it returns needs.
         step: `command` and `config`, compared with what an existing output says, and anything else to record; of it
             `sources`, the hashes of files with code, may change while rows that failed are mended.
-        history: the steps that made the input.
         shard_size: input rows in a shard, the unit in which work is kept.
+        history: the steps that made the input.
         drop_failed: leave rows that failed out; otherwise they stop the run once all other rows are done and kept.
         unit: what the progress bar counts.
 
@@ -93,16 +92,16 @@ def run_sharded(
         left = [i for i in range(len(shards)) if shards[i] not in done]
         size = {i: min(shard_size, len(dataset) - firsts[i]) for i in range(len(shards))}
         rows_left = sum(size[i] for i in left)
-        work: Work | None = None
+        run_shard: ShardFunction | None = None
         with tqdm(total=len(dataset), initial=len(dataset) - rows_left, unit=f" {unit}", dynamic_ncols=True) as bar:
             for i in left:
-                if work is None:
-                    work = start()
+                if run_shard is None:
+                    run_shard = start()
                     parts.mkdir(parents=True, exist_ok=True)
                     write_json(parts / "config.json", step)
                 rows = dataset.select(range(firsts[i], firsts[i] + size[i])).to_list()
                 before = bar.n
-                _write(shards[i], work(i, firsts[i], rows, bar.update), features)
+                _write(shards[i], run_shard(i, firsts[i], rows, bar.update), features)
                 bar.update(before + size[i] - bar.n)
         counts = _counts(shards, drop_failed, len(dataset), path)
         steps = [*(history or []), step | {"counts": counts}]
@@ -160,7 +159,7 @@ def _counts(shards: list[Path], drop_failed: bool, rows: int, path: Path) -> dic
     failed = {int(row): why for about in abouts for row, why in about["failed"].items()}
     if failed and not drop_failed:
         row, why = next(iter(failed.items()))
-        more = f" and {len(failed) - 1} more (rows {_few(list(failed)[1:])})" if len(failed) > 1 else ""
+        more = f" and {len(failed) - 1} more (rows {first_few(list(failed)[1:])})" if len(failed) > 1 else ""
         raise UserError(
             f"row {row}: {why}{more}; the other {rows - len(failed)} rows are done and kept in {shards[0].parent}: "
             "mend it and run the same command again, or add `--on_error drop` to leave such rows out"
@@ -171,10 +170,6 @@ def _counts(shards: list[Path], drop_failed: bool, rows: int, path: Path) -> dic
     if not counts["rows"]:
         raise UserError(f"none of the {rows} rows is left for {path} ({dict(counts)}); see {shards[0].parent}")
     return dict(sorted(counts.items()))
-
-
-def _few(rows: list[int]) -> str:
-    return ", ".join(map(str, rows[:5])) + (", …" if len(rows) > 5 else "")
 
 
 def _about(shard: Path) -> dict[str, dict]:

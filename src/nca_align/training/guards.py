@@ -8,7 +8,7 @@ from accelerate.utils import DistributedType, gather_object
 from torch import Tensor
 
 from ..config import NCAConfig
-from ..errors import UnsupportedError, UserError, notify
+from ..errors import UnsupportedError, UserError, first_few, notify
 
 # As many steps left out one after another mean that the weights are broken, and no row.
 MOST_SKIPPED = 10
@@ -125,4 +125,4 @@ class StepGuard:
 
 
 def _list(numbers: list[int]) -> str:
-    return ", ".join(map(str, numbers[:32])) + (f", … ({len(numbers)} in all)" if len(numbers) > 32 else "")
+    return first_few(numbers, 32) + (f" ({len(numbers)} in all)" if len(numbers) > 32 else "")

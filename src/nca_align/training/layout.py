@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..batching.attention import prefix_sharing_obstacle, share_prefixes
 from ..batching.collator import Batch, Chunk, RewardCollator
 from ..errors import UnsupportedError, notify
-from ..models.adapters import base_model, eval_mode
+from ..models.policy import base_model, eval_mode
 
 # a chunk and its batch to (B, K) log-probabilities, nats
 Compute = Callable[[Chunk, Batch], tuple[Tensor, Any]]

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from ..batching.attention import share_prefixes
 from ..config import NCAConfig
 from ..errors import UserError
-from ..models.adapters import as_reference, base_model, eval_mode
 from ..models.logprobs import add_token_logps
+from ..models.policy import as_reference, base_model, eval_mode
 from ..store.fingerprints import tensors_fingerprint
 
 # What a model's config says beside what its forward computes

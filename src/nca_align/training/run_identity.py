@@ -8,7 +8,7 @@ from torch import nn
 
 from ..config import NCAConfig
 from ..errors import UserError
-from ..models.adapters import base_model
+from ..models.policy import base_model
 from ..options import nearest
 from ..store.fingerprints import columns_fingerprint, weights_fingerprint
 from ..store.provenance import changed_names, refuse_changes

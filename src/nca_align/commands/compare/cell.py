@@ -21,8 +21,7 @@ from ...evaluation.callbacks import GenerationCallback, RankingCallback, log_wit
 from ...evaluation.evaluator import GenerationEvaluator
 from ...rewards.scorers import open_scorers
 from ...store.checkpoints import whole_checkpoints
-from ...store.files import read_json, write_json
-from ...store.locking import lock_output
+from ...store.files import lock_output, read_json, write_json
 from ...store.provenance import LIBRARIES, commit, versions
 from ..train.command import model_source, open_policy, set_threads
 from .grid import Evaluation, cell_options

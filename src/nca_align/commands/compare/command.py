@@ -14,12 +14,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from ...errors import UserError, command
+from ...errors import UserError, command, first_few
 from ...evaluation.comparison_rows import Row, interval_of, setting_name
 from ...options import option, parse, require_at_least_1
 from ...pages.terminal import print_rows
-from ...store.files import read_json, write_csv, write_json
-from ...store.locking import lock_output
+from ...store.files import lock_output, read_json, write_csv, write_json
 from ...store.provenance import LIBRARIES, commit, versions
 from .grid import Cell, Evaluation, cell_options, expand, from_mapping
 from .runner import CONFIG, DONE, LOG, failure, is_done, prepare, run_cells
@@ -76,7 +75,8 @@ def main(argv: list[str] | None = None) -> int:
     cells = expand(options.base, options.grid, "the comparison's YAML file")
     chosen = [cell for cell in cells if fnmatch.fnmatch(cell.name, options.only)]
     if not chosen:
-        raise UserError(f"`only` is {options.only!r}, which matches none of the {len(cells)} cells: {_names(cells)}")
+        names = first_few([cell.name for cell in cells])
+        raise UserError(f"`only` is {options.only!r}, which matches none of the {len(cells)} cells: {names}")
     output = Path(options.output_dir)
     if options.dry_run:
         _print_cells(chosen, output, options.parallel)
@@ -165,8 +165,3 @@ def _write_provenance(
         "prompts": prompts,
     }
     write_json(output / "provenance.json", about)
-
-
-def _names(cells: Sequence[Cell]) -> str:
-    names = [cell.name for cell in cells]
-    return ", ".join(names[:5]) + (" …" if len(names) > 5 else "")

@@ -7,14 +7,14 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from ...data.prompts import load_raw, split_to_answer
+from ...data.prompts import held_out_split_name, load_raw
 from ...evaluation.evaluator import over_common_prompts, rewards_by_prompt
 from ...models.loading import ModelSource
 from ...options import Dtype, dtype_option, option
 from ...rewards.scorers import ScorerSpec, check_weights
 from ...store.files import can_be_written
 from ..sample.command import sample
-from ..sample.engine import SampleOptions
+from ..sample.options import SampleOptions
 from ..score import ScoreOptions, score
 from .references import check_vocabulary
 from .scored import EvaluateOptions, Evaluation, evaluate, print_table
@@ -65,7 +65,7 @@ def evaluate_generations(options: GenerationOptions) -> list[Evaluation]:
     for policy in options.model_name_or_path:
         check_vocabulary(ModelSource.of(policy, trust_remote_code=options.trust_remote_code), reference)
     models = [options.reference, *options.model_name_or_path]
-    split = options.split or split_to_answer(options.dataset_name, options.dataset_config)
+    split = options.split or held_out_split_name(options.dataset_name, options.dataset_config)
     print(f"Prompts of {options.dataset_name}, split {split}", file=sys.stderr)
     shared: dict[str, Any] = {name: getattr(options, name) for name in ("dtype", "trust_remote_code", "batch_size")}
     files = []

@@ -19,9 +19,9 @@ from ...config import NCAConfig, prompt_limit
 from ...data import DataOptions, held_out_split, read_reward_dataset
 from ...evaluation.intervals import Interval
 from ...evaluation.ranking import LENGTH_MATCH, Completions, compare_scores, pair_kinds, without_length
-from ...models.adapters import as_reference
 from ...models.loading import ModelSource, run_record
 from ...models.logprobs import differences, token_logps
+from ...models.policy import as_reference
 from ...options import Dtype, dtype_option, option, require_at_least_1, require_positive
 from ...pages.terminal import print_rows
 from ...store.files import check_writable, replacing, write_json
@@ -192,9 +192,7 @@ def implicit(options: ImplicitOptions) -> ImplicitEvaluation:
     dataset = load_rows(options)
     source = ModelSource.of(options.model_name_or_path, trust_remote_code=options.trust_remote_code)
     tokenizer = source.load_tokenizer()
-    dataset, notices = tokenize_dataset(
-        dataset, tokenizer, options.max_prompt_length, options.max_length, "length", name="data"
-    )
+    dataset, notices = tokenize_dataset(dataset, tokenizer, options.max_prompt_length, options.max_length, name="data")
     for notice in notices:
         print(notice, file=sys.stderr)
     rows = list(dataset)

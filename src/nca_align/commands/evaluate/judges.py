@@ -13,11 +13,11 @@ from ...errors import InvalidRowError, UserError
 from ...models.sampling import seed_for
 from ...options import option, require_at_least_1
 from ...store.files import check_writable, write_json
-from ...store.hub import from_the_hub
-from ...store.shards import Advance, Shard, Work, run_sharded
-from ..sample.command import open_engine, step_record
-from ..sample.engine import Engine, EngineOptions, SampleOptions, require_object
-from ..sample.server import server_model
+from ...store.hub import download_file
+from ...store.shards import Progress, Shard, ShardFunction, run_sharded
+from ..sample.command import open_engine, sampling_record
+from ..sample.options import Engine, EngineOptions, SampleOptions, require_json_object
+from ..sample.server import resolve_model_name
 from .judge_formats import JUDGES, gpt4o_encoding
 
 
@@ -59,7 +59,7 @@ class JudgeOptions(EngineOptions):
         if self.temperature is not None and self.temperature < 0:
             raise UserError(f"`temperature` is {self.temperature}; it must be 0 (greedy) or more")
         require_at_least_1(self, "max_new_tokens")
-        require_object("chat_template_kwargs", self.chat_template_kwargs)
+        require_json_object("chat_template_kwargs", self.chat_template_kwargs)
         super().__post_init__()
 
 
@@ -73,7 +73,7 @@ def judge(options: JudgeOptions) -> None:
     """
     spec = JUDGES[options.judge]
     questions = load_questions(options)
-    model = server_model(options)
+    model = resolve_model_name(options)
     path = Path(options.output)
     name = path.stem if spec.suffix == ".jsonl" else options.name or Path(options.adapter or model).name
     lines = path.with_suffix(".jsonl")
@@ -84,12 +84,12 @@ def judge(options: JudgeOptions) -> None:
         max_new_tokens=options.max_new_tokens or spec.max_new_tokens,
         **{option.name: getattr(options, option.name) for option in fields(EngineOptions)},
     )  # fmt: skip
-    step = step_record(sampling, questions, model)
+    step = sampling_record(sampling, questions, model)
     step["command"] = f"evaluate --judge {options.judge}"
     asked = {"temperature": options.temperature, "chat_template_kwargs": options.chat_template_kwargs}
     step["config"] |= asked | {"name": name}
 
-    def start() -> Work:
+    def start() -> ShardFunction:
         if options.judge == "arena_hard" and gpt4o_encoding() is None:
             print(
                 "`token_len` is left out of `metadata`: Arena-Hard counts by tiktoken's encoding of gpt-4o, which is "
@@ -119,7 +119,7 @@ def load_questions(options: JudgeOptions) -> Dataset:
         UserError: they can't be had, lack a column, or a row is no question.
     """
     spec = JUDGES[options.judge]
-    source = options.dataset_name or from_the_hub(
+    source = options.dataset_name or download_file(
         *spec.hub, f"`dataset_name` is not given, and {options.judge}'s own questions"
     )
     dataset = load_raw(source, options.dataset_config, options.split)
@@ -145,11 +145,11 @@ def load_questions(options: JudgeOptions) -> Dataset:
     return dataset
 
 
-def _work(engine: Engine, sampling: SampleOptions, options: JudgeOptions, name: str) -> Work:
+def _work(engine: Engine, sampling: SampleOptions, options: JudgeOptions, name: str) -> ShardFunction:
     spec = JUDGES[options.judge]
     template = {"chat_template_kwargs": options.chat_template_kwargs}
 
-    def work(shard: int, first_row: int, rows: list[dict], advance: Advance) -> Shard:
+    def work(shard: int, first_row: int, rows: list[dict], progress: Progress) -> Shard:
         result = Shard([])
         asked = [spec.turns(row) for row in rows]
         temperatures = [spec.temperature(row) if options.temperature is None else options.temperature for row in rows]
@@ -164,7 +164,7 @@ def _work(engine: Engine, sampling: SampleOptions, options: JudgeOptions, name: 
                 prompts = {
                     first_row + i: {"prompt": said[i], **template} for i in waiting if temperatures[i] == temperature
                 }
-                found = engine(settings, shard, prompts, advance if turn == last else lambda n: None)
+                found = engine(settings, shard, prompts, progress if turn == last else lambda n: None)
                 for number, samples in found.items():
                     if isinstance(samples, InvalidRowError):
                         raise samples.named(number)

@@ -20,8 +20,8 @@ from rich.console import Console
 
 from ...errors import UserError, one_line, refused_by
 from ...evaluation.intervals import Estimate
-from ...models.adapters import as_reference
 from ...models.loading import ModelSource
+from ...models.policy import as_reference
 from ...options import Dtype, dtype_option, nearest, option, require_at_least_1
 from ...pages.terminal import print_rows
 from ...store.fingerprints import data_fingerprint

@@ -9,7 +9,8 @@ from typing import Any
 from datasets import Dataset
 
 from ...batching.rendering import prompt_ids
-from ...data.prompts import load_raw, text_of
+from ...data.cleaning import text_of
+from ...data.prompts import load_raw
 from ...errors import UserError
 from ...evaluation.evaluator import (
     ESTIMATES,

@@ -86,7 +86,7 @@ def comparison_rows(tokenizer, dataset_name: str | None = None) -> list[dict[str
                 "completions": [[[{"role": "assistant", "content": b}]] for _, b in pairs],
             }
         batch["rewards"] = [[0.0]] * len(pairs)
-    table = tokenize_rows(batch, list(range(len(batch["prompt"]))), tokenizer, 256, 512, "length")
+    table = tokenize_rows(batch, list(range(len(batch["prompt"]))), tokenizer, 256, 512)
     return [dict(zip(table, values, strict=True)) for values in zip(*table.values(), strict=True)]
 
 

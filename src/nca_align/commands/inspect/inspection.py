@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from ...batching.collator import RewardCollator
 from ...batching.tokenization import tokenize_dataset, tokenize_rows, truncate
 from ...data import DataReport
-from ...data.prompts import text_of
+from ...data.cleaning import text_of
 from ...errors import UserError
 from ...losses import targets
 from . import reward_stats as stats
@@ -141,7 +141,7 @@ def _count_truncated(dataset: Dataset) -> int | None:
 def count_tokens(dataset: Dataset, tokenizer, options: InspectOptions) -> Tokens:
     """Tokenise as training does, and count what it would cut, pad and share."""
     dataset, notices = tokenize_dataset(
-        dataset, tokenizer, None, None, "unique_tokens", options.dataset_num_proc, options.dataset_train_split
+        dataset, tokenizer, None, None, num_proc=options.dataset_num_proc, name=options.dataset_train_split
     )
     pack = RewardCollator(pad_token_id=0, layout="prefix_shared")
     prompt_lengths: list[tuple[int, int]] = []  # whole and kept
@@ -198,7 +198,7 @@ def show_row(dataset: Dataset, index: int, options: InspectOptions, tokenizer=No
     if tokenizer is None:
         return Example(index, prompt, completions, row["rewards"], weights, [])
     limits: dict[str, Any] = {"max_prompt_length": options.max_prompt_length, "max_length": options.max_length}
-    ids = tokenize_rows({key: [value] for key, value in row.items()}, [index], tokenizer, **limits, length_column="n")
+    ids = tokenize_rows({key: [value] for key, value in row.items()}, [index], tokenizer, **limits)
     remarks = []
     if ids["prompt_cut"][0]:
         remarks.append(f"cut to its last {options.max_prompt_length} tokens: the prompt")

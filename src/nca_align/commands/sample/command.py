@@ -13,10 +13,10 @@ from ...models.loading import model_fingerprint
 from ...options import parse
 from ...store.fingerprints import data_fingerprint
 from ...store.provenance import versions
-from ...store.shards import Advance, Shard, Work, run_sharded
-from .engine import Engine, Sample, SampleOptions
+from ...store.shards import Progress, Shard, ShardFunction, run_sharded
 from .local_engines import check_prompts, model_source, transformers_engine, vllm_engine
-from .server import root_of, server_engine, server_model
+from .options import Engine, Sample, SampleOptions
+from .server import api_base_url, resolve_model_name, server_engine
 
 _MESSAGES = List({"role": Value("string"), "content": Value("string")})
 
@@ -37,7 +37,7 @@ def sample(options: SampleOptions) -> dict[str, int]:
         UserError: whatever the user can mend, in one sentence.
     """
     dataset = load_prompts(options.dataset_name, options.dataset_config, options.split)
-    model = server_model(options)
+    model = resolve_model_name(options)
     if isinstance(dataset[0]["prompt"], str) and _chats(options):
         dataset = dataset.map(
             lambda row: {"prompt": [{"role": "user", "content": row["prompt"]}]},
@@ -48,13 +48,13 @@ def sample(options: SampleOptions) -> dict[str, int]:
     made = {"completions": List(completion), "truncated": List(Value("bool"))}
     features = Features({"prompt": dataset.features["prompt"], **made, **dataset.features})
 
-    def start() -> Work:
+    def start() -> ShardFunction:
         if not options.base_url and options.on_error == "stop":
             check_prompts(options, dataset)
         return _work(open_engine(options, model), options)
 
     counts = run_sharded(
-        options.output, dataset, features, start, step_record(options, dataset, model),
+        options.output, dataset, features, start, sampling_record(options, dataset, model),
         shard_size=options.shard_size, drop_failed=options.on_error == "drop", unit="prompt",
     )  # fmt: skip
     print(summary(options, counts), file=sys.stderr)
@@ -75,13 +75,13 @@ def open_engine(options: SampleOptions, model: str) -> Engine:
     return (vllm_engine if options.engine == "vllm" else transformers_engine)(options)
 
 
-def step_record(options: SampleOptions, dataset: Dataset, model: str) -> dict[str, Any]:
+def sampling_record(options: SampleOptions, dataset: Dataset, model: str) -> dict[str, Any]:
     """What is recorded; `config` holds what changes the samples, and an output of another one is refused."""
     names = ["num_completions", "temperature", "top_p", "max_new_tokens", "stop", "seed", "duplicates", "shard_size"]
     if options.base_url:
         names += ["extra_body"]
         # a name says little of what a server runs: one at another address may be another model
-        runs: dict[str, str | None] = {"engine": "server", "model": model, "base_url": root_of(options)}
+        runs: dict[str, str | None] = {"engine": "server", "model": model, "base_url": api_base_url(options)}
     else:
         names += ["dtype", "batch_size"] if options.engine == "transformers" else ["dtype"]
         runs = {"engine": options.engine, "model": model_fingerprint(model, options.model_revision)}
@@ -94,10 +94,10 @@ def step_record(options: SampleOptions, dataset: Dataset, model: str) -> dict[st
     return {"command": "sample", "config": config, "about": about}
 
 
-def _work(engine: Engine, options: SampleOptions) -> Work:
-    def work(shard: int, first_row: int, rows: list[dict], advance: Advance) -> Shard:
+def _work(engine: Engine, options: SampleOptions) -> ShardFunction:
+    def work(shard: int, first_row: int, rows: list[dict], progress: Progress) -> Shard:
         numbered = dict(enumerate(rows, first_row))
-        found = engine(options, shard, numbered, advance)
+        found = engine(options, shard, numbered, progress)
         failed = {number: own for number, own in found.items() if isinstance(own, InvalidRowError)}
         samples = {number: own for number, own in found.items() if not isinstance(own, InvalidRowError)}
         if shard == 0:

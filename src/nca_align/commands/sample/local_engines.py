@@ -8,13 +8,14 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from ...batching.collator import batches_by_length
 from ...batching.rendering import prompt_ids
 from ...errors import InvalidRowError, UnsupportedError, UserError, one_line
 from ...models.loading import ModelSource, trained_quantization
 from ...models.sampling import check_room, end_tokens, sample_answers, seed_for
 from ...store.files import read_json
-from ...store.shards import Advance
-from .engine import Engine, EngineOptions, Sample, SampleOptions, cut_at_stop
+from ...store.shards import Progress
+from .options import Engine, EngineOptions, Sample, SampleOptions, cut_at_stop
 
 
 def model_source(options: EngineOptions) -> ModelSource:
@@ -72,7 +73,7 @@ def transformers_engine(options: SampleOptions) -> Engine:
         text, stopped = cut_at_stop(text, sampling.stop)
         return Sample(text, not ended and not stopped and len(ids) == sampling.max_new_tokens)
 
-    def complete(sampling: SampleOptions, shard: int, rows: dict[int, dict], advance: Advance) -> dict[int, Any]:
+    def complete(sampling: SampleOptions, shard: int, rows: dict[int, dict], progress: Progress) -> dict[int, Any]:
         settings: dict[str, Any] = {"do_sample": False}
         if sampling.temperature > 0:
             settings = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p}
@@ -80,16 +81,16 @@ def transformers_engine(options: SampleOptions) -> Engine:
             settings |= {"stop_strings": sampling.stop, "tokenizer": tokenizer}
         found: dict[int, Any] = {number: read(row) for number, row in rows.items()}
         prompts = {number: ids for number, ids in found.items() if isinstance(ids, list)}
-        by_length = sorted(prompts, key=lambda number: len(prompts[number]))
-        for batch, start in enumerate(range(0, len(by_length), options.batch_size)):
-            picked = by_length[start : start + options.batch_size]
+        numbers = list(prompts)
+        for batch, places in enumerate(batches_by_length([*map(len, prompts.values())], options.batch_size)):
+            picked = [numbers[i] for i in places]
             answers = sample_answers(
                 model, [prompts[number] for number in picked], sampling.num_completions, sampling.max_new_tokens, ends,
                 seed_for(sampling.seed, shard, batch), **settings,
             )  # fmt: skip
             for number, own in zip(picked, answers, strict=True):
                 found[number] = [sampled(ids, sampling) for ids in own]
-            advance(len(picked))
+            progress(len(picked))
         return found
 
     return complete
@@ -147,7 +148,7 @@ def vllm_engine(options: SampleOptions) -> Engine:
     )  # fmt: skip
     lora = LoRARequest("adapter", 1, adapter) if adapter else None
 
-    def complete(sampling: SampleOptions, shard: int, rows: dict[int, dict], advance: Advance) -> dict[int, Any]:
+    def complete(sampling: SampleOptions, shard: int, rows: dict[int, dict], progress: Progress) -> dict[int, Any]:
         found: dict[int, Any] = {number: read(row) for number, row in rows.items()}
         prompts = {number: {"prompt_token_ids": ids} for number, ids in found.items() if isinstance(ids, list)}
         params = [

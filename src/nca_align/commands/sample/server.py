@@ -13,8 +13,8 @@ from typing import Any
 from ...data.cleaning import clean_prompt
 from ...errors import InvalidRowError, UserError, one_line
 from ...models.sampling import seed_for
-from ...store.shards import Advance
-from .engine import Engine, EngineOptions, Sample, SampleOptions, cut_at_stop
+from ...store.shards import Progress
+from .options import Engine, EngineOptions, Sample, SampleOptions, cut_at_stop
 
 _AGAIN = (408, 409, 425, 429, 500, 502, 503, 504)  # busy or starting: worth another try
 _OF_THIS_ROW = (400, 413, 422)  # a prompt that is too long, or filtered
@@ -28,7 +28,7 @@ class RefusedRow(Refused, InvalidRowError):
     """As `Refused`, perhaps for what this request says alone."""
 
 
-def ask(url: str, body: dict | None, timeout: float, retries: int) -> dict[str, Any]:
+def request_json(url: str, body: dict | None, timeout: float, retries: int) -> dict[str, Any]:
     """The JSON answer to a request, tried again with growing pauses while the server is busy or away.
 
     Args:
@@ -67,12 +67,12 @@ def ask(url: str, body: dict | None, timeout: float, retries: int) -> dict[str, 
     )
 
 
-def server_model(options: EngineOptions) -> str:
+def resolve_model_name(options: EngineOptions) -> str:
     """The model to ask for: `model_name_or_path`, or where that is left out the one that the server says it has."""
     if options.model_name_or_path is not None:
         return options.model_name_or_path
-    url = f"{root_of(options)}/models"
-    answer = ask(url, None, 30, options.retries)
+    url = f"{api_base_url(options)}/models"
+    answer = request_json(url, None, 30, options.retries)
     try:
         models = [str(model["id"]) for model in answer["data"]]
     except (KeyError, TypeError) as error:
@@ -112,8 +112,8 @@ def server_engine(options: SampleOptions, model: str) -> Engine:
         body |= {key: value for key, value in given.items() if value}  # strict servers refuse keys that they don't know
         if prompt.continues:
             body |= {"add_generation_prompt": False, "continue_final_message": True}  # of vLLM's and llama.cpp's
-        url = f"{root_of(options)}/{'chat/completions' if chat else 'completions'}"
-        answer = ask(url, body | extra, options.timeout, options.retries)
+        url = f"{api_base_url(options)}/{'chat/completions' if chat else 'completions'}"
+        answer = request_json(url, body | extra, options.timeout, options.retries)
         try:
             samples = []
             for choice in answer["choices"]:
@@ -152,13 +152,13 @@ def server_engine(options: SampleOptions, model: str) -> Engine:
         except InvalidRowError as error:  # the other rows go on
             return error
 
-    def complete(sampling: SampleOptions, shard: int, rows: dict[int, dict], advance: Advance) -> dict[int, Any]:
+    def complete(sampling: SampleOptions, shard: int, rows: dict[int, dict], progress: Progress) -> dict[int, Any]:
         found = {}
         with ThreadPoolExecutor(options.concurrency) as pool:  # an error cancels the requests that have not begun
             done = pool.map(partial(complete_row, sampling), rows, rows.values())
             for number, samples in zip(rows, done, strict=True):
                 found[number] = samples
-                advance(1)
+                progress(1)
         return found
 
     return complete
@@ -171,7 +171,7 @@ def _text(content: str | list[dict] | None) -> str:
     return (content or "").encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def root_of(options: EngineOptions) -> str:
+def api_base_url(options: EngineOptions) -> str:
     """The address that requests begin with."""
     root = str(options.base_url).rstrip("/")
     return root if root.endswith("/v1") else f"{root}/v1"

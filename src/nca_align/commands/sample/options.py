@@ -1,4 +1,4 @@
-"""What completes prompts: its options, and the protocol that the engines on this machine and servers share."""
+"""Options of what completes prompts, and the protocol that the engines on this machine and servers share."""
 
 import json
 import math
@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple, Protocol
 
 from ...errors import InvalidRowError, UnsupportedError, UserError
 from ...options import Dtype, dtype_option, option, require_at_least_1
-from ...store.shards import Advance
+from ...store.shards import Progress
 
 
 @dataclass
@@ -42,7 +42,7 @@ class EngineOptions:
             raise UserError(f"`timeout` is {self.timeout}; it must be a number of seconds above 0")
         if self.retries < 0:
             raise UserError(f"`retries` is {self.retries}; it must be 0 or more")
-        require_object("extra_body", self.extra_body)
+        require_json_object("extra_body", self.extra_body)
         if self.base_url is None and self.model_name_or_path is None:
             raise UserError("`model_name_or_path` is missing: name a model, or a server by `base_url`")
         if self.base_url is not None:
@@ -55,7 +55,7 @@ class EngineOptions:
                 raise UserError(f"`base_url` is {self.base_url!r}; it must begin with http:// or https://")
 
 
-def require_object(name: str, text: str) -> None:
+def require_json_object(name: str, text: str) -> None:
     """Refuse an option that is no JSON object."""
     try:
         value = json.loads(text)
@@ -115,7 +115,7 @@ class Engine(Protocol):
     """Completes prompts with a model that it has loaded."""
 
     def __call__(
-        self, sampling: SampleOptions, shard: int, rows: dict[int, dict], advance: Advance
+        self, sampling: SampleOptions, shard: int, rows: dict[int, dict], progress: Progress
     ) -> dict[int, list[Sample] | InvalidRowError]:
         """K samples of each row, or why there are none.
 
@@ -127,7 +127,7 @@ class Engine(Protocol):
                 call; what the model was loaded by stays.
             shard: its number.
             rows: by their numbers in the data set.
-            advance: called with n when n more rows are done.
+            progress: called with n when n more rows are done.
         """
 
 

@@ -1,4 +1,4 @@
-"""A loaded model with an adapter or without: its base, its reference, and what can't be drawn from it."""
+"""A loaded policy: its base model, and what it is made into for a while (its reference, merged, in eval mode)."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
