@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from nca_align.commands.train.summary import last_evaluation
+from nca_align.evaluation.training_log import last_evaluation
 from nca_align.store.files import write_csv
 from study_results import ROOT, fill_pages, read_told
 

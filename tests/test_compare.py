@@ -41,6 +41,7 @@ from nca_align.commands.report.runs import read_run
 from nca_align.data import DataOptions, RewardData
 from nca_align.data.strategies import PAIRS
 from nca_align.errors import UserError
+from nca_align.evaluation.comparison_folder import failure
 from nca_align.store.checkpoints import last_common_checkpoint
 from nca_align.store.fingerprints import files_fingerprint
 
@@ -426,8 +427,8 @@ def test_failures_are_named_whatever_is_asked_for_beside(config, tmp_path, capsy
         read_run(folder)
     own = folder / "cells" / "dpo"
     (own / "done.json").write_text(json.dumps({"steps": 8, "minutes": 1.0}))
-    assert runner.failure(folder, Cell("dpo", {}, {})) is None
-    assert runner.failure(folder, Cell("nca", {}, {})) == "no such reward model"
+    assert failure(folder / "cells" / "dpo") is None
+    assert failure(folder / "cells" / "nca") == "no such reward model"
 
 
 UNFINISHED = "of each setting a run isn't finished or has no finite `reward`."
@@ -503,7 +504,7 @@ def test_a_cell_that_was_finished_has_not_failed_whatever_came_after(tmp_path, m
     runner.run_cells([own], tmp_path, 1, None, lambda: None)
     assert (own.folder(tmp_path) / "done.json").exists()
     assert not (own.folder(tmp_path) / "error.txt").exists()
-    assert runner.failure(tmp_path, own) is None
+    assert failure(own.folder(tmp_path)) is None
 
 
 # Real cells

@@ -17,11 +17,11 @@ from nca_align.commands.compare.tables import COLUMNS, Selection, selected_rows
 from nca_align.commands.report.charts import likelihood_charts, plotted, run_charts
 from nca_align.commands.report.command import main, write_report
 from nca_align.commands.report.page import build_page
-from nca_align.commands.report.runs import Run, prefixes, read_run
-from nca_align.commands.train.summary import logged
+from nca_align.commands.report.runs import Run, read_run
 from nca_align.evaluation.comparison_rows import labels
 from nca_align.evaluation.frontier import Curve, curves_of, equal_kls
 from nca_align.evaluation.intervals import mean_and_interval
+from nca_align.evaluation.training_log import logged, prefixes
 from nca_align.pages.charts import Chart, Series, chart_svg, picture, styles
 from nca_align.pages.html import COLOURS
 from nca_align.store.files import write_csv

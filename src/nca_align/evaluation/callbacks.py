@@ -1,6 +1,7 @@
 """Evaluations in the midst of a run of any trainer, TRL's own too: by generation, and of K rewarded completions."""
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,10 +14,10 @@ from ..batching.tokenization import tokenize_dataset
 from ..errors import UnsupportedError, UserError
 from ..models.loading import disable_nf4_repacking
 from ..models.logprobs import completion_logps
-from ..models.policy import adapter_merged, base_model, eval_mode, refuse_virtual_tokens
+from ..models.policy import adapter_merged, as_reference, base_model, eval_mode, refuse_virtual_tokens
 from ..reward_tensors import check_rows
 from ..training.metrics import PromptMeans, calibration, row_metrics
-from .evaluator import GenerationEvaluator, Reference, adapter_off, reference_model
+from .evaluator import GenerationEvaluator, Reference, reference_model
 
 
 def log_within_step(trainer: Trainer, values: dict[str, float]) -> None:
@@ -95,11 +96,12 @@ class _EvaluationCallback(TrainerCallback):
                     "against itself; give a copy of it from before training"
                 )
             return known
-        return adapter_off(
-            model,
-            f"`reference` is missing for {type(self).__name__}: the trainer holds no reference model, and the "
-            "model has no adapter that could be switched off; give one, or set `precompute_ref_log_probs: false`",
-        )
+        if not hasattr(model, "peft_config"):
+            raise UserError(
+                f"`reference` is missing for {type(self).__name__}: the trainer holds no reference model, and the "
+                "model has no adapter that could be switched off; give one, or set `precompute_ref_log_probs: false`"
+            )
+        return partial(as_reference, model)
 
 
 class GenerationCallback(_EvaluationCallback):

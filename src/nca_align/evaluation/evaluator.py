@@ -25,6 +25,7 @@ from ..rewards.scorers import Scorers, open_scorers
 from .intervals import UNKNOWN, Estimate, mean_over_prompts
 
 Reference = nn.Module | Callable[[], AbstractContextManager]
+Rewards = Mapping[str, Sequence[float]]  # of all answers to a prompt
 
 
 @dataclass(frozen=True)
@@ -131,11 +132,7 @@ class GenerationEvaluator:
             UserError: a prompt that is too long for the model, an answer that the scorers can't score.
         """
         if reference is None:
-            reference = adapter_off(
-                model,
-                "`reference` is missing, and the model has no adapter that could be switched off: give the model "
-                "that the KL and the wins are measured against",
-            )
+            reference = partial(as_reference, model)
         self.check_room(model)
         state = PartialState()
         mine = range(state.process_index, len(self._rows), state.num_processes)
@@ -196,17 +193,6 @@ class GenerationEvaluator:
         return [own | {"rewards": row["rewards"]} for own, row in zip(answered, shard.rows, strict=True)]
 
 
-def adapter_off(model: Any, missing: str) -> Reference:
-    """The context in which `model` is its own reference.
-
-    Raises:
-        UserError: with the text `missing`, where it has no adapter.
-    """
-    if not hasattr(model, "peft_config"):
-        raise UserError(missing)
-    return partial(as_reference, model)
-
-
 @contextmanager
 def reference_model(reference: Reference, model: nn.Module) -> Iterator[nn.Module]:
     """The model to call for the reference, in eval mode as `model` is."""
@@ -257,11 +243,7 @@ def rewards_by_prompt(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[float
     return found
 
 
-def over_common_prompts(
-    compare: Callable[[list[float], list[float]], float],
-    own: Mapping[str, list[float]],
-    reference: Mapping[str, list[float]],
-) -> tuple[Estimate, int]:
+def over_common_prompts(compare: Callable[..., float], own: Rewards, reference: Rewards) -> tuple[Estimate, int]:
     """Mean of `compare` over the prompts that both answered, and how many they are; NaN where there is none.
 
     Args:

@@ -18,7 +18,16 @@ def base_model(model) -> PreTrainedModel:
 
 @contextmanager
 def as_reference(model: Any) -> Iterator[None]:
-    """Within it, a policy with an adapter is what it was trained from: the bare base, or the adapter "ref" on it."""
+    """Within it, a policy with an adapter is what it was trained from: the bare base, or the adapter "ref" on it.
+
+    Raises:
+        UserError: it has no adapter.
+    """
+    if not hasattr(model, "peft_config"):
+        raise UserError(
+            "`reference` is missing, and the model has no adapter that could be switched off: give the model that the "
+            "KL and the wins are measured against"
+        )
     if "ref" in model.peft_config:
         active = model.active_adapter
         model.set_adapter("ref")

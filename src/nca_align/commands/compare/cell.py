@@ -18,6 +18,7 @@ from ...batching.tokenization import rows_that_fit
 from ...data.strategies import select_completions
 from ...errors import UserError, command, refused_by
 from ...evaluation.callbacks import GenerationCallback, RankingCallback, log_within_step
+from ...evaluation.comparison_folder import CONFIG, DONE, SETTINGS
 from ...evaluation.evaluator import GenerationEvaluator
 from ...rewards.scorers import open_scorers
 from ...store.checkpoints import whole_checkpoints
@@ -49,9 +50,9 @@ def main(argv: list[str] | None = None) -> None:
 def run_cell(folder: Path) -> None:
     """Train and evaluate what `settings.json` and `config.yaml` in `folder` say, and leave `done.json` there."""
     began, code = time.monotonic(), commit()
-    about = read_json(folder / "settings.json")
+    about = read_json(folder / SETTINGS)
     settings, evaluation = about["settings"], Evaluation(**about["evaluation"])
-    script, data_options, run, args, model_args = cell_options(folder / "config.yaml")
+    script, data_options, run, args, model_args = cell_options(folder / CONFIG)
     set_threads(run)
     keep_checkpoints = args.save_total_limit is not None
     args.save_total_limit = args.save_total_limit or 1
@@ -132,7 +133,7 @@ def _finish(folder: Path, checkpoint: Path, about: dict[str, Any], keep_checkpoi
     minutes = max(line["minutes"] for line in state["log_history"] if "minutes" in line)
     made = {"minutes": minutes, "versions": versions(*LIBRARIES)}
     write_json(folder / "cell.json", {name: about[name] for name in ("settings", "commit")} | made)
-    write_json(folder / "done.json", {"steps": state["global_step"], "minutes": minutes})
+    write_json(folder / DONE, {"steps": state["global_step"], "minutes": minutes})
     if not keep_checkpoints:
         for name in _STATE:
             (checkpoint / name).unlink(missing_ok=True)

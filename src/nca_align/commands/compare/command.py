@@ -15,13 +15,14 @@ from statistics import median
 from typing import Any
 
 from ...errors import UserError, command, first_few
+from ...evaluation.comparison_folder import CONFIG, DONE, LOG, PROVENANCE, ROWS, SELECTED, failure, is_done
 from ...evaluation.comparison_rows import Row, interval_of, setting_name
 from ...options import option, parse, require_at_least_1
 from ...pages.terminal import print_rows
 from ...store.files import lock_output, read_json, write_csv, write_json
 from ...store.provenance import LIBRARIES, commit, versions
 from .grid import Cell, Evaluation, cell_options, expand, from_mapping
-from .runner import CONFIG, DONE, LOG, failure, is_done, prepare, run_cells
+from .runner import prepare, run_cells
 from .splits import read_splits
 from .tables import COLUMNS, Selection, left_out, rows_of, seeds_of, selected_rows
 
@@ -81,9 +82,9 @@ def main(argv: list[str] | None = None) -> int:
     if options.dry_run:
         _print_cells(chosen, output, options.parallel)
         return 0
-    with lock_output(output / "comparison.csv"):
+    with lock_output(output / ROWS):
         prepare(cells, output, evaluation)
-        todo = [cell for cell in chosen if not is_done(output, cell)]
+        todo = [cell for cell in chosen if not is_done(cell.folder(output))]
         print(f"{len(chosen)} cells, {len(chosen) - len(todo)} of them finished; in {output}")
         if todo:  # what is wrong with the data, once and at once
             script, data_options, _, args, _ = cell_options(todo[0].folder(output) / CONFIG)
@@ -98,7 +99,7 @@ def main(argv: list[str] | None = None) -> int:
         finally:
             signal.signal(signal.SIGTERM, before)
         rows, selected = tables()
-    failed = {cell.name: why for cell in chosen if (why := failure(output, cell))}
+    failed = {cell.name: why for cell in chosen if (why := failure(cell.folder(output)))}
     for name, why in failed.items():
         print(f"Failed: {name}: {why} ({output / 'cells' / name / LOG})", file=sys.stderr)
     if rows:
@@ -116,11 +117,11 @@ def main(argv: list[str] | None = None) -> int:
 
 def _write_tables(output: Path, cells: Sequence[Cell], selection: Selection) -> tuple[list[Row], list[Row]]:
     """The tables of all cells that are finished: their rows, and those that were chosen."""
-    rows = [row for cell in cells if is_done(output, cell) for row in rows_of(cell, cell.folder(output))]
+    rows = [row for cell in cells if is_done(cell.folder(output)) for row in rows_of(cell, cell.folder(output))]
     selected = selected_rows(rows, selection, seeds_of(cells))
     if rows:
-        write_csv(output / "comparison.csv", rows, COLUMNS)
-        write_csv(output / "selected.csv", selected)
+        write_csv(output / ROWS, rows, COLUMNS)
+        write_csv(output / SELECTED, selected)
     return rows, selected
 
 
@@ -138,10 +139,10 @@ def _print_cells(cells: Sequence[Cell], output: Path, parallel: int) -> None:
     for cell in cells:
         folder = cell.folder(output)
         state = "new"
-        if is_done(output, cell):
+        if is_done(folder):
             took.append(read_json(folder / DONE)["minutes"])
             state = f"finished, {took[-1]:.1f} minutes"
-        elif (why := failure(output, cell)) is not None:
+        elif (why := failure(folder)) is not None:
             state = f"failed: {why}"
         elif any(folder.glob("checkpoint-*")):
             state = "begun"
@@ -164,4 +165,4 @@ def _write_provenance(
         "cells": [cell.name for cell in cells],
         "prompts": prompts,
     }
-    write_json(output / "provenance.json", about)
+    write_json(output / PROVENANCE, about)

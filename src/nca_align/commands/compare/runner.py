@@ -15,6 +15,7 @@ import torch
 import yaml
 from tqdm.auto import tqdm
 
+from ...evaluation.comparison_folder import CONFIG, ERROR, LOG, SETTINGS, failure, is_done
 from ...models.loading import model_fingerprint
 from ...rewards.scorers import ScorerSpec
 from ...store.checkpoints import whole_checkpoints
@@ -25,7 +26,6 @@ from ...training.resume import PREEMPTED
 from .grid import Cell, Evaluation
 
 _GRACE, _PAUSE = 20.0, 0.1  # seconds that a cell has to save in, and between looks at those that run
-SETTINGS, CONFIG, LOG, ERROR, DONE = "settings.json", "config.yaml", "log.txt", "error.txt", "done.json"
 # Of `nca-align train`, for every cell
 _FORCED = {"eval_strategy": "no", "eval_on_start": False, "save_strategy": "no", "disable_tqdm": True}
 
@@ -51,14 +51,14 @@ def prepare(cells: Sequence[Cell], output: Path, evaluation: Evaluation) -> None
     for cell, about in zip(cells, abouts, strict=True):
         folder = cell.folder(output)
         folder.mkdir(parents=True, exist_ok=True)
-        if not is_done(output, cell):
+        if not is_done(folder):
             write_json(folder / SETTINGS, about)
             with replacing(folder / CONFIG) as file:
                 yaml.safe_dump({**cell.options, **_FORCED, "output_dir": str(folder)}, file, sort_keys=False)
 
 
 def _refuse_other_settings(folder: Path, new: dict[str, Any]) -> None:
-    begun = (folder / DONE).exists() or whole_checkpoints(folder)
+    begun = is_done(folder) or whole_checkpoints(folder)
     if not begun or not (folder / SETTINGS).exists():
         return
     old = read_json(folder / SETTINGS)["identity"]
@@ -66,17 +66,6 @@ def _refuse_other_settings(folder: Path, new: dict[str, Any]) -> None:
         f"the cell {folder.name} in `output_dir` was trained with other settings", old, new,
         f"go back to what it was, choose another `output_dir`, or remove {folder} to train it anew",
     )  # fmt: skip
-
-
-def is_done(output: Path, cell: Cell) -> bool:
-    """Whether the cell is finished."""
-    return (cell.folder(output) / DONE).exists()
-
-
-def failure(output: Path, cell: Cell) -> str | None:
-    """Why the cell failed the last time that it ran; None where it didn't, or was finished all the same."""
-    path = cell.folder(output) / ERROR
-    return path.read_text(encoding="utf-8").strip() if path.exists() and not is_done(output, cell) else None
 
 
 def run_cells(
@@ -104,11 +93,11 @@ def run_cells(
                         continue
                     process.communicate()
                     del running[slot]
-                    if not is_done(output, cell):  # else what came after it counts for nothing
+                    if not is_done(cell.folder(output)):  # else what came after it counts for nothing
                         (cell.folder(output) / ERROR).write_text(f"{why}\n", encoding="utf-8")
                     after_each()
                     bar.update()
-                    failed = failure(output, cell)
+                    failed = failure(cell.folder(output))
                     bar.write(f"{cell.name}: {f'failed: {failed}' if failed else 'done'}")
         finally:
             _end([process for _, process, _ in running.values()])

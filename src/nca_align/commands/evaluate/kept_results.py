@@ -9,7 +9,7 @@ from ...errors import UserError
 from ...store.files import check_writable, read_json, require_folder_of, write_json
 
 
-class KeptResults:
+class KeptResults(dict[str, Any]):
     """Results by what they are of, in a JSON file where `output` names one.
 
     Args:
@@ -22,29 +22,23 @@ class KeptResults:
 
     def __init__(self, output: str | None, is_result: Callable[[Any], bool]):
         self._path = None if output is None else Path(output)
-        self._known: dict[str, Any] = {}
-        if output is None:
+        if output is None or self._path is None:
             return
         require_folder_of(output)
-        if not Path(output).exists():
-            return
-        with suppress(OSError, ValueError, AttributeError):  # a folder, broken JSON, a list
-            known = read_json(Path(output))
+        with suppress(OSError, ValueError, AttributeError):  # no file, a folder, broken JSON, a list
+            known = read_json(self._path)
             if all(map(is_result, known.values())):
-                self._known = known
+                self.update(known)
                 return
-        raise UserError(f"`output` is {output!r}, which holds no table of `nca-align evaluate`; choose another file")
-
-    def __contains__(self, key: str) -> bool:
-        return key in self._known
-
-    def __getitem__(self, key: str) -> Any:
-        return self._known[key]
+        if self._path.exists():
+            raise UserError(
+                f"`output` is {output!r}, which holds no table of `nca-align evaluate`; choose another file"
+            )
 
     def __setitem__(self, key: str, result: Any) -> None:
-        self._known[key] = result
+        super().__setitem__(key, result)
         if self._path is not None:  # after each result, and whole: a kill loses the one in work
-            write_json(self._path, self._known)
+            write_json(self._path, self)
 
     def check_writable(self) -> None:
         """Refuse a file that can't be written, before the work that it is for."""

@@ -7,9 +7,9 @@ from typing import Any
 from ...evaluation.comparison_rows import Row, Setting, labels, over_steps, runs_of
 from ...evaluation.frontier import Curve
 from ...evaluation.intervals import Interval
+from ...evaluation.training_log import by_rank, logged, prefixes
 from ...pages.charts import Chart, Series
-from ..train.summary import by_rank, logged
-from .runs import Comparison, Run, prefixes
+from .runs import Comparison, Run
 
 Groups = Mapping[Setting, Sequence[Curve]]
 MOST_CURVES = 8  # of a chart with bars

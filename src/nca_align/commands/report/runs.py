@@ -1,12 +1,11 @@
 """What runs and comparisons logged, read from their folders."""
 
-import re
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ...errors import UserError
+from ...evaluation.comparison_folder import PROVENANCE, ROWS, SELECTED, failure
 from ...evaluation.comparison_rows import Setting, setting_of
 from ...evaluation.frontier import Curve, curves_of
 from ...store.checkpoints import whole_checkpoints
@@ -39,19 +38,11 @@ class Comparison:
         return {setting: curves[setting] for row in self.selected if (setting := setting_of(row)) in curves}
 
 
-def prefixes(log: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """Prefix of a log's metrics → whose they are: "" training's, `eval_` held-out prompts', `eval_test_` the test's."""
-    pattern = re.compile(r"(|eval_.*?)(?:logratios/best|generation/reward)")
-    found = {match[1] for line in log for key in line if (match := pattern.fullmatch(key))}
-    names = {"": "training", "eval_": "held-out"}
-    return {prefix: names.get(prefix, prefix[5:-1]) for prefix in sorted(found)}
-
-
 def read_run(path: Path) -> Run | Comparison:
     """The folder of `nca-align compare` or `train`; of a run not at its end, what its last checkpoint logged."""
     if not path.is_dir():
         raise UserError(f"run {path} is no folder; give the `output_dir` of `nca-align train` or `nca-align compare`")
-    if (path / "comparison.csv").is_file():
+    if (path / ROWS).is_file():
         return _comparison(path)
     state = path / "trainer_state.json"
     if not state.is_file():
@@ -73,23 +64,19 @@ def read_run(path: Path) -> Run | Comparison:
 
 
 def _comparison(path: Path) -> Comparison:
-    rows = read_csv(path / "comparison.csv")
+    rows = read_csv(path / ROWS)
     if missing := [name for name in _COLUMNS if not rows or name not in rows[0]]:
         raise UserError(
             f"{path / 'comparison.csv'} has no rows with `{missing[0]}`; run `nca-align compare` until a cell is done"
         )
-    if not (path / "selected.csv").is_file():
+    if not (path / SELECTED).is_file():
         raise UserError(f"{path} has no selected.csv; run `nca-align compare` again, which writes it")
-    about = path / "provenance.json"
+    about = path / PROVENANCE
     provenance = _json(about) if about.is_file() else {}
-    failed = []
-    for reason in sorted(path.glob("cells/*/error.txt")):
-        cell = reason.parent
-        if (cell / "done.json").exists() or cell.name not in provenance.get("cells", [cell.name]):
-            continue  # it failed once, and was done later, or has left the grid
-        lines = reason.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        failed.append((cell.name, lines[-1] if lines else "no reason was written"))
-    return Comparison(path.resolve().name, rows, read_csv(path / "selected.csv"), failed, provenance)
+    reasons = {cell.name: failure(cell) for cell in sorted(path.glob("cells/*"))}
+    grid = provenance.get("cells", reasons)  # others have left it
+    failed = [(name, why) for name, why in reasons.items() if why is not None and name in grid]
+    return Comparison(path.resolve().name, rows, read_csv(path / SELECTED), failed, provenance)
 
 
 def _json(path: Path) -> dict[str, Any]:

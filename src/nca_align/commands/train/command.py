@@ -19,11 +19,12 @@ from ...batching.rendering import prompt_ids
 from ...config import NCAConfig
 from ...data import DataOptions, RewardData, read_reward_dataset, select_split
 from ...errors import UserError, command, refused_by
+from ...evaluation.training_log import last_evaluation
 from ...models.loading import ModelSource, load_adapter
 from ...models.policy import eval_mode
 from ...options import option, parse
 from ...store.checkpoints import explain_write_errors, last_common_checkpoint
-from .summary import last_evaluation, plot_curves, summary
+from .summary import plot_curves, summary
 
 logger = logging.getLogger("nca_align")
 

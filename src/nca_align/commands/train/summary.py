@@ -1,26 +1,9 @@
 """What a run's log says: the plot of implicit rewards and log-ratios by rank, and in plain words what moved."""
 
-import math
-from collections.abc import Mapping, Sequence
-from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
 
-Log = Sequence[Mapping[str, Any]]  # a trainer's `log_history`
-Curve = tuple[list[float], list[float]]  # steps and values
-
-
-def logged(log: Log, metric: str) -> Curve:
-    """Steps and finite values of a metric; of a step logged twice, as after a resumed run, the last."""
-    values = {line["step"]: float(line[metric]) for line in log if isinstance(line.get(metric), int | float)}
-    values = {step: value for step, value in sorted(values.items()) if math.isfinite(value)}
-    return list(values), list(values.values())
-
-
-def by_rank(log: Log, name: str, prefix: str = "") -> dict[int, Curve]:
-    """Rank (1 the best) → (steps, values) of `name` ("rewards" or "logratios") in a `log_history`."""
-    curves = (logged(log, f"{prefix}{name}/rank_{rank}") for rank in count(1))
-    return dict(enumerate(takewhile(lambda curve: curve[0], curves), 1))
+from ...evaluation.training_log import Log, by_rank, last_evaluation
 
 
 def plot_curves(log: Log, path: Path) -> Path | None:
@@ -40,12 +23,6 @@ def plot_curves(log: Log, path: Path) -> Path | None:
         return None
     write_png(charts, "by reward, rank 1 the best; thin: training, thick: held-out prompts", path)
     return path
-
-
-def last_evaluation(log: Log, step: int | None = None) -> Mapping[str, Any] | None:
-    """The log's last line of an evaluation, or the one at `step`, where the best model was that is kept."""
-    lines = [line for line in log if "eval_loss" in line]
-    return next((line for line in reversed(lines) if step is None or line["step"] == step), None)
 
 
 def summary(log: Log, answers: list[tuple[Any, str, str]], kept_step: int | None = None) -> str:

@@ -1,0 +1,37 @@
+"""What a run logged: metrics over steps, by rank, and whose prompts they are of."""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from itertools import count, takewhile
+from typing import Any
+
+Log = Sequence[Mapping[str, Any]]  # a trainer's `log_history`
+Curve = tuple[list[float], list[float]]  # steps and values
+
+
+def logged(log: Log, metric: str) -> Curve:
+    """Steps and finite values of a metric; of a step logged twice, as after a resumed run, the last."""
+    values = {line["step"]: float(line[metric]) for line in log if isinstance(line.get(metric), int | float)}
+    values = {step: value for step, value in sorted(values.items()) if math.isfinite(value)}
+    return list(values), list(values.values())
+
+
+def by_rank(log: Log, name: str, prefix: str = "") -> dict[int, Curve]:
+    """Rank (1 the best) → (steps, values) of `name` ("rewards" or "logratios") in a `log_history`."""
+    curves = (logged(log, f"{prefix}{name}/rank_{rank}") for rank in count(1))
+    return dict(enumerate(takewhile(lambda curve: curve[0], curves), 1))
+
+
+def last_evaluation(log: Log, step: int | None = None) -> Mapping[str, Any] | None:
+    """The log's last line of an evaluation, or the one at `step`, where the best model was that is kept."""
+    lines = [line for line in log if "eval_loss" in line]
+    return next((line for line in reversed(lines) if step is None or line["step"] == step), None)
+
+
+def prefixes(log: Log) -> dict[str, str]:
+    """Prefix of a log's metrics → whose they are: "" training's, `eval_` held-out prompts', `eval_test_` the test's."""
+    pattern = re.compile(r"(|eval_.*?)(?:logratios/best|generation/reward)")
+    found = {match[1] for line in log for key in line if (match := pattern.fullmatch(key))}
+    names = {"": "training", "eval_": "held-out"}
+    return {prefix: names.get(prefix, prefix[5:-1]) for prefix in sorted(found)}
