@@ -19,7 +19,7 @@ from nca_align.errors import (
     UnsupportedError,
     UserError,
     UserTypeError,
-    command,
+    cli_main,
     one_line,
 )  # fmt: skip
 from nca_align.options import given_options, nearest, parse
@@ -169,7 +169,7 @@ class TestErrors:
         with pytest.raises(also, match=r"^x$"):
             raise kind("x")
 
-        @command("prog")
+        @cli_main("prog")
         def main(argv=None):
             raise kind("x")
 
@@ -177,7 +177,7 @@ class TestErrors:
         assert capsys.readouterr().err == "prog: error: x\n"
 
     def test_one_sentence_and_exit_code_2(self, capsys):
-        @command("prog")
+        @cli_main("prog")
         def main(argv=None):
             raise UserError("first\n  second")
 
@@ -185,7 +185,7 @@ class TestErrors:
         assert capsys.readouterr().err == "prog: error: first second\n"
 
     def test_a_bug_keeps_its_traceback(self):
-        @command("prog")
+        @cli_main("prog")
         def main(argv=None):
             return int("x")
 
@@ -193,7 +193,7 @@ class TestErrors:
             main([])
 
     def test_interrupted(self, capsys):
-        @command("prog")
+        @cli_main("prog")
         def main(argv=None):
             raise KeyboardInterrupt
 
@@ -243,7 +243,7 @@ def test_the_library_that_warns_at_its_import_is_not_heard_before_the_command(mo
     assert "gemm_4bit_forward" in caplog.text
     caplog.clear()
 
-    @command("prog")
+    @cli_main("prog")
     def main(argv=None):
         logger.warning(warning, "no module")
         logger.warning("something else")

@@ -3,7 +3,7 @@
 import sys
 from importlib import import_module
 
-from .errors import UserError, command
+from .errors import UserError, cli_main
 from .options import nearest
 
 # name: (module, what it does)
@@ -46,7 +46,7 @@ def usage() -> str:
     )  # fmt: skip
 
 
-@command("nca-align")
+@cli_main("nca-align")
 def main(argv: list[str] | None = None) -> int:
     """Call the command that `argv` names, and return its exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)

@@ -58,7 +58,7 @@ def first_few(items: Sequence[object], most: int = 5) -> str:
 
 
 @contextmanager
-def refused_by(
+def as_user_error(
     what: str, known: Callable[[], bool] = lambda: True, also: tuple[type[Exception], ...] = ()
 ) -> Iterator[None]:
     """What a library refuses before any work is done is told in one sentence; `NCA_ALIGN_TRACEBACK=1` shows all of it.
@@ -84,7 +84,7 @@ def _not_of_kernels(record: logging.LogRecord) -> bool:
     return "kernels-community" not in str(record.msg)
 
 
-def command(prog: str, goes_on: str = "the same command goes on from here") -> Callable[[Callable], Callable]:
+def cli_main(prog: str, goes_on: str = "the same command goes on from here") -> Callable[[Callable], Callable]:
     """Decorate a `main(argv)`: a user's mistake is one sentence on stderr and the exit code 2.
 
     Args:

@@ -7,7 +7,7 @@ from typing import Literal
 from datasets import Features, List, Value
 
 from ..data.prompts import load_completions
-from ..errors import UserError, command
+from ..errors import UserError, cli_main
 from ..models.loading import model_fingerprint
 from ..options import Dtype, dtype_option, option, parse, require_at_least_1
 from ..rewards.scorers import ScorerSpec, check_weights, column_names, open_scorers
@@ -93,7 +93,7 @@ def score(options: ScoreOptions) -> dict[str, int]:
     return counts
 
 
-@command("nca-align score")
+@cli_main("nca-align score")
 def main(argv: list[str] | None = None) -> None:
     """Parse the options and score."""
     (options,) = parse([ScoreOptions], argv, "nca-align score", "rewards for the completions of each prompt")

@@ -16,7 +16,7 @@ from transformers import Trainer, TrainerCallback
 
 from ...batching.tokenization import rows_that_fit
 from ...data.strategies import select_completions
-from ...errors import UserError, command, refused_by
+from ...errors import UserError, as_user_error, cli_main
 from ...evaluation.callbacks import GenerationCallback, RankingCallback, log_within_step
 from ...evaluation.comparison_folder import CONFIG, DONE, SETTINGS
 from ...evaluation.evaluator import GenerationEvaluator
@@ -35,7 +35,7 @@ logger = logging.getLogger("nca_align")
 _STATE = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin")
 
 
-@command("cell")
+@cli_main("cell")
 def main(argv: list[str] | None = None) -> None:
     """Run the cell whose folder is the argument, from its last checkpoint if it has one."""
     (name,) = sys.argv[1:] if argv is None else argv
@@ -70,7 +70,7 @@ def run_cell(folder: Path) -> None:
     scorers = open_scorers(  # before the model, which takes longer
         evaluation.scorer, evaluation.scorer_weights or None, trust_remote_code=args.trust_remote_code
     )
-    with refused_by("setting up the training"):
+    with as_user_error("setting up the training"):
         trainer = build_trainer(
             settings["method"], strategy=settings["strategy"], args=args, train_dataset=train, tokenizer=tokenizer,
             **open_policy(source, model_args, args),

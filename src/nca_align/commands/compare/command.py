@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from ...errors import UserError, command, first_few
+from ...errors import UserError, cli_main, first_few
 from ...evaluation.comparison_folder import CONFIG, DONE, LOG, PROVENANCE, ROWS, SELECTED, failure, is_done
 from ...evaluation.comparison_rows import Row, interval_of, setting_name
 from ...options import option, parse, require_at_least_1
@@ -56,7 +56,7 @@ class CompareOptions:
             raise UserError(f"`timeout_minutes` is {self.timeout_minutes}; it must be above 0")
 
 
-@command("nca-align compare", goes_on="finished cells stay, and the same command goes on with the others")
+@cli_main("nca-align compare", goes_on="finished cells stay, and the same command goes on with the others")
 def main(argv: list[str] | None = None) -> int:
     """Run what isn't finished of a comparison and write its tables; 1 where a cell failed."""
     argv = list(sys.argv[1:] if argv is None else argv)

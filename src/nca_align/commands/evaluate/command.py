@@ -3,7 +3,7 @@
 import sys
 from importlib import import_module
 
-from ...errors import UserError, command
+from ...errors import UserError, cli_main
 from ...options import given_options, parse
 from .scored import EvaluateOptions, evaluate, print_table
 
@@ -27,7 +27,7 @@ def usage() -> str:
     )  # fmt: skip
 
 
-@command("nca-align evaluate", goes_on="what `output` holds by now is not computed again")
+@cli_main("nca-align evaluate", goes_on="what `output` holds by now is not computed again")
 def main(argv: list[str] | None = None) -> None:
     """Call the mode that the options choose, or print the table of scored samples."""
     argv = list(sys.argv[1:] if argv is None else argv)

@@ -18,7 +18,7 @@ from datasets.exceptions import DatasetsError
 from jinja2 import TemplateError
 from rich.console import Console
 
-from ...errors import UserError, one_line, refused_by
+from ...errors import UserError, as_user_error, one_line
 from ...evaluation.intervals import Estimate
 from ...models.loading import ModelSource
 from ...models.policy import as_reference
@@ -107,7 +107,7 @@ def harness(options: HarnessOptions) -> list[Line]:
             known.check_writable()
         with _language_model(source, adapter_off, options) if missing else nullcontext() as model:
             for name in missing:
-                with refused_by(f"`lm_eval` {name}", also=(TemplateError,)):
+                with as_user_error(f"`lm_eval` {name}", also=(TemplateError,)):
                     results = evaluate(
                         model=model, tasks=[name], task_manager=manager, num_fewshot=options.num_fewshot,
                         limit=options.limit, apply_chat_template=options.apply_chat_template,

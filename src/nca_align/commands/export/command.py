@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from huggingface_hub import snapshot_download
 
-from ...errors import UserError, command
+from ...errors import UserError, cli_main
 from ...models.loading import ModelSource, add_adapter, is_adapter, trained_quantization
 from ...models.logprobs import completion_logps
 from ...options import Dtype, dtype_option, option, parse
@@ -216,7 +216,7 @@ def _stored_dtype(source: ModelSource) -> torch.dtype:
     return source.load_config().dtype or torch.float32
 
 
-@command("nca-align export", goes_on="`output` is there whole, or not at all")
+@cli_main("nca-align export", goes_on="`output` is there whole, or not at all")
 def main(argv: list[str] | None = None) -> None:
     """Parse the options and export."""
     (options,) = parse([ExportOptions], argv, "nca-align export", "the trained model in one folder, adapter merged")

@@ -4,7 +4,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from ...data import read_reward_dataset, select_split
-from ...errors import UserError, command, refused_by
+from ...errors import UserError, as_user_error, cli_main
 from ...options import parse
 from ...store.files import require_folder_of
 from .options import InspectOptions
@@ -17,7 +17,7 @@ def training_options() -> set[str]:
     return {f.name for cls in TRAIN_OPTIONS for f in fields(cls)}
 
 
-@command("nca-align inspect")
+@cli_main("nca-align inspect")
 def main(argv: list[str] | None = None) -> None:
     """Parse the options, and print or write what was found."""
     (options,) = parse(
@@ -52,6 +52,6 @@ def main(argv: list[str] | None = None) -> None:
     if options.html is not None:
         from .page import write_page
 
-        with refused_by(f"writing `html` {options.html}"):
+        with as_user_error(f"writing `html` {options.html}"):
             write_page(Path(options.html), found, show_row(dataset, options.example or 0, options, tokenizer))
         print(f"The page is {options.html}.")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 
-from ...errors import UserError, command
+from ...errors import UserError, cli_main
 from ...options import is_positive, option, parse
 from ...store.files import replacing
 from .runs import read_run
@@ -65,7 +65,7 @@ def write_report(runs: Sequence[Path], output: Path, at_kl: Sequence[float] = ()
     return written
 
 
-@command("nca-align report")
+@cli_main("nca-align report")
 def main(argv: list[str] | None = None) -> None:
     """Parse the options, of which the runs may stand first without a flag, and write the report."""
     argv = list(sys.argv[1:] if argv is None else argv)

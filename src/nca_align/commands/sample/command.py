@@ -8,7 +8,7 @@ from datasets import Dataset, Features, List, Value
 
 from ...data.cleaning import completion_of
 from ...data.prompts import load_prompts
-from ...errors import InvalidRowError, UserError, command
+from ...errors import InvalidRowError, UserError, cli_main
 from ...models.loading import model_fingerprint
 from ...options import parse
 from ...store.fingerprints import data_fingerprint
@@ -170,7 +170,7 @@ def summary(options: SampleOptions, counts: dict[str, int]) -> str:
     return line
 
 
-@command("nca-align sample")
+@cli_main("nca-align sample")
 def main(argv: list[str] | None = None) -> None:
     """Parse the options and sample."""
     (options,) = parse([SampleOptions], argv, "nca-align sample", "K completions for each prompt")

@@ -18,7 +18,7 @@ from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_
 from ...batching.rendering import prompt_ids
 from ...config import NCAConfig
 from ...data import DataOptions, RewardData, read_reward_dataset, select_split
-from ...errors import UserError, command, refused_by
+from ...errors import UserError, as_user_error, cli_main
 from ...evaluation.training_log import last_evaluation
 from ...models.loading import ModelSource, load_adapter
 from ...models.policy import eval_mode
@@ -55,7 +55,7 @@ class RunOptions:
 TRAIN_OPTIONS = (ScriptArguments, DataOptions, RunOptions, NCAConfig, ModelConfig)
 
 
-@command("train", goes_on="with `resume_from_checkpoint: true` it goes on from the last checkpoint")
+@cli_main("train", goes_on="with `resume_from_checkpoint: true` it goes on from the last checkpoint")
 def main(argv: list[str] | None = None) -> int:
     """Train as the options say; 0, or 2 after a user's mistake, told in one sentence."""
     script, data_options, run, args, model_args = parse(
@@ -96,7 +96,7 @@ def main(argv: list[str] | None = None) -> int:
     from ...rewards.scorers import open_scorers
     from ...trainer import NCATrainer  # late: what can be wrong above is said before seconds of imports
 
-    with refused_by("setting up the training"):
+    with as_user_error("setting up the training"):
         # a scorer that can't be had is told before the model is read
         scorers = open_scorers(run.eval_scorer, trust_remote_code=args.trust_remote_code) if run.eval_scorer else None
         policy = open_policy(source, model_args, args)
@@ -112,7 +112,7 @@ def main(argv: list[str] | None = None) -> int:
             trainer.add_callback(GenerationCallback(trainer, {"": evaluator}))
     shown = list(eval_dataset.take(run.show_answers)) if eval_dataset is not None else []
     before = _answers(trainer, tokenizer, shown, run.answer_tokens)
-    with refused_by("the first step", known=lambda: trainer.state.global_step == 0):
+    with as_user_error("the first step", known=lambda: trainer.state.global_step == 0):
         result = trainer.train(resume_from_checkpoint=checkpoint)
     again = "make room, and run the same command with `resume_from_checkpoint: true`"
     with explain_write_errors("the trained model", Path(args.output_dir), lambda: again):
