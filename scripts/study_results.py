@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from nca_align.commands.report.charts import frontier_chart, likelihood_charts, over_seeds
-from nca_align.evaluation.comparison_rows import Row, Setting, ends, labels, runs_of, setting_of, step_of
+from nca_align.evaluation.comparison_rows import Row, Setting, final_values, labels, runs_of, setting_of, step_of
 from nca_align.evaluation.frontier import Curve, curve_of, curves_of, reward_at_kl
 from nca_align.evaluation.intervals import mean_and_interval
 from nca_align.pages.charts import Chart, Series, write_png
@@ -93,7 +93,7 @@ def seed_values(rows: Sequence[Row], setting: Setting) -> dict[str, dict[str, fl
     found: dict[str, dict[str, float]] = {}
     for name in AT_THE_END:
         split, column = ("train", name.removeprefix("train ")) if name.startswith("train ") else ("test", name)
-        found[name] = {seed: value for seed, (_, value) in ends(runs[split], column).items()}
+        found[name] = {seed: value for seed, (_, value) in final_values(runs[split], column).items()}
     for name, (split, column, kl) in EQUAL_KL.items():
         at = {
             seed: reward_at_kl(along(seed, own, runs[split].get(seed, []), column), kl)

@@ -25,17 +25,17 @@ from nca_align.commands.compare import cell as cell_module
 from nca_align.commands.compare import command as compare_command
 from nca_align.commands.compare import runner
 from nca_align.commands.compare.cell import run_cell
-from nca_align.commands.compare.grid import Cell, Evaluation, expand, from_mapping
+from nca_align.commands.compare.grid import Cell, EvaluationSettings, expand, from_mapping
 from nca_align.commands.compare.splits import three_splits
 from nca_align.commands.compare.tables import (
     COLUMNS,
     Selection,
     ValidationRows,
-    left_out,
     rows_of,
     seeds_of,
     select,
     selected_rows,
+    unselected_settings,
 )
 from nca_align.commands.report.runs import read_run
 from nca_align.data import DataOptions, RewardData
@@ -191,7 +191,7 @@ def test_unfinished_and_diverged_settings_are_not_chosen():
     ]  # fmt: skip
     (line,) = selected_rows(table, Selection(), planned(table))
     assert (line["beta"], line["candidates"]) == (0.1, 1)
-    (why,) = left_out(table, Selection(), planned(table))
+    (why,) = unselected_settings(table, Selection(), planned(table))
     assert why == (
         "2 of 3 settings of nca rewards had no part in the choice: a run isn't finished or has no finite `reward`."
     )
@@ -227,7 +227,7 @@ def test_three_splits():
         made = {name: Dataset.from_list(reward_rows(n, seed=i)) for i, (name, n) in enumerate(sizes.items())}
         return RewardData(DatasetDict(made))
 
-    options, evaluation = DataOptions(validation_fraction=0.25), Evaluation(scorer=["m:f"], prompts=3)
+    options, evaluation = DataOptions(validation_fraction=0.25), EvaluationSettings(scorer=["m:f"], prompts=3)
     train, held_out = three_splits(data(train=8, validation=4, test=2), "train", evaluation, options)
     assert (len(train), len(held_out["validation"]), len(held_out["test"])) == (8, 3, 2)
     # one held-out split is the test's, and validation comes from what is trained on
@@ -241,7 +241,10 @@ def test_three_splits():
     for name in ("validation", "test"):
         with pytest.raises(UserError, match=f"`{name}` of `evaluation` is 'train', which is trained on"):
             three_splits(
-                data(train=8, validation=4, test=2), "train", Evaluation(scorer=["m:f"], **{name: "train"}), options
+                data(train=8, validation=4, test=2),
+                "train",
+                EvaluationSettings(scorer=["m:f"], **{name: "train"}),
+                options,
             )
 
 
@@ -253,7 +256,7 @@ def test_a_prompt_in_two_splits_stays_in_the_one_that_is_held_out(caplog):
     made["validation"] = concatenate_datasets([made["validation"], made["test"].select([0, 1])])
     with caplog.at_level("WARNING", "nca_align"):
         train, held_out = three_splits(
-            RewardData(DatasetDict(made)), "train", Evaluation(scorer=["m:f"]), DataOptions()
+            RewardData(DatasetDict(made)), "train", EvaluationSettings(scorer=["m:f"]), DataOptions()
         )
     assert train["prompt"][:] == [own["train"][2], own["train"][0]]
     assert {name: split["prompt"][:] for name, split in held_out.items()} == {k: own[k] for k in names[1:]}
@@ -261,7 +264,7 @@ def test_a_prompt_in_two_splits_stays_in_the_one_that_is_held_out(caplog):
     assert "2 of 6 validation prompts are left out" in caplog.text
     made["train"] = made["test"]
     with pytest.raises(UserError, match="every prompt of the training split is also in a held-out split"):
-        three_splits(RewardData(DatasetDict(made)), "train", Evaluation(scorer=["m:f"]), DataOptions())
+        three_splits(RewardData(DatasetDict(made)), "train", EvaluationSettings(scorer=["m:f"]), DataOptions())
 
 
 # The command, without running a cell
@@ -296,7 +299,7 @@ def test_the_papers_comparisons(path):
     config, recipe = (yaml.safe_load(p.read_text()) for p in (path, ROOT / "configs" / "nca_mistral7b.yaml"))
     assert set(config["base"]) <= {*recipe, "validation_fraction"}
     assert all(value == recipe.get(key, value) for key, value in config["base"].items())
-    from_mapping(Evaluation, "evaluation", config["evaluation"])
+    from_mapping(EvaluationSettings, "evaluation", config["evaluation"])
     from_mapping(Selection, "select", config["select"])
     cells_ = expand(config["base"] | {"use_cpu": True}, config["grid"], path.name)
     settings = [{key: own.settings[key] for key in ("alpha", "beta", "strategy")} for own in cells_]
@@ -440,15 +443,15 @@ def test_what_nothing_can_be_chosen_of_is_told():
         "nca": rows(cell(), [0.1, 0.2], [0.1, 0.2], kl=6.0),
     }
     every = [row for found in own.values() for row in found]
-    assert left_out(every, Selection(), planned(every)) == []
-    (line,) = left_out(every, Selection(at_kl=5), planned(every))
+    assert unselected_settings(every, Selection(), planned(every)) == []
+    (line,) = unselected_settings(every, Selection(at_kl=5), planned(every))
     assert line == (
         "Nothing chosen of sft rewards: of each setting a run isn't finished or has no finite `reward` at a KL of 5, "
         "which it may never have come to."
     )
     lacking = [*rows(cell(beta=0.1, seed=1), [0.1], [0.1]), *rows(cell(beta=0.5, seed=2), [0.1], [0.1])]
     said = [f"Nothing chosen of nca rewards: {UNFINISHED}"]
-    assert left_out(lacking, Selection(), planned(lacking)) == said
+    assert unselected_settings(lacking, Selection(), planned(lacking)) == said
 
 
 def test_a_method_of_which_a_seeds_cell_failed_is_not_chosen():
@@ -458,7 +461,7 @@ def test_a_method_of_which_a_seeds_cell_failed_is_not_chosen():
     table = [row for own in grid[:6] if own != grid[2] for row in rows(own, [0.5], [0.5])]
     assert [line["method"] for line in selected_rows(table, Selection(), seeds_of(grid))] == ["sft"]
     said = [f"Nothing chosen of {name}: {UNFINISHED}" for name in ("nca rewards", "kto rewards K 2")]
-    assert left_out(table, Selection(), seeds_of(grid)) == said
+    assert unselected_settings(table, Selection(), seeds_of(grid)) == said
 
 
 def test_the_choice_goes_by_the_mean_where_settings_have_other_numbers_of_seeds():
@@ -526,7 +529,7 @@ def until(scorer, calls: int):
 @pytest.mark.parametrize("method", ["nca", "dpo", "kto"])
 def test_a_cell_goes_on_from_its_last_evaluation(method, config, tmp_path):
     """Cut off in the evaluation after its last step, it has the figures of a cell that was not; and is then `model`."""
-    evaluation = Evaluation(**config["evaluation"])
+    evaluation = EvaluationSettings(**config["evaluation"])
     grid = {"method": method, "beta": 0.1, "seed": 3}
     (own,) = expand(config["base"], grid, "compare.yaml")
     tiny_scorer = import_module("tiny_scorer")
@@ -566,7 +569,7 @@ def test_a_training_that_stops_early_is_no_finished_cell(config, tmp_path, monke
 
     monkeypatch.setattr(cell_module, "build_trainer", partial(cell_module.build_trainer, callbacks=[Stop()]))
     (own,) = expand(config["base"], {"method": "nca"}, "compare.yaml")
-    runner.prepare([own], tmp_path, Evaluation(**config["evaluation"]))
+    runner.prepare([own], tmp_path, EvaluationSettings(**config["evaluation"]))
     with pytest.raises(UserError, match="training ended before its last step, 8; see the log above"):
         run_cell(tmp_path / "cells" / own.name)
     assert not (tmp_path / "cells" / own.name / "done.json").exists()
@@ -579,7 +582,7 @@ def test_prompts_with_fewer_completions_than_a_cells_k_are_told(config, tmp_path
     for count, told in ((2, False), (3, True)):
         grid = {"method": "nca", "num_completions": count}
         (own,) = expand(config["base"] | {"max_steps": -1}, grid, "compare.yaml")
-        runner.prepare([own], tmp_path, Evaluation(**config["evaluation"] | {"steps": 1}))
+        runner.prepare([own], tmp_path, EvaluationSettings(**config["evaluation"] | {"steps": 1}))
         with caplog.at_level("WARNING", "nca_align"):
             run_cell(tmp_path / "cells" / own.name)
         assert ("4 of 8 training prompts have fewer than 3 completions and are left out of this" in caplog.text) == told
@@ -587,7 +590,7 @@ def test_prompts_with_fewer_completions_than_a_cells_k_are_told(config, tmp_path
 
 def test_checkpoints_stay_where_they_are_asked_for(config, tmp_path):
     (own,) = expand(config["base"] | {"save_total_limit": 3}, {"method": "sft"}, "compare.yaml")
-    runner.prepare([own], tmp_path, Evaluation(**config["evaluation"]))
+    runner.prepare([own], tmp_path, EvaluationSettings(**config["evaluation"]))
     folder = tmp_path / "cells" / own.name
     run_cell(folder)
     assert {path.name for path in folder.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4", "checkpoint-8"}

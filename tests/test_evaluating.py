@@ -14,16 +14,16 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from conftest import build_model, build_tokenizer, reward_rows
-from nca_align.commands.evaluate import answers, scored
-from nca_align.commands.evaluate.answers import GenerationOptions, difference_of_means, evaluate_generations
+from nca_align.commands.evaluate import generate_and_score, reward_and_kl
 from nca_align.commands.evaluate.command import MODES, main
-from nca_align.commands.evaluate.scored import (
+from nca_align.commands.evaluate.generate_and_score import GenerationOptions, difference_of_means, evaluate_generations
+from nca_align.commands.evaluate.reward_and_kl import (
     EvaluateOptions,
     end_token,
     evaluate,
     evaluate_samples,
     load_samples,
-    print_table,
+    print_policies,
     sampled_ids,
 )
 from nca_align.commands.sample.command import sample
@@ -161,7 +161,7 @@ class TestEnd:
             return sampled_ids(tokenizer, row, end)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(scored, "sampled_ids", noting)
+            patch.setattr(reward_and_kl, "sampled_ids", noting)
             evaluate(options([file], [name], name))
         assert set(seen) == {end}
         assert end != tokenizer.eos_token_id
@@ -233,11 +233,11 @@ def test_lines_that_are_there_are_not_computed_again(samples, model_dir, adapter
         assert policy == model_dir
         return evaluate_samples(dataset, policy, *args)
 
-    monkeypatch.setattr(scored, "evaluate_samples", once)
+    monkeypatch.setattr(reward_and_kl, "evaluate_samples", once)
     both = evaluate(options(samples, [adapter_dir, model_dir], model_dir, output=output))
     assert [replace(both[0], win_rate=UNKNOWN)] == first
     assert not math.isnan(both[0].win_rate.mean)  # the reference's samples are here now
-    monkeypatch.setattr(scored, "evaluate_samples", None)
+    monkeypatch.setattr(reward_and_kl, "evaluate_samples", None)
     assert evaluate(options(samples, [adapter_dir, model_dir], model_dir, output=output)) == both
     assert evaluate(options(samples[:1] * 2, [adapter_dir] * 2, model_dir, output=output)) == first * 2
     assert [path.name for path in tmp_path.iterdir()] == ["table.json"]
@@ -256,7 +256,7 @@ def test_the_table_fits_a_terminal(samples, model_dir, adapter_dir, capsys):
 def test_the_table_says_what_differs_and_what_is_not_known(samples, model_dir, adapter_dir, tmp_path, capsys):
     (tmp_path / "two.jsonl").write_text("".join(Path(samples[0]).read_text().splitlines(keepends=True)[:2]))
     lines = evaluate(options([str(tmp_path / "two.jsonl"), samples[0]], [adapter_dir] * 2, model_dir))
-    print_table([replace(lines[0], policy="two"), replace(lines[1], policy="four")])
+    print_policies([replace(lines[0], policy="two"), replace(lines[1], policy="four")])
     text = capsys.readouterr().out
     assert re.search(r"^two .+ – +\d\.\d\d$", text, re.M)
     assert "two: 6 answers to 2 prompts\nfour: 12 answers to 4 prompts\n" in text
@@ -323,7 +323,7 @@ def test_an_output_that_can_hold_no_table_is_refused_before_the_work(name, sampl
         file.write_text(content)
     flags = ["--dataset_name", samples[1], "--model_name_or_path", model_dir, "--reference", model_dir]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scored, "evaluate_samples", lambda *args: pytest.fail("computed before it looked"))
+        patch.setattr(reward_and_kl, "evaluate_samples", lambda *args: pytest.fail("computed before it looked"))
         assert main([*flags, "--output", str(file)]) == 2
     assert message in capsys.readouterr().err
     if content is not None:
@@ -371,7 +371,7 @@ def test_base_and_aligned_answer_and_are_compared(model_dir, adapter_dir, tmp_pa
     mean = sum(paired) / 4
     error = math.sqrt(sum((value - mean) ** 2 for value in paired) / 3 / 4)
     assert f"less {base.policy}: {mean:+.3f} ± {error:.3f}, on the same 4 prompts" in text
-    monkeypatch.setattr(scored, "evaluate_samples", None)  # the same command again computes nothing anew
+    monkeypatch.setattr(reward_and_kl, "evaluate_samples", None)  # the same command again computes nothing anew
     assert evaluate_generations(generation_options(tmp_path, model_dir, adapter_dir)) == lines
 
 
@@ -399,14 +399,14 @@ def test_of_several_splits_the_held_out_one_is_answered(model_dir, adapter_dir, 
 def test_scorers_are_looked_at_before_any_model_answers(
     scorers, message, model_dir, adapter_dir, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(answers, "sample", lambda *_: pytest.fail("a model answered"))
+    monkeypatch.setattr(generate_and_score, "sample", lambda *_: pytest.fail("a model answered"))
     with pytest.raises((UserError, ValueError), match=message):
         evaluate_generations(generation_options(tmp_path, model_dir, adapter_dir, **scorers))
 
 
 @pytest.mark.parametrize(("form", "message"), [("pipeline:{}:GOOD", "and not 'GOOD'"), ("{}", "has 3 outputs")])
 def test_a_scorers_outputs_are_too(form, message, model_dir, adapter_dir, tmp_path, monkeypatch):
-    monkeypatch.setattr(answers, "sample", lambda *_: pytest.fail("a model answered"))
+    monkeypatch.setattr(generate_and_score, "sample", lambda *_: pytest.fail("a model answered"))
     name, _, _ = rewards_model(tmp_path, "classifier", num_labels=3)
     with pytest.raises(UserError, match=message):
         evaluate_generations(generation_options(tmp_path, model_dir, adapter_dir, scorer=[form.format(name)]))
@@ -420,7 +420,7 @@ def test_a_reference_of_another_vocabulary_is_refused(
     message = "`reference` .*other has a vocabulary of 500 tokens and `model_name_or_path`"
     with pytest.raises(UserError, match=message):
         evaluate(options(samples, [adapter_dir, model_dir], str(tmp_path / "other")))
-    monkeypatch.setattr(answers, "sample", lambda _: pytest.fail("answered before it looked"))
+    monkeypatch.setattr(generate_and_score, "sample", lambda _: pytest.fail("answered before it looked"))
     with pytest.raises(UserError, match=message):
         evaluate_generations(generation_options(tmp_path, str(tmp_path / "other"), adapter_dir))
 

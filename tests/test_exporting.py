@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from conftest import build_model, real_rows, record_nf4
 from nca_align.commands.export import command as export_command
 from nca_align.commands.export.command import ExportOptions, export, main
-from nca_align.commands.export.merge import compare, comparison_rows, merge
+from nca_align.commands.export.merge import logp_difference, merge, merge_check_rows
 from nca_align.errors import UserError
 from nca_align.models.loading import ModelSource, add_adapter, disable_nf4_repacking
 from nca_align.models.logprobs import completion_logps
@@ -64,10 +64,10 @@ def test_the_export_is_the_adapter_on_its_base(adapter_dir, model_dir, tokenizer
         r"merged against adapter on its base: 0\.00\d\d nats a sequence at most, 0\.00\d\d on average", text
     )
     assert re.search(r"\(6 sequences, \d{4} tokens\)\nas saved in float32: 0\.00\d\d nats at most", text)
-    rows = comparison_rows(tokenizer)
+    rows = merge_check_rows(tokenizer)
     expected = completion_logps(ModelSource.of(adapter_dir).load_policy("auto"), rows, 1)
-    assert compare(logps_of(output, rows), expected).largest < 0.01
-    assert compare(logps_of(model_dir, rows), expected).largest > 1  # the adapter does something
+    assert logp_difference(logps_of(output, rows), expected).largest < 0.01
+    assert logp_difference(logps_of(model_dir, rows), expected).largest > 1  # the adapter does something
     assert {path.name for path in output.iterdir()} == {
         "README.md", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
         "tokenizer_config.json", "chat_template.jinja",
@@ -101,9 +101,9 @@ def test_what_adapters_change(name, tied, tokenizer, tmp_path):
     found = export(ExportOptions(adapter, str(tmp_path / "out")))
     assert found.merged.largest < 0.01
     assert found.saved.largest < 0.01
-    rows = comparison_rows(tokenizer)
+    rows = merge_check_rows(tokenizer)
     assert (
-        compare(
+        logp_difference(
             logps_of(tmp_path / "out", rows), completion_logps(ModelSource.of(adapter).load_policy("auto"), rows, 1)
         ).largest
         < 0.01
@@ -156,7 +156,7 @@ def wide(tokenizer, tmp_path_factory) -> tuple[str, str]:
 @pytest.mark.parametrize("nested", [False, True])
 def test_from_4_bits(wide, nested, tokenizer, tmp_path):
     base, adapter = wide
-    rows = comparison_rows(tokenizer)
+    rows = merge_check_rows(tokenizer)
     config = BitsAndBytesConfig(**NF4, bnb_4bit_use_double_quant=nested, bnb_4bit_compute_dtype=torch.float32)
     policy = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, quantization_config=config), adapter)
     policy = policy.eval()
@@ -168,11 +168,11 @@ def test_from_4_bits(wide, nested, tokenizer, tmp_path):
     options = ExportOptions(adapter, str(tmp_path / "out"), load_in_4bit=True, use_bnb_nested_quant=nested)
     found = export(options)
     assert found.merged.largest < 0.02
-    assert compare(logps_of(tmp_path / "out", rows), trained).largest < 0.05
+    assert logp_difference(logps_of(tmp_path / "out", rows), trained).largest < 0.05
     assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
     assert "the base in 4 bits, dequantised, in float32" in (tmp_path / "out" / "README.md").read_text()
     export(ExportOptions(adapter, str(tmp_path / "plain"), load_in_4bit=False))
-    assert compare(logps_of(tmp_path / "plain", rows), trained).largest > 0.3  # why the base's 4 bits matter
+    assert logp_difference(logps_of(tmp_path / "plain", rows), trained).largest > 0.3  # why the base's 4 bits matter
 
 
 def test_from_8_bits_by_the_record_is_refused(wide, tmp_path, capsys):
@@ -188,7 +188,7 @@ def test_from_8_bits_by_the_record_is_refused(wide, tmp_path, capsys):
 def test_merging_after_a_forward_is_another_model(wide, tokenizer):
     """What loading afresh avoids: bitsandbytes repacks its weights for inference in the first forward on this CPU."""
     base, adapter = wide
-    rows = comparison_rows(tokenizer)
+    rows = merge_check_rows(tokenizer)
     expected = completion_logps(
         add_adapter(ModelSource(base).load_base(torch.float32, quantization=BitsAndBytesConfig(**NF4)), adapter),
         rows,
@@ -204,7 +204,7 @@ def test_merging_after_a_forward_is_another_model(wide, tokenizer):
     if not getattr(layer.weight.quant_state, "packing_format_for_cpu", False):
         pytest.skip("bitsandbytes does not repack 4-bit weights on this CPU")
     merged = policy.merge_and_unload()
-    assert compare(completion_logps(merged, rows, 1), expected).largest > 0.3
+    assert logp_difference(completion_logps(merged, rows, 1), expected).largest > 0.3
 
 
 def test_the_runs_record_says_that_the_base_was_in_4_bits(wide, tokenizer, tmp_path):
@@ -247,12 +247,12 @@ def test_a_qlora_run_is_exported_as_it_was_trained(wide, tokenizer, tmp_path):
     )  # fmt: skip
     trainer.train()
     trainer.save_model()
-    rows = comparison_rows(tokenizer)
+    rows = merge_check_rows(tokenizer)
     trained = completion_logps(trainer.model.eval(), rows, 1)
     found = export(ExportOptions(str(tmp_path / "run"), str(tmp_path / "out"), dtype="float32"))
     assert found.merged.largest < 0.02
-    assert compare(logps_of(tmp_path / "out", rows), trained).largest < 0.05
-    assert compare(logps_of(base, rows), trained).largest > 0.3
+    assert logp_difference(logps_of(tmp_path / "out", rows), trained).largest < 0.05
+    assert logp_difference(logps_of(base, rows), trained).largest > 0.3
     assert "| `learning_rate` | 0.01 |" in (tmp_path / "out" / "README.md").read_text()
 
 
@@ -392,13 +392,13 @@ def test_the_comparison_on_ones_own_data(adapter_dir, tmp_path, capsys):
 
 
 def test_the_texts_are_long_enough_to_show_a_difference(tokenizer):
-    rows = comparison_rows(tokenizer)
+    rows = merge_check_rows(tokenizer)
     assert len(rows) == 6
     assert all(len(row["completion_ids"][0]) > 50 for row in rows)
     bare = AutoTokenizer.from_pretrained(tokenizer.name_or_path) if tokenizer.name_or_path else tokenizer
     template, bare.chat_template = bare.chat_template, None
     try:
-        text = comparison_rows(bare)
+        text = merge_check_rows(bare)
     finally:
         bare.chat_template = template
     assert bare.decode(text[0]["prompt_ids"]).startswith("Alice was beginning")

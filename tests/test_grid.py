@@ -2,7 +2,7 @@
 
 import pytest
 
-from nca_align.commands.compare.grid import KEYS, Evaluation, expand, from_mapping
+from nca_align.commands.compare.grid import KEYS, EvaluationSettings, expand, from_mapping
 from nca_align.errors import UserError
 
 BASE = {"model_name_or_path": "a-model", "dataset_name": "rows.jsonl", "bf16": False, "use_cpu": True, "alpha": 0.7}
@@ -105,7 +105,7 @@ def test_refusals(grid, base, message):
 
 
 def test_evaluation():
-    assert from_mapping(Evaluation, "evaluation", {"scorer": "m:f"}).scorer == ["m:f"]
+    assert from_mapping(EvaluationSettings, "evaluation", {"scorer": "m:f"}).scorer == ["m:f"]
     for values, message in [
         ({"scorers": "m:f"}, "unknown key `scorers` in `evaluation` (did you mean `scorer`?)"),
         ("m:f", "`evaluation` is 'm:f'; it must be a mapping in the YAML file"),
@@ -115,16 +115,16 @@ def test_evaluation():
         ({"scorer": "m:f", "prompts": True}, "`prompts` of `evaluation` is True; it must be a whole number"),
     ]:
         with pytest.raises(ValueError) as error:
-            from_mapping(Evaluation, "evaluation", values)
+            from_mapping(EvaluationSettings, "evaluation", values)
         assert str(error.value).startswith(message)
 
 
 def test_a_weight_a_scorer_or_none():
     with pytest.raises(ValueError, match="`scorer_weights` has 1 values for 2 scorers; give one each, or none"):
-        Evaluation(scorer=["a:b", "c:d"], scorer_weights=[1.0])
+        EvaluationSettings(scorer=["a:b", "c:d"], scorer_weights=[1.0])
     for wrong in (float("nan"), "x", True):
         with pytest.raises(ValueError, match="they must be finite numbers, one a scorer"):
-            Evaluation(scorer="a:b", scorer_weights=[wrong])
-    assert Evaluation(scorer="a:b", scorer_weights=2.0).scorer_weights == [2.0]
+            EvaluationSettings(scorer="a:b", scorer_weights=[wrong])
+    assert EvaluationSettings(scorer="a:b", scorer_weights=2.0).scorer_weights == [2.0]
     with pytest.raises(ValueError, match=r"`seed` of `evaluation` is 1.5; it must be a whole number"):
-        Evaluation(scorer=["a:b"], seed=1.5)
+        EvaluationSettings(scorer=["a:b"], seed=1.5)

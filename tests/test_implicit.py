@@ -21,7 +21,7 @@ from nca_align.commands.evaluate.implicit import (
     evaluate_implicit,
     implicit,
     load_rows,
-    print_table,
+    print_ranking,
     token_logratios,
     write_token_scores,
 )
@@ -229,13 +229,13 @@ def test_the_table_fits_a_terminal(adapter_dir, data_file, capsys):
     generator = torch.Generator().manual_seed(0)
     sizes = torch.randint(100, 900, (300, 4), generator=generator).tolist()
     logratios = [[torch.randn(n, generator=generator) for n in row] for row in sizes]
-    print_table(evaluate_implicit(logratios, torch.randn(300, 4, generator=generator).tolist(), 0.1))
+    print_ranking(evaluate_implicit(logratios, torch.randn(300, 4, generator=generator).tolist(), 0.1))
     text = capsys.readouterr().out
     assert max(map(len, text.splitlines())) <= 80
     assert re.search(r"pairs right, % +\d+\.\d \[\d+, \d+\]", text)
     assert "300 prompts, 1200 completions, 1800 pairs" in text
     assert re.search(r"implicit less length: pairs right [+-]\d+\.\d \[-?\d+, -?\d+\], best-of-K gain ", text)
-    print_table(implicit(options(data_file, adapter_dir)))
+    print_ranking(implicit(options(data_file, adapter_dir)))
     text = capsys.readouterr().out
     assert "nan" not in text
     assert "…" not in text

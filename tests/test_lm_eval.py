@@ -27,11 +27,11 @@ from nca_align.commands.evaluate.command import main
 from nca_align.commands.evaluate.lm_eval_harness import (
     HarnessOptions,
     Line,
-    compare,
+    compare_tasks,
     harness,
     load_tasks,
     plain_results,
-    print_table,
+    print_tasks,
 )
 from nca_align.errors import UserError
 from nca_align.evaluation.intervals import Estimate
@@ -69,7 +69,7 @@ class TestTable:
 
     def test_the_figures_are_lm_evals_and_the_changes_error_is_paired(self):
         before, after = [0.0, 0.0, 1.0, 1.0, 0.0], [1.0, 0.0, 1.0, 1.0, 1.0]
-        acc, f1 = compare(self.figures(before), self.figures(after))
+        acc, f1 = compare_tasks(self.figures(before), self.figures(after))
         assert (acc.task, acc.metric, acc.questions) == ("opposites", "acc", 5)
         assert acc.base == (0.4, results(before)["results"]["opposites"]["acc_stderr,none"])
         assert acc.aligned == (0.8, results(after)["results"]["opposites"]["acc_stderr,none"])
@@ -81,14 +81,14 @@ class TestTable:
 
     def test_what_comes_out_alike_has_no_error_of_its_change(self):
         """Each figure is uncertain by 0.2, and yet their difference is not: it is the same questions."""
-        line, _ = compare(self.figures([0.0, 1.0, 1.0]), self.figures([0.0, 1.0, 1.0]))
+        line, _ = compare_tasks(self.figures([0.0, 1.0, 1.0]), self.figures([0.0, 1.0, 1.0]))
         assert line.base[1] > 0.3
         assert line.change == (0.0, 0.0)
 
     def test_no_paired_error_where_the_figure_is_no_mean_of_the_questions(self):
         base, aligned = self.figures([0.0, 1.0, 1.0]), self.figures([1.0, 1.0, 1.0])
         aligned["opposites"]["figures"]["acc,none"]["value"] = 0.9
-        line, _ = compare(base, aligned)
+        line, _ = compare_tasks(base, aligned)
         assert line.change[0] == pytest.approx(0.9 - 2 / 3)
         assert math.isnan(line.change[1])
 
@@ -96,7 +96,7 @@ class TestTable:
         console = Console(width=80, record=True, file=io.StringIO())
         known = (0.4, 0.013), (0.45, 0.013), (0.05, 0.008)
         unknown = ((mean, math.nan) for mean in (0.4, 0.3, -0.1))
-        print_table(
+        print_tasks(
             [
                 Line("gsm8k", "exact_match (flexible-extract)", 1319, *map(Estimate._make, known)),
                 Line("bbh", "exact_match", 6511, *map(Estimate._make, unknown)),

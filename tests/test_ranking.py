@@ -5,7 +5,14 @@ import math
 import pytest
 import torch
 
-from nca_align.evaluation.ranking import Completions, compare_scores, figures, padded, pair_kinds, without_length
+from nca_align.evaluation.ranking import (
+    Completions,
+    compare_scores,
+    length_residual,
+    padded,
+    pair_kinds,
+    ranking_metrics,
+)
 
 
 def ragged(prompts: int = 40, seed: int = 0, levels: int = 4):
@@ -19,7 +26,9 @@ def ragged(prompts: int = 40, seed: int = 0, levels: int = 4):
 
 
 def values(scores, data: Completions) -> dict[str, float]:
-    return {name: float(function(numbers.mean(0))) for name, (numbers, function) in figures(scores, data).items()}
+    return {
+        name: float(function(numbers.mean(0))) for name, (numbers, function) in ranking_metrics(scores, data).items()
+    }
 
 
 def correlation(a: list[float], b: list[float]) -> float:
@@ -101,21 +110,21 @@ def test_length_alone_is_nothing_once_length_is_controlled():
     follows = data.lengths + noise  # knows the length and nothing else
     assert values(follows, data)["pairs"] > 0.7
     assert abs(values(follows, data)["partial"]) < 0.06
-    assert abs(values(without_length(follows, data), data)["pairs"] - 0.5) < 0.05
+    assert abs(values(length_residual(follows, data), data)["pairs"] - 0.5) < 0.05
 
 
 def test_a_score_without_length_does_not_follow_length():
     rewards, lengths, scores = ragged()
     data = Completions.of(rewards, lengths)
     score = padded(scores) + 0.3 * data.lengths
-    left = values(without_length(score, data), Completions(data.lengths, data.rewards, data.valid))
-    rank = without_length(score, data)
+    left = values(length_residual(score, data), Completions(data.lengths, data.rewards, data.valid))
+    rank = length_residual(score, data)
     centred = [row[ok] - row[ok].mean() for row, ok in zip(rank, data.valid, strict=True)]
     lengths_centred = [row[ok] - row[ok].mean() for row, ok in zip(data.lengths, data.valid, strict=True)]
     assert float(torch.cat(centred) @ torch.cat(lengths_centred)) == pytest.approx(0, abs=1e-8)
     assert abs(left["pairs"] - 0.5) < 0.1
     same = Completions.of([[0.0, 1.0]], [[5, 5]])
-    assert torch.equal(without_length(padded([[1.0, 2.0]]), same), padded([[1.0, 2.0]]))
+    assert torch.equal(length_residual(padded([[1.0, 2.0]]), same), padded([[1.0, 2.0]]))
 
 
 def test_lengths_that_are_all_alike_need_no_control():

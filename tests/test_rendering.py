@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrained
 from conftest import build_tokenizer
 from nca_align import GenerationEvaluator
 from nca_align.batching.tokenization import tokenize_rows
-from nca_align.commands.evaluate.scored import sampled_ids
+from nca_align.commands.evaluate.reward_and_kl import sampled_ids
 from nca_align.commands.sample import server
 from nca_align.commands.sample.local_engines import prompt_reader
 from nca_align.commands.sample.options import SampleOptions

@@ -289,7 +289,7 @@ def test_the_differences_are_of_the_same_seed(tmp_path):
 def test_equal_kls_are_reached_by_all_runs_and_then_by_two_settings(comparison):
     found = read_run(comparison).chosen()
     first, *others = equal_kls(found)
-    reaches = sorted(min(curve.reach for curve in curves) for curves in found.values())
+    reaches = sorted(min(curve.max_kl for curve in curves) for curves in found.values())
     assert first <= reaches[0]
     assert others
     assert others == sorted(others)

@@ -11,7 +11,7 @@ from statistics import fmean
 import pytest
 
 from nca_align.commands.compare.grid import KEYS
-from nca_align.commands.compare.tables import FIGURES
+from nca_align.commands.compare.tables import METRICS
 from nca_align.scorers import vader, within_words
 from nca_align.store.files import read_csv, write_csv
 
@@ -69,7 +69,7 @@ def test_grids_are_the_studys(name, cells):
 
 def comparison(folder: Path, slopes=(("nca", 0.1), ("dpo", 0.2)), **more) -> None:
     """Two methods, three seeds: rewards that rise with √KL, one method's twice as fast."""
-    columns = ["cell", *KEYS, "split", "step", *FIGURES, "minutes"]
+    columns = ["cell", *KEYS, "split", "step", *METRICS, "minutes"]
     rows = []
     for method, slope in slopes:
         for seed in (1, 2, 3):

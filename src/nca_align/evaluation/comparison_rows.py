@@ -36,14 +36,14 @@ def step_of(row: Row) -> int:
     return int(float(row["step"]))
 
 
-def figure_of(row: Row, column: str) -> float:
+def metric_of(row: Row, column: str) -> float:
     """A column of the row; NaN where it is empty."""
     return math.nan if row.get(column) in (None, "") else float(row[column])
 
 
 def interval_of(row: Row, column: str) -> Interval:
     """A figure of a row of `selected.csv` with its ends, NaN where one seed has none."""
-    mean, low, high = (figure_of(row, name) for name in (column, f"{column}_low", f"{column}_high"))
+    mean, low, high = (metric_of(row, name) for name in (column, f"{column}_low", f"{column}_high"))
     return Interval(mean, low, high, int(row["seeds"]))
 
 
@@ -52,15 +52,15 @@ def over_steps(runs: Runs, column: str) -> list[tuple[int, Interval]]:
     values: dict[int, list[float]] = {}
     for rows in runs.values():
         for row in rows:
-            if math.isfinite(value := figure_of(row, column)):
+            if math.isfinite(value := metric_of(row, column)):
                 values.setdefault(step_of(row), []).append(value)
     most = max(map(len, values.values()), default=0)
     return [(step, mean_and_interval(own)) for step, own in sorted(values.items()) if len(own) == most]
 
 
-def ends(runs: Runs, column: str) -> dict[Any, tuple[int, float]]:
+def final_values(runs: Runs, column: str) -> dict[Any, tuple[int, float]]:
     """Seed → the last step of its run and a column's value there; empty where one has no finite value."""
-    last = {seed: (step_of(rows[-1]), figure_of(rows[-1], column)) for seed, rows in runs.items()}
+    last = {seed: (step_of(rows[-1]), metric_of(rows[-1], column)) for seed, rows in runs.items()}
     return last if all(math.isfinite(value) for _, value in last.values()) else {}
 
 

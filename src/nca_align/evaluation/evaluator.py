@@ -29,7 +29,7 @@ Rewards = Mapping[str, Sequence[float]]  # of all answers to a prompt
 
 
 @dataclass(frozen=True)
-class GenerationFigures:
+class GenerationMetrics:
     """What a policy's answers show; means with their standard errors over prompts.
 
     Args:
@@ -63,7 +63,7 @@ class GenerationFigures:
         return {f"{prefix}generation/{name}": value for name, value in values.items()}
 
 
-ESTIMATES = tuple(field.name for field in fields(GenerationFigures) if field.type is Estimate)
+ESTIMATES = tuple(field.name for field in fields(GenerationMetrics) if field.type is Estimate)
 
 
 class GenerationEvaluator:
@@ -120,7 +120,7 @@ class GenerationEvaluator:
         self._tokenizer, self._scorers, self._seed = tokenizer, scorers, seed
         self._reference_answers: list[dict[str, Any]] | None = None
 
-    def __call__(self, model: Any, reference: Reference | None = None) -> GenerationFigures:
+    def __call__(self, model: Any, reference: Reference | None = None) -> GenerationMetrics:
         """Figures of `model` against `reference`: a model, or a context in which `model` is the reference.
 
         Without one an adapter is switched off; where it is `model` itself, they are of the reference's answers. Each
@@ -156,7 +156,7 @@ class GenerationEvaluator:
             | {"kl": nats, "wins": win_rate(own["rewards"], theirs["rewards"])}
             for own, theirs, nats in zip(answers, self._reference_answers, kl, strict=True)
         ])  # fmt: skip
-        return GenerationFigures(**figures_of(rows), win_rate=mean_over_prompts([row["wins"]] for row in rows))
+        return GenerationMetrics(**generation_metrics(rows), win_rate=mean_over_prompts([row["wins"]] for row in rows))
 
     def check_room(self, model: Any) -> None:
         """Raise a UserError where a prompt and its answer don't fit the positions of `model`."""
@@ -219,8 +219,8 @@ def distinct(texts: Iterable[str], n: int) -> float:
     return len(set(runs)) / len(runs) if runs else 0.0
 
 
-def figures_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The fields of `GenerationFigures`, less `win_rate`.
+def generation_metrics(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The fields of `GenerationMetrics`, less `win_rate`.
 
     Args:
         rows: B prompts with lists of K under `rewards`, `kl` (log π − log π_ref), `tokens`, `texts`, `cut`.

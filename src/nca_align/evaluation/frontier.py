@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .comparison_rows import Row, Setting, figure_of, runs_of, step_of
+from .comparison_rows import Row, Setting, metric_of, runs_of, step_of
 
 _MOST_KL = 3  # KLs to compare at beside the common reach
 
@@ -21,14 +21,14 @@ class Curve:
     points: tuple[tuple[int, float, float], ...]
 
     @property
-    def reach(self) -> float:
+    def max_kl(self) -> float:
         """The highest KL that the run came to."""
         return max(kl for _, kl, _ in self.points)
 
 
 def curve_of(seed: Any, rows: Iterable[Row], column: str = "reward") -> Curve:
     """One run's curve, of its rows in the order of steps; those without a finite KL or figure are left out."""
-    points = [(step_of(row), figure_of(row, "kl"), figure_of(row, column)) for row in rows]
+    points = [(step_of(row), metric_of(row, "kl"), metric_of(row, column)) for row in rows]
     return Curve(seed, tuple(point for point in points if all(map(math.isfinite, point))))
 
 
@@ -65,17 +65,17 @@ def reward_at_kl(curve: Curve, kl: float) -> float | None:
     return float(np.interp(math.sqrt(kl), roots, [reward for *_, reward in around]))
 
 
-def common_reach(groups: Iterable[Sequence[Curve]]) -> float | None:
+def common_kl(groups: Iterable[Sequence[Curve]]) -> float | None:
     """The highest KL that every run of all groups came to, rounded down to two digits; None without any above 0."""
-    reach = min((curve.reach for curves in groups for curve in curves), default=0.0)
+    reach = min((curve.max_kl for curves in groups for curve in curves), default=0.0)
     two_digits = Context(prec=2, rounding=ROUND_DOWN)
     return float(two_digits.create_decimal(repr(reach))) if reach > 0 else None
 
 
 def equal_kls(groups: Mapping[Setting, Sequence[Curve]]) -> list[float]:
     """KLs to compare at: what all runs came to, and up to three round ones that all seeds of two settings came to."""
-    reaches = sorted((min(curve.reach for curve in curves) for curves in groups.values()), reverse=True)
-    common = common_reach(groups.values())
+    reaches = sorted((min(curve.max_kl for curve in curves) for curves in groups.values()), reverse=True)
+    common = common_kl(groups.values())
     found = [] if common is None else [common]
     if len(reaches) > 1 and reaches[1] > 0:
         first = math.floor(math.log10(reaches[1]))

@@ -64,7 +64,7 @@ def pair_kinds(data: Completions) -> dict[str, Tensor]:
     }
 
 
-def without_length(scores: Tensor, data: Completions) -> Tensor:
+def length_residual(scores: Tensor, data: Completions) -> Tensor:
     """Scores less what length explains of them: s − b·T, with b the slope of s on T within prompts, least squares.
 
         b = Σ (s − s̄_b)(T − T̄_b) / Σ (T − T̄_b)²,   s̄_b and T̄_b the means of a prompt's completions
@@ -123,7 +123,7 @@ def _partial(means: Tensor) -> Tensor:
     return (xy - explained) / scale.sqrt()
 
 
-def figures(scores: Tensor, data: Completions) -> dict[str, tuple[Tensor, Callable[[Tensor], Tensor]]]:
+def ranking_metrics(scores: Tensor, data: Completions) -> dict[str, tuple[Tensor, Callable[[Tensor], Tensor]]]:
     """The figures of one score, each as numbers per prompt (B, m) and the function of their means that it is.
 
     - `pairs`, `like_length`, `better_longer`, `better_shorter`: mean over prompts of the share of its pairs of that
@@ -156,10 +156,10 @@ def figures(scores: Tensor, data: Completions) -> dict[str, tuple[Tensor, Callab
 def compare_scores(
     scores: Mapping[str, Tensor], data: Completions, baseline: str, resamples: int = 2000, seed: int = 0
 ) -> tuple[dict[str, dict[str, Interval]], dict[str, dict[str, Interval]]]:
-    """`figures` of several scores with 95 % intervals, and how far each is from a baseline.
+    """`ranking_metrics` of several scores with 95 % intervals, and how far each is from a baseline.
 
     The interval is the 2.5th to 97.5th percentile over resamples of the prompts with replacement, the same ones for
-    all scores, so that a difference has an interval of its own. What `without_length` fitted is not fitted again.
+    all scores, so that a difference has an interval of its own. What `length_residual` fitted is not fitted again.
 
     Args:
         scores: name to (B, K).
@@ -170,7 +170,7 @@ def compare_scores(
     Returns:
         By name and figure the values, and those of each name other than the baseline less the baseline's.
     """
-    by_score = {name: figures(values, data) for name, values in scores.items()}
+    by_score = {name: ranking_metrics(values, data) for name, values in scores.items()}
     columns = torch.cat([numbers for found in by_score.values() for numbers, _ in found.values()], 1)
     prompts = len(columns)
     generator = torch.Generator().manual_seed(seed)

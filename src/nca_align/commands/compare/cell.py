@@ -25,7 +25,7 @@ from ...store.checkpoints import whole_checkpoints
 from ...store.files import lock_output, read_json, write_json
 from ...store.provenance import LIBRARIES, commit, versions
 from ..train.command import model_source, open_policy, set_threads
-from .grid import Evaluation, cell_options
+from .grid import EvaluationSettings, cell_options
 from .methods import build_trainer
 from .splits import read_splits
 
@@ -51,7 +51,7 @@ def run_cell(folder: Path) -> None:
     """Train and evaluate what `settings.json` and `config.yaml` in `folder` say, and leave `done.json` there."""
     began, code = time.monotonic(), commit()
     about = read_json(folder / SETTINGS)
-    settings, evaluation = about["settings"], Evaluation(**about["evaluation"])
+    settings, evaluation = about["settings"], EvaluationSettings(**about["evaluation"])
     script, data_options, run, args, model_args = cell_options(folder / CONFIG)
     set_threads(run)
     keep_checkpoints = args.save_total_limit is not None

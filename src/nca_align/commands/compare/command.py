@@ -21,10 +21,10 @@ from ...options import option, parse, require_at_least_1
 from ...pages.terminal import print_rows
 from ...store.files import lock_output, read_json, write_csv, write_json
 from ...store.provenance import LIBRARIES, commit, versions
-from .grid import Cell, Evaluation, cell_options, expand, from_mapping
+from .grid import Cell, EvaluationSettings, cell_options, expand, from_mapping
 from .runner import prepare, run_cells
 from .splits import read_splits
-from .tables import COLUMNS, Selection, left_out, rows_of, seeds_of, selected_rows
+from .tables import COLUMNS, Selection, rows_of, seeds_of, selected_rows, unselected_settings
 
 
 @dataclass
@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     for name in ("base", "grid", "evaluation"):
         if getattr(options, name) is None:
             raise UserError(f"`{name}` is missing; `nca-align compare` takes it from the YAML file of `--config`")
-    evaluation = from_mapping(Evaluation, "evaluation", options.evaluation)
+    evaluation = from_mapping(EvaluationSettings, "evaluation", options.evaluation)
     selection = from_mapping(Selection, "select", options.select or {})
     if selection.at_kl is not None and evaluation.validation_steps is not None:
         raise UserError(
@@ -104,7 +104,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"Failed: {name}: {why} ({output / 'cells' / name / LOG})", file=sys.stderr)
     if rows:
         _print_selected(selected)
-        for line in left_out(rows, selection, seeds_of(cells)):
+        for line in unselected_settings(rows, selection, seeds_of(cells)):
             print(line)
         print(f"All figures: {output / 'comparison.csv'}; chosen on validation: {output / 'selected.csv'}")
     if rows and options.report:

@@ -23,22 +23,22 @@ from ..train.command import TRAIN_OPTIONS, RunOptions
 from .methods import check_method
 
 KEYS = (*SETTINGS, "seed")
-_OWN = ("method", "strategy", "num_completions")  # of the grid's keys those that `train` has no option for
+_NOT_OF_TRAIN = ("method", "strategy", "num_completions")  # keys of the grid that are no options of `train`
 _OPTIONAL = ("prompts", "validation_steps")  # of `evaluation`: None has a meaning
 _SHORT = {"method": "", "strategy": "", "learning_rate": "lr", "num_completions": "K"}
 # Options of `train` that a comparison decides itself: for all cells alike, or by another of its keys
-_DECIDED = {
+_SET_BY_COMPARE = {
     "output_dir", "loss_type", "loss_weights", "eval_strategy", "eval_steps", "eval_on_start", "eval_delay", "do_eval",
     "per_device_eval_batch_size", "save_strategy", "save_steps", "save_only_model", "load_best_model_at_end",
     "metric_for_best_model", "resume_from_checkpoint", "resume_changed", "push_to_hub", "disable_tqdm",
     "dataset_test_split", "dataset_streaming", *(own.name for own in fields(RunOptions) if own.name != "cpu_threads"),
 }  # fmt: skip
 # Options that change no figure: a finished cell stays finished when they do
-_FREE = (FREE - {"per_device_train_batch_size", "gradient_accumulation_steps"}) | {"cpu_threads"}
+_NOT_IN_IDENTITY = (FREE - {"per_device_train_batch_size", "gradient_accumulation_steps"}) | {"cpu_threads"}
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class EvaluationSettings:
     """How the cells are evaluated, the key `evaluation` of a comparison.
 
     Args:
@@ -104,7 +104,7 @@ class Cell:
 
     def identity(self) -> dict[str, Any]:
         """What decides its figures, as far as the options say."""
-        kept = {key: value for key, value in self.options.items() if key not in _FREE}
+        kept = {key: value for key, value in self.options.items() if key not in _NOT_IN_IDENTITY}
         return kept | {key: value for key, value in self.settings.items() if value is not None}
 
 
@@ -156,13 +156,13 @@ def _check_base(base: Any) -> None:
         raise UserError(f"`base` is {base!r}; it must map options of `nca-align train` to values")
     known = {own.name for kind in TRAIN_OPTIONS for own in fields(kind)}
     for key in base:
-        if key in _DECIDED or key in _OWN:
+        if key in _SET_BY_COMPARE or key in _NOT_OF_TRAIN:
             raise UserError(
                 f"`base` holds `{key}`, which a comparison sets itself; leave it out (`grid`, `evaluation` and "
                 "`output_dir` are its own keys)"
             )
         if key not in known:
-            raise UserError(f"unknown key `{key}` in `base`{nearest(str(key), known - _DECIDED)}")
+            raise UserError(f"unknown key `{key}` in `base`{nearest(str(key), known - _SET_BY_COMPARE)}")
     for name in ("model_name_or_path", "dataset_name"):
         if not base.get(name):
             raise UserError(f"`{name}` is missing from `base`; give it as for `nca-align train`")
@@ -195,7 +195,7 @@ def _cell(base: Mapping[str, Any], given: dict[str, Any], path: Path, source: st
         raise UserError(f"`num_completions` in `grid` is {count!r}; it must be a whole number, at least 2")
     if not _is_whole(given.get("seed", 0)):
         raise UserError(f"`seed` in `grid` is {given['seed']!r}; it must be a whole number")
-    own = {key: value for key, value in given.items() if key not in _OWN and key not in unread}
+    own = {key: value for key, value in given.items() if key not in _NOT_OF_TRAIN and key not in unread}
     options = {**base, **own}
     path.write_text(yaml.safe_dump(options))
     try:

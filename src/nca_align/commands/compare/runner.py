@@ -23,14 +23,14 @@ from ...store.files import read_json, replacing, write_json
 from ...store.fingerprints import files_fingerprint
 from ...store.provenance import refuse_changes
 from ...training.resume import PREEMPTED
-from .grid import Cell, Evaluation
+from .grid import Cell, EvaluationSettings
 
 _GRACE, _PAUSE = 20.0, 0.1  # seconds that a cell has to save in, and between looks at those that run
 # Of `nca-align train`, for every cell
 _FORCED = {"eval_strategy": "no", "eval_on_start": False, "save_strategy": "no", "disable_tqdm": True}
 
 
-def prepare(cells: Sequence[Cell], output: Path, evaluation: Evaluation) -> None:
+def prepare(cells: Sequence[Cell], output: Path, evaluation: EvaluationSettings) -> None:
     """Write each cell's settings into its folder, `output/cells/NAME`.
 
     Raises:
@@ -88,7 +88,7 @@ def run_cells(
                         running[slot] = cell, process, time.monotonic()
                 time.sleep(_PAUSE)
                 for slot, (cell, process, began) in list(running.items()):
-                    why = _why_over(process, cell.folder(output), began, timeout_minutes)
+                    why = _end_reason(process, cell.folder(output), began, timeout_minutes)
                     if why is None:
                         continue
                     process.communicate()
@@ -113,7 +113,7 @@ def _start(cell: Cell, folder: Path, environment: dict[str, str]) -> subprocess.
         )  # fmt: skip
 
 
-def _why_over(process: subprocess.Popen, folder: Path, began: float, timeout_minutes: float | None) -> str | None:
+def _end_reason(process: subprocess.Popen, folder: Path, began: float, timeout_minutes: float | None) -> str | None:
     """How the process ended, at the latest now if it has had its time; None while it goes on."""
     if process.poll() is not None:
         return _reason(process.returncode, folder)

@@ -11,13 +11,13 @@ from ...config import NCAConfig
 from ...data import DataOptions, RewardData, read_reward_dataset
 from ...data.splits import find_split, is_training, split_validation
 from ...errors import UserError
-from .grid import Evaluation
+from .grid import EvaluationSettings
 
 logger = logging.getLogger("nca_align")
 
 
 def read_splits(
-    script: ScriptArguments, options: DataOptions, args: NCAConfig, evaluation: Evaluation
+    script: ScriptArguments, options: DataOptions, args: NCAConfig, evaluation: EvaluationSettings
 ) -> tuple[Dataset, dict[str, Dataset]]:
     """`three_splits` of the data that a cell's options name."""
     data = read_reward_dataset(
@@ -27,7 +27,7 @@ def read_splits(
 
 
 def three_splits(
-    data: RewardData, train_name: str, evaluation: Evaluation, options: Any
+    data: RewardData, train_name: str, evaluation: EvaluationSettings, options: Any
 ) -> tuple[Dataset, dict[str, Dataset]]:
     """The rows to train on, and those of `validation` and `test`.
 

@@ -14,7 +14,7 @@ from ...evaluation.comparison_rows import (
     Row,
     Runs,
     Setting,
-    figure_of,
+    metric_of,
     runs_of,
     setting_name,
     setting_of,
@@ -29,7 +29,7 @@ Candidates = dict[Setting, list[float]]  # settings → the metric of each seed
 Seeds = Mapping[Setting, Collection[Any]]  # settings → the seeds that the grid has of them
 SPLITS = ("train", "validation", "test")  # of train log-ratios alone
 # column → name in the log, behind `eval_SPLIT_`
-FIGURES = {
+METRICS = {
     **{name: f"generation/{name}" for name in (
         "reward", "reward_error", "kl", "kl_error", "win_rate", "win_rate_error", "tokens", "tokens_error",
         "distinct_1", "distinct_2", "cut",
@@ -37,7 +37,7 @@ FIGURES = {
     "logratio_best": "logratios/best", "logratio_worst": "logratios/worst",
     "accuracy": "rewards/accuracies", "kendall_tau": "rewards/kendall_tau",
 }  # fmt: skip
-COLUMNS = ("cell", *KEYS, "split", "step", *FIGURES, "minutes")
+COLUMNS = ("cell", *KEYS, "split", "step", *METRICS, "minutes")
 _REPORTED = ("reward", "kl", "win_rate", "tokens", "cut", "distinct_2", "logratio_best", "accuracy")
 
 
@@ -54,15 +54,15 @@ class Selection:
     at_kl: float | None = None
 
     def __post_init__(self):
-        if self.column not in FIGURES:
-            raise UserError(f"`metric` of `select` is {self.metric!r}; it must be one of {', '.join(FIGURES)}")
+        if self.column not in METRICS:
+            raise UserError(f"`metric` of `select` is {self.metric!r}; it must be one of {', '.join(METRICS)}")
         if self.at_kl is not None and not is_positive(self.at_kl):
             raise UserError(f"`at_kl` of `select` is {self.at_kl!r}; it must be a finite number of nats, above 0")
 
     @property
     def column(self) -> str:
         """The metric's column."""
-        return next((name for name, logged in FIGURES.items() if logged == self.metric), self.metric)
+        return next((name for name, logged in METRICS.items() if logged == self.metric), self.metric)
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def rows_of(cell: Cell, folder: Path) -> list[Row]:
         if "minutes" in line:
             minutes[line["step"]] = line["minutes"]
         for split in SPLITS:
-            figures = {name: line[f"eval_{split}_{logged}"] for name, logged in FIGURES.items()
+            figures = {name: line[f"eval_{split}_{logged}"] for name, logged in METRICS.items()
                        if f"eval_{split}_{logged}" in line}  # fmt: skip
             if figures:
                 found.setdefault((split, line["step"]), {}).update(figures)
@@ -125,7 +125,7 @@ def select(validation: ValidationRows, selection: Selection, seeds: Seeds) -> di
     return chosen
 
 
-def left_out(rows: Sequence[Row], selection: Selection, seeds: Seeds) -> list[str]:
+def unselected_settings(rows: Sequence[Row], selection: Selection, seeds: Seeds) -> list[str]:
     """A line for each of what is compared of which settings had no part in the choice."""
     lines = []
     why = f"a run isn't finished or has no finite `{selection.column}`"
@@ -169,7 +169,7 @@ def selected_rows(rows: Sequence[Row], selection: Selection, seeds: Seeds) -> li
         figures |= {name: [*_values(runs, *column).values()] for name, column in columns.items()}
         line = {**found["settings"], "seeds": len(found["values"]), "candidates": found["candidates"]}
         for name, values in figures.items():
-            line |= _figure(name, values)
+            line |= _mean_and_ends(name, values)
         table.append(line)
     return table
 
@@ -177,12 +177,12 @@ def selected_rows(rows: Sequence[Row], selection: Selection, seeds: Seeds) -> li
 def _values(runs: Runs, column: str, at_kl: float | None) -> dict[Any, float]:
     """Seed → its run's value of `column`, at its end or where it came to `at_kl`; NaN where there is none."""
     if at_kl is None:
-        return {seed: figure_of(rows[-1], column) for seed, rows in runs.items()}
+        return {seed: metric_of(rows[-1], column) for seed, rows in runs.items()}
     rewards = {seed: reward_at_kl(curve_of(seed, rows, column), at_kl) for seed, rows in runs.items()}
     return {seed: math.nan if reward is None else reward for seed, reward in rewards.items()}
 
 
-def _figure(name: str, values: Sequence[float]) -> dict[str, float | None]:
+def _mean_and_ends(name: str, values: Sequence[float]) -> dict[str, float | None]:
     """The mean over seeds under its name, and its ends; empty where a seed has no value, for it'd be of other runs."""
     mean = low = high = None
     if values and all(map(math.isfinite, values)):

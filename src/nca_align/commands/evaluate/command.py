@@ -5,11 +5,11 @@ from importlib import import_module
 
 from ...errors import UserError, cli_main
 from ...options import given_options, parse
-from .scored import EvaluateOptions, evaluate, print_table
+from .reward_and_kl import EvaluateOptions, evaluate, print_policies
 
 # option that chooses it: (module, options, function, what it does)
 MODES = {
-    "scorer": ("answers", "GenerationOptions", "evaluate_generations",
+    "scorer": ("generate_and_score", "GenerationOptions", "evaluate_generations",
                "mean reward and KL of base and aligned models on held-out prompts, which they answer first"),
     "implicit": ("implicit", "ImplicitOptions", "implicit",
                  "the aligned model as a reward model: pairs and best-of-K, with length controlled"),
@@ -46,4 +46,4 @@ def main(argv: list[str] | None = None) -> None:
     if {"-h", "--help"} & set(argv):
         print(usage())
     (options,) = parse([EvaluateOptions], argv, "nca-align evaluate", "mean reward and KL of policies' own samples")
-    print_table(evaluate(options))
+    print_policies(evaluate(options))

@@ -18,7 +18,7 @@ from ...batching.tokenization import tokenize_dataset
 from ...config import NCAConfig, prompt_limit
 from ...data import DataOptions, held_out_split, read_reward_dataset
 from ...evaluation.intervals import Interval
-from ...evaluation.ranking import LENGTH_MATCH, Completions, compare_scores, pair_kinds, without_length
+from ...evaluation.ranking import LENGTH_MATCH, Completions, compare_scores, length_residual, pair_kinds
 from ...models.loading import ModelSource, run_record
 from ...models.logprobs import differences, token_logps
 from ...models.policy import as_reference
@@ -70,7 +70,7 @@ class ImplicitEvaluation:
     Args:
         prompts, completions, pairs, like_length: how many; pairs are those with unequal rewards.
         beta: implicit reward per nat.
-        figures: by score and figure, see `ranking.figures`.
+        figures: by score and figure, see `ranking.ranking_metrics`.
         less_length: each score's figures less those of `length`.
         random, best: mean reward of a completion chosen at random, and of the best.
     """
@@ -137,7 +137,7 @@ def evaluate_implicit(logratios: Sequence[Sequence[Tensor]], rewards: Sequence[S
     """How well implicit rewards order completions, and how much of that is length.
 
     Four scores of a completion of T tokens, r = β Σ_t (log π − log π_ref): `implicit` is r, `per token` r / T,
-    `less length` r without what length explains (`ranking.without_length`), and `length` T itself, the baseline.
+    `less length` r without what length explains (`ranking.length_residual`), and `length` T itself, the baseline.
 
     Args:
         logratios: for each of B prompts K tensors (T,), nats.
@@ -153,7 +153,7 @@ def evaluate_implicit(logratios: Sequence[Sequence[Tensor]], rewards: Sequence[S
     scores = {
         "implicit": whole,
         "per token": whole / data.lengths.clamp(min=1),
-        "less length": without_length(whole, data),
+        "less length": length_residual(whole, data),
         LENGTH: data.lengths,
     }
     found, less_length = compare_scores(scores, data, LENGTH)
@@ -203,7 +203,7 @@ def implicit(options: ImplicitOptions) -> ImplicitEvaluation:
         write_token_scores(options.token_scores, tokenizer, rows, logratios, beta)
     if options.output is not None:
         write_json(Path(options.output), _as_json(found))
-    print_table(found)
+    print_ranking(found)
     return found
 
 
@@ -232,7 +232,7 @@ _SHOWN = {  # figure: (what a line of the table is called, format of the value, 
 }
 
 
-def print_table(found: ImplicitEvaluation) -> None:
+def print_ranking(found: ImplicitEvaluation) -> None:
     """Figures by score, shares with their 95 % intervals, for a terminal of 80 columns."""
     print(
         f"{found.prompts} prompts, {found.completions} completions, {found.pairs} pairs with unequal rewards,\n"

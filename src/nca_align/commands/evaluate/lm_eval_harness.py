@@ -115,9 +115,9 @@ def harness(options: HarnessOptions) -> list[Line]:
                     )  # fmt: skip
                 known[keys[name]] = plain_results(results)
         found.append({task: figures for name in tasks for task, figures in known[keys[name]].items()})
-    lines = compare(*found)
+    lines = compare_tasks(*found)
     base = options.reference or aligned.path
-    print_table(lines, f"{Path(base).name} → {Path(aligned.adapter or aligned.path).name}")
+    print_tasks(lines, f"{Path(base).name} → {Path(aligned.adapter or aligned.path).name}")
     return lines
 
 
@@ -233,7 +233,7 @@ def plain_results(results: dict[str, Any]) -> dict[str, Any]:
     return plain
 
 
-def compare(base: dict[str, Any], aligned: dict[str, Any]) -> list[Line]:
+def compare_tasks(base: dict[str, Any], aligned: dict[str, Any]) -> list[Line]:
     """Both models' figures, line by line, with the change and its error over the same questions.
 
         error = std_i(aligned_i − base_i) / √n
@@ -268,7 +268,7 @@ def _estimate(figure: dict[str, Any]) -> Estimate:
     return Estimate(figure["value"], math.nan if figure["error"] is None else figure["error"])
 
 
-def print_table(lines: list[Line], title: str, console: Console | None = None) -> None:
+def print_tasks(lines: list[Line], title: str, console: Console | None = None) -> None:
     """The table, with a standard error after each ±."""
     rows = [
         (line.task, line.metric, f"{line.questions}", line.base.text(), line.aligned.text(), line.change.text("+.3f"))

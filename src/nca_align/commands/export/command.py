@@ -15,7 +15,7 @@ from ...models.logprobs import completion_logps
 from ...options import Dtype, dtype_option, option, parse
 from ...store.files import check_writable, new_folder
 from ...store.hub import push
-from .merge import Difference, Export, compare, comparison_rows, merge
+from .merge import Difference, Export, logp_difference, merge, merge_check_rows
 from .model_card import model_card
 
 MAX_NATS = 0.05  # a sequence: beyond it what was merged is not what was trained
@@ -94,7 +94,7 @@ def _export_adapter(options: ExportOptions, new: Path) -> Export:
         source = ModelSource.of(adapter, trust_remote_code=options.trust_remote_code)
         source = replace(source, key=f"base, by default {source.key}")
     tokenizer = source.load_tokenizer()
-    rows = comparison_rows(tokenizer, options.dataset_name)
+    rows = merge_check_rows(tokenizer, options.dataset_name)
     quantization = _quantization(options)
     bits = quantization and (4 if quantization.load_in_4bit else 8)
 
@@ -103,7 +103,7 @@ def _export_adapter(options: ExportOptions, new: Path) -> Export:
 
     expected = completion_logps(add_adapter(load(), adapter), rows, batch_size=1)
     merged = merge(load(), adapter)  # afresh
-    own = compare(completion_logps(merged, rows, batch_size=1), expected)
+    own = logp_difference(completion_logps(merged, rows, batch_size=1), expected)
     tokens = sum(len(ids) for row in rows for ids in row["completion_ids"])
     sequences = sum(len(row["completion_ids"]) for row in rows)
     print(
@@ -124,7 +124,7 @@ def _export_adapter(options: ExportOptions, new: Path) -> Export:
 
     def read_back() -> Difference:
         model = replace(source, name=str(new)).load_base(torch.float32)
-        difference = compare(completion_logps(model, rows, batch_size=1), expected)
+        difference = logp_difference(completion_logps(model, rows, batch_size=1), expected)
         print(f"as saved in {_name(dtype)}: {difference.largest:.4f} nats at most, {difference.mean:.4f} on average")
         return difference
 

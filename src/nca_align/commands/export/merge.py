@@ -13,7 +13,7 @@ from ...errors import UserError, one_line
 from ...models.loading import add_adapter
 
 # Public-domain prose in three languages, a table of numbers, and code: a first sentence, and what follows it.
-TEXTS = files(__package__).joinpath("comparison_texts.txt").read_text(encoding="utf-8").strip().split("\n%\n")
+TEXTS = files(__package__).joinpath("merge_check_texts.txt").read_text(encoding="utf-8").strip().split("\n%\n")
 
 
 class Difference(NamedTuple):
@@ -68,7 +68,7 @@ def _changes_embeddings(model: Any, adapter: str) -> bool:
         return any(end in key.split(".") for key in file.keys() for end in ends)  # noqa: SIM118 (no mapping)
 
 
-def comparison_rows(tokenizer, dataset_name: str | None = None) -> list[dict[str, Any]]:
+def merge_check_rows(tokenizer, dataset_name: str | None = None) -> list[dict[str, Any]]:
     """Tokenised rows to compare two models on: 16 of a data set, or the texts that come with this package.
 
     A text is one completion: what follows its first sentence, which is the prompt.
@@ -90,7 +90,7 @@ def comparison_rows(tokenizer, dataset_name: str | None = None) -> list[dict[str
     return [dict(zip(table, values, strict=True)) for values in zip(*table.values(), strict=True)]
 
 
-def compare(logps: list[list[float]], expected: list[list[float]]) -> Difference:
+def logp_difference(logps: list[list[float]], expected: list[list[float]]) -> Difference:
     """Mean and largest |Δ log-probability| over all sequences, nats."""
     pairs = zip((v for row in logps for v in row), (v for row in expected for v in row), strict=True)
     differences = torch.tensor([abs(a - b) for a, b in pairs], dtype=torch.float64)

@@ -91,7 +91,7 @@ class Inspection:
     tokens: Tokens | None
 
     @property
-    def here(self) -> stats.AlphaRow:
+    def at_given_alpha(self) -> stats.AlphaRow:
         """What the α that was asked for makes of the rewards."""
         return next(row for row in self.alphas if row.alpha == self.options.alpha)
 

@@ -50,7 +50,7 @@ def _alpha_table(section: Section) -> str:
 
 
 def _tiles(found: Inspection) -> list[Tile]:
-    ks, pairs, here = k_distribution(found), found.pairs, found.here
+    ks, pairs, here = k_distribution(found), found.pairs, found.at_given_alpha
     tiles = [
         Tile(f"{len(found.counts):,}", "prompts"),
         Tile(f"{min(ks)}" if len(ks) == 1 else f"{min(ks)} to {max(ks)}", "completions a prompt"),

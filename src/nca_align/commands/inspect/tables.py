@@ -124,7 +124,7 @@ def sections(found: Inspection) -> list[Section]:
 def findings(found: Inspection) -> list[str]:
     """What someone should know before training, in sentences; the worst traps only."""
     prompts, pairs, lines = len(found.counts), found.pairs, []
-    here = found.here
+    here = found.at_given_alpha
     equal = float((spreads(found.rewards, found.counts) == 0).mean())
     if found.suggested is not None:
         what = f"α = {found.suggested:g} makes a prompt's target spread over {found.target:.2g} completions"

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from ...evaluation.comparison_rows import COMPARED, Row, ends, interval_of, labels, runs_of, setting_name
+from ...evaluation.comparison_rows import COMPARED, Row, final_values, interval_of, labels, runs_of, setting_name
 from ...evaluation.frontier import curves_of, equal_kls, reward_at_kl
 from ...evaluation.intervals import mean_and_interval
 from ...pages import html as pages
@@ -114,7 +114,7 @@ def _equal_kl(groups: Groups, at_kl: Sequence[float]) -> list[str]:
             table.append((names[setting], f"{means[setting].n}", means[setting].text(), behind))
         for setting in groups:
             if setting not in means:
-                n, reach = len(groups[setting]), max(c.reach for c in groups[setting])
+                n, reach = len(groups[setting]), max(c.max_kl for c in groups[setting])
                 came = f"{len(rewards[setting])} of {n} runs came so far" if rewards[setting] else "not reached"
                 table.append((names[setting], f"{n}", came, f"went to KL {reach:.3g}"))
         content = chart_svg(equal_kl_chart(kl, groups, {s: means[s] for s in ranked})) if ranked else ""
@@ -128,7 +128,7 @@ def _last(found: Comparison, groups: Groups) -> str:
     names, rows, runs = labels([*groups]), [], runs_of(found.rows)
     columns = [name for name in _LAST if name in found.rows[0]]
     for setting in groups:
-        last = [ends(runs[setting], column) for column in columns]
+        last = [final_values(runs[setting], column) for column in columns]
         step = max((step for own in last for step, _ in own.values()), default="–")
         means = [mean_and_interval([value for _, value in own.values()]).text() if own else "–" for own in last]
         rows.append((names[setting], len(groups[setting]), step, *means))

@@ -14,8 +14,8 @@ from ...data.prompts import load_raw
 from ...errors import UserError
 from ...evaluation.evaluator import (
     ESTIMATES,
-    GenerationFigures,
-    figures_of,
+    GenerationMetrics,
+    generation_metrics,
     over_common_prompts,
     rewards_by_prompt,
     win_rate,
@@ -123,13 +123,13 @@ def sampled_ids(tokenizer, row: dict[str, Any], end: int) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluation(GenerationFigures):
+class PolicyMetrics(GenerationMetrics):
     """One line of the table: the policy's name, and its figures."""
 
     policy: str
 
 
-def evaluate_samples(dataset: Dataset, policy: str, reference: str, options: EvaluateOptions) -> Evaluation:
+def evaluate_samples(dataset: Dataset, policy: str, reference: str, options: EvaluateOptions) -> PolicyMetrics:
     """Mean reward of a policy's samples, and from the same samples how far it went from the reference.
 
         KL(π ‖ π_ref) ≈ mean of log π(y|x) − log π_ref(y|x),   y sampled from π at temperature 1 and top-p 1
@@ -166,14 +166,14 @@ def evaluate_samples(dataset: Dataset, policy: str, reference: str, options: Eva
         }
         for row, tokens, nats in zip(dataset, rows, differences(logps[policy], logps[reference]), strict=True)
     ]
-    return Evaluation(policy=Path(policy).name, **figures_of(answers), win_rate=UNKNOWN)
+    return PolicyMetrics(policy=Path(policy).name, **generation_metrics(answers), win_rate=UNKNOWN)
 
 
 def _is_line(entry: Any) -> bool:
-    return isinstance(entry, dict) and set(entry) == {each.name for each in fields(Evaluation)}
+    return isinstance(entry, dict) and set(entry) == {each.name for each in fields(PolicyMetrics)}
 
 
-def evaluate(options: EvaluateOptions) -> list[Evaluation]:
+def evaluate(options: EvaluateOptions) -> list[PolicyMetrics]:
     """The table's lines, in the order of `dataset_name`; those that `output` holds already are taken from it.
 
     Wins are over the reference's own samples, where one of the files holds them.
@@ -192,7 +192,7 @@ def evaluate(options: EvaluateOptions) -> list[Evaluation]:
         key = " ".join((data_fingerprint(dataset), str(weights[policy]), str(reference), options.dtype))
         if key in known:
             before = known[key]
-            line = Evaluation(**{**before, **{name: Estimate(*before[name]) for name in ESTIMATES}})
+            line = PolicyMetrics(**{**before, **{name: Estimate(*before[name]) for name in ESTIMATES}})
         else:
             known.check_writable()
             line = evaluate_samples(dataset, policy, options.reference, options)
@@ -201,7 +201,7 @@ def evaluate(options: EvaluateOptions) -> list[Evaluation]:
     return lines
 
 
-def print_table(lines: Sequence[Evaluation]) -> None:
+def print_policies(lines: Sequence[PolicyMetrics]) -> None:
     """The table, for a terminal of 80 columns, and how many answers it is of."""
     rows = []
     for line in lines:

@@ -17,7 +17,7 @@ from ..sample.command import sample
 from ..sample.options import SampleOptions
 from ..score import ScoreOptions, score
 from .references import check_vocabulary
-from .scored import EvaluateOptions, Evaluation, evaluate, print_table
+from .reward_and_kl import EvaluateOptions, PolicyMetrics, evaluate, print_policies
 
 
 @dataclass(kw_only=True)
@@ -45,7 +45,7 @@ class GenerationOptions:
         check_weights(self.scorer_weights, len(self.scorer))
 
 
-def evaluate_generations(options: GenerationOptions) -> list[Evaluation]:
+def evaluate_generations(options: GenerationOptions) -> list[PolicyMetrics]:
     """Answer, score, compare: `nca-align sample` at temperature 1 and top-p 1, `score`, and the table of `evaluate`.
 
     Killed and started again with the same options it goes on.
@@ -81,7 +81,7 @@ def evaluate_generations(options: GenerationOptions) -> list[Evaluation]:
         score(ScoreOptions(samples, scored, options.scorer, options.scorer_weights, **shared))
         files.append(scored)
     lines = evaluate(EvaluateOptions(files, models, options.reference, str(folder / "table.json"), **shared))
-    print_table(lines)
+    print_policies(lines)
     rewards = [rewards_by_prompt(load_raw(file)) for file in files]
     for line, own in zip(lines[1:], rewards[1:], strict=True):
         difference, prompts = over_common_prompts(difference_of_means, own, rewards[0])
