@@ -214,7 +214,7 @@ class TestDispatch:
 
     def test_every_command_has_its_module(self):
         for module, _ in cli.COMMANDS.values():
-            assert find_spec(module) is not None
+            assert find_spec(f"nca_align.commands.{module}") is not None
 
     def test_unknown_command(self, capsys):
         assert cli.main(["smple"]) == 2

@@ -37,7 +37,7 @@ MODULES = {
 # modules whose names are put together when the program runs
 BY_NAME = {
     "": set(nca_align._HOME.values()),
-    "cli": {module.removeprefix("nca_align.") for module, _ in cli.COMMANDS.values()},
+    "cli": {f"commands.{module}" for module, _ in cli.COMMANDS.values()},
     "commands.evaluate.command": {f"commands.evaluate.{module}" for module, *_ in evaluate.MODES.values()},
 }
 

@@ -6,34 +6,16 @@ from importlib import import_module
 from .errors import UserError, cli_main
 from .options import nearest
 
-# name: (module, what it does)
+# name: (its module in `commands`, what it does)
 COMMANDS = {
-    "train": ("nca_align.commands.train.command", "align a model on K rewarded completions per prompt"),
-    "sample": ("nca_align.commands.sample.command", "prompts to K completions each, from a model or a running server"),
-    "score": (
-        "nca_align.commands.score",
-        "completions to rewards, from a reward model, a classifier or a Python function",
-    ),
-    "inspect": (
-        "nca_align.commands.inspect.command",
-        "a data set before training: rewards, ties, lengths, tokens, the choice of α",
-    ),
-    "evaluate": (
-        "nca_align.commands.evaluate.command",
-        "mean reward and KL, implicit rewards, answers for judges, lm-eval's tasks",
-    ),
-    "compare": (
-        "nca_align.commands.compare.command",
-        "methods and settings beside each other, a run each, from one YAML file",
-    ),
-    "report": (
-        "nca_align.commands.report.command",
-        "a page and plots of what runs logged, and of a comparison with its intervals",
-    ),
-    "export": (
-        "nca_align.commands.export.command",
-        "the trained model in one folder: adapter merged, with tokenizer and model card",
-    ),
+    "train": ("train.command", "align a model on K rewarded completions per prompt"),
+    "sample": ("sample.command", "prompts to K completions each, from a model or a running server"),
+    "score": ("score", "completions to rewards, from a reward model, a classifier or a Python function"),
+    "inspect": ("inspect.command", "a data set before training: rewards, ties, lengths, tokens, the choice of α"),
+    "evaluate": ("evaluate.command", "mean reward and KL, implicit rewards, answers for judges, lm-eval's tasks"),
+    "compare": ("compare.command", "methods and settings beside each other, a run each, from one YAML file"),
+    "report": ("report.command", "a page and plots of what runs logged, and of a comparison with its intervals"),
+    "export": ("export.command", "the trained model in one folder: adapter merged, with tokenizer and model card"),
 }
 
 
@@ -60,4 +42,4 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if argv[0] not in COMMANDS:
         raise UserError(f"unknown command `{argv[0]}`{nearest(argv[0], COMMANDS)}; there are {', '.join(COMMANDS)}")
-    return import_module(COMMANDS[argv[0]][0]).main(argv[1:])
+    return import_module(f"nca_align.commands.{COMMANDS[argv[0]][0]}").main(argv[1:])

@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from .schema import PROMPT_COLUMNS
 from .validation import RowError
 
 # Arguments of transformers' `apply_chat_template` that say how it is called. Its `documents` are the template's own.
@@ -42,7 +43,7 @@ def clean_prompt(row: Mapping[str, Any]) -> Prompt:
         RowError: unreadable JSON, arguments that are no object, a reserved one, or an assistant's turn at the end that
             can't be continued.
     """
-    tools, arguments = (_read_json(row.get(name), name) for name in ("tools", "chat_template_kwargs"))
+    tools, arguments = (_read_json(row.get(name), name) for name in PROMPT_COLUMNS)
     if not isinstance(arguments, (dict, type(None))):
         raise RowError("chat_template_kwargs", "wrong type", f"is {arguments!r}; it must map names to values")
     if reserved := RESERVED.intersection(arguments or {}):
@@ -51,7 +52,7 @@ def clean_prompt(row: Mapping[str, Any]) -> Prompt:
             "reserved argument",
             f"holds `{min(reserved)}`, which the library itself tells the renderer; leave it out",
         )
-    prompt = Prompt(_without_nulls(row["prompt"]), tools or None, arguments or {})
+    prompt = Prompt(without_nulls(row["prompt"]), tools or None, arguments or {})
     if prompt.continues:
         last = prompt.content[-1]
         if not isinstance(last.get("content"), str) or last.get("tool_calls"):
@@ -70,14 +71,14 @@ def _read_json(value: Any, name: str) -> Any:
             value = json.loads(value) if value.strip() else None
         except json.JSONDecodeError as error:
             raise RowError(name, "unreadable JSON", f"is no readable JSON ({error})") from None
-    return _without_nulls(value)
+    return without_nulls(value)
 
 
-def _without_nulls(value: Any) -> Any:
+def without_nulls(value: Any) -> Any:
     """`value` without the empty keys that a table gives each object: those that another row's object has."""
     if isinstance(value, dict):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    return [without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def joined_messages(prompt: Prompt, completion: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -86,7 +87,7 @@ def joined_messages(prompt: Prompt, completion: list[dict[str, Any]]) -> list[di
     Raises:
         RowError: the completion begins with what can't continue that turn.
     """
-    messages, completion = list(prompt.content), _without_nulls(completion)
+    messages, completion = list(prompt.content), without_nulls(completion)
     if prompt.continues:
         last, first = messages.pop(), completion[0]
         if first.get("role") != "assistant" or _REASONING.intersection(first):

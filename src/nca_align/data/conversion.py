@@ -133,7 +133,7 @@ def _recognise(columns: Iterable[str], options: DataOptions, name: str) -> Forma
         if fmt.matches(found, options) if fmt.matches else found.issuperset(fmt.needs.split(", ")):
             return fmt
     known = "; ".join(f"{fmt.needs} ({fmt.name})" for fmt in FORMATS.values())
-    missing = min(({"prompt", "completions", "rewards"} - found, {"prompt", "chosen", "rejected"} - found), key=len)
+    missing = min(({*REWARD_COLUMNS} - found, {"prompt", "chosen", "rejected"} - found), key=len)
     hint = f", only `{next(iter(missing))}` is missing" if len(missing) == 1 else ""
     raise UserError(
         f"`{name}` has the columns {', '.join(sorted(found))}, which is no known format{hint}; known are {known}"

@@ -7,6 +7,7 @@ from typing import Any
 
 from datasets import Dataset, DatasetDict, Features, IterableDataset, IterableDatasetDict, Json
 
+from .cleaning import without_nulls
 from .conversion import convert_dataset
 from .options import DataOptions
 from .schema import DataReport
@@ -130,8 +131,7 @@ def with_template_arguments(dataset: Dataset | IterableDataset, arguments: dict[
 
 def _fill_template_arguments(batch: dict[str, list], arguments: dict[str, Any]) -> dict[str, list]:
     own = batch.get("chat_template_kwargs") or [None] * len(batch["prompt"])
-    given = [{name: value for name, value in (row or {}).items() if value is not None} for row in own]
-    return {"chat_template_kwargs": [arguments | row for row in given]}
+    return {"chat_template_kwargs": [arguments | without_nulls(row or {}) for row in own]}
 
 
 def _wanted(source: dict[str, Any]) -> list[str]:

@@ -11,7 +11,7 @@ from datasets import Dataset, concatenate_datasets
 from ..errors import UserError, UserTypeError
 from .formats.pairs import HARD_REWARDS
 from .loading import with_template_arguments
-from .schema import PROMPT_COLUMNS
+from .schema import PROMPT_COLUMNS, REWARD_COLUMNS
 
 PAIRS = ("best_random", "best_worst", "best_each", "all_pairs")
 STRATEGIES = ("rewards", "first_N", "best_plus_N", *PAIRS)
@@ -85,7 +85,7 @@ def select_completions(dataset: Dataset, strategy: str, seed: int = 42) -> Datas
         ValueError: another strategy, or one by which no row is left.
     """
     if check_strategy(strategy) == "rewards":
-        return dataset.select_columns(["prompt", "completions", "rewards", *_shared(dataset)])
+        return dataset.select_columns([*REWARD_COLUMNS, *_shared(dataset)])
 
     def select(row: dict[str, Any], places: list[int]) -> dict[str, Any]:
         rewards = list(HARD_REWARDS) if strategy in PAIRS else [row["rewards"][i] for i in places]

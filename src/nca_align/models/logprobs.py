@@ -201,6 +201,9 @@ def token_logps(
 ) -> list[list[torch.Tensor]]:
     """log π of every token of every completion, by the collator and the head of training.
 
+    Rows are packed where `prefix_sharing_obstacle` finds nothing in the way: the rule of `training.layout`, which also
+    compares the two layouts.
+
     Args:
         model: a causal language model in eval mode, with an adapter or without.
         rows: `prompt_ids`, `completion_ids` (K lists).

@@ -124,13 +124,13 @@ def files_fingerprint(name: str) -> str:
 
 
 def source_fingerprint(code: Any) -> str | None:
-    """A hash of the file that a function, class or module is written in; None where there is none.
+    """A hash of the file that a function, or the class of an object, is written in; None where there is none.
 
     What that file imports is not seen.
     """
     code = inspect.unwrap(getattr(code, "func", code))  # a partial's own function
     try:
-        file = inspect.getsourcefile(code if inspect.isroutine(code) or inspect.ismodule(code) else type(code))
+        file = inspect.getsourcefile(code if inspect.isroutine(code) else type(code))
         return hashlib.sha256(Path(str(file)).read_bytes()).hexdigest()[:16]
     except (TypeError, OSError):  # built in, or made without a file
         return None

@@ -96,7 +96,7 @@ def judge(options: JudgeOptions) -> None:
                 "not here; for its style control run its utils/add_markdown_info.py on the answers",
                 file=sys.stderr,
             )
-        return _work(open_engine(sampling, model), sampling, options, name)
+        return _shard_function(open_engine(sampling, model), sampling, options, name)
 
     counts = run_sharded(
         str(lines), questions, Features({}), start, step, shard_size=options.shard_size, unit="question"
@@ -145,11 +145,11 @@ def load_questions(options: JudgeOptions) -> Dataset:
     return dataset
 
 
-def _work(engine: Engine, sampling: SampleOptions, options: JudgeOptions, name: str) -> ShardFunction:
+def _shard_function(engine: Engine, sampling: SampleOptions, options: JudgeOptions, name: str) -> ShardFunction:
     spec = JUDGES[options.judge]
     template = {"chat_template_kwargs": options.chat_template_kwargs}
 
-    def work(shard: int, first_row: int, rows: list[dict], progress: Progress) -> Shard:
+    def answer_shard(shard: int, first_row: int, rows: list[dict], progress: Progress) -> Shard:
         result = Shard([])
         asked = [spec.turns(row) for row in rows]
         temperatures = [spec.temperature(row) if options.temperature is None else options.temperature for row in rows]
@@ -176,4 +176,4 @@ def _work(engine: Engine, sampling: SampleOptions, options: JudgeOptions, name: 
             result.rows.append(spec.record(row, [message["content"] for message in messages[1::2]], name))
         return result
 
-    return work
+    return answer_shard

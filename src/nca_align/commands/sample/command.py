@@ -51,7 +51,7 @@ def sample(options: SampleOptions) -> dict[str, int]:
     def start() -> ShardFunction:
         if not options.base_url and options.on_error == "stop":
             check_prompts(options, dataset)
-        return _work(open_engine(options, model), options)
+        return _shard_function(open_engine(options, model), options)
 
     counts = run_sharded(
         options.output, dataset, features, start, sampling_record(options, dataset, model),
@@ -94,8 +94,8 @@ def sampling_record(options: SampleOptions, dataset: Dataset, model: str) -> dic
     return {"command": "sample", "config": config, "about": about}
 
 
-def _work(engine: Engine, options: SampleOptions) -> ShardFunction:
-    def work(shard: int, first_row: int, rows: list[dict], progress: Progress) -> Shard:
+def _shard_function(engine: Engine, options: SampleOptions) -> ShardFunction:
+    def complete_shard(shard: int, first_row: int, rows: list[dict], progress: Progress) -> Shard:
         numbered = dict(enumerate(rows, first_row))
         found = engine(options, shard, numbered, progress)
         failed = {number: own for number, own in found.items() if isinstance(own, InvalidRowError)}
@@ -119,7 +119,7 @@ def _work(engine: Engine, options: SampleOptions) -> ShardFunction:
             result.rows.append({"prompt": row["prompt"], "completions": completions, "truncated": truncated, **row})
         return result
 
-    return work
+    return complete_shard
 
 
 def _refuse_useless(texts: list[list[str]], rows: int, options: SampleOptions) -> None:
