@@ -56,14 +56,14 @@ class TestData:
 def test_grids_are_the_studys(name, cells):
     import yaml
 
-    from nca_align.commands.compare.grid import Evaluation, expand, from_mapping
+    from nca_align.commands.compare.grid import EvaluationSettings, expand, from_mapping
 
     config = yaml.safe_load((ROOT / f"configs/study/{name}.yaml").read_text())
     found = expand(config["base"], config["grid"], name)
     assert len(found) == cells
     assert {cell.settings["seed"] for cell in found} == {1, 2, 3}
     assert all((ROOT / cell.options["dataset_name"]).is_dir() for cell in found)
-    evaluation = from_mapping(Evaluation, "evaluation", config["evaluation"])
+    evaluation = from_mapping(EvaluationSettings, "evaluation", config["evaluation"])
     assert evaluation.prompts is None
 
 
