@@ -17,9 +17,7 @@ class UnreadableLine(UserError):
 
 def _read_line(line: bytes, i: int, file: str) -> dict[str, Any]:
     try:
-        value = json.loads(line.strip())
-        if _may_hold_half_a_character(line):
-            json.dumps(value, ensure_ascii=False).encode()
+        value = _parse(line.strip())
     except ValueError as error:  # broken JSON, or bytes or escapes that are no text
         reason = f"{error.msg} at character {error.pos}" if isinstance(error, json.JSONDecodeError) else "no UTF-8 text"
         raise UnreadableLine(
@@ -61,6 +59,14 @@ def read_lines(files: list[str], drop: bool) -> Iterator[dict[str, Any]]:
                 raise row
 
 
+def _parse(text: bytes) -> Any:
+    """The JSON value of `text`; a ValueError where it is none, or holds half a character."""
+    value = json.loads(text)
+    if _may_hold_half_a_character(text):
+        json.dumps(value, ensure_ascii=False).encode()
+    return value
+
+
 def _may_hold_half_a_character(text: bytes) -> bool:
     r"""Whether surrogates (`\ud83d\ude00`) are in it: one alone is half a character, no text."""
     return b"\\ud" in text or b"\\uD" in text
@@ -91,10 +97,7 @@ def check_json(files: list[str]) -> None:
                 pass
             continue
         try:
-            text = Path(file).read_bytes()
-            rows = json.loads(text)
-            if _may_hold_half_a_character(text):
-                json.dumps(rows, ensure_ascii=False).encode()
+            rows = _parse(Path(file).read_bytes())
         except UnicodeEncodeError:
             raise UnreadableLine(f"{file} holds half a character (a surrogate alone); mend the file") from None
         except ValueError as error:

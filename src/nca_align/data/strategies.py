@@ -85,13 +85,13 @@ def select_completions(dataset: Dataset, strategy: str, seed: int = 42) -> Datas
         ValueError: another strategy, or one by which no row is left.
     """
     if check_strategy(strategy) == "rewards":
-        return dataset.select_columns([*REWARD_COLUMNS, *_shared(dataset)])
+        return dataset.select_columns([*REWARD_COLUMNS, *_prompt_columns(dataset)])
 
     def select(row: dict[str, Any], places: list[int]) -> dict[str, Any]:
         rewards = list(HARD_REWARDS) if strategy in PAIRS else [row["rewards"][i] for i in places]
         return {"prompt": row["prompt"], "completions": [row["completions"][i] for i in places], "rewards": rewards}
 
-    return _rows(dataset, strategy, seed, select)
+    return _make_rows(dataset, strategy, seed, select)
 
 
 def to_preference_pairs(dataset: Dataset, strategy: str = "best_worst", seed: int = 42) -> Dataset:
@@ -119,7 +119,7 @@ def to_preference_pairs(dataset: Dataset, strategy: str = "best_worst", seed: in
             "score_chosen": float(high), "score_rejected": float(low),
         }  # fmt: skip
 
-    return _rows(dataset, strategy, seed, pair)
+    return _make_rows(dataset, strategy, seed, pair)
 
 
 def to_unpaired(dataset: Dataset, threshold: float | None = None) -> Dataset:
@@ -148,13 +148,13 @@ def to_unpaired(dataset: Dataset, threshold: float | None = None) -> Dataset:
     def each(rewards: list[float], strategy: str, draw: random.Random) -> list[list[int]]:
         return [[i] for i, reward in enumerate(rewards) if reward != border(rewards)]
 
-    return _rows(dataset, "unpaired", 0, label, each)
+    return _make_rows(dataset, "unpaired", 0, label, each)
 
 
-def _rows(dataset: Dataset, strategy: str, seed: int, make, pick=select_indices) -> Dataset:
+def _make_rows(dataset: Dataset, strategy: str, seed: int, make, pick=select_indices) -> Dataset:
     if not isinstance(dataset, Dataset):
         raise UserTypeError(f"`dataset` is a {type(dataset).__name__}, but must be a Dataset: give one split")
-    function = partial(_made, strategy=strategy, seed=seed, make=make, pick=pick)
+    function = partial(_make_batch, strategy=strategy, seed=seed, make=make, pick=pick)
     made = dataset.map(
         function, batched=True, with_indices=True, remove_columns=dataset.column_names, load_from_cache_file=False,
         desc=f"Taking {strategy}",
@@ -162,20 +162,20 @@ def _rows(dataset: Dataset, strategy: str, seed: int, make, pick=select_indices)
     if not len(made):
         raise UserError(f"`strategy` {strategy} leaves no row: every prompt has too few completions, or equal rewards")
     numbers, made = made["row"], made.remove_columns("row")
-    if not _shared(dataset):
+    if not _prompt_columns(dataset):
         return made
-    shared = dataset.select(numbers).select_columns(_shared(dataset))
+    shared = dataset.select(numbers).select_columns(_prompt_columns(dataset))
     if "chat_template_kwargs" in shared.column_names:
         shared = with_template_arguments(shared, {})  # TRL takes an empty mapping, but no None
     return concatenate_datasets([made, shared], axis=1)
 
 
-def _shared(dataset: Dataset) -> list[str]:
+def _prompt_columns(dataset: Dataset) -> list[str]:
     """What a prompt is rendered with beside its messages."""
     return [name for name in PROMPT_COLUMNS if name in dataset.column_names]
 
 
-def _made(batch: dict[str, list], numbers: list[int], *, strategy: str, seed: int, make, pick) -> dict[str, list]:
+def _make_batch(batch: dict[str, list], numbers: list[int], *, strategy: str, seed: int, make, pick) -> dict[str, list]:
     rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
     made = [
         make(row, places) | {"row": number}

@@ -88,21 +88,20 @@ def run_sharded(
             return counts
         firsts = range(0, len(dataset), shard_size)
         shards = [parts / f"{i:06d}{path.suffix}" for i in range(len(firsts))]
+        numbers = [range(first, min(first + shard_size, len(dataset))) for first in firsts]  # of the rows of each
         done = _done(shards, step, drop_failed)
         left = [i for i in range(len(shards)) if shards[i] not in done]
-        size = {i: min(shard_size, len(dataset) - firsts[i]) for i in range(len(shards))}
-        rows_left = sum(size[i] for i in left)
-        run_shard: ShardFunction | None = None
-        with tqdm(total=len(dataset), initial=len(dataset) - rows_left, unit=f" {unit}", dynamic_ncols=True) as bar:
+        if left:
+            run_shard = start()
+            parts.mkdir(parents=True, exist_ok=True)
+            write_json(parts / "config.json", step)
+        finished = len(dataset) - sum(len(numbers[i]) for i in left)
+        with tqdm(total=len(dataset), initial=finished, unit=f" {unit}", dynamic_ncols=True) as bar:
             for i in left:
-                if run_shard is None:
-                    run_shard = start()
-                    parts.mkdir(parents=True, exist_ok=True)
-                    write_json(parts / "config.json", step)
-                rows = dataset.select(range(firsts[i], firsts[i] + size[i])).to_list()
                 before = bar.n
+                rows = dataset.select(numbers[i]).to_list()
                 _write(shards[i], run_shard(i, firsts[i], rows, bar.update), features)
-                bar.update(before + size[i] - bar.n)
+                bar.update(before + len(rows) - bar.n)
         counts = _counts(shards, drop_failed, len(dataset), path)
         steps = [*(history or []), step | {"counts": counts}]
         _join(path, shards, features, steps)
