@@ -4,7 +4,6 @@
 """
 
 import importlib.util
-import io
 import json
 import math
 import re
@@ -19,7 +18,6 @@ import pytest
 from datasets import load_dataset
 from jinja2 import TemplateError
 from peft import LoraConfig, get_peft_model
-from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from nca_align.commands.evaluate import lm_eval_harness as harness_module
@@ -92,8 +90,8 @@ class TestTable:
         assert line.change[0] == pytest.approx(0.9 - 2 / 3)
         assert math.isnan(line.change[1])
 
-    def test_it_fits_a_terminal_of_80_columns(self):
-        console = Console(width=80, record=True, file=io.StringIO())
+    def test_it_fits_a_terminal_of_80_columns(self, capsys, monkeypatch):
+        monkeypatch.setenv("COLUMNS", "80")
         known = (0.4, 0.013), (0.45, 0.013), (0.05, 0.008)
         unknown = ((mean, math.nan) for mean in (0.4, 0.3, -0.1))
         print_tasks(
@@ -102,9 +100,8 @@ class TestTable:
                 Line("bbh", "exact_match", 6511, *map(Estimate._make, unknown)),
             ],
             "base → aligned",
-            console,
         )
-        text = console.export_text()
+        text = capsys.readouterr().out
         assert all(len(line) <= 80 for line in text.splitlines())
         assert re.search(r"gsm8k +exact_match +1319 +0.400 ± 0.013 +0.450 ± 0.013 +\+0.050 ± 0.008", text)
         assert re.search(r"bbh +exact_match +6511 +0.400 +0.300 +-0.100", text)

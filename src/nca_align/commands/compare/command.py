@@ -128,8 +128,8 @@ def _write_tables(output: Path, cells: Sequence[Cell], selection: Selection) -> 
 def _print_selected(selected: Sequence[Row]) -> None:
     rows = []
     for line in selected:
-        figures = [interval_of(line, f"test_{name}") for name in ("reward", "kl", "win_rate", "logratio_best")]
-        texts = ["–" if math.isnan(figure.mean) else figure.text(".3f") for figure in figures]
+        intervals = [interval_of(line, f"test_{name}") for name in ("reward", "kl", "win_rate", "logratio_best")]
+        texts = ["–" if math.isnan(own.mean) else own.text(".3f") for own in intervals]
         rows.append((setting_name(line), f"{line['seeds']}", *texts))
     print_rows(("chosen on validation", "seeds", "test reward", "KL, nats", "win rate", "best log-ratio"), rows)
 

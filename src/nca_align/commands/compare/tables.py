@@ -86,13 +86,13 @@ def rows_of(cell: Cell, folder: Path) -> list[Row]:
         if "minutes" in line:
             minutes[line["step"]] = line["minutes"]
         for split in SPLITS:
-            figures = {name: line[f"eval_{split}_{logged}"] for name, logged in METRICS.items()
+            metrics = {name: line[f"eval_{split}_{logged}"] for name, logged in METRICS.items()
                        if f"eval_{split}_{logged}" in line}  # fmt: skip
-            if figures:
-                found.setdefault((split, line["step"]), {}).update(figures)
+            if metrics:
+                found.setdefault((split, line["step"]), {}).update(metrics)
     return [
-        {"cell": cell.name, **cell.settings, "split": split, "step": step, **figures, "minutes": minutes.get(step)}
-        for (split, step), figures in sorted(found.items())
+        {"cell": cell.name, **cell.settings, "split": split, "step": step, **metrics, "minutes": minutes.get(step)}
+        for (split, step), metrics in sorted(found.items())
     ]
 
 
@@ -165,10 +165,10 @@ def selected_rows(rows: Sequence[Row], selection: Selection, seeds: Seeds) -> li
         if selection.at_kl is not None:
             columns["test_reward_at_kl"] = "reward", selection.at_kl
         columns["minutes"] = "minutes", None
-        figures = {f"validation_{selection.column}": found["values"]}
-        figures |= {name: [*_values(runs, *column).values()] for name, column in columns.items()}
+        metrics = {f"validation_{selection.column}": found["values"]}
+        metrics |= {name: [*_values(runs, *column).values()] for name, column in columns.items()}
         line = {**found["settings"], "seeds": len(found["values"]), "candidates": found["candidates"]}
-        for name, values in figures.items():
+        for name, values in metrics.items():
             line |= _mean_and_ends(name, values)
         table.append(line)
     return table

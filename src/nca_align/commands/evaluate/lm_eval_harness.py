@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 from datasets.exceptions import DatasetsError
 from jinja2 import TemplateError
-from rich.console import Console
 
 from ...errors import UserError, as_user_error, one_line
 from ...evaluation.intervals import Estimate
@@ -268,10 +267,10 @@ def _estimate(figure: dict[str, Any]) -> Estimate:
     return Estimate(figure["value"], math.nan if figure["error"] is None else figure["error"])
 
 
-def print_tasks(lines: list[Line], title: str, console: Console | None = None) -> None:
+def print_tasks(lines: list[Line], title: str) -> None:
     """The table, with a standard error after each ±."""
     rows = [
         (line.task, line.metric, f"{line.questions}", line.base.text(), line.aligned.text(), line.change.text("+.3f"))
         for line in lines
     ]
-    print_rows(("task", "metric", "n", "base", "aligned", "change"), rows, 2, title, console=console)
+    print_rows(("task", "metric", "n", "base", "aligned", "change"), rows, 2, title)

@@ -124,7 +124,7 @@ def sampled_ids(tokenizer, row: dict[str, Any], end: int) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyMetrics(GenerationMetrics):
-    """One line of the table: the policy's name, and its figures."""
+    """One line of the table: the policy's name, and its metrics."""
 
     policy: str
 
@@ -141,21 +141,16 @@ def evaluate_samples(dataset: Dataset, policy: str, reference: str, options: Eva
         policy, reference: models or adapters.
         options: for `batch_size`, `dtype`, `trust_remote_code`.
     """
-    sources = {
-        name: ModelSource.of(name, key=key, trust_remote_code=options.trust_remote_code)
-        for name, key in ((reference, "reference"), (policy, "model_name_or_path"))
-    }
-    check_vocabulary(sources[policy], sources[reference])
-    tokenizer = sources[policy].load_tokenizer()
-    rows: list[dict[str, Any]] = []
-    logps = {}
-    for name in dict.fromkeys((policy, reference)):  # one at a time: two large models may not fit
-        model = sources[name].load_policy(options.dtype)
-        if name == policy:
-            end = end_token(model, tokenizer, chat=not isinstance(dataset[0]["prompt"], str))
-            rows = [sampled_ids(tokenizer, row, end) for row in dataset]
-        logps[name] = completion_logps(model, rows, options.batch_size)
-        del model
+    sampled = ModelSource.of(policy, trust_remote_code=options.trust_remote_code)
+    before = ModelSource.of(reference, key="reference", trust_remote_code=options.trust_remote_code)
+    check_vocabulary(sampled, before)
+    tokenizer, model = sampled.load_tokenizer(), sampled.load_policy(options.dtype)
+    end = end_token(model, tokenizer, chat=not isinstance(dataset[0]["prompt"], str))
+    rows = [sampled_ids(tokenizer, row, end) for row in dataset]
+    ref_logps = logps = completion_logps(model, rows, options.batch_size)
+    if reference != policy:
+        del model  # one at a time: two large models may not fit
+        ref_logps = completion_logps(before.load_policy(options.dtype), rows, options.batch_size)
     answers = [
         {
             "rewards": row["rewards"],
@@ -164,7 +159,7 @@ def evaluate_samples(dataset: Dataset, policy: str, reference: str, options: Eva
             "texts": list(map(text_of, row["completions"])),
             "cut": row.get("truncated") or [False],
         }
-        for row, tokens, nats in zip(dataset, rows, differences(logps[policy], logps[reference]), strict=True)
+        for row, tokens, nats in zip(dataset, rows, differences(logps, ref_logps), strict=True)
     ]
     return PolicyMetrics(policy=Path(policy).name, **generation_metrics(answers), win_rate=UNKNOWN)
 
@@ -206,8 +201,8 @@ def print_policies(lines: Sequence[PolicyMetrics]) -> None:
     rows = []
     for line in lines:
         wins = "–" if isnan(line.win_rate.mean) else line.win_rate.text(".0%").replace("%", "")
-        figures = f"{line.tokens.mean:.0f}", line.reward.text(), line.kl.text(".2f"), wins, f"{line.distinct_2:.2f}"
-        rows.append((line.policy, *figures))
+        metrics = f"{line.tokens.mean:.0f}", line.reward.text(), line.kl.text(".2f"), wins, f"{line.distinct_2:.2f}"
+        rows.append((line.policy, *metrics))
     print_rows(("policy", "tokens", "mean reward", "KL, nats", "wins, %", "distinct-2"), rows)
     counts = {line.policy: f"{line.completions} answers to {line.prompts} prompts" for line in lines}
     alike = len({*counts.values()}) == 1

@@ -116,7 +116,8 @@ def _export_adapter(options: ExportOptions, new: Path) -> Export:
             f"{MAX_NATS} is the most that rounding explains, so nothing was written: this adapter can't be merged "
             "exactly; use it unmerged"
         )
-    dtype = _stored_dtype(source) if options.dtype == "auto" else getattr(torch, options.dtype)
+    stored = source.load_config().dtype or torch.float32
+    dtype = stored if options.dtype == "auto" else getattr(torch, options.dtype)
     tokenizer.save_pretrained(new)
     _copy_processor(source.path, new)
     merged.to(dtype).save_pretrained(new)
@@ -210,10 +211,6 @@ def _quantization(options: ExportOptions):
         load_in_4bit=True, bnb_4bit_quant_type=options.bnb_4bit_quant_type,
         bnb_4bit_use_double_quant=options.use_bnb_nested_quant,
     )  # fmt: skip
-
-
-def _stored_dtype(source: ModelSource) -> torch.dtype:
-    return source.load_config().dtype or torch.float32
 
 
 @cli_main("nca-align export", goes_on="`output` is there whole, or not at all")
