@@ -38,7 +38,7 @@ def load_raw(name: str, config: str | None = None, split: str = "train") -> Data
     return dataset
 
 
-def held_out_split_name(name: str, config: str | None = None) -> str:
+def held_out_split_name(name: str, config: str | None) -> str:
     """The split of `name` that isn't trained on; the only one where there is one alone.
 
     Raises:
@@ -50,7 +50,7 @@ def held_out_split_name(name: str, config: str | None = None) -> str:
     return held_out_split(splits)
 
 
-def load_prompts(name: str, config: str | None = None, split: str = "train") -> Dataset:
+def load_prompts(name: str, config: str | None, split: str) -> Dataset:
     """Rows with a `prompt` (text or messages) and any columns beside it that don't answer it."""
     dataset = load_raw(name, config, split)
     if "prompt" not in dataset.column_names or {"response", "chosen"} & set(dataset.column_names):
@@ -67,7 +67,7 @@ def load_prompts(name: str, config: str | None = None, split: str = "train") -> 
     return dataset
 
 
-def load_completions(name: str, config: str | None = None, split: str = "train") -> Dataset:
+def load_completions(name: str, config: str | None, split: str) -> Dataset:
     """Rows with `prompt` and `completions`, rewarded already or not."""
     dataset = load_raw(name, config, split)
     own = {"prompt", "completions"} <= set(dataset.column_names)
