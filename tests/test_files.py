@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from nca_align.commands.evaluate import answers, implicit, judges
+from nca_align.commands.evaluate import generate_and_score, implicit, judges
 from nca_align.commands.evaluate.command import main
 from nca_align.errors import UserError
 from nca_align.store.files import check_writable, new_folder, replacing
@@ -108,7 +108,7 @@ def test_implicit_looks_first(key, place, monkeypatch, capsys):
 
 
 def test_scorer_looks_first(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(answers, "sample", lambda options: pytest.fail("worked before it looked"))
+    monkeypatch.setattr(generate_and_score, "sample", lambda options: pytest.fail("worked before it looked"))
     (tmp_path / "one.jsonl").write_text("")
     flags = ["--scorer", "x", "--dataset_name", "x", "--model_name_or_path", "m", "--reference", "m"]
     for path in (tmp_path / "one.jsonl", tmp_path / "one.jsonl" / "below"):

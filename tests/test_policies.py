@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import build_model, record_nf4
-from nca_align.commands.evaluate import scored
+from nca_align.commands.evaluate import reward_and_kl
 from nca_align.commands.evaluate.implicit import ImplicitOptions, token_logratios
 from nca_align.commands.evaluate.judges import JudgeOptions, judge
 from nca_align.commands.export.command import ExportOptions, export
@@ -59,7 +59,7 @@ def test_a_qlora_run_is_one_model_in_every_mode(quantised, model_dir, tmp_path, 
     ModelSource.of(run).load_policy("auto")  # of `--lm_eval`
     # of `--scorer`, and without a mode
     rows = Dataset.from_list([{"prompt": "Hi", "completions": ["the dog", "a fox"], "rewards": [0.0, 1.0]}])
-    scored.evaluate_samples(rows, run, run, scored.EvaluateOptions(["x"], ["x"], "x"))
+    reward_and_kl.evaluate_samples(rows, run, run, reward_and_kl.EvaluateOptions(["x"], ["x"], "x"))
     implicit = ImplicitOptions(dataset_name="x", model_name_or_path="x")
     token_logratios(run, run, [{"prompt_ids": [5, 6], "completion_ids": [[7, 8]]}], implicit)
     sample(sample_options(tmp_path, run))
@@ -147,7 +147,7 @@ class TestWhatNamesTheModel:
     def test_the_reference(self, model_dir, tmp_path):
         rows = Dataset.from_list([{"prompt": "Hi", "completions": ["the dog", "a fox"], "rewards": [0.0, 1.0]}])
         with pytest.raises(UserError, match=r"^`reference` nowhere could not be loaded"):
-            scored.evaluate_samples(rows, model_dir, "nowhere", scored.EvaluateOptions(["x"], ["x"], "x"))
+            reward_and_kl.evaluate_samples(rows, model_dir, "nowhere", reward_and_kl.EvaluateOptions(["x"], ["x"], "x"))
         implicit = ImplicitOptions(dataset_name="x", model_name_or_path="x")
         rows = [{"prompt_ids": [5, 6], "completion_ids": [[7, 8]]}]
         with pytest.raises(UserError, match=r"^`reference` nowhere could not be loaded"):
