@@ -8,6 +8,8 @@ from datasets import Dataset, IterableDataset, Json, List, Value
 
 from conftest import real_rows, reward_rows
 from nca_align.data import DataOptions, convert_dataset, to_reward_dataset
+from nca_align.data.formats import FORMATS
+from nca_align.data.prompts import load_prompts
 
 FIELDS = ("prompt", "completions", "rewards")
 
@@ -70,6 +72,14 @@ def test_every_format_is_recognised_and_its_result_comes_back_as_it_is(name):
     twice, report = convert_dataset(once, DataOptions(preference="hard"))
     assert report.format == "own"
     assert twice is once
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_prompts_of_every_format_come_without_its_answers(name, tmp_path):
+    rows = [row | {"id": i} for i, row in enumerate(EXAMPLES[name])]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = load_prompts(str(tmp_path / "rows.jsonl"), None, "train")
+    assert set(found.column_names) == {"prompt", "id", *({"models", "source", "score"} & set(rows[0]))}
 
 
 @pytest.mark.parametrize("name", [name for name in EXAMPLES if name != "flat scored rows"])
