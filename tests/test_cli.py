@@ -12,7 +12,7 @@ from typing import Literal
 import pytest
 
 import nca_align
-from nca_align import cli
+from nca_align import NCAConfig, cli
 from nca_align.errors import (
     HubError,
     NotFoundError,
@@ -183,6 +183,12 @@ class TestErrors:
 
         assert main([]) == 2
         assert capsys.readouterr().err == "prog: error: first second\n"
+
+    def test_a_file_that_an_option_names_and_that_is_not_there(self):
+        with pytest.raises(UserError, match=r"No such file or directory: 'nofile.json'"):
+            parse(
+                [NCAConfig], ["--output_dir", "x", "--accelerator_config", "nofile.json", "--use_cpu", "true"], "prog"
+            )
 
     def test_a_bug_keeps_its_traceback(self):
         @cli_main("prog")

@@ -17,6 +17,7 @@ from typing import ClassVar
 import datasets
 import pytest
 from datasets import Dataset
+from datasets.packaged_modules.parquet.parquet import Parquet
 from transformers import PreTrainedModel, TrainingArguments
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.base_trainer import _BaseTrainer
@@ -304,6 +305,12 @@ def test_every_name_that_is_imported_from_the_libraries_is_there():
     assert ("transformers.trainer_utils", "rotate_checkpoints") in imported
     gone = [f"{module}.{name}" for module, name in sorted(imported) if not hasattr(import_module(module), name)]
     assert gone == []
+
+
+def test_the_private_names_of_datasets_are_there():
+    """`tests/test_scale.py` proves by the memory of a run that the reader is the one that is called."""
+    assert {"_generate_tables", "_cast_table"} <= set(vars(Parquet))
+    assert Dataset.from_dict({"a": [1]})._fingerprint
 
 
 def test_every_option_of_dpo_config_was_looked_at():

@@ -124,6 +124,12 @@ class TestWhatNamesTheModel:
         (tmp_path / "run" / "adapter_config.json").write_text(json.dumps(about))
         return folder
 
+    @pytest.mark.parametrize("about", ["no JSON", '{"peft_type": "NOPE"}', "[]"])
+    def test_an_adapters_config_that_can_not_be_read(self, about, tmp_path):
+        (tmp_path / "adapter_config.json").write_text(about)
+        with pytest.raises(UserError, match=r"adapter_config.json can't be read as an adapter's \("):
+            ModelSource.of(str(tmp_path))
+
     def test_an_adapters_base(self, lost, tmp_path):
         message = f"`base_model_name_or_path of {lost}/adapter_config.json` chat could not be loaded"
         with pytest.raises(UserError, match=re.escape(message)):

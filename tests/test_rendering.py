@@ -12,12 +12,13 @@ from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrained
 
 from conftest import build_tokenizer
 from nca_align import GenerationEvaluator
+from nca_align.batching.rendering import prompt_ids
 from nca_align.batching.tokenization import tokenize_rows
 from nca_align.commands.evaluate.reward_and_kl import sampled_ids
 from nca_align.commands.sample import server
 from nca_align.commands.sample.local_engines import prompt_reader
 from nca_align.commands.sample.options import SampleOptions
-from nca_align.data.cleaning import RESERVED
+from nca_align.data.cleaning import RESERVED, clean_prompt
 from nca_align.errors import InvalidRowError, UserError
 from nca_align.rewards.reward_models import model_scorer
 
@@ -245,7 +246,7 @@ def test_a_reward_model_reads_the_same_conversation(kind, score, monkeypatch):
         return
     assert [messages for messages, _ in rendered] == [joined(expected["content"], c) for c in row["completions"]]
     for _, given in rendered:
-        assert given == {"tools": expected["tools"], "return_dict": False, **expected["arguments"]}
+        assert given == {"tools": expected["tools"], "tokenize": False, **expected["arguments"]}
 
 
 @pytest.mark.parametrize("kind", ROWS)
@@ -289,7 +290,11 @@ def test_what_transformers_is_told_is_reserved():
 
 @pytest.mark.parametrize(
     "first",
-    [{"role": "tool", "content": "Sunny"}, {"role": "assistant", "reasoning_content": "Hm.", "content": "brown"}],
+    [
+        {"role": "tool", "content": "Sunny"},
+        {"role": "assistant", "reasoning_content": "Hm.", "content": "brown"},
+        {"role": "assistant", "content": [{"type": "text", "text": "brown"}]},
+    ],
 )
 def test_a_completion_that_can_not_continue_the_prompt(first):
     row = {"prompt": turns("Hi", "The quick"), "completions": [[first], *completions([])], "rewards": [0.0, 1.0, 2.0]}
@@ -297,6 +302,32 @@ def test_a_completion_that_can_not_continue_the_prompt(first):
         UserError, match="Row 7: `completions` must continue the assistant's turn that `prompt` ends in"
     ):
         trained(tokenizer_of("thinking"), row)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": None}, "`prompt` is None; it must be text or a list of messages"),
+        ({"prompt": []}, r"`prompt` is \[\]; it must be text or a list of messages"),
+        ({"prompt": "Hi", "tools": "5"}, "`tools` is 5; it must be a list of tools"),
+        ({"prompt": "Hi", "tools": '{"type": "function"}'}, "`tools` is {'type': 'function'}; it must be a list"),
+    ],
+)
+def test_a_row_that_is_none_is_refused_by_its_field(row, message):
+    with pytest.raises(UserError, match=message):
+        clean_prompt(row)
+
+
+def test_a_text_keeps_each_eos_that_it_ends_in():
+    tokenizer = build_tokenizer()
+    ends = [tokenizer.eos_token_id] * 2
+    assert prompt_ids(tokenizer, {"prompt": f"Hi{tokenizer.eos_token * 2}"})[-2:] == ends
+
+
+def test_a_reward_model_refuses_a_row_as_training_does(score):
+    row = {"prompt": [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}]}
+    with pytest.raises(InvalidRowError, match="the chat template can't render `prompt`"):
+        score([row], [[{"role": "assistant", "content": "Yes."}]])
 
 
 def test_a_completion_may_end_the_turn_with_a_call_of_a_tool():

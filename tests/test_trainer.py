@@ -823,6 +823,21 @@ def test_beta_and_alpha_set_afterwards_reach_loss_and_metrics(tmp_path):
     assert third != pytest.approx(second, rel=1e-2)
 
 
+@pytest.mark.parametrize("beta", [-1.0, 0.0, float("inf")])
+def test_a_beta_that_is_set_afterwards_is_checked_as_the_configs(beta, tmp_path):
+    nca = trainer(tmp_path)
+    nca.beta = beta
+    with pytest.raises(UserError, match=f"`beta` is {beta}; it must be a finite number above 0"):
+        nca.train()
+
+
+def test_a_beta_that_is_set_afterwards_is_the_runs_own(tmp_path):
+    nca = trainer(tmp_path)
+    before = nca._resume.run_identity()
+    nca.beta = 0.7
+    assert nca._resume.run_identity() == before | {"beta": 0.7}
+
+
 @pytest.mark.parametrize("layout", ["padded", "prefix_shared", "auto"])
 def test_a_collator_that_was_given_decides_its_layout_and_its_chunks(layout, tmp_path):
     """Also for the model, whose own attention would read a packed row as one conversation."""

@@ -43,3 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     if argv[0] not in COMMANDS:
         raise UserError(f"unknown command `{argv[0]}`{nearest(argv[0], COMMANDS)}; there are {', '.join(COMMANDS)}")
     return import_module(f"nca_align.commands.{COMMANDS[argv[0]][0]}").main(argv[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

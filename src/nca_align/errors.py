@@ -80,7 +80,7 @@ def as_user_error(
 
 
 def _not_of_kernels(record: logging.LogRecord) -> bool:
-    """False for bitsandbytes' word on a kernel that it does without, which would stand before any command's own."""
+    """False for bitsandbytes' notice that a kernel is missing: it would be the first line of every command."""
     return "kernels-community" not in str(record.msg)
 
 

@@ -139,7 +139,7 @@ def parse(
         raise UserError(f"`{value}` belongs to no option: a value needs its flag before it, as in `--name VALUE`")
     try:
         *options, _ = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)  # the last holds `config`
-    except (ValueError, TypeError, NotImplementedError, ImportError) as error:  # a dataclass refused its values
+    except (ValueError, TypeError, NotImplementedError, ImportError, OSError) as error:  # of a dataclass
         raise UserError(one_line(error)) from error
     return tuple(options)
 

@@ -1,5 +1,7 @@
 """From rows to token ids, and from those to the tensors of one batch.
 
-`rendering` makes text of a row's messages, `tokenization` makes ids of it and cuts them, `collator` lays out a batch,
-padded or as one packed prefix tree, and `attention` lets each of its tokens see its own conversation alone.
+- `rendering`: a row's messages as text, and the ids of texts.
+- `tokenization`: ids of prompts and completions, cut to length.
+- `collator`: a batch, padded or as one packed prefix tree.
+- `attention`: each token of a packed row sees its own conversation alone.
 """

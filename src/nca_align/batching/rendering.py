@@ -92,9 +92,10 @@ def text_ids(tokenizer, texts: Sequence[str], plain: Sequence[bool]) -> list[lis
 
 
 def _without_added_eos(tokenizer, text: str, ids: list[int]) -> list[int]:
-    """A prompt goes on, and a text that ends in EOS has it already."""
-    eos = tokenizer.eos_token_id
-    own = [eos] if tokenizer.eos_token and text.endswith(tokenizer.eos_token) else []
-    while ids[-1 - len(own) :] == [*own, eos]:
+    """`ids` with as many EOS at their end as the text has: a prompt goes on, and a conversation has its own."""
+    eos, ends = tokenizer.eos_token_id, 1
+    while tokenizer.eos_token and text.endswith(tokenizer.eos_token * ends):
+        ends += 1
+    while ids[-ends:] == [eos] * ends:
         ids = ids[:-1]
     return ids

@@ -43,7 +43,11 @@ def clean_prompt(row: Mapping[str, Any]) -> Prompt:
         RowError: unreadable JSON, arguments that are no object, a reserved one, or an assistant's turn at the end that
             can't be continued.
     """
+    if not row["prompt"] and row["prompt"] != "":
+        raise RowError("prompt", "empty prompt", f"is {row['prompt']!r}; it must be text or a list of messages")
     tools, arguments = (_read_json(row.get(name), name) for name in PROMPT_COLUMNS)
+    if not isinstance(tools, (list, type(None))):
+        raise RowError("tools", "wrong type", f"is {tools!r}; it must be a list of tools, a JSON schema each")
     if not isinstance(arguments, (dict, type(None))):
         raise RowError("chat_template_kwargs", "wrong type", f"is {arguments!r}; it must map names to values")
     if reserved := RESERVED.intersection(arguments or {}):
@@ -90,14 +94,15 @@ def joined_messages(prompt: Prompt, completion: list[dict[str, Any]]) -> list[di
     messages, completion = list(prompt.content), without_nulls(completion)
     if prompt.continues:
         last, first = messages.pop(), completion[0]
-        if first.get("role") != "assistant" or _REASONING.intersection(first):
+        text = first.get("content", "")
+        if first.get("role") != "assistant" or _REASONING.intersection(first) or not isinstance(text, str):
             raise RowError(
                 "completions",
                 "turn that doesn't continue the prompt's",
-                "must continue the assistant's turn that `prompt` ends in: begin with an assistant's message, without "
-                "reasoning in a field of its own",
+                "must continue the assistant's turn that `prompt` ends in: begin with an assistant's message of text, "
+                "without reasoning in a field of its own",
             )
-        completion[0] = {**last, **first, "content": last["content"] + first.get("content", "")}
+        completion[0] = {**last, **first, "content": last["content"] + text}
     return messages + completion
 
 

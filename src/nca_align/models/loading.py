@@ -48,9 +48,7 @@ class ModelSource:
         source = cls(name, **about)
         if source.adapter is not None or not is_adapter(name):
             return source
-        from peft import PeftConfig
-
-        base = PeftConfig.from_pretrained(name).base_model_name_or_path
+        base = adapter_config(name).base_model_name_or_path
         if not base:
             raise UserError(
                 f"{name}/adapter_config.json names no `base_model_name_or_path`; write the base model there"
@@ -138,6 +136,23 @@ class ModelSource:
         quantization = None if self.adapter is None else trained_quantization(self.adapter)
         model = self.load_base(torch_dtype(dtype), default_device(), quantization)
         return model if self.adapter is None else add_adapter(model, self.adapter)
+
+
+def adapter_config(folder: str) -> Any:
+    """The PeftConfig of an adapter's folder.
+
+    Raises:
+        UserError: it can't be read, or is of a kind that PEFT doesn't know.
+    """
+    from peft import PeftConfig
+
+    try:
+        return PeftConfig.from_pretrained(folder)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(
+            f"{folder}/adapter_config.json can't be read as an adapter's ({one_line(error)[:200]}); mend it, or give "
+            "another folder"
+        ) from error
 
 
 def is_adapter(name: str | Path) -> bool:

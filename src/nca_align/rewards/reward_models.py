@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForSequenceClassification, pipeline
 
-from ..batching.rendering import adds_special_tokens
-from ..data.cleaning import clean_prompt, joined_messages, text_of
+from ..batching.rendering import adds_special_tokens, conversation_text
+from ..data.cleaning import clean_prompt, text_of
 from ..errors import UserError
 from ..models.loading import ModelSource, default_device, is_adapter, silence_transformers, torch_dtype
 
@@ -112,9 +112,8 @@ def _reward_model(name: str, model: Any, tokenizer: Any, batch_size: int, room: 
                 f"or pipeline:{name} to score the completion's text alone"
             )
         else:
-            tokens = tokenizer.apply_chat_template(
-                joined_messages(prompt, completion), tools=prompt.tools, return_dict=False, **prompt.arguments
-            )
+            text = conversation_text(tokenizer, prompt, completion)
+            tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
         if len(tokens) > room:
             logger.warning("scorer %s: a conversation of %d tokens was cut to its last %d", name, len(tokens), room)
         return tokens[-room:]

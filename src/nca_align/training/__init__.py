@@ -1,7 +1,9 @@
 """What the trainer hands over to.
 
-`arguments` checks and prepares what it is given, `layout` chooses packed or padded, `row_weights` leaves out repeated
-prompts, `reference` and `reference_cache` give the reference's log-probabilities, `objective` a batch's loss,
-`gradients` a step in chunks, `metrics` what is logged. `guards` stop a run that diverges. `resume` and `run_identity`
-let it go on.
+- `arguments`: what it is given is checked and completed.
+- `layout`: packed or padded is chosen and checked.
+- `row_weights`: prompts that are repeated to fill a batch don't count.
+- `reference`, `reference_cache`: the reference's log-probabilities, live or from the disk.
+- `objective`: a batch's loss; `gradients`: a step in chunks; `metrics`: what is logged.
+- `guards`: a run that diverges is stopped; `resume`, `run_identity`: a stopped run goes on.
 """

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..batching.collator import Batch
 from ..losses import SEPARABLE, reward_loss
+from ..options import require_positive
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,9 @@ class Objective:
     negative_weight: float = 1.0
     router_weight: float = 0.0
     processes: int = 1
+
+    def __post_init__(self):
+        require_positive(self, "alpha", "beta")  # `trainer.beta` may be set at any time
 
     @property
     def separable(self) -> bool:

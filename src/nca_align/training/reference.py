@@ -1,4 +1,4 @@
-"""The reference: what it is of a policy, what identifies it, and where it comes from when it wasn't kept."""
+"""The reference model: which part of a policy it is, its hash, and how it is loaded again where it was not kept."""
 
 import copy
 from collections.abc import Iterator
@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from ..batching.attention import share_prefixes
 from ..config import NCAConfig
 from ..errors import UserError
+from ..models.loading import ModelSource
 from ..models.logprobs import add_token_logps
 from ..models.policy import as_reference, base_model, eval_mode
 from ..store.fingerprints import tensors_fingerprint
@@ -97,9 +98,9 @@ def reload_reference(model: Any, expected: str, shares_prefixes: bool, accelerat
     """
     path = model.config.name_or_path
     try:
-        reference = AutoModelForCausalLM.from_pretrained(path, dtype=model.dtype, use_safetensors=True)
-    except (OSError, ValueError) as error:
-        reason = f"it could not be loaded again from {path!r} ({type(error).__name__})"
+        reference = ModelSource(path).load(AutoModelForCausalLM, dtype=model.dtype)
+    except UserError as error:
+        reason = f"it could not be loaded again from {path!r} ({type(error.__cause__ or error).__name__})"
     else:
         if model_hash(reference) == expected:
             add_token_logps(reference)

@@ -86,7 +86,7 @@ class Resume(TrainerCallback):
         args = self.trainer.args
         self.folder = folder = find_checkpoint(wanted, args.output_dir)
         self._loaded = read_manifest(folder)
-        # `train` reads it too, where no error can be told from others
+        # transformers reads it too, but where an error of this file could be any other
         with explain_read_errors(folder, args.output_dir):
             TrainerState.load_from_json(str(folder / "trainer_state.json"))
         self._refuse_another_run(folder)
@@ -111,13 +111,13 @@ class Resume(TrainerCallback):
             raise UserError(refusal[0])
 
     def run_identity(self) -> dict[str, Any]:
-        """`run_identity` of the trainer, computed once; by the main process alone."""
+        """`run_identity` of the trainer, by the main process alone: computed once, with its β of now."""
         if self._identity is None:
             t = self.trainer
             model = t.accelerator.unwrap_model(t.model)
             reference = t._reference_hash if t._reference_given else None
             self._identity = run_identity(t.args, model, t.train_dataset, t.accelerator.num_processes, reference)
-        return self._identity
+        return self._identity | {"beta": self.trainer.beta}
 
     def epochs_done(self, max_steps: int, epochs: int, epochs_trained: int) -> int:
         """How many epochs a resumed run has behind it: all, where it has all steps; transformers would add a step."""

@@ -10,7 +10,7 @@ import torch
 from huggingface_hub import snapshot_download
 
 from ...errors import UserError, cli_main
-from ...models.loading import ModelSource, add_adapter, is_adapter, trained_quantization
+from ...models.loading import ModelSource, adapter_config, add_adapter, is_adapter, trained_quantization
 from ...models.logprobs import completion_logps
 from ...options import Dtype, dtype_option, option, parse
 from ...store.files import check_writable, new_folder
@@ -189,9 +189,7 @@ def _copy_processor(source: str, new: Path) -> None:
 
 
 def _refuse_prompt_learning(adapter: str) -> None:
-    from peft import PeftConfig
-
-    config = PeftConfig.from_pretrained(adapter)
+    config = adapter_config(adapter)
     if config.is_prompt_learning:
         raise UserError(
             f"{adapter} is a {config.peft_type.value} adapter, which adds tokens and changes no weight, so that it "

@@ -10,7 +10,7 @@ from torch import nn
 from ...batching.tokenization import tokenize_rows
 from ...data import read_reward_dataset
 from ...errors import UserError, one_line
-from ...models.loading import add_adapter
+from ...models.loading import adapter_config, add_adapter
 
 # Public-domain prose in three languages, a table of numbers, and code: a first sentence, and what follows it.
 TEXTS = files(__package__).joinpath("merge_check_texts.txt").read_text(encoding="utf-8").strip().split("\n%\n")
@@ -53,10 +53,9 @@ def merge(model: Any, adapter: str) -> Any:
 
 def _changes_embeddings(model: Any, adapter: str) -> bool:
     """Whether the adapter has weights for the input or output embeddings, and leaves tying them to nobody."""
-    from peft import PeftConfig
     from safetensors import safe_open
 
-    config = PeftConfig.from_pretrained(adapter)
+    config = adapter_config(adapter)
     if getattr(config, "ensure_weight_tying", False) or getattr(config, "trainable_token_indices", None):
         return False
     ends = [

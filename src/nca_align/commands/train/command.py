@@ -20,7 +20,7 @@ from ...config import NCAConfig
 from ...data import DataOptions, RewardData, read_reward_dataset, select_split
 from ...errors import UserError, as_user_error, cli_main
 from ...evaluation.training_log import last_evaluation
-from ...models.loading import ModelSource, load_adapter
+from ...models.loading import ModelSource, adapter_config, load_adapter
 from ...models.policy import eval_mode
 from ...options import option, parse
 from ...store.checkpoints import explain_write_errors, last_common_checkpoint
@@ -220,9 +220,7 @@ def open_policy(source: ModelSource, model_args: ModelConfig, args: NCAConfig) -
         args.model_init_kwargs = {"revision": source.revision, **options}
         peft_config = _peft_config(model_args)
         return {"model": source.path, "peft_config": peft_config, "quantization_config": quantization_config}
-    from peft import PeftConfig
-
-    own = PeftConfig.from_pretrained(source.adapter)
+    own = adapter_config(source.adapter)
     if model_args.use_peft and model_args.lora_r != getattr(own, "r", model_args.lora_r):
         raise UserError(
             f"`lora_r` is {model_args.lora_r}, but `model_name_or_path` {source.adapter} is an adapter already, of "
