@@ -5,6 +5,7 @@ import logging
 import subprocess
 import sys
 from dataclasses import dataclass, field
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
@@ -189,6 +190,19 @@ class TestErrors:
             parse(
                 [NCAConfig], ["--output_dir", "x", "--accelerator_config", "nofile.json", "--use_cpu", "true"], "prog"
             )
+
+    @pytest.mark.parametrize(
+        ("name", "words"), [("inspect", "nothing of it is kept"), ("report", "the same command writes all of it again")]
+    )
+    def test_what_keeps_nothing_does_not_promise_to_go_on(self, name, words, monkeypatch, capsys):
+        module = import_module(f"nca_align.commands.{name}.command")
+
+        def interrupted(*_, **__):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(module, "parse", interrupted)
+        assert module.main([]) == 130
+        assert capsys.readouterr().err == f"\nnca-align {name}: interrupted; {words}\n"
 
     def test_a_bug_keeps_its_traceback(self):
         @cli_main("prog")

@@ -5,9 +5,10 @@ computed in float32, or in float64 where `pi_logps` or `ref_logps` is float64, a
 stands at a masked position is never used: it may be NaN, and its gradient is exactly 0. Arguments, shapes and errors
 are the same for all of them and stand under `reward_loss`; each adds its formula and what it does with equal rewards.
 
-A new loss is a function here and an entry in `LOSSES`, by a name in lower case. Where it reads α, `READS_ALPHA` names
-it too. The configuration, `--help` and `nca-align compare` follow these tables. "sft" stands in `training.objective`,
-since its mean is over tokens.
+A new loss is a function here under `@_checked`, and an entry in `LOSSES` by a name in lower case. Where it reads α,
+`READS_ALPHA` names it too. `SEPARABLE` names it only where a completion's gradient needs no other's log-probability.
+The configuration, `--help` and `nca-align compare` follow these tables. "sft" stands in `training.objective`, since its
+mean is over tokens.
 """
 
 import functools

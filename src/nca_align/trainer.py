@@ -1,7 +1,7 @@
 """NCATrainer: TRL's DPOTrainer on K rewarded completions per prompt.
 
 For each step, transformers' loop calls `get_batch_samples`, `training_step` for each micro-batch, `_get_grad_norm`
-before the update, and `log`. The methods stand in that order, each before those that it calls.
+before the update, and `log`. The methods stand in that order, a step's before those that it calls.
 """
 
 import textwrap
@@ -218,6 +218,16 @@ class NCATrainer(DPOTrainer):
             self._guard.add_loss(loss, self._tr_loss)
         return loss
 
+    def _step_by_chunk(self, model: nn.Module, batch: Batch, counts: Tensor | None) -> Tensor:
+        objective, ref_logps = self._objective, self._reference_logps(batch)
+        forward = partial(self._chunk_logps, model, batch=batch)
+        loss = partial(objective.loss_share, ref_logps=ref_logps, batch=batch, counts=counts)
+        logps, aux_loss = gradients.backward_by_chunk(
+            batch, self._chunks(batch), forward, loss, objective.separable, self.accelerator, model
+        )
+        self._record(logps, aux_loss, ref_logps, batch)
+        return loss(logps, aux_loss)
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Mean loss over the window's prompts; the K log-probabilities are the outputs."""
         logps, aux_loss = self._batch_logps(model, inputs)
@@ -249,7 +259,7 @@ class NCATrainer(DPOTrainer):
         return logps.to(self.accelerator.device), part
 
     def _chunks(self, batch: Batch) -> list[tuple[Chunk, float]]:
-        """A batch's chunks, one forward each, and what each counts: see `gradients.pad_chunks_across_processes`."""
+        """A batch's chunks, one forward each, with a factor: 0 for one that only keeps sharded processes in step."""
         split = self.data_collator.completions_per_forward is not None
         return gradients.pad_chunks_across_processes(
             batch["chunks"], split and (self.is_fsdp_enabled or self.is_deepspeed_enabled)
@@ -278,16 +288,6 @@ class NCATrainer(DPOTrainer):
             self.router_aux_loss_coef, self.accelerator.num_processes,
         )  # fmt: skip
 
-    def _step_by_chunk(self, model: nn.Module, batch: Batch, counts: Tensor | None) -> Tensor:
-        objective, ref_logps = self._objective, self._reference_logps(batch)
-        forward = partial(self._chunk_logps, model, batch=batch)
-        loss = partial(objective.loss_share, ref_logps=ref_logps, batch=batch, counts=counts)
-        logps, aux_loss = gradients.backward_by_chunk(
-            batch, self._chunks(batch), forward, loss, objective.separable, self.accelerator, model
-        )
-        self._record(logps, aux_loss, ref_logps, batch)
-        return loss(logps, aux_loss)
-
     def _record(self, logps, aux_loss, ref_logps, batch: Batch) -> None:
         """Add these prompts to the means that are logged."""
         training = self.model.training
@@ -304,7 +304,7 @@ class NCATrainer(DPOTrainer):
             return grad_norm
         model.zero_grad()  # without gradients no optimizer moves anything
         self._guard.restore_loss(self._tr_loss)
-        self._globalstep_last_logged += 1
+        self._globalstep_last_logged += 1  # by which transformers divides the next logged loss
         self._resume.steps_without_loss += 1
         return 0.0
 

@@ -17,7 +17,7 @@ def training_options() -> set[str]:
     return {f.name for cls in TRAIN_OPTIONS for f in fields(cls)}
 
 
-@cli_main("nca-align inspect")
+@cli_main("nca-align inspect", goes_on="nothing of it is kept")
 def main(argv: list[str] | None = None) -> None:
     """Parse the options, and print or write what was found."""
     (options,) = parse(

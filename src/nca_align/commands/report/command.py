@@ -65,7 +65,7 @@ def write_report(runs: Sequence[Path], output: Path, at_kl: Sequence[float] = ()
     return written
 
 
-@cli_main("nca-align report")
+@cli_main("nca-align report", goes_on="the same command writes all of it again")
 def main(argv: list[str] | None = None) -> None:
     """Parse the options, of which the runs may stand first without a flag, and write the report."""
     argv = list(sys.argv[1:] if argv is None else argv)
