@@ -9,6 +9,7 @@ from transformers import Trainer
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 
 from ...config import NCAConfig
+from ...data.cleaning import Prompt
 from ...data.strategies import PAIRS, check_strategy, select_completions, to_preference_pairs, to_unpaired
 from ...errors import UserError
 from ...losses import LOSSES, loss_name
@@ -98,7 +99,7 @@ def build_trainer(
 def _require_whole_turns(dataset: Dataset, method: str) -> None:
     """Refuse a prompt that ends in an assistant's turn: TRL's trainers open another one, NCATrainer continues it."""
     for i, prompt in enumerate(dataset["prompt"]):
-        if isinstance(prompt, list) and prompt[-1]["role"] == "assistant":
+        if Prompt(prompt, None, {}).continues:
             raise UserError(
                 f"row {i}: `prompt` ends in an assistant's turn, which `method` {method} of TRL doesn't continue as "
                 "NCATrainer does, so that they would see other tokens; leave such rows out, or compare NCATrainer's "
