@@ -24,7 +24,8 @@ from ...models.loading import ModelSource, adapter_config, load_adapter
 from ...models.policy import eval_mode
 from ...options import option, parse
 from ...store.checkpoints import explain_write_errors, last_common_checkpoint
-from .summary import plot_curves, summary
+from .curves import plot_curves
+from .summary import summary
 
 logger = logging.getLogger("nca_align")
 
