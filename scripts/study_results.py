@@ -23,7 +23,8 @@ from nca_align.commands.report.charts import frontier_chart, likelihood_charts, 
 from nca_align.evaluation.comparison_rows import Row, Setting, final_values, labels, runs_of, setting_of, step_of
 from nca_align.evaluation.frontier import Curve, curve_of, curves_of, reward_at_kl
 from nca_align.evaluation.intervals import mean_and_interval
-from nca_align.pages.charts import Chart, Series, write_png
+from nca_align.pages.charts import Chart, Series
+from nca_align.pages.pictures import write_png
 from nca_align.store.files import read_csv, write_csv
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from nca_align.pages.charts import Chart, Series, bars, chart_svg, histogram, styles
+from nca_align.commands.compare.methods import METHODS
+from nca_align.pages.charts import Chart, Series, bars, chart_svg, histogram
 from nca_align.pages.html import COLOURS, STYLE
+from nca_align.pages.styles import PAGE_COLOURS, ordered_styles, styles
 from nca_align.pages.terminal import print_rows
 
 
@@ -17,6 +19,23 @@ def test_a_method_has_one_colour_in_all_charts():
     assert alone["nca"] == ablation["nca, α 0.3"]
     assert ablation["nca, α 1"] == (alone["nca"][0], "--")
     assert ablation["dpo"] == styles(["kto", "sft", "dpo"])["dpo"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_looks_the_same_beside_whatever_others(method):
+    look = styles([method])[method]
+    for others in (METHODS, METHODS[::-1], ("mine", method, "nca"), ("sft", "mine", method)):
+        assert styles([*others])[method] == look
+
+
+def test_curves_in_an_order_run_from_one_colour_to_another_on_a_page_too():
+    for n in (1, 2, 4, 16, 25):
+        found = [colour for colour, _ in ordered_styles([f"{i}." for i in range(n)]).values()]
+        assert len({*found}) == n
+        assert {*found} <= PAGE_COLOURS.keys()
+    assert (found[0], found[-1]) == (COLOURS["a"], COLOURS["b"])
+    svg = chart_svg(Chart("t", [Series(f"{i}", [0, 1], [0, i]) for i in range(5)], "step", colours=ordered_styles))
+    assert svg.count("color-mix(in srgb, var(--b) 50%, var(--a))") >= 2  # the curve, and its key
 
 
 @pytest.mark.parametrize(

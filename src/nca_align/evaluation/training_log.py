@@ -17,6 +17,19 @@ def logged(log: Log, metric: str) -> Curve:
     return list(values), list(values.values())
 
 
+def error_bars(log: Log, metric: str) -> list[tuple[float, float]] | None:
+    """Two standard errors to either side of each of the metric's values, where `METRIC_error` was logged."""
+    errors = dict(zip(*logged(log, f"{metric}_error"), strict=True))
+    points = zip(*logged(log, metric), strict=True)
+    arms = [(value, 2 * errors.get(step, math.nan)) for step, value in points]
+    return [(value - arm, value + arm) for value, arm in arms] if errors else None
+
+
+def rank_name(rank: int) -> str:
+    """A rank in a legend: "best", "2.", "3." …"""
+    return "best" if rank == 1 else f"{rank}."
+
+
 def by_rank(log: Log, name: str, prefix: str = "") -> dict[int, Curve]:
     """Rank (1 the best) → (steps, values) of `name` ("rewards" or "logratios") in a `log_history`."""
     curves = (logged(log, f"{prefix}{name}/rank_{rank}") for rank in count(1))

@@ -6,9 +6,8 @@ A colour is a name of the page's style sheet, so that a chart on a page follows 
 import io
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,20 +17,18 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator
 
 from .html import COLOURS, card, escape, visible
+from .styles import PAGE_COLOURS, Style, axis_range, number, styles
 
-_NAMES = {light: f"var(--{name})" for name, light in COLOURS.items()}
-_CURVES = "abcdefgh"  # the colours of curves
-_METHODS = {"nca": "a", "infonca": "b", "dpo": "c", "sft": "d", "gvpo": "e", "kto": "f", "ipo": "g"}
-_LINES = ("-", "--", ":")
 _MOST_POINTS = 40  # of a curve whose points are marked
 _STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans", "font.size": 11, "text.parse_math": False, "text.color": COLOURS["text"],
     "axes.spines.left": False, "axes.spines.right": False, "axes.spines.top": False, "axes.spines.bottom": False,
     "axes.grid": True, "axes.grid.axis": "y", "axes.axisbelow": True, "grid.color": COLOURS["line"],
     "axes.labelcolor": COLOURS["soft"], "xtick.labelcolor": COLOURS["soft"], "ytick.labelcolor": COLOURS["soft"],
-    "xtick.major.size": 0, "ytick.major.size": 0, "legend.frameon": False, "svg.fonttype": "none", "svg.hashsalt": "",
+    "xtick.major.size": 0, "ytick.major.size": 0, "xtick.major.pad": 7, "legend.frameon": False, "svg.fonttype": "none",
+    "svg.hashsalt": "",
 }  # fmt: skip
-_in_our_style = rc_context(_STYLE)
+in_our_style = rc_context(_STYLE)
 Bars = Sequence[tuple[float, float]]  # low and high of each point
 
 
@@ -60,6 +57,8 @@ class Chart:
         diagonal: draw x = y.
         log_x: whether the x axis is logarithmic.
         marks: vertical lines, from their names to where they stand.
+        levels: horizontal lines, likewise.
+        colours: names of curves → their styles; `ordered_styles` where they have an order.
     """
 
     title: str
@@ -70,48 +69,12 @@ class Chart:
     diagonal: bool = False
     log_x: bool = False
     marks: dict[str, float] = field(default_factory=dict)
+    levels: dict[str, float] = field(default_factory=dict)
+    colours: Callable[[Sequence[str]], dict[str, Style]] = styles
 
-    def styles(self) -> dict[str, tuple[str, str]]:
-        """`styles` of its curves."""
-        return styles([one.name for one in self.series])
-
-
-def number(value: float, _: object = None) -> str:
-    """`1,234`, `0.25`, `12k`: short enough for an axis."""
-    if abs(value) >= 10_000:
-        return f"{value / 1000:,.4g}k" if abs(value) < 1e6 else f"{value / 1e6:,.4g}M"
-    return f"{value:,.0f}" if value == round(value) else f"{value:.4g}"
-
-
-def styles(names: Sequence[str]) -> dict[str, tuple[str, str]]:
-    """Name of a curve → its colour and line.
-
-    What stands before a name's first comma has a colour of its own: a method the same one in all charts. Curves that
-    differ behind the comma differ in their lines, unless all begin alike.
-    """
-    starts = {name: name.partition(",")[0] for name in names}
-    if len({*starts.values()}) == 1:
-        starts = {name: name for name in names}
-    owners = {_METHODS[start]: start for start in starts.values() if start in _METHODS}
-    found: dict[str, tuple[str, str]] = {}
-    left: list[tuple[str, str]] = []
-    for name, start in starts.items():
-        left = left or [(colour, line) for line in _LINES for colour in _CURVES]
-        found[name] = min(left, key=lambda style: (owners.get(style[0]) != start, style[0] in owners))
-        left.remove(found[name])
-        owners.setdefault(found[name][0], start)
-    return found
-
-
-def axis_range(values: Sequence[float], ends: Sequence[float]) -> tuple[float, float]:
-    """What an axis shows of `values` and of the ends of their bars. Bars of few seeds can be far wider than all that is
-    to be seen: they widen it, but at most threefold."""
-    low, high = min(values), max(values)
-    span = high - low or abs(low) * 0.1 or 1.0
-    known = [end for end in ends if math.isfinite(end)]
-    most = max(min([low, *known]), low - span), min(max([high, *known]), high + span)
-    edge = max(0.06 * (most[1] - most[0]), 0.02 * abs(low), 1e-9)  # of equal values too
-    return most[0] - edge, most[1] + edge
+    def styles(self) -> dict[str, Style]:
+        """Those of its curves."""
+        return self.colours([one.name for one in self.series])
 
 
 def chart_card(chart: Chart) -> str:
@@ -119,26 +82,26 @@ def chart_card(chart: Chart) -> str:
     return card(chart.title, chart_svg(chart), chart.note)
 
 
-@_in_our_style
+@in_our_style
 def chart_svg(chart: Chart) -> str:
     """The chart as SVG, with a legend in HTML, which finds room on a phone too."""
     keys = []
     for name, (colour, line) in chart.styles().items():
-        fill = f"var(--{colour})"
+        fill = PAGE_COLOURS[colour]
         if line != "-":
             fill = f"repeating-linear-gradient(90deg, {fill} 0 4px, transparent 4px 6px)"
         keys.append(f'<span><span class="key" style="background: {fill}"></span>{escape(name)}</span>')
-    axes = _page_axes()
-    _draw(axes, chart)
+    axes = _page_axes(marks=chart.marks)
+    draw(axes, chart)
     return f'<div class="note legend">{" ".join(keys)}</div>{_svg(axes, chart.title)}'
 
 
-@_in_our_style
+@in_our_style
 def histogram(
     edges: np.ndarray, counts: np.ndarray, label: str, unit: str, marks: dict[str, float] | None = None
 ) -> str:
     """Bars between `edges` as SVG, with vertical lines at `marks`; `label` names the axis, `unit` what is counted."""
-    axes = _page_axes()
+    axes = _page_axes(marks=marks)
     tips = [
         f"{number(left)} to {number(right)}: {n:,} {unit}"
         for left, right, n in zip(edges, edges[1:], counts, strict=False)
@@ -149,7 +112,7 @@ def histogram(
     return _svg(axes, f"Histogram of {label}")
 
 
-@_in_our_style
+@in_our_style
 def bars(labels: Sequence[str], values: Sequence[float], label: str) -> str:
     """One horizontal bar each as SVG, with its value beside it."""
     n, texts = len(labels), [f"{value:,.0f}" for value in values]
@@ -163,41 +126,15 @@ def bars(labels: Sequence[str], values: Sequence[float], label: str) -> str:
     return _svg(axes, label)
 
 
-@_in_our_style
-def picture(charts: Sequence[Chart], title: str) -> Figure:
-    """The charts in rows of two; those with the first one's curves share its legend, below."""
-    rows = -(-len(charts) // 2)
-    figure = Figure((11, 3.8 * rows), layout="constrained")
-    every = figure.subplots(rows, 2, squeeze=False).flatten()
-    first = charts[0].styles()
-    shared = sum(chart.styles() == first for chart in charts) > 1
-    for axes, chart in zip(every, charts, strict=False):
-        _draw(axes, chart)
-        axes.set_title(chart.title)
-        if any(chart.styles()) and not (shared and chart.styles() == first):
-            axes.legend(fontsize="small")
-    for axes in every[len(charts) :]:
-        axes.set_visible(False)
-    if shared:
-        figure.legend(*every[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize="small")
-    figure.suptitle(title)
-    return figure
-
-
-def write_png(charts: Sequence[Chart], title: str, path: Path) -> None:
-    """Write the `picture` of the charts, for papers and slides."""
-    picture(charts, title).savefig(path, dpi=120)
-
-
-def _draw(axes: Axes, chart: Chart) -> None:
+def draw(axes: Axes, chart: Chart) -> None:
     """The chart's curves; bars stop at its edge, and those over one step stand side by side."""
     for i, one in enumerate(chart.series):
-        name, line = chart.styles()[one.name]
-        colour, x = COLOURS[name if one.name else "text"], _beside(one.x, i, chart)
+        colour, line = chart.styles()[one.name] if one.name else (COLOURS["text"], "-")
+        x = _beside(one.x, i, chart)
         known = one.name in axes.get_legend_handles_labels()[1]
         _, _, error_bars = axes.errorbar(
             x, one.y, _arms(one.y, one.y_bars), _arms(one.x, one.x_bars), label="" if known else one.name,
-            color=colour, linestyle=line, linewidth=0.8 if one.thin else 2, elinewidth=1,
+            color=colour, linestyle=line, linewidth=0.8 if one.thin else 2, alpha=0.5 if one.thin else 1, elinewidth=1,
         )  # fmt: skip
         for bar in error_bars:
             bar.set_alpha(0.55)
@@ -208,11 +145,14 @@ def _draw(axes: Axes, chart: Chart) -> None:
         axes.set_xlim(*axis_range([x for one in chart.series for x in one.x], []))
     if chart.y_range or len(chart.series) > 1:  # of one curve all of its bars are shown
         ends = [end for one in chart.series for bar in one.y_bars or () for end in bar]
-        axes.set_ylim(*(chart.y_range or axis_range([y for one in chart.series for y in one.y], ends)))
+        values = [y for one in chart.series for y in one.y]
+        axes.set_ylim(*(chart.y_range or axis_range([*values, *chart.levels.values()], ends)))
     if chart.diagonal:
         axes.plot([0, 1], [0, 1], color=COLOURS["soft"], linestyle="--", linewidth=1)
     elif axes.get_ylim()[0] < 0 < axes.get_ylim()[1]:
         axes.axhline(0, color=COLOURS["soft"], linewidth=0.8)
+    for level in chart.levels.values():
+        axes.axhline(level, color=COLOURS["soft"], linestyle="--", linewidth=1)
     axes.set_xlabel(chart.x_label)
     axes.xaxis.set_visible(bool(chart.x_label))
     if chart.log_x:
@@ -220,9 +160,13 @@ def _draw(axes: Axes, chart: Chart) -> None:
     _finish(axes, chart.marks, whole=all(float(x).is_integer() for one in chart.series for x in one.x))
 
 
-def _page_axes(height: float = 210, left: float = 44, right: float = 12, top: float = 16, bottom: float = 36) -> Axes:
-    """Axes in a figure of a page, with so many pixels around them."""
+def _page_axes(
+    height: float = 210, left: float = 44, right: float = 12, top: float = 16, bottom: float = 40,
+    marks: dict[str, float] | None = None,
+) -> Axes:  # fmt: skip
+    """Axes in a figure of a page, with so many pixels around them, and room for the names of `marks` above."""
     width = 360  # about what a chart gets on a phone and in a column of a wide page: text stays its size
+    top += 13 * max(0, len(marks or {}) - 1)
     figure = Figure((width / 72, height / 72))
     return figure.add_axes((left / width, bottom / height, 1 - (left + right) / width, 1 - (top + bottom) / height))
 
@@ -237,13 +181,26 @@ def _finish(axes: Axes, marks: dict[str, float], whole: bool = False) -> None:
     axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(number)
-    for i, (x, name) in enumerate(sorted((x, name) for name, x in marks.items() if low <= x <= high)):
+    _mark(axes, {name: x for name, x in marks.items() if low <= x <= high})
+
+
+def _mark(axes: Axes, marks: dict[str, float]) -> None:
+    """Lines at `marks` and their names above the axes, where neither another name nor a line goes through one."""
+    placed: list[Any] = []
+    whole = axes.figure.bbox
+    for i, (name, x) in enumerate(sorted(marks.items(), key=lambda mark: mark[1])):
         axes.axvline(x, color=COLOURS["warn"], linewidth=1.5, linestyle="--")
-        right = axes.transAxes.inverted().transform(axes.transData.transform((x, 0)))[0] > 0.6
-        axes.annotate(
-            name, (x, 1), (-4 if right else 4, 5 - 13 * (i % 2)), ("data", "axes fraction"), "offset points",
-            color=COLOURS["warn"], horizontalalignment="right" if right else "left",
-        )  # fmt: skip
+        sides = ("right", "left") if i < len(marks) / 2 and len(marks) > 1 else ("left", "right")
+        for height, side in ((height, side) for height in range(len(marks)) for side in sides):
+            text = axes.annotate(
+                name, (x, 1), (2 if side == "left" else -2, 5 + 13 * height), ("data", "axes fraction"),
+                "offset points", color=COLOURS["warn"], horizontalalignment=side,
+            )  # fmt: skip
+            box = text.get_window_extent().expanded(1.15, 1)  # a page's letters may be wider
+            if whole.x0 <= box.x0 and box.x1 <= whole.x1 and not box.count_overlaps(placed):
+                placed.append(box)
+                break
+            text.remove()
 
 
 def _beside(x: Sequence[float], i: int, chart: Chart) -> list[float]:
@@ -274,5 +231,5 @@ def _svg(axes: Axes, label: str) -> str:
     text = re.sub(r"^.*?<svg |<metadata>.*?</metadata>", "", file.getvalue(), flags=re.DOTALL)
     text = re.sub(r"""<g id=(["'])tip: (.*?)\1>""", r"<g><title>\2</title>", text)
     text = re.sub(r'<g id="[^"]*"', "<g", text)  # other figures have the same ones
-    text = re.sub(r"(?<=: )#[0-9a-f]{6}", lambda found: _NAMES.get(found[0], found[0]), text)
+    text = re.sub(r"(?<=: )#[0-9a-f]{6}", lambda found: PAGE_COLOURS.get(found[0], found[0]), text)
     return f'<svg role="img" aria-label="{escape(label)}" {text}'

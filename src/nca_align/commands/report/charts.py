@@ -1,14 +1,15 @@
 """What the charts of `nca-align report` show, on its page and in its pictures."""
 
-import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from ...evaluation.comparison_rows import Row, Setting, labels, over_steps, runs_of
 from ...evaluation.frontier import Curve
 from ...evaluation.intervals import Interval
-from ...evaluation.training_log import by_rank, logged, prefixes
+from ...evaluation.training_log import by_rank, error_bars, logged, prefixes, rank_name
 from ...pages.charts import Chart, Series
+from ...pages.styles import ordered_styles
 from .runs import Comparison, Run
 
 Groups = Mapping[Setting, Sequence[Curve]]
@@ -26,14 +27,14 @@ def run_charts(run: Run) -> dict[str, list[Chart]]:
 
 
 def _run_charts(log: list[dict[str, Any]], prefix: str, name: str) -> list[Chart]:
-    ranks = [*by_rank(log, "rewards", prefix)][:MOST_CURVES]
+    ranks = by_rank(log, "rewards", prefix)
     ratios = {f"{which}, {name}": f"{prefix}logratios/{which}" for which in ("best", "worst")}
     if prefix:
         ratios |= {f"{which}, training": f"logratios/{which}" for which in ("best", "worst")}
     answers, share = f"{prefix}generation/", (0.0, 1.0)
     told: list[tuple[str, dict[str, str], tuple[float, float] | None, str]] = [
         ("Implicit reward by rank",
-         {"best" if rank == 1 else f"{rank}.": f"{prefix}rewards/rank_{rank}" for rank in ranks}, None,
+         {rank_name(rank): f"{prefix}rewards/rank_{rank}" for rank in ranks}, None,
          "β · log(π/π_ref), the mean over prompts, of the completion with the best reward, the second best and so on. "
          "The wider the lines fan out in their order, the better the model tells the completions apart; 0 is the "
          "reference."),
@@ -62,6 +63,8 @@ def _run_charts(log: list[dict[str, Any]], prefix: str, name: str) -> list[Chart
          "Cut: share of the answers that reached the limit of tokens."),
     ]  # fmt: skip
     charts = [Chart(title, _logged(log, metrics), "step", note, y_range) for title, metrics, y_range, note in told]
+    charts[0] = replace(charts[0], colours=ordered_styles)
+    charts[2] = replace(charts[2], levels={"chance": 0.5})
     charts.insert(3, _calibration(log, f"{prefix}calibration/"))
     return [chart for chart in charts if chart.series]
 
@@ -71,11 +74,8 @@ def _logged(log: list[dict[str, Any]], metrics: Mapping[str, str]) -> list[Serie
     found = []
     for name, metric in metrics.items():
         steps, values = logged(log, metric)
-        errors = dict(zip(*logged(log, f"{metric}_error"), strict=True))
-        arms = [2 * errors.get(step, math.nan) for step in steps]
-        bars = [(value - arm, value + arm) for value, arm in zip(values, arms, strict=True)]
         if steps:
-            found.append(Series(name, steps, values, y_bars=bars if errors else None))
+            found.append(Series(name, steps, values, y_bars=error_bars(log, metric)))
     return found
 
 

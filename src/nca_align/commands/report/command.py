@@ -44,7 +44,7 @@ def write_report(runs: Sequence[Path], output: Path, at_kl: Sequence[float] = ()
     Raises:
         UserError: a folder that holds no run, or an `output` that is a file.
     """
-    from ...pages.charts import write_png
+    from ...pages.pictures import write_png
     from .charts import plotted
     from .page import build_page
 

@@ -24,7 +24,7 @@ from ...models.loading import ModelSource, adapter_config, load_adapter
 from ...models.policy import eval_mode
 from ...options import option, parse
 from ...store.checkpoints import explain_write_errors, last_common_checkpoint
-from .curves import plot_curves
+from .curves import plot_curves, run_title
 from .summary import summary
 
 logger = logging.getLogger("nca_align")
@@ -123,7 +123,8 @@ def main(argv: list[str] | None = None) -> int:
         answers = list(zip([row["prompt"] for row in shown], before, after, strict=True))
         print(summary(trainer.state.log_history, answers, _kept_step(trainer)))
         where = [f"The {'adapter' if hasattr(trainer.model, 'peft_config') else 'model'} is in {args.output_dir}"]
-        if (figure := plot_curves(trainer.state.log_history, Path(args.output_dir) / "curves.png")) is not None:
+        title = run_title(model_args.model_name_or_path, args, trainer.state.log_history)
+        if (figure := plot_curves(trainer.state.log_history, Path(args.output_dir) / "curves.png", title)) is not None:
             where.append(f"the plot is {figure}")
         print(f"{', '.join(where)}.")
     if args.push_to_hub:

@@ -1,24 +1,108 @@
-"""The plot of a run: `curves.png`."""
+"""The figure that tells a run: `curves.png`."""
 
 from pathlib import Path
+from statistics import fmean
+from typing import Any
 
-from ...evaluation.training_log import Log, by_rank
+from ...config import NCAConfig
+from ...evaluation.training_log import Curve, Log, by_rank, error_bars, logged, prefixes, rank_name
+from ...losses import READS_ALPHA
+
+_MOST_POINTS = 60  # of a training curve
+_CHANCE = 0.5  # of ordering a pair right
 
 
-def plot_curves(log: Log, path: Path) -> Path | None:
-    """Write the PNG, training as thin lines and held-out prompts as thick ones; None where nothing was logged."""
-    from ...pages.charts import Chart, Series, write_png
+def plot_curves(log: Log, path: Path, title: str = "") -> Path | None:
+    """Write `draw_curves` as a PNG; None where nothing was logged."""
+    figure = draw_curves(log, title)
+    if figure is not None:
+        figure.savefig(path, dpi=120)
+    return None if figure is None else path
 
-    charts = []
-    titles = {"rewards": "implicit reward  β · log(π/π_ref)", "logratios": "log-ratio  log(π/π_ref), nats"}
-    for name, title in titles.items():
-        shown = [
-            Series(f"rank {rank}", *points, thin=not prefix)
-            for prefix in ("eval_", "")  # the thick ones stand in the legend
-            for rank, points in by_rank(log, name, prefix).items()
-        ]
-        charts.append(Chart(title, shown, "step"))
-    if not any(chart.series for chart in charts):
+
+def draw_curves(log: Log, title: str = "") -> Any:
+    """The figure of what moved; None where nothing was logged.
+
+    Panels: log-ratios by rank, ranking accuracy, rewards of the model's own answers, and the loss, each where the log
+    has it. Training is thin where held-out prompts, thick, stand beside it. A long training curve is averaged.
+
+    Args:
+        log: a trainer's `log_history`.
+        title: what is trained and how; see `run_title`.
+    """
+    from ...pages.charts import Chart, Series
+    from ...pages.pictures import story
+    from ...pages.styles import ordered_styles, plain_styles
+
+    held_out = _held_out(log, "rewards/accuracies")
+    evaluated = bool(logged(log, f"{held_out}rewards/accuracies")[0])
+    ratios = [
+        Series(rank_name(rank), *(points if prefix else _averaged(points)), thin=evaluated and not prefix)
+        for prefix in (held_out, "")  # the thick ones are named
+        for rank, points in by_rank(log, "logratios", prefix).items()
+    ]
+
+    def both(name: str, training: str, first: int = 0) -> list[Series]:
+        shown: list[Series] = []
+        for label, metric in (("held-out", f"{held_out}{name}"), ("training", training)):
+            steps, values = logged([line for line in log if line["step"] >= first], metric)
+            if steps:
+                thin = label == "training" and bool(shown)
+                steps, values = _averaged((steps, values)) if label == "training" else (steps, values)
+                shown.append(Series(label, steps, values, thin=thin))
+        return shown
+
+    answers = f"{_held_out(log, 'generation/reward')}generation/reward"
+    steps, rewards = logged(log, answers)
+    reward = [Series("", steps, rewards, y_bars=error_bars(log, answers))] if steps else []
+    # before the first step all implicit rewards are equal, which counts as wrong
+    accuracy = both("rewards/accuracies", "rewards/accuracies", first=1)
+    panels = [
+        Chart("Pairs ordered as their rewards are", accuracy, "step", levels={"chance": _CHANCE}, colours=plain_styles),
+        Chart("Reward of its own answers", reward, "step"),
+        Chart("Loss", both("loss", "loss"), "step", colours=plain_styles),
+    ]
+    panels = [chart for chart in panels if chart.series]
+    main = Chart("Log-ratio log(π/π_ref) by rank, nats", ratios, "step", colours=ordered_styles) if ratios else None
+    if main is None and not panels:
         return None
-    write_png(charts, "by reward, rank 1 the best; thin: training, thick: held-out prompts", path)
-    return path
+    return story(main, panels, title, _note(bool(ratios), evaluated, bool(reward), log))
+
+
+def run_title(model: Any, args: NCAConfig, log: Log) -> str:
+    """Model, loss and K in one line: `smollm2-135m-instruct: nca, α 0.3, β 0.1, K ≤ 6`."""
+    kinds = args.loss_type if isinstance(args.loss_type, list) else [args.loss_type]
+    names = [kind if isinstance(kind, str) else getattr(kind, "__name__", "a loss of your own") for kind in kinds]
+    parts = [" + ".join(names)]
+    if not READS_ALPHA.isdisjoint(names):
+        parts.append(f"α {args.alpha:g}")
+    parts.append(f"β {args.beta:g}")
+    ranks = max((len(by_rank(log, "logratios", prefix)) for prefix in prefixes(log)), default=0)
+    if ranks:
+        parts.append(f"K ≤ {ranks}")
+    return f"{Path(str(model)).name}: {', '.join(parts)}"
+
+
+def _held_out(log: Log, metric: str) -> str:
+    """The prefix of the first held-out prompts that have the metric."""
+    found = [prefix for prefix in prefixes(log) if prefix and logged(log, f"{prefix}{metric}")[0]]
+    return found[0] if found else "eval_"
+
+
+def _averaged(points: Curve) -> Curve:
+    """A long curve by means over stretches of equally many points, the last one short where they don't share evenly."""
+    steps, values = points
+    size = -(-len(steps) // _MOST_POINTS)
+    starts = range(0, len(steps), size or 1)
+    return [steps[min(i + size, len(steps)) - 1] for i in starts], [fmean(values[i : i + size]) for i in starts]
+
+
+def _note(ratios: bool, evaluated: bool, answered: bool, log: Log) -> str:
+    """What lines and bars are."""
+    points = max(len(logged(log, "logratios/best")[0]), len(logged(log, "loss")[0]))
+    size = -(-points // _MOST_POINTS)
+    smooth = f", means of {size} logs" if size > 1 else ""
+    lines = f"Thick: held-out prompts. Thin: training prompts{smooth}." if evaluated else f"Training prompts{smooth}."
+    best = "Best: the completion with the highest reward. Above 0 it is likelier than before training."
+    bars = "Bars: two standard errors over prompts."
+    return "\n".join([f"{lines} {bars}" if answered else lines, *([best] if ratios else [])])
