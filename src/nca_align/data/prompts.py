@@ -1,12 +1,14 @@
 """Rows for `sample` and `score`: prompts out of any format that training reads, or out of a text file."""
 
 import re
-from pathlib import Path
+from collections.abc import Sequence
 
 from datasets import Dataset, Features, Json, List
 
 from ..errors import UserError
-from .conversion import to_reward_dataset
+from .columns import map_columns
+from .conversion import convert_dataset
+from .files import open_plain, refuse_other_text, refuse_utf16, suffix_of
 from .formats import FORMATS
 from .source import open_dataset
 from .splits import held_out_split, select_split
@@ -16,26 +18,30 @@ from .validation import read_conversation, read_list
 _ANSWERS = re.compile("|".join(["completions|rewards|truncated|score_.*", *(fmt.answers for fmt in FORMATS.values())]))
 
 
-def load_raw(name: str, config: str | None = None, split: str = "train") -> Dataset:
+def load_raw(name: str, config: str | None = None, split: str = "train", columns: Sequence[str] = ()) -> Dataset:
     """The rows as they stand, of a text file (one prompt a line) or of anything that training reads.
+
+    `columns` is the option of this name; so of the functions below.
 
     Raises:
         UserError: a text file that can't be read, or no rows.
         ValueError, OSError: what `nca_align.data` says of other sources.
     """
-    if name.endswith(".txt"):
+    if suffix_of(name) == ".txt":
         try:
-            lines = [line.strip() for line in Path(name).read_text(encoding="utf-8-sig").splitlines()]
-        except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "it is no UTF-8 text"
-            raise UserError(f"`dataset_name` {name} can't be read: {reason}") from error
+            refuse_utf16(name)
+            refuse_other_text(name)
+            with open_plain(name) as file:
+                lines = [line.strip() for line in file.read().decode("utf-8-sig").splitlines()]
+        except OSError as error:
+            raise UserError(f"`dataset_name` {name} can't be read: {error.strerror}") from error
         dataset = Dataset.from_dict({"prompt": [line for line in lines if line]})
     else:
         splits, _ = open_dataset(name, config, streaming=False, drop=False)
         dataset = select_split(splits, split)
     if len(dataset) == 0:
         raise UserError(f"`dataset_name` {name} has no rows; it must have at least one prompt")
-    return dataset
+    return map_columns(dataset, columns, split)
 
 
 def held_out_split_name(name: str, config: str | None) -> str:
@@ -44,17 +50,19 @@ def held_out_split_name(name: str, config: str | None) -> str:
     Raises:
         ValueError, OSError: no such split, or several; what `nca_align.data` says of the source.
     """
-    if name.endswith(".txt"):
+    if suffix_of(name) == ".txt":
         return "train"  # as a file of any other kind is called
     splits, _ = open_dataset(name, config, streaming=False, drop=False)
     return held_out_split(splits)
 
 
-def load_prompts(name: str, config: str | None, split: str) -> Dataset:
+def load_prompts(name: str, config: str | None, split: str, columns: Sequence[str] = ()) -> Dataset:
     """Rows with a `prompt` (text or messages) and any columns beside it that don't answer it."""
-    dataset = load_raw(name, config, split)
+    dataset = load_raw(name, config, split, columns)
     if "prompt" not in dataset.column_names or {"response", "chosen"} & set(dataset.column_names):
-        dataset = to_reward_dataset(dataset, name=split)  # finds the prompt, and puts rows together that share one
+        dataset = convert_dataset(dataset, name=split, source=name)[
+            0
+        ]  # finds the prompt, and puts rows together that share one
     dataset = dataset.remove_columns([name for name in dataset.column_names if _ANSWERS.fullmatch(name)])
     for i, prompt in enumerate(dataset["prompt"]):
         if not prompt or not isinstance(prompt, (str, list)):
@@ -67,12 +75,12 @@ def load_prompts(name: str, config: str | None, split: str) -> Dataset:
     return dataset
 
 
-def load_completions(name: str, config: str | None, split: str) -> Dataset:
+def load_completions(name: str, config: str | None, split: str, columns: Sequence[str] = ()) -> Dataset:
     """Rows with `prompt` and `completions`, rewarded already or not."""
-    dataset = load_raw(name, config, split)
+    dataset = load_raw(name, config, split, columns)
     own = {"prompt", "completions"} <= set(dataset.column_names)
     if not own or isinstance(dataset[0]["completions"], str):  # a CSV holds lists as text
-        dataset = to_reward_dataset(dataset, name=split)
+        dataset = convert_dataset(dataset, name=split, source=name)[0]
     for i, completions in enumerate(dataset["completions"]):
         if not isinstance(completions, list) or not completions:
             raise UserError(f"row {i}: `completions` is {completions!r}; it must be a list of at least one")

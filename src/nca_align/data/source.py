@@ -2,9 +2,11 @@
 
 import csv
 import glob
+import io
 import itertools
 import logging
 import os
+import shlex
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,9 +31,9 @@ from datasets.packaged_modules.parquet.parquet import Parquet
 
 from ..errors import HubError, NotFoundError, UserError, one_line
 from ..store.files import visible_files
-from .jsonlines import UnreadableLine, check_json, copy_sound_lines, is_plain, read_lines
+from .files import KINDS, kind_of, open_plain, plain_name, refuse_other_text, refuse_utf16, suffix_of, unpacked
+from .jsonlines import UnreadableLine, check_json, copy_sound_lines, is_list, is_plain, read_lines
 
-_BUILDERS = {".json": "json", ".jsonl": "json", ".ndjson": "json", ".parquet": "parquet", ".csv": "csv"}
 _ROWS = 1000  # of a Parquet file that are read at a time
 
 
@@ -58,13 +60,18 @@ def open_dataset(path: str, name: str | None, streaming: bool, drop: bool) -> tu
             saved = load_from_disk(str(local))
             splits = dict(saved) if isinstance(saved, DatasetDict) else {"train": saved}
             return {key: split.to_iterable_dataset() if streaming else split for key, split in splits.items()}, 0
-        files = sorted(str(file) for file in visible_files(local) if file.suffix in _BUILDERS)
-        kind = _kind(files, path)
-        return _load(path, kind, files, streaming, (str(local), name), {}), 0
+        files = sorted(str(file) for file in visible_files(local) if suffix_of(file) in KINDS)
+        if files:
+            kind = _kind(files, path)
+            copies = unpacked(files, local)
+            folder = str(local) if copies == files else os.path.commonpath([Path(copy).parent for copy in copies])
+            return _load(path, kind, files, streaming, (folder, name), {}), 0
+        files = sorted(str(file) for file in visible_files(local) if not suffix_of(file) and kind_of(str(file)))
+        return _open_files(path, files, streaming, drop)
     files = [str(local)] if local.is_file() else sorted(glob.glob(str(local), recursive=True))
     if files:
         return _open_files(path, files, streaming, drop)
-    if path.startswith(("/", ".", "~")) or local.suffix in _BUILDERS or path.count("/") > 1 or glob.has_magic(path):
+    if path.startswith(("/", ".", "~")) or suffix_of(local) in KINDS or path.count("/") > 1 or glob.has_magic(path):
         raise NotFoundError(f"`dataset_name` is {path!r}, and there is no such file; give the path of one")
     return _open_hub(path, name, streaming), 0
 
@@ -82,21 +89,32 @@ def _open_hub(path: str, name: str | None, streaming: bool) -> dict[str, Any]:
 
 
 def _kind(files: list[str], path: str) -> str:
-    kinds = {_BUILDERS.get(Path(file).suffix, "") for file in files}
+    kinds = {kind_of(file) or "" for file in files}
     if len(kinds) != 1 or "" in kinds:
-        found = ", ".join(sorted({Path(file).suffix or Path(file).name for file in files})) or "none of these"
+        found = ", ".join(sorted({suffix_of(file) or plain_name(file) for file in files})) or "none of these"
+        hint = ""
+        if found == ".txt":
+            hint = (
+                f"; if its lines are prompts, draw completions by `nca-align sample --dataset_name {shlex.quote(path)} "
+                "--model_name_or_path MODEL --output samples.jsonl`"
+            )
         raise UserError(
-            f"`dataset_name` is {path!r}, which holds {found}; it must be files of one kind, of {', '.join(_BUILDERS)}"
+            f"`dataset_name` is {path!r}, which holds {found}; it must be files of one kind, of {', '.join(KINDS)}"
+            f"{hint}"
         )
-    return kinds.pop()
+    if kinds != {"parquet"}:
+        for file in files:
+            refuse_utf16(file)
+    return str(kinds.pop())
 
 
 def _open_files(path: str, files: list[str], streaming: bool, drop: bool) -> tuple[dict[str, Any], int]:
     kind = _kind(files, path)
-    if kind == "json" and streaming and not any(file.endswith(".json") for file in files):
+    lines = kind == "json" and not any(suffix_of(file) == ".json" or is_list(file) for file in files)
+    if streaming and lines:
         return {"train": IterableDataset.from_generator(read_lines, gen_kwargs={"files": files, "drop": drop})}, 0
     try:
-        return _load(path, kind, files, streaming, (kind,), {"data_files": {"train": files}}), 0
+        return _load(path, kind, files, streaming, (kind,), {"data_files": {"train": unpacked(files, None)}}), 0
     except UnreadableLine:
         if not drop:
             raise
@@ -132,6 +150,9 @@ def _load(path: str, kind: str, files: list[str], streaming: bool, what: tuple, 
         # `datasets` says so where it meets no rows.
         if not any(map(os.path.getsize, files)) or "corresponds to no data" in str(error):
             raise UserError(f"`dataset_name` is {path!r}, which is empty; it must have at least one row") from None
+        if isinstance(error.__cause__ or error, UnicodeDecodeError):
+            for file in files:
+                refuse_other_text(file)
         raise UserError(f"`dataset_name` is {path!r}, which can't be read as {kind}: {_reason(error)}") from error
     finally:
         log.setLevel(level)
@@ -167,7 +188,7 @@ def _reason(error: Exception) -> str:
 
 def _csv_as_text(file: str) -> dict[str, Any]:
     """All columns as text: an answer "12" or "N/A" is text, and the numbers are read where numbers belong."""
-    with open(file, encoding="utf-8-sig", newline="") as lines:
+    with open_plain(file) as opened, io.TextIOWrapper(opened, "utf-8-sig", newline="") as lines:
         header, *rows = itertools.islice(csv.reader(lines), 2)
     if rows and len(rows[0]) > len(header):  # pandas would take the first cells for an index, and shift the others
         raise UserError(f"row 0 has {len(rows[0])} cells for {len(header)} columns")

@@ -8,6 +8,7 @@ from typing import Any
 from ..errors import InvalidRowError
 
 MISSING = "missing score"
+LARGEST = 1e30  # of a reward: training divides them by α in float32, which ends at 3.4e38
 _NO_NUMBER = {"", "n/a", "na", "none", "null"}
 
 
@@ -75,6 +76,10 @@ def read_number(value: Any, field: str) -> float | None:
         raise RowError(field, "reward is no number", f"is {_show(value)}; it must be a number") from None
     if not math.isfinite(number):
         raise RowError(field, "reward not finite", f"is {number}; it must be a finite number")
+    if abs(number) > LARGEST:
+        raise RowError(
+            field, "reward too large", f"is {number}; it must lie within ±{LARGEST}: divide all rewards by one number"
+        )
     return number
 
 

@@ -79,7 +79,8 @@ class ModelSource:
         if auto_class not in (AutoConfig, AutoTokenizer):
             options["use_safetensors"] = True
         try:
-            return auto_class.from_pretrained(self.path, **{**options, **kwargs})
+            path = resolve_model(self.name, tokenizer_only=auto_class is AutoTokenizer)
+            return auto_class.from_pretrained(path, **{**options, **kwargs})
         except (OSError, ValueError, SafetensorError) as error:
             if isinstance(error, UserError):
                 raise

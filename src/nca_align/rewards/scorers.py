@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Literal
 
+from ..data.validation import LARGEST
 from ..errors import InvalidRowError, UserError, one_line
 from ..models.loading import model_fingerprint
 from ..store.fingerprints import source_fingerprint
@@ -134,6 +135,9 @@ class Scorers:
                 sum(weight * score for weight, score in zip(self._weights, given, strict=True) if score is not None)
                 for given in zip(*scores.values(), strict=True)
             ]
+            if (largest := max(map(abs, rewards), default=0.0)) > LARGEST:
+                result.failed[first_row + i] = f"a reward is ±{largest:g}; it must lie within ±{LARGEST:g}"
+                continue
             result.counts["completions"] += len(rewards)
             result.rows.append({**row, "rewards": rewards, **scores})
         return result

@@ -7,6 +7,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from ...data.columns import COLUMNS_HELP, parse_columns
 from ...data.prompts import held_out_split_name, load_raw
 from ...evaluation.evaluator import over_common_prompts, rewards_by_prompt
 from ...models.loading import ModelSource
@@ -40,8 +41,10 @@ class GenerationOptions:
     dtype: Dtype = dtype_option()
     trust_remote_code: bool = option("run code that comes with a model", False)
     batch_size: int = option("prompts a batch of sampling, completions one of the rest", 8)
+    columns: list[str] = option(COLUMNS_HELP, [], action="extend")
 
     def __post_init__(self):
+        self.columns = parse_columns(self.columns)
         check_weights(self.scorer_weights, len(self.scorer))
 
 
@@ -75,7 +78,7 @@ def evaluate_generations(options: GenerationOptions) -> list[PolicyMetrics]:
             SampleOptions(
                 dataset_name=options.dataset_name, dataset_config=options.dataset_config, split=split, output=samples,
                 model_name_or_path=model, num_completions=options.num_completions,
-                max_new_tokens=options.max_new_tokens, seed=options.seed, **shared,
+                max_new_tokens=options.max_new_tokens, seed=options.seed, columns=options.columns, **shared,
             )
         )  # fmt: skip
         score(ScoreOptions(samples, scored, options.scorer, options.scorer_weights, **shared))

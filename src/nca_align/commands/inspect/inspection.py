@@ -114,7 +114,7 @@ def inspect(dataset: Dataset, options: InspectOptions, tokenizer=None, report: D
             completions += [hash(repr(completion)) for completion in row]
             characters += [len(text_of(completion)) for completion in row]
         rewards += [reward for row in batch["rewards"] for reward in row]
-    r, k = np.array(rewards, dtype=float), np.array(counts)
+    r, k = np.array(rewards, dtype=np.float32).astype(float), np.array(counts)  # as training holds them
     tokens = None if tokenizer is None else count_tokens(dataset, tokenizer, options)
     lengths = np.array(characters) if tokens is None else tokens.lengths
 
@@ -193,7 +193,7 @@ def show_row(dataset: Dataset, index: int, options: InspectOptions, tokenizer=No
     if not 0 <= index < len(dataset):
         raise UserError(f"`example` is {index}; it must be a row from 0 to {len(dataset) - 1}")
     row = dataset[index]
-    weights = targets(torch.tensor([row["rewards"]], dtype=torch.float64), options.alpha)[0].tolist()
+    weights = targets(torch.tensor([row["rewards"]]).double(), options.alpha)[0].tolist()
     prompt, *completions = map(_turns, [row["prompt"], *row["completions"]])
     if tokenizer is None:
         return Example(index, prompt, completions, row["rewards"], weights, [])

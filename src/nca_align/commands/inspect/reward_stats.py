@@ -252,5 +252,9 @@ def binned(values: np.ndarray, bins: int = 24) -> tuple[np.ndarray, np.ndarray]:
         if np.allclose(units, np.round(units), atol=0.05) and units[-1] < bins:
             edges = unique[0] + steps.min() * (np.arange(round(units[-1]) + 2) - 0.5)
             return edges, np.histogram(values, edges)[0]
-    counts, edges = np.histogram(values, min(bins, max(1, len(values))))
+    bins, low, high = min(bins, max(1, len(values))), float(values.min()), float(values.max())
+    room = bins * np.spacing(max(abs(low), abs(high)))  # narrower ones have no edges between them
+    if high - low < room:
+        low, high = low - max(0.5, room), high + max(0.5, room)
+    counts, edges = np.histogram(values, bins, (low, high))
     return edges, counts

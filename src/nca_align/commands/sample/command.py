@@ -36,7 +36,7 @@ def sample(options: SampleOptions) -> dict[str, int]:
     Raises:
         UserError: whatever the user can mend, in one sentence.
     """
-    dataset = load_prompts(options.dataset_name, options.dataset_config, options.split)
+    dataset = load_prompts(options.dataset_name, options.dataset_config, options.split, options.columns)
     model = resolve_model_name(options)
     if isinstance(dataset[0]["prompt"], str) and _chats(options):
         dataset = dataset.map(

@@ -5,6 +5,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
+from ...data.columns import COLUMNS_HELP, parse_columns
 from ...errors import InvalidRowError, UnsupportedError, UserError
 from ...options import Dtype, dtype_option, option, require_at_least_1
 from ...store.shards import Progress
@@ -88,8 +89,10 @@ class SampleOptions(EngineOptions):
     as_chat: bool | None = option(
         "make each text prompt one user message; by default for a text file, where the model chats", None
     )
+    columns: list[str] = option(COLUMNS_HELP, [], action="extend")
 
     def __post_init__(self):
+        self.columns = parse_columns(self.columns)
         require_at_least_1(self, "num_completions", "max_new_tokens")
         if not 0 <= self.temperature < math.inf:
             raise UserError(f"`temperature` is {self.temperature}; it must be 0 (greedy) or more")
