@@ -415,7 +415,7 @@ class TestErrors:
             ("none.txt", None, r"`dataset_name` .*none\.txt can't be read: No such file"),
             ("none.jsonl", None, r"`dataset_name` is .*none\.jsonl', and there is no such file"),
             ("empty.txt", b"\n\n", r"empty\.txt has no rows"),
-            ("latin.txt", b"caf\xe9", r"latin\.txt can't be read: it is no UTF-8 text"),
+            ("latin.txt", b"caf\xe9", r"line 1 of .*latin\.txt is no UTF-8 text"),
             ("numbers.jsonl", b'{"prompt": 3}\n', "row 0: `prompt` is 3; it must be text or a list of messages"),
             ("blank.jsonl", b'{"prompt": "a"}\n{"prompt": ""}\n', "row 1: `prompt` is ''; it must be text"),
             ("other.jsonl", b'{"question": "a"}\n', "`train` has the columns question"),
