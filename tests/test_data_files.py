@@ -172,6 +172,13 @@ class TestEncodings:
         with pytest.raises(UserError, match=where):
             list(whole(tmp_path / name, streaming=streaming))
 
+    @pytest.mark.parametrize("streaming", [False, True])
+    def test_one_byte_far_into_a_csv(self, streaming, tmp_path):
+        rows = b"prompt,chosen,rejected\n" + b"q,a,b\n" * 20_000 + b"caf\xe9,a,b\n"
+        (tmp_path / "rows.csv").write_bytes(rows)
+        with pytest.raises(UserError, match=r"line 20002 of .*rows.csv is no UTF-8 text \(byte 0xe9 at offset 3\)"):
+            whole(tmp_path / "rows.csv", streaming=streaming)
+
     @pytest.mark.parametrize("kind", ["jsonl", "json", "csv"])
     def test_a_mark_of_utf_8_is_no_text(self, kind, tmp_path):
         for name in (f"rows.{kind}", f"rows-{kind}"):

@@ -124,6 +124,9 @@ def _open_files(path: str, files: list[str], streaming: bool, drop: bool) -> tup
 
 
 def _load(path: str, kind: str, files: list[str], streaming: bool, what: tuple, arguments: dict) -> dict[str, Any]:
+    if kind == "csv" and streaming:  # what is wrong further on would come in the midst of training
+        for file in files:
+            refuse_other_text(file)
     log = logging.getLogger("datasets")
     level = log.level
     log.setLevel(logging.CRITICAL)  # it logs an error of its own for what is one sentence below
