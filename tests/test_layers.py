@@ -12,7 +12,7 @@ from nca_align.commands.evaluate import command as evaluate
 
 # From the lowest. Modules of one package import each other freely, but not in a circle; packages of one layer don't.
 LAYERS = [
-    ["losses", "reward_tensors", "config", "options", "errors"],
+    ["losses", "own_losses", "reward_tensors", "config", "options", "functions", "errors"],
     ["store"],
     ["pages"],
     ["data"],
@@ -28,7 +28,7 @@ LAYERS = [
     ["", "cli", "__main__"],
 ]
 # single modules side by side, which may import each other
-ONE_ROOM = {"losses", "reward_tensors", "config", "options", "errors", "scorers", "rewards", "", "cli", "__main__"}
+ONE_ROOM = {*LAYERS[0], "scorers", "rewards", "", "cli", "__main__"}
 ROOT = Path(nca_align.__file__).parent
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix("__init__").rstrip("."): path

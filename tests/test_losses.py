@@ -425,7 +425,8 @@ def test_names_are_taken_as_the_paper_writes_them():
 )
 def test_unknown_name(wrong, nearest):
     pi_logps, ref_logps, rewards, _ = draw()
-    message = f"`loss_type` is '{wrong}'; it must be one of {', '.join(LOSSES)} (any case): did you mean '{nearest}'?"
+    message = f"it must be one of {', '.join(LOSSES)} (any case), or `module:function`: did you mean '{nearest}'?"
+    message = f"`loss_type` is '{wrong}'; {message}"
     with pytest.raises(ValueError, match=re.escape(message)):
         reward_loss(pi_logps, ref_logps, rewards, ALPHA, BETA, wrong)
 

@@ -1,5 +1,6 @@
 """NCAConfig: DPOConfig with what InfoNCA and NCA need, and a refusal of what they would ignore."""
 
+from collections.abc import Callable, Iterable
 from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
@@ -38,8 +39,8 @@ class NCAConfig(DPOConfig):
         alpha: temperature α of the targets softmax(rewards / α), in units of the rewards, > 0. Small is hard (all
             weight on the best completion); about the spread of a prompt's rewards is soft.
         beta: β of the implicit rewards β · log(π_θ / π_ref), per nat, > 0. Small lets the model go further.
-        loss_type: `nca`, `infonca`, another of the listwise family, or `sft` on the best completion; or a list of them,
-            with `loss_weights`.
+        loss_type: `nca`, `infonca`, another of the listwise family, or `sft` on the best completion; a loss of one's
+            own, the function or `module:function` (docs/your-own-loss.md); or a list of them, with `loss_weights`.
         negative_weight: weight of NCA's second term; 1 is the paper's.
         max_prompt_length: tokens kept of a prompt, its end; half of `max_length` by default. Completions are cut at
             `max_length`, prompt included.
@@ -65,7 +66,9 @@ class NCAConfig(DPOConfig):
     alpha: float = option("Temperature of the targets softmax(rewards / alpha), > 0.", 0.01)
     beta: float = option("Implicit reward per nat of log(pi / pi_ref), > 0.", 0.01)
     loss_type: list[str] = option(
-        f"One or several of {', '.join(map(repr, [*LOSSES, 'sft']))}, combined by `loss_weights`.", ["nca"]
+        f"One or several of {', '.join(map(repr, [*LOSSES, 'sft']))}, or `module:function`, combined by "
+        "`loss_weights`.",
+        ["nca"],
     )
     negative_weight: float = option("Weight of NCA's second term; 1 is the paper's.", 1.0)
     max_prompt_length: int | None = option("Tokens kept of a prompt, its end. By default half of `max_length`.", None)
@@ -90,7 +93,8 @@ class NCAConfig(DPOConfig):
     logging_nan_inf_filter: bool = option("Replaced by `nonfinite`.", False)
 
     def __post_init__(self):
-        names = [self.loss_type] if isinstance(self.loss_type, str) else list(self.loss_type)
+        given: Any = self.loss_type
+        names = [given] if isinstance(given, str) or not isinstance(given, Iterable) else list(given)
         self.loss_type = [_known_loss(name) for name in names]
         if not names or len({*self.loss_type}) < len(names):
             raise UserError(
@@ -128,6 +132,10 @@ class NCAConfig(DPOConfig):
                 raise UserError(f"`{name}` is {getattr(self, name)!r}, but no loss here reads it: {why}. Leave it out.")
         self.max_prompt_length = prompt_limit(self.max_prompt_length, self.max_length)
         super().__post_init__()
+
+    def to_dict(self) -> dict[str, Any]:
+        """As transformers', for files and trackers: a loss of one's own by its name."""
+        return super().to_dict() | {"loss_type": [str(name) for name in self.loss_type]}
 
     @classmethod
     def of(cls, args: DPOConfig | None, model: Any) -> "NCAConfig":
@@ -193,7 +201,7 @@ def _default(name: str) -> Any:
     return f.default if f.default is not MISSING else f.default_factory()  # type: ignore[misc, operator]
 
 
-def _known_loss(name: str) -> str:
-    if name in _INSTEAD:
-        raise UserError(f"`loss_type` is {name!r}, which is DPOTrainer's; use {_INSTEAD[name]}.")
-    return loss_name(name, [*LOSSES, "sft"])
+def _known_loss(loss_type: str | Callable) -> str:
+    if isinstance(loss_type, str) and loss_type in _INSTEAD:
+        raise UserError(f"`loss_type` is {loss_type!r}, which is DPOTrainer's; use {_INSTEAD[loss_type]}.")
+    return loss_name(loss_type, [*LOSSES, "sft"])

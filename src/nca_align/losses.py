@@ -8,7 +8,7 @@ are the same for all of them and stand under `reward_loss`; each adds its formul
 A new loss is a function here under `@_checked`, and an entry in `LOSSES` by a name in lower case. Where it reads α,
 `READS_ALPHA` names it too. `SEPARABLE` names it only where a completion's gradient needs no other's log-probability.
 The configuration, `--help` and `nca-align compare` follow these tables. "sft" stands in `training.objective`, since its
-mean is over tokens.
+mean is over tokens. A user's own loss, `module:function`, stands in `own_losses`.
 """
 
 import functools
@@ -23,6 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .errors import UnsupportedError, UserError, UserTypeError
+from .functions import names_a_function
+from .own_losses import OwnLoss
 from .reward_tensors import below_best, better_pairs, check_rows, everywhere, logratios, target_distribution
 
 P = ParamSpec("P")
@@ -52,7 +54,7 @@ def targets(rewards: Tensor, alpha: float, mask: Tensor | None = None) -> Tensor
 
 
 def _checked(loss: Callable[P, Tensor]) -> Callable[P, Tensor]:
-    """`loss`, which first looks at what it is given. `reward_loss(..., check=False)` calls what this wraps."""
+    """`loss`, which first looks at what it is given. `reward_loss` calls what this wraps."""
 
     @functools.wraps(loss)
     def checked(pi_logps, ref_logps, rewards, alpha, beta, mask=None, *args, **kwargs) -> Tensor:
@@ -207,7 +209,7 @@ def reward_loss(
     rewards: Tensor,
     alpha: float,
     beta: float,
-    loss_type: str = "nca",
+    loss_type: str | Callable[..., Tensor] = "nca",
     mask: Tensor | None = None,
     negative_weight: float = 1.0,
     check: bool = True,
@@ -222,7 +224,8 @@ def reward_loss(
         rewards: (B, K), data set scores in any unit, finite where valid; higher is better.
         alpha: temperature of the target in the unit of `rewards`, above 0.
         beta: scale of the implicit reward, above 0.
-        loss_type: a key of `LOSSES`, in any case ("NCA" and "InfoNCA" as the paper writes them).
+        loss_type: a key of `LOSSES`, in any case ("NCA" and "InfoNCA" as the paper writes them); or a loss of one's
+            own, the function or `module:function`, which is tried on random tensors at each call that checks.
         mask: (B, K) bool, True where a completion is there (ragged K), at least two a row. None: everywhere.
         negative_weight: weight on NCA's second term, 0 or more; 1 is the paper's.
         check: False for tensors that `RewardCollator` has checked on the CPU: looking at values waits for a GPU.
@@ -233,35 +236,53 @@ def reward_loss(
     Raises:
         ValueError: unknown `loss_type`, `alpha` or `beta` not above 0, unequal shapes or not (B, K), a row of fewer
             than two completions, NaN or infinite `rewards`, a negative `negative_weight`.
-        TypeError: log-probabilities that are not floating, a `mask` that is not bool, a `loss_type` that is no string.
+        TypeError: log-probabilities that are not floating, a `mask` that is not bool, a `loss_type` that is neither a
+            string nor a function.
         NotImplementedError: a `negative_weight` other than 1 with a loss other than NCA.
 
     Source: arXiv 2402.05369, the PyTorch listing of `reward_loss`.
     """
-    name = loss_name(loss_type)
+    name = loss_name(loss_type, check=check)
     options = {"negative_weight": negative_weight} if name == "nca" else {}
     if negative_weight != 1 and not options:
         raise UnsupportedError(
             f"`negative_weight` is {negative_weight} with `loss_type` {name!r}; it weighs the second term of 'nca', "
             "which no other loss has: leave it at 1."
         )
-    loss = LOSSES[name] if check else inspect.unwrap(LOSSES[name])
+    if check:
+        check_rows(rewards, mask, alpha, beta, pi_logps=pi_logps, ref_logps=ref_logps)
+    loss = name if isinstance(name, OwnLoss) else inspect.unwrap(LOSSES[name])
     return loss(pi_logps, ref_logps, rewards, alpha, beta, mask, **options)
 
 
-def loss_name(loss_type: str, names: Iterable[str] = LOSSES) -> str:
-    """The name among `names` that `loss_type` means, in any case; an error with the list and the nearest otherwise."""
+def loss_name(loss_type: str | Callable[..., Tensor], names: Iterable[str] = LOSSES, check: bool = True) -> str:
+    """The name among `names` that `loss_type` means, in any case, or an `OwnLoss`, tried by `check`; else an error."""
+    if isinstance(loss_type, OwnLoss):
+        return loss_type
+    if callable(loss_type) or (isinstance(loss_type, str) and names_a_function(loss_type)):
+        return OwnLoss(loss_type).check() if check else OwnLoss(loss_type)
     names = list(names)
     if not isinstance(loss_type, str):
-        raise UserTypeError(f"`loss_type` is {loss_type!r}; it must be a string, one of {', '.join(names)}.")
+        raise UserTypeError(f"`loss_type` is {loss_type!r}; it must be a function or one of {', '.join(names)}.")
     name = loss_type.lower()
     if name not in names:
         begun = [known for known in names if name.startswith(known)]  # TRL's nca_pair is nearest to nca
         nearest = (begun or get_close_matches(name, names, n=1, cutoff=0))[0]
         raise UserError(
-            f"`loss_type` is {loss_type!r}; it must be one of {', '.join(names)} (any case): did you mean {nearest!r}?"
+            f"`loss_type` is {loss_type!r}; it must be one of {', '.join(names)} (any case), or `module:function`: "
+            f"did you mean {nearest!r}?"
         )
     return name
+
+
+def is_separable(name: str) -> bool:
+    """Whether a completion's gradient needs its own log-ratio only; a loss of one's own says so itself."""
+    return name.separable if isinstance(name, OwnLoss) else name in SEPARABLE
+
+
+def reads_alpha(name: str) -> bool:
+    """Whether α counts in the loss; of one's own it is tried."""
+    return name.reads_alpha if isinstance(name, OwnLoss) else name in READS_ALPHA
 
 
 def _inputs(

@@ -25,6 +25,7 @@ from .batching.collator import Batch, Chunk, RewardCollator
 from .batching.tokenization import tokenize_dataset
 from .config import NCAConfig
 from .errors import UserError, notify
+from .functions import short_name
 from .models.loading import disable_nf4_repacking
 from .models.logprobs import add_token_logps, forward_chunk, sum_by_completion
 from .models.policy import base_model
@@ -56,7 +57,7 @@ class NCATrainer(DPOTrainer):
         TypeError, ValueError, NotImplementedError: arguments or data that can't be trained on, in one sentence.
     """
 
-    _tag_names = ["nca-align", "nca"]  # noqa: RUF012 (as in TRL)
+    _tag_names = ["nca-align"]  # noqa: RUF012 (as in TRL)
     _name = "NCA"
     _paper = {  # noqa: RUF012
         "title": "Noise Contrastive Alignment of Language Models with Explicit Rewards",
@@ -94,10 +95,11 @@ class NCATrainer(DPOTrainer):
         peft_config=None,
     ):
         args = NCAConfig.of(args, model)
-        arguments.check_arguments(data_collator, compute_metrics, train_dataset)
+        arguments.check_arguments(args, data_collator, compute_metrics, train_dataset)
         train_dataset, eval_dataset = arguments.prepare_datasets(args, model, train_dataset, eval_dataset)
         self._reference_given = ref_model is not None  # a checkpoint belongs to it
         self._is_set_up = False
+        self._tag_names = [*self._tag_names, *map(short_name, args.loss_type)]  # of the model and its card
         self._log = MetricLog()
         super().__init__(
             model=model,

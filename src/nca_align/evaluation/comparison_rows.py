@@ -1,9 +1,11 @@
 """Rows of a comparison, in memory or from `comparison.csv`: grouped by settings and seed, and named."""
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from ..functions import short_name
 from .intervals import Interval, mean_and_interval
 
 # What a cell is besides its seed. A comparison's table has these of its columns, or some of them.
@@ -70,8 +72,13 @@ def setting_name(row: Row, names: Sequence[str] = SETTINGS) -> str:
 
 
 def labels(settings: Sequence[Setting]) -> dict[Setting, str]:
-    """A name for each: its method, and those settings in which rows of one method differ."""
+    """A name for each: its method, and those settings in which rows of one method differ.
+
+    A loss of one's own goes by its function's name, unless another method has that name.
+    """
     named = {}
+    methods = {dict(setting).get("method", "run") for setting in settings}
+    short = Counter(map(short_name, methods))
     for setting in settings:
         own = {"method": "run", **dict(setting)}
         alike = [dict(other) for other in settings if dict(other).get("method", "run") == own["method"]]
@@ -79,7 +86,8 @@ def labels(settings: Sequence[Setting]) -> dict[Setting, str]:
         if "num_completions" in differ:
             own.setdefault("num_completions", "all")
         parts = [_SIGNS.get(name, "") + own[name] for name in SETTINGS if name in own and name in differ]
-        named[setting] = ", ".join([own["method"], *parts])
+        method = short_name(own["method"])
+        named[setting] = ", ".join([method if short[method] == 1 else own["method"], *parts])
     return named
 
 

@@ -1,62 +1,23 @@
 """Scorers that are Python functions, `package.module:function` with TRL's reward-function signature."""
 
 import asyncio
-import importlib
 import inspect
-import os
-import sys
 from collections.abc import Callable, Sequence
-from traceback import extract_tb
 from typing import Any
 
 from ..data.cleaning import text_of
-from ..errors import UserError, one_line
+from ..errors import UserError
 from ..models.loading import ModelSource
-from ..options import nearest
 from .reward_models import Scorer
 
 _OWN_ARGUMENTS = ("prompt", "completions", "completion_ids")  # of rows; a function is given its own
-
-
-def find_function(spec: str):
-    """The function that `package.module:function` names; modules of the current folder are found too.
-
-    Raises:
-        UserError: no such module or function, or the module's own code fails.
-    """
-    module_name, _, function_name = spec.partition(":")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        found = importlib.import_module(module_name)
-    except Exception as error:  # its code runs here, which may raise anything
-        raise UserError(f"`scorer` {spec}: module {module_name} can't be imported ({_cause(error)})") from error
-    for part in function_name.split("."):
-        if not hasattr(found, part):
-            names = [name for name, value in vars(found).items() if callable(value)]
-            raise UserError(f"`scorer` {spec}: {module_name} has no function `{part}`{nearest(part, names)}")
-        found = getattr(found, part)
-    if not callable(found):
-        raise UserError(f"`scorer` {spec} is a {type(found).__name__}; it must be a function")
-    return found
-
-
-def _cause(error: Exception) -> str:
-    """What an import raised, and where in the imported code, if it came that far."""
-    if isinstance(error, SyntaxError):
-        return f"{type(error).__name__}: {error.msg}, {error.filename} line {error.lineno}"
-    ours = (__file__, importlib.__file__)
-    frames = [f for f in extract_tb(error.__traceback__) if f.filename not in ours and not f.filename.startswith("<")]
-    if not frames:
-        return one_line(error)
-    return f"{type(error).__name__}: {one_line(error)[:200]}, {frames[-1].filename} line {frames[-1].lineno}"
 
 
 def function_scorer(function: Callable, spec: str, tokenizer_name: str | None) -> Scorer:
     """A function of TRL's reward-function signature, asynchronous or not.
 
     Args:
-        function: what `find_function` found.
+        function: what `functions.find_function` found.
         spec: its name, for errors.
         tokenizer_name: of the tokenizer that gives it `completion_ids`; None gives it none.
 

@@ -11,10 +11,11 @@ from typing import Any, Literal
 
 from ..data.validation import LARGEST
 from ..errors import InvalidRowError, UserError, one_line
+from ..functions import find_function, function_name, names_a_function
 from ..models.loading import model_fingerprint
 from ..store.fingerprints import source_fingerprint
 from ..store.shards import Shard
-from .reward_functions import find_function, function_scorer
+from .reward_functions import function_scorer
 from .reward_models import Scorer, check_config, model_scorer
 
 
@@ -38,14 +39,11 @@ class ScorerSpec:
     def parse(cls, scorer: str | Callable) -> "ScorerSpec":
         """From `module:function`, `pipeline:MODEL:LABEL`, a reward model's name, or a function itself."""
         if not isinstance(scorer, str):
-            function = getattr(scorer, "func", scorer)  # a partial's own
-            name = f"{function.__module__}:{getattr(function, '__qualname__', 'scorer')}"
-            return cls("function", name, given=scorer)
+            return cls("function", function_name(scorer), given=scorer)
         if scorer.startswith("pipeline:"):
             model, _, label = scorer.removeprefix("pipeline:").partition(":")
             return cls("classifier", model, label or None)
-        is_function = re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*", scorer)
-        return cls("function" if is_function else "reward model", scorer)
+        return cls("function" if names_a_function(scorer) else "reward model", scorer)
 
     def function(self) -> Callable:
         """The function itself.
@@ -53,7 +51,7 @@ class ScorerSpec:
         Raises:
             UserError: it isn't there.
         """
-        return self.given or find_function(self.name)
+        return self.given or find_function(self.name, "scorer")
 
     def identity(self) -> str | None:
         """Its name, with a fingerprint of its weights where it is a model that is here."""

@@ -7,6 +7,7 @@ import glob
 import hashlib
 import inspect
 import json
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ def weights_fingerprint(name: str | None, revision: str | None = None) -> str | 
         For a folder a hash of its files (64 evenly spaced megabytes of those that are larger), independent of place
         and dates, of an adapter with its base model; for an id the id with its revision.
     """
-    if name is None or not Path(name).is_dir():
+    if not name or not Path(name).is_dir():  # of a model without a name, "", the current folder isn't one
         return f"{name}@{revision}" if revision else name
     digest = hashlib.sha256()
     for file in sorted(Path(name).iterdir()):
@@ -134,6 +135,42 @@ def source_fingerprint(code: Any) -> str | None:
         return hashlib.sha256(Path(str(file)).read_bytes()).hexdigest()[:16]
     except (TypeError, OSError):  # built in, or made without a file
         return None
+
+
+def source_text(function: Callable) -> str | None:
+    """The source of a function and of what it uses of its own module: functions, classes and plain constants.
+
+    Unlike `source_fingerprint` it stays where the rest of the file changes, and it can be shown. None where there is no
+    source. What the function uses of other modules is not seen.
+    """
+    found: dict[str, str] = {}
+    waiting: list[Any] = [inspect.unwrap(function)]
+    while waiting:
+        own = waiting.pop()
+        own = own if inspect.isroutine(own) or inspect.isclass(own) else type(own)
+        try:
+            found[own.__qualname__] = inspect.getsource(own)
+        except (TypeError, OSError):  # built in, or typed where nothing keeps it
+            return None
+        module = vars(sys.modules[own.__module__])
+        for name in sorted(_names_used(own)):
+            value = module.get(name)
+            if (inspect.isfunction(value) or inspect.isclass(value)) and value.__module__ == own.__module__:
+                if value.__qualname__ not in found:
+                    waiting.append(value)
+            elif isinstance(value, (bool, int, float, str, tuple)):
+                found[name] = f"{name} = {value!r}\n"
+    return "".join(found[name] for name in sorted(found))
+
+
+def _names_used(own: Any) -> set[str]:
+    """Global names in the code of a function, or of a class's methods, and of what is defined within."""
+    if inspect.isclass(own):
+        return {name for value in vars(own).values() for name in _names_used(value)}
+    code = own if inspect.iscode(own) else getattr(getattr(own, "__func__", own), "__code__", None)
+    if code is None:
+        return set()
+    return {*code.co_names, *(name for inner in filter(inspect.iscode, code.co_consts) for name in _names_used(inner))}
 
 
 def derived_fingerprint(what: str, dataset: Dataset, *made_by: Any) -> str:

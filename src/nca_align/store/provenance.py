@@ -91,6 +91,16 @@ def refuse_changes(
         UserError: something differs.
     """
     names = changed_names(recorded, asked) if names is None else names
-    differences = [f"`{name}` {form.format(show(recorded.get(name)), show(asked.get(name)))}" for name in names]
+    pairs = {name: _lines_that_differ(recorded.get(name), asked.get(name)) for name in names}
+    differences = [f"`{name}` {form.format(*map(show, pair))}" for name, pair in pairs.items()]
     if differences:
         raise UserError(f"{what}: {', '.join(differences)}; {advice}")
+
+
+def _lines_that_differ(old: Any, new: Any) -> tuple[Any, Any]:
+    """Two values, of texts of several lines only the lines that the other hasn't."""
+    if not (isinstance(old, str) and isinstance(new, str) and "\n" in old + new):
+        return old, new
+    lines = [[line.strip() for line in text.splitlines()] for text in (old, new)]
+    own, others = ("; ".join(line for line in lines[i] if line not in lines[1 - i]) for i in (0, 1))
+    return own, others

@@ -10,14 +10,18 @@ from ..batching.collator import RewardCollator
 from ..config import NCAConfig
 from ..data import DataOptions, to_reward_dataset
 from ..errors import UnsupportedError, UserError, UserTypeError, notify
+from ..own_losses import OwnLoss
+from .run_identity import loss_sources
 
 # chosen and rejected handed to the trainer are rewards 1 and 0, also beside score columns
 _DATA_OPTIONS = DataOptions(preference="hard", validation_fraction=0.0)
 TOKENISED = {"prompt_ids", "completion_ids", "rewards"}
 
 
-def check_arguments(data_collator: object, compute_metrics: Callable | None, train_dataset: object) -> None:
-    """Refuse what `DPOTrainer` takes and `NCATrainer` does not.
+def check_arguments(
+    args: NCAConfig, data_collator: object, compute_metrics: Callable | None, train_dataset: object
+) -> None:
+    """Refuse what `DPOTrainer` takes and `NCATrainer` does not, and say what is to be known of a loss of one's own.
 
     Raises:
         UserError: of the class that says which.
@@ -34,6 +38,18 @@ def check_arguments(data_collator: object, compute_metrics: Callable | None, tra
         )
     if train_dataset is None:
         raise UserError("`train_dataset` is None, but NCATrainer needs one, also to evaluate only.")
+    for name, source in loss_sources(args.loss_type).items():
+        if source is None:
+            notify(
+                f"`loss_type` {name.removeprefix('loss_type.')} is not found by its name: it trains, but its "
+                "checkpoints can't be resumed. Define it by `def` at the top of a module to go on from them."
+            )
+    for loss in args.loss_type:
+        if isinstance(loss, OwnLoss) and loss.breaks_ties:
+            notify(
+                f"`loss_type` {loss} gives another loss when completions with equal rewards change places: where "
+                "rewards tie, the order in the data counts."
+            )
 
 
 def check_trainable(model: nn.Module) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..batching.collator import Batch
-from ..losses import SEPARABLE, reward_loss
+from ..losses import is_separable, reward_loss
 from ..options import require_positive
 
 
@@ -16,8 +16,8 @@ class Objective:
     """One or several losses of K completions a prompt, with weights, and a mixture of experts' load-balancing loss.
 
     Args:
-        loss_types: names in `losses.LOSSES`, or "sft": the best completion's negative log-likelihood, the mean over the
-            tokens of all best completions, as TRL's.
+        loss_types: names in `losses.LOSSES`, losses of one's own, or "sft": the best completion's negative
+            log-likelihood, the mean over the tokens of all best completions, as TRL's.
         weights: one for each.
         alpha, beta, negative_weight: see `losses.reward_loss`.
         router_weight: of the load-balancing loss.
@@ -38,7 +38,7 @@ class Objective:
     @property
     def separable(self) -> bool:
         """Whether a completion's gradient needs its own log-probability alone."""
-        return {*self.loss_types} <= {*SEPARABLE, "sft"}
+        return all(name == "sft" or is_separable(name) for name in self.loss_types)
 
     def terms(self, logps: Tensor, ref_logps: Tensor, batch: Batch) -> Iterator[tuple]:
         """For each loss: its name, weight, values (B,), and what each value counts in its mean (B,)."""

@@ -1,6 +1,7 @@
 """The options, model and data that decide a run's result, and the refusal of a checkpoint that had others."""
 
 import json
+from collections.abc import Iterable
 from typing import Any
 
 from datasets import Dataset
@@ -10,7 +11,8 @@ from ..config import NCAConfig
 from ..errors import UserError
 from ..models.policy import base_model
 from ..options import nearest
-from ..store.fingerprints import columns_fingerprint, weights_fingerprint
+from ..own_losses import OwnLoss
+from ..store.fingerprints import columns_fingerprint, source_text, weights_fingerprint
 from ..store.provenance import changed_names, refuse_changes
 from .reference import adapter_hash, computed_config
 from .reference_cache import TOKENS
@@ -64,6 +66,7 @@ def run_identity(
         reference: `reference.model_hash` of a `ref_model` that was given.
     """
     identity = {name: value for name, value in args.to_dict().items() if name not in FREE}
+    identity |= loss_sources(args.loss_type)
     kwargs = args.model_init_kwargs
     if isinstance(kwargs, dict):
         identity["model_init_kwargs"] = {name: kwargs[name] for name in kwargs if name not in _NOT_OF_THE_MODEL}
@@ -93,6 +96,12 @@ def run_identity(
     return json.loads(json.dumps(identity, default=str, sort_keys=True))
 
 
+def loss_sources(loss_types: Iterable[str]) -> dict[str, str | None]:
+    """`loss_type.NAME` → the source of each loss of one's own; None where its name finds another, or none."""
+    own = [name for name in loss_types if isinstance(name, OwnLoss)]
+    return {f"loss_type.{name}": source_text(name.function) if name.is_found_by_name else None for name in own}
+
+
 def refuse_another_run(old: dict[str, Any], new: dict[str, Any], allowed: list[str], checkpoint: str) -> None:
     """Raise where `new` isn't the run that `checkpoint` belongs to, unless each difference is allowed by name.
 
@@ -102,7 +111,8 @@ def refuse_another_run(old: dict[str, Any], new: dict[str, Any], allowed: list[s
         checkpoint: its name.
 
     Raises:
-        UserError: options, model or data changed, each with its old and new value; or `allowed` holds an unknown name.
+        UserError: options, model or data changed, each with its old and new value; a loss that isn't found by its
+            name; or `allowed` holds an unknown name.
     """
     known = old.keys() | new.keys()
     for name in allowed:
@@ -110,6 +120,13 @@ def refuse_another_run(old: dict[str, Any], new: dict[str, Any], allowed: list[s
             raise UserError(
                 f"`resume_changed` holds {name!r}, which is no part of what makes a run"
                 f"{nearest(name, sorted(known))}; give names as the refusal shows them"
+            )
+    for name, value in new.items():
+        if name.startswith("loss_type.") and value is None and name not in allowed:
+            raise UserError(
+                f"{checkpoint} can't be resumed with `loss_type` {name.removeprefix('loss_type.')}: its name doesn't "
+                "find it, so whether it is the checkpoint's can't be known; define it by `def` at the top of a module, "
+                f"or allow it by name: `--resume_changed '{name}'`"
             )
     changed = changed_names(old, new)
     refuse_changes(

@@ -15,10 +15,10 @@ from ...config import NCAConfig
 from ...data import DataOptions
 from ...errors import UserError
 from ...evaluation.comparison_rows import SETTINGS
-from ...losses import READS_ALPHA
+from ...losses import reads_alpha
 from ...options import nearest, parse
 from ...rewards.scorers import check_weights
-from ...training.run_identity import FREE
+from ...training.run_identity import FREE, loss_sources
 from ..train.command import TRAIN_OPTIONS, RunOptions
 from .methods import check_method
 
@@ -103,9 +103,10 @@ class Cell:
         return output / "cells" / self.name
 
     def identity(self) -> dict[str, Any]:
-        """What decides its figures, as far as the options say."""
+        """What decides its figures, as far as the options say, and the source of a loss of one's own."""
         kept = {key: value for key, value in self.options.items() if key not in _NOT_IN_IDENTITY}
-        return kept | {key: value for key, value in self.settings.items() if value is not None}
+        settings = {key: value for key, value in self.settings.items() if value is not None}
+        return kept | settings | loss_sources([self.settings["method"]])
 
 
 def from_mapping(kind: type, name: str, values: Any) -> Any:
@@ -189,7 +190,7 @@ def _cell(base: Mapping[str, Any], given: dict[str, Any], path: Path, source: st
         method, strategy = check_method(given["method"], given.get("strategy"))
     except (TypeError, ValueError) as error:
         raise UserError(f"`grid` can't be run: {error}") from error
-    unread = {name for name, reads in (("alpha", method in READS_ALPHA), ("beta", method != "sft")) if not reads}
+    unread = {name for name, reads in (("alpha", reads_alpha(method)), ("beta", method != "sft")) if not reads}
     count = given.get("num_completions")
     if count is not None and not (_is_whole(count) and count >= 2):
         raise UserError(f"`num_completions` in `grid` is {count!r}; it must be a whole number, at least 2")
@@ -207,7 +208,7 @@ def _cell(base: Mapping[str, Any], given: dict[str, Any], path: Path, source: st
     }
     settings = {key: settings[key] for key in KEYS}
     named = [f"{_SHORT.get(key, key)}{settings[key]}" for key in KEYS if key in given and settings[key] is not None]
-    return Cell(re.sub(r"[^\w.+-]", "_", "-".join(named)), settings, options)
+    return Cell(re.sub(r"[^\w.+-]", "_", "-".join(named).replace(":", ".")), settings, options)
 
 
 def _is_whole(value: Any) -> bool:

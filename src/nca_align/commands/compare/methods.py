@@ -64,7 +64,7 @@ def build_trainer(
     learning rate, LoRA and seeds are those of `args`; α counts where the loss has one.
 
     Args:
-        method: one of `METHODS`; `sft` trains on the best completion alone.
+        method: one of `METHODS`, or a loss of one's own; `sft` trains on the best completion alone.
         model: id, folder or instance.
         args: of NCATrainer; TRL's trainers get the fields that they share.
         train_dataset: `prompt, completions, rewards`.
@@ -76,7 +76,7 @@ def build_trainer(
         ValueError: see `check_method`; no row is left; TRL's trainers would see other tokens of a prompt.
     """
     name, strategy = check_method(method, strategy)
-    if name not in LOSSES:
+    if name in (*_DPO_LOSSES, "kto"):
         _require_whole_turns(train_dataset, name)
     trainer: Any  # its class, that of its arguments, and those of its own
     config: Any

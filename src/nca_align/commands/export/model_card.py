@@ -5,6 +5,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from ...functions import short_name
 from ...models.loading import run_record
 from ...store.provenance import versions
 from .merge import Export
@@ -40,7 +41,7 @@ def model_card(
     """
     record = run_record(source)
     base_name = base or record.get("model._name_or_path")
-    tags = ["nca-align", *record.get("loss_type", [])]
+    tags = ["nca-align", *map(short_name, record.get("loss_type", []))]
     metadata = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": tags}
     if base_name and not Path(base_name).exists():  # an id of the Hub, and no place on this machine
         metadata["base_model"] = base_name
