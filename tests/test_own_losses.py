@@ -3,6 +3,7 @@
 import copy
 import inspect
 import json
+import os
 import pickle
 import re
 import subprocess
@@ -427,6 +428,26 @@ def test_the_first_lines_say_what_is_to_be_known(tmp_path, caplog):
     assert "nca" not in tags
 
 
+@pytest.mark.slow
+def test_two_processes_train_with_it_as_with_ours(tmp_path, write, model_dir):
+    """DDP, a cached reference, ragged K and a few completions at a time, and rows that don't divide."""
+    write("import inspect\nfrom nca_align.losses import plackett_luce_loss as ours\n\n\n"
+          "def copied(*arguments):\n    return inspect.unwrap(ours)(*arguments)\n")  # fmt: skip
+    case = {"weights": "lora", "reference": "cached", "layout": "padded", "per_forward": 3, "k": "ragged", "rows": 17}
+    cases = {name: case | {"loss": loss} for name, loss in (("ours", "plackett_luce"), ("own", "my_losses:copied"))}
+    Path("cases.json").write_text(json.dumps({"model": model_dir, "launch": "ddp", "cases": cases}))
+    command = ["-m", "torch.distributed.run", "--nproc_per_node", "2", str(ROOT / "tests" / "launched.py")]
+    done = subprocess.run(
+        [sys.executable, *command, "cases.json", "out"], capture_output=True, text=True, timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests"), "HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    ours, own = (json.loads(Path("out", name, "result.json").read_text()) for name in cases)
+    assert len(own["log"]) > 3
+    assert [line["loss"] for line in own["log"]] == [line["loss"] for line in ours["log"]]
+    assert [line["eval_loss"] for line in own["evaluations"]] == [line["eval_loss"] for line in ours["evaluations"]]
+
+
 # Going on
 
 
@@ -472,6 +493,62 @@ def test_the_source_of_a_function_is_that_of_what_it_uses(write):
     assert all(text in source for text in ("def half", "class Scaled", "def _gaps", "SCALE = 0.5"))
     assert "UNUSED" not in source
     assert source_text(len) is None
+
+
+STATES = {
+    "closure": ("made = make(0.5)", "made = make(0.25)"),
+    "partial": ("made = functools.partial(loss, margin=0.5)", "made = functools.partial(loss, margin=0.25)"),
+    "default": ("MARGIN = 0.5\nmade = loss", "MARGIN = 0.25\nmade = loss"),
+    "object": ("made = Loss(0.5)", "made = Loss(0.25)"),
+    "method": ("made = Loss(0.5).__call__", "made = Loss(0.25).__call__"),
+    "decorator": ("made = twice(loss)", "SCALE = 3\nmade = twice(loss)"),
+    "dict": ("TABLE = {'scale': 1}\nmade = loss", "TABLE = {'scale': 4}\nmade = loss"),
+}
+
+
+@pytest.mark.parametrize("kind", STATES)
+def test_a_changed_value_changes_the_source(kind, write):
+    """Of whatever a name in a module can be; the same text in another process or place is the same."""
+    code = """
+import functools
+
+MARGIN = 0.75
+SCALE = 2
+TABLE = {}
+
+{0}
+
+def loss(pi_logps, ref_logps, rewards, alpha, beta, mask, margin=MARGIN):
+    return (margin * TABLE.get("scale", 1) * rewards * (ref_logps - pi_logps) * mask).sum(1)
+
+def make(margin):
+    return lambda *arguments: loss(*arguments, margin=margin)
+
+def twice(function):
+    @functools.wraps(function)
+    def wrapper(*arguments):
+        return SCALE * function(*arguments)
+    return wrapper
+
+class Loss:
+    def __init__(self, margin):
+        self.margin = margin
+
+    def __call__(self, *arguments):
+        return loss(*arguments, margin=self.margin)
+
+{1}
+"""
+    sources = []
+    for text in STATES[kind]:
+        before, _, made = text.rpartition("\n")
+        for comment in ("", "# moved\n"):
+            write(comment + code.replace("{0}", before).replace("{1}", made))
+            loss = loss_name("my_losses:made")
+            assert loss.is_found_by_name
+            sources.append(source_text(loss.function))
+    assert None not in sources
+    assert sources[0] == sources[1] != sources[2] == sources[3]
 
 
 # Beside NCA

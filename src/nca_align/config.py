@@ -170,8 +170,8 @@ class NCAConfig(DPOConfig):
             cut = f"prompts are cut to their last {config.max_prompt_length} tokens (`max_prompt_length`)"
         notify(
             f"NCATrainer was given a DPOConfig, whose fields are kept (`beta` {config.beta}): the loss is "
-            f"{'+'.join(config.loss_type)} instead of {'+'.join(args.loss_type)}, `alpha` is {config.alpha}, and "
-            f"{cut}. Give an NCAConfig to choose."
+            f"{'+'.join(config.loss_type)} instead of {'+'.join(map(str, args.loss_type))}, `alpha` is "
+            f"{config.alpha}, and {cut}. Give an NCAConfig to choose."
         )
         return config
 

@@ -3,13 +3,15 @@
 Users' folders hold these values. A fingerprint that comes out otherwise than before makes finished work new work.
 """
 
+import functools
 import glob
 import hashlib
 import inspect
 import json
-import sys
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
 import numpy as np
@@ -138,39 +140,56 @@ def source_fingerprint(code: Any) -> str | None:
 
 
 def source_text(function: Callable) -> str | None:
-    """The source of a function and of what it uses of its own module: functions, classes and plain constants.
+    """The source of a function and of what it uses of its own module, with the values of constants and of its state.
 
     Unlike `source_fingerprint` it stays where the rest of the file changes, and it can be shown. None where there is no
     source. What the function uses of other modules is not seen.
     """
-    found: dict[str, str] = {}
-    waiting: list[Any] = [inspect.unwrap(function)]
+    found: set[str] = set()
+    home = getattr(function, "func", function).__module__
+    waiting: list[tuple[str, Any]] = [("", function)]
+    seen: set[tuple[str, int]] = set()
     while waiting:
-        own = waiting.pop()
-        own = own if inspect.isroutine(own) or inspect.isclass(own) else type(own)
-        try:
-            found[own.__qualname__] = inspect.getsource(own)
-        except (TypeError, OSError):  # built in, or typed where nothing keeps it
-            return None
-        module = vars(sys.modules[own.__module__])
-        for name in sorted(_names_used(own)):
-            value = module.get(name)
-            if (inspect.isfunction(value) or inspect.isclass(value)) and value.__module__ == own.__module__:
-                if value.__qualname__ not in found:
-                    waiting.append(value)
-            elif isinstance(value, (bool, int, float, str, tuple)):
-                found[name] = f"{name} = {value!r}\n"
-    return "".join(found[name] for name in sorted(found))
+        name, own = waiting.pop()
+        is_code = inspect.isfunction(own) or inspect.isclass(own)
+        if (name, id(own)) in seen or inspect.ismodule(own) or (is_code and name and own.__module__ != home):
+            continue
+        seen.add((name, id(own)))
+        if is_code:
+            try:  # by a function's code, since a decorator's function would give what it decorates
+                found.add(inspect.getsource(getattr(own, "__code__", own)))
+            except (TypeError, OSError):  # made where nothing keeps the source
+                return None
+        elif inspect.isbuiltin(own):
+            if not name:
+                return None
+        elif not (isinstance(own, functools.partial) or inspect.ismethod(own) or type(own).__module__ == home):
+            found.add(f"{name} = {re.sub(' at 0x[0-9a-f]+', '', repr(own))}\n")
+        waiting += _used_by(own, home).items()
+    return "".join(sorted(found))
 
 
-def _names_used(own: Any) -> set[str]:
-    """Global names in the code of a function, or of a class's methods, and of what is defined within."""
+def _used_by(own: Any, home: str) -> dict[str, Any]:
+    """What a function, a class or an object uses, by its name: globals, closure, defaults, methods, attributes."""
+    if isinstance(own, functools.partial):
+        return {"function": own.func, "arguments": own.args, **own.keywords}
+    if inspect.ismethod(own):
+        return {"function": own.__func__, "self": own.__self__}
     if inspect.isclass(own):
-        return {name for value in vars(own).values() for name in _names_used(value)}
-    code = own if inspect.iscode(own) else getattr(getattr(own, "__func__", own), "__code__", None)
-    if code is None:
-        return set()
-    return {*code.co_names, *(name for inner in filter(inspect.iscode, code.co_consts) for name in _names_used(inner))}
+        return {f"{own.__qualname__}.{name}": value for name, value in vars(own).items() if inspect.isfunction(value)}
+    if inspect.isfunction(own):
+        cells = dict(zip(own.__code__.co_freevars, own.__closure__ or (), strict=True))
+        used = {name: own.__globals__[name] for name in _names_in(own.__code__) if name in own.__globals__}
+        parameters = inspect.signature(own, follow_wrapped=False).parameters.values()
+        defaults = {one.name: one.default for one in parameters if one.default is not one.empty}
+        return used | {name: cell.cell_contents for name, cell in cells.items()} | defaults
+    return {"class": type(own), **getattr(own, "__dict__", {})} if type(own).__module__ == home else {}
+
+
+def _names_in(code: CodeType) -> set[str]:
+    """Names that a function's code and what is defined within it look up."""
+    inner = [own for own in code.co_consts if inspect.iscode(own)]
+    return {*code.co_names, *(name for own in inner for name in _names_in(own))}
 
 
 def derived_fingerprint(what: str, dataset: Dataset, *made_by: Any) -> str:

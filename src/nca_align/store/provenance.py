@@ -102,5 +102,5 @@ def _lines_that_differ(old: Any, new: Any) -> tuple[Any, Any]:
     if not (isinstance(old, str) and isinstance(new, str) and "\n" in old + new):
         return old, new
     lines = [[line.strip() for line in text.splitlines()] for text in (old, new)]
-    own, others = ("; ".join(line for line in lines[i] if line not in lines[1 - i]) for i in (0, 1))
+    own, others = ("; ".join(dict.fromkeys(line for line in lines[i] if line not in lines[1 - i])) for i in (0, 1))
     return own, others
