@@ -478,7 +478,7 @@ def test_bad_input_is_named(case, name):
 
 def test_bad_options_are_named():
     inputs = (ONES, ONES, ONES, ALPHA, BETA)
-    with pytest.raises(TypeError, match="`loss_type` is None; it must be a string, one of nca, infonca"):
+    with pytest.raises(TypeError, match="`loss_type` is None; it must be a function or one of nca, infonca"):
         reward_loss(*inputs, loss_type=None)
     for weight in (-1.0, math.inf, math.nan):
         with pytest.raises(ValueError, match=f"`negative_weight` is {weight}; it must be a finite number of 0 or more"):
