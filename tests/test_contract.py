@@ -77,7 +77,7 @@ PUBLIC = (
 # Private names of other libraries, which are no part of this contract.
 OTHERS = {
     "_ExtendAction", "_actions",  # argparse
-    "_asdict", "_exit",  # Python
+    "_asdict", "_exit", "_fields", "_replace",  # Python
     "_cast_table", "_fingerprint", "_generate_tables",  # datasets
 }  # fmt: skip
 # Every option that DPOConfig has beside transformers' own.
