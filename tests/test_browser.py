@@ -3,11 +3,18 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from browser import browser, open_page, overflow
-from conftest import reward_rows
+from browser import browser, faults, open_page, overflow
+from conftest import DATA, planned, reward_rows
+from nca_align.commands.compare.tables import Selection, selected_rows
 from nca_align.commands.inspect.command import main
+from nca_align.commands.report.command import write_report
+from nca_align.pages.charts import histogram
+from nca_align.pages.html import card, page, section, table
+from nca_align.store.files import read_csv, write_csv
+from test_report import log_of, write_run
 
 SCRIPT = "<script>document.title = 'taken'; console.error('taken')</script><img src='http://127.0.0.1:9/x.png'>"
 
@@ -78,6 +85,72 @@ def test_text_stands_out_from_what_is_behind_it(chromium, inspect_page, dark):
     page.close()
 
 
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def study_report(folder: Path, *parts: str) -> Path:
+    """The page of `nca-align report` on what the study's runs gave, its CSV files in `docs/study`."""
+    for part in parts:
+        (folder / part).mkdir(parents=True)
+        rows = read_csv(ROOT / "docs/study" / f"{part}.csv")
+        write_csv(folder / part / "comparison.csv", rows, [*rows[0]])
+        write_csv(folder / part / "selected.csv", selected_rows(rows, Selection(), planned(rows)))
+    return write_report([folder / part for part in parts], folder / "out")[0]
+
+
+def run_report(folder: Path, *names: str) -> Path:
+    """The page of `nca-align report` on runs, of the same name but in different folders."""
+    runs = [write_run(folder / name / "run", log_of(seed=i, k=16)) for i, name in enumerate(names)]
+    return write_report(runs, folder / "out")[0]
+
+
+PAGES = {
+    "inspect, quickstart": (ROOT / "data/quickstart", ["--alpha", "0.3"]),
+    "inspect, quickstart, default α": (ROOT / "data/quickstart", []),
+    "inspect, ties": (DATA / "vicuna_k4_scored.jsonl", []),
+    "inspect, pairs": (DATA / "ultrafeedback_pairs.jsonl", ["--max_length", "512"]),
+    "report, a comparison": (study_report, ["task1"]),
+    "report, two comparisons": (study_report, ["task2", "ablations"]),
+    "report, a run": (run_report, ["one"]),
+    "report, two runs": (run_report, ["one", "two"]),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PAGES)
+def test_nothing_overlaps_is_cut_is_empty_or_stands_twice(chromium, name, model_dir, tmp_path):
+    """Of real data, at the width of a screen and of a phone."""
+    source, more = PAGES[name]
+    if isinstance(source, Path):
+        if not source.exists():
+            pytest.skip(f"real data {source} is not on this machine")
+        path = tmp_path / "page.html"
+        assert main(["--dataset_name", str(source), "--model_name_or_path", model_dir, "--html", str(path), *more]) == 0
+    else:
+        path = source(tmp_path, *more)
+    for width in (1280, 390):
+        page, problems = open_page(chromium, path, width)
+        assert page.locator("svg text").count() > 20
+        assert problems + faults(page) == []
+        page.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("between", [0.01, 0.3, 20])
+@pytest.mark.parametrize("place", [0.05, 5, 95, 99.9])
+def test_marks_close_to_each_other_and_to_an_edge_keep_their_names(chromium, tmp_path, place, between):
+    marks = {"suggested": place, "your own long α": min(100.0, place + between), "a third": max(0.0, place - between)}
+    chart = histogram(np.linspace(0, 100, 11), np.arange(1, 11), "x", "rows", marks)
+    path = tmp_path / "page.html"
+    path.write_text(page("A page", "", section("A part", card("A chart", chart))))
+    for width in (1280, 390):
+        tab, _ = open_page(chromium, path, width)
+        texts = [text.strip() for text in tab.locator("svg text").all_text_contents()]
+        assert [name for name in marks if name in texts] == [*marks]
+        assert faults(tab) == []
+        tab.close()
+
+
 @pytest.mark.slow
 def test_the_browser_sees_what_is_wrong(chromium, tmp_path):
     """Without this, the tests above might pass on anything."""
@@ -93,3 +166,38 @@ def test_the_browser_sees_what_is_wrong(chromium, tmp_path):
     assert "request: http://127.0.0.1:9/" in text
     assert overflow(page) > 0
     page.close()
+
+
+@pytest.mark.slow
+def test_the_browser_sees_what_a_reader_would_stumble_over(chromium, tmp_path):
+    """Without this, the tests of real pages might pass on anything."""
+    svg = (
+        '<svg aria-label="s" viewBox="0 0 200 100"><text x="10" y="50">one</text><text x="14" y="52">two</text>'
+        '<text x="190" y="90">a long text</text><path d="M20,20 L20,80" style="stroke: var(--warn)"/></svg>'
+    )
+    wide = (
+        "<div class=scroll><table><tr>" + "".join(f"<td>{i}{'0' * 90}</td>" for i in range(9)) + "</tr></table></div>"
+    )
+    empty = "<table><tr><td>a</td><td></td></tr></table>"
+    path = tmp_path / "page.html"
+    again = section("Part", card("Card", svg), card("Card", wide), card("Part", empty))
+    path.write_text(page("Page", "", f"<h2>Page</h2>{again}"))
+    tab, _ = open_page(chromium, path, 390)
+    found = "\n".join(faults(tab))
+    tab.close()
+    for said in (
+        "“one” and “two” overlap", "“a long text” is cut", "“one” is crossed by a line", "column 1 of “a” is empty",
+        "a table scrolls sideways", "“Page” stands under its own title", "“Page > Part > Card” stands twice",
+        "“Part” stands under its own title",
+    ):  # fmt: skip
+        assert said in found
+
+
+def test_a_column_without_a_value_is_left_out():
+    html = table(["name", "none", "n"], [["a", "", 1], ["b", "", 0]])
+    assert "none" not in html
+    assert html.count("<th>") == 2
+    assert html.count("<td") == 4
+    wide = table([f"{i}" for i in range(6)], [range(6)])
+    assert 'data-name="5"' in wide  # a phone's label of the value
+    assert 'data-name="<' not in table(["<b>"] * 6, [range(6)])

@@ -24,7 +24,7 @@ from nca_align.evaluation.intervals import mean_and_interval
 from nca_align.evaluation.training_log import logged, prefixes
 from nca_align.pages.charts import Chart, Series, chart_svg
 from nca_align.pages.pictures import picture
-from nca_align.pages.styles import styles
+from nca_align.pages.styles import ordered_styles, styles
 from nca_align.store.files import write_csv
 
 SCRIPT = "<script>document.title = 'taken'</script>"
@@ -103,7 +103,7 @@ def write_run(folder: Path, log) -> Path:
 def table(html: str, title: str) -> list[list[str]]:
     """Rows of the card's table."""
     card = re.search(rf'<figure class="card"><h3>{re.escape(title)}</h3>(.*?)</figure>', html, re.S)[1]
-    return [re.findall(r"<td>(.*?)</td>", row) for row in re.findall(r"<tr.*?>(.*?)</tr>", card) if "<td>" in row]
+    return [re.findall(r"<td.*?>(.*?)</td>", row) for row in re.findall(r"<tr.*?>(.*?)</tr>", card) if "<td" in row]
 
 
 @pytest.fixture
@@ -122,6 +122,22 @@ def test_training_prompts_have_a_chart_svg_their_own():
     assert set(titles[1]) - set(titles[0]) == {"Log-ratio of the best completion, training prompts"}
     train, test = (chart.series[0].y for chart in likelihood_charts(rows + seen, curves_of(rows + seen))[:2])
     assert train == pytest.approx([value + 5 for value in test])
+
+
+def test_a_setting_without_values_keeps_the_colours_of_the_others():
+    rows = [
+        {key: str(value) for key, value in row.items()} for row in comparison_rows({"mine": (0.5, 3, 3), **METHODS})
+    ]
+    lacking = [{**row, "logratio_best": "" if row["method"] == "mine" else row["logratio_best"]} for row in rows]
+    first, second = (likelihood_charts(own, curves_of(own))[0] for own in (rows, lacking))
+    assert second.styles() == first.styles()
+    assert not any(one.x for one in second.series if one.name.startswith("mine"))
+
+
+def test_all_ranks_are_shown_in_colours_of_their_order():
+    shown = run_charts(Run("run", log_of(k=16)))["held-out"][0]
+    assert len(shown.series) == 16
+    assert shown.colours is ordered_styles
 
 
 def test_before_training_all_rewards_are_equal_and_no_accuracy_is_shown():
@@ -377,7 +393,9 @@ def test_the_command_writes_a_page_and_plots(comparison, tmp_path, capsys):
         "report-compare.png", "report-quick-2.png", "report-quick.png", "report.html",
     ]  # fmt: skip
     assert (out / "report-compare.png").read_bytes().startswith(b"\x89PNG")
-    assert "At KL = 1 nats" in (out / "report.html").read_text()
+    html = (out / "report.html").read_text()
+    assert "At KL = 1 nats" in html
+    assert re.findall(r"<h2>(.*?): held-out prompts</h2>", html) == ["quick", "quick-2"]
     assert "The page is" in capsys.readouterr().out
 
 

@@ -6,7 +6,7 @@ A colour is a name of the page's style sheet, so that a chart on a page follows 
 import io
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,7 @@ from .html import COLOURS, card, escape, visible
 from .styles import PAGE_COLOURS, Style, axis_range, number, styles
 
 _MOST_POINTS = 40  # of a curve whose points are marked
+_LONGEST = 18  # letters beside a row of a chart
 _STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans", "font.size": 11, "text.parse_math": False, "text.color": COLOURS["text"],
     "axes.spines.left": False, "axes.spines.right": False, "axes.spines.top": False, "axes.spines.bottom": False,
@@ -126,6 +127,25 @@ def bars(labels: Sequence[str], values: Sequence[float], label: str) -> str:
     return _svg(axes, label)
 
 
+@in_our_style
+def intervals(means: Mapping[str, tuple[float, float, float]], looks: Mapping[str, Style], label: str) -> str:
+    """Mean, low and high in a row for each name as SVG; intervals stop at the chart's edge."""
+    n = len(means)
+    shown = [name if len(name) <= _LONGEST else f"{name[: _LONGEST - 1]}…" for name in means]
+    axes = _page_axes(26 * n + 46, left=max(map(len, shown)) * 6.5 + 12, top=0)
+    for i, (name, (mean, low, high)) in enumerate(means.items()):
+        if math.isfinite(high):
+            axes.plot((low, high), (i, i), color=looks[name][0], linestyle=looks[name][1], linewidth=1)
+        _tip(axes.plot(mean, i, "o", color=looks[name][0], markersize=5), [f"{name}: {number(mean)}"])
+    ends = [end for _, *both in means.values() for end in both]
+    axes.set(xlim=axis_range([mean for mean, *_ in means.values()], ends), ylim=(n - 0.5, -0.5), xlabel=label)
+    axes.grid(axis="x")
+    axes.grid(visible=False, axis="y")
+    _finish(axes, {})
+    axes.set_yticks(range(n), shown)
+    return _svg(axes, label)
+
+
 def draw(axes: Axes, chart: Chart) -> None:
     """The chart's curves; bars stop at its edge, and those over one step stand side by side."""
     for i, one in enumerate(chart.series):
@@ -161,7 +181,7 @@ def draw(axes: Axes, chart: Chart) -> None:
 
 
 def _page_axes(
-    height: float = 210, left: float = 44, right: float = 12, top: float = 16, bottom: float = 40,
+    height: float = 210, left: float = 44, right: float = 19, top: float = 16, bottom: float = 40,
     marks: dict[str, float] | None = None,
 ) -> Axes:  # fmt: skip
     """Axes in a figure of a page, with so many pixels around them, and room for the names of `marks` above."""
@@ -187,7 +207,7 @@ def _finish(axes: Axes, marks: dict[str, float], whole: bool = False) -> None:
 def _mark(axes: Axes, marks: dict[str, float]) -> None:
     """Lines at `marks` and their names above the axes, where neither another name nor a line goes through one."""
     placed: list[Any] = []
-    whole = axes.figure.bbox
+    first, last = axes.bbox.x0, axes.figure.bbox.x1  # at the left are the axis's own numbers
     for i, (name, x) in enumerate(sorted(marks.items(), key=lambda mark: mark[1])):
         axes.axvline(x, color=COLOURS["warn"], linewidth=1.5, linestyle="--")
         sides = ("right", "left") if i < len(marks) / 2 and len(marks) > 1 else ("left", "right")
@@ -196,8 +216,9 @@ def _mark(axes: Axes, marks: dict[str, float]) -> None:
                 name, (x, 1), (2 if side == "left" else -2, 5 + 13 * height), ("data", "axes fraction"),
                 "offset points", color=COLOURS["warn"], horizontalalignment=side,
             )  # fmt: skip
-            box = text.get_window_extent().expanded(1.15, 1)  # a page's letters may be wider
-            if whole.x0 <= box.x0 and box.x1 <= whole.x1 and not box.count_overlaps(placed):
+            own = text.get_window_extent()
+            box = own.expanded(1.15, 1)  # a page's letters may be wider
+            if first <= own.x0 and box.x1 <= last and not box.count_overlaps(placed):
                 placed.append(box)
                 break
             text.remove()

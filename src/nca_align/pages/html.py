@@ -13,6 +13,7 @@ from typing import NamedTuple
 _CONTROL = {c: chr(0x2400 + c) for c in range(32) if c not in (9, 10)} | {0x7F: "␡"}
 _CONTROL |= {c: f"\\x{c:02x}" for c in range(0x80, 0xA0)}
 _CONTROL |= {c: f"\\u{c:04x}" for c in (*range(0x202A, 0x202F), *range(0x2066, 0x206A))}  # turn the reading direction
+_MOST_COLUMNS = 4  # of a table that a phone has the width for
 
 STYLE = files(__package__).joinpath("page.css").read_text(encoding="utf-8")
 # of text, lines and curves: the style sheet's names and their values in light
@@ -74,13 +75,20 @@ def tiles(items: Sequence[Tile]) -> str:
 def table(
     header: Sequence[str], rows: Sequence[Sequence[object]], marked: int | None = None, words: bool = False
 ) -> str:
-    """A table of numbers; the row `marked` stands out. With `words`, of labels and what is said of them."""
-    head = "".join(f"<th>{escape(name)}</th>" for name in header)
-    lines = [f"<thead><tr>{head}</tr></thead>"] if any(header) else []
+    """A table of numbers; the row `marked` stands out. With `words`, of labels and what is said of them.
+
+    A column without a value is left out. On a phone each row of a wide table becomes a list of names and values.
+    """
+    full = [i for i in range(max(map(len, rows), default=0)) if not i or any(str(row[i]) for row in rows)]
+    names = [escape(header[i]) if header else "" for i in full]
+    head = "".join(f"<th>{name}</th>" for name in names)
+    lines = [f"<thead><tr>{head}</tr></thead>"] if any(names) else []
+    kind = "words" if words else "stacked" if any(names) and len(names) > _MOST_COLUMNS else ""
     for i, row in enumerate(rows):
-        cells = "".join(f"<td>{escape(cell)}</td>" for cell in row)
+        told = [f' data-name="{name}"' if kind == "stacked" else "" for name in names]
+        cells = "".join(f"<td{name}>{escape(row[place])}</td>" for name, place in zip(told, full, strict=True))
         lines.append(f"<tr{' class=mark' if i == marked else ''}>{cells}</tr>")
-    return f'<div class="scroll"><table{" class=words" if words else ""}>{"".join(lines)}</table></div>'
+    return f'<div class="scroll"><table{f" class={kind}" if kind else ""}>{"".join(lines)}</table></div>'
 
 
 def bullets(items: Sequence[str]) -> str:

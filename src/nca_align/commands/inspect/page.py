@@ -74,7 +74,7 @@ def _tiles(found: Inspection) -> list[Tile]:
 def _reward_charts(found: Inspection) -> list[str]:
     spread = spreads(found.rewards, found.counts)
     charts = [
-        card("Rewards", histogram(*binned(found.rewards), "reward", "completions")),
+        card("Rewards of all completions", histogram(*binned(found.rewards), "reward", "completions")),
         card(
             "Spread within a prompt", histogram(*binned(spread), "highest − lowest reward", "prompts"),
             "Only differences within a prompt teach anything; at 0 all its completions have the same reward.",

@@ -113,17 +113,6 @@ def frontier_chart(rows: Sequence[Row], groups: Groups) -> Chart:
     )  # fmt: skip
 
 
-def equal_kl_chart(kl: float, groups: Groups, ranked: Mapping[Setting, Interval]) -> Chart:
-    """Mean rewards at a KL, from the best; settings without one stay in the legend, so that no colour changes."""
-    places = {setting: [place] for place, setting in enumerate(ranked)}
-    means = {setting: [mean] for setting, mean in ranked.items()}
-    shown = [
-        _over_seeds(name, places.get(setting, []), means.get(setting, []))
-        for setting, name in labels([*groups]).items()
-    ]
-    return Chart(f"Reward at KL {kl:g}", shown, "")
-
-
 def likelihood_charts(rows: Sequence[Row], groups: Groups) -> list[Chart]:
     """Log-ratios of the best and the worst completion, and the ranking accuracy, setting by setting over steps."""
     names, charts = labels([*groups]), []
@@ -144,10 +133,10 @@ def likelihood_charts(rows: Sequence[Row], groups: Groups) -> list[Chart]:
         shown, runs = [], runs_of(rows, split)
         for setting in groups:
             points = over_steps(runs.get(setting, {}), column)
-            if points := [point for point in points if point[0] > 0 or column != "accuracy"]:
-                steps, values = zip(*points, strict=True)
-                shown.append(_over_seeds(names[setting], steps, values))
-        if shown:
+            points = [point for point in points if point[0] > 0 or column != "accuracy"]
+            # one without values stays in the legend, so that no colour changes
+            shown.append(_over_seeds(names[setting], [step for step, _ in points], [value for _, value in points]))
+        if any(one.x for one in shown):
             note = f"{what}. Means over seeds ({seeds(groups)}), bars their 95% t-intervals, cut at the chart's edge."
             charts.append(Chart(title, shown, "step", note))
     return charts

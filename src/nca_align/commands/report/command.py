@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
 
@@ -49,18 +49,21 @@ def write_report(runs: Sequence[Path], output: Path, at_kl: Sequence[float] = ()
     from .page import build_page
 
     found = [read_run(path) for path in runs]
+    names = [one.name for one in found]
+    for i, name in enumerate(names):
+        if again := names[:i].count(name):
+            found[i] = replace(found[i], name=f"{name}-{again + 1}")
     if output.exists() and not output.is_dir():
         raise UserError(f"`output` is {output}, which is a file; give a folder")
     output.mkdir(parents=True, exist_ok=True)
     page = output / "report.html"
     with replacing(page) as file:
         file.write(build_page(found, at_kl))
-    written, names = [page], [one.name for one in found]
-    for i, one in enumerate(found):
-        again = names[:i].count(one.name)
+    written = [page]
+    for one in found:
         charts, bars = plotted(one)
         if charts:
-            written.append(output / f"report-{one.name}{f'-{again + 1}' if again else ''}.png")
+            written.append(output / f"report-{one.name}.png")
             write_png(charts, f"{one.name}; {bars}", written[-1])
     return written
 

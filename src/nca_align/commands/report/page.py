@@ -6,9 +6,10 @@ from ...evaluation.comparison_rows import COMPARED, Row, final_values, interval_
 from ...evaluation.frontier import curves_of, equal_kls, reward_at_kl
 from ...evaluation.intervals import mean_and_interval
 from ...pages import html as pages
-from ...pages.charts import chart_card, chart_svg
+from ...pages.charts import chart_card, intervals
 from ...pages.html import Tile, card
-from .charts import MOST_CURVES, Groups, equal_kl_chart, frontier_chart, likelihood_charts, run_charts
+from ...pages.styles import styles
+from .charts import MOST_CURVES, Groups, frontier_chart, likelihood_charts, run_charts
 from .runs import Comparison, Run
 
 _LAST = {
@@ -27,21 +28,26 @@ _EQUAL = (
 
 def build_page(found: Sequence[Run | Comparison], at_kl: Sequence[float] = ()) -> str:
     """The page as HTML."""
-    body = "\n".join(_comparison(one, at_kl) if isinstance(one, Comparison) else _run(one) for one in found)
+    body = "\n".join(
+        _comparison(one, own, at_kl) if isinstance(one, Comparison) else _run(one, own)
+        for one in found
+        for own in [f"{one.name}: " if len(found) > 1 else ""]  # the title of the page names one alone
+    )
     return pages.page(" · ".join(one.name for one in found), "by nca-align report", body)
 
 
-def _run(run: Run) -> str:
-    """Charts of one run."""
+def _run(run: Run, own: str) -> str:
+    """Charts of one run, whose headings begin with `own`."""
     sections = [
-        pages.section(f"{run.name}: {name} prompts", *map(chart_card, charts), grid="grid")
+        pages.section(f"{own}{name} prompts" if own else f"On {name} prompts", *map(chart_card, charts), grid="grid")
         for name, charts in run_charts(run).items()
     ]
     nothing = "The log holds no metric by rank and no evaluation by generation."
-    return "\n".join(sections) or pages.section(run.name, pages.bullets([nothing]))
+    return "\n".join(sections) or pages.section(f"{own}nothing to show", pages.bullets([nothing]))
 
 
-def _comparison(found: Comparison, at_kl: Sequence[float]) -> str:
+def _comparison(found: Comparison, own: str, at_kl: Sequence[float]) -> str:
+    """Charts and tables of a comparison, whose headings begin with `own`."""
     every, chosen = curves_of(found.rows), found.chosen()
     seeds = sorted({len(own) for own in chosen.values()}) or [0]
     tiles = [
@@ -50,16 +56,16 @@ def _comparison(found: Comparison, at_kl: Sequence[float]) -> str:
         Tile(" to ".join(map(str, dict.fromkeys((seeds[0], seeds[-1])))), "seeds a selected setting, n"),
         Tile(f"{len(found.failed)}", "failed cells", bool(found.failed)),
     ]
-    parts = [f"<h2>{pages.escape(found.name)}</h2>", pages.tiles(tiles)]
+    parts = [*([f"<h2>{pages.escape(found.name)}</h2>"] if own else []), pages.tiles(tiles)]
     if chosen:
         charts = [frontier_chart(found.rows, chosen), *likelihood_charts(found.rows, chosen)]
         cards = _equal_kl(chosen, at_kl)
         nothing = pages.bullets(["No run has moved from the reference: there is no KL to compare at."])
         equal = f'<p class="note">{_EQUAL}</p><div class="grid wide">{"".join(cards)}</div>' if cards else nothing
         parts += [
-            pages.section("Test reward against KL, and likelihood", *map(chart_card, charts), grid="grid wide"),
-            pages.section("Test reward at equal KL", equal),
-            pages.section("Where training ended, test split", _last(found, chosen)),
+            pages.section(f"{own}Test reward against KL, and likelihood", *map(chart_card, charts), grid="grid wide"),
+            pages.section(f"{own}Test reward at equal KL", equal),
+            pages.section(f"{own}Where training ended, test split", _last(found, chosen)),
         ]
     else:
         parts.append(pages.bullets(["No selected setting has figures on the test split yet."]))
@@ -77,17 +83,23 @@ def _comparison(found: Comparison, at_kl: Sequence[float]) -> str:
             "split, out of so many candidates. The test split had no part in the choice; what these runs came to on "
             "it stands above."
         )
-        parts.append(pages.section("Selected settings", card("Chosen on validation", pages.table(names, rows), note)))
+        parts.append(
+            pages.section(f"{own}Selected settings", card("Chosen on validation", pages.table(names, rows), note))
+        )
     if len(every) > len(chosen):
-        title = "Every setting of the grid"
+        title = f"{own}Every setting of the grid"
         if len(every) <= MOST_CURVES:
             parts.append(pages.section(title, chart_card(frontier_chart(found.rows, every)), grid="grid wide"))
         parts.append(pages.section(f"{title}, where training ended, test split", _last(found, every)))
     if found.failed:
-        parts.append(pages.section("Failed cells", card("Cell and reason", pages.table([], found.failed, words=True))))
+        parts.append(
+            pages.section(f"{own}Failed cells", card("Cell and reason", pages.table([], found.failed, words=True)))
+        )
     if found.provenance:
         rows = [[key, f"{value}"] for key, value in found.provenance.items()]
-        parts.append(pages.section("Where this comes from", card("Provenance", pages.table([], rows, words=True))))
+        parts.append(
+            pages.section(f"{own}Where this comes from", card("Provenance", pages.table([], rows, words=True)))
+        )
     return "\n".join(parts)
 
 
@@ -117,7 +129,9 @@ def _equal_kl(groups: Groups, at_kl: Sequence[float]) -> list[str]:
                 n, reach = len(groups[setting]), max(c.max_kl for c in groups[setting])
                 came = f"{len(rewards[setting])} of {n} runs came so far" if rewards[setting] else "not reached"
                 table.append((names[setting], f"{n}", came, f"went to KL {reach:.3g}"))
-        content = chart_svg(equal_kl_chart(kl, groups, {s: means[s] for s in ranked})) if ranked else ""
+        content = ""
+        if ranked:
+            content = intervals({names[s]: means[s][:3] for s in ranked}, styles([*names.values()]), "test reward")
         content += pages.table(["setting", "n", "test reward", "behind the first"], table)
         cards.append(card(f"At KL = {kl:g} nats", content))
     return cards
@@ -126,7 +140,7 @@ def _equal_kl(groups: Groups, at_kl: Sequence[float]) -> list[str]:
 def _last(found: Comparison, groups: Groups) -> str:
     """Means and intervals of the last evaluation."""
     names, rows, runs = labels([*groups]), [], runs_of(found.rows)
-    columns = [name for name in _LAST if name in found.rows[0]]
+    columns = [name for name in _LAST if any(final_values(runs[setting], name) for setting in groups)]
     for setting in groups:
         last = [final_values(runs[setting], column) for column in columns]
         step = max((step for own in last for step, _ in own.values()), default="–")
