@@ -12,7 +12,7 @@ from nca_align.commands.evaluate import command as evaluate
 
 # From the lowest. Modules of one package import each other freely, but not in a circle; packages of one layer don't.
 LAYERS = [
-    ["losses", "own_losses", "reward_tensors", "config", "options", "functions", "errors"],
+    ["losses", "own_losses", "reward_tensors", "config", "options", "help_page", "functions", "errors"],
     ["store"],
     ["pages"],
     ["data"],
@@ -22,7 +22,7 @@ LAYERS = [
     ["training"],
     ["trainer"],
     ["evaluation"],
-    ["commands.train", "commands.sample", "commands.score", "commands.export"],
+    ["commands.train", "commands.sample", "commands.score", "commands.export", "commands.env"],
     ["commands.inspect", "commands.evaluate", "commands.report"],
     ["commands.compare"],
     ["", "cli", "__main__"],

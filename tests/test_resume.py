@@ -541,7 +541,7 @@ class TestFullDisk:
         }  # fmt: skip
         assert main([part for name, value in options.items() for part in (f"--{name}", str(value))]) == 2
         said = capsys.readouterr().err.strip().splitlines()[-1]
-        assert said.startswith("train: error: the trained model can't be written: No space left on device (")
+        assert said.startswith("nca-align train: error: the trained model can't be written: No space left on device (")
         assert said.endswith("make room, and run the same command with `resume_from_checkpoint: true`")
 
     def test_a_bug_in_saving_keeps_its_traceback(self, tmp_path, monkeypatch):

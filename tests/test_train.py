@@ -151,7 +151,7 @@ def test_a_users_mistake_is_one_sentence(what, model_dir, data_file, tmp_path, c
     given = flags(model_name_or_path=model_dir, dataset_name=data_file, output_dir=tmp_path / "run")
     assert main([*given, *arguments]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith("train: error: ")
+    assert error.startswith("nca-align train: error: ")
     assert expected in error
     assert len(error) < 600
 

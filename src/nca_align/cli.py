@@ -16,6 +16,7 @@ COMMANDS = {
     "compare": ("compare.command", "methods and settings beside each other, a run each, from one YAML file"),
     "report": ("report.command", "a page and plots of what runs logged, and of a comparison with its intervals"),
     "export": ("export.command", "the trained model in one folder: adapter merged, with tokenizer and model card"),
+    "env": ("env", "versions, cards, dtypes and what is missing, for a bug report"),
 }
 
 

@@ -4,7 +4,8 @@ import argparse
 import difflib
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import MISSING, field
 from typing import Any, Literal, cast, get_args, get_type_hints
@@ -13,6 +14,7 @@ import yaml
 from trl import TrlParser
 
 from .errors import UserError, one_line
+from .help_page import help_page, help_topic
 
 # What YAML 1.1 makes of the bare words that some options take (`save_strategy: no`).
 _YAML_WORDS = {False: ("no", "off", "false"), True: ("yes", "on", "true")}
@@ -84,6 +86,7 @@ def parse(
     prog: str,
     description: str = "",
     ignored: Callable[[], Iterable[str]] = tuple,
+    first: Mapping[str, str] | None = None,
 ) -> tuple:
     """Instances of `dataclass_types` from `--config FILE.yaml` and flags; a flag overrides the file.
 
@@ -93,6 +96,7 @@ def parse(
         prog: the command's name in `--help`.
         description: the line under it.
         ignored: gives keys that a file may hold for another command; asked only where it holds unknown ones.
+        first: what `--help` alone lists, in order, of a command with very many options: names, each with its line.
 
     Returns:
         One instance for each of `dataclass_types`.
@@ -101,9 +105,14 @@ def parse(
         UserError: an unknown flag or key (with the nearest valid name), a value of the wrong type, a `--config` that is
             missing or no YAML mapping, and whatever the dataclasses themselves refuse; always one sentence.
     """
-    parser = _Parser(cast(Any, list(dataclass_types)), prog=prog, description=description or None, allow_abbrev=False)
+    parser = _Parser(
+        cast(Any, list(dataclass_types)), prog=prog, description=description or None, allow_abbrev=False, add_help=False
+    )
+    if (topic := help_topic(sys.argv[1:] if argv is None else argv)) is not None:
+        print(help_page(parser, dataclass_types, topic, first or {}))
+        parser.exit()
     parser.add_argument("--config", metavar="FILE", help="YAML file of options; flags override it")
-    actions = {action.dest: action for action in reversed(parser._actions) if action.dest not in ("help", "config")}
+    actions = {action.dest: action for action in reversed(parser._actions) if action.dest != "config"}
     config_path, argv = _take_config(argv)
     if config_path is not None:
         config = _read_config(config_path)

@@ -25,6 +25,7 @@ from ...models.policy import eval_mode
 from ...options import option, parse
 from ...store.checkpoints import explain_write_errors, last_common_checkpoint
 from .curves import plot_curves, run_title
+from .first_options import FIRST_OPTIONS
 from .summary import summary
 
 logger = logging.getLogger("nca_align")
@@ -56,11 +57,15 @@ class RunOptions:
 TRAIN_OPTIONS = (ScriptArguments, DataOptions, RunOptions, NCAConfig, ModelConfig)
 
 
-@cli_main("train", goes_on="with `resume_from_checkpoint: true` it goes on from the last checkpoint")
+@cli_main("nca-align train", goes_on="with `resume_from_checkpoint: true` it goes on from the last checkpoint")
 def main(argv: list[str] | None = None) -> int:
     """Train as the options say; 0, or 2 after a user's mistake, told in one sentence."""
     script, data_options, run, args, model_args = parse(
-        TRAIN_OPTIONS, argv, "train", "Align a language model on K rewarded completions per prompt."
+        TRAIN_OPTIONS,
+        argv,
+        "nca-align train",
+        "Align a language model on K rewarded completions per prompt.",
+        first=FIRST_OPTIONS,
     )
     _follow_launcher()
     if args.process_index == 0:
