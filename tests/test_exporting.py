@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,8 +16,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from conftest import build_model, real_rows, record_nf4
 from nca_align.commands.export import command as export_command
+from nca_align.commands.export import next_steps as next_steps_module
 from nca_align.commands.export.command import ExportOptions, export, main
 from nca_align.commands.export.merge import logp_difference, merge, merge_check_rows
+from nca_align.commands.export.next_steps import next_steps
 from nca_align.errors import UserError
 from nca_align.models.loading import ModelSource, add_adapter, disable_nf4_repacking
 from nca_align.models.logprobs import completion_logps
@@ -445,3 +448,47 @@ class TestPush:
         assert "`push` me/aligned: the Hub did not take it" in error
         assert f"`hf upload me/aligned {tmp_path / 'out'}` sends it later" in error
         assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+class TestNextSteps:
+    """The end of `export`: commands that work as they are printed."""
+
+    def test_the_commands_have_the_path_quoted_for_a_shell(self, monkeypatch):
+        monkeypatch.setattr(next_steps_module, "find_spec", lambda name: None)
+        text = next_steps(Path("runs/it's mine"), chat=True, trust_remote_code=True)
+        install, serve, chat = (shlex.split(line, comments=True) for line in text.splitlines()[1:4])
+        assert install == ["pip", "install", "transformers[serving]"]
+        assert serve == ["transformers", "serve", "runs/it's mine", "--trust-remote-code"]
+        assert chat == ["transformers", "chat", "runs/it's mine"]
+
+    def test_nothing_is_installed_twice_and_a_base_model_completes_text(self, monkeypatch):
+        monkeypatch.setattr(next_steps_module, "find_spec", lambda name: name)
+        text = next_steps(Path("runs/base"), chat=False)
+        assert "pip install" not in text
+        serve, ask = (shlex.split(line) for line in text.splitlines()[1:3])
+        assert serve == ["transformers", "serve", "runs/base"]
+        assert ask[:2] == ["curl", "http://localhost:8000/v1/completions"]
+        assert json.loads(ask[-1])["model"] == "runs/base"
+
+    def test_they_are_commands_of_the_installed_transformers(self):
+        """The names of the commands and of the one flag, as its own command line has them."""
+        from inspect import signature
+
+        from transformers.cli.chat import Chat
+        from transformers.cli.serve import Serve
+
+        assert {"force_model", "trust_remote_code", "port"} <= set(signature(Serve).parameters)
+        assert signature(Serve).parameters["port"].default == next_steps_module.PORT
+        assert list(signature(Chat).parameters)[:2] == ["model_id", "base_url"]
+
+    @pytest.mark.parametrize("chat", [True, False])
+    def test_export_ends_with_them(self, chat, model_dir, tmp_path, capsys):
+        source = shutil.copytree(model_dir, tmp_path / "source")
+        if not chat:
+            (source / "chat_template.jinja").unlink()
+        output = tmp_path / "whole"
+        assert main(["--model_name_or_path", str(source), "--output", str(output)]) == 0
+        text = capsys.readouterr().out
+        assert text.index("is the model") < text.index(f"transformers serve {output}\n")
+        assert (f"transformers chat {output}\n" in text) == chat
+        assert ("/v1/completions" in text) != chat

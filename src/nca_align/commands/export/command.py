@@ -1,5 +1,6 @@
 """`nca-align export`: the trained model in one folder: adapter merged, safetensors, tokenizer, template, model card."""
 
+import json
 import shutil
 import sys
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ from ...store.files import check_writable, new_folder
 from ...store.hub import push
 from .merge import Difference, Export, logp_difference, merge, merge_check_rows
 from .model_card import model_card
+from .next_steps import next_steps
 
 MAX_NATS = 0.05  # a sequence: beyond it what was merged is not what was trained
 # what is copied of a whole model's folder; a run's own files stay behind
@@ -82,7 +84,15 @@ def export(options: ExportOptions) -> Export | None:
     if options.push is not None:
         private = push(output, options.push)
         print(f"and {options.push} on the Hub, {'private' if private else 'public as it was'}")
+    print(next_steps(output, _chats(output), options.trust_remote_code))
     return found
+
+
+def _chats(folder: Path) -> bool:
+    """Whether the tokenizer that was saved there has a chat template, in a file of its own or in its configuration."""
+    return (folder / "chat_template.jinja").exists() or "chat_template" in json.loads(
+        (folder / "tokenizer_config.json").read_text()
+    )
 
 
 def _export_adapter(options: ExportOptions, new: Path) -> Export:
