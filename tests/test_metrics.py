@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from nca_align.losses import infonca_loss, targets
-from nca_align.training.metrics import calibration, row_metrics
+from nca_align.training.metrics import PromptMeans, calibration, row_metrics
 
 ALPHA, BETA = 0.5, 0.1
 
@@ -290,3 +290,20 @@ def test_at_the_optimum_model_and_target_are_one_in_every_bin():
     found = calibration(logps, ref_logps, rewards, mask, ALPHA, BETA)
     for i in range(1, 6):
         torch.testing.assert_close(found[f"calibration/model_bin_{i}"], found[f"calibration/target_bin_{i}"])
+
+
+def test_errors_are_those_over_prompts_however_the_batches_are_cut():
+    values = torch.randn(9, dtype=torch.float64)
+    weights = torch.tensor([1.0, 1, 0, 1, 1, 0, 1, 1, 1])  # a row that a process repeats counts nowhere
+    counted = values[weights > 0]
+    for size in (9, 4, 1):
+        means = PromptMeans(errors=("a",))
+        for start in range(0, 9, size):
+            part = slice(start, start + size)
+            means.add({"a": (values[part], weights[part]), "b": (values[part], weights[part])})
+        found = means.gather()
+        assert found.keys() == {"a", "b", "a_error", "prompts"}
+        assert found["prompts"] == len(counted)
+        assert found["a_error"] == pytest.approx(float(counted.std() / len(counted) ** 0.5))
+    means.add({"a": (values[:1], weights[:1])})
+    assert means.gather().keys() == {"a", "prompts"}  # one prompt has no spread

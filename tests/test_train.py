@@ -38,7 +38,7 @@ def test_a_run_leaves_everything_that_people_look_for(model_dir, data_file, tmp_
     arguments = flags(
         model_name_or_path=model_dir, dataset_name=data_file, output_dir=output, eval_strategy="steps", eval_steps=1,
         eval_on_start="true", validation_fraction=0.25, use_peft="true", lora_target_modules="q_proj", show_answers=1,
-        save_strategy="steps", save_steps=2, eval_scorer="nca_align.scorers:vader", eval_completions=2,
+        save_strategy="steps", save_steps=2, eval_scorer="test_generation:length_of", eval_completions=2,
         eval_new_tokens=4, eval_prompts=2,
     )  # fmt: skip
     assert main(arguments) == 0
@@ -51,14 +51,16 @@ def test_a_run_leaves_everything_that_people_look_for(model_dir, data_file, tmp_
     assert [line["loss"] for line in state["log_history"] if "loss" in line]
     generated = [line for line in state["log_history"] if "eval_generation/win_rate" in line]
     assert [line["step"] for line in generated] == [0, 1, 2]
-    assert generated[0]["eval_generation/kl"] == pytest.approx(0, abs=1e-5)
+    assert generated[0]["eval_generation/kl"] == generated[0]["eval_generation/gain"] == 0  # the reference's answers
+    assert {line["eval_generation/reference_reward"] for line in generated} == {generated[0]["eval_generation/reward"]}
     assert len(json.loads((output / "validation_indices.json").read_text())) == 6
     assert "eval_rewards/accuracies" in json.loads((output / "eval_results.json").read_text())
     assert (output / "curves.png").read_bytes().startswith(b"\x89PNG")
     said = capsys.readouterr().out
     for part in (
-        "implicit reward of the best completion:", "log-ratio of the best completion:", "pairs that it orders",
+        "own answers", "mean reward", "Their length:", "The best completion", "Pairs that it orders",
         "A held-out prompt:", "before:", "after:", f"The adapter is in {output}", "curves.png",
+        f"nca-align export --model_name_or_path {output} --output {output}-model", f"transformers chat {output}-model",
     ):  # fmt: skip
         assert part in said
 
@@ -73,6 +75,11 @@ def test_a_run_leaves_everything_that_people_look_for(model_dir, data_file, tmp_
     assert main([*longer, "--resume_changed", "max_steps"]) == 0
     state = json.loads((output / "trainer_state.json").read_text())
     assert [line["step"] for line in state["log_history"] if "loss" in line] == [1, 2, 3]
+    # the resumed run has the same answers from before
+    before = [line["eval_generation/reference_reward"] for line in state["log_history"] if "eval_generation/kl" in line]
+    assert before == [generated[0]["eval_generation/reward"]] * 4
+    assert before[0] > 0
+    assert "from step 0 to 3:" in capsys.readouterr().out
 
     # and its adapter can be trained on
     again = flags(model_name_or_path=output, dataset_name=data_file, output_dir=tmp_path / "on")

@@ -16,7 +16,7 @@ from ..models.loading import disable_nf4_repacking
 from ..models.logprobs import completion_logps
 from ..models.policy import adapter_merged, as_reference, base_model, eval_mode, refuse_virtual_tokens
 from ..reward_tensors import check_rows
-from ..training.metrics import PromptMeans, calibration, row_metrics
+from ..training.metrics import WITH_ERRORS, PromptMeans, calibration, row_metrics
 from .evaluator import GenerationEvaluator, Reference, reference_model
 
 
@@ -206,7 +206,7 @@ class RankingCallback(_EvaluationCallback):
             valid = padded([[True] * len(own) for own in rewards], torch.bool)
             logps, ref_logps, scores = map(padded, (policy, self._reference_logps[name], rewards))
             check_rows(scores, valid, self._alpha, self._beta)
-            means, about = PromptMeans(), (logps, ref_logps, scores, valid, self._alpha, self._beta)
+            means, about = PromptMeans(WITH_ERRORS), (logps, ref_logps, scores, valid, self._alpha, self._beta)
             means.add(row_metrics(*about) | calibration(*about))
             values |= {f"{_prefix(name)}{key}": value for key, value in means.gather().items()}
         return values

@@ -22,6 +22,7 @@ from ..models.policy import adapter_merged, as_reference, base_model, eval_mode
 from ..models.sampling import check_room, end_tokens, sample_answers, seed_for
 from ..options import require_at_least_1
 from ..rewards.scorers import Scorers, open_scorers
+from .gains import gains
 from .intervals import UNKNOWN, Estimate, mean_over_prompts
 
 Reference = nn.Module | Callable[[], AbstractContextManager]
@@ -56,14 +57,33 @@ class GenerationMetrics:
     def log(self, prefix: str = "") -> dict[str, float]:
         """Flat, as a trainer logs it: `generation/reward`, `generation/reward_error` …"""
         values: dict[str, float] = {}
-        for name in ESTIMATES:
+        for name in estimates(type(self)):
             mean, error = getattr(self, name)
             values |= {name: mean, f"{name}_error": error}
-        values |= {name: getattr(self, name) for name in ("distinct_1", "distinct_2", "cut")}
+        values |= {name: getattr(self, name) for name in ("prompts", "distinct_1", "distinct_2", "cut")}
         return {f"{prefix}generation/{name}": value for name, value in values.items()}
 
 
-ESTIMATES = tuple(field.name for field in fields(GenerationMetrics) if field.type is Estimate)
+@dataclass(frozen=True)
+class GainMetrics(GenerationMetrics):
+    """`GenerationMetrics`, and how they differ from the reference's answers to the same prompts.
+
+    Args:
+        reference_reward, reference_tokens: `reward` and `tokens` of the reference's answers.
+        gain: mean over prompts of the policy's mean reward less the reference's.
+        gain_same_length: `gain` less what the change in length explains, see `gain_at_same_length`; NaN where the
+            answers don't tell.
+    """
+
+    reference_reward: Estimate
+    reference_tokens: Estimate
+    gain: Estimate
+    gain_same_length: Estimate
+
+
+def estimates(metrics: type[GenerationMetrics]) -> tuple[str, ...]:
+    """Names of the fields that are means with their errors."""
+    return tuple(field.name for field in fields(metrics) if field.type is Estimate)
 
 
 class GenerationEvaluator:
@@ -120,7 +140,7 @@ class GenerationEvaluator:
         self._tokenizer, self._scorers, self._seed = tokenizer, scorers, seed
         self._reference_answers: list[dict[str, Any]] | None = None
 
-    def __call__(self, model: Any, reference: Reference | None = None) -> GenerationMetrics:
+    def __call__(self, model: Any, reference: Reference | None = None) -> GainMetrics:
         """Figures of `model` against `reference`: a model, or a context in which `model` is the reference.
 
         Without one an adapter is switched off; where it is `model` itself, they are of the reference's answers. Each
@@ -154,9 +174,11 @@ class GenerationEvaluator:
         rows = gather_object([
             {name: own[name] for name in ("rewards", "tokens", "texts", "cut")}
             | {"kl": nats, "wins": win_rate(own["rewards"], theirs["rewards"])}
+            | {"reference": {name: theirs[name] for name in ("rewards", "tokens")}}
             for own, theirs, nats in zip(answers, self._reference_answers, kl, strict=True)
         ])  # fmt: skip
-        return GenerationMetrics(**generation_metrics(rows), win_rate=mean_over_prompts([row["wins"]] for row in rows))
+        wins = mean_over_prompts([row["wins"]] for row in rows)
+        return GainMetrics(**generation_metrics(rows), win_rate=wins, **gains(rows))
 
     def check_room(self, model: Any) -> None:
         """Raise a UserError where a prompt and its answer don't fit the positions of `model`."""

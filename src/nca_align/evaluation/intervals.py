@@ -21,6 +21,11 @@ class Estimate(NamedTuple):
         """`0.71 ± 0.04`, or the mean alone."""
         return plus_minus(self.mean, self.error, form)
 
+    def interval(self, n: int) -> "Interval":
+        """Its 95 % t-interval where it is over `n` prompts; unbounded where the error isn't known."""
+        half = t_quantile(0.95, n - 1) * self.error if n > 1 and math.isfinite(self.error) else math.inf
+        return Interval(self.mean, self.mean - half, self.mean + half, n)
+
 
 class Interval(NamedTuple):
     """A mean over `n` seeds or prompts, or a figure made of means, and the ends of its 95 % interval."""

@@ -1,6 +1,6 @@
 """(B, K) log-probabilities and rewards to ranking, likelihood and target metrics, one value and one weight a prompt."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,8 @@ from ..reward_tensors import better_pairs, logratios, target_distribution
 from .objective import Objective
 
 _BINS = 5
+# what an evaluation logs with its standard error over prompts, as `NAME_error`
+WITH_ERRORS = ("logratios/best", "rewards/accuracies")
 
 
 @torch.no_grad()
@@ -144,14 +146,21 @@ def _kendall_tau(better: Tensor, higher: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class PromptMeans:
-    """Running sums of weighted metrics, and their exact means over the prompts of all processes."""
+    """Running sums of weighted metrics, and their exact means over the prompts of all processes.
 
-    def __init__(self) -> None:
+    Args:
+        errors: metrics of which `gather` gives the standard error over prompts too, as `NAME_error`, and `prompts`, the
+            number of those that count in the first.
+    """
+
+    def __init__(self, errors: Sequence[str] = ()) -> None:
         self._sums: dict[str, list] = {}
+        self._errors = errors
 
     def add(self, rows: Mapping[str, tuple[Tensor, Tensor]]) -> None:
         """Add one batch's values and weights, both (B,) under each name; nothing is synchronised."""
-        for name, (values, weights) in rows.items():
+        squares = {f"{name}_square": (rows[name][0].double().square(), rows[name][1]) for name in self._errors}
+        for name, (values, weights) in {**rows, **squares}.items():
             sums = self._sums.setdefault(name, [0.0, 0.0])
             sums[0] += (values.double() * weights).sum()
             sums[1] += weights.double().sum()
@@ -175,14 +184,21 @@ class PromptMeans:
         whole = PromptMeans()
         for part in parts:
             whole.add_state(part)
-        return {name: total / weight for name, (total, weight) in whole._sums.items() if weight}
+        means = {name: total / weight for name, (total, weight) in whole._sums.items() if weight}
+        for name in reversed(self._errors):
+            if (square := means.pop(f"{name}_square", None)) is not None:
+                means["prompts"] = prompts = whole._sums[name][1]
+                if prompts > 1:
+                    variance = max(square - means[name] ** 2, 0.0)
+                    means[f"{name}_error"] = (variance / (prompts - 1)) ** 0.5
+        return means
 
 
 class MetricLog:
     """What is logged of the batches: of training since its last line, of evaluation since it began."""
 
     def __init__(self) -> None:
-        self.training, self.evaluation = PromptMeans(), PromptMeans()
+        self.training, self.evaluation = PromptMeans(), PromptMeans(WITH_ERRORS)
         self.tokens = 0  # read by the model in training, on this process
 
     @torch.no_grad()

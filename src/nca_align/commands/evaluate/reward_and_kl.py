@@ -13,8 +13,8 @@ from ...data.cleaning import text_of
 from ...data.prompts import load_raw
 from ...errors import UserError
 from ...evaluation.evaluator import (
-    ESTIMATES,
     GenerationMetrics,
+    estimates,
     generation_metrics,
     over_common_prompts,
     rewards_by_prompt,
@@ -187,7 +187,7 @@ def evaluate(options: EvaluateOptions) -> list[PolicyMetrics]:
         key = " ".join((data_fingerprint(dataset), str(weights[policy]), str(reference), options.dtype))
         if key in known:
             before = known[key]
-            line = PolicyMetrics(**{**before, **{name: Estimate(*before[name]) for name in ESTIMATES}})
+            line = PolicyMetrics(**{**before, **{name: Estimate(*before[name]) for name in estimates(PolicyMetrics)}})
         else:
             known.check_writable()
             line = evaluate_samples(dataset, policy, options.reference, options)

@@ -26,6 +26,7 @@ from ...options import option, parse
 from ...store.checkpoints import explain_write_errors, last_common_checkpoint
 from .curves import plot_curves, run_title
 from .first_options import FIRST_OPTIONS
+from .next_steps import next_steps
 from .summary import summary
 
 logger = logging.getLogger("nca_align")
@@ -115,7 +116,7 @@ def main(argv: list[str] | None = None) -> int:
                 answered, tokenizer, scorers, num_completions=run.eval_completions,
                 max_new_tokens=run.eval_new_tokens, seed=args.seed,
             )  # fmt: skip
-            trainer.add_callback(GenerationCallback(trainer, {"": evaluator}))
+            trainer.add_callback(GenerationCallback(trainer, {"": evaluator}, starts_as_reference=True))
     shown = list(eval_dataset.take(run.show_answers)) if eval_dataset is not None else []
     before = _answers(trainer, tokenizer, shown, run.answer_tokens)
     with as_user_error("the first step", known=lambda: trainer.state.global_step == 0):
@@ -132,6 +133,7 @@ def main(argv: list[str] | None = None) -> int:
         if (figure := plot_curves(trainer.state.log_history, Path(args.output_dir) / "curves.png", title)) is not None:
             where.append(f"the plot is {figure}")
         print(f"{', '.join(where)}.")
+        print(next_steps(str(args.output_dir), tokenizer.chat_template is not None, args.trust_remote_code))
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=script.dataset_name)
     trainer.accelerator.wait_for_everyone()  # a process that leaves first makes gloo hang in the other's clean-up
