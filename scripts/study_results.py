@@ -40,7 +40,9 @@ AT_THE_END = (
 MINUS_NCA = ("minus_nca", "minus_nca_low", "minus_nca_high")
 COLUMNS = ("label", "figure", "mean", "low", "high", "n", *MINUS_NCA)
 FIGURES = (*EQUAL_KL, *AT_THE_END)
-MISSING = {"equal": "not reached", "end": "–"}
+MISSING = {"equal": "not reached", "end": "–", "quickstart": "not measured"}
+# of the quickstart's own answers, which a run before they were measured doesn't have
+QUICKSTART = tuple(f"generation/{name}" for name in ("reference_reward", "reward", "gain", "gain_same_length"))
 START = "before training"
 
 
@@ -188,9 +190,11 @@ def fill(text: str, tables: Mapping[str, Sequence[Row]]) -> str:
     def figure(mark: re.Match) -> str:
         part, label, name, *which = mark[1].split("; ")
         known = {row["figure"]: row for row in tables[part] if row["label"] == label}
-        if not known or name not in (*FIGURES, *known):
+        later = QUICKSTART if part == "quickstart" else FIGURES
+        if not known or name not in (*later, *known):
             raise KeyError(mark[1])
-        value = shown(known[name], *which) if name in known else MISSING["equal"]
+        missing = MISSING["quickstart" if part == "quickstart" else "equal"]
+        value = shown(known[name], *which) if name in known else missing
         return f"<!-- {mark[1]} -->{value}<!-- -->"
 
     text = re.sub(r"<!-- table (\w+ \w+) -->.*?<!-- end -->", table, text, flags=re.DOTALL)

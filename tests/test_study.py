@@ -204,14 +204,29 @@ def test_the_quickstarts_figures_are_those_that_it_logged_last():
         {"step": 8, "logratios/rank_1": 1.0, "logratios/best": 1.0, "loss": 2.0},
         {"step": 8, "eval_loss": 1.0, "eval_logratios/rank_1": -1.0, "eval_rewards/rank_1": -0.1},
         {"step": 16, "logratios/rank_1": 3.0, "logratios/best": 3.0, "loss": 1.0},
-        {"step": 16, "eval_loss": 1.0, "eval_logratios/rank_1": -2.0, "eval_rewards/rank_1": -0.2},
+        {"step": 16, "eval_loss": 1.0, "eval_logratios/rank_1": -2.0, "eval_logratios/best": -2.0, "eval_prompts": 36,
+         "eval_logratios/best_error": 1.0},
+        {"step": 16, "eval_generation/reward": 0.5, "eval_generation/reward_error": 0.1, "eval_generation/prompts": 4},
         {"step": 16, "train_runtime": 90.5},
-    ]
-    assert [tuple(row.values()) for row in quickstart_results.rows(log)] == [
-        ("held-out", 16, "logratios/rank_1", -2.0), ("held-out", 16, "rewards/rank_1", -0.2),
-        ("training", 16, "logratios/rank_1", 3.0), ("training", 16, "logratios/best", 3.0),
-        ("training", 16, "train_runtime", 90.5),
     ]  # fmt: skip
+    assert [tuple(row.values()) for row in quickstart_results.rows(log)] == [
+        ("held-out", 16, "logratios/rank_1", -2.0, None, None),
+        ("held-out", 16, "logratios/best", -2.0, pytest.approx(-2 - 2.0301, abs=1e-4), pytest.approx(0.0301, abs=1e-4)),
+        ("held-out", 16, "generation/reward", 0.5, pytest.approx(0.1818, abs=1e-4), pytest.approx(0.8182, abs=1e-4)),
+        ("held-out", 16, "generation/prompts", 4, None, None),
+        ("training", 16, "logratios/rank_1", 3.0, None, None), ("training", 16, "logratios/best", 3.0, None, None),
+        ("training", 16, "train_runtime", 90.5, None, None),
+    ]  # fmt: skip
+
+
+def test_a_figure_that_no_quickstart_has_yet_is_not_made_up():
+    tables = {"quickstart": [{"label": "held-out", "figure": "logratios/best", "mean": "-2", "high": "-1"}]}
+    marked = "<!-- quickstart; held-out; generation/gain --><!-- -->"
+    assert study_results.fill(marked, tables) == marked.replace("--><", "-->not measured<")
+    tables["quickstart"].append({"label": "held-out", "figure": "generation/gain", "mean": "0.25", "high": "0.35"})
+    assert study_results.fill(marked, tables) == marked.replace("--><", "-->0.25 ± 0.10<")
+    with pytest.raises(KeyError):
+        study_results.fill(marked.replace("gain", "again"), tables)
 
 
 def test_a_part_that_is_none_is_refused_before_any_runs():
