@@ -24,9 +24,9 @@ from ...models.loading import ModelSource, adapter_config, load_adapter
 from ...models.policy import eval_mode
 from ...options import option, parse
 from ...store.checkpoints import explain_write_errors, last_common_checkpoint
+from .after_run import after_run
 from .curves import plot_curves, run_title
 from .first_options import FIRST_OPTIONS
-from .next_steps import next_steps
 from .summary import summary
 
 logger = logging.getLogger("nca_align")
@@ -133,7 +133,7 @@ def main(argv: list[str] | None = None) -> int:
         if (figure := plot_curves(trainer.state.log_history, Path(args.output_dir) / "curves.png", title)) is not None:
             where.append(f"the plot is {figure}")
         print(f"{', '.join(where)}.")
-        print(next_steps(str(args.output_dir), tokenizer.chat_template is not None, args.trust_remote_code))
+        print(after_run(str(args.output_dir), tokenizer.chat_template is not None, args.trust_remote_code))
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=script.dataset_name)
     trainer.accelerator.wait_for_everyone()  # a process that leaves first makes gloo hang in the other's clean-up
