@@ -2,6 +2,7 @@
 
     python examples/trl_script.py --model_name_or_path your/model --dataset_name your/data --output_dir runs/mine
 
+Without a GPU, TRL's `DPOConfig` wants `--use_cpu true` or `--bf16 false` beside it; `NCAConfig` chooses by itself.
 Its data may be TRL's `prompt, chosen, rejected` as before, or K rewarded completions: `prompt, completions, rewards`.
 """
 

@@ -100,6 +100,9 @@ class TestParse:
             ("- a", "is a list; it must be a YAML mapping"),
             ("", "is empty; it must be a YAML mapping"),
             ("output: [", "is no valid YAML"),
+            ("output: x\nbeta: 1\nbeta: 2", "`beta` is given twice in .*o.yaml \\(lines 2 and 3\\); keep one"),
+            ("output: x\nenv: {A: 1, B: 2, A: 3}", "`A` is given twice in .*o.yaml \\(lines 2 and 2\\)"),
+            ("output: x\nenv:\n  A:\n  - {b: 1, b: 1}", "`b` is given twice in .*o.yaml \\(lines 4 and 4\\)"),
             ("beta: 1", "the following arguments are required: --output"),
         ],
     )
@@ -135,6 +138,23 @@ class TestParse:
         assert given_options(argv) == {"beta", "steps", "output"}
         assert argv[0] == "--config"  # as it was, for the parser
         assert given_options([]) == set()
+
+    def test_what_is_given_as_false(self, tmp_path):
+        (tmp_path / "o.yaml").write_text("packing: false\nsave: null")
+        argv = ["--config", str(tmp_path / "o.yaml"), "--max-length", "3"]
+        assert given_options(argv, false=True) == {"packing", "max_length"}
+
+    def test_a_merged_mapping_may_be_overridden(self, tmp_path):
+        """`<<` is YAML's own way to say a key again; the mapping with it may be merged once more."""
+        text = "output: x\nenv:\n  NCA_A: &a {<<: &b {x: 1, y: 2}, x: 3}\n  NCA_B: {<<: *a, y: 4}"
+        assert parsed(tmp_path, text).output == "x"
+
+    def test_what_must_be_given_is_asked_for_before_values_are_looked_at(self):
+        required = {"max_length": "a number"}
+        with pytest.raises(UserError, match="`max_length` is missing; give a number, in the YAML"):
+            parse([Options], ["--output", "x", "--beta", "-1", "--max_length", "0"], "prog", required=required)
+        with pytest.raises(UserError, match="`beta` is -1"):
+            parse([Options], ["--output", "x", "--beta", "-1"], "prog", required=required)
 
     def test_nearest(self):
         assert nearest("learning_rte", ["beta", "learning_rate"]) == " (did you mean `learning_rate`?)"

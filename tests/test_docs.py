@@ -65,7 +65,7 @@ def test_the_readmes_script_trains_and_leaves_its_adapter(tmp_path, model_dir, m
     for theirs, ours in (
         ('"ChenDRAG/ultrafeedback_reward"', repr(str(tmp_path / "data"))),
         ('"HuggingFaceH4/mistral-7b-sft-beta"', repr(model_dir)),
-        ("eval_steps=200", "eval_steps=1, max_steps=1, bf16=False, use_cpu=True, report_to='none'"),
+        ("eval_steps=200", "eval_steps=1, max_steps=1, report_to='none'"),
         ("gradient_accumulation_steps=32", "gradient_accumulation_steps=2"),
     ):
         assert script.count(theirs) == 1
@@ -76,6 +76,18 @@ def test_the_readmes_script_trains_and_leaves_its_adapter(tmp_path, model_dir, m
     assert names["trainer"].model.base_model.model.config.quantization_config.load_in_4bit
     assert any("eval_loss" in line for line in names["trainer"].state.log_history)
     assert (tmp_path / "runs/mine/adapter_model.safetensors").exists()
+
+
+def test_the_snippet_of_moving_works_as_it_stands(tmp_path, model_dir, monkeypatch):
+    """On a machine without a GPU as well, without a flag for it."""
+    page = (ROOT / "docs" / "moving-from-dpotrainer.md").read_text()
+    lines = re.search(r"```diff\n(.+?)```", page, re.S)[1].splitlines()
+    script = "\n".join(line[1:] for line in lines if line[:1] != "-")
+    assert script.count('"your/model"') == 1
+    monkeypatch.chdir(tmp_path)
+    names: dict = {"dataset": Dataset.from_list(reward_rows(3))}
+    exec(script.replace('"your/model"', repr(model_dir)), names)
+    assert (names["trainer"].args.beta, names["trainer"].args.output_dir) == (0.1, "runs/mine")
 
 
 # Troubleshooting

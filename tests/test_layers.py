@@ -12,7 +12,18 @@ from nca_align.commands.evaluate import command as evaluate
 
 # From the lowest. Modules of one package import each other freely, but not in a circle; packages of one layer don't.
 LAYERS = [
-    ["losses", "own_losses", "reward_tensors", "config", "options", "help_page", "functions", "errors"],
+    [
+        "losses",
+        "own_losses",
+        "reward_tensors",
+        "config",
+        "device",
+        "unread",
+        "options",
+        "help_page",
+        "functions",
+        "errors",
+    ],
     ["store"],
     ["pages"],
     ["data"],

@@ -89,10 +89,14 @@ def test_a_run_leaves_everything_that_people_look_for(model_dir, data_file, tmp_
 
 
 @pytest.mark.parametrize("name", ["vicuna_k4_scored.jsonl", "ultrafeedback_pairs.jsonl"])
-def test_real_data_trains_without_preparation(name, model_dir, tmp_path):
+def test_real_data_trains_without_preparation(name, model_dir, tmp_path, capsys):
     if not (DATA / name).exists():
         pytest.skip(f"real data {DATA / name} is not on this machine")
-    assert main(flags(model_name_or_path=model_dir, dataset_name=DATA / name, output_dir=tmp_path)) == 0
+    arguments = flags(model_name_or_path=model_dir, dataset_name=DATA / name, output_dir=tmp_path)
+    if name == "vicuna_k4_scored.jsonl":  # its answers are all longer
+        assert main(arguments) == 2
+        assert "`max_length` is 128, which cuts every completion of `train`" in capsys.readouterr().err
+    assert main([*arguments, "--max_length", "512"]) == 0
     state = json.loads((tmp_path / "trainer_state.json").read_text())
     first = state["log_history"][0]
     assert first["loss"] == pytest.approx(1.3863, abs=1e-3)  # 2 ln 2: nothing has moved

@@ -749,6 +749,18 @@ def test_arguments_that_cannot_be_used_are_refused(tmp_path):
         make(args=DPOConfig(str(tmp_path), loss_type="ipo", bf16=False, use_cpu=True))
 
 
+def test_what_would_train_nothing_is_refused(tmp_path):
+    rows = reward_rows(3)
+    options = config(tmp_path, dataloader_drop_last=True, per_device_train_batch_size=4)
+    with pytest.raises(ValueError, match="`dataloader_drop_last` is true, but `train_dataset` has 3 rows, fewer than"):
+        NCATrainer("no/such-model", args=options, train_dataset=Dataset.from_list(rows))
+    with pytest.raises(ValueError, match="`max_length` is 2, which cuts every completion of `train`"):
+        trainer(tmp_path, rows=rows, max_length=2, max_prompt_length=1)
+    # one that is whole is enough, and rows to evaluate on may be cut
+    rows[0]["completions"][1] = [{"role": "assistant", "content": "a"}]
+    assert trainer(tmp_path, rows=rows, eval_rows=rows[1:], max_length=10, max_prompt_length=1).train_dataset
+
+
 def test_bad_rows_are_refused_before_the_model_is_loaded(tmp_path):
     rows = reward_rows(3)
     rows[1]["rewards"][2] = float("nan")

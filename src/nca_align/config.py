@@ -1,14 +1,16 @@
 """NCAConfig: DPOConfig with what InfoNCA and NCA need, and a refusal of what they would ignore."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, Field, dataclass, fields
 from typing import Any
 
 from trl import DPOConfig
 
-from .errors import UserError, UserTypeError, notify
+from .device import choose_device
+from .errors import UserError, UserTypeError, notify, notify_once
 from .losses import LOSSES, loss_name
 from .options import is_positive, option
+from .unread import CONFIG_RULES, sentence, unread
 
 LAYOUTS = ("auto", "prefix_shared", "padded")
 NONFINITE = ("stop", "skip")
@@ -55,12 +57,15 @@ class NCAConfig(DPOConfig):
             of a nat on each of 200 tokens.
         resume_changed: options (and `data`, `model` …) that may differ from those of the checkpoint that the run goes
             on from, by the names that a refusal shows.
+        use_cpu, bf16: None for what the machine has: the CPU where there is no accelerator, and bfloat16 mixed
+            precision where the device computes in it. One line says what was chosen.
 
     transformers' `train_sampling_strategy: batch_rebalance` works here: each row's load is its unique tokens, and the
     prompts of one global batch are dealt to its micro-batches and processes so that their loads are near equal.
 
     Raises:
-        ValueError: a value out of range, or an option of DPOConfig that no loss here reads.
+        ValueError: a value out of range, an option of DPOConfig that no loss here reads, a device or precision that
+            this machine doesn't have, or options with which other weights would be trained than were asked for.
     """
 
     alpha: float = option("Temperature of the targets softmax(rewards / alpha), > 0.", 0.01)
@@ -89,6 +94,8 @@ class NCAConfig(DPOConfig):
         "Warn, once, where the best completions' mean log-ratio is below minus this; `inf`: never.", 50.0
     )
     resume_changed: list[str] = option("What may differ from the checkpoint that the run goes on from, by name.", [])
+    # None tells "nothing said" from false; DPOConfig's `bf16` is None already
+    use_cpu: bool | None = option("Train on the CPU. By default where there is no accelerator.", None)  # type: ignore[assignment]
     # its test of each micro-batch's loss would wait for the device; `nonfinite` looks once a step
     logging_nan_inf_filter: bool = option("Replaced by `nonfinite`.", False)
 
@@ -109,6 +116,8 @@ class NCAConfig(DPOConfig):
             ("per_device_train_batch_size", self.per_device_train_batch_size >= 1, "at least 1"),
             ("per_device_eval_batch_size", self.per_device_eval_batch_size >= 1, "at least 1"),
             ("gradient_accumulation_steps", self.gradient_accumulation_steps >= 1, "at least 1"),
+            ("max_steps", self.max_steps != 0, "at least 1, or -1 for `num_train_epochs`"),
+            ("num_train_epochs", self.num_train_epochs > 0 or self.max_steps > 0, "above 0"),
             ("learning_rate", 0 <= self.learning_rate < inf, "a finite number, 0 or above"),
             ("layout", self.layout in LAYOUTS, f"one of {', '.join(map(repr, LAYOUTS))}"),
             ("completions_per_forward", per_forward is None or per_forward >= 1, f"at least 1; {whole}"),
@@ -128,10 +137,18 @@ class NCAConfig(DPOConfig):
                 "it out."
             )
         for name, why in _IGNORED.items():
-            if getattr(self, name) != _default(name):
+            if getattr(self, name) != _default(self.__dataclass_fields__[name]):
                 raise UserError(f"`{name}` is {getattr(self, name)!r}, but no loss here reads it: {why}. Leave it out.")
         self.max_prompt_length = prompt_limit(self.max_prompt_length, self.max_length)
+        given = changed_options(self)
+        device = choose_device(self)
         super().__post_init__()
+        # from here on, since what says it looks at the processes, which transformers sets up
+        notices = [device, sentence(unread(self, given, CONFIG_RULES))]
+        if self.learning_rate == 0:
+            notices.append("`learning_rate` is 0: no weight moves in this training.")
+        for notice in filter(None, notices):
+            notify_once(notice)
 
     def to_dict(self) -> dict[str, Any]:
         """As transformers', for files and trackers: a loss of one's own by its name."""
@@ -162,6 +179,7 @@ class NCAConfig(DPOConfig):
             instead = "nca" if name in _INSTEAD else name
             weights[instead] = weights.get(instead, 0.0) + weight
         values["loss_type"] = list(weights)
+        values["use_cpu"] = args.use_cpu or None  # its default is false, with which it takes the CPU all the same
         if args.loss_weights or len(weights) < len(args.loss_type):
             values["loss_weights"] = list(weights.values())
         config = cls(**values)
@@ -196,8 +214,12 @@ def prompt_limit(max_prompt_length: int | None, max_length: int | None) -> int |
     return max_prompt_length
 
 
-def _default(name: str) -> Any:
-    f = next(f for f in fields(DPOConfig) if f.name == name)
+def changed_options(args: NCAConfig) -> set[str]:
+    """Names of the fields that differ from their defaults."""
+    return {f.name for f in fields(args) if f.init and getattr(args, f.name) != _default(f)}
+
+
+def _default(f: Field) -> Any:
     return f.default if f.default is not MISSING else f.default_factory()  # type: ignore[misc, operator]
 
 

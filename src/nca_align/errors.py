@@ -47,6 +47,12 @@ def notify(message: str) -> None:
         logging.getLogger("nca_align").warning(message)
 
 
+@functools.cache
+def notify_once(message: str) -> None:
+    """`notify`, but not a second time in this process: of what many configurations or cells say alike."""
+    notify(message)
+
+
 def one_line(error: BaseException) -> str:
     """The text of `error` in one line, by the name of its class where it has no text."""
     return " ".join(str(error).split()) or type(error).__name__

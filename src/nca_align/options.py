@@ -67,6 +67,21 @@ def require_positive(options: Any, *names: str) -> None:
             raise UserError(f"`{name}` is {value}; it must be a finite number above 0")
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML of which no mapping, at any depth, has a key twice: the last one would win in silence."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        lines: dict[tuple[str, str], int] = {}
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            line = key.start_mark.line + 1
+            if (key.tag, key.value) in lines:
+                where = f"lines {lines[key.tag, key.value]} and {line}"
+                raise UserError(f"`{key.value}` is given twice in {self.name} ({where}); keep one of them")
+            lines[key.tag, key.value] = line
+        return node
+
+
 class _Parser(TrlParser):
     def error(self, message: str):
         raise UserError(message)
@@ -87,6 +102,7 @@ def parse(
     description: str = "",
     ignored: Callable[[], Iterable[str]] = tuple,
     first: Mapping[str, str] | None = None,
+    required: Mapping[str, str] | None = None,
 ) -> tuple:
     """Instances of `dataclass_types` from `--config FILE.yaml` and flags; a flag overrides the file.
 
@@ -97,6 +113,8 @@ def parse(
         description: the line under it.
         ignored: gives keys that a file may hold for another command; asked only where it holds unknown ones.
         first: what `--help` alone lists, in order, of a command with very many options: names, each with its line.
+        required: options without which nothing can be done, though their dataclass has a default, and what they must
+            be. They are asked for before the dataclasses look at the other values.
 
     Returns:
         One instance for each of `dataclass_types`.
@@ -142,10 +160,13 @@ def parse(
     for action in parser._actions:  # a flag that may repeat replaces the file's list, as any other flag does
         if isinstance(action, argparse._ExtendAction) and set(given).intersection(action.option_strings):
             action.default = []
-    stray = parser.parse_known_args(argv)[1]
+    values, stray = parser.parse_known_args(argv)
     if stray:
         value = " ".join(stray[0].split())
         raise UserError(f"`{value}` belongs to no option: a value needs its flag before it, as in `--name VALUE`")
+    for name, what in (required or {}).items():
+        if not getattr(values, name):
+            raise UserError(f"`{name}` is missing; give {what}, in the YAML file or as --{name}")
     try:
         *options, _ = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)  # the last holds `config`
     except (ValueError, TypeError, NotImplementedError, ImportError, OSError) as error:  # of a dataclass
@@ -153,11 +174,12 @@ def parse(
     return tuple(options)
 
 
-def given_options(argv: Sequence[str]) -> set[str]:
-    """Names of the options that flags and the `--config` file give, known or not: what a command with modes goes by."""
+def given_options(argv: Sequence[str], false: bool = False) -> set[str]:
+    """Names of the options that flags and the `--config` file give, known or not; `false` for those that are so too."""
     path, argv = _take_config(argv)
-    keys = set() if path is None else {key for key, value in _read_config(path).items() if value not in (None, False)}
-    return keys | {flag.split("=")[0].removeprefix("--") for flag in argv if flag.startswith("--")}
+    config = {} if path is None else _read_config(path)
+    keys = {key for key, value in config.items() if not (value is None or (value is False and not false))}
+    return keys | {flag.split("=")[0].removeprefix("--").replace("-", "_") for flag in argv if flag.startswith("--")}
 
 
 def _take_config(argv: Sequence[str] | None) -> tuple[str | None, list[str]]:
@@ -173,7 +195,7 @@ def _take_config(argv: Sequence[str] | None) -> tuple[str | None, list[str]]:
 def _read_config(path: str) -> dict[str, Any]:
     try:
         with open(path, encoding="utf-8") as file:
-            config = yaml.safe_load(file)
+            config = yaml.load(file, _Loader)
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is no text"
         raise UserError(f"`--config` {path} can't be read: {reason}") from error

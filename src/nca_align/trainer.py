@@ -167,7 +167,7 @@ class NCATrainer(DPOTrainer):
         with state.main_process_first(), state.local_main_process_first():  # a cache may be shared, or each node's own
             dataset, notices = tokenize_dataset(
                 dataset, self._tokenizer, args.max_prompt_length, args.max_length, args.length_column_name,
-                num_proc=args.dataset_num_proc, name=dataset_name,
+                num_proc=args.dataset_num_proc, name=dataset_name, training=dataset_name == "train",
             )  # fmt: skip
         for notice in notices:
             notify(notice)

@@ -29,8 +29,13 @@ def tokenize_dataset(
     length_column: str = "length",
     num_proc: int | None = None,
     name: str = "train",
+    training: bool = False,
 ) -> tuple[Dataset | IterableDataset, list[str]]:
-    """`tokenize_rows` over a data set, cached on disk where its rows are; and a sentence on each thing that was cut."""
+    """`tokenize_rows` over a data set, cached on disk where its rows are; and a sentence on each thing that was cut.
+
+    Raises:
+        ValueError: what `tokenize_rows` refuses; and in `training`, rows without one completion that is whole.
+    """
     if max_prompt_length is not None:
         prompt_limit(max_prompt_length, max_length)  # the config's own check may have seen other values
     limits: dict[str, Any] = {
@@ -59,6 +64,11 @@ def tokenize_dataset(
         **options,
     )
     cut = {column: sum(dataset[column]) for column in CUT_COLUMNS}
+    if training and cut["completions_cut"] and cut["completions_cut"] == sum(map(len, dataset["rewards"])):
+        raise UserError(
+            f"`max_length` is {max_length}, which cuts every completion of `{name}`, so that no answer's end would be "
+            "trained on; raise it, or give `max_length: null` for no limit."
+        )
     notices = []
     if cut["boundary_tokens"]:
         notices.append(

@@ -15,6 +15,7 @@ from ..errors import UnsupportedError, UserError
 from ..models.loading import disable_nf4_repacking
 from ..models.logprobs import completion_logps
 from ..models.policy import adapter_merged, as_reference, base_model, eval_mode, refuse_virtual_tokens
+from ..models.sampling import decoding_precision
 from ..reward_tensors import check_rows
 from ..training.metrics import WITH_ERRORS, PromptMeans, calibration, row_metrics
 from .evaluator import GenerationEvaluator, Reference, reference_model
@@ -30,6 +31,8 @@ def log_within_step(trainer: Trainer, values: dict[str, float]) -> None:
 
 class _EvaluationCallback(TrainerCallback):
     """What both have in common: when they run, and how they log; `mark` is a key of each line that they log."""
+
+    _draws = False  # whether the model writes answers
 
     def __init__(
         self, trainer: Trainer, steps: Iterable[int] | None, reference: Reference | None, starts_as_reference: bool,
@@ -74,7 +77,7 @@ class _EvaluationCallback(TrainerCallback):
         if trainer.is_in_train and any(line["step"] == step and self._mark in line for line in log):
             return {}
         model = trainer.accelerator.unwrap_model(trainer.model)
-        with trainer.accelerator.autocast():
+        with decoding_precision(trainer.accelerator) if self._draws else trainer.accelerator.autocast():
             values = self.measure(model)
         log_within_step(trainer, values)
         return values
@@ -120,6 +123,8 @@ class GenerationCallback(_EvaluationCallback):
         ValueError: nothing that could be the reference, or the trained model as `reference`.
         UserError: an adapter that puts virtual tokens in front; a prompt that is too long for the model.
     """
+
+    _draws = True
 
     def __init__(
         self,

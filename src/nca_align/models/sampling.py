@@ -8,7 +8,7 @@ samples the models that `sample_with_cache` doesn't cover.
 import hashlib
 import inspect
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -113,6 +113,14 @@ def _inverse_transform(logits: Tensor, uniform: Tensor) -> Tensor:
     _refuse_not_finite(whole)
     share = torch.minimum((uniform * whole).float(), whole.nextafter(torch.zeros_like(whole)))  # not rounded up to it
     return torch.searchsorted(cumulative, share[:, None], right=True).squeeze(1)
+
+
+def decoding_precision(accelerator: Any) -> AbstractContextManager[None]:
+    """The context to draw answers in during a training: its mixed precision, but on a CPU the weights' own.
+
+    There autocast casts all weights again for each token, which costs more than bfloat16 saves.
+    """
+    return nullcontext() if accelerator.device.type == "cpu" else accelerator.autocast()
 
 
 def end_tokens(model: Any, tokenizer: Any) -> list[int]:

@@ -105,6 +105,12 @@ def prepare_datasets(args: NCAConfig, model: Any, train_dataset: Any, eval_datas
                 f"out{instead}."
             )
     accelerator_config.dispatch_batches = False  # its default is true for streams
+    batch = args.train_batch_size * args.world_size
+    if args.dataloader_drop_last and isinstance(train_dataset, Dataset) and len(train_dataset) < batch:
+        raise UserError(
+            f"`dataloader_drop_last` is true, but `train_dataset` has {len(train_dataset)} rows, fewer than one batch "
+            f"of {batch}, so that no step would be taken; leave it out, or lower `per_device_train_batch_size`."
+        )
     evaluated = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
     streamed = any(isinstance(dataset, IterableDataset) for dataset in (train_dataset, *evaluated))
     if args.precompute_ref_log_probs and streamed:

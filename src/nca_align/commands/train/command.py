@@ -8,6 +8,7 @@ import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -16,14 +17,16 @@ from transformers import AutoModelForCausalLM
 from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
 
 from ...batching.rendering import prompt_ids
-from ...config import NCAConfig
+from ...config import NCAConfig, changed_options
 from ...data import DataOptions, RewardData, read_reward_dataset, select_split
-from ...errors import UserError, as_user_error, cli_main
+from ...errors import UserError, as_user_error, cli_main, notify
 from ...evaluation.training_log import last_evaluation
 from ...models.loading import ModelSource, adapter_config, load_adapter
 from ...models.policy import eval_mode
-from ...options import option, parse
+from ...models.sampling import decoding_precision
+from ...options import given_options, option, parse
 from ...store.checkpoints import explain_write_errors, last_common_checkpoint
+from ...unread import CONFIG_RULES, TRAIN_RULES, evaluates, sentence, unread
 from .after_run import after_run
 from .curves import plot_curves, run_title
 from .first_options import FIRST_OPTIONS
@@ -56,18 +59,25 @@ class RunOptions:
 
 # in this order, for a cell of `nca-align compare` too
 TRAIN_OPTIONS = (ScriptArguments, DataOptions, RunOptions, NCAConfig, ModelConfig)
+_REQUIRED = {
+    "dataset_name": "a Hub id, a file or a folder with rewarded completions",
+    "model_name_or_path": "a Hub id or a folder with a language model",
+}
 
 
 @cli_main("nca-align train", goes_on="with `resume_from_checkpoint: true` it goes on from the last checkpoint")
 def main(argv: list[str] | None = None) -> int:
     """Train as the options say; 0, or 2 after a user's mistake, told in one sentence."""
+    argv = sys.argv[1:] if argv is None else argv
     script, data_options, run, args, model_args = parse(
         TRAIN_OPTIONS,
         argv,
         "nca-align train",
         "Align a language model on K rewarded completions per prompt.",
         first=FIRST_OPTIONS,
+        required=_REQUIRED,
     )
+    given = given_options(argv, false=True)
     _follow_launcher()
     if args.process_index == 0:
         logging.basicConfig(format="%(message)s", stream=sys.stdout)
@@ -75,8 +85,7 @@ def main(argv: list[str] | None = None) -> int:
     else:
         disable_progress_bars()
     set_threads(run)
-    _require(script.dataset_name, "dataset_name", "a Hub id, a file or a folder with rewarded completions")
-    _require(model_args.model_name_or_path, "model_name_or_path", "a Hub id or a folder with a language model")
+    _name_unread(given, script, data_options, run, args, model_args)
     _check(script, run, args, model_args)
     checkpoint = _checkpoint(args)
     source = model_source(model_args, args)
@@ -90,13 +99,13 @@ def main(argv: list[str] | None = None) -> int:
             num_proc=args.dataset_num_proc,
             options=data_options,
         )
-    if run.show_answers and args.eval_strategy == "no" and not args.eval_on_start and args.process_index == 0:
-        logger.warning("`show_answers` is %d, but nothing is evaluated: no answers are shown.", run.show_answers)
-    evaluates = args.eval_strategy != "no" or args.eval_on_start
-    if run.eval_scorer and not evaluates:
+    if "validation_fraction" in given and data_options.validation_fraction and data.validation_indices is None:
+        notify("`validation_fraction` has no effect on this data: it has a held-out split, or is a stream.")
+    evaluated = evaluates(args)
+    if run.eval_scorer and not evaluated:
         raise UserError("`eval_scorer` is set, but nothing is evaluated: set `eval_strategy` to steps or epoch")
     train_dataset = select_split(data.dataset, script.dataset_train_split)
-    eval_dataset = select_split(data.dataset, script.dataset_test_split) if evaluates else None
+    eval_dataset = select_split(data.dataset, script.dataset_test_split) if evaluated else None
 
     from ...evaluation.callbacks import GenerationCallback
     from ...evaluation.evaluator import GenerationEvaluator
@@ -156,9 +165,13 @@ def _follow_launcher() -> None:
         ctypes.CDLL(None).prctl(1, int(signal.SIGTERM))  # PR_SET_PDEATHSIG
 
 
-def _require(value: Any, name: str, what: str) -> None:
-    if not value:
-        raise UserError(f"`{name}` is missing; give {what}, in the YAML file or as --{name}")
+def _name_unread(given: set[str], *options: Any) -> None:
+    """A line on the given options that this run doesn't read; those that NCAConfig has named itself are left out."""
+    values = SimpleNamespace(**{name: value for own in options for name, value in vars(own).items()})
+    args = next(own for own in options if isinstance(own, NCAConfig))
+    notice = sentence(unread(values, given - changed_options(args), CONFIG_RULES) | unread(values, given, TRAIN_RULES))
+    if notice is not None:
+        notify(notice)
 
 
 def _check(script: ScriptArguments, run: RunOptions, args: NCAConfig, model_args: ModelConfig) -> None:
@@ -257,7 +270,7 @@ def _answers(trainer, tokenizer, rows: list[dict[str, Any]], max_new_tokens: int
     model = trainer.accelerator.unwrap_model(trainer.model)
     settings = {"max_new_tokens": max_new_tokens, "do_sample": False, "use_cache": True}
     answers = []
-    with eval_mode(model), trainer.accelerator.autocast():
+    with eval_mode(model), decoding_precision(trainer.accelerator):
         for row in rows:
             ids = torch.tensor([prompt_ids(tokenizer, row)], device=trainer.accelerator.device)
             answer = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **settings)

@@ -1,0 +1,70 @@
+"""Where a training computes, and in which precision, as far as its options don't say."""
+
+import os
+from typing import Any
+
+import torch
+from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available
+
+from .errors import UserError
+
+
+def choose_device(args: Any) -> str | None:
+    """Settle `use_cpu` and `bf16` where they are None; what was given stays, or is refused.
+
+    Args:
+        args: the fields of an `NCAConfig`, before transformers has read them.
+
+    Returns:
+        A sentence on what was chosen against DPOConfig's defaults, an accelerator and bfloat16; None without any.
+
+    Raises:
+        UserError: an accelerator or a precision was asked for that this machine doesn't have.
+    """
+    accelerated, given = has_accelerator(), args.use_cpu
+    if given is False and not accelerated:
+        raise UserError(
+            "`use_cpu` is False, but this machine has no accelerator that PyTorch finds; leave it out to train on the "
+            "CPU."
+        )
+    args.use_cpu = not accelerated or _launched_on_cpu() if given is None else given
+    for name in ("bf16", "bf16_full_eval"):
+        if getattr(args, name) and args.use_cpu and given is None and not _launched_on_cpu():
+            raise UserError(
+                f"`{name}` is True, but this machine has no accelerator that PyTorch finds; leave it out, or add "
+                "`use_cpu: true` to compute in bfloat16 on the CPU."
+            )
+    if args.fp16 and args.use_cpu:
+        raise UserError(
+            "`fp16` is True, but a CPU doesn't train in float16; leave it out, or choose `bf16: true` with "
+            "`use_cpu: true`."
+        )
+    chosen = args.bf16 is None and not args.fp16
+    if chosen:
+        args.bf16 = computes_bfloat16(args.use_cpu) or os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16"
+    precision = "in bfloat16 mixed precision (`bf16: true`)" if args.bf16 else "without mixed precision (`bf16: false`)"
+    if given is None and args.use_cpu:
+        return f"This machine has no accelerator that PyTorch finds: training is on the CPU, {precision}."
+    if chosen and args.use_cpu:
+        return f"Training is on the CPU, {precision}."
+    if chosen and not args.bf16:
+        return f"This accelerator doesn't compute in bfloat16: training is {precision}."
+    return None
+
+
+def has_accelerator() -> bool:
+    """Whether PyTorch finds a device that is faster than the CPU: a GPU, Apple's, a TPU …"""
+    return torch.accelerator.is_available() or is_torch_xla_available()
+
+
+def computes_bfloat16(on_cpu: bool) -> bool:
+    """Whether the CPU, or else the accelerator, is faster in bfloat16 mixed precision than in float32."""
+    if on_cpu:
+        flags = torch.cpu.get_capabilities()
+        return bool(flags.get("avx512_bf16") or flags.get("amx_bf16"))  # others convert to float32 and back
+    return is_torch_bf16_gpu_available() or is_torch_xla_available()
+
+
+def _launched_on_cpu() -> bool:
+    """Whether `accelerate launch --cpu` started this process."""
+    return os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes", "y", "on", "t")

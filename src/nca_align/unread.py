@@ -1,0 +1,137 @@
+"""Options that have no effect in a run, because of another option: one table, and the sentence that names them."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+from .errors import UserError
+from .losses import LOSSES, READS_ALPHA
+
+
+class Rule(NamedTuple):
+    """When some options are read.
+
+    Args:
+        names: the options, with blanks between.
+        read: whether a run reads them, of all its options.
+        needs: what would have them read, in words.
+        otherwise: what is trained instead, in words, where other weights come of it: then they are refused.
+        decided_by: an option with which a user who gives it has asked for those weights.
+    """
+
+    names: str
+    read: Callable[[Any], bool]
+    needs: str
+    otherwise: str = ""
+    decided_by: str = ""
+
+
+def evaluates(options: Any) -> bool:
+    """Whether a run evaluates by itself."""
+    return options.eval_strategy != "no" or options.eval_on_start
+
+
+def _reads_alpha(options: Any) -> bool:
+    return any(name in READS_ALPHA or name not in {*LOSSES, "sft"} for name in options.loss_type)
+
+
+NO = ("none", "false", "no", "")  # texts of `resume_from_checkpoint` that ask for nothing
+_EVALUATION = "`eval_strategy` steps or epoch"
+# Of NCAConfig, as far as it decides alone: a script may call `evaluate` or `push_to_hub` by itself
+CONFIG_RULES = (
+    Rule("alpha", _reads_alpha, f"`loss_type` {', '.join(sorted(READS_ALPHA))}"),
+    Rule("num_train_epochs", lambda o: o.max_steps < 1, "`max_steps` left out"),
+    Rule("warmup_steps warmup_ratio", lambda o: o.lr_scheduler_type != "constant", "another `lr_scheduler_type`"),
+    Rule(
+        "ref_model_mixup_alpha ref_model_sync_steps", lambda o: o.sync_ref_model, "`sync_ref_model: true`"
+    ),
+    Rule("gradient_checkpointing_kwargs", lambda o: o.gradient_checkpointing, "`gradient_checkpointing: true`"),
+    Rule("precompute_ref_batch_size", lambda o: o.precompute_ref_log_probs, "`precompute_ref_log_probs: true`"),
+    Rule("liger_kernel_config", lambda o: o.use_liger_kernel, "`use_liger_kernel: true`"),
+    Rule(
+        "logging_steps",
+        lambda o: o.logging_strategy == "steps" or o.eval_strategy == "steps",
+        "`logging_strategy: steps`",
+    ),
+    Rule("logging_first_step", lambda o: o.logging_strategy != "no", "`logging_strategy` steps or epoch"),
+    Rule("eval_steps", lambda o: o.eval_strategy == "steps", "`eval_strategy: steps`"),
+    Rule("eval_delay", lambda o: o.eval_strategy != "no", _EVALUATION),
+    Rule("save_steps", lambda o: o.save_strategy == "steps", "`save_strategy: steps`"),
+    Rule("save_total_limit save_only_model", lambda o: o.save_strategy != "no", "`save_strategy` steps or epoch"),
+    Rule(
+        "load_best_model_at_end", evaluates, _EVALUATION,
+        "the last weights would be kept, since nothing is evaluated",
+    ),
+    Rule("metric_for_best_model greater_is_better", evaluates, _EVALUATION),
+    Rule(
+        "prediction_loss_only eval_accumulation_steps eval_do_concat_batches eval_use_gather_object "
+        "include_for_metrics batch_eval_metrics do_predict",
+        lambda o: False,
+        "predictions, which NCATrainer doesn't keep",
+    ),
+)  # fmt: skip
+# Of `nca-align train` beside these
+TRAIN_RULES = (
+    Rule(
+        "lora_r lora_alpha lora_dropout lora_target_modules lora_target_parameters lora_modules_to_save "
+        "lora_task_type use_rslora use_dora",
+        lambda o: o.use_peft,
+        "`use_peft: true`",
+        "all weights of the model would be trained; `use_peft: false` asks for that",
+        "use_peft",
+    ),
+    Rule(
+        "bnb_4bit_quant_type use_bnb_nested_quant bnb_4bit_quant_storage",
+        lambda o: o.load_in_4bit,
+        "`load_in_4bit: true`",
+    ),
+    Rule("do_eval show_answers dataset_test_split per_device_eval_batch_size", evaluates, _EVALUATION),
+    Rule("answer_tokens", lambda o: o.show_answers, "`show_answers`"),
+    Rule("eval_completions eval_new_tokens eval_prompts", lambda o: o.eval_scorer, "`eval_scorer`"),
+    Rule(
+        "hub_model_id hub_strategy hub_private_repo hub_always_push hub_revision",
+        lambda o: o.push_to_hub,
+        "`push_to_hub: true`",
+    ),
+    Rule("resume_changed", lambda o: str(o.resume_from_checkpoint).lower() not in NO, "`resume_from_checkpoint`"),
+    Rule("ignore_bias_buffers", lambda o: False, "TRL's own script"),
+)
+
+
+def unread(options: Any, given: Iterable[str], rules: Sequence[Rule]) -> dict[str, str]:
+    """The options of `given` that this run doesn't read → what they need; false and None ask for nothing.
+
+    Args:
+        options: all options of the run, as attributes.
+        given: names of those that the user gave.
+        rules: `CONFIG_RULES`, `TRAIN_RULES`.
+
+    Raises:
+        UserError: with one of them the run would train other weights than were asked for.
+    """
+    given = set(given)
+    found: dict[str, str] = {}
+    for rule in rules:
+        asked = [name for name in rule.names.split() if name in given and not _asks_nothing(getattr(options, name))]
+        if not asked or rule.read(options):
+            continue
+        if rule.otherwise and rule.decided_by not in given:
+            raise UserError(
+                f"`{asked[0]}` is {getattr(options, asked[0])!r}, which needs {rule.needs}; without it {rule.otherwise}"
+            )
+        found |= dict.fromkeys(asked, rule.needs)
+    return found
+
+
+def _asks_nothing(value: Any) -> bool:
+    return value is None or value is False
+
+
+def sentence(found: dict[str, str]) -> str | None:
+    """One line that names what `unread` found; None where it found nothing."""
+    if not found:
+        return None
+    needs = [
+        f"{', '.join(f'`{name}`' for name in found if found[name] == need)} (needs {need})"
+        for need in dict.fromkeys(found.values())
+    ]
+    return f"Without effect in this run: {'; '.join(needs)}."

@@ -1,0 +1,163 @@
+"""Options without effect are named, and refused where other weights would be trained than were asked for."""
+
+import json
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from trl import DPOConfig
+
+from conftest import reward_rows
+from nca_align import NCAConfig
+from nca_align.commands.train.command import TRAIN_OPTIONS, main
+from nca_align.errors import UserError, notify_once
+from nca_align.options import parse
+from nca_align.unread import CONFIG_RULES, TRAIN_RULES
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+RECIPES = sorted([*CONFIGS.glob("*.yaml"), *(CONFIGS / "recipes").glob("*.yaml")])
+CPU = {"use_cpu": True, "bf16": False}
+EFFECT = "Without effect in this run"
+
+
+@pytest.fixture(autouse=True)
+def told_anew():
+    notify_once.cache_clear()
+
+
+def told(caplog) -> list[str]:
+    return [line for line in caplog.messages if "effect" in line]
+
+
+def train(tmp_path, *flags: str, yaml: str = "") -> int:
+    """`nca-align train` with a model that isn't there, which is found out after the options."""
+    (tmp_path / "o.yaml").write_text(f"use_cpu: true\nbf16: false\n{yaml}")
+    words = {"model_name_or_path": tmp_path / "none", "dataset_name": "none.jsonl", "output_dir": tmp_path / "run"}
+    return main(["--config", str(tmp_path / "o.yaml"), *(f"--{n}={v}" for n, v in words.items()), *flags])
+
+
+def test_every_name_of_the_table_is_an_option():
+    own = {field.name for field in fields(NCAConfig)}
+    others = {field.name for kind in TRAIN_OPTIONS for field in fields(kind)}
+    for rules, known in ((CONFIG_RULES, own | {"warmup_ratio"}), (TRAIN_RULES, others)):
+        names = [name for rule in rules for name in rule.names.split()]
+        assert set(names) <= known
+        assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"eval_steps": 5}, "`eval_steps` (needs `eval_strategy: steps`)"),
+        ({"save_strategy": "epoch", "save_steps": 5}, "`save_steps` (needs `save_strategy: steps`)"),
+        ({"save_strategy": "no", "save_total_limit": 2}, "`save_total_limit` (needs `save_strategy` steps or epoch)"),
+        ({"metric_for_best_model": "loss"}, "`metric_for_best_model` (needs `eval_strategy` steps or epoch)"),
+        ({"alpha": 0.3, "loss_type": "plackett_luce"}, "`alpha` (needs `loss_type` gvpo, infonca, nca)"),
+        ({"max_steps": 3, "num_train_epochs": 2}, "`num_train_epochs` (needs `max_steps` left out)"),
+        ({"warmup_steps": 3, "lr_scheduler_type": "constant"}, "`warmup_steps` (needs another"),
+        ({"precompute_ref_batch_size": 3}, "`precompute_ref_batch_size` (needs"),
+    ],
+)
+def test_python_is_told(options, named, caplog):
+    NCAConfig("x", **CPU, **options)
+    (line,) = told(caplog)
+    assert line.startswith(f"{EFFECT}: ")
+    assert named in line
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {}, {"eval_strategy": "steps", "eval_steps": 5}, {"eval_strategy": "epoch", "metric_for_best_model": "loss"},
+        {"save_steps": 5, "save_total_limit": 2}, {"alpha": 0.3}, {"alpha": 0.3, "loss_type": ["sft", "nca"]},
+        {"max_steps": 3}, {"num_train_epochs": 2}, {"warmup_steps": 3}, {"eval_on_start": True},
+        {"save_strategy": "epoch", "eval_strategy": "epoch", "load_best_model_at_end": True},
+    ],
+)  # fmt: skip
+def test_what_is_read_is_not_named(options, caplog):
+    NCAConfig("x", **CPU, **options)
+    assert told(caplog) == []
+
+
+def test_a_dpo_config_of_defaults_is_not_named(caplog):
+    NCAConfig.of(DPOConfig("x", **CPU), "m")
+    assert told(caplog) == []
+
+
+def test_the_command_names_each_option_once(tmp_path, caplog):
+    yaml = (
+        "bnb_4bit_quant_type: nf4\nanswer_tokens: 9\neval_steps: 4\nsave_only_model: false\nlora_target_modules: null\n"
+    )
+    assert train(tmp_path, "--hub_model_id", "me/it", "--logging-steps", "3", yaml=yaml) == 2
+    lines = "\n".join(told(caplog))
+    for name in ("bnb_4bit_quant_type", "answer_tokens", "eval_steps", "hub_model_id"):
+        assert lines.count(f"`{name}`") == 1
+    for name in ("save_only_model", "lora_target_modules", "logging_steps"):
+        assert name not in lines
+
+
+@pytest.mark.parametrize("flags", [["--lora_r", "16"], ["--lora-alpha", "32"], ["--use_dora"], ["--lora_dropout", "0"]])
+def test_an_adapters_options_without_one_are_refused(flags, tmp_path, capsys):
+    assert train(tmp_path, *flags) == 2
+    said = capsys.readouterr().err
+    assert f"`{flags[0][2:].replace('-', '_')}` is" in said
+    assert "needs `use_peft: true`; without it all weights of the model would be trained" in said
+
+
+def test_a_recipe_with_an_adapter_can_be_run_without_it(tmp_path, capsys, caplog):
+    assert train(tmp_path, "--use_peft", "false", yaml="use_peft: true\nlora_r: 16\nuse_dora: false") == 2
+    assert "there is no such folder" in capsys.readouterr().err  # so the options passed
+    (line,) = told(caplog)
+    assert "`lora_r` (needs `use_peft: true`)" in line
+    assert "use_dora" not in line
+
+
+def test_the_best_model_of_none_is_refused():
+    with pytest.raises(UserError, match="`load_best_model_at_end` is True, which needs `eval_strategy` steps or epoch"):
+        NCAConfig("x", **CPU, load_best_model_at_end=True, save_strategy="no")
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipes_pass_without_a_line(path, tmp_path, caplog, capsys):
+    flags = ["--config", str(path), "--use_cpu", "true", "--output_dir", str(tmp_path / "run")]
+    parse(TRAIN_OPTIONS, flags, "x")
+    main([*flags, "--model_name_or_path", str(tmp_path / "none")])
+    assert "there is no such folder" in capsys.readouterr().err
+    assert told(caplog) == []
+
+
+def test_a_fraction_that_the_data_has_no_use_for(model_dir, tmp_path, caplog):
+    for split in ("train", "test"):
+        (tmp_path / "data").mkdir(exist_ok=True)
+        (tmp_path / "data" / f"{split}.jsonl").write_text("\n".join(map(json.dumps, reward_rows(4))))
+    flags = {
+        "model_name_or_path": model_dir, "dataset_name": tmp_path / "data", "output_dir": tmp_path / "run",
+        "use_cpu": "true", "bf16": "false", "validation_fraction": 0.5, "eval_scorer": "nca_align.scorers:vader",
+    }  # fmt: skip
+    assert main([f"--{name}={value}" for name, value in flags.items()]) == 2  # of `eval_scorer`, after the data
+    assert "`validation_fraction` has no effect on this data" in caplog.text
+
+
+# What would train nothing
+
+
+def test_missing_arguments_are_named_before_the_machine(capsys):
+    assert main(["--fp16", "true", "--use_cpu", "true"]) == 2
+    assert "`dataset_name` is missing" in capsys.readouterr().err
+    assert main(["--fp16", "true", "--use_cpu", "true", "--dataset_name", "x"]) == 2
+    assert "`model_name_or_path` is missing" in capsys.readouterr().err
+    assert main(["--dataset_nam", "x"]) == 2
+    assert "did you mean `--dataset_name`?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options", [{"max_steps": 0}, {"num_train_epochs": 0}, {"num_train_epochs": -1.0}])
+def test_no_step_at_all_is_refused(options):
+    (name,) = options
+    with pytest.raises(UserError, match=f"`{name}` is .*, but must be "):
+        NCAConfig("x", **CPU, **options)
+    assert NCAConfig("x", **CPU, max_steps=1, num_train_epochs=0).max_steps == 1
+
+
+def test_a_learning_rate_of_0_is_told(caplog):
+    NCAConfig("x", **CPU, learning_rate=0.0)
+    assert "`learning_rate` is 0: no weight moves" in caplog.text
