@@ -9,6 +9,7 @@ from trl import DPOConfig
 
 from conftest import reward_rows
 from nca_align import NCAConfig
+from nca_align.commands.compare.grid import expand
 from nca_align.commands.train.command import TRAIN_OPTIONS, main
 from nca_align.errors import UserError, notify_once
 from nca_align.options import parse
@@ -50,8 +51,6 @@ def test_every_name_of_the_table_is_an_option():
     [
         ({"eval_steps": 5}, "`eval_steps` (needs `eval_strategy: steps`)"),
         ({"save_strategy": "epoch", "save_steps": 5}, "`save_steps` (needs `save_strategy: steps`)"),
-        ({"save_strategy": "no", "save_total_limit": 2}, "`save_total_limit` (needs `save_strategy` steps or epoch)"),
-        ({"metric_for_best_model": "loss"}, "`metric_for_best_model` (needs `eval_strategy` steps or epoch)"),
         ({"alpha": 0.3, "loss_type": "plackett_luce"}, "`alpha` (needs `loss_type` gvpo, infonca, nca)"),
         ({"max_steps": 3, "num_train_epochs": 2}, "`num_train_epochs` (needs `max_steps` left out)"),
         ({"warmup_steps": 3, "lr_scheduler_type": "constant"}, "`warmup_steps` (needs another"),
@@ -88,9 +87,13 @@ def test_the_command_names_each_option_once(tmp_path, caplog):
     yaml = (
         "bnb_4bit_quant_type: nf4\nanswer_tokens: 9\neval_steps: 4\nsave_only_model: false\nlora_target_modules: null\n"
     )
-    assert train(tmp_path, "--hub_model_id", "me/it", "--logging-steps", "3", yaml=yaml) == 2
+    flags = ["--hub_model_id", "me/it", "--logging-steps", "3", "--save_strategy", "no", "--save_total_limit", "1"]
+    assert train(tmp_path, *flags, "--metric_for_best_model", "loss", yaml=yaml) == 2
     lines = "\n".join(told(caplog))
-    for name in ("bnb_4bit_quant_type", "answer_tokens", "eval_steps", "hub_model_id"):
+    for name in (
+        "bnb_4bit_quant_type", "answer_tokens", "eval_steps", "hub_model_id", "save_total_limit",
+        "metric_for_best_model",
+    ):  # fmt: skip
         assert lines.count(f"`{name}`") == 1
     for name in ("save_only_model", "lora_target_modules", "logging_steps"):
         assert name not in lines
@@ -112,9 +115,18 @@ def test_a_recipe_with_an_adapter_can_be_run_without_it(tmp_path, capsys, caplog
     assert "use_dora" not in line
 
 
-def test_the_best_model_of_none_is_refused():
-    with pytest.raises(UserError, match="`load_best_model_at_end` is True, which needs `eval_strategy` steps or epoch"):
-        NCAConfig("x", **CPU, load_best_model_at_end=True, save_strategy="no")
+def test_the_best_model_of_none_is_refused(tmp_path, capsys):
+    assert train(tmp_path, "--load_best_model_at_end", "true", "--save_strategy", "no") == 2
+    assert "`load_best_model_at_end` is True, which needs `eval_strategy` steps or epoch" in capsys.readouterr().err
+
+
+def test_a_comparison_is_refused_too(caplog):
+    base = {"model_name_or_path": "m", "dataset_name": "d", "save_total_limit": 2, **CPU}
+    with pytest.raises(UserError, match="`lora_r` is 8, which needs `use_peft: true`"):
+        expand(base | {"lora_r": 8}, {"method": "nca"}, "o.yaml")
+    assert len(expand(base | {"hub_model_id": "me/it"}, {"method": ["nca", "dpo"], "seed": [1, 2]}, "o.yaml")) == 4
+    (line,) = told(caplog)  # once for all cells
+    assert line == f"{EFFECT}: `hub_model_id` (needs `push_to_hub: true`)."
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

@@ -64,8 +64,8 @@ class NCAConfig(DPOConfig):
     prompts of one global batch are dealt to its micro-batches and processes so that their loads are near equal.
 
     Raises:
-        ValueError: a value out of range, an option of DPOConfig that no loss here reads, a device or precision that
-            this machine doesn't have, or options with which other weights would be trained than were asked for.
+        ValueError: a value out of range, an option of DPOConfig that no loss here reads, or a device or precision that
+            this machine doesn't have.
     """
 
     alpha: float = option("Temperature of the targets softmax(rewards / alpha), > 0.", 0.01)

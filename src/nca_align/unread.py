@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from .errors import UserError
-from .losses import LOSSES, READS_ALPHA
+from .losses import READS_ALPHA, reads_alpha
 
 
 class Rule(NamedTuple):
@@ -31,12 +31,12 @@ def evaluates(options: Any) -> bool:
 
 
 def _reads_alpha(options: Any) -> bool:
-    return any(name in READS_ALPHA or name not in {*LOSSES, "sft"} for name in options.loss_type)
+    return any(map(reads_alpha, options.loss_type))
 
 
 NO = ("none", "false", "no", "")  # texts of `resume_from_checkpoint` that ask for nothing
 _EVALUATION = "`eval_strategy` steps or epoch"
-# Of NCAConfig, as far as it decides alone: a script may call `evaluate` or `push_to_hub` by itself
+# Of NCAConfig, as far as it decides alone: a script may evaluate, save or push to the Hub by itself
 CONFIG_RULES = (
     Rule("alpha", _reads_alpha, f"`loss_type` {', '.join(sorted(READS_ALPHA))}"),
     Rule("num_train_epochs", lambda o: o.max_steps < 1, "`max_steps` left out"),
@@ -56,12 +56,6 @@ CONFIG_RULES = (
     Rule("eval_steps", lambda o: o.eval_strategy == "steps", "`eval_strategy: steps`"),
     Rule("eval_delay", lambda o: o.eval_strategy != "no", _EVALUATION),
     Rule("save_steps", lambda o: o.save_strategy == "steps", "`save_strategy: steps`"),
-    Rule("save_total_limit save_only_model", lambda o: o.save_strategy != "no", "`save_strategy` steps or epoch"),
-    Rule(
-        "load_best_model_at_end", evaluates, _EVALUATION,
-        "the last weights would be kept, since nothing is evaluated",
-    ),
-    Rule("metric_for_best_model greater_is_better", evaluates, _EVALUATION),
     Rule(
         "prediction_loss_only eval_accumulation_steps eval_do_concat_batches eval_use_gather_object "
         "include_for_metrics batch_eval_metrics do_predict",
@@ -71,6 +65,12 @@ CONFIG_RULES = (
 )  # fmt: skip
 # Of `nca-align train` beside these
 TRAIN_RULES = (
+    Rule("save_total_limit save_only_model", lambda o: o.save_strategy != "no", "`save_strategy` steps or epoch"),
+    Rule(
+        "load_best_model_at_end", evaluates, _EVALUATION,
+        "the last weights would be kept, since nothing is evaluated",
+    ),
+    Rule("metric_for_best_model greater_is_better", evaluates, _EVALUATION),
     Rule(
         "lora_r lora_alpha lora_dropout lora_target_modules lora_target_parameters lora_modules_to_save "
         "lora_task_type use_rslora use_dora",
@@ -94,7 +94,7 @@ TRAIN_RULES = (
     ),
     Rule("resume_changed", lambda o: str(o.resume_from_checkpoint).lower() not in NO, "`resume_from_checkpoint`"),
     Rule("ignore_bias_buffers", lambda o: False, "TRL's own script"),
-)
+)  # fmt: skip
 
 
 def unread(options: Any, given: Iterable[str], rules: Sequence[Rule]) -> dict[str, str]:

@@ -19,7 +19,7 @@ from ...losses import reads_alpha
 from ...options import nearest, parse
 from ...rewards.scorers import check_weights
 from ...training.run_identity import FREE, loss_sources
-from ..train.command import TRAIN_OPTIONS, RunOptions
+from ..train.command import TRAIN_OPTIONS, RunOptions, name_unread
 from .methods import check_method
 
 KEYS = (*SETTINGS, "seed")
@@ -200,7 +200,9 @@ def _cell(base: Mapping[str, Any], given: dict[str, Any], path: Path, source: st
     options = {**base, **own}
     path.write_text(yaml.safe_dump(options))
     try:
-        args = cell_options(path)[3]
+        parsed = cell_options(path)
+        name_unread(set(options), *parsed)
+        args = parsed[3]
     except UserError as error:
         raise UserError(str(error).replace(str(path), source)) from error
     settings = {"method": method, "strategy": strategy, "num_completions": count, "seed": args.seed} | {

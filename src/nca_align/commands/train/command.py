@@ -19,7 +19,7 @@ from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_
 from ...batching.rendering import prompt_ids
 from ...config import NCAConfig, changed_options
 from ...data import DataOptions, RewardData, read_reward_dataset, select_split
-from ...errors import UserError, as_user_error, cli_main, notify
+from ...errors import UserError, as_user_error, cli_main, notify, notify_once
 from ...evaluation.training_log import last_evaluation
 from ...models.loading import ModelSource, adapter_config, load_adapter
 from ...models.policy import eval_mode
@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> int:
     else:
         disable_progress_bars()
     set_threads(run)
-    _name_unread(given, script, data_options, run, args, model_args)
+    name_unread(given, script, data_options, run, args, model_args)
     _check(script, run, args, model_args)
     checkpoint = _checkpoint(args)
     source = model_source(model_args, args)
@@ -165,13 +165,13 @@ def _follow_launcher() -> None:
         ctypes.CDLL(None).prctl(1, int(signal.SIGTERM))  # PR_SET_PDEATHSIG
 
 
-def _name_unread(given: set[str], *options: Any) -> None:
+def name_unread(given: set[str], *options: Any) -> None:
     """A line on the given options that this run doesn't read; those that NCAConfig has named itself are left out."""
     values = SimpleNamespace(**{name: value for own in options for name, value in vars(own).items()})
     args = next(own for own in options if isinstance(own, NCAConfig))
     notice = sentence(unread(values, given - changed_options(args), CONFIG_RULES) | unread(values, given, TRAIN_RULES))
     if notice is not None:
-        notify(notice)
+        notify_once(notice)
 
 
 def _check(script: ScriptArguments, run: RunOptions, args: NCAConfig, model_args: ModelConfig) -> None:
