@@ -31,6 +31,8 @@ _IGNORED = {
     "padding_free": "`layout: prefix_shared` is the layout without padding",
     "truncation_mode": "the end of a prompt and the beginning of a completion are kept; see `max_prompt_length`",
 }
+# Options that are None where nothing was said
+_SETTLED_LATER = ("logging_steps", "eval_strategy")
 
 
 @dataclass
@@ -55,6 +57,9 @@ class NCAConfig(DPOConfig):
         collapse_nats: a warning, once, where the best completions' mean log-ratio, as logged, is below minus this many
             nats, > 0; `inf` for none. At 50 they are e⁵⁰ times less likely than under the reference, which is a quarter
             of a nat on each of 200 tokens.
+        logging_steps: steps between two log lines; below 1 a share of all steps. None for every tenth step, or more
+            often where a run would have fewer than ten lines. The last step is logged in any case.
+        eval_strategy: `no`, `steps` or `epoch`; None for the end of the run alone, where there is an `eval_dataset`.
         resume_changed: options (and `data`, `model` …) that may differ from those of the checkpoint that the run goes
             on from, by the names that a refusal shows.
         use_cpu, bf16: None for what the machine has: the CPU where there is no accelerator, and bfloat16 mixed
@@ -96,6 +101,12 @@ class NCAConfig(DPOConfig):
     resume_changed: list[str] = option("What may differ from the checkpoint that the run goes on from, by name.", [])
     # None tells "nothing said" from false; DPOConfig's `bf16` is None already
     use_cpu: bool | None = option("Train on the CPU. By default where there is no accelerator.", None)  # type: ignore[assignment]
+    logging_steps: float | None = option(  # type: ignore[assignment]
+        "Steps between two log lines; below 1 a share of all. By default 10, or less for at least ten lines.", None
+    )
+    eval_strategy: str | None = option(  # type: ignore[assignment]
+        "When to evaluate; by default at the end, where rows are held out.", None, choices=["no", "steps", "epoch"]
+    )
     # its test of each micro-batch's loss would wait for the device; `nonfinite` looks once a step
     logging_nan_inf_filter: bool = option("Replaced by `nonfinite`.", False)
 
@@ -142,7 +153,13 @@ class NCAConfig(DPOConfig):
         self.max_prompt_length = prompt_limit(self.max_prompt_length, self.max_length)
         given = changed_options(self)
         device = choose_device(self)
+        # transformers takes no None for these; `training/log_schedule.py` settles them once the steps are known
+        unsaid = [name for name in _SETTLED_LATER if getattr(self, name) is None]
+        for name in unsaid:
+            setattr(self, name, _default(DPOConfig.__dataclass_fields__[name]))
         super().__post_init__()
+        for name in unsaid:
+            setattr(self, name, None)
         # from here on, since what says it looks at the processes, which transformers sets up
         notices = [device, sentence(unread(self, given, CONFIG_RULES))]
         if self.learning_rate == 0:
@@ -174,6 +191,8 @@ class NCAConfig(DPOConfig):
         if not isinstance(args, DPOConfig):
             raise UserTypeError(f"`args` is a {type(args).__name__}, but must be an NCAConfig or a DPOConfig.")
         values: dict[str, Any] = {f.name: getattr(args, f.name) for f in fields(DPOConfig) if f.init}
+        for name in _SETTLED_LATER:  # a default and a user's own word look the same there
+            values[name] = None if values[name] == _default(name) else values[name]
         weights: dict[str, float] = {}  # several of DPOTrainer's losses may become one
         for name, weight in zip(args.loss_type, args.loss_weights or [1.0] * len(args.loss_type), strict=True):
             instead = "nca" if name in _INSTEAD else name

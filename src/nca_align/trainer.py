@@ -32,6 +32,7 @@ from .models.policy import base_model
 from .store.checkpoints import explain_read_errors
 from .training import arguments, gradients, layout, reference, reference_cache, row_weights
 from .training.guards import StepGuard
+from .training.log_schedule import LogSchedule
 from .training.metrics import MetricLog
 from .training.objective import Objective, count_prompts
 from .training.resume import EvaluationInterrupted, Resume, reads_checkpoint
@@ -120,7 +121,8 @@ class NCATrainer(DPOTrainer):
         ]  # fmt: skip
         self._guard = StepGuard(self.accelerator, args)
         self._resume = Resume(self)
-        self.add_callback(self._resume)
+        for callback in (LogSchedule(self), self._resume):
+            self.add_callback(callback)
 
     def _set_up(self) -> None:
         """The models' heads, the collator and the layout, once the models are there and before their first forward."""

@@ -14,6 +14,7 @@ from ...data.strategies import PAIRS, check_strategy, select_completions, to_pre
 from ...errors import UserError
 from ...losses import LOSSES, loss_name
 from ...trainer import NCATrainer
+from ...training.log_schedule import logging_interval
 
 # TRL's name of a DPOTrainer loss for each method that goes through it
 _DPO_LOSSES = {
@@ -92,7 +93,12 @@ def build_trainer(
         rows = select_completions(train_dataset, strategy, args.seed)
         trainer, config, own = NCATrainer, NCAConfig, {"loss_type": [name], "loss_weights": None}
     steps = _same_steps(args, len(train_dataset), len(rows), whole=name == "kto")
-    own_args = _shared(config, args, **steps, **own)
+    # TRL's configs take no None
+    logs = {
+        "logging_steps": args.logging_steps or logging_interval(steps["max_steps"]),
+        "eval_strategy": args.eval_strategy or "no",
+    }
+    own_args = _shared(config, args, **steps, **logs, **own)
     return trainer(model=model, args=own_args, train_dataset=rows, processing_class=tokenizer, **arguments)
 
 

@@ -19,6 +19,7 @@ from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_
 from ...batching.rendering import prompt_ids
 from ...config import NCAConfig, changed_options
 from ...data import DataOptions, RewardData, read_reward_dataset, select_split
+from ...data.splits import find_split
 from ...errors import UserError, as_user_error, cli_main, notify, notify_once
 from ...evaluation.training_log import last_evaluation
 from ...models.loading import ModelSource, adapter_config, load_adapter
@@ -101,7 +102,9 @@ def main(argv: list[str] | None = None) -> int:
         )
     if "validation_fraction" in given and data_options.validation_fraction and data.validation_indices is None:
         notify("`validation_fraction` has no effect on this data: it has a held-out split, or is a stream.")
-    evaluated = evaluates(args)
+    evaluated = _evaluates(args, data, script.dataset_test_split)
+    if run.show_answers and not evaluated and args.eval_strategy is None:
+        notify(f"`show_answers` is {run.show_answers}, but no rows are held out: no answers are shown.")
     if run.eval_scorer and not evaluated:
         raise UserError("`eval_scorer` is set, but nothing is evaluated: set `eval_strategy` to steps or epoch")
     train_dataset = select_split(data.dataset, script.dataset_train_split)
@@ -191,6 +194,17 @@ def _check(script: ScriptArguments, run: RunOptions, args: NCAConfig, model_args
             f"`metric_for_best_model` is {args.metric_for_best_model}, which no evaluation gives; use loss, or a "
             "metric of the log such as rewards/accuracies"
         )
+
+
+def _evaluates(args: NCAConfig, data: RewardData, split: str) -> bool:
+    """Whether held-out prompts are evaluated: where nothing was said of it, if there are any."""
+    if args.eval_strategy is not None or args.eval_on_start:
+        return evaluates(args)
+    try:
+        find_split(data.dataset, split)
+    except UserError:
+        return False
+    return True
 
 
 def _metric_is_known(name: str, run: RunOptions) -> bool:
