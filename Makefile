@@ -10,7 +10,7 @@ READY = $(VENV)/.ready
 .PHONY: quickstart test test-slow test-oldest test-deepspeed long lint audit dist check-judges check-lm-eval bench bench-full clean
 
 quickstart: $(READY)
-	PATH="$(abspath $(RUN)):$$PATH" accelerate launch -q scripts/train.py --config configs/quickstart.yaml
+	PATH="$(abspath $(RUN)):$$PATH" nca-align train --config configs/quickstart.yaml
 
 test: $(READY)
 	$(RUN)/python -m pytest -m "not slow and not long"

@@ -1,6 +1,7 @@
 """The command line: dispatch, options from YAML and flags, and one sentence for a user's mistake."""
 
 import ast
+import importlib
 import logging
 import subprocess
 import sys
@@ -222,7 +223,7 @@ class TestErrors:
 
         monkeypatch.setattr(module, "parse", interrupted)
         assert module.main([]) == 130
-        assert capsys.readouterr().err == f"\nnca-align {name}: interrupted; {words}\n"
+        assert capsys.readouterr().err == f"nca-align {name}: interrupted; {words}\n"
 
     def test_a_bug_keeps_its_traceback(self):
         @cli_main("prog")
@@ -283,11 +284,8 @@ def test_the_library_that_warns_at_its_import_is_not_heard_before_the_command(mo
     assert "gemm_4bit_forward" in caplog.text
     caplog.clear()
 
-    @cli_main("prog")
-    def main(argv=None):
-        logger.warning(warning, "no module")
-        logger.warning("something else")
-
-    assert main([]) == main([]) == 0
-    assert [record.message for record in caplog.records] == ["something else"] * 2
+    importlib.reload(nca_align)
+    logger.warning(warning, "no module")
+    logger.warning("something else")
+    assert [record.message for record in caplog.records] == ["something else"]
     assert len(logger.filters) == 1

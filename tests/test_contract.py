@@ -61,6 +61,7 @@ VALUES = {
 IMPORTED = {
     "accelerate.data_loader.SkipBatchSampler": "__iter__",
     "transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS": "__getitem__",
+    "transformers.trainer.DEFAULT_PROGRESS_CALLBACK": "__init__",
     "transformers.trainer_pt_utils.BatchRebalanceSampler": "__iter__",
     "transformers.trainer_pt_utils.LengthGroupedSampler": "__iter__",
     "transformers.trainer_utils.rotate_checkpoints": None,

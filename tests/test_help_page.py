@@ -8,9 +8,9 @@ from typing import Literal
 import pytest
 
 from nca_align import cli
-from nca_align.commands.train.command import TRAIN_OPTIONS
 from nca_align.commands.train.command import main as train
 from nca_align.commands.train.first_options import FIRST_OPTIONS
+from nca_align.commands.train.options import TRAIN_OPTIONS
 from nca_align.help_page import help_topic
 from nca_align.options import option, parse
 

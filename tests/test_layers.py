@@ -23,6 +23,7 @@ LAYERS = [
         "help_page",
         "functions",
         "errors",
+        "progress",
     ],
     ["store"],
     ["pages"],

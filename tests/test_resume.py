@@ -28,9 +28,9 @@ from nca_align import NCAConfig, NCATrainer
 from nca_align.commands.train.command import main
 from nca_align.errors import UserError
 from nca_align.store.checkpoints import MANIFEST, is_whole, read_manifest, whole_checkpoints
-from nca_align.training.resume import PREEMPTED
 from nca_align.training.row_weights import begin_epoch
 from nca_align.training.run_identity import FIXED, FREE
+from nca_align.training.stopping import PREEMPTED
 from test_trainer import trainer
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -12,7 +12,8 @@ import pytest
 from datasets import Dataset
 
 from conftest import DATA, build_tokenizer, reward_rows
-from nca_align.commands.train.command import _follow_launcher, main
+from nca_align.commands.train.command import main
+from nca_align.training.stopping import follow_launcher
 
 ROOT = Path(__file__).resolve().parents[1]
 FAST = {
@@ -137,7 +138,10 @@ MISTAKES = {
         "`metric_for_best_model` is bleu, which no evaluation gives",
     ),
     "no prompts": (["--eval_prompts", "0"], "`eval_prompts` is 0, but must be at least 1"),
-    "answers": (["--eval_scorer", "nca_align.scorers:vader"], "`eval_scorer` is set, but nothing is evaluated"),
+    "answers": (
+        ["--eval_scorer", "nca_align.scorers:vader", "--eval_strategy", "no"],
+        "`eval_scorer` is set, but nothing is evaluated",
+    ),
     "metric of answers": (
         [
             *("--load_best_model_at_end", "true", "--eval_strategy", "steps", "--eval_steps", "1"),
@@ -263,7 +267,7 @@ def test_a_run_ends_with_accelerate_launch_and_with_no_shell(launched, expected,
         monkeypatch.setenv("ACCELERATE_DYNAMO_MODE", "default")
     libc, found = ctypes.CDLL(None), ctypes.c_int(-1)
     try:
-        _follow_launcher()
+        follow_launcher()
         assert libc.prctl(2, ctypes.byref(found)) == 0  # PR_GET_PDEATHSIG
     finally:
         libc.prctl(1, 0)

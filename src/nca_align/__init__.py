@@ -3,10 +3,17 @@
 Names are imported on first use, so that `import nca_align` costs nothing beside `import trl`.
 """
 
+import logging
+import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
+
+# bitsandbytes' notice of a kernel that a CPU does without would be the first line of every run
+logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "kernels-community" not in str(record.msg))
+# PEFT asks transformers by a name that it has renamed
+warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
 
 if TYPE_CHECKING:
     from .batching.collator import RewardCollator

@@ -153,6 +153,13 @@ class NCAConfig(DPOConfig):
         self.max_prompt_length = prompt_limit(self.max_prompt_length, self.max_length)
         given = changed_options(self)
         device = choose_device(self)
+        for old in (
+            "gradient_checkpointing",
+            "gradient_checkpointing_kwargs",
+        ):
+            new = old.replace("gradient", "activation")
+            if getattr(self, new, self) is None:  # TRL's names, which newer transformers rename
+                setattr(self, new, getattr(self, old))
         # transformers takes no None for these; `training/log_schedule.py` settles them once the steps are known
         unsaid = [name for name in _SETTLED_LATER if getattr(self, name) is None]
         for name in unsaid:

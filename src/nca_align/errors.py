@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
+from .progress import between_bars, closing_bars, without_library_bars
+
 
 class UserError(ValueError):
     """A mistake that the user can mend; its text is the whole message. Every such mistake is one of these classes.
@@ -44,7 +46,8 @@ def notify(message: str) -> None:
     from accelerate import PartialState  # loads torch
 
     if PartialState().is_main_process:
-        logging.getLogger("nca_align").warning(message)
+        with between_bars():
+            logging.getLogger("nca_align").warning(message)
 
 
 @functools.cache
@@ -85,11 +88,6 @@ def as_user_error(
         raise UserError(f"{what} failed: {one_line(error)} (NCA_ALIGN_TRACEBACK=1 shows where)") from error
 
 
-def _not_of_kernels(record: logging.LogRecord) -> bool:
-    """False for bitsandbytes' notice that a kernel is missing: it would be the first line of every command."""
-    return "kernels-community" not in str(record.msg)
-
-
 def cli_main(prog: str, goes_on: str = "the same command goes on from here") -> Callable[[Callable], Callable]:
     """Decorate a `main(argv)`: a user's mistake is one sentence on stderr and the exit code 2.
 
@@ -104,11 +102,14 @@ def cli_main(prog: str, goes_on: str = "the same command goes on from here") -> 
     def decorate(main: Callable) -> Callable:
         @functools.wraps(main)
         def wrapped(argv: list[str] | None = None) -> int:
-            logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_not_of_kernels)
+            first = os.environ.get("RANK", "0") == "0"  # of all processes of a launch
             try:
-                return main(argv) or 0
-            except KeyboardInterrupt:
-                print(f"\n{prog}: interrupted; {goes_on}", file=sys.stderr)
+                with without_library_bars(None if first else True), closing_bars():
+                    return main(argv) or 0
+            except KeyboardInterrupt as interrupt:  # with what its command knows of how to go on
+                if first:
+                    beside = "\n" * sys.stderr.isatty()  # where ^C stands
+                    print(f"{beside}{prog}: interrupted; {interrupt if interrupt.args else goes_on}", file=sys.stderr)
                 return 130
             except UserError as error:
                 print(f"{prog}: error: {one_line(error)}", file=sys.stderr)

@@ -29,10 +29,10 @@ from .functions import short_name
 from .models.loading import disable_nf4_repacking
 from .models.logprobs import add_token_logps, forward_chunk, sum_by_completion
 from .models.policy import base_model
+from .progress import closing_bars, without_library_bars
 from .store.checkpoints import explain_read_errors
-from .training import arguments, gradients, layout, reference, reference_cache, row_weights
+from .training import arguments, console, gradients, layout, reference, reference_cache, row_weights
 from .training.guards import StepGuard
-from .training.log_schedule import LogSchedule
 from .training.metrics import MetricLog
 from .training.objective import Objective, count_prompts
 from .training.resume import EvaluationInterrupted, Resume, reads_checkpoint
@@ -77,9 +77,10 @@ class NCATrainer(DPOTrainer):
     data_collator: RewardCollator
     ref_model: Any
     _signature_columns: Any
-    # compute_loss divides by the prompts of the whole accumulation window
-    loss_is_scaled_for_ga = True
+    saves_on_interrupt = False  # whether the first Ctrl-C within `train` saves at the end of the step, as SIGTERM does
+    loss_is_scaled_for_ga = True  # compute_loss divides by the prompts of the whole accumulation window
 
+    @without_library_bars()
     def __init__(
         self,
         model,
@@ -98,8 +99,7 @@ class NCATrainer(DPOTrainer):
         args = NCAConfig.of(args, model)
         arguments.check_arguments(args, data_collator, compute_metrics, train_dataset)
         train_dataset, eval_dataset = arguments.prepare_datasets(args, model, train_dataset, eval_dataset)
-        self._reference_given = ref_model is not None  # a checkpoint belongs to it
-        self._is_set_up = False
+        self._is_set_up, self._reference_given = False, ref_model is not None  # a checkpoint belongs to it
         self._tag_names = [*self._tag_names, *map(short_name, args.loss_type)]  # of the model and its card
         self._log = MetricLog()
         super().__init__(
@@ -120,9 +120,8 @@ class NCATrainer(DPOTrainer):
             "prompt_ids", "completion_ids", "rewards", "ref_logps", "row_number", args.length_column_name,
         ]  # fmt: skip
         self._guard = StepGuard(self.accelerator, args)
+        console.attach(self)
         self._resume = Resume(self)
-        for callback in (LogSchedule(self), self._resume):
-            self.add_callback(callback)
 
     def _set_up(self) -> None:
         """The models' heads, the collator and the layout, once the models are there and before their first forward."""
@@ -302,8 +301,8 @@ class NCATrainer(DPOTrainer):
     def _get_grad_norm(self, model, grad_norm=None):
         """The one place between a step's gradients and its update: what isn't finite goes no further."""
         grad_norm = super()._get_grad_norm(model, grad_norm)
-        step, asked = self.state.global_step + 1, self._resume.asked_to_stop
-        skip, self._resume.stopping = self._guard.check(grad_norm, step, asked)
+        step, asked = self.state.global_step + 1, self._resume.stop.asked
+        skip, self._resume.stop.stopping = self._guard.check(grad_norm, step, asked)
         if not skip:
             return grad_norm
         model.zero_grad()  # without gradients no optimizer moves anything
@@ -319,10 +318,10 @@ class NCATrainer(DPOTrainer):
 
         Raises:
             UserError: no whole checkpoint, one that can't be loaded, or options, model or data that are not its own.
-            SystemExit: with code 75, after SIGTERM and a checkpoint at the end of the step.
+            SystemExit: with code 75, after SIGTERM and a checkpoint at the end of the step; with 130 after Ctrl-C.
         """
         checkpoint = self._resume.find(resume_from_checkpoint)
-        with self._resume.watching_sigterm():
+        with self._resume.noting_signals(), closing_bars(), without_library_bars():
             return super().train(checkpoint, *args, **kwargs)
 
     @reads_checkpoint
@@ -379,7 +378,7 @@ class NCATrainer(DPOTrainer):
         return output
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        if self.is_in_train and self._resume.agree_to_stop():
+        if self.is_in_train and self._resume.stop.agree():
             raise EvaluationInterrupted
         batch = self._prepare_inputs(inputs)
         batch["weights"] = row_weights.last_batch_weights(batch, self.accelerator, self.args.dataloader_drop_last)

@@ -18,8 +18,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset, Features
-from tqdm.auto import tqdm
 
+from .. import progress
 from ..errors import UserError, first_few
 from .files import lock_output, read_json, replacing, write_json
 from .provenance import KEY, read_provenance, refuse_changes, sidecar
@@ -96,7 +96,7 @@ def run_sharded(
             parts.mkdir(parents=True, exist_ok=True)
             write_json(parts / "config.json", step)
         finished = len(dataset) - sum(len(numbers[i]) for i in left)
-        with tqdm(total=len(dataset), initial=finished, unit=f" {unit}", dynamic_ncols=True) as bar:
+        with progress.bar(len(dataset), unit, initial=finished) as bar:
             for i in left:
                 before = bar.n
                 rows = dataset.select(numbers[i]).to_list()

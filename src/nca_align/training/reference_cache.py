@@ -17,10 +17,11 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object, send_to_device, tqdm
+from accelerate.utils import broadcast_object_list, gather_object, send_to_device
 from datasets import Dataset
 from torch import Tensor
 
+from .. import progress
 from ..batching.collator import Batch, RewardCollator, batches_by_length
 from ..errors import notify
 from ..store.checkpoints import explain_write_errors
@@ -117,7 +118,9 @@ def add_reference_logps(
     broadcast_object_list(missing, from_process=0)
     if missing[0]:
         done = len(dataset) - sum(end - start for start, end, _ in missing[0])
-        with tqdm(total=len(dataset), initial=done, desc=f"Reference log-probabilities, {name}", unit="row") as bar:
+        with progress.bar(
+            len(dataset), "row", accelerator.is_main_process, initial=done, desc=f"Reference log-probabilities, {name}"
+        ) as bar:
             for start, end, file in missing[0]:
                 shard = dataset.select(range(start, end))
                 logps = _shard_logps(shard, compute, collator, batch_size, accelerator, bar.update)

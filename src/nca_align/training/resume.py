@@ -1,4 +1,4 @@
-"""Stop at any moment, and go on exactly: what a checkpoint needs beside transformers' own files, and SIGTERM.
+"""Stop at any moment, and go on exactly: what a checkpoint needs beside transformers' own files, and how it stops.
 
 A checkpoint of transformers holds weights, optimizer, random states and the log. To go on *exactly* a run also needs
 what was summed up since its last log line, an evaluation that was cut off, and to know whose checkpoint it is:
@@ -9,9 +9,8 @@ import functools
 import os
 import shutil
 import signal
-import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -33,9 +32,7 @@ from ..store.checkpoints import (
 from ..store.files import sync, write_json
 from .row_weights import begin_epoch
 from .run_identity import refuse_another_run, run_identity
-
-# What a process exits with that was stopped by SIGTERM after it had saved: "try again" in BSD's sysexits.h.
-PREEMPTED = 75
+from .stopping import StopSignals
 
 
 def reads_checkpoint(method: Callable) -> Callable:
@@ -50,11 +47,11 @@ def reads_checkpoint(method: Callable) -> Callable:
 
 
 class EvaluationInterrupted(Exception):
-    """SIGTERM came during an evaluation, which is done anew after the run is resumed."""
+    """SIGTERM or Ctrl-C came during an evaluation, which is done anew after the run is resumed."""
 
 
 class Resume(TrainerCallback):
-    """What a trainer does with its checkpoints, and on SIGTERM; its own calls come here, and it is its callback.
+    """What a trainer does with its checkpoints, and when it is stopped: its callback, which its own calls go to.
 
     Args:
         trainer: an NCATrainer. Used of it are its arguments, state, accelerator, model and training rows, what it and
@@ -63,14 +60,14 @@ class Resume(TrainerCallback):
 
     def __init__(self, trainer: Trainer):
         self.trainer: Any = trainer
-        self.asked_to_stop = False  # this process has had SIGTERM
-        self.stopping = False  # all processes have agreed to stop
+        self.stop = StopSignals()
         self.owes_evaluation = False
         self.steps_without_loss = 0  # that don't count in the mean loss of the run
         self._deferred = False
         self._identity: dict[str, Any] | None = None
         self.folder: Path | None = None  # the checkpoint that the run goes on from
         self._loaded: dict[str, Any] = {}  # its manifest
+        trainer.add_callback(self)
 
     # Finding a checkpoint
 
@@ -134,7 +131,7 @@ class Resume(TrainerCallback):
         folder = output / f"checkpoint-{trainer.state.global_step}"
         limit, args.save_total_limit = args.save_total_limit, None  # not before the new one is whole
         model_only = args.save_only_model
-        args.save_only_model = model_only and not self.stopping  # what SIGTERM leaves is to be gone on from
+        args.save_only_model = model_only and not self.stop.stopping  # what a stop leaves is to be gone on from
         try:
             with explain_write_errors(folder.name, folder, lambda: self._give_up(folder)):
                 if args.should_save:
@@ -198,30 +195,13 @@ class Resume(TrainerCallback):
         t._guard.collapse_told = own["collapse_told"]
         t._log.restore(parts)
 
-    # SIGTERM
+    # Stopping
 
-    @contextmanager
-    def watching_sigterm(self) -> Iterator[None]:
-        """Around training: SIGTERM only leaves a note, which the processes exchange once a step."""
-        self.asked_to_stop = self.stopping = False
-        if threading.current_thread() is not threading.main_thread():  # Python has signals in that one alone
-            yield
-            return
-
-        def note(*_: Any) -> None:
-            self.asked_to_stop = True
-
-        before = signal.signal(signal.SIGTERM, note)
-        try:
-            yield
-        finally:
-            # Once a process has gone, torchrun sends SIGTERM to those that are on their way
-            signal.signal(signal.SIGTERM, signal.SIG_IGN if self.stopping else before)
-
-    def agree_to_stop(self) -> bool:
-        """Whether any process has had SIGTERM; all processes come here together."""
-        self.stopping = self.stopping or any(gather_object([self.asked_to_stop]))
-        return self.stopping
+    def noting_signals(self) -> AbstractContextManager[None]:
+        """Around training: SIGTERM only leaves a note, and Ctrl-C too where `saves_on_interrupt` says so."""
+        interrupt = (signal.SIGINT,) if self.trainer.saves_on_interrupt else ()
+        then = "the run saves at the end of this step and stops; press it again to stop at once, without saving"
+        return self.stop.noted(signal.SIGTERM, *interrupt, then=then)
 
     def leave(self, owing_evaluation: bool = False) -> NoReturn:
         """End this process, with all others; an evaluation that was cut off is in no checkpoint yet.
@@ -233,10 +213,11 @@ class Resume(TrainerCallback):
         if owing_evaluation and step and not self._owed_already(step):
             self.owes_evaluation = True
             self.trainer._save_checkpoint(self.trainer.model_wrapped, None)
-        done = f"checkpoint-{step} is written, and `resume_from_checkpoint: true` goes on from it"
-        notify(f"SIGTERM: {done if step else 'no step was done yet, and nothing is lost'} (exit code {PREEMPTED}).")
+        done = f"checkpoint-{step} is written in {self.trainer.args.output_dir}, and `resume_from_checkpoint: true` "
+        done = f"{done}goes on from it" if step else "no step was done yet, and nothing is lost"
+        notify(f"{self.stop.name}: {done} (exit code {self.stop.exit_code}).")
         self.trainer.accelerator.wait_for_everyone()
-        raise SystemExit(PREEMPTED)
+        raise SystemExit(self.stop.exit_code)
 
     def _owed_already(self, step: int) -> bool:
         """Whether the run goes on from this step's checkpoint: writing it anew would put the only one at risk."""
@@ -265,9 +246,9 @@ class Resume(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         ends_epoch = control.should_training_stop or float(state.epoch).is_integer()
-        if self.stopping and not ends_epoch:
+        if self.stop.stopping and not ends_epoch:
             control.should_save = True
-        elif ends_epoch and (control.should_save or self.stopping):  # with what is logged and evaluated at its end
+        elif ends_epoch and (control.should_save or self.stop.stopping):  # with what is logged and evaluated at its end
             control.should_save = False
             self._deferred = True
 
@@ -276,5 +257,5 @@ class Resume(TrainerCallback):
         self._deferred = False
 
     def on_save(self, args, state, control, **kwargs):
-        if self.stopping:
+        if self.stop.stopping or (not args.save_only_model and self.stop.agree()):  # also where it came in the save
             self.leave()

@@ -19,7 +19,8 @@ from ...losses import reads_alpha
 from ...options import nearest, parse
 from ...rewards.scorers import check_weights
 from ...training.run_identity import FREE, loss_sources
-from ..train.command import TRAIN_OPTIONS, RunOptions, name_unread
+from ..train.checks import name_unread
+from ..train.options import TRAIN_OPTIONS, RunOptions
 from .methods import check_method
 
 KEYS = (*SETTINGS, "seed")

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 import yaml
-from tqdm.auto import tqdm
 
+from ... import progress
 from ...evaluation.comparison_folder import CONFIG, ERROR, LOG, SETTINGS, failure, is_done
 from ...models.loading import model_fingerprint
 from ...rewards.scorers import ScorerSpec
@@ -22,7 +22,7 @@ from ...store.checkpoints import whole_checkpoints
 from ...store.files import read_json, replacing, write_json
 from ...store.fingerprints import files_fingerprint
 from ...store.provenance import refuse_changes
-from ...training.resume import PREEMPTED
+from ...training.stopping import PREEMPTED
 from .grid import Cell, EvaluationSettings
 
 _GRACE, _PAUSE = 20.0, 0.1  # seconds that a cell has to save in, and between looks at those that run
@@ -78,7 +78,7 @@ def run_cells(
     """
     waiting = list(cells)
     running: dict[int, tuple[Cell, subprocess.Popen, float]] = {}  # slot → when it began
-    with tqdm(total=len(cells), unit=" cell", dynamic_ncols=True) as bar:
+    with progress.bar(len(cells), "cell") as bar:
         try:
             while waiting or running:
                 for slot in range(parallel):
@@ -98,7 +98,7 @@ def run_cells(
                     after_each()
                     bar.update()
                     failed = failure(cell.folder(output))
-                    bar.write(f"{cell.name}: {f'failed: {failed}' if failed else 'done'}")
+                    progress.say(f"{cell.name}: {f'failed: {failed}' if failed else 'done'}")
         finally:
             _end([process for _, process, _ in running.values()])
 

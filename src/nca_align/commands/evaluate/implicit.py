@@ -11,8 +11,8 @@ from typing import Any
 from datasets import Dataset
 from rich.console import Console
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
+from ... import progress
 from ...batching.collator import padded
 from ...batching.tokenization import tokenize_dataset
 from ...config import NCAConfig, prompt_limit
@@ -118,7 +118,7 @@ def token_logratios(
     require_reference(aligned, before)
 
     def logps(model: nn.Module, name: str) -> list[list[Tensor]]:
-        with tqdm(total=len(rows), desc=f"Log-probabilities, {name}", unit=" row", leave=False, disable=None) as bar:
+        with progress.bar(len(rows), "row", desc=f"Log-probabilities, {name}", leave=False) as bar:
             return token_logps(model, rows, options.batch_size, bar.update)
 
     model = aligned.load_policy(options.dtype)

@@ -12,7 +12,7 @@ from .options import InspectOptions
 
 def training_options() -> set[str]:
     """Names of all options of training, which a file that is given to `inspect` may hold."""
-    from ..train.command import TRAIN_OPTIONS  # loads torch
+    from ..train.options import TRAIN_OPTIONS  # loads torch
 
     return {f.name for cls in TRAIN_OPTIONS for f in fields(cls)}
 

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset, List, Value
-from tqdm.auto import tqdm
 
+from ... import progress
 from ...batching.collator import RewardCollator
 from ...batching.tokenization import tokenize_dataset, tokenize_rows, truncate
 from ...data import DataReport
@@ -148,7 +148,7 @@ def count_tokens(dataset: Dataset, tokenizer, options: InspectOptions) -> Tokens
     lengths: list[tuple[int, int]] = []
     padded = unique = 0
     rows = dataset.select_columns(["prompt_ids", "completion_ids", "rewards"])
-    for row in tqdm(rows, desc="Counting tokens", unit=" row", disable=None, leave=False):
+    for row in progress.bar(len(rows), "row", iterable=rows, desc="Counting tokens", leave=False):
         prompt, completions = row["prompt_ids"], row["completion_ids"]
         kept, short = truncate(prompt, completions, options.max_prompt_length, options.max_length)
         prompt_lengths.append((len(prompt), len(kept)))

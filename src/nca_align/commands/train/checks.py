@@ -1,0 +1,87 @@
+"""What `train` looks at before it reads a model or data: options without effect, what can't work, where to go on."""
+
+import logging
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from trl import ModelConfig, ScriptArguments
+
+from ...config import NCAConfig, changed_options
+from ...data import RewardData
+from ...data.splits import find_split
+from ...errors import UserError, notify_once
+from ...store.checkpoints import last_common_checkpoint
+from ...unread import CONFIG_RULES, TRAIN_RULES, evaluates, sentence, unread
+from .options import RunOptions
+
+logger = logging.getLogger("nca_align")
+
+
+def name_unread(given: set[str], *options: Any) -> None:
+    """A line on the given options that this run doesn't read; those that NCAConfig has named itself are left out."""
+    values = SimpleNamespace(**{name: value for own in options for name, value in vars(own).items()})
+    args = next(own for own in options if isinstance(own, NCAConfig))
+    notice = sentence(unread(values, given - changed_options(args), CONFIG_RULES) | unread(values, given, TRAIN_RULES))
+    if notice is not None:
+        notify_once(notice)
+
+
+def check_options(script: ScriptArguments, run: RunOptions, args: NCAConfig, model_args: ModelConfig) -> None:
+    """What can't work, known before anything is read."""
+    if Path(str(args.output_dir)).is_file():
+        raise UserError(f"`output_dir` {args.output_dir} is a file; give a folder")
+    if (model_args.load_in_4bit or model_args.load_in_8bit) and not model_args.use_peft:
+        raise UserError("`load_in_4bit` and `load_in_8bit` leave no weight that can be trained; add `use_peft: true`")
+    if run.eval_prompts is not None and run.eval_prompts < 1:
+        raise UserError(f"`eval_prompts` is {run.eval_prompts}, but must be at least 1; leave it out for all")
+    if model_args.use_peft and model_args.lora_r < 1:
+        raise UserError(f"`lora_r` is {model_args.lora_r}, but must be at least 1")
+    if script.dataset_streaming and args.max_steps < 1:
+        raise UserError("`dataset_streaming` is true, and a stream has no known end; set `max_steps`")
+    if args.load_best_model_at_end and not _metric_is_known(args.metric_for_best_model or "loss", run):
+        raise UserError(
+            f"`metric_for_best_model` is {args.metric_for_best_model}, which no evaluation gives; use loss, or a "
+            "metric of the log such as rewards/accuracies"
+        )
+
+
+def evaluates_held_out(args: NCAConfig, data: RewardData, split: str) -> bool:
+    """Whether held-out prompts are evaluated: where nothing was said of it, if there are any."""
+    if args.eval_strategy is not None or args.eval_on_start:
+        return evaluates(args)
+    try:
+        find_split(data.dataset, split)
+    except UserError:
+        return False
+    return True
+
+
+def _metric_is_known(name: str, run: RunOptions) -> bool:
+    known = {"rewards", "logratios", "logps", "target", "kl", "loss"} | ({"generation"} if run.eval_scorer else set())
+    return name.removeprefix("eval_").split("/")[0] in known
+
+
+def checkpoint_to_go_on_from(args: NCAConfig) -> str | bool | None:
+    """What to go on from, for `NCATrainer.train`; an error where the output folder holds another run's checkpoints."""
+    wanted = str(args.resume_from_checkpoint).lower()
+    last = last_common_checkpoint(str(args.output_dir))
+    if wanted in ("none", "false", "no", ""):
+        if last is not None:
+            raise UserError(
+                f"`output_dir` {args.output_dir} holds checkpoints of an earlier run ({last.name}); set "
+                "`resume_from_checkpoint: true` to go on from it, or choose another folder"
+            )
+        return None
+    if wanted in ("true", "yes"):
+        if last is None and args.process_index == 0:
+            logger.warning(
+                "`resume_from_checkpoint` is true, but %s holds no checkpoint: starting anew.", args.output_dir
+            )
+        return last is not None
+    if not Path(str(args.resume_from_checkpoint)).is_dir():
+        raise UserError(
+            f"`resume_from_checkpoint` is {args.resume_from_checkpoint}, which is no folder; give a checkpoint, or "
+            "`true`"
+        )
+    return args.resume_from_checkpoint

@@ -1,0 +1,107 @@
+"""SIGTERM and Ctrl-C: they leave a note, which the processes exchange once a step, and a step is never cut."""
+
+import ctypes
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from accelerate.utils import gather_object
+
+from ..config import NCAConfig
+from ..store.checkpoints import read_manifest, whole_checkpoints
+
+# What a process exits with that was stopped after it had saved: "try again" in BSD's sysexits.h, and 128 + SIGINT.
+EXIT_CODES = {signal.SIGTERM: 75, signal.SIGINT: 130}
+PREEMPTED = EXIT_CODES[signal.SIGTERM]
+_NAMES = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
+
+
+class StopSignals:
+    """The signals that ask a run to stop."""
+
+    def __init__(self) -> None:
+        self._had: signal.Signals | None = None  # the first one that this process had
+        self.stopping = False  # all processes have agreed to stop
+
+    @property
+    def asked(self) -> bool:
+        """Whether this process was asked to stop."""
+        return self._had is not None
+
+    @property
+    def name(self) -> str:
+        """What stops the run, in words; where another process alone had it, it is what schedulers send."""
+        return _NAMES[self._had or signal.SIGTERM]
+
+    @property
+    def exit_code(self) -> int:
+        return EXIT_CODES[self._had or signal.SIGTERM]
+
+    def agree(self) -> bool:
+        """Whether any process was asked to stop; all processes come here together."""
+        self.stopping = self.stopping or any(gather_object([self.asked]))
+        return self.stopping
+
+    @contextmanager
+    def noted(self, *numbers: signal.Signals, then: str = "") -> Iterator[None]:
+        """Within it the signals `numbers` only leave a note; a Ctrl-C after that is a KeyboardInterrupt.
+
+        Args:
+            then: what is said at once on Ctrl-C; after SIGTERM nobody sits there who would press it again.
+        """
+        self._had, self.stopping = None, False
+        if threading.current_thread() is not threading.main_thread():  # Python has signals in that one alone
+            yield
+            return
+        speaks = PartialState().is_main_process
+
+        def note(number: int, frame: Any) -> None:
+            if self.asked and number == signal.SIGINT:
+                raise KeyboardInterrupt
+            self._had = self._had or signal.Signals(number)
+            if number == signal.SIGINT and speaks:  # print may be in the midst of another line
+                os.write(2, f"{chr(10) * sys.stderr.isatty()}Ctrl-C: {then}\n".encode())
+
+        before = {number: signal.signal(number, note) for number in numbers}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                # Once a process has gone, torchrun sends SIGTERM to those that are on their way
+                signal.signal(number, signal.SIG_IGN if self.stopping else handler)
+
+
+def follow_launcher() -> None:
+    """Where `accelerate launch` started this process, its end is a SIGTERM here: it passes on none (accelerate 1.15).
+
+    Not elsewhere: a run of `nohup` outlives its shell.
+    """
+    if sys.platform == "linux" and "ACCELERATE_DYNAMO_MODE" in os.environ:
+        ctypes.CDLL(None).prctl(1, int(signal.SIGTERM))  # PR_SET_PDEATHSIG
+
+
+def what_is_left(args: NCAConfig, began: float) -> str:
+    """What a run that was cut off leaves, in words: its model, its last checkpoint, or what came before its first step.
+
+    Args:
+        args: of the run.
+        began: when it did, in seconds since the epoch.
+    """
+    folder = Path(str(args.output_dir))
+    state = folder / "trainer_state.json"  # is written after the model
+    if state.exists() and state.stat().st_mtime >= began:
+        return f"the trained model is in {folder}"
+    whole = [own for own in whole_checkpoints(folder).values() if not read_manifest(own).get("model_only")]
+    left = f"{folder} holds no checkpoint to go on from, and the same command begins anew"
+    if whole:
+        left = (
+            f"{whole[-1]} is the last checkpoint: the same command with `resume_from_checkpoint: true` goes on from it"
+        )
+    kept = "; finished shards of the reference log-probabilities stay" if args.precompute_ref_log_probs else ""
+    return left + kept

@@ -1,0 +1,263 @@
+"""Ctrl-C: the first one saves at the end of the step, a second one stops at once, and the last words are true."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import Trainer, TrainerCallback
+
+from conftest import reward_rows
+from nca_align import NCATrainer
+from nca_align.commands.train import command
+from nca_align.commands.train.command import main
+from nca_align.store.checkpoints import whole_checkpoints
+from nca_align.training import reference_cache
+from test_resume import finish
+from test_trainer import trainer
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def interrupt(times: int = 1) -> None:
+    for _ in range(times):
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+class At(TrainerCallback):
+    """Ctrl-C, once or several times, at the first such event of a step."""
+
+    def __init__(self, event: str, step: int, times: int):
+        self._left = 1
+
+        def act(args, state, control, **kwargs):
+            if state.global_step == step and self._left:
+                self._left -= 1
+                interrupt(times)
+
+        setattr(self, event, act)
+
+
+@pytest.fixture
+def command_of(model_dir, tmp_path, monkeypatch):
+    """Run `nca-align train` here, with options and with callbacks; its exit code."""
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, reward_rows(12))))
+    options = {
+        "model_name_or_path": model_dir, "dataset_name": tmp_path / "rows.jsonl", "use_cpu": "true", "bf16": "false",
+        "report_to": "none", "max_steps": 4, "per_device_train_batch_size": 2, "save_strategy": "no",
+        "output_dir": tmp_path / "run", "validation_fraction": 0.25, "max_length": 128, "disable_tqdm": "true",
+        "eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 1,
+    }  # fmt: skip
+    own, callbacks = NCATrainer.__init__, []
+
+    def with_callbacks(self, *args, **kwargs):
+        own(self, *args, **kwargs)
+        for callback in callbacks:
+            self.add_callback(callback)
+
+    monkeypatch.setattr(NCATrainer, "__init__", with_callbacks)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+    def run(*added, **changed) -> int:
+        callbacks[:] = added
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            return main([part for key, value in (options | changed).items() for part in (f"--{key}", str(value))])
+        except SystemExit as left:
+            return left.code
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+    return run
+
+
+def test_the_first_one_saves_and_the_run_goes_on_from_there(command_of, tmp_path, capfd, caplog):
+    assert command_of(At("on_step_begin", 1, 1)) == 130
+    error, output = capfd.readouterr().err, caplog.text
+    assert "Ctrl-C: the run saves at the end of this step and stops; press it again to stop at once" in error
+    assert (
+        f"Ctrl-C: checkpoint-2 is written in {tmp_path / 'run'}, and `resume_from_checkpoint: true` goes on" in output
+    )
+    assert "(exit code 130)" in output
+    assert list(whole_checkpoints(tmp_path / "run")) == [2]
+    assert command_of(resume_from_checkpoint="true") == 0
+    log = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
+    assert [line["step"] for line in log if "eval_loss" in line] == [2, 4]
+
+
+@pytest.mark.parametrize(
+    ("event", "step", "checkpoints"),
+    [("on_step_begin", 1, []), ("on_prediction_step", 2, []), ("on_train_begin", 0, []), ("on_step_begin", 3, [2])],
+)
+def test_a_second_one_stops_at_once_and_promises_no_checkpoint_that_is_not_there(
+    event, step, checkpoints, command_of, tmp_path, capfd
+):
+    saves = {"save_strategy": "steps", "save_steps": 2} if checkpoints else {}
+    assert command_of(At(event, step, 2), **saves) == 130
+    said = capfd.readouterr().err
+    assert list(whole_checkpoints(tmp_path / "run")) == checkpoints
+    words = f"{tmp_path / 'run'} holds no checkpoint to go on from, and the same command begins anew"
+    if checkpoints:
+        words = (
+            "checkpoint-2 is the last checkpoint: the same command with `resume_from_checkpoint: true` goes on from it"
+        )
+    assert said.rstrip().endswith(words)
+    assert "nca-align train: interrupted; " in said
+
+
+def test_during_an_evaluation_it_is_cut_and_owed(command_of, tmp_path, capfd, caplog):
+    assert command_of(At("on_prediction_step", 2, 1)) == 130
+    assert "Ctrl-C: checkpoint-2 is written" in caplog.text
+    assert command_of(resume_from_checkpoint="true") == 0
+    log = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
+    assert [line["step"] for line in log if "eval_loss" in line] == [2, 4]
+
+
+def test_before_the_first_step_nothing_is_saved_and_nothing_promised(command_of, tmp_path, capfd, caplog):
+    assert command_of(At("on_prediction_step", 0, 1), eval_on_start="true") == 130
+    assert "Ctrl-C: no step was done yet, and nothing is lost (exit code 130)" in caplog.text
+    assert not whole_checkpoints(tmp_path / "run")
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_during_a_save(times, command_of, tmp_path, capfd, caplog, monkeypatch):
+    """The first one lets it end, and the run stops there; after the second it is no checkpoint."""
+    own, calls = Trainer._save_optimizer_and_scheduler, []
+
+    def save(self, *args):
+        if not calls:
+            interrupt(times)
+        calls.append(args)
+        return own(self, *args)
+
+    monkeypatch.setattr(Trainer, "_save_optimizer_and_scheduler", save)
+    assert command_of(save_strategy="steps", save_steps=2, eval_strategy="no") == 130
+    assert list(whole_checkpoints(tmp_path / "run")) == ([2] if times == 1 else [])
+    if times == 1:
+        assert "Ctrl-C: checkpoint-2 is written" in caplog.text
+    else:
+        assert "holds no checkpoint to go on from" in capfd.readouterr().err
+
+
+def test_in_the_reference_pass_finished_shards_stay(command_of, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(reference_cache, "ROWS_PER_SHARD", 4)
+    own = reference_cache.ReferenceCache.write
+
+    def write(self, *args):
+        own(self, *args)
+        interrupt()
+
+    monkeypatch.setattr(reference_cache.ReferenceCache, "write", write)
+    assert command_of(precompute_ref_log_probs="true") == 130
+    assert "begins anew; finished shards of the reference log-probabilities stay" in capfd.readouterr().err
+    assert len(list((tmp_path / "cache").rglob("*.parquet"))) == 1
+
+
+def test_while_the_model_is_saved_that_ends_first(command_of, tmp_path, capfd, monkeypatch):
+    own = command._save
+
+    def save(*args):
+        interrupt()
+        own(*args)
+
+    monkeypatch.setattr(command, "_save", save)
+    assert command_of() == 130
+    error = capfd.readouterr().err
+    assert "Ctrl-C: the run stops once its model is saved" in error
+    assert f"nca-align train: interrupted; the trained model is in {tmp_path / 'run'}" in error
+    assert (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_in_python_it_stays_a_keyboard_interrupt(tmp_path):
+    handler = signal.getsignal(signal.SIGINT)
+    nca = trainer(tmp_path, callbacks=[At("on_step_begin", 1, 1)])
+    with pytest.raises(KeyboardInterrupt):
+        nca.train()
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert not whole_checkpoints(tmp_path)
+
+
+# A process of its own: Ctrl-C in a step that it names
+DRIVER = """
+import os, signal, sys
+from nca_align import trainer
+from transformers import TrainerCallback
+
+rank, step, times = map(int, os.environ["INTERRUPT"].split())
+
+class Interrupt(TrainerCallback):
+    def on_step_begin(self, args, state, control, **kwargs):
+        if (args.process_index, state.global_step) == (rank, step):
+            for _ in range(times):
+                os.kill(os.getpid(), signal.SIGINT)
+
+own = trainer.NCATrainer.__init__
+def with_callback(self, *args, **kwargs):
+    own(self, *args, **kwargs)
+    self.add_callback(Interrupt())
+trainer.NCATrainer.__init__ = with_callback
+
+from nca_align.commands.train.command import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture
+def launch(model_dir, tmp_path):
+    (tmp_path / "driver.py").write_text(DRIVER)
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, reward_rows(12))))
+    options = {
+        "model_name_or_path": model_dir, "dataset_name": tmp_path / "rows.jsonl", "use_cpu": "true", "bf16": "false",
+        "report_to": "none", "num_train_epochs": 12, "per_device_train_batch_size": 1, "save_strategy": "no",
+        "output_dir": tmp_path / "run", "validation_fraction": 0, "max_length": 128, "resume_from_checkpoint": "true",
+        "gradient_checkpointing": "false",
+    }  # fmt: skip
+
+    def start(processes: int = 0, interrupt: str = "-1 -1 0", **own) -> subprocess.Popen:
+        flags = [part for key, value in (options | own).items() for part in (f"--{key}", str(value))]
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        return subprocess.Popen(
+            [sys.executable, *(launcher if processes else []), str(tmp_path / "driver.py"), *flags],
+            env=os.environ | {"OMP_NUM_THREADS": "1", "INTERRUPT": interrupt}, text=True, cwd=ROOT,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+
+    return start
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("times", "ends_with"), [(1, "(exit code 130)."), (2, "the same command begins anew")])
+def test_a_process_exits_with_130_without_a_traceback(times, ends_with, launch, tmp_path):
+    said = finish(launch(interrupt=f"0 5 {times}"), code=130)
+    assert said.rstrip().endswith(ends_with)
+    assert "Traceback" not in said
+    assert list(whole_checkpoints(tmp_path / "run")) == ([6] if times == 1 else [])
+
+
+@pytest.mark.slow
+def test_one_of_two_processes_stops_both_at_the_same_step(launch, tmp_path):
+    said = finish(launch(2, interrupt="1 5 1"), code=1)
+    assert said.count("checkpoint-6 is written") == 1
+    assert re.search(r"exitcode\s*: 130", said)
+    assert list(whole_checkpoints(tmp_path / "run")) == [6]
+    finish(launch(2))
+    assert json.loads((tmp_path / "run" / "trainer_state.json").read_text())["global_step"] == 72
+
+
+@pytest.mark.slow
+def test_ctrl_c_of_torchrun_is_passed_on_and_all_save(launch, tmp_path):
+    """As from a terminal: the launcher alone gets it, since its processes are in sessions of their own."""
+    process = launch(2, num_train_epochs=10_000, logging_steps=1)
+    for line in process.stdout:
+        if "step " in line and "loss" in line:
+            break
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=120)[0]
+    assert "Ctrl-C: the run saves at the end of this step" in said
+    (step,) = whole_checkpoints(tmp_path / "run")
+    assert f"Ctrl-C: checkpoint-{step} is written" in said
