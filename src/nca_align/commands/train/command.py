@@ -110,28 +110,29 @@ def _train(
     with as_user_error("the first step", known=lambda: trainer.state.global_step == 0):
         trainer.saves_on_interrupt = True
         result = trainer.train(resume_from_checkpoint=checkpoint)
-    interrupts = StopSignals()
+    interrupts, output_dir = StopSignals(), Path(str(args.output_dir))
     then = "the run stops once its model is saved; press it again to stop at once"
     again = "make room, and run the same command with `resume_from_checkpoint: true`"
     with (
         interrupts.noted(signal.SIGINT, then=then),
-        explain_write_errors("the trained model", Path(str(args.output_dir)), lambda: again),
+        explain_write_errors("the trained model", output_dir, lambda: again),
     ):
         _save(trainer, result.metrics, data)
     if interrupts.asked:
         raise KeyboardInterrupt
     after = _answers(trainer, tokenizer, shown, run.answer_tokens)
     if trainer.is_world_process_zero():
-        answers = list(zip([row["prompt"] for row in shown], before, after, strict=True))
-        print(summary(trainer.state.log_history, answers, _kept_step(trainer)))
+        log, answers = (
+            trainer.state.log_history,
+            list(zip([row["prompt"] for row in shown], before, after, strict=True)),
+        )
+        print(summary(log, answers, _kept_step(trainer)))
         where = [f"The {'adapter' if hasattr(trainer.model, 'peft_config') else 'model'} is in {args.output_dir}"]
-        title = run_title(model_args.model_name_or_path, args, trainer.state.log_history)
-        if (
-            figure := plot_curves(trainer.state.log_history, Path(str(args.output_dir)) / "curves.png", title)
-        ) is not None:
+        title = run_title(model_args.model_name_or_path, args, log)
+        if (figure := plot_curves(log, output_dir / "curves.png", title)) is not None:
             where.append(f"the plot is {figure}")
         print(f"{', '.join(where)}.")
-        print(after_run(str(args.output_dir), tokenizer.chat_template is not None, args.trust_remote_code))
+        print(after_run(str(output_dir), tokenizer.chat_template is not None, args.trust_remote_code))
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=script.dataset_name)
     trainer.accelerator.wait_for_everyone()  # a process that leaves first makes gloo hang in the other's clean-up
