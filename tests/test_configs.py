@@ -7,7 +7,7 @@ import yaml
 from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
 
 from nca_align import NCAConfig
-from nca_align.commands.train.command import RunOptions
+from nca_align.commands.train.options import RunOptions
 from nca_align.data import DataOptions
 from nca_align.options import parse
 

@@ -10,7 +10,8 @@ from trl import DPOConfig
 from conftest import reward_rows
 from nca_align import NCAConfig
 from nca_align.commands.compare.grid import expand
-from nca_align.commands.train.command import TRAIN_OPTIONS, main
+from nca_align.commands.train.command import main
+from nca_align.commands.train.options import TRAIN_OPTIONS
 from nca_align.errors import UserError, notify_once
 from nca_align.options import parse
 from nca_align.unread import CONFIG_RULES, TRAIN_RULES

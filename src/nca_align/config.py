@@ -199,7 +199,7 @@ class NCAConfig(DPOConfig):
             raise UserTypeError(f"`args` is a {type(args).__name__}, but must be an NCAConfig or a DPOConfig.")
         values: dict[str, Any] = {f.name: getattr(args, f.name) for f in fields(DPOConfig) if f.init}
         for name in _SETTLED_LATER:  # a default and a user's own word look the same there
-            values[name] = None if values[name] == _default(name) else values[name]
+            values[name] = None if values[name] == _default(DPOConfig.__dataclass_fields__[name]) else values[name]
         weights: dict[str, float] = {}  # several of DPOTrainer's losses may become one
         for name, weight in zip(args.loss_type, args.loss_weights or [1.0] * len(args.loss_type), strict=True):
             instead = "nca" if name in _INSTEAD else name
