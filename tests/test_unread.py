@@ -89,7 +89,8 @@ def test_the_command_names_each_option_once(tmp_path, caplog):
         "bnb_4bit_quant_type: nf4\nanswer_tokens: 9\neval_steps: 4\nsave_only_model: false\nlora_target_modules: null\n"
     )
     flags = ["--hub_model_id", "me/it", "--logging-steps", "3", "--save_strategy", "no", "--save_total_limit", "1"]
-    assert train(tmp_path, *flags, "--metric_for_best_model", "loss", yaml=yaml) == 2
+    flags += ["--eval_strategy", "no", "--metric_for_best_model", "loss"]
+    assert train(tmp_path, *flags, yaml=yaml) == 2
     lines = "\n".join(told(caplog))
     for name in (
         "bnb_4bit_quant_type", "answer_tokens", "eval_steps", "hub_model_id", "save_total_limit",
@@ -146,6 +147,7 @@ def test_a_fraction_that_the_data_has_no_use_for(model_dir, tmp_path, caplog):
     flags = {
         "model_name_or_path": model_dir, "dataset_name": tmp_path / "data", "output_dir": tmp_path / "run",
         "use_cpu": "true", "bf16": "false", "validation_fraction": 0.5, "eval_scorer": "nca_align.scorers:vader",
+        "eval_strategy": "no",
     }  # fmt: skip
     assert main([f"--{name}={value}" for name, value in flags.items()]) == 2  # of `eval_scorer`, after the data
     assert "`validation_fraction` has no effect on this data" in caplog.text

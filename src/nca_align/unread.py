@@ -26,7 +26,7 @@ class Rule(NamedTuple):
 
 
 def evaluates(options: Any) -> bool:
-    """Whether a run evaluates by itself."""
+    """Whether a run evaluates by itself; where nothing is said, it does at its end if prompts are held out."""
     return options.eval_strategy != "no" or options.eval_on_start
 
 
@@ -67,7 +67,7 @@ CONFIG_RULES = (
 TRAIN_RULES = (
     Rule("save_total_limit save_only_model", lambda o: o.save_strategy != "no", "`save_strategy` steps or epoch"),
     Rule(
-        "load_best_model_at_end", evaluates, _EVALUATION,
+        "load_best_model_at_end", lambda o: o.eval_strategy in ("steps", "epoch"), _EVALUATION,
         "the last weights would be kept, since nothing is evaluated",
     ),
     Rule("metric_for_best_model greater_is_better", evaluates, _EVALUATION),
