@@ -1,4 +1,4 @@
-"""A tiny model and tokenizer, built here without any download, and the real data where it is present."""
+"""A tiny model and tokenizer, built here without any download, and data: this repository's, and real where it is."""
 
 import os
 
@@ -14,7 +14,11 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+OWN_DATA = Path(__file__).resolve().parents[1] / "data"
+REAL_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+needs_real_data = pytest.mark.skipif(not REAL_DATA.exists(), reason=f"real data {REAL_DATA} is not on this machine")
+# Where rows come from: every test has its own, and the real ones come on top
+SOURCES = ["own", pytest.param("real", marks=needs_real_data)]
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
@@ -33,6 +37,16 @@ def pytest_collection_finish():
     """Keep what is imported out of every collection: accelerate collects in each `train()`, at half of its seconds."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def datasets_cache(tmp_path_factory):
+    """A cache of `datasets` for this run alone: another one may hold what older code made of the same rows."""
+    folder = tmp_path_factory.mktemp("datasets-cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("datasets.config.HF_DATASETS_CACHE", folder)
+        patch.setenv("HF_DATASETS_CACHE", str(folder))  # for processes that tests start
+        yield folder
 
 
 def build_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> PreTrainedTokenizerFast:
@@ -98,12 +112,48 @@ def record_nf4(run: Path, bits: int = 4, **identity) -> None:
     )
 
 
-def real_rows(name: str) -> list[dict]:
-    """Rows of a file of real data; skips the calling test, with the reason, where the file is absent."""
-    path = DATA / name
-    if not path.exists():
-        pytest.skip(f"real data {path} is not on this machine")
+def read_jsonl(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def scored_rows(source: str) -> list[dict]:
+    """Rows in the layout of openbmb/UltraFeedback, four completions each with a score; `source` is one of SOURCES."""
+    if source == "real":
+        return read_jsonl(REAL_DATA / "vicuna_k4_scored.jsonl")
+    return [
+        {
+            "source": "own",
+            "instruction": row["prompt"][0]["content"],
+            "models": [f"model-{k}" for k in range(len(row["completions"]))],
+            "completions": [
+                {"model": f"model-{k}", "response": completion[0]["content"], "overall_score": reward}
+                for k, (completion, reward) in enumerate(zip(row["completions"], row["rewards"], strict=True))
+            ],
+        }
+        for row in read_jsonl(OWN_DATA / "study" / "vader" / "train.jsonl")
+        if len(row["completions"]) == 4
+    ]
+
+
+def pair_rows(source: str) -> list[dict]:
+    """Rows in the layout of HuggingFaceH4/ultrafeedback_binarized, some with ties; `source` is one of SOURCES."""
+    if source == "real":
+        return read_jsonl(REAL_DATA / "ultrafeedback_pairs.jsonl")
+    rows = []
+    for i, row in enumerate(read_jsonl(OWN_DATA / "quickstart" / "train.jsonl")):
+        scored = list(zip(row["rewards"], row["completions"], strict=True))
+        chosen, rejected = sorted(scored[:2], key=lambda pair: -pair[0])
+        rows.append(
+            {
+                "prompt": row["prompt"][0]["content"],
+                "prompt_id": str(i),
+                "chosen": row["prompt"] + chosen[1],
+                "rejected": row["prompt"] + rejected[1],
+                "score_chosen": chosen[0],
+                "score_rejected": rejected[0],
+            }
+        )
+    return rows
 
 
 def reward_rows(n: int, k: int | list[int] = 4, seed: int = 0) -> list[dict]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import real_rows
+from conftest import needs_real_data, pair_rows, scored_rows
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
@@ -95,16 +95,33 @@ class TestLengths:
             assert source in SOURCES
             assert all(number.isdecimal() for number in numbers)
 
+    @pytest.mark.parametrize("rows_of", [scored_rows, pair_rows])
+    def test_measured_are_the_tokens_of_each_conversation(self, rows_of, tokenizer, model_dir, tmp_path, monkeypatch):
+        monkeypatch.setattr("nca_align.models.smollm2.smollm2_path", lambda: model_dir)
+        rows, expected = rows_of("own")[:5], []
+        (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+        def length(messages, **options) -> int:
+            return len(tokenizer.apply_chat_template(messages, return_dict=True, **options)["input_ids"])
+
+        for row in rows:
+            if "chosen" in row:
+                prompt, answers = row["chosen"][:-1], [row["chosen"][-1:], row["rejected"][-1:]]
+            else:
+                prompt = [{"role": "user", "content": row["instruction"]}]
+                answers = [[{"role": "assistant", "content": one["response"]}] for one in row["completions"]]
+            start = length(prompt, add_generation_prompt=True)
+            expected.append(("a", start, " ".join(str(length(prompt + answer) - start) for answer in answers)))
+        assert lengths.measure("a", str(tmp_path / "rows.jsonl")) == expected
+
     @pytest.mark.slow
-    @pytest.mark.parametrize(
-        ("source", "file"), [("ultrafeedback", "ultrafeedback_pairs.jsonl"), ("vicuna", "vicuna_k4_scored.jsonl")]
-    )
-    def test_table_is_what_the_data_gives(self, source, file, tmp_path):
+    @needs_real_data
+    @pytest.mark.parametrize(("source", "rows_of"), [("ultrafeedback", pair_rows), ("vicuna", scored_rows)])
+    def test_table_is_what_the_data_gives(self, source, rows_of, tmp_path):
         from nca_align.errors import UserError
 
-        rows = real_rows(file)
-        path = tmp_path / file
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        path = tmp_path / "rows.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows_of("real")))
         try:
             measured = lengths.measure(source, str(path))
         except UserError as error:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from browser import browser, faults, open_page, overflow
-from conftest import DATA, planned, reward_rows
+from conftest import needs_real_data, pair_rows, planned, reward_rows, scored_rows
 from nca_align.commands.compare.tables import Selection, selected_rows
 from nca_align.commands.inspect.command import main
 from nca_align.commands.report.command import write_report
@@ -107,8 +107,10 @@ def run_report(folder: Path, *names: str) -> Path:
 PAGES = {
     "inspect, quickstart": (ROOT / "data/quickstart", ["--alpha", "0.3"]),
     "inspect, quickstart, default α": (ROOT / "data/quickstart", []),
-    "inspect, ties": (DATA / "vicuna_k4_scored.jsonl", []),
-    "inspect, pairs": (DATA / "ultrafeedback_pairs.jsonl", ["--max_length", "512"]),
+    "inspect, ties": (lambda: scored_rows("own"), []),
+    "inspect, ties, real": (lambda: scored_rows("real"), []),
+    "inspect, pairs": (lambda: pair_rows("own"), ["--max_length", "512"]),
+    "inspect, pairs, real": (lambda: pair_rows("real"), ["--max_length", "512"]),
     "report, a comparison": (study_report, ["task1"]),
     "report, two comparisons": (study_report, ["task2", "ablations"]),
     "report, a run": (run_report, ["one"]),
@@ -117,13 +119,14 @@ PAGES = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", PAGES)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[needs_real_data] * n.endswith("real")) for n in PAGES])
 def test_nothing_overlaps_is_cut_is_empty_or_stands_twice(chromium, name, model_dir, tmp_path):
-    """Of real data, at the width of a screen and of a phone."""
+    """At the width of a screen and of a phone."""
     source, more = PAGES[name]
-    if isinstance(source, Path):
-        if not source.exists():
-            pytest.skip(f"real data {source} is not on this machine")
+    if name.startswith("inspect"):
+        if not isinstance(source, Path):
+            (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in source()))
+            source = tmp_path / "rows.jsonl"
         path = tmp_path / "page.html"
         assert main(["--dataset_name", str(source), "--model_name_or_path", model_dir, "--html", str(path), *more]) == 0
     else:

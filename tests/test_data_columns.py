@@ -92,11 +92,6 @@ LAYOUTS = {
 GUESSED = [name for name in LAYOUTS if name not in ("by places", "a swap", "dots in a name")]
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-
-
 def laid_out(name: str) -> tuple[list[dict], str]:
     make, pairs = LAYOUTS[name]
     return list(map(make, OWN)), pairs

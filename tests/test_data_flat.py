@@ -8,11 +8,6 @@ from datasets import Dataset
 from nca_align.data import DataOptions, convert_dataset, to_reward_dataset
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-
-
 def helpsteer(prompt, response, helpfulness, correctness=0):
     return {"prompt": prompt, "response": response, "helpfulness": helpfulness, "correctness": correctness}
 

@@ -6,7 +6,7 @@ import logging
 import pytest
 from datasets import Dataset, IterableDataset, Json, List, Value
 
-from conftest import real_rows, reward_rows
+from conftest import SOURCES, reward_rows, scored_rows
 from nca_align.data import DataOptions, convert_dataset, to_reward_dataset
 from nca_align.data.formats import FORMATS
 from nca_align.data.prompts import load_prompts
@@ -57,11 +57,6 @@ EXAMPLES = {
     "trajectory pairs": [{"trajectory": [{"from": "user", "value": "Why?"}], "chosen": "a", "rejected": "b"}],
     "flat scored rows": [{"prompt": "Why?", "response": r, "score": s} for r, s in (("a", 1), ("b", 2))],
 }
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
@@ -138,15 +133,17 @@ def test_message_fields_survive():
     assert to_reward_dataset(Dataset.from_list([text]))[0] == row | {"completions": [[call], said("no")]}
 
 
-def test_real_ultrafeedback_layout():
-    rows = real_rows("vicuna_k4_scored.jsonl")
+@pytest.mark.parametrize("source", SOURCES)
+def test_ultrafeedback_layout(source):
+    rows = scored_rows(source)
     converted, report = convert(rows)
-    assert (report.rows, report.kept, report.dropped, report.completions) == (60, 60, {}, {})
-    for row, source in zip(converted, rows, strict=True):
-        assert row["prompt"] == asked(source["instruction"])
-        assert row["completions"] == [said(c["response"]) for c in source["completions"]]
-        assert row["rewards"] == [c["overall_score"] for c in source["completions"]]
-        assert (row["source"], row["models"]) == (source["source"], source["models"])
+    assert len(rows) >= 60
+    assert (report.rows, report.kept, report.dropped, report.completions) == (len(rows), len(rows), {}, {})
+    for row, given in zip(converted, rows, strict=True):
+        assert row["prompt"] == asked(given["instruction"])
+        assert row["completions"] == [said(c["response"]) for c in given["completions"]]
+        assert row["rewards"] == [c["overall_score"] for c in given["completions"]]
+        assert (row["source"], row["models"]) == (given["source"], given["models"])
     assert set(converted.column_names) == {*FIELDS, "source", "models"}
 
 

@@ -3,20 +3,18 @@
 import csv
 import json
 import logging
+import subprocess
+import sys
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 from datasets import Dataset, DatasetDict, IterableDataset
 
-from conftest import DATA, real_rows, reward_rows
+from conftest import SOURCES, pair_rows, reward_rows, scored_rows
 from nca_align.data import DataOptions, load_reward_dataset, read_reward_dataset
 
 GOOD = {"prompt": "q", "completions": ["a", "b"], "rewards": [1.0, 0.0]}
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
 
 
 def write(path, rows):
@@ -230,12 +228,14 @@ def test_data_with_a_split_of_its_own_is_not_cut(tmp_path):
     assert (list(few.dataset), few.validation_indices) == (["train"], None)
 
 
-@pytest.mark.parametrize(("name", "n", "k"), [("vicuna_k4_scored.jsonl", 60, 4), ("ultrafeedback_pairs.jsonl", 300, 2)])
-def test_real_files_load_without_options(name, n, k):
-    rows = real_rows(name)
-    data = load_reward_dataset(str(DATA / name))
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize(("rows_of", "k"), [(scored_rows, 4), (pair_rows, 2)])
+def test_files_in_ultrafeedbacks_layouts_load_without_options(rows_of, k, source, tmp_path):
+    rows = rows_of(source)
+    n = len(rows)
+    data = load_reward_dataset(write(tmp_path / "rows.jsonl", rows))
     assert list(data) == ["train", "validation"]
-    assert (len(rows), len(data["train"]), len(data["validation"])) == (n, n - n // 20, n // 20)
+    assert (len(data["train"]), len(data["validation"])) == (n - n // 20, n // 20)
     assert {len(rewards) for split in data.values() for rewards in split["rewards"]} == {k}
 
 
@@ -275,3 +275,16 @@ def test_options_are_flags_beside_trl_s_and_refuse_unknown_values():
         DataOptions(exclude_sources="a")
     with pytest.raises(ValueError, match=r"`validation_fraction` is 1; it must be at least 0 and less than 1"):
         DataOptions(validation_fraction=1)
+
+
+def test_no_test_reads_what_another_run_left(datasets_cache, tmp_path_factory, tmp_path):
+    """Neither here nor in a process that a test starts."""
+    import datasets
+
+    name = "import datasets; print(datasets.config.HF_DATASETS_CACHE)"
+    started = subprocess.run([sys.executable, "-c", name], capture_output=True, text=True, check=True)
+    assert Path(started.stdout.strip()) == Path(datasets.config.HF_DATASETS_CACHE) == datasets_cache
+    assert datasets_cache.is_relative_to(tmp_path_factory.getbasetemp())
+    before = set(datasets_cache.glob("json/*"))
+    whole(write(tmp_path / "rows.jsonl", reward_rows(3)))
+    assert len(set(datasets_cache.glob("json/*")) - before) == 1

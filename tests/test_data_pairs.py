@@ -3,7 +3,7 @@
 import pytest
 from datasets import Dataset
 
-from conftest import real_rows
+from conftest import SOURCES, pair_rows
 from nca_align.data import DataOptions, convert_dataset, to_reward_dataset
 
 SYSTEM = {"role": "system", "content": "Be brief."}
@@ -59,17 +59,18 @@ def test_hard_preferences_ignore_scores_and_scores_are_used_by_default():
         convert([row, row | {"score_rejected": None}])
 
 
-def test_real_binarized_rows_keep_their_scores_and_ties():
-    rows = real_rows("ultrafeedback_pairs.jsonl")
+@pytest.mark.parametrize("source", SOURCES)
+def test_binarized_rows_keep_their_scores_and_ties(source):
+    rows = pair_rows(source)
     converted, report = convert_dataset(Dataset.from_list(rows))
-    assert (report.format, report.kept) == ("pairs", 300)
-    for row, source in zip(converted, rows, strict=True):
-        assert row["prompt"] == source["chosen"][:-1]
-        assert row["completions"] == [source["chosen"][-1:], source["rejected"][-1:]]
-        assert row["rewards"] == [source["score_chosen"], source["score_rejected"]]
-    assert sum(a == b for a, b in converted["rewards"]) == 34
+    assert (report.format, report.kept) == ("pairs", {"own": 128, "real": 300}[source])
+    for row, given in zip(converted, rows, strict=True):
+        assert row["prompt"] == given["chosen"][:-1]
+        assert row["completions"] == [given["chosen"][-1:], given["rejected"][-1:]]
+        assert row["rewards"] == [given["score_chosen"], given["score_rejected"]]
+    assert sum(a == b for a, b in converted["rewards"]) == {"own": 3, "real": 34}[source]
     hard = to_reward_dataset(Dataset.from_list(rows), DataOptions(preference="hard"))
-    assert hard["rewards"][:] == [[1.0, 0.0]] * 300
+    assert hard["rewards"][:] == [[1.0, 0.0]] * len(rows)
 
 
 def test_binarized_conversations_keep_system_prompts_and_turns_and_drop_messages():

@@ -1,11 +1,11 @@
 """`nca-align env`: versions as installed, what is missing, and nothing that is private."""
 
 import os
+import tomllib
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
-import pytest
 import torch
 
 from nca_align.commands import env
@@ -68,7 +68,6 @@ def test_a_card(monkeypatch):
 
 
 def test_extras_are_those_of_the_package_and_say_what_is_missing(monkeypatch):
-    tomllib = pytest.importorskip("tomllib")
     project = tomllib.loads((Path(__file__).resolve().parents[1] / "pyproject.toml").read_text())["project"]
     assert set(env.EXTRAS) == set(project["optional-dependencies"]) - {"test", "browser"}  # those are for our tests
     asked = {

@@ -14,7 +14,7 @@ from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from conftest import build_model, real_rows, record_nf4
+from conftest import build_model, record_nf4, scored_rows
 from nca_align.commands.export import command as export_command
 from nca_align.commands.export import next_steps as next_steps_module
 from nca_align.commands.export.command import ExportOptions, export, main
@@ -388,7 +388,7 @@ def test_no_model_in_the_folder(tmp_path, capsys):
 
 def test_the_comparison_on_ones_own_data(adapter_dir, tmp_path, capsys):
     data = tmp_path / "rows.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in real_rows("vicuna_k4_scored.jsonl")[:3]))
+    data.write_text("".join(json.dumps(row) + "\n" for row in scored_rows("own")[:3]))
     found = export(ExportOptions(adapter_dir, str(tmp_path / "out"), dataset_name=str(data)))
     assert found.sequences == 12
     assert found.merged.largest < 0.02

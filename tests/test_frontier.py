@@ -5,6 +5,7 @@ import random
 import statistics
 
 import pytest
+from scipy import stats
 
 from nca_align.evaluation.comparison_rows import COMPARED, final_values, over_steps, runs_of, setting_name, setting_of
 from nca_align.evaluation.frontier import Curve, common_kl, curves_of, reward_at_kl
@@ -137,7 +138,6 @@ def test_the_end_is_each_runs_last_step_and_of_all_seeds_or_none():
 
 @pytest.mark.parametrize("level", [0.5, 0.9, 0.95, 0.999])
 def test_the_t_quantile_is_scipy_s(level):
-    stats = pytest.importorskip("scipy.stats")
     for degrees in [*range(1, 40), 100, 999]:
         assert t_quantile(level, degrees) == pytest.approx(stats.t.ppf((1 + level) / 2, degrees), rel=1e-9)
 
@@ -147,7 +147,6 @@ def test_the_t_quantile_is_the_table_s():
 
 
 def test_the_interval_is_scipy_s():
-    stats = pytest.importorskip("scipy.stats")
     values = [0.70, 0.72, 0.65, 0.71]
     low, high = stats.t.interval(0.95, 3, statistics.fmean(values), stats.sem(values))
     assert mean_and_interval(values) == pytest.approx((statistics.fmean(values), low, high, 4))

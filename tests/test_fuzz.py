@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import yaml
 from datasets import Dataset, disable_progress_bars, enable_progress_bars
+from hypothesis import HealthCheck, given, seed, settings
+from hypothesis import strategies as st
 
 from nca_align import NCAConfig
 from nca_align.data import DataOptions, check_row, convert_dataset, read_reward_dataset, to_reward_dataset
@@ -21,10 +23,6 @@ from nca_align.data.formats.completions import ASPECTS, REPAIRED
 from nca_align.data.options import DEFAULT_SCORE
 from nca_align.errors import UserError
 from nca_align.options import parse
-
-pytest.importorskip("hypothesis", reason="hypothesis is not installed: pip install '.[test]'")
-from hypothesis import HealthCheck, given, seed, settings
-from hypothesis import strategies as st
 
 SEED = int(os.environ.get("FUZZ_SEED") or random.SystemRandom().randrange(1 << 32))
 
@@ -43,7 +41,11 @@ def cases(ci: int, long: int):
             "long": seed(SEED)(settings(max_examples=long, **common)(given(st.data())(_body(test)))),
         }
 
-        @pytest.mark.parametrize("size", ["ci", pytest.param("long", marks=pytest.mark.long)])
+        sizes = [
+            pytest.param(size, marks=mark) for size, mark in (("ci", pytest.mark.slow), ("long", pytest.mark.long))
+        ]
+
+        @pytest.mark.parametrize("size", sizes)
         def run(size, tmp_path_factory):
             print(f"FUZZ_SEED={SEED}")
             test.folder = tmp_path_factory.mktemp("fuzz")

@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dic
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from conftest import DATA, build_model, real_rows, reward_rows
+from conftest import SOURCES, build_model, pair_rows, reward_rows, scored_rows
 from nca_align import NCAConfig, NCATrainer
 from nca_align.batching.tokenization import tokenize_rows
 from nca_align.commands.evaluate.command import main
@@ -325,20 +325,20 @@ def test_an_adapter_on_another_model(tokenizer, tmp_path, adapter_dir):
             ModelSource.of(str(folder)).load_policy("auto")
 
 
-@pytest.mark.parametrize("name", ["vicuna_k4_scored.jsonl", "ultrafeedback_pairs.jsonl"])
-def test_real_data(name, adapter_dir, tmp_path):
-    rows = real_rows(name)
-    short = tmp_path / name
-    short.write_text("".join(json.dumps(row) + "\n" for row in rows[:12]))
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("rows_of", [scored_rows, pair_rows])
+def test_rows_in_ultrafeedbacks_layouts(rows_of, source, adapter_dir, tmp_path):
+    short = tmp_path / "rows.jsonl"
+    short.write_text("".join(json.dumps(row) + "\n" for row in rows_of(source)[:12]))
     found = implicit(options(str(short), adapter_dir, max_length=128))
     assert found.prompts == 12
     assert 0 <= found.figures["implicit"]["pairs"].mean <= 1
-    assert (DATA / name).exists()
 
 
-def test_length_of_the_real_pairs_is_what_a_loop_says(tmp_path):
+@pytest.mark.parametrize("source", SOURCES)
+def test_length_of_pairs_is_what_a_loop_says(source):
     """The length baseline on UltraFeedback, in characters by hand and by the same figures."""
-    rows = [row for row in real_rows("ultrafeedback_pairs.jsonl") if row["score_chosen"] != row["score_rejected"]]
+    rows = [row for row in pair_rows(source) if row["score_chosen"] != row["score_rejected"]]
     lengths = [[len(row["chosen"][-1]["content"]), len(row["rejected"][-1]["content"])] for row in rows]
     logratios = [[torch.zeros(n) for n in pair] for pair in lengths]
     rewards = [[row["score_chosen"], row["score_rejected"]] for row in rows]

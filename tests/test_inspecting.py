@@ -2,6 +2,7 @@
 
 import importlib.util
 import io
+import itertools
 import json
 import re
 from html.parser import HTMLParser
@@ -14,7 +15,7 @@ import yaml
 from datasets import Dataset
 from rich.console import Console
 
-from conftest import build_tokenizer, real_rows, reward_rows
+from conftest import SOURCES, build_tokenizer, reward_rows, scored_rows
 from nca_align.batching.collator import RewardCollator
 from nca_align.batching.tokenization import tokenize_rows
 from nca_align.commands.inspect.command import main, training_options
@@ -119,14 +120,23 @@ class TestFigures:
         rows = [{"prompt": [{"role": "user", "content": "q"}], "completions": [call, other], "rewards": [0.0, 1.0]}]
         assert measured(rows).duplicates.completions == 0
 
-    def test_real_data_shows_its_length_bias_and_its_ties(self):
-        rows = to_reward_dataset(Dataset.from_list(real_rows("vicuna_k4_scored.jsonl")))
-        found = inspect(rows, options())
-        assert (found.pairs.pairs, found.pairs.ties) == (360, 121)
-        assert 0.70 < found.pairs.longer_is_better < 0.75
+    @pytest.mark.parametrize("source", SOURCES)
+    def test_data_show_their_length_bias_and_their_ties(self, source):
+        found = inspect(to_reward_dataset(Dataset.from_list(scored_rows(source))), options())
+        assert (found.pairs.pairs, found.pairs.ties) == {"own": (768, 24), "real": (360, 121)}[source]
+        unequal = right = 0.0
+        for row in scored_rows(source):
+            for one, other in itertools.combinations(row["completions"], 2):
+                better = one["overall_score"] - other["overall_score"]
+                longer = len(one["response"]) - len(other["response"])
+                if better:
+                    unequal += 1
+                    right += 0.5 if longer == 0 else better * longer > 0
+        assert found.pairs.longer_is_better == pytest.approx(right / unequal)
         text = " ".join(findings(found))
-        assert "“Longer is better” orders 72% of the unequal pairs right" in text
-        assert "At α = 0.01 the target of 93% of the prompts is hard" in text
+        longer_is_better, hard = {"own": ("61%", "90%"), "real": ("72%", "93%")}[source]
+        assert f"“Longer is better” orders {longer_is_better} of the unequal pairs right" in text
+        assert f"At α = 0.01 the target of {hard} of the prompts is hard" in text
 
     def test_findings_are_about_what_is_there(self, tokenizer):
         rows = reward_rows(40, seed=3)

@@ -10,15 +10,16 @@ from statistics import fmean
 
 import pytest
 
-from nca_align.commands.compare.grid import KEYS
-from nca_align.commands.compare.tables import METRICS
-from nca_align.scorers import vader, within_words
-from nca_align.store.files import read_csv, write_csv
-
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
-study_results = pytest.importorskip("study_results")
-quickstart_results = pytest.importorskip("quickstart_results")
+
+import quickstart_results  # noqa: E402
+import study_results  # noqa: E402
+from nca_align.commands.compare.grid import KEYS  # noqa: E402
+from nca_align.commands.compare.tables import METRICS  # noqa: E402
+from nca_align.scorers import vader, within_words  # noqa: E402
+from nca_align.store.files import read_csv, write_csv  # noqa: E402
+
 START = study_results.START
 
 TASKS = {"vader": (4, vader), "words": (8, within_words)}
@@ -39,7 +40,6 @@ class TestData:
         assert all(len(prompts[split]) >= least for split, least in SPLITS.items())
 
     def test_every_prompt_has_k_completions_with_the_rewards_that_the_scorer_gives(self, task):
-        pytest.importorskip("vaderSentiment")
         k, scorer = TASKS[task]
         for split in SPLITS:
             for row in rows(task, split):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 
-from conftest import DATA, build_tokenizer, reward_rows
+from conftest import SOURCES, build_tokenizer, pair_rows, reward_rows, scored_rows
 from nca_align.commands.train.command import main
 from nca_align.training.stopping import follow_launcher
 
@@ -89,19 +89,20 @@ def test_a_run_leaves_everything_that_people_look_for(model_dir, data_file, tmp_
     assert state["log_history"][0]["rewards/best"] == pytest.approx(0, abs=1e-6)
 
 
-@pytest.mark.parametrize("name", ["vicuna_k4_scored.jsonl", "ultrafeedback_pairs.jsonl"])
-def test_real_data_trains_without_preparation(name, model_dir, tmp_path, capsys):
-    if not (DATA / name).exists():
-        pytest.skip(f"real data {DATA / name} is not on this machine")
-    arguments = flags(model_name_or_path=model_dir, dataset_name=DATA / name, output_dir=tmp_path)
-    if name == "vicuna_k4_scored.jsonl":  # its answers are all longer
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize(("rows_of", "k"), [(scored_rows, 4), (pair_rows, 2)])
+def test_ultrafeedbacks_layouts_train_without_preparation(rows_of, k, source, model_dir, tmp_path, capsys):
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows_of(source)))
+    run = tmp_path / "run"
+    arguments = flags(model_name_or_path=model_dir, dataset_name=tmp_path / "rows.jsonl", output_dir=run)
+    if (source, k) == ("real", 4):  # its answers are all longer
         assert main(arguments) == 2
         assert "`max_length` is 128, which cuts every completion of `train`" in capsys.readouterr().err
     assert main([*arguments, "--max_length", "512"]) == 0
-    state = json.loads((tmp_path / "trainer_state.json").read_text())
+    state = json.loads((run / "trainer_state.json").read_text())
     first = state["log_history"][0]
     assert first["loss"] == pytest.approx(1.3863, abs=1e-3)  # 2 ln 2: nothing has moved
-    assert ("rewards/rank_4" in first) == (name == "vicuna_k4_scored.jsonl")
+    assert ("rewards/rank_4" in first) == (k == 4)
 
 
 MISTAKES = {

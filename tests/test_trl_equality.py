@@ -1,24 +1,23 @@
-"""At K = 2 NCATrainer is TRL's DPOTrainer: same losses, step by step, on real preference data."""
+"""At K = 2 NCATrainer is TRL's DPOTrainer: same losses, step by step, on preference data of two sources."""
 
 import pytest
 from datasets import Dataset
 from trl import DPOConfig, DPOTrainer
 
-from conftest import build_model, build_tokenizer, real_rows
+from conftest import SOURCES, build_model, build_tokenizer, pair_rows
 from nca_align import NCAConfig, NCATrainer
 
 STEPS = 5
 
 
-def preference_rows(tokenizer, max_prompt_tokens: int, n: int = 32) -> Dataset:
+def preference_rows(tokenizer, source: str, max_prompt_tokens: int = 64, n: int = 32) -> Dataset:
     rows = []
-    for row in real_rows("ultrafeedback_pairs.jsonl"):
+    for row in pair_rows(source):
         prompt = row["chosen"][:-1]
         ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
         if len(ids) <= max_prompt_tokens:
             rows.append({"chosen": row["chosen"], "rejected": row["rejected"]})
-    if len(rows) < n:
-        pytest.skip(f"only {len(rows)} real rows have prompts that fit")
+    assert len(rows) >= n, "too few rows have prompts that neither trainer cuts"
     return Dataset.from_list(rows[:n])
 
 
@@ -35,11 +34,12 @@ def losses(trainer) -> list[float]:
     return [line["loss"] for line in trainer.state.log_history if "loss" in line]
 
 
+@pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize("layout", ["padded", "prefix_shared"])
 @pytest.mark.parametrize(("ours", "theirs"), [("nca", "nca_pair"), ("infonca", "sigmoid")])
-def test_five_steps_equal_dpo_trainer(ours, theirs, layout, tmp_path):
+def test_five_steps_equal_dpo_trainer(ours, theirs, layout, source, tmp_path):
     tokenizer = build_tokenizer()
-    rows = preference_rows(tokenizer, max_prompt_tokens=64)
+    rows = preference_rows(tokenizer, source)
     dpo = DPOTrainer(
         build_model(tokenizer), args=DPOConfig(**arguments(tmp_path, loss_type=theirs)), train_dataset=rows,
         processing_class=tokenizer, ref_model=build_model(tokenizer),
@@ -58,9 +58,10 @@ def test_five_steps_equal_dpo_trainer(ours, theirs, layout, tmp_path):
         assert ours_logged == pytest.approx(theirs_logged, rel=1e-4, abs=1e-5), name
 
 
-def test_with_sft_equals_dpo_trainer(tmp_path):
+@pytest.mark.parametrize("source", SOURCES)
+def test_with_sft_equals_dpo_trainer(source, tmp_path):
     tokenizer = build_tokenizer()
-    rows = preference_rows(tokenizer, max_prompt_tokens=64)
+    rows = preference_rows(tokenizer, source)
     weights = {"loss_weights": [1.0, 0.3], "gradient_accumulation_steps": 1, "per_device_train_batch_size": 4}
     dpo = DPOTrainer(
         build_model(tokenizer), args=DPOConfig(**arguments(tmp_path, loss_type=["nca_pair", "sft"], **weights)),
@@ -73,9 +74,10 @@ def test_with_sft_equals_dpo_trainer(tmp_path):
     assert losses(nca) == pytest.approx(losses(dpo), abs=1e-5)
 
 
-def test_a_plain_dpo_config_is_taken_and_what_changes_is_said_once(tmp_path, caplog):
+@pytest.mark.parametrize("source", SOURCES)
+def test_a_plain_dpo_config_is_taken_and_what_changes_is_said_once(source, tmp_path, caplog):
     tokenizer = build_tokenizer()
-    rows = preference_rows(tokenizer, max_prompt_tokens=64)
+    rows = preference_rows(tokenizer, source)
     dpo_args = DPOConfig(**arguments(tmp_path, beta=0.25, seed=11))
     nca = NCATrainer(build_model(tokenizer), args=dpo_args, train_dataset=rows, processing_class=tokenizer)
     assert (nca.args.beta, nca.beta, nca.args.seed, nca.args.max_length) == (0.25, 0.25, 11, 128)
