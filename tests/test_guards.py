@@ -180,7 +180,8 @@ def test_a_micro_batch_costs_no_synchronisation():
 def test_a_training_step_reads_no_value(own, tmp_path):
     """The collator has checked the rows on the CPU; each look at them would wait for a GPU."""
     nca = trainer(
-        tmp_path, rows=reward_rows(2, [3, 2]), layout="prefix_shared", precompute_ref_log_probs=True, **own
+        tmp_path, rows=reward_rows(2, [3, 2]), layout="prefix_shared", precompute_ref_log_probs=True,
+        startup_checks=False, **own,
     )  # fmt: skip
     batch = nca.data_collator([nca.train_dataset[i] for i in range(2)])
     batches, counts = nca.get_batch_samples(iter([batch]), 1, torch.device("cpu"))

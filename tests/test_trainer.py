@@ -9,7 +9,7 @@ import os
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoHaConfig, LoKrConfig, LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, TrainerCallback
 from trl import DPOConfig
 from trl.trainer.dpo_trainer import DataCollatorForPreference
@@ -23,7 +23,8 @@ from nca_align.losses import reward_loss
 from nca_align.models.loading import disable_nf4_repacking
 from nca_align.models.logprobs import add_token_logps
 
-LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"], "init_lora_weights": False}
+LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"]}
+TRAINED = LORA | {"init_lora_weights": False}  # as after training: it changes the model
 
 
 def config(tmp_path, **own) -> NCAConfig:
@@ -167,7 +168,7 @@ class Forwards(TrainerCallback):
 def test_nca_needs_no_second_forward_and_listwise_losses_one_without_gradient(loss_type, extra, tmp_path):
     nca = trainer(
         tmp_path, rows=reward_rows(2, 8), loss_type=loss_type, completions_per_forward=4, max_steps=1,
-        precompute_ref_log_probs=True,
+        precompute_ref_log_probs=True, startup_checks=False,
     )  # fmt: skip
     forwards = Forwards().attach(nca)
     nca.train()
@@ -194,6 +195,7 @@ def test_both_passes_over_a_chunk_have_the_same_dropout(tmp_path):
     nca = trainer(
         tmp_path, build_model(tokenizer, attention_dropout=0.5), reward_rows(2, 6), loss_type="infonca",
         layout="padded", completions_per_forward=2, max_steps=1, disable_dropout=False, precompute_ref_log_probs=True,
+        startup_checks=False,
     )  # fmt: skip
     seen: dict[bool, list] = {True: [], False: []}
     own = nca._chunk_logps
@@ -256,7 +258,7 @@ def test_lora_has_the_bare_base_as_reference(layout, tmp_path):
 def test_continued_training_has_the_adapter_as_it_came_as_reference(extra, tmp_path):
     tokenizer = build_tokenizer()
     torch.manual_seed(1)
-    policy = get_peft_model(build_model(tokenizer), LoraConfig(**LORA, **extra))
+    policy = get_peft_model(build_model(tokenizer), LoraConfig(**TRAINED, **extra))
     came = copy.deepcopy(policy)
     nca = trainer(tmp_path, policy)
     nca.train()
@@ -438,7 +440,7 @@ def test_whatever_changes_the_reference_is_noticed(what, cache, tmp_path, monkey
     calls = count_reference_forwards(monkeypatch)
     tokenizer, rows, model, options = build_tokenizer(), reward_rows(4), build_model(build_tokenizer()), {}
     torch.manual_seed(2)
-    policy = get_peft_model(build_model(tokenizer), LoraConfig(**LORA))
+    policy = get_peft_model(build_model(tokenizer), LoraConfig(**TRAINED))
     base = {"precompute_ref_log_probs": True}
     trainer(tmp_path, copy.deepcopy(policy) if what == "adapter" else copy.deepcopy(model), rows, **base)
     before = len(calls)
@@ -459,6 +461,49 @@ def test_whatever_changes_the_reference_is_noticed(what, cache, tmp_path, monkey
         model = policy
     trainer(tmp_path, model, rows, tokenizer=tokenizer, **base, **options)
     assert len(calls) > before
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "change"),
+    [
+        (LoraConfig, LORA, {"lora_alpha": 9}), (LoraConfig, LORA, {"use_rslora": True}),
+        (LoraConfig, LORA, {"alpha_pattern": {"q_proj": 32}}), (LoraConfig, LORA, {"rank_pattern": {"q_proj": 4}}),
+        (LoHaConfig, {"r": 4, "target_modules": ["q_proj"]}, {"alpha": 3}),
+        (LoKrConfig, {"r": 4, "target_modules": ["q_proj"]}, {"alpha": 3}),
+    ],
+)  # fmt: skip
+def test_all_that_a_continued_adapters_forward_reads_is_in_the_key(kind, options, change, cache, tmp_path, monkeypatch):
+    """The weights are the same, and the config alone says what is computed of them."""
+    calls = count_reference_forwards(monkeypatch)
+
+    def prepared(**change):
+        torch.manual_seed(2)
+        policy = get_peft_model(build_model(build_tokenizer()), kind(**options | change))
+        for name, parameter in sorted(policy.named_parameters()):
+            if parameter.requires_grad:
+                parameter.data.normal_(generator=torch.Generator().manual_seed(len(name)))
+        return trainer(tmp_path, policy, precompute_ref_log_probs=True)
+
+    first = prepared()
+    once = len(calls)
+    prepared()
+    assert len(calls) == once > 0
+    other = prepared(**change)
+    assert len(calls) == 2 * once
+    assert first.train_dataset["ref_logps"][0] != other.train_dataset["ref_logps"][0] or "rank_pattern" in change
+
+
+@pytest.mark.parametrize("change", [{"init_lora_weights": False}, {"alpha_pattern": {"q_proj": 32}}])
+def test_the_adapter_of_a_given_reference_is_in_the_key(change, cache, tmp_path, monkeypatch):
+    calls = count_reference_forwards(monkeypatch)
+    for own in ({}, {}, change):
+        torch.manual_seed(2)
+        given = get_peft_model(build_model(build_tokenizer()), LoraConfig(**LORA | own))
+        nca = trainer(tmp_path, ref_model=given, precompute_ref_log_probs=True)
+    once = len(calls) // 2
+    assert len(calls) == 2 * once > 0
+    expected = alone(given, build_tokenizer(), reward_rows(8)[0])
+    assert nca.train_dataset["ref_logps"][0] == pytest.approx(expected, rel=1e-5)
 
 
 def test_an_interrupted_computation_goes_on_where_it_stopped(cache, tmp_path, monkeypatch):
@@ -690,9 +735,14 @@ def test_a_mismatch_falls_back_under_auto_and_stops_an_explicit_layout(tmp_path,
     monkeypatch.setattr(attention, "attend_segments", blind)
     nca = trainer(tmp_path)
     assert nca.data_collator.layout == "padded"
-    assert any("does not agree" in r.message and r.levelno == logging.WARNING for r in caplog.records)
+    assert any(
+        "since prefix_shared does not give" in r.message and r.levelno == logging.WARNING for r in caplog.records
+    )
     nca.train()
-    with pytest.raises(NotImplementedError, match="does not agree with padded on the first rows"):
+    with pytest.raises(
+        NotImplementedError,
+        match="`layout: prefix_shared` does not give the log-probabilities",
+    ):
         trainer(tmp_path, layout="prefix_shared")
 
 

@@ -57,6 +57,8 @@ class NCAConfig(DPOConfig):
         collapse_nats: a warning, once, where the best completions' mean log-ratio, as logged, is below minus this many
             nats, > 0; `inf` for none. At 50 they are e⁵⁰ times less likely than under the reference, which is a quarter
             of a nat on each of 200 tokens.
+        startup_checks: two checks before the first step: the log-probabilities are those of the model's own logits, and
+            the policy is its reference. A run is the same without them.
         logging_steps: steps between two log lines; below 1 a share of all steps. None for every tenth step, or more
             often where a run would have fewer than ten lines. The last step is logged in any case.
         eval_strategy: `no`, `steps` or `epoch`; None for the end of the run alone, where there is an `eval_dataset`.
@@ -97,6 +99,9 @@ class NCAConfig(DPOConfig):
     )
     collapse_nats: float = option(
         "Warn, once, where the best completions' mean log-ratio is below minus this; `inf`: never.", 50.0
+    )
+    startup_checks: bool = option(
+        "Check log-probabilities against the model's own logits, and the policy against its reference.", True
     )
     resume_changed: list[str] = option("What may differ from the checkpoint that the run goes on from, by name.", [])
     # None tells "nothing said" from false; DPOConfig's `bf16` is None already

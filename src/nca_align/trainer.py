@@ -31,11 +31,13 @@ from .models.logprobs import add_token_logps, forward_chunk, sum_by_completion
 from .models.policy import base_model
 from .progress import closing_bars, without_library_bars
 from .store.checkpoints import explain_read_errors
-from .training import arguments, console, gradients, layout, reference, reference_cache, row_weights
+from .training import arguments, console, gradients, reference, reference_cache, row_weights
+from .training.dropout import disable_functional_dropout
 from .training.guards import StepGuard
 from .training.metrics import MetricLog
 from .training.objective import Objective, count_prompts
 from .training.resume import EvaluationInterrupted, Resume, reads_checkpoint
+from .training.startup_checks import StartupChecks
 
 
 class NCATrainer(DPOTrainer):
@@ -100,6 +102,7 @@ class NCATrainer(DPOTrainer):
         arguments.check_arguments(args, data_collator, compute_metrics, train_dataset)
         train_dataset, eval_dataset = arguments.prepare_datasets(args, model, train_dataset, eval_dataset)
         self._is_set_up, self._reference_given = False, ref_model is not None  # a checkpoint belongs to it
+        self._adapter_config = None if self._reference_given else reference.hold_initialisation(model)
         self._tag_names = [*self._tag_names, *map(short_name, args.loss_type)]  # of the model and its card
         self._log = MetricLog()
         super().__init__(
@@ -128,6 +131,8 @@ class NCATrainer(DPOTrainer):
         if self._is_set_up:
             return
         self._is_set_up = True
+        if not self._reference_given:
+            reference.settle_adapter(self.model, self._adapter_config)
         arguments.check_trainable(self.model)
         models: list[Any] = [self.model]
         if self.ref_model is not None:
@@ -135,26 +140,19 @@ class NCATrainer(DPOTrainer):
         for model in models:
             add_token_logps(base_model(model))
             disable_nf4_repacking(model)
+            if self.args.disable_dropout:
+                disable_functional_dropout(base_model(model))
         # Before any forward: bitsandbytes repacks its weights there on a CPU
         if self.precompute_ref_logps or self._reference_given:
-            self._reference_hash = reference.model_hash(models[-1])
+            self._reference_hash = reference.model_hash(models[-1], trained=not self._reference_given)
         if not isinstance(self.data_collator, RewardCollator):  # TRL's
             args = self.args
             self.data_collator = RewardCollator(
                 self._tokenizer.pad_token_id, args.layout, args.completions_per_forward, args.pad_to_multiple_of
             )
-        self._layout_to_verify = layout.choose_layout(self.data_collator, models)
+        self._checks = StartupChecks(self, models)
         if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):  # those have no usable model before they wrap it
-            self._verify_layout(self.model, gradients=True)
-
-    def _verify_layout(self, model: nn.Module, gradients: bool) -> None:
-        """Once, before the first batch, where a packed row is used."""
-        requested, self._layout_to_verify = self._layout_to_verify, None
-        if requested is not None:
-            compute = partial(self._chunk_logps, model, with_aux_loss=False)
-            layout.verify(
-                requested, self.train_dataset, self.data_collator, compute, self.model, self.accelerator, gradients
-            )
+            self._checks.check_model(self.model, gradients=True)
 
     # Data
 
@@ -184,7 +182,7 @@ class NCATrainer(DPOTrainer):
             if self.ref_model is None and self.is_deepspeed_enabled and self.model_wrapped is self.model:
                 model = prepare_deepspeed(self.model, self.accelerator)  # places and gathers it before training
                 stack.callback(model.destroy)  # its hooks would get in the way of the training engine's
-            self._verify_layout(model, gradients=False)
+            self._checks.check_model(model, gradients=False)
             key = (self._reference_hash, str(self.accelerator.mixed_precision), str(self.model.dtype))
             compute = partial(self.compute_ref_log_probs, model)
             batch_size = self.args.precompute_ref_batch_size or 4 * batch_size  # no activations are kept
@@ -208,7 +206,8 @@ class NCATrainer(DPOTrainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """One micro-batch, all completions at once, or `completions_per_forward` at a time with a backward each."""
-        self._verify_layout(model, gradients=False)
+        self._checks.check_model(model, gradients=False)
+        self._checks.check_reference(model)
         if self.data_collator.completions_per_forward is None:
             loss = super().training_step(model, inputs, num_items_in_batch)
         else:

@@ -7,6 +7,8 @@ the model's own implementation, mask function included.
 """
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -106,6 +108,20 @@ def share_prefixes(model: PreTrainedModel) -> None:
     AttentionInterface.register(name, partial(segment_attention, own=own))
     AttentionMaskInterface.register(name, AttentionMaskInterface()[own])
     model.set_attn_implementation(name)
+
+
+@contextmanager
+def own_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Within it, `model` attends by the implementation that `share_prefixes` found; SDPA in place of a flash kernel."""
+    shared = model.config.get_text_config()._attn_implementation or ""
+    if not shared.startswith(_PREFIX):
+        yield
+        return
+    model.set_attn_implementation(shared.removeprefix(_PREFIX))
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(shared)
 
 
 def segment_attention(

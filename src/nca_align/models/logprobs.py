@@ -100,8 +100,9 @@ def head_logps(
 def logit_transform(config) -> tuple[float, float | None]:
     """(scale, softcap) that the model's own forward applies to its LM head's output, by the names the families use."""
 
-    def first(*names: str) -> float | None:
-        return next((value for name in names if (value := getattr(config, name, None)) is not None), None)
+    def first(*names: str) -> float | None:  # a number: MPT's `inv_sqrt_d_model` is not read by its forward
+        found = (getattr(config, name, None) for name in names)
+        return next((value for value in found if isinstance(value, (int, float))), None)
 
     scale, divisor = first("logit_scale", "output_multiplier", "lm_head_multiplier"), first("logits_scaling")
     if scale is None and divisor is not None:

@@ -25,16 +25,87 @@ _NOT_COMPUTED = (  # saving writes some of these, and each training sets the ids
 )  # fmt: skip
 
 
-def model_hash(model: nn.Module) -> str:
-    """Hash of the reference: all of `model`'s weights but the trained adapter's, and what computes on them.
+# What an adapter's config says beside what its forward computes
+_ABOUT_ADAPTER = ("base_model_name_or_path", "inference_mode", "revision", "auto_mapping", "peft_version")
+# Initialisations of LoRA that take the adapter's start out of the base's weights
+_EDITS_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
-    A PEFT model's reference is its base, or the adapter "ref" where training goes on from an existing one, so runs that
-    differ in a fresh adapter alone share their cache. Of sharded weights this process's share counts.
+
+def model_hash(model: nn.Module, trained: bool) -> str:
+    """Hash of a reference: its weights, and what computes on them. Of sharded weights this process's share counts.
+
+    Args:
+        model: the reference, or the policy that is its own.
+        trained: whether it is the policy. Under an adapter its reference is then its base, or the adapter "ref" on it,
+            and runs that differ in a fresh adapter alone share their cache.
     """
-    policy = [f".{name}." for name in getattr(model, "peft_config", {}) if name != "ref"]
-    return tensors_fingerprint(
-        model, lambda name: not any(part in f"{name}." for part in policy), about=_computation(model)
-    )
+    adapters: dict[str, Any] = getattr(model, "peft_config", {})
+    left_out = [f".{name}." for name in adapters if name != "ref"] if trained else []
+    base: Any = base_model(model)
+    read = {name: adapter_options(own) for name, own in adapters.items() if f".{name}." not in left_out}
+    active = getattr(model, "active_adapters", None) if read and not trained else None
+    about = [type(base).__name__, computed_config(base), read, active]
+    return tensors_fingerprint(model, lambda name: not any(part in f"{name}." for part in left_out), about)
+
+
+def adapter_options(config: Any) -> dict[str, Any]:
+    """What an adapter's config says about what its forward computes, and how it started."""
+    return {
+        name: sorted(value) if isinstance(value, set) else value
+        for name, value in config.to_dict().items()
+        if name not in _ABOUT_ADAPTER
+    }
+
+
+def hold_initialisation(model: Any) -> Any:
+    """Let the copy of an adapter that training goes on from start plainly, and return the config to put back.
+
+    TRL adds the copy, "ref", by the adapter's own config. An initialisation that edits the base, such as PiSSA's, would
+    edit it a second time, and so the policy.
+    """
+    config = getattr(model, "peft_config", {}).get("default")
+    if config is not None:
+        model.peft_config["default"] = _plain(config)
+    return config
+
+
+def settle_adapter(model: Any, config: Any) -> None:
+    """Give a policy with an adapter the reference that it starts from, where that is not the bare base.
+
+    It is not where training goes on from an adapter, where the adapter's start is taken out of the base's weights, and
+    where virtual tokens stand in front of each row.
+
+    Args:
+        model: the policy.
+        config: what `hold_initialisation` returned, of an adapter that training goes on from: TRL's copy of it, "ref",
+            has the weights of some modules alone, and all are copied here.
+    """
+    adapters: dict[str, Any] = getattr(model, "peft_config", {})
+    if config is not None:
+        adapters["default"] = config
+    elif (new := adapters.get("default")) is not None and (new.is_prompt_learning or _edits_base(new)):
+        model.add_adapter("ref", _plain(new))
+    if "ref" not in adapters:
+        return
+    tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    for name, tensor in tensors.items():
+        copied = ".".join("ref" if part == "default" else part for part in name.split("."))
+        if copied != name and copied in tensors:
+            tensors[copied].data = tensor.data.clone()  # in its precision, which TRL changes under QLoRA
+
+
+def _edits_base(config: Any) -> bool:
+    start = getattr(config, "init_lora_weights", None)
+    return isinstance(start, str) and start.lower().startswith(_EDITS_BASE)
+
+
+def _plain(config: Any) -> Any:
+    """A config's copy for "ref": it leaves the base as it is and isn't trained (AdaLoRA trains one adapter alone)."""
+    config = copy.copy(config)
+    config.inference_mode = not config.is_prompt_learning  # which would leave out P-tuning's encoder
+    if _edits_base(config):
+        config.init_lora_weights = True
+    return config
 
 
 def adapter_hash(model: nn.Module, adapter: str) -> str:
@@ -45,15 +116,6 @@ def adapter_hash(model: nn.Module, adapter: str) -> str:
 def computed_config(model: Any) -> dict[str, Any]:
     """What a language model's config says about what its forward computes."""
     return {name: value for name, value in model.config.to_dict().items() if name not in _NOT_COMPUTED}
-
-
-def _computation(model: nn.Module) -> list[Any]:
-    """What decides a forward beside the weights: the architecture, and the scale of the adapter "ref"."""
-    adapters = getattr(model, "peft_config", {})
-    base: Any = base_model(model)
-    reference = adapters["ref"].to_dict() if "ref" in adapters else {}
-    scale = {name: value for name, value in reference.items() if name in ("peft_type", "r", "lora_alpha", "use_rslora")}
-    return [type(base).__name__, computed_config(base), scale]
 
 
 def frozen_copy(model: Any, peft_config: Any, args: NCAConfig) -> PreTrainedModel | None:
@@ -102,7 +164,7 @@ def reload_reference(model: Any, expected: str, shares_prefixes: bool, accelerat
     except UserError as error:
         reason = f"it could not be loaded again from {path!r} ({type(error.__cause__ or error).__name__})"
     else:
-        if model_hash(reference) == expected:
+        if model_hash(reference, trained=True) == expected:
             add_token_logps(reference)
             if shares_prefixes:
                 share_prefixes(reference)

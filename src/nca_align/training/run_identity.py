@@ -14,7 +14,7 @@ from ..options import nearest
 from ..own_losses import OwnLoss
 from ..store.fingerprints import columns_fingerprint, source_text, weights_fingerprint
 from ..store.provenance import changed_names, refuse_changes
-from .reference import adapter_hash, computed_config
+from .reference import adapter_hash, adapter_options, computed_config
 from .reference_cache import TOKENS
 
 # Options that may change between a run and its continuation: the same training, if at times up to rounding. A finished
@@ -29,7 +29,7 @@ FREE = {
     "eval_accumulation_steps", "include_for_metrics", "batch_eval_metrics", "save_strategy", "save_steps",
     "save_total_limit", "save_on_each_node", "save_only_model", "push_to_hub", "hub_token", "hub_private_repo",
     "hub_model_id", "hub_strategy", "hub_always_push", "hub_revision", "do_train", "do_eval", "do_predict",
-    "resume_from_checkpoint", "resume_changed", "nonfinite", "collapse_nats",
+    "resume_from_checkpoint", "resume_changed", "nonfinite", "collapse_nats", "startup_checks",
     # how the work is dealt out: processes, kernels, memory, loading
     "per_device_train_batch_size", "gradient_accumulation_steps", "auto_find_batch_size",
     "average_tokens_across_devices", "layout", "completions_per_forward", "gradient_checkpointing",
@@ -80,12 +80,7 @@ def run_identity(
     about = computed_config(base) | {"class": type(base).__name__, "dtype": str(base.dtype)}
     identity |= {f"model.{key}": value for key, value in about.items()}
     for name, adapter in getattr(model, "peft_config", {}).items():
-        leave_out = ("base_model_name_or_path", "inference_mode", "revision", "auto_mapping", "peft_version")
-        identity |= {
-            f"adapter.{name}.{key}": sorted(value) if isinstance(value, set) else value
-            for key, value in adapter.to_dict().items()
-            if key not in leave_out
-        }
+        identity |= {f"adapter.{name}.{key}": value for key, value in adapter_options(adapter).items()}
         if name == "ref":
             identity["adapter.ref"] = adapter_hash(model, name)[:16]  # a reference that no model folder holds
     if isinstance(dataset, Dataset):

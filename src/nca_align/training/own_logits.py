@@ -1,0 +1,207 @@
+"""How far the trainer's token log-probabilities are from the model's own logits, each conversation run alone.
+
+The model's own are `log_softmax` of what its class's forward returns for one conversation without padding, by the
+attention that it came with: no code of this package, nor any of TRL's.
+"""
+
+import inspect
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate.utils import send_to_device
+from datasets import Dataset
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..batching.attention import own_attention
+from ..batching.collator import Batch, RewardCollator
+from ..models.logprobs import forward_chunk
+
+Row = dict[str, Any]
+Difference = tuple[float, float, float]  # see `compare`
+Logps = dict[int, Tensor]  # by completion, b * K + k: (T,) nats
+# What a config calls the tokens beyond which attention changes
+_REACHES = ("sliding_window", "attention_chunk_size", "index_topk")
+# Rows of a stream that are read for their lengths
+_STREAM_ROWS = 64
+# A row beyond a window is at most this long: attention that writes its scores out takes the square of it
+_LONGEST_ROW = 8192
+
+
+def sample_rows(dataset: Any) -> list[Row]:
+    """The first two rows, cut to a size that fits wherever the model does: logits and activations are kept whole."""
+    return [
+        {
+            "prompt_ids": row["prompt_ids"][-64:],
+            "completion_ids": [completion[:48] for completion in row["completion_ids"][:3]],
+            "rewards": row["rewards"][:3],
+        }
+        for row in itertools.islice(dataset, 2)
+    ]
+
+
+def row_beyond_window(dataset: Any, config: Any) -> tuple[Row | None, str]:
+    """A row longer than the model's window, where the data has such rows; or why there is none, for the log.
+
+    It is as long as the longest of the data, twice the window at most: a few tokens beyond it would hardly change the
+    attention's mean. Its tokens are drawn from the data's, since a text that repeats itself looks the same through a
+    window of any size.
+
+    Args:
+        dataset: tokenised rows.
+        config: of the language model.
+
+    Returns:
+        The row, or None; and what is to be said where the window is not covered.
+    """
+    found = [value for name in _REACHES if isinstance(value := getattr(config, name, None), int) and value > 0]
+    reach, longest = max(found, default=0), _longest(dataset)
+    if not reach or longest <= reach:
+        return None, ""
+    if reach >= _LONGEST_ROW:
+        return None, f" Its window of {reach} tokens is not covered: rows longer than that would take too much."
+    pool = torch.tensor(
+        [token for row in itertools.islice(dataset, 8) for token in itertools.chain(*row["completion_ids"])]
+    )
+    drawn = pool[torch.randint(len(pool), (min(2 * reach, longest, _LONGEST_ROW),), generator=torch.Generator())]
+    ids, short = drawn.tolist(), max(1, min(12, (longest - reach) // 2))
+    prompt = ids[: len(ids) - 2 * short]
+    # of two lengths: the shorter is padded in the padded layout
+    return {"prompt_ids": prompt, "completion_ids": [ids[-2 * short :], ids[:short]], "rewards": [0.0, 1.0]}, ""
+
+
+def _longest(dataset: Any) -> int:
+    """Tokens of the longest conversation; of a stream, among its first rows."""
+    if not isinstance(dataset, Dataset):
+        rows: Iterable[Row] = itertools.islice(dataset, _STREAM_ROWS)
+        return max(len(row["prompt_ids"]) + max(map(len, row["completion_ids"])) for row in rows)
+    longest = 0
+    for batch in dataset.with_format("arrow").select_columns(["prompt_ids", "completion_ids"]).iter(10_000):
+        prompts = batch["prompt_ids"].combine_chunks().value_lengths().to_numpy()
+        completions = batch["completion_ids"].combine_chunks()
+        lengths = completions.flatten().value_lengths().to_numpy()
+        longest_of_row, place = [], 0
+        for number in completions.value_lengths().to_pylist():
+            longest_of_row.append(lengths[place : place + number].max())
+            place += number
+        longest = max(longest, int((prompts + longest_of_row).max()))
+    return longest
+
+
+def compare(
+    model: nn.Module,
+    base: PreTrainedModel,
+    batches: Sequence[Sequence[Row]],
+    collator: RewardCollator,
+    own: Sequence[tuple[Logps, Sequence[Tensor]]],
+    device: torch.device,
+    parameters: Sequence[nn.Parameter] = (),
+) -> Difference:
+    """How far the log-probabilities of `batches`, as `collator` lays them out, are from the model's own.
+
+    Args:
+        model: which runs, wrapped or not.
+        base: the language model in it.
+        batches: rows of each batch.
+        own: `own_logps` of each.
+        parameters: see `own_logps`.
+
+    Returns:
+        The worst token's difference, nats; the worst completion's, its sum divided by √tokens, since the rounding of n
+        tokens grows as √n and a fault as n; that of the gradients, relative to their norm. 0 without `parameters`,
+        infinity where tokens are missing, NaN where a value of one side alone is.
+    """
+    worst = torch.zeros(3, dtype=torch.float64)
+    for rows, (expected, gradients) in zip(batches, own, strict=True):
+        of_batch = parameters if gradients else ()
+        batch = send_to_device(collator(rows), device)
+        with torch.set_grad_enabled(bool(of_batch)):
+            found = _by_completion(model, batch)
+        if {i: len(logps) for i, logps in found.items()} != {i: len(logps) for i, logps in expected.items()}:
+            return (float("inf"), float("inf"), 0.0)
+        for i, logps in expected.items():
+            difference = subtract(found[i].detach(), logps).cpu()
+            here = torch.stack([difference.abs().max(), difference.sum().abs() / len(logps) ** 0.5, worst[2]])
+            worst = torch.maximum(worst, here)  # which hands a NaN on
+        pairs = list(zip(gradients, _gradients(found, of_batch), strict=True))
+        if pairs:
+            norm = sum(float(a.float().square().sum()) for a, _ in pairs)
+            off = sum(float((a.float() - b.float()).square().sum()) for a, b in pairs)
+            if math.isfinite(norm):  # else the model's own are none, and `nonfinite` of the training says so
+                worst[2] = (off / norm if norm else off) ** 0.5
+    return tuple(worst.tolist())
+
+
+def own_logps(
+    model: nn.Module,
+    base: PreTrainedModel,
+    rows: Sequence[Row],
+    device: torch.device,
+    parameters: Sequence[nn.Parameter] = (),
+) -> tuple[Logps, Sequence[Tensor]]:
+    """Log-probabilities of each completion's tokens by the model's own logits, and the gradients that they have.
+
+    Args:
+        model: which runs, wrapped or not.
+        base: the language model in it.
+        parameters: those whose gradients are wanted, all of one sum of the log-probabilities with unequal weights:
+            log-probabilities can agree to 1e-3 where a convolution's gradient is off by a quarter.
+
+    Returns:
+        By completion (T,) nats; the gradients in the order of `parameters`.
+    """
+    columns = max(len(row["completion_ids"]) for row in rows)
+    # so that no logits of a long prompt are built
+    few = "logits_to_keep" in inspect.signature(type(base).forward).parameters
+    logps = {}
+    with unpatched(base), torch.set_grad_enabled(bool(parameters)):
+        for b, row in enumerate(rows):
+            for k, completion in enumerate(row["completion_ids"]):
+                ids = torch.tensor([row["prompt_ids"] + completion], device=device)
+                keep = len(completion) + 1
+                logits = model(input_ids=ids, use_cache=False, **({"logits_to_keep": keep} if few else {})).logits
+                targets = ids[0, -len(completion) :, None].to(logits.device)
+                own = logits[0, -keep:-1].float().log_softmax(-1).gather(1, targets)[:, 0].to(device)
+                logps[b * columns + k] = own
+        gradients = _gradients(logps, parameters)
+    return {i: own.detach() for i, own in logps.items()}, gradients
+
+
+def subtract(logps: Tensor, expected: Tensor) -> Tensor:
+    """The difference in float64, 0 where neither is finite: a model without values is no fault of the layout."""
+    broken = ~(logps.isfinite() | expected.isfinite())
+    return (logps.double() - expected.double()).masked_fill(broken, 0.0)
+
+
+@contextmanager
+def unpatched(base: PreTrainedModel) -> Iterator[None]:
+    """Within it, `base` has its class's forward and its own attention, whatever the wrappers around it."""
+    patched = base.__dict__.pop("forward", None)
+    try:
+        with own_attention(base):
+            yield
+    finally:
+        if patched is not None:
+            base.__dict__["forward"] = patched
+
+
+def _by_completion(model: nn.Module, batch: Batch) -> Logps:
+    """The trainer's log-probabilities of each completion's tokens, in the order of their chunk's terms."""
+    found = {}
+    for chunk in batch["chunks"]:
+        logps, index = forward_chunk(model, chunk).token_logps, chunk["completion_index"]
+        for place in index.unique().tolist():
+            found[place] = logps[index.to(logps.device) == place].to(index.device)
+    return dict(sorted(found.items()))
+
+
+def _gradients(logps: Logps, parameters: Sequence[nn.Parameter]) -> Sequence[Tensor]:
+    if not parameters:
+        return ()
+    tokens = torch.cat(list(logps.values()))
+    weights = torch.linspace(0.5, 1.5, len(tokens), device=tokens.device)
+    return torch.autograd.grad((weights * tokens).sum(), parameters, materialize_grads=True)
