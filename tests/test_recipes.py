@@ -153,7 +153,7 @@ def test_a_recipe_trains_a_tiny_model_of_its_architecture(path, tmp_path, caplog
     start = {"nca": 2 * math.log(2), "infonca": math.log(k)}[recipe["loss_type"]]
     assert log[0]["loss"] == pytest.approx(start, abs=5e-3)  # all implicit rewards are 0
     assert (f"rewards/rank_{k}" in log[0], f"rewards/rank_{k + 1}" in log[0]) == (True, False)
-    assert "Layout: prefix_shared, each shared token once; agrees with padded" in caplog.text
+    assert "Layout: prefix_shared, each shared token once; agrees with the model" in caplog.text
 
     used = torch.load(tmp_path / "run" / "training_args.bin", weights_only=False)
     for key in set(recipe) - set(overrides):  # the file's own values reached the trainer
