@@ -83,6 +83,7 @@ def train(case: dict[str, Any], launch: str, model: str, output: Path) -> dict[s
     dataset = reward_rows(case["rows"] + 5, 4 if case["k"] == "four" else [4, 2, 3, 5])
     args = NCAConfig(
         str(output), bf16=False, use_cpu=True, report_to=[], disable_tqdm=True, save_strategy="no", logging_steps=1,
+        eval_strategy="no",  # an evaluation at the end would leave FSDP2's root gathered
         alpha=0.5, beta=0.1, loss_type=case["loss"], layout=case["layout"], max_length=128, num_train_epochs=2,
         precompute_ref_log_probs=case["reference"] == "cached", completions_per_forward=case["per_forward"],
         per_device_train_batch_size=2, gradient_accumulation_steps=4 // PROCESSES[launch],
