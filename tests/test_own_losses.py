@@ -551,6 +551,64 @@ class Loss:
     assert sources[0] == sources[1] != sources[2] == sources[3]
 
 
+SETS = """
+import re
+
+import numpy as np
+import torch
+
+WORDS = {"good", "bad", "fine", "poor", "true", "false"}
+NESTED = {"a": [({"x", "y", "z", "w"}, frozenset("pqrs"))]}
+NESTED["itself"] = NESTED
+FAR = torch.arange(5000.0)
+ARRAY = np.arange(5000)
+PATTERN = re.compile("a" * 300)
+
+def loss(pi_logps, ref_logps, rewards, alpha, beta, mask):
+    return len(WORDS) * len(NESTED) * FAR[0] * ARRAY[0] * len(PATTERN.pattern) * pi_logps.sum(1)
+"""
+
+
+def test_the_source_is_the_same_in_every_process(write):
+    """A set of strings has another order in each, by `PYTHONHASHSEED`; a run could be resumed only by chance."""
+    write(SETS)
+    code = (
+        "from nca_align.store.fingerprints import source_text; import my_losses; "
+        "print(repr(source_text(my_losses.loss)), list(my_losses.WORDS), sep='\\n')"
+    )
+    sources, orders = zip(
+        *(
+            subprocess.run(
+                [sys.executable, "-c", code], capture_output=True, text=True, check=True,
+                env=os.environ | {"PYTHONHASHSEED": str(seed), "PYTHONPATH": os.getcwd()},
+            ).stdout.splitlines()
+            for seed in (1, 2)
+        ),
+        strict=True,
+    )  # fmt: skip
+    assert orders[0] != orders[1]
+    assert sources[0] == sources[1]
+    assert "WORDS = {'bad', 'false', 'fine', 'good', 'poor', 'true'}" in sources[0]
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('"poor"', '"worse"'),
+        ('"z", "w"', '"z", "v"'),
+        ("torch.arange(5000.0)", "torch.arange(5000.0) + (torch.arange(5000) == 2500)"),
+        ("np.arange(5000)", "np.arange(5000) + (np.arange(5000) == 2500)"),
+        ('"a" * 300', '"a" * 299 + "b"'),
+    ],
+)
+def test_what_repr_abbreviates_changes_the_source(old, new, write):
+    sources = []
+    for text in (SETS, SETS.replace(old, new)):
+        write(text)
+        sources.append(source_text(loss_name("my_losses:loss", check=False).function))
+    assert sources[0] != sources[1]
+
+
 # Beside NCA
 
 

@@ -9,6 +9,7 @@ import hashlib
 import inspect
 import json
 import re
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import CodeType
@@ -84,10 +85,14 @@ def tensors_fingerprint(model: Any, counts: Callable[[str], bool], about: Any = 
         if isinstance(tensor, torch.Tensor) and counts(name):
             tensor = getattr(tensor, "ds_tensor", tensor)  # ZeRO-3 leaves the parameter itself empty
             tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-            tensor = tensor.detach().cpu().contiguous()
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+            digest.update(_tensor_bytes(tensor))
     return digest.hexdigest()
+
+
+def _tensor_bytes(tensor: Any) -> np.ndarray:
+    """A tensor's content as (N,) bytes, on the CPU."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(sys.modules["torch"].uint8).numpy()
 
 
 def data_fingerprint(rows: Iterable[dict]) -> str:
@@ -164,7 +169,7 @@ def source_text(function: Callable) -> str | None:
             if not name:
                 return None
         elif not (isinstance(own, functools.partial) or inspect.ismethod(own) or type(own).__module__ == home):
-            found.add(f"{name} = {re.sub(' at 0x[0-9a-f]+', '', repr(own))}\n")
+            found.add(f"{name} = {_value_text(own)}\n")
         waiting += _used_by(own, home).items()
     return "".join(sorted(found))
 
@@ -184,6 +189,40 @@ def _used_by(own: Any, home: str) -> dict[str, Any]:
         defaults = {one.name: one.default for one in parameters if one.default is not one.empty}
         return used | {name: cell.cell_contents for name, cell in cells.items()} | defaults
     return {"class": type(own), **getattr(own, "__dict__", {})} if type(own).__module__ == home else {}
+
+
+def _value_text(value: Any, around: tuple[int, ...] = ()) -> str:
+    """Like `repr`, but the same in every process, and of the whole content of tensors, arrays and patterns.
+
+    Args:
+        value: a constant or a piece of state.
+        around: ids of the containers that it is in, which it may hold again.
+    """
+    if id(value) in around:
+        return "..."
+    of = functools.partial(_value_text, around=(*around, id(value)))
+    torch = sys.modules.get("torch")
+    if isinstance(value, np.ndarray) and not value.dtype.hasobject:
+        return f"array {value.dtype} {value.shape} {hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest()}"
+    if isinstance(value, np.ndarray):  # its bytes are addresses
+        return f"array {value.dtype} {of(value.tolist())}"
+    if torch and isinstance(value, torch.Tensor) and value.layout == torch.strided and not value.is_meta:
+        content = hashlib.sha256(_tensor_bytes(value)).hexdigest()
+        return f"tensor {value.dtype} {tuple(value.shape)} {content}"
+    if isinstance(value, re.Pattern):
+        return f"re.compile({value.pattern!r}, {value.flags})"
+    text = None
+    if isinstance(value, dict):
+        text = f"{{{', '.join(f'{of(key)}: {of(own)}' for key, own in value.items())}}}"
+    elif isinstance(value, set | frozenset) and value:  # in an order that the seed of hashes decides
+        text = f"{{{', '.join(sorted(map(of, value)))}}}"
+    elif isinstance(value, list):
+        text = f"[{', '.join(map(of, value))}]"
+    elif isinstance(value, tuple):
+        text = f"({', '.join(map(of, value))}{',' if len(value) == 1 else ''})"
+    if text is None:
+        return re.sub(" at 0x[0-9a-f]+", "", repr(value))
+    return text if type(value) in (dict, set, list, tuple) else f"{type(value).__name__}({text})"
 
 
 def _names_in(code: CodeType) -> set[str]:
