@@ -1,6 +1,7 @@
 """From a row to token ids: the text of a prompt and of whole conversations, and the ids of such texts."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ..data.cleaning import Prompt, clean_prompt, joined_messages
@@ -69,6 +70,33 @@ def _render(tokenizer, prompt: Prompt, messages: list[dict[str, Any]], **opening
             f"the chat template can't render `prompt` ({roles}): {one_line(error)[:300]}; use "
             "a template that can, or leave those turns out of the data"
         ) from error
+
+
+def holds_typed_tokens(tokenizer, prompt: Prompt, completions: Sequence[Any]) -> bool:
+    """Whether messages hold special tokens as text; a prompt of text may hold a template's own.
+
+    Raises:
+        InvalidRowError: one is an EOS within a completion, which the model would learn to end at.
+    """
+    if isinstance(prompt.content, str):
+        return False
+    special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    found = re.compile("|".join(map(re.escape, special)) or "(?!)").search
+    for k, completion in enumerate(completions):
+        if tokenizer.eos_token and any(tokenizer.eos_token in text for text in _strings_in(completion)):
+            raise InvalidRowError(
+                f"`completions[{k}]` holds the token {tokenizer.eos_token!r} as text, which ends a text for this "
+                "tokenizer: the model would learn to end in the middle; take it out, the chat template writes its own"
+            )
+    return any(map(found, _strings_in([prompt.content, *completions])))
+
+
+def _strings_in(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (list, dict)):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _strings_in(inner)
 
 
 def adds_special_tokens(tokenizer, text: str) -> bool:

@@ -13,12 +13,12 @@ from ..config import NCAConfig, prompt_limit
 from ..data.cleaning import clean_prompt
 from ..errors import UserError
 from ..store.fingerprints import derived_fingerprint
-from .rendering import conversation_text, prompt_text, text_ids
+from .rendering import conversation_text, holds_typed_tokens, prompt_text, text_ids
 
 logger = logging.getLogger("nca_align")
 
 # Counts beside the ids, one number a row, which the trainer adds up, reports and drops
-CUT_COLUMNS = ("prompt_cut", "completions_cut", "boundary_tokens")
+CUT_COLUMNS = ("prompt_cut", "completions_cut", "boundary_tokens", "typed_tokens")
 
 
 def tokenize_dataset(
@@ -47,13 +47,10 @@ def tokenize_dataset(
         return dataset.remove_columns(list(CUT_COLUMNS)), []
     options: dict[str, Any] = {}
     if hasattr(tokenizer, "backend_tokenizer"):  # a hash of what decides the ids, steady from process to process
-        state = (
-            tokenizer.backend_tokenizer.to_str(),
-            tokenizer.chat_template,
-            tokenizer.bos_token,
-            tokenizer.eos_token,
-        )
-        options["new_fingerprint"] = derived_fingerprint("nca_align tokens 3", dataset, state, limits)
+        # a template is given all special tokens by their names
+        special = sorted(tokenizer.special_tokens_map.items())
+        state = (tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, special)
+        options["new_fingerprint"] = derived_fingerprint("nca_align tokens 4", dataset, state, limits)
     dataset = dataset.map(
         function,
         batched=True,
@@ -75,6 +72,11 @@ def tokenize_dataset(
             f"`{name}`: the tokenised prompt is not the beginning of every tokenised conversation (its chat template "
             "renders it differently alone, or tokens merge across the boundary): completions start where they diverge, "
             f"and {cut['boundary_tokens'] / len(dataset):.2f} tokens a prompt are left out."
+        )
+    if cut["typed_tokens"]:
+        notices.append(
+            f"`{name}`: {cut['typed_tokens']} of {len(dataset)} rows hold special tokens as text within their messages,"
+            " where they end or begin a turn as those of the chat template do; take them out if that isn't meant."
         )
     if cut["prompt_cut"] or cut["completions_cut"]:
         notices.append(
@@ -140,19 +142,21 @@ def tokenize_rows(
 
     Returns:
         Columns `prompt_ids`, `completion_ids`, `rewards`, `length_column`, `row_number`, and `CUT_COLUMNS`: whether the
-        prompt was cut, how many completions were, and how many of the prompt's last tokens were left out because a
-        conversation goes on differently.
+        prompt was cut, how many completions were, how many of the prompt's last tokens were left out because a
+        conversation goes on differently, and whether messages hold special tokens as text.
 
     Raises:
-        ValueError: a template that drops or refuses a system prompt, or no token in front of a completion or in it.
+        ValueError: a template that drops or refuses a system prompt, no token in front of a completion or in it, or an
+            EOS within a completion's messages.
     """
     named = [f"Row {index} of `{name}`" if name else f"Row {index}" for index in indices]
-    texts, plain = [], []
+    texts, plain, typed = [], [], []
     for i, completions in enumerate(batch["completions"]):
         try:
             prompt = clean_prompt({column: values[i] for column, values in batch.items()})
             texts.append(prompt_text(tokenizer, prompt))
             texts += [conversation_text(tokenizer, prompt, completion) for completion in completions]
+            typed.append(holds_typed_tokens(tokenizer, prompt, completions))
         except UserError as error:
             raise UserError(f"{named[i]}: {error}") from error
         plain += [isinstance(prompt.content, str)] * (1 + len(completions))
@@ -176,7 +180,7 @@ def tokenize_rows(
             "prompt_ids": kept, "completion_ids": rests, "rewards": batch["rewards"][i],
             length_column: len(kept) + sum(map(len, rests)), "row_number": indices[i],
             "prompt_cut": int(len(kept) < boundary), "completions_cut": cut,
-            "boundary_tokens": len(whole_prompt) - boundary,
+            "boundary_tokens": len(whole_prompt) - boundary, "typed_tokens": int(typed[i]),
         })  # fmt: skip
     return {column: [row[column] for row in tokenized] for column in tokenized[0]}
 

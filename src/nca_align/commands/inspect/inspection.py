@@ -167,7 +167,7 @@ class Example:
         row: its number.
         prompt, completions: the text in pieces, one a token, or one a message without a tokenizer.
         rewards, targets: one a completion.
-        remarks: what was cut.
+        remarks: what was cut, and what may not be meant.
     """
 
     row: int
@@ -204,6 +204,8 @@ def show_row(dataset: Dataset, index: int, options: InspectOptions, tokenizer=No
         remarks.append(f"cut to its last {options.max_prompt_length} tokens: the prompt")
     if cut := ids["completions_cut"][0]:
         remarks.append(f"cut at {options.max_length} tokens: {cut} of {len(row['completions'])} completions")
+    if ids["typed_tokens"][0]:
+        remarks.append("special tokens of the tokenizer as text within its messages")
     prompt, *completions = (token_texts(tokenizer, own) for own in (ids["prompt_ids"][0], *ids["completion_ids"][0]))
     return Example(index, prompt, completions, row["rewards"], weights, remarks)
 
