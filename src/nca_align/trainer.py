@@ -4,7 +4,6 @@ For each step, transformers' loop calls `get_batch_samples`, `training_step` for
 before the update, and `log`. The methods stand in that order, a step's before those that it calls.
 """
 
-import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import partial
@@ -14,7 +13,6 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import is_peft_model
 from datasets import IterableDataset
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -24,17 +22,18 @@ from trl.models import prepare_deepspeed
 from .batching.collator import Batch, Chunk, RewardCollator
 from .batching.tokenization import tokenize_dataset
 from .config import NCAConfig
-from .errors import UserError, notify
+from .errors import notify
 from .functions import short_name
 from .models.loading import disable_nf4_repacking
 from .models.logprobs import add_token_logps, forward_chunk, sum_by_completion
 from .models.policy import base_model
 from .progress import closing_bars, without_library_bars
 from .store.checkpoints import explain_read_errors
-from .training import arguments, console, gradients, reference, reference_cache, row_weights
+from .training import arguments, console, gradients, reference, reference_cache, row_weights, streams
 from .training.dropout import disable_functional_dropout
 from .training.guards import StepGuard
 from .training.metrics import MetricLog
+from .training.model_card import PAPER
 from .training.objective import Objective, count_prompts
 from .training.resume import EvaluationInterrupted, Resume, reads_checkpoint
 from .training.startup_checks import StartupChecks
@@ -62,18 +61,7 @@ class NCATrainer(DPOTrainer):
 
     _tag_names = ["nca-align"]  # noqa: RUF012 (as in TRL)
     _name = "NCA"
-    _paper = {  # noqa: RUF012
-        "title": "Noise Contrastive Alignment of Language Models with Explicit Rewards",
-        "id": "2402.05369",
-        "citation": textwrap.dedent("""\
-            @inproceedings{chen2024noise,
-                title     = {{Noise Contrastive Alignment of Language Models with Explicit Rewards}},
-                author    = {Huayu Chen and Guande He and Lifan Yuan and Ganqu Cui and Hang Su and Jun Zhu},
-                year      = 2024,
-                booktitle = {Advances in Neural Information Processing Systems 37 (NeurIPS 2024)},
-                eprint    = {2402.05369},
-            }"""),
-    }
+    _paper = PAPER
     model: PreTrainedModel
     args: Any  # an NCAConfig, with what transformers has made of its texts
     data_collator: RewardCollator
@@ -190,6 +178,11 @@ class NCATrainer(DPOTrainer):
                 dataset, key, compute, self.data_collator, batch_size, self.accelerator, name
             )
 
+    def _get_dataloader(self, dataset, description, batch_size, *args, **kwargs):
+        if isinstance(dataset, IterableDataset):
+            return streams.stream_loader(dataset, self.data_collator, batch_size, self.args, self.accelerator)
+        return super()._get_dataloader(dataset, description, batch_size, *args, **kwargs)
+
     # One training step
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
@@ -199,6 +192,9 @@ class NCATrainer(DPOTrainer):
             batch["weights"] = row_weights.last_batch_weights(batch, self.accelerator, self.args.dataloader_drop_last)
             batches.append(batch)
         row_weights.zero_repeated_rows(batches, self.accelerator)
+        if isinstance(self.train_dataset, IterableDataset):
+            batches = streams.fill_window(batches, num_batches, self.accelerator)
+            self.control.should_epoch_stop |= not batches  # transformers would ask for all of `max_steps`
         counts = sum(map(count_prompts, batches), torch.zeros(2, dtype=torch.float64, device=device))
         if self.accelerator.num_processes > 1:
             counts = self.accelerator.reduce(counts, "sum")
@@ -270,12 +266,7 @@ class NCATrainer(DPOTrainer):
     def _reference_logps(self, batch: Batch) -> Tensor:
         if "ref_logps" in batch:
             return batch["ref_logps"]
-        if self.ref_model is None and not is_peft_model(self.model):
-            raise UserError(
-                "This data set has no cached reference log-probabilities, and `precompute_ref_log_probs` keeps no "
-                "reference model in memory; give `ref_model`, or set `precompute_ref_log_probs: false`."
-            )
-        return self.compute_ref_log_probs(self.ref_model or self.model, batch)
+        return self.compute_ref_log_probs(reference.live_model(self.model, self.ref_model), batch)
 
     @torch.no_grad()
     def compute_ref_log_probs(self, model: nn.Module, inputs: Batch) -> Tensor:
@@ -326,9 +317,12 @@ class NCATrainer(DPOTrainer):
     @reads_checkpoint
     def _init_training_state(self, max_steps, steps_an_epoch, num_train_epochs, checkpoint, trial):
         done, steps = super()._init_training_state(max_steps, steps_an_epoch, num_train_epochs, checkpoint, trial)
-        return (self._resume.epochs_done(max_steps, num_train_epochs, done) if checkpoint else done), steps
+        return self._resume.position(max_steps, num_train_epochs, done, steps) if checkpoint else (done, steps)
 
     def _prepare_for_training(self, max_steps, train_dataloader, checkpoint):
+        if not (self.is_deepspeed_enabled or self.is_fsdp_enabled) and self.accelerator.num_processes > 1:
+            # else DDP doesn't wrap a model that `evaluate()` has used before, and each process trains its own
+            vars(self.model).pop("_is_accelerate_prepared", None)
         read = self._resume.folder if self.is_deepspeed_enabled else None  # by a function of transformers, in here
         with explain_read_errors(read, self.args.output_dir):
             return super()._prepare_for_training(max_steps, train_dataloader, checkpoint)
@@ -353,22 +347,21 @@ class NCATrainer(DPOTrainer):
             self._resume.leave(owing_evaluation=True)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        new = eval_dataset is not None and not isinstance(eval_dataset, str)
-        kept = not self.precompute_ref_logps or self.ref_model is not None or is_peft_model(self.model)
-        device = self.accelerator.device
-        # no evaluation changes the training after it
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            if not new or kept or not self.state.global_step:
-                return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-            packed = self.data_collator.layout == "prefix_shared"
-            self.ref_model = reference.reload_reference(self.model, self._reference_hash, packed, self.accelerator)
-            try:
-                return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-            finally:
-                self.ref_model = None
+        with reference.around_evaluation(self, eval_dataset):
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    def predict(self, test_dataset, ignore_keys=None, metric_key_prefix="test"):
+        """Metrics as `evaluate()` has them, of the same kinds of data; no predictions, for no logits are kept."""
+        with reference.around_evaluation(self, test_dataset):
+            test_dataset = self._prepare_dataset(test_dataset, self.processing_class, self.args, "test")
+            if self.precompute_ref_logps:
+                test_dataset = self._precompute_ref_logps(test_dataset, "test", self.args.per_device_eval_batch_size)
+            return super().predict(test_dataset, ignore_keys, metric_key_prefix)
 
     def evaluation_loop(self, dataloader, description, *args, metric_key_prefix="eval", **kwargs):
         self._log.evaluation.clear()
+        if isinstance(dataloader.dataset, IterableDataset):
+            dataloader = streams.even_batches(dataloader, self.accelerator)
         output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         means = self._log.evaluation.gather()
         if means:
@@ -387,7 +380,7 @@ class NCATrainer(DPOTrainer):
     # Logging
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if self.model.training and "loss" in logs:  # transformers' own line, which every process comes to
+        if self.is_in_train and "loss" in logs:  # transformers' own line, which every process comes to
             logs.update(self._log.gather())
             self._guard.watch(logs.get("logratios/best"), self.state.global_step)
         if "train_loss" in logs:  # of the whole run, also where it was resumed

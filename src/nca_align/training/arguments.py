@@ -104,7 +104,6 @@ def prepare_datasets(args: NCAConfig, model: Any, train_dataset: Any, eval_datas
                 f"`accelerator_config.{name}` is true, but a batch of prompt trees can't be cut by rows; leave it "
                 f"out{instead}."
             )
-    accelerator_config.dispatch_batches = False  # its default is true for streams
     batch = args.train_batch_size * args.world_size
     if args.dataloader_drop_last and isinstance(train_dataset, Dataset) and len(train_dataset) < batch:
         raise UserError(

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import is_peft_model
 from torch import nn
@@ -132,6 +133,20 @@ def frozen_copy(model: Any, peft_config: Any, args: NCAConfig) -> PreTrainedMode
     return reference
 
 
+def live_model(policy: nn.Module, reference: nn.Module | None) -> nn.Module:
+    """The model whose forwards are the reference's: one of its own, or a policy with an adapter.
+
+    Raises:
+        UserError: there is none.
+    """
+    if reference is None and not is_peft_model(policy):
+        raise UserError(
+            "This data set has no cached reference log-probabilities, and `precompute_ref_log_probs` keeps no "
+            "reference model in memory; give `ref_model`, or set `precompute_ref_log_probs: false`."
+        )
+    return reference or policy
+
+
 @contextmanager
 def reference_mode(policy: nn.Module, reference: nn.Module | None, accelerator: Accelerator) -> Iterator[None]:
     """Around forwards of the reference: without dropout, and of a policy with an adapter as what it started from.
@@ -145,6 +160,33 @@ def reference_mode(policy: nn.Module, reference: nn.Module | None, accelerator: 
         adapter = as_reference(accelerator.unwrap_model(policy))
     with eval_mode(policy), adapter, accelerator.autocast():
         yield
+
+
+@contextmanager
+def around_evaluation(trainer: Any, dataset: Any) -> Iterator[None]:
+    """Around an evaluation: it changes no training after it, and a new data set has the reference from before training.
+
+    Args:
+        trainer: an NCATrainer.
+        dataset: what is evaluated; None or the name of a part for what the trainer has.
+
+    Raises:
+        UserError: as `reload_reference` does.
+    """
+    known = dataset is None or isinstance(dataset, str)
+    kept = not trainer.precompute_ref_logps or trainer.ref_model is not None or is_peft_model(trainer.model)
+    device, line_is_due = trainer.accelerator.device, trainer.control.should_log
+    reloaded = not (known or kept) and trainer.state.global_step > 0
+    if reloaded:
+        packed = trainer.data_collator.layout == "prefix_shared"
+        trainer.ref_model = reload_reference(trainer.model, trainer._reference_hash, packed, trainer.accelerator)
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield
+    finally:
+        trainer.control.should_log = line_is_due  # the evaluation's own line would stand for the step's
+        if reloaded:
+            trainer.ref_model = None
 
 
 def reload_reference(model: Any, expected: str, shares_prefixes: bool, accelerator: Accelerator) -> nn.Module:

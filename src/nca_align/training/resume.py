@@ -6,6 +6,7 @@ what was summed up since its last log line, an evaluation that was cut off, and 
 """
 
 import functools
+import math
 import os
 import shutil
 import signal
@@ -16,6 +17,7 @@ from typing import Any, NoReturn
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
+from datasets import IterableDataset
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer_utils import rotate_checkpoints
 
@@ -67,6 +69,7 @@ class Resume(TrainerCallback):
         self._identity: dict[str, Any] | None = None
         self.folder: Path | None = None  # the checkpoint that the run goes on from
         self._loaded: dict[str, Any] = {}  # its manifest
+        self._steps_planned = 0  # by the run that wrote it
         trainer.add_callback(self)
 
     # Finding a checkpoint
@@ -85,7 +88,7 @@ class Resume(TrainerCallback):
         self._loaded = read_manifest(folder)
         # transformers reads it too, but where an error of this file could be any other
         with explain_read_errors(folder, args.output_dir):
-            TrainerState.load_from_json(str(folder / "trainer_state.json"))
+            self._steps_planned = TrainerState.load_from_json(str(folder / "trainer_state.json")).max_steps
         self._refuse_another_run(folder)
         PartialState().wait_for_everyone()  # before a process removes what another may be looking at
         if args.should_save:
@@ -116,11 +119,20 @@ class Resume(TrainerCallback):
             self._identity = run_identity(t.args, model, t.train_dataset, t.accelerator.num_processes, reference)
         return self._identity | {"beta": self.trainer.beta}
 
-    def epochs_done(self, max_steps: int, epochs: int, epochs_trained: int) -> int:
-        """How many epochs a resumed run has behind it: all, where it has all steps; transformers would add a step."""
-        state = self.trainer.state
-        state.compute_steps(self.trainer.args, max_steps)  # as given now, and not as in the checkpoint
-        return epochs if state.global_step >= max_steps else epochs_trained
+    def position(self, max_steps: int, epochs: int, epochs_done: int, batches_done: int) -> tuple[int, int]:
+        """The epochs that a resumed run has behind it, and the batches of its own that it has of the next one.
+
+        transformers would add a step to a run that has all of its steps, and takes a stream's passes for one.
+        """
+        state, args = self.trainer.state, self.trainer.args
+        state.compute_steps(args, max_steps)  # as given now, and not as in the checkpoint
+        if state.global_step >= max_steps:
+            return epochs, batches_done
+        if isinstance(self.trainer.train_dataset, IterableDataset) and not args.ignore_data_skip:
+            # There the epoch is the passes before this one, and this one's steps over all of the run's
+            epochs_done = math.ceil(state.epoch) - 1
+            batches_done = round((state.epoch - epochs_done) * self._steps_planned) * args.gradient_accumulation_steps
+        return epochs_done, batches_done
 
     # Saving
 

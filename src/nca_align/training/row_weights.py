@@ -30,9 +30,11 @@ def last_batch_weights(batch: Batch, accelerator: Accelerator, drop_last: bool) 
     """(B,) 1 for each prompt, and 0 for those that accelerate repeats to even out an epoch's last batch.
 
     Args:
-        batch: the loader's latest.
+        batch: the loader's latest; weights that it has already are kept.
         drop_last: whether the loader leaves out a last batch that isn't full.
     """
+    if "weights" in batch:
+        return batch["weights"]
     weights = torch.ones(len(batch["rewards"]), device=batch["rewards"].device)
     state = accelerator.gradient_state
     if state.end_of_dataloader and not isinstance(_batch_sampler(state.active_dataloader), BatchRebalanceSampler):

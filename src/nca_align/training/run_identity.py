@@ -16,6 +16,7 @@ from ..store.fingerprints import columns_fingerprint, source_text, weights_finge
 from ..store.provenance import changed_names, refuse_changes
 from .reference import adapter_hash, adapter_options, computed_config
 from .reference_cache import TOKENS
+from .streams import deals_shards
 
 # Options that may change between a run and its continuation: the same training, if at times up to rounding. A finished
 # cell of `nca-align compare` also stays finished when they do.
@@ -88,6 +89,11 @@ def run_identity(
     else:
         first = Dataset.from_list(list(dataset.take(_STREAM_ROWS)))
         identity["data"] = f"stream, {columns_fingerprint(first, _CONTENT)[:16]}"
+        # Shards are read side by side by those to whom they are dealt, so the rows of a step depend on these
+        if deals_shards(dataset, processes):
+            identity["processes"] = processes
+        if dataset.num_shards > 1 and args.dataloader_num_workers > 1:
+            identity["dataloader_num_workers"] = args.dataloader_num_workers
     return json.loads(json.dumps(identity, default=str, sort_keys=True))
 
 

@@ -1,0 +1,103 @@
+"""Trains what one process and two must train alike, in every process of one launch; for test_two_processes.py.
+
+    torchrun --nproc_per_node 2 tests/launched_options.py MODEL OUTPUT CASE …
+
+A stream of shards is read in another order by two processes: of it the rows that counted and the evaluation are kept.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import gather_object
+from datasets import Dataset, IterableDataset
+from peft import LoraConfig
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from conftest import reward_rows
+from nca_align import NCAConfig, NCATrainer
+
+LORA = {"r": 4, "target_modules": "all-linear"}
+ROWS = reward_rows(9, [4, 2, 3])
+
+
+def shards(*sizes: int, seed: int) -> IterableDataset:
+    """A stream of as many shards as `sizes`, which hold so many rows."""
+    rows = iter(reward_rows(sum(sizes), 3, seed=seed))
+    parts = [[next(rows) for _ in range(size)] for size in sizes]
+    return IterableDataset.from_generator(
+        lambda parts: (row for part in parts for row in part), gen_kwargs={"parts": parts}
+    )
+
+
+def case(name: str, model: str) -> tuple[Any, Any, dict[str, Any]]:
+    """The training and evaluation rows, and what else the trainer is given."""
+    train, held_out = Dataset.from_list(ROWS), Dataset.from_list(reward_rows(5, [2, 4], seed=2))
+    if name == "modules_to_save":
+        return train, held_out, {"peft_config": LoraConfig(**LORA, modules_to_save=["lm_head"])}
+    if name == "dora":
+        return train, held_out, {"peft_config": LoraConfig(**LORA, use_dora=True)}
+    if name == "reference":
+        reference = AutoModelForCausalLM.from_pretrained(model)
+        with torch.no_grad():
+            reference.lm_head.weight.mul_(1.1)
+        return train, held_out, {"ref_model": reference}
+    if name == "stream":
+        return train.to_iterable_dataset(), held_out.to_iterable_dataset(), {}
+    assert name == "shards"
+    return shards(11, 7, seed=3), shards(3, 2, seed=4), {}
+
+
+def main(model: str, output: str, *names: str) -> None:
+    processes = int(os.environ.get("WORLD_SIZE", 1))  # accelerate's state is what the config's `use_cpu` makes it
+    for name in names:
+        train, held_out, given = case(name, model)
+        torch.manual_seed(0)
+        trainer = NCATrainer(
+            model=model,
+            args=NCAConfig(
+                f"{output}/{name}", bf16=False, use_cpu=True, report_to=[], disable_tqdm=True, save_strategy="no",
+                logging_steps=1, alpha=0.5, beta=0.1, max_length=128, max_steps=6, gradient_checkpointing=False,
+                # 9 rows in steps of four: the last step of a pass has one row, and one process none
+                per_device_train_batch_size=1, gradient_accumulation_steps=4 // processes,
+                per_device_eval_batch_size=2, optim="sgd", learning_rate=0.02, lr_scheduler_type="constant",
+                max_grad_norm=1e6,
+            ),
+            train_dataset=train, eval_dataset=held_out, processing_class=AutoTokenizer.from_pretrained(model), **given,
+        )  # fmt: skip
+        counted: list[list[float]] = []
+        own = trainer.get_batch_samples
+
+        def note(*args, own=own, counted=counted):
+            batches, counts = own(*args)
+            for batch in batches:
+                rows = zip(batch["rewards"].tolist(), batch["weights"].tolist(), strict=True)
+                counted += [row for row, weight in rows if weight]
+            return batches, counts
+
+        trainer.get_batch_samples = note
+        before = trainer.evaluate()
+        trainer.train()
+        evaluation = trainer.evaluate()
+        rows = gather_object(counted)
+        if PartialState().is_main_process:
+            folder = Path(output, name)
+            folder.mkdir(parents=True, exist_ok=True)
+            weights = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
+            save_file(weights, folder / "weights.safetensors")
+            log = [line for line in trainer.state.log_history if "loss" in line]
+            about = {"processes": PartialState().num_processes, "log": log, "rows": sorted(rows)}
+            about |= {"before": before, "evaluation": evaluation}
+            (folder / "result.json").write_text(json.dumps(about))
+    if processes > 1:
+        Accelerator().wait_for_everyone()  # gloo hangs where one leaves first
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,75 @@
+"""Adapters, a given reference and streams on two processes: as on one, with numbers of rows that don't divide."""
+
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from conftest import reward_rows
+from launched_options import ROWS
+from test_launch import run, same, torchrun
+
+CASES = ("modules_to_save", "dora", "reference", "stream", "shards")
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def folders(model_dir, tmp_path_factory) -> dict[int, Path]:
+    """All cases, trained by one process and by two."""
+    folder = tmp_path_factory.mktemp("launched")
+    for processes, launcher in ((1, [sys.executable]), (2, torchrun(2))):
+        command = [*launcher, "tests/launched_options.py", model_dir, str(folder / str(processes)), *CASES]
+        run(command, {"HF_DATASETS_CACHE": str(folder / f"cache{processes}")}, timeout=240)
+    return {processes: folder / str(processes) for processes in (1, 2)}
+
+
+def read(folder: Path, case: str) -> tuple[dict, dict[str, torch.Tensor]]:
+    return json.loads((folder / case / "result.json").read_text()), load_file(folder / case / "weights.safetensors")
+
+
+@pytest.mark.parametrize("case", CASES[:-1])
+def test_two_processes_train_as_one(case, folders):
+    (one, weights), (two, other_weights) = (read(folders[processes], case) for processes in (1, 2))
+    assert (one["processes"], two["processes"]) == (1, 2)
+    assert len({line["loss"] for line in one["log"]}) == 6
+    for line, other in zip(one["log"], two["log"], strict=True):
+        same(line, other)
+    same(one["evaluation"], two["evaluation"])
+    assert weights.keys() == other_weights.keys()
+    for name, value in weights.items():
+        torch.testing.assert_close(other_weights[name], value, rtol=1e-5, atol=2e-6)
+    times = Counter(map(sum, two["rows"]))  # by the sum of its rewards
+    assert one["rows"] == two["rows"]
+    assert set(times.values()) == {2}
+    assert len(times) == len(ROWS)
+
+
+def test_what_an_adapter_trains_beside_its_matrices_moves(folders, model_dir):
+    _, saved = read(folders[2], "modules_to_save")
+    head = next(value for name, value in saved.items() if "lm_head.modules_to_save" in name)
+    assert not torch.equal(head, load_file(Path(model_dir, "model.safetensors"))["lm_head.weight"])
+    _, dora = read(folders[2], "dora")
+    assert any("lora_magnitude_vector" in name for name in dora)
+    started = read(folders[2], "reference")[0]["log"][0]["logratios/best"]
+    assert abs(started) > 0.1  # the reference that was given isn't the model
+
+
+def test_shards_of_unequal_rows_are_read_once_a_pass(folders):
+    """11 and 7 rows in steps of two a process: six steps, of which the second process has rows for four."""
+    result, _ = read(folders[2], "shards")
+    expected = sorted(row["rewards"] for row in reward_rows(18, 3, seed=3))
+    assert len(result["log"]) == 6
+    for found, row in zip(result["rows"], expected, strict=True):
+        assert found == pytest.approx(row)
+
+
+@pytest.mark.parametrize("case", ["reference", "stream", "shards"])
+def test_an_evaluation_is_that_of_its_rows(case, folders):
+    """Of five rows in batches of two, of which the shards have 3 and 2."""
+    one, two = (read(folders[processes], case)[0]["before"] for processes in (1, 2))
+    assert one["eval_loss"] > 0
+    same(one, two)
