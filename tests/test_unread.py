@@ -5,6 +5,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from peft import LoraConfig
 from trl import DPOConfig
 
 from conftest import reward_rows
@@ -115,6 +116,62 @@ def test_a_recipe_with_an_adapter_can_be_run_without_it(tmp_path, capsys, caplog
     (line,) = told(caplog)
     assert "`lora_r` (needs `use_peft: true`)" in line
     assert "use_dora" not in line
+
+
+class TestAnAdapterThatIsTrainedOn:
+    @pytest.fixture
+    def adapter(self, tmp_path) -> str:
+        own = LoraConfig(r=8, lora_alpha=16, lora_dropout=0.0, target_modules=["q_proj"], task_type="CAUSAL_LM")
+        own.base_model_name_or_path = str(tmp_path / "none")
+        own.save_pretrained(tmp_path / "adapter")
+        return str(tmp_path / "adapter")
+
+    @pytest.mark.parametrize(
+        ("name", "other", "has"),
+        [
+            ("lora_r", "4", "8"), ("lora_alpha", "64", "16"), ("lora_dropout", "0.5", "0.0"),
+            ("lora_target_modules", "k_proj", "['q_proj']"), ("lora_target_modules", ".*proj", "['q_proj']"),
+            ("lora_modules_to_save", "lm_head", "None"), ("use_rslora", "true", "False"), ("use_dora", "true", "False"),
+            ("lora_task_type", "SEQ_CLS", "['CAUSAL_LM']"),
+        ],
+    )  # fmt: skip
+    def test_another_one_is_refused(self, name, other, has, adapter, tmp_path, capsys):
+        use_peft = ["--use_peft", "true"] if name == "lora_alpha" else []
+        assert train(tmp_path, "--model_name_or_path", adapter, f"--{name}", other, *use_peft) == 2
+        said = capsys.readouterr().err
+        assert f"`{name}` is " in said
+        assert f"`model_name_or_path` {adapter} is an adapter already, whose own is {has}, and is trained on" in said
+
+    @pytest.mark.parametrize("use_peft", [[], ["--use_peft", "true"]])
+    def test_its_own_settings_pass(self, use_peft, adapter, tmp_path, capsys, caplog):
+        same = ["--lora_r", "8", "--lora_alpha", "16", "--lora_dropout", "0", "--lora_target_modules", "q_proj"]
+        same += ["--lora_task_type", "CAUSAL_LM", "--use_dora", "false"]
+        assert train(tmp_path, "--model_name_or_path", adapter, *same, *use_peft) == 2
+        assert "there is no such folder" in capsys.readouterr().err  # of its base, so the options passed
+        assert told(caplog) == []
+
+    def test_what_was_not_given_is_not_compared(self, adapter, tmp_path, capsys):
+        assert train(tmp_path, "--model_name_or_path", adapter, "--use_peft", "true", "--load_in_8bit", "false") == 2
+        assert "there is no such folder" in capsys.readouterr().err
+
+    def test_all_linear_modules_are_told(self, adapter, tmp_path, capsys, caplog):
+        """The recipe that made it has the word, and the adapter the modules that it stood for."""
+        assert train(tmp_path, "--model_name_or_path", adapter, "--lora_target_modules", "all-linear") == 2
+        assert "there is no such folder" in capsys.readouterr().err
+        assert f"{adapter} is an adapter already, and keeps its own: ['q_proj']" in caplog.text
+
+    def test_the_whole_model_is_refused(self, adapter, tmp_path, capsys):
+        assert train(tmp_path, "--model_name_or_path", adapter, "--use_peft", "false") == 2
+        assert "`use_peft` is False, but `model_name_or_path`" in capsys.readouterr().err
+
+    def test_a_quantised_base_has_it_to_train(self, adapter, tmp_path, capsys):
+        assert train(tmp_path, "--model_name_or_path", adapter, "--load_in_4bit", "true") == 2
+        assert "there is no such folder" in capsys.readouterr().err
+
+    def test_in_a_comparison(self, adapter):
+        base = {"model_name_or_path": adapter, "dataset_name": "d", **CPU}
+        with pytest.raises(UserError, match="`lora_alpha` is 32, but `model_name_or_path`"):
+            expand(base | {"lora_alpha": 32}, {"method": "nca"}, "o.yaml")
 
 
 def test_the_best_model_of_none_is_refused(tmp_path, capsys):

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
-from .errors import UserError
 from .losses import READS_ALPHA, reads_alpha
 
 
@@ -14,15 +13,11 @@ class Rule(NamedTuple):
         names: the options, with blanks between.
         read: whether a run reads them, of all its options.
         needs: what would have them read, in words.
-        otherwise: what is trained instead, in words, where other weights come of it: then they are refused.
-        decided_by: an option with which a user who gives it has asked for those weights.
     """
 
     names: str
     read: Callable[[Any], bool]
     needs: str
-    otherwise: str = ""
-    decided_by: str = ""
 
 
 def evaluates(options: Any) -> bool:
@@ -35,6 +30,18 @@ def _reads_alpha(options: Any) -> bool:
 
 
 NO = ("none", "false", "no", "")  # texts of `resume_from_checkpoint` that ask for nothing
+# of a new adapter: option → attribute of its PEFT configuration
+LORA = {
+    "lora_r": "r",
+    "lora_alpha": "lora_alpha",
+    "lora_dropout": "lora_dropout",
+    "lora_target_modules": "target_modules",
+    "lora_target_parameters": "target_parameters",
+    "lora_modules_to_save": "modules_to_save",
+    "lora_task_type": "task_type",
+    "use_rslora": "use_rslora",
+    "use_dora": "use_dora",
+}
 _EVALUATION = "`eval_strategy` steps or epoch"
 # Of NCAConfig, as far as it decides alone: a script may evaluate, save or push to the Hub by itself
 CONFIG_RULES = (
@@ -66,19 +73,8 @@ CONFIG_RULES = (
 # Of `nca-align train` beside these
 TRAIN_RULES = (
     Rule("save_total_limit save_only_model", lambda o: o.save_strategy != "no", "`save_strategy` steps or epoch"),
-    Rule(
-        "load_best_model_at_end", lambda o: o.eval_strategy in ("steps", "epoch"), _EVALUATION,
-        "the last weights would be kept, since nothing is evaluated",
-    ),
     Rule("metric_for_best_model greater_is_better", evaluates, _EVALUATION),
-    Rule(
-        "lora_r lora_alpha lora_dropout lora_target_modules lora_target_parameters lora_modules_to_save "
-        "lora_task_type use_rslora use_dora",
-        lambda o: o.use_peft,
-        "`use_peft: true`",
-        "all weights of the model would be trained; `use_peft: false` asks for that",
-        "use_peft",
-    ),
+    Rule(" ".join(LORA), lambda o: o.use_peft, "`use_peft: true`"),
     Rule(
         "bnb_4bit_quant_type use_bnb_nested_quant bnb_4bit_quant_storage",
         lambda o: o.load_in_4bit,
@@ -104,21 +100,13 @@ def unread(options: Any, given: Iterable[str], rules: Sequence[Rule]) -> dict[st
         options: all options of the run, as attributes.
         given: names of those that the user gave.
         rules: `CONFIG_RULES`, `TRAIN_RULES`.
-
-    Raises:
-        UserError: with one of them the run would train other weights than were asked for.
     """
     given = set(given)
     found: dict[str, str] = {}
     for rule in rules:
         asked = [name for name in rule.names.split() if name in given and not _asks_nothing(getattr(options, name))]
-        if not asked or rule.read(options):
-            continue
-        if rule.otherwise and rule.decided_by not in given:
-            raise UserError(
-                f"`{asked[0]}` is {getattr(options, asked[0])!r}, which needs {rule.needs}; without it {rule.otherwise}"
-            )
-        found |= dict.fromkeys(asked, rule.needs)
+        if asked and not rule.read(options):
+            found |= dict.fromkeys(asked, rule.needs)
     return found
 
 

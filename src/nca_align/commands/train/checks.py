@@ -11,27 +11,74 @@ from ...config import NCAConfig, changed_options
 from ...data import RewardData
 from ...data.splits import find_split
 from ...errors import UserError, notify_once
+from ...models.loading import adapter_config, is_adapter
 from ...store.checkpoints import last_common_checkpoint
-from ...unread import CONFIG_RULES, TRAIN_RULES, evaluates, sentence, unread
+from ...unread import CONFIG_RULES, LORA, TRAIN_RULES, evaluates, sentence, unread
 from .options import RunOptions
 
 logger = logging.getLogger("nca_align")
 
 
 def name_unread(given: set[str], *options: Any) -> None:
-    """A line on the given options that this run doesn't read; those that NCAConfig has named itself are left out."""
+    """A line on the given options that this run doesn't read; those that NCAConfig has named itself are left out.
+
+    Raises:
+        UserError: they ask for another adapter than is trained.
+    """
     values = SimpleNamespace(**{name: value for own in options for name, value in vars(own).items()})
     args = next(own for own in options if isinstance(own, NCAConfig))
-    notice = sentence(unread(values, given - changed_options(args), CONFIG_RULES) | unread(values, given, TRAIN_RULES))
+    if is_adapter(str(values.model_name_or_path)):
+        _refuse_another_adapter(values, given)
+        given = given - LORA.keys()
+    found = unread(values, given - changed_options(args), CONFIG_RULES) | unread(values, given, TRAIN_RULES)
+    asked = next((name for name in found if name in LORA), None)
+    if asked is not None and "use_peft" not in given:
+        raise UserError(
+            f"`{asked}` is {getattr(values, asked)!r}, which needs `use_peft: true`; without it all weights of the "
+            "model would be trained; `use_peft: false` asks for that"
+        )
+    notice = sentence(found)
     if notice is not None:
         notify_once(notice)
+
+
+def _refuse_another_adapter(values: Any, given: set[str]) -> None:
+    """The given options of a new adapter may only say what the adapter that is trained on is already."""
+    folder = values.model_name_or_path
+    if "use_peft" in given and not values.use_peft:
+        raise UserError(
+            f"`use_peft` is False, but `model_name_or_path` {folder} is an adapter, which alone is trained on; leave "
+            "it out, or merge the adapter into its base first (`nca-align export`)"
+        )
+    own = adapter_config(folder)
+    for name in (name for name in LORA if name in given):
+        asked, has = (_comparable(value) for value in (getattr(values, name), getattr(own, LORA[name], None)))
+        if asked == has or asked is None:
+            continue
+        has = sorted(has) if isinstance(has, frozenset) else has
+        if asked == "all-linear":  # PEFT keeps the modules that it finds then, and not the word
+            notify_once(f"`{name}` is all-linear, but {folder} is an adapter already, and keeps its own: {has}.")
+            continue
+        raise UserError(
+            f"`{name}` is {getattr(values, name)}, but `model_name_or_path` {folder} is an adapter already, whose own "
+            f"is {has}, and is trained on as it is; leave it out, or merge the adapter into its base first (`nca-align "
+            "export`)"
+        )
+
+
+def _comparable(value: Any) -> Any:
+    """The same for one name, a list of one, and a set; patterns stay as they are."""
+    if isinstance(value, str) and value.isidentifier():
+        value = [value]
+    return frozenset(value) or None if isinstance(value, (list, set, tuple)) else value
 
 
 def check_options(script: ScriptArguments, run: RunOptions, args: NCAConfig, model_args: ModelConfig) -> None:
     """What can't work, known before anything is read."""
     if Path(str(args.output_dir)).is_file():
         raise UserError(f"`output_dir` {args.output_dir} is a file; give a folder")
-    if (model_args.load_in_4bit or model_args.load_in_8bit) and not model_args.use_peft:
+    adapter = model_args.use_peft or is_adapter(str(model_args.model_name_or_path))
+    if (model_args.load_in_4bit or model_args.load_in_8bit) and not adapter:
         raise UserError("`load_in_4bit` and `load_in_8bit` leave no weight that can be trained; add `use_peft: true`")
     if run.eval_prompts is not None and run.eval_prompts < 1:
         raise UserError(f"`eval_prompts` is {run.eval_prompts}, but must be at least 1; leave it out for all")
@@ -39,6 +86,11 @@ def check_options(script: ScriptArguments, run: RunOptions, args: NCAConfig, mod
         raise UserError(f"`lora_r` is {model_args.lora_r}, but must be at least 1")
     if script.dataset_streaming and args.max_steps < 1:
         raise UserError("`dataset_streaming` is true, and a stream has no known end; set `max_steps`")
+    if args.load_best_model_at_end and args.eval_strategy not in ("steps", "epoch"):
+        raise UserError(
+            "`load_best_model_at_end` is True, which needs `eval_strategy` steps or epoch; without it the last weights "
+            "would be kept, since nothing is evaluated"
+        )
     if args.load_best_model_at_end and not _metric_is_known(args.metric_for_best_model or "loss", run):
         raise UserError(
             f"`metric_for_best_model` is {args.metric_for_best_model}, which no evaluation gives; use loss, or a "

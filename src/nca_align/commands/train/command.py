@@ -18,7 +18,7 @@ from ...config import NCAConfig
 from ...data import DataOptions, RewardData, read_reward_dataset, select_split
 from ...errors import UserError, as_user_error, cli_main, notify
 from ...evaluation.training_log import last_evaluation
-from ...models.loading import ModelSource, adapter_config, load_adapter
+from ...models.loading import ModelSource, load_adapter
 from ...models.policy import eval_mode
 from ...models.sampling import decoding_precision
 from ...options import given_options, parse
@@ -165,13 +165,6 @@ def open_policy(source: ModelSource, model_args: ModelConfig, args: NCAConfig) -
         args.model_init_kwargs = {"revision": source.revision, **options}
         peft_config = _peft_config(model_args)
         return {"model": source.path, "peft_config": peft_config, "quantization_config": quantization_config}
-    own = adapter_config(source.adapter)
-    if model_args.use_peft and model_args.lora_r != getattr(own, "r", model_args.lora_r):
-        raise UserError(
-            f"`lora_r` is {model_args.lora_r}, but `model_name_or_path` {source.adapter} is an adapter already, of "
-            f"rank {own.r}, and is trained on as it is; give its rank, or merge it into its base first (`nca-align "
-            "export`)"
-        )
     args.model_init_kwargs = None  # the trainer is given an instance
     if quantization_config is not None:
         options["quantization_config"] = quantization_config
