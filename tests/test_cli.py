@@ -48,6 +48,15 @@ def parsed(tmp_path, text: str, *flags: str) -> Options:
     return parse([Options], ["--config", str(tmp_path / "o.yaml"), *flags], "prog")[0]
 
 
+def test_ctrl_c_while_a_command_is_imported(monkeypatch, capsys):
+    def interrupted(name):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "import_module", interrupted)
+    assert cli.main(["train"]) == 130
+    assert capsys.readouterr().err.strip() == "nca-align: interrupted; nothing was begun"
+
+
 class TestParse:
     def test_yaml_reads_numbers_that_yaml_takes_for_text(self, tmp_path):
         options = parsed(tmp_path, "output: x\nbeta: 5e-6\nsteps: '7'")

@@ -83,6 +83,13 @@ def test_several_evaluation_sets_generation_and_a_users_own_log_are_told(tmp_pat
     assert console._lines(nca.state, {"mine": 0.123456, "name": "x"}) == ["step   7/100  mine 0.1235  name x"]
 
 
+def test_where_nothing_moved_nothing_is_ranked(tmp_path):
+    console, nca = Console(), trainer(tmp_path)
+    logs = {"eval_loss": 1.0, "eval_rewards/accuracies": 0.0, "eval_logratios/best": 0.0, "eval_logratios/worst": 0.0}
+    assert "ranking" not in console._lines(nca.state, logs)[0]
+    assert "ranking accuracy 0%" in console._lines(nca.state, logs | {"eval_logratios/worst": 0.1})[0]
+
+
 @pytest.mark.parametrize("disable", [True, False])
 def test_it_replaces_transformers_own_and_leaves_a_users(disable, tmp_path):
     theirs = PrinterCallback if disable else ProgressCallback

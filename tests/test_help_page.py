@@ -9,8 +9,7 @@ import pytest
 
 from nca_align import cli
 from nca_align.commands.train.command import main as train
-from nca_align.commands.train.first_options import FIRST_OPTIONS
-from nca_align.commands.train.options import TRAIN_OPTIONS
+from nca_align.commands.train.options import FIRST_OPTIONS, TRAIN_OPTIONS
 from nca_align.help_page import help_topic
 from nca_align.options import option, parse
 
@@ -95,6 +94,7 @@ def test_training_begins_with_twenty_and_has_them_all(capsys, monkeypatch):
     assert short.startswith("usage: nca-align train ")
     assert flags(short) == [*(f"--{name}" for name in FIRST_OPTIONS), "--config"]
     assert len(FIRST_OPTIONS) == 20
+    assert "by default at the end, where rows are held out" in " ".join(short.split())
     assert len(short.splitlines()) < 60
     with pytest.raises(SystemExit):
         train(["--help", "all"])

@@ -6,17 +6,22 @@ import re
 import signal
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from transformers import Trainer, TrainerCallback
 
 from conftest import reward_rows
-from nca_align import NCATrainer
+from nca_align import NCAConfig, NCATrainer
 from nca_align.commands.train import command
+from nca_align.commands.train.checks import checkpoint_to_go_on_from
 from nca_align.commands.train.command import main
+from nca_align.errors import UserError
 from nca_align.store.checkpoints import whole_checkpoints
 from nca_align.training import reference_cache
+from nca_align.training.stopping import StopSignals, what_is_left
 from test_resume import finish
 from test_trainer import trainer
 
@@ -108,6 +113,59 @@ def test_a_second_one_stops_at_once_and_promises_no_checkpoint_that_is_not_there
         )
     assert said.rstrip().endswith(words)
     assert "nca-align train: interrupted; " in said
+
+
+def checkpoint(folder: Path, step: int, model_only: bool) -> Path:
+    path = folder / f"checkpoint-{step}"
+    path.mkdir(parents=True)
+    (path / "trainer_state.json").write_text("{}")
+    (path / "nca_align.json").write_text(json.dumps({"complete": True, "model_only": model_only}))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("model_only", "words"),
+    [
+        (
+            [True, True],
+            "{1} holds weights alone; give another `output_dir`, with `model_name_or_path: {1}` to train on",
+        ),
+        ([False, True], "{0} is the last checkpoint: the same command with `resume_from_checkpoint: {0}` goes on"),
+        ([True, False], "{1} is the last checkpoint: the same command with `resume_from_checkpoint: true` goes on"),
+    ],
+)
+def test_weights_alone_are_nothing_to_go_on_from(model_only, words, tmp_path):
+    """Said alike when the run is cut off, and when the same command is given again."""
+    paths = [checkpoint(tmp_path, step, only) for step, only in zip((2, 4), model_only, strict=True)]
+    args = NCAConfig(str(tmp_path), use_cpu=True, bf16=False)
+    assert words.format(*paths) in what_is_left(args, time.time())
+    with pytest.raises(UserError, match=r"holds checkpoints of an earlier run \(checkpoint-4\)") as refused:
+        checkpoint_to_go_on_from(args)
+    assert words.format(*paths) in str(refused.value)
+
+
+@pytest.mark.parametrize("stops", [False, True])
+def test_signals_are_as_before_once_a_single_process_stops(stops):
+    """A caller may catch SystemExit, and do more."""
+    signals, numbers = StopSignals(), (signal.SIGTERM, signal.SIGINT)
+    before = [signal.getsignal(number) for number in numbers]
+    try:
+        with suppress(SystemExit), signals.noted(*numbers):
+            assert [signal.getsignal(number) for number in numbers] != before
+            signals.stopping = stops
+            raise SystemExit(75)
+        assert [signal.getsignal(number) for number in numbers] == before
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+
+def test_a_handler_that_is_not_pythons_is_replaced_by_the_default(monkeypatch):
+    own = signal.signal
+    monkeypatch.setattr(signal, "signal", lambda number, handler: own(number, handler) and None)
+    with StopSignals().noted(signal.SIGUSR1):
+        pass
+    assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
 
 
 def test_during_an_evaluation_it_is_cut_and_owed(command_of, tmp_path, capfd, caplog):

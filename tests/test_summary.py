@@ -116,6 +116,15 @@ def test_what_was_not_measured_is_said_with_how_to():
     # answers were rewarded at the start alone
     text = summary([evaluation(0, 0.0), generation(0), line(3, "", 3.0)], [])
     assert "was not measured: `eval_scorer` with `eval_strategy: epoch` does that" in text
+    assert "see `nca-align train --help eval_scorer`." in text
+    assert "`eval_scorer` with held-out rows does that" in summary([line(3, "", 3.0)], [], to_evaluate="held-out rows")
+
+
+def test_where_nothing_moved_nothing_is_ranked():
+    """Every pair is a tie then, which counts as out of order."""
+    assert "Pairs that it orders" not in summary([line(1, "", 0.0)], [])
+    assert "Pairs that it orders" in summary([line(1, "", 0.1)], [])
+    assert "Pairs that it orders" not in summary([evaluation(1, 0.0)], [])
 
 
 def test_an_evaluation_at_the_start_alone_says_nothing_of_what_moved():

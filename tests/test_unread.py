@@ -53,10 +53,17 @@ def test_every_name_of_the_table_is_an_option():
     [
         ({"eval_steps": 5}, "`eval_steps` (needs `eval_strategy: steps`)"),
         ({"save_strategy": "epoch", "save_steps": 5}, "`save_steps` (needs `save_strategy: steps`)"),
-        ({"alpha": 0.3, "loss_type": "plackett_luce"}, "`alpha` (needs `loss_type` gvpo, infonca, nca)"),
+        (
+            {"alpha": 0.3, "loss_type": "plackett_luce"},
+            "`alpha` (needs `loss_type` gvpo, infonca, nca, or a function that reads it)",
+        ),
         ({"max_steps": 3, "num_train_epochs": 2}, "`num_train_epochs` (needs `max_steps` left out)"),
         ({"warmup_steps": 3, "lr_scheduler_type": "constant"}, "`warmup_steps` (needs another"),
         ({"precompute_ref_batch_size": 3}, "`precompute_ref_batch_size` (needs"),
+        ({"eval_delay": 2}, "`eval_delay` (needs `eval_strategy` steps or epoch)"),
+        ({"beta": 0.3, "loss_type": "sft"}, "`beta` (needs another `loss_type` than sft alone)"),
+        ({"adam_beta1": 0.8, "optim": "adafactor"}, "`adam_beta1` (needs an `optim` of the Adam or Lion family)"),
+        ({"adam_epsilon": 0.1, "optim": "lion_8bit"}, "`adam_epsilon` (needs an `optim` of the Adam family)"),
     ],
 )
 def test_python_is_told(options, named, caplog):
@@ -71,7 +78,9 @@ def test_python_is_told(options, named, caplog):
     [
         {}, {"eval_strategy": "steps", "eval_steps": 5}, {"eval_strategy": "epoch", "metric_for_best_model": "loss"},
         {"save_steps": 5, "save_total_limit": 2}, {"alpha": 0.3}, {"alpha": 0.3, "loss_type": ["sft", "nca"]},
-        {"max_steps": 3}, {"num_train_epochs": 2}, {"warmup_steps": 3}, {"eval_on_start": True},
+        {"adam_beta2": 0.9}, {"adam_beta1": 0.8, "optim": "lion_8bit"}, {"beta": 0.3, "loss_type": ["sft", "nca"]},
+        {"eval_strategy": "epoch", "eval_delay": 2}, {"max_steps": 3}, {"num_train_epochs": 2}, {"warmup_steps": 3},
+        {"eval_on_start": True},
         {"save_strategy": "epoch", "eval_strategy": "epoch", "load_best_model_at_end": True},
     ],
 )  # fmt: skip
@@ -208,6 +217,19 @@ def test_a_fraction_that_the_data_has_no_use_for(model_dir, tmp_path, caplog):
     }  # fmt: skip
     assert main([f"--{name}={value}" for name, value in flags.items()]) == 2  # of `eval_scorer`, after the data
     assert "`validation_fraction` has no effect on this data" in caplog.text
+
+
+def test_what_needs_held_out_rows_where_there_are_none(model_dir, tmp_path, caplog, capsys):
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, reward_rows(4))))
+    flags = {
+        "model_name_or_path": model_dir, "dataset_name": tmp_path / "rows.jsonl", "output_dir": tmp_path / "run",
+        "use_cpu": "true", "bf16": "false", "validation_fraction": 0, "per_device_eval_batch_size": 2,
+        "show_answers": 1, "eval_scorer": "nca_align.scorers:vader",
+    }  # fmt: skip
+    assert main([f"--{name}={value}" for name, value in flags.items()]) == 2
+    (line,) = told(caplog)
+    assert line == f"{EFFECT}: `show_answers`, `per_device_eval_batch_size` (no rows are held out)."
+    assert "nothing is evaluated; it needs rows that are held out (`validation_fraction`" in capsys.readouterr().err
 
 
 # What would train nothing

@@ -29,7 +29,7 @@ def usage() -> str:
     )  # fmt: skip
 
 
-@cli_main("nca-align")
+@cli_main("nca-align", goes_on="nothing was begun")
 def main(argv: list[str] | None = None) -> int:
     """Call the command that `argv` names, and return its exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)

@@ -158,10 +158,7 @@ class NCAConfig(DPOConfig):
         self.max_prompt_length = prompt_limit(self.max_prompt_length, self.max_length)
         given = changed_options(self)
         device = choose_device(self)
-        for old in (
-            "gradient_checkpointing",
-            "gradient_checkpointing_kwargs",
-        ):
+        for old in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):
             new = old.replace("gradient", "activation")
             if getattr(self, new, self) is None:  # TRL's names, which newer transformers rename
                 setattr(self, new, getattr(self, old))

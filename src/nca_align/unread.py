@@ -29,6 +29,14 @@ def _reads_alpha(options: Any) -> bool:
     return any(map(reads_alpha, options.loss_type))
 
 
+def _reads_adam(options: Any, *others: str) -> bool:
+    """By the names that transformers' optimizers have (5.24); of GaLore's and Grok's it hands these options to none."""
+    name = str(getattr(options.optim, "value", options.optim))
+    return any(kind in name for kind in ("adamw", "radam", "ademamix", *others)) and not name.startswith(
+        ("galore", "grok")
+    )
+
+
 NO = ("none", "false", "no", "")  # texts of `resume_from_checkpoint` that ask for nothing
 # of a new adapter: option → attribute of its PEFT configuration
 LORA = {
@@ -42,10 +50,14 @@ LORA = {
     "use_rslora": "use_rslora",
     "use_dora": "use_dora",
 }
+OF_HELD_OUT = ("do_eval", "show_answers", "dataset_test_split", "per_device_eval_batch_size")
 _EVALUATION = "`eval_strategy` steps or epoch"
 # Of NCAConfig, as far as it decides alone: a script may evaluate, save or push to the Hub by itself
 CONFIG_RULES = (
-    Rule("alpha", _reads_alpha, f"`loss_type` {', '.join(sorted(READS_ALPHA))}"),
+    Rule("alpha", _reads_alpha, f"`loss_type` {', '.join(sorted(READS_ALPHA))}, or a function that reads it"),
+    Rule("beta", lambda o: o.loss_type != ["sft"], "another `loss_type` than sft alone"),
+    Rule("adam_beta1 adam_beta2", lambda o: _reads_adam(o, "lion"), "an `optim` of the Adam or Lion family"),
+    Rule("adam_epsilon", _reads_adam, "an `optim` of the Adam family"),
     Rule("num_train_epochs", lambda o: o.max_steps < 1, "`max_steps` left out"),
     Rule("warmup_steps warmup_ratio", lambda o: o.lr_scheduler_type != "constant", "another `lr_scheduler_type`"),
     Rule(
@@ -61,7 +73,7 @@ CONFIG_RULES = (
     ),
     Rule("logging_first_step", lambda o: o.logging_strategy != "no", "`logging_strategy` steps or epoch"),
     Rule("eval_steps", lambda o: o.eval_strategy == "steps", "`eval_strategy: steps`"),
-    Rule("eval_delay", lambda o: o.eval_strategy != "no", _EVALUATION),
+    Rule("eval_delay", lambda o: o.eval_strategy in ("steps", "epoch"), _EVALUATION),
     Rule("save_steps", lambda o: o.save_strategy == "steps", "`save_strategy: steps`"),
     Rule(
         "prediction_loss_only eval_accumulation_steps eval_do_concat_batches eval_use_gather_object "
@@ -80,7 +92,7 @@ TRAIN_RULES = (
         lambda o: o.load_in_4bit,
         "`load_in_4bit: true`",
     ),
-    Rule("do_eval show_answers dataset_test_split per_device_eval_batch_size", evaluates, _EVALUATION),
+    Rule(" ".join(OF_HELD_OUT), evaluates, _EVALUATION),
     Rule("answer_tokens", lambda o: o.show_answers, "`show_answers`"),
     Rule("eval_completions eval_new_tokens eval_prompts", lambda o: o.eval_scorer, "`eval_scorer`"),
     Rule(

@@ -53,6 +53,22 @@ def whole_checkpoints(output_dir: str | os.PathLike) -> dict[int, Path]:
     return dict(sorted((int(name[1]), folder) for name, folder in named if name and is_whole(folder)))
 
 
+def how_to_go_on(output_dir: str | os.PathLike) -> str | None:
+    """What the whole checkpoints in `output_dir` can be used for, in words; None where there is none."""
+    whole = list(whole_checkpoints(output_dir).values())
+    if not whole:
+        return None
+    with_state = [folder for folder in whole if not read_manifest(folder).get("model_only")]
+    if not with_state:
+        return (
+            f"{whole[-1]} holds weights alone; give another `output_dir`, with `model_name_or_path: {whole[-1]}` to "
+            "train on from them"
+        )
+    last = with_state[-1]
+    wanted = "true" if last == whole[-1] else last
+    return f"{last} is the last checkpoint: the same command with `resume_from_checkpoint: {wanted}` goes on from it"
+
+
 def last_common_checkpoint(output_dir: str | os.PathLike) -> Path | None:
     """The last checkpoint that is whole where every process looks; all processes come here together."""
     own = whole_checkpoints(output_dir)

@@ -116,5 +116,13 @@ class Console(TrainerCallback):
 
 
 def _figures(logs: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """The metrics of `_SHOWN` that a log has."""
-    return [text.format(logs[prefix + name]) for name, text in _SHOWN.items() if prefix + name in logs]
+    """The metrics of `_SHOWN` that a log has; nothing is ranked where nothing has moved."""
+    shown = {name: text for name, text in _SHOWN.items() if prefix + name in logs}
+    if not has_moved(logs, prefix):
+        shown.pop("rewards/accuracies", None)
+    return [text.format(logs[prefix + name]) for name, text in shown.items()]
+
+
+def has_moved(logs: Mapping[str, Any], prefix: str = "") -> bool:
+    """Whether the policy differs from its reference in a log; where all log-ratios are 0 every pair is a tie."""
+    return any(logs.get(f"{prefix}logratios/{name}", 1) != 0 for name in ("best", "worst"))

@@ -14,7 +14,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 
 from ..config import NCAConfig
-from ..store.checkpoints import read_manifest, whole_checkpoints
+from ..store.checkpoints import how_to_go_on
 
 # What a process exits with that was stopped after it had saved: "try again" in BSD's sysexits.h, and 128 + SIGINT.
 EXIT_CODES = {signal.SIGTERM: 75, signal.SIGINT: 130}
@@ -72,9 +72,10 @@ class StopSignals:
         try:
             yield
         finally:
-            for number, handler in before.items():
-                # Once a process has gone, torchrun sends SIGTERM to those that are on their way
-                signal.signal(number, signal.SIG_IGN if self.stopping else handler)
+            # Once a process has gone, torchrun sends SIGTERM to the others, which are on their way
+            leaving = self.stopping and PartialState().num_processes > 1
+            for number, handler in before.items():  # None: not from Python
+                signal.signal(number, signal.SIG_IGN if leaving else handler or signal.SIG_DFL)
 
 
 def follow_launcher() -> None:
@@ -97,11 +98,6 @@ def what_is_left(args: NCAConfig, began: float) -> str:
     state = folder / "trainer_state.json"  # is written after the model
     if state.exists() and state.stat().st_mtime >= began:
         return f"the trained model is in {folder}"
-    whole = [own for own in whole_checkpoints(folder).values() if not read_manifest(own).get("model_only")]
-    left = f"{folder} holds no checkpoint to go on from, and the same command begins anew"
-    if whole:
-        left = (
-            f"{whole[-1]} is the last checkpoint: the same command with `resume_from_checkpoint: true` goes on from it"
-        )
+    left = how_to_go_on(folder) or f"{folder} holds no checkpoint to go on from, and the same command begins anew"
     kept = "; finished shards of the reference log-probabilities stay" if args.precompute_ref_log_probs else ""
     return left + kept

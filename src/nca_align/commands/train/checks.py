@@ -10,10 +10,10 @@ from trl import ModelConfig, ScriptArguments
 from ...config import NCAConfig, changed_options
 from ...data import RewardData
 from ...data.splits import find_split
-from ...errors import UserError, notify_once
+from ...errors import UserError, notify, notify_once
 from ...models.loading import adapter_config, is_adapter
-from ...store.checkpoints import last_common_checkpoint
-from ...unread import CONFIG_RULES, LORA, TRAIN_RULES, evaluates, sentence, unread
+from ...store.checkpoints import how_to_go_on, last_common_checkpoint
+from ...unread import CONFIG_RULES, LORA, OF_HELD_OUT, TRAIN_RULES, evaluates, sentence, unread
 from .options import RunOptions
 
 logger = logging.getLogger("nca_align")
@@ -102,6 +102,25 @@ def evaluates_held_out(args: NCAConfig, data: RewardData, split: str) -> bool:
     """Whether held-out prompts are evaluated: where nothing was said of it, if there are any."""
     if args.eval_strategy is not None or args.eval_on_start:
         return evaluates(args)
+    return _is_held_out(data, split)
+
+
+def how_to_evaluate(data: RewardData, split: str) -> str:
+    """What would have held-out prompts evaluated, in words."""
+    if _is_held_out(data, split):
+        return "`eval_strategy: epoch`"
+    return "rows that are held out (`validation_fraction`, or a test split in the data)"
+
+
+def name_unevaluated(given: set[str], *options: Any) -> None:
+    """A line on the given options of evaluations, where nothing was said of these and no rows are held out."""
+    values = {name: value for own in options for name, value in vars(own).items()}
+    names = [name for name in OF_HELD_OUT if name in given and values[name]]
+    if names:
+        notify(f"Without effect in this run: {', '.join(f'`{name}`' for name in names)} (no rows are held out).")
+
+
+def _is_held_out(data: RewardData, split: str) -> bool:
     try:
         find_split(data.dataset, split)
     except UserError:
@@ -121,8 +140,8 @@ def checkpoint_to_go_on_from(args: NCAConfig) -> str | bool | None:
     if wanted in ("none", "false", "no", ""):
         if last is not None:
             raise UserError(
-                f"`output_dir` {args.output_dir} holds checkpoints of an earlier run ({last.name}); set "
-                "`resume_from_checkpoint: true` to go on from it, or choose another folder"
+                f"`output_dir` {args.output_dir} holds checkpoints of an earlier run ({last.name}); "
+                f"{how_to_go_on(str(args.output_dir))}, and a run in another folder begins anew"
             )
         return None
     if wanted in ("true", "yes"):

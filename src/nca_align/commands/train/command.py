@@ -26,10 +26,16 @@ from ...progress import LineHandler
 from ...store.checkpoints import explain_write_errors
 from ...training.stopping import StopSignals, follow_launcher, what_is_left
 from .after_run import after_run
-from .checks import check_options, checkpoint_to_go_on_from, evaluates_held_out, name_unread
+from .checks import (
+    check_options,
+    checkpoint_to_go_on_from,
+    evaluates_held_out,
+    how_to_evaluate,
+    name_unevaluated,
+    name_unread,
+)
 from .curves import plot_curves, run_title
-from .first_options import FIRST_OPTIONS
-from .options import REQUIRED, TRAIN_OPTIONS, RunOptions
+from .options import FIRST_OPTIONS, REQUIRED, TRAIN_OPTIONS, RunOptions
 from .summary import summary
 
 logger = logging.getLogger("nca_align")
@@ -79,10 +85,11 @@ def _train(
     if "validation_fraction" in given and data_options.validation_fraction and data.validation_indices is None:
         notify("`validation_fraction` has no effect on this data: it has a held-out split, or is a stream.")
     evaluated = evaluates_held_out(args, data, script.dataset_test_split)
-    if run.show_answers and not evaluated and args.eval_strategy is None:
-        notify(f"`show_answers` is {run.show_answers}, but no rows are held out: no answers are shown.")
+    if not evaluated and args.eval_strategy is None:
+        name_unevaluated(given, script, run, args)
+    to_evaluate = how_to_evaluate(data, script.dataset_test_split)
     if run.eval_scorer and not evaluated:
-        raise UserError("`eval_scorer` is set, but nothing is evaluated: set `eval_strategy` to steps or epoch")
+        raise UserError(f"`eval_scorer` is set, but nothing is evaluated; it needs {to_evaluate}")
     train_dataset = select_split(data.dataset, script.dataset_train_split)
     eval_dataset = select_split(data.dataset, script.dataset_test_split) if evaluated else None
 
@@ -122,11 +129,9 @@ def _train(
         raise KeyboardInterrupt
     after = _answers(trainer, tokenizer, shown, run.answer_tokens)
     if trainer.is_world_process_zero():
-        log, answers = (
-            trainer.state.log_history,
-            list(zip([row["prompt"] for row in shown], before, after, strict=True)),
-        )
-        print(summary(log, answers, _kept_step(trainer)))
+        log = trainer.state.log_history
+        answers = list(zip([row["prompt"] for row in shown], before, after, strict=True))
+        print(summary(log, answers, _kept_step(trainer), to_evaluate))
         where = [f"The {'adapter' if hasattr(trainer.model, 'peft_config') else 'model'} is in {args.output_dir}"]
         title = run_title(model_args.model_name_or_path, args, log)
         if (figure := plot_curves(log, output_dir / "curves.png", title)) is not None:

@@ -6,12 +6,18 @@ from typing import Any
 
 from ...evaluation.intervals import Estimate, Interval
 from ...evaluation.training_log import Log, last_evaluation
+from ...training.console import has_moved
 
 _MARGIN = "  ± is a 95% interval over the prompts. It is one run: another seed may end elsewhere."
 _Line = Mapping[str, Any]
 
 
-def summary(log: Log, answers: list[tuple[Any, str, str]], kept_step: int | None = None) -> str:
+def summary(
+    log: Log,
+    answers: list[tuple[Any, str, str]],
+    kept_step: int | None = None,
+    to_evaluate: str = "`eval_strategy: epoch`",
+) -> str:
     """The verdict in words: own answers before and after, their length, the best completion, the ranking.
 
     "Before" are the reference's answers, which each evaluation has beside the policy's. So a run that was resumed has
@@ -21,6 +27,7 @@ def summary(log: Log, answers: list[tuple[Any, str, str]], kept_step: int | None
         log: a trainer's `log_history`.
         answers: prompt, answer before, answer after.
         kept_step: the step whose model is kept; None for the last one.
+        to_evaluate: what would have had held-out prompts evaluated, in words.
     """
     evaluated = last_evaluation(log, kept_step)
     if evaluated is not None and evaluated["step"] == 0:  # by `eval_on_start` alone: there nothing has moved
@@ -30,8 +37,10 @@ def summary(log: Log, answers: list[tuple[Any, str, str]], kept_step: int | None
         return "Nothing was logged; lower `logging_steps` to see what moves."
     where, prefix = ("held-out prompts", "eval_") if evaluated else ("training prompts", "")
     text = [f"What moved, on {where}, from step 0 to {last['step']}:"]
-    text += [f"  {line}" for line in (*_own_answers(log, evaluated), _best_completion(evaluated, trained or {}))]
-    if f"{prefix}rewards/accuracies" in last:
+    text += [
+        f"  {line}" for line in (*_own_answers(log, evaluated, to_evaluate), _best_completion(evaluated, trained or {}))
+    ]
+    if f"{prefix}rewards/accuracies" in last and has_moved(last, prefix):
         share = _estimate(last, f"{prefix}rewards/accuracies").interval(_prompts(last)).text(".0%").replace("%", "")
         text.append(f"  Pairs that it orders as their rewards do: {share} %. Chance is 50 %.")
     if any("±" in line for line in text):
@@ -42,13 +51,14 @@ def summary(log: Log, answers: list[tuple[Any, str, str]], kept_step: int | None
     return "\n".join(text)
 
 
-def _own_answers(log: Log, evaluated: _Line | None) -> list[str]:
+def _own_answers(log: Log, evaluated: _Line | None, to_evaluate: str) -> list[str]:
     """Whether the answers got better, and whether their length explains it."""
     name = "eval_generation/gain"
     line = next((line for line in log if evaluated and name in line and line["step"] == evaluated["step"]), None)
     if line is None:
-        how = "`eval_scorer`" if evaluated else "`eval_scorer` with `eval_strategy: epoch`"
-        return [f"Whether its own answers got better was not measured: {how} does that, see `nca-align train --help`."]
+        how = "`eval_scorer`" if evaluated else f"`eval_scorer` with {to_evaluate}"
+        see = "see `nca-align train --help eval_scorer`"
+        return [f"Whether its own answers got better was not measured: {how} does that, {see}."]
 
     def of(metric: str) -> Interval:
         return _estimate(line, f"eval_generation/{metric}").interval(int(line["eval_generation/prompts"]))
