@@ -90,8 +90,8 @@ def tensors_fingerprint(model: Any, counts: Callable[[str], bool], about: Any = 
     return digest.hexdigest()
 
 
-def _tensor_bytes(tensor: Any) -> np.ndarray:
-    """A tensor's content as (N,) bytes, on the CPU."""
+def _tensor_bytes(tensor: Any) -> Any:
+    """A tensor's content as an array of bytes, (N,), on the CPU."""
     return tensor.detach().cpu().contiguous().reshape(-1).view(sys.modules["torch"].uint8).numpy()
 
 
