@@ -84,6 +84,15 @@ def test_what_a_user_says_of_evaluations_stays(said, evaluated, tmp_path):
     assert logged_steps(nca, "eval_loss") == evaluated
 
 
+@pytest.mark.parametrize("own", [{}, {"logging_strategy": "epoch"}])
+def test_evaluations_by_steps_are_at_each_step_that_is_logged(own, tmp_path):
+    """`eval_steps` "defaults to `logging_steps`": TRL's 10 left a run of nine steps its end alone."""
+    nca = trainer(tmp_path, eval_rows=reward_rows(1, seed=5), max_steps=9, eval_strategy="steps", **UNSAID, **own)
+    nca.train()
+    assert logged_steps(nca, "eval_loss") == list(range(1, 10))
+    assert own or logged_steps(nca) == list(range(1, 10))
+
+
 def test_no_logging_is_obeyed(tmp_path):
     nca = trainer(tmp_path, logging_strategy="no", logging_steps=None)
     nca.train()
@@ -102,8 +111,12 @@ def test_what_nothing_was_said_of_is_known_also_of_a_plain_dpo_config():
         assert (config.logging_steps, config.eval_strategy) == (None, None)
     said = NCAConfig.of(DPOConfig("x", logging_steps=3, eval_strategy="epoch", **own), "model")
     assert (said.logging_steps, said.eval_strategy) == (3, "epoch")
-    # transformers' interval of evaluations stays that of TRL's log lines
-    assert NCAConfig("x", eval_strategy="steps", **own).eval_steps == 10
+    # transformers' interval of evaluations is that of the log lines
+    assert NCAConfig("x", eval_strategy="steps", **own).eval_steps is None
+    assert NCAConfig("x", eval_strategy="steps", logging_steps=5, **own).eval_steps == 5
+    # where saves have to be multiples of it, it is known from the start
+    best = {"load_best_model_at_end": True, "save_strategy": "steps", "save_steps": 20}
+    assert NCAConfig("x", eval_strategy="steps", **best, **own).eval_steps == 10
 
 
 def test_one_config_makes_several_trainers(tmp_path):

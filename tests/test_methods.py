@@ -14,16 +14,17 @@ from conftest import CHAT_TEMPLATE, build_model, build_tokenizer, reward_rows
 from nca_align import NCAConfig
 from nca_align.commands.compare import methods
 from nca_align.commands.compare.methods import METHODS, build_trainer, check_method
-from nca_align.errors import UserError
+from nca_align.errors import UserError, notify_once
 
 BETA = 0.1
 
 
 def options(tmp_path, **more) -> NCAConfig:
     return NCAConfig(
-        output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to=[], disable_tqdm=True, logging_steps=1,
-        gradient_checkpointing=False, num_train_epochs=1, learning_rate=1e-3, beta=BETA, max_length=None,
-        save_strategy="no", warmup_steps=0, **({"alpha": 0.3, "per_device_train_batch_size": 2} | more),
+        output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to=[], disable_tqdm=True,
+        gradient_checkpointing=False, learning_rate=1e-3, beta=BETA, max_length=None, save_strategy="no",
+        warmup_steps=0,
+        **({"alpha": 0.3, "per_device_train_batch_size": 2, "num_train_epochs": 1, "logging_steps": 1} | more),
     )  # fmt: skip
 
 
@@ -59,6 +60,16 @@ def test_a_batch_holds_rows_in_proportion_to_those_of_a_prompt(method, strategy,
     assert trainer.args.per_device_train_batch_size == rows
     assert trainer.args.gradient_accumulation_steps == times
     assert trainer.args.max_steps == 3
+
+
+@pytest.mark.parametrize("logs", [{"logging_steps": 2}, {"logging_strategy": "no", "logging_steps": None}])
+def test_what_a_comparison_decides_is_not_told_as_a_users_word(logs, tokenizer, tmp_path, caplog):
+    """It gives `max_steps` for the epochs, and NCAConfig names options of its user that are not read."""
+    notify_once.cache_clear()
+    trainer = trainer_of("nca", tokenizer, tmp_path, num_train_epochs=2, **logs)
+    assert trainer.args.max_steps == 6
+    assert trainer.args.logging_steps == logs["logging_steps"]
+    assert not [line for line in caplog.messages if "Without effect" in line]
 
 
 @pytest.mark.parametrize("share", [0.6, 1.0, 1.02, 2.1, 5.1, 5.8])

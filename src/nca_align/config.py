@@ -31,8 +31,8 @@ _IGNORED = {
     "padding_free": "`layout: prefix_shared` is the layout without padding",
     "truncation_mode": "the end of a prompt and the beginning of a completion are kept; see `max_prompt_length`",
 }
-# Options that are None where nothing was said
-_SETTLED_LATER = ("logging_steps", "eval_strategy")
+# Options that are None where nothing was said, until `training/log_schedule.py` knows the steps
+_BY_LENGTH = ("logging_steps", "eval_strategy")
 
 
 @dataclass
@@ -104,7 +104,10 @@ class NCAConfig(DPOConfig):
         "Check log-probabilities against the model's own logits, and the policy against its reference.", True
     )
     resume_changed: list[str] = option("What may differ from the checkpoint that the run goes on from, by name.", [])
-    # None tells "nothing said" from false; DPOConfig's `bf16` is None already
+    # None tells "nothing said" from false
+    bf16: bool | None = option(  # type: ignore[assignment]
+        "bfloat16 mixed precision. By default where the device computes in it.", None
+    )
     use_cpu: bool | None = option("Train on the CPU. By default where there is no accelerator.", None)  # type: ignore[assignment]
     logging_steps: float | None = option(  # type: ignore[assignment]
         "Steps between two log lines; below 1 a share of all. By default 10, or less for at least ten lines.", None
@@ -162,12 +165,15 @@ class NCAConfig(DPOConfig):
             new = old.replace("gradient", "activation")
             if getattr(self, new, self) is None:  # TRL's names, which newer transformers rename
                 setattr(self, new, getattr(self, old))
-        # transformers takes no None for these; `training/log_schedule.py` settles them once the steps are known
-        unsaid = [name for name in _SETTLED_LATER if getattr(self, name) is None]
+        # transformers takes no None for these
+        unsaid = [name for name in _BY_LENGTH if getattr(self, name) is None]
+        # the placeholder would become `eval_steps` too; with `load_best_model_at_end` they have to divide `save_steps`
+        follows = self.eval_strategy == "steps" and self.eval_steps is None and not self.load_best_model_at_end
+        placeholders = [*unsaid, "eval_steps"] if follows and "logging_steps" in unsaid else unsaid
         for name in unsaid:
             setattr(self, name, _default(DPOConfig.__dataclass_fields__[name]))
         super().__post_init__()
-        for name in unsaid:
+        for name in placeholders:
             setattr(self, name, None)
         # from here on, since what says it looks at the processes, which transformers sets up
         notices = [device, sentence(unread(self, given, CONFIG_RULES))]
@@ -200,7 +206,7 @@ class NCAConfig(DPOConfig):
         if not isinstance(args, DPOConfig):
             raise UserTypeError(f"`args` is a {type(args).__name__}, but must be an NCAConfig or a DPOConfig.")
         values: dict[str, Any] = {f.name: getattr(args, f.name) for f in fields(DPOConfig) if f.init}
-        for name in _SETTLED_LATER:  # a default and a user's own word look the same there
+        for name in _BY_LENGTH:  # a default and a user's own word look the same there
             values[name] = None if values[name] == _default(DPOConfig.__dataclass_fields__[name]) else values[name]
         weights: dict[str, float] = {}  # several of DPOTrainer's losses may become one
         for name, weight in zip(args.loss_type, args.loss_weights or [1.0] * len(args.loss_type), strict=True):

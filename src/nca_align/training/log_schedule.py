@@ -12,7 +12,7 @@ def logging_interval(max_steps: int) -> int:
 
 
 class LogSchedule(TrainerCallback):
-    """Settles `logging_steps` and `eval_strategy` that are None, and logs a run's last step whatever they are.
+    """Gives a run what is None of `logging_steps`, `eval_steps` and `eval_strategy`, and logs its last step.
 
     Args:
         trainer: whose `eval_dataset` is evaluated at the end of a run without an `eval_strategy`, if it has one.
@@ -24,6 +24,8 @@ class LogSchedule(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         if args.logging_steps is None:
             state.logging_steps = logging_interval(state.max_steps)
+        if args.eval_steps is None and args.eval_strategy == "steps":
+            state.eval_steps = state.logging_steps
 
     def on_epoch_end(self, args, state, control, **kwargs):
         """Also of an epoch that the end of training cuts; a step that is logged already is not logged again."""

@@ -82,6 +82,7 @@ def build_trainer(
     trainer: Any  # its class, that of its arguments, and those of its own
     config: Any
     own: dict[str, Any]
+    logs: dict[str, Any]
     if name in _DPO_LOSSES:
         rows = to_preference_pairs(train_dataset, strategy, args.seed)
         trainer, config, own = DPOTrainer, DPOConfig, {"loss_type": [_DPO_LOSSES[name]], "loss_weights": None}
@@ -93,11 +94,9 @@ def build_trainer(
         rows = select_completions(train_dataset, strategy, args.seed)
         trainer, config, own = NCATrainer, NCAConfig, {"loss_type": [name], "loss_weights": None}
     steps = _same_steps(args, len(train_dataset), len(rows), whole=name == "kto")
-    # TRL's configs take no None
-    logs = {
-        "logging_steps": args.logging_steps or logging_interval(steps["max_steps"]),
-        "eval_strategy": args.eval_strategy or "no",
-    }
+    logs = {"eval_strategy": args.eval_strategy or "no"}
+    if config is not NCAConfig and args.logging_steps is None:  # which TRL's configs don't take
+        logs["logging_steps"] = logging_interval(steps["max_steps"])
     own_args = _shared(config, args, **steps, **logs, **own)
     return trainer(model=model, args=own_args, train_dataset=rows, processing_class=tokenizer, **arguments)
 
@@ -113,8 +112,8 @@ def _require_whole_turns(dataset: Dataset, method: str) -> None:
             )
 
 
-def _same_steps(args: NCAConfig, prompts: int, rows: int, whole: bool) -> dict[str, int]:
-    """As many steps as there are of batches of prompts, and a batch's rows in proportion.
+def _same_steps(args: NCAConfig, prompts: int, rows: int, whole: bool) -> dict[str, Any]:
+    """As many steps as there are of batches of prompts, in the place of epochs, and a batch's rows in proportion.
 
     More rows are accumulated, so that they need no more memory; `whole` leaves them one batch, over which KTO's
     estimate of the KL goes.
@@ -124,7 +123,10 @@ def _same_steps(args: NCAConfig, prompts: int, rows: int, whole: bool) -> dict[s
     times, share = args.gradient_accumulation_steps, rows / prompts
     accumulated = times if whole else max(1, round(times * share))
     per_device = max(1, round(args.per_device_train_batch_size * times * share / accumulated))
-    return {"max_steps": steps, "per_device_train_batch_size": per_device, "gradient_accumulation_steps": accumulated}
+    return {
+        "max_steps": steps, "num_train_epochs": NCAConfig.num_train_epochs,
+        "per_device_train_batch_size": per_device, "gradient_accumulation_steps": accumulated,
+    }  # fmt: skip
 
 
 def _shared(kind: type, args: NCAConfig, **changes: Any) -> Any:
