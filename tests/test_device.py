@@ -34,6 +34,7 @@ def on(monkeypatch):
         monkeypatch.setattr(device, "has_accelerator", lambda: accelerator)
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": bfloat16, "amx_bf16": False})
         monkeypatch.setattr(device, "is_torch_bf16_gpu_available", lambda: bfloat16)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         for name in ("ACCELERATE_USE_CPU", "ACCELERATE_MIXED_PRECISION"):
             monkeypatch.delenv(name, raising=False)
 
@@ -51,6 +52,8 @@ def fields_of(**given) -> SimpleNamespace:
         (False, False, {}, True, False, f"{NONE_FOUND}, without mixed precision (`bf16: false`)."),
         (False, True, {"bf16": False}, True, False, f"{NONE_FOUND}, without mixed precision (`bf16: false`)."),
         (False, False, {"use_cpu": True, "bf16": True}, True, True, None),
+        (False, True, {"bf16": True}, True, True, f"{NONE_FOUND}, in bfloat16 mixed precision (`bf16: true`)."),
+        (False, True, {"bf16_full_eval": True}, True, True, f"{NONE_FOUND}, in bfloat16"),
         (True, True, {}, False, True, None),
         (True, False, {}, False, False, "This accelerator doesn't compute in bfloat16"),
         (True, False, {"bf16": True}, False, True, None),  # transformers looks at that
@@ -78,9 +81,23 @@ def test_what_was_not_said_is_chosen_and_told(on, accelerator, bfloat16, given, 
     ],
 )
 def test_what_was_said_is_never_changed_in_silence(on, given, message):
-    on(accelerator=False, bfloat16=True)
+    on(accelerator=False, bfloat16=False)
     with pytest.raises(UserError, match=message):
         device.choose_device(fields_of(**given))
+
+
+@pytest.mark.parametrize(("capability", "expected"), [(7, False), (8, True)])  # a T4 and an A100
+def test_a_card_that_emulates_bfloat16_is_not_asked_for_it(capability, expected, monkeypatch):
+    """transformers calls it available there, and it is slower than float32."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *index: SimpleNamespace(major=capability))
+    monkeypatch.setattr("torch.cuda._check_bf16_tensor_supported", lambda device: True)
+    assert torch.cuda.is_bf16_supported()
+    assert device.computes_bfloat16(on_cpu=False) is expected
+    assert device.computes_bfloat16(on_cpu=True) is bool(
+        torch.cpu.get_capabilities().get("avx512_bf16") or torch.cpu.get_capabilities().get("amx_bf16")
+    )
 
 
 def test_a_launchers_words_count(on, monkeypatch):

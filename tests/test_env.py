@@ -6,8 +6,10 @@ from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
 import torch
 
+from nca_align import NCAConfig
 from nca_align.commands import env
 from nca_align.commands.env import main
 
@@ -65,6 +67,16 @@ def test_a_card(monkeypatch):
     assert "a call a segment" in env.attention()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
     assert env.attention().startswith("one `torch.nn.attention.varlen` call")
+
+
+@pytest.mark.parametrize("bfloat16", [True, False])
+def test_bfloat16_is_where_a_training_chooses_it(bfloat16, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": bfloat16, "amx_bf16": False})
+    monkeypatch.setattr("nca_align.device.has_accelerator", lambda: False)
+    monkeypatch.setattr(env, "has_accelerator", lambda: False)
+    expected = f"on the accelerator: none; on the CPU: {'yes' if bfloat16 else 'no'}"
+    assert said(capsys)["bf16"] == expected
+    assert NCAConfig("x").bf16 is bfloat16
 
 
 def test_extras_are_those_of_the_package_and_say_what_is_missing(monkeypatch):

@@ -29,10 +29,11 @@ def choose_device(args: Any) -> str | None:
         )
     args.use_cpu = not accelerated or _launched_on_cpu() if given is None else given
     for name in ("bf16", "bf16_full_eval"):
-        if getattr(args, name) and args.use_cpu and given is None and not _launched_on_cpu():
+        on_cpu = args.use_cpu and given is None and not _launched_on_cpu()
+        if getattr(args, name) and on_cpu and not computes_bfloat16(on_cpu=True):
             raise UserError(
-                f"`{name}` is True, but this machine has no accelerator that PyTorch finds; leave it out, or add "
-                "`use_cpu: true` to compute in bfloat16 on the CPU."
+                f"`{name}` is True, but this machine has no accelerator that PyTorch finds, and its CPU doesn't "
+                "compute in bfloat16; leave it out, or add `use_cpu: true` to have the CPU emulate it."
             )
     if args.fp16 and args.use_cpu:
         raise UserError(
@@ -62,6 +63,8 @@ def computes_bfloat16(on_cpu: bool) -> bool:
     if on_cpu:
         flags = torch.cpu.get_capabilities()
         return bool(flags.get("avx512_bf16") or flags.get("amx_bf16"))  # others convert to float32 and back
+    if torch.cuda.is_available():  # older cards emulate it, which is slower
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     return is_torch_bf16_gpu_available() or is_torch_xla_available()
 
 

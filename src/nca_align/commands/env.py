@@ -13,6 +13,7 @@ import torch
 import yaml
 from packaging.requirements import Requirement
 
+from ..device import computes_bfloat16, has_accelerator
 from ..errors import UserError, cli_main
 from ..store.provenance import LIBRARIES, commit, versions
 
@@ -23,7 +24,6 @@ EXTRAS = {
     "lm-eval": "`nca-align evaluate --lm_eval`",
     "serving": "`transformers serve`, to talk to a model",
 }
-_BF16_FLAGS = {"AVX512-BF16": "avx512_bf16", "AMX": "amx_bf16"}
 _ALSO = ("bitsandbytes", "flash-attn", "kernels", "liger-kernel", "deepspeed", "wandb", "trackio", "tensorboard")
 # of accelerate's file; its addresses and paths are left out
 _LAUNCH_KEYS = (
@@ -47,7 +47,7 @@ def environment() -> dict[str, str]:
         "not installed": ", ".join(name for name in (*LIBRARIES, *_ALSO) if name not in found) or "nothing",
         "accelerator": accelerator(),
         "cpu": cpu(),
-        "bf16": f"on the GPU: {_gpu_bf16()}; on the CPU: {_cpu_bf16()}",
+        "bf16": bf16(),
         "tf32": _tf32(),
         "attention of a packed row": attention(),
         "launch": launch(),
@@ -89,6 +89,13 @@ def cpu() -> str:
     return f"{name or platform.processor()}, {os.cpu_count()} threads, {_capability()}"
 
 
+def bf16() -> str:
+    """Where a training chooses bfloat16 mixed precision by itself."""
+    on_accelerator = ("yes" if computes_bfloat16(on_cpu=False) else "no") if has_accelerator() else "none"
+    on_cpu = "yes" if computes_bfloat16(on_cpu=True) else "no"
+    return f"on the accelerator: {on_accelerator}; on the CPU: {on_cpu}"
+
+
 def _cpu_info(key: str) -> str:
     """What Linux says of the first processor."""
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
@@ -97,17 +104,6 @@ def _cpu_info(key: str) -> str:
 
 def _capability() -> str:
     return torch.backends.cpu.get_cpu_capability()
-
-
-def _gpu_bf16() -> str:
-    if not torch.cuda.is_available():
-        return "no GPU"
-    return "yes" if torch.cuda.is_bf16_supported(including_emulation=False) else "emulated"
-
-
-def _cpu_bf16() -> str:
-    flags = set(_cpu_info("flags").split())  # of Linux on x86
-    return ", ".join(kind for kind, flag in _BF16_FLAGS.items() if flag in flags) or "no instructions for it known"
 
 
 def _tf32() -> str:
