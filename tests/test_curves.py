@@ -22,6 +22,18 @@ def ranked(step: int, prefix: str, k: int, noise: random.Random) -> dict:
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(("name", "parts"), [("order", "β 0.1"), ("reads", "α 0.3, β 0.1")])
+def test_a_loss_of_ones_own_has_its_short_name_and_alpha_if_it_reads_it(name, parts, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "title_losses.py").write_text(
+        "def order(pi_logps, ref_logps, rewards, alpha, beta, mask):\n"
+        "    return -(rewards * (pi_logps - ref_logps) * mask).sum(1)\n\n"
+        "def reads(*tensors_and_numbers):\n    return order(*tensors_and_numbers) / tensors_and_numbers[3]\n"
+    )
+    args = NCAConfig("x", loss_type=f"title_losses:{name}", alpha=0.3, beta=0.1, use_cpu=True, bf16=False)
+    assert run_title("a/model", args, []) == f"model: {name}, {parts}"
+
+
 def run_log(steps=96, k=4, every=8, evaluations=(), answers=False, prefix="eval_") -> list[dict]:
     noise = random.Random(k)
     log = [ranked(step, "", k, noise) for step in range(every, steps + 1, every)]

@@ -6,7 +6,8 @@ from typing import Any
 
 from ...config import NCAConfig
 from ...evaluation.training_log import Curve, Log, by_rank, error_bars, logged, prefixes, rank_name
-from ...losses import READS_ALPHA
+from ...functions import short_name
+from ...losses import reads_alpha
 
 _MOST_POINTS = 60  # of a training curve
 _CHANCE = 0.5  # of ordering a pair right
@@ -71,10 +72,8 @@ def draw_curves(log: Log, title: str = "") -> Any:
 
 def run_title(model: Any, args: NCAConfig, log: Log) -> str:
     """Model, loss and K in one line: `smollm2-135m-instruct: nca, α 0.3, β 0.1, K ≤ 6`."""
-    kinds = args.loss_type if isinstance(args.loss_type, list) else [args.loss_type]
-    names = [kind if isinstance(kind, str) else getattr(kind, "__name__", "a loss of your own") for kind in kinds]
-    parts = [" + ".join(names)]
-    if not READS_ALPHA.isdisjoint(names):
+    parts = [" + ".join(map(short_name, args.loss_type))]
+    if any(map(reads_alpha, args.loss_type)):
         parts.append(f"α {args.alpha:g}")
     parts.append(f"β {args.beta:g}")
     ranks = max((len(by_rank(log, "logratios", prefix)) for prefix in prefixes(log)), default=0)
