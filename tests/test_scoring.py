@@ -280,7 +280,9 @@ class TestSeveral:
         assert summary({"rewards": [[3.0]]}, 0).startswith("rewards: mean 3\nnot scored")
 
     def test_an_error_only_where_every_scorer_skips(self, functions, options):
-        with pytest.raises(UserError, match=r"row \d+: every scorer skipped completion \d+ \(None\).* more \(rows"):
+        with pytest.raises(
+            UserError, match=r"row \d+ \(and \d+ more: .*\): every scorer skipped completion \d+ \(None\)"
+        ):
             score(options("my_rewards:skips_short"))
 
     def test_names_of_columns(self):
@@ -366,7 +368,9 @@ class TestRewardModel:
             score(options("org/none", dataset_name="./nowhere.jsonl"))
 
     def test_rewards_that_training_cannot_hold(self, functions, options):
-        with pytest.raises(UserError, match=r"row 0: a reward is ±1e\+302; it must lie within ±1e\+30"):
+        with pytest.raises(
+            UserError, match=r"row 0 \(and 9 more: 1, .*\): a reward is ±1e\+302; it must lie within ±1e\+30"
+        ):
             score(options("nca_align.scorers:vader", "my_rewards:huge", scorer_weights=[1.0, 1e2]))
 
 
@@ -414,7 +418,7 @@ class TestFailures:
     def test_a_function_that_raises_on_one_row(self, functions, options):
         score(options("my_rewards:picky", output="whole.jsonl"))
         my_rewards().broken.update(text_of(ROWS[i]["completions"][0]) for i in (4, 8))
-        message = r"row 4: `score_picky` raised KeyError: .* and 1 more \(rows 8\); the other 8 rows are done and kept"
+        message = r"row 4 \(and 1 more: 8\): `score_picky` raised KeyError: .*; the other 8 rows are done and kept"
         with pytest.raises(UserError, match=message):
             score(options("my_rewards:picky"))
         my_rewards().calls.clear()

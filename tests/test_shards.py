@@ -121,7 +121,7 @@ def test_finished_work_loads_nothing(output):
 
 
 def test_failed_rows_stop_the_run_once_the_others_are_kept(output, tmp_path):
-    with pytest.raises(UserError, match=r"row 1: broken and 1 more \(rows 7\); the other 8 rows are done and kept in "):
+    with pytest.raises(UserError, match=r"row 1 \(and 1 more: 7\): broken; the other 8 rows are done and kept in "):
         run(output, failing=(1, 7))
     assert not output.exists()
     run(output)  # mended

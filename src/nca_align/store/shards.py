@@ -158,9 +158,9 @@ def _counts(shards: list[Path], drop_failed: bool, rows: int, path: Path) -> dic
     failed = {int(row): why for about in abouts for row, why in about["failed"].items()}
     if failed and not drop_failed:
         row, why = next(iter(failed.items()))
-        more = f" and {len(failed) - 1} more (rows {first_few(list(failed)[1:])})" if len(failed) > 1 else ""
+        more = f" (and {len(failed) - 1} more: {first_few(list(failed)[1:])})" if len(failed) > 1 else ""
         raise UserError(
-            f"row {row}: {why}{more}; the other {rows - len(failed)} rows are done and kept in {shards[0].parent}: "
+            f"row {row}{more}: {why}; the other {rows - len(failed)} rows are done and kept in {shards[0].parent}: "
             "mend it and run the same command again, or add `--on_error drop` to leave such rows out"
         )
     counts = Counter(failed=len(failed))
