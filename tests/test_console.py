@@ -43,7 +43,7 @@ def test_a_log_is_one_line_and_trackers_get_all_of_it(tmp_path, capsys):
     first = next(line for line in nca.state.log_history if "loss" in line)
     assert len(lines) == 4
     for part in (
-        "step 1/3", f"loss {first['loss']:.4g}", f"ranking accuracy {first['rewards/accuracies']:.0%}",
+        "step 1/3", f"loss {first['loss']:.4f}", f"ranking accuracy {first['rewards/accuracies']:.0%}",
         f"log-ratio best {first['logratios/best']:+.2f}", f"worst {first['logratios/worst']:+.2f}", "tokens/s", "left",
     ):  # fmt: skip
         assert part in lines[0]
@@ -77,7 +77,13 @@ def test_several_evaluation_sets_generation_and_a_users_own_log_are_told(tmp_pat
     console, nca = Console(), trainer(tmp_path)
     nca.state.max_steps, nca.state.global_step = 100, 7
     lines = console._lines(nca.state, {"eval_a_loss": 1.0, "eval_a_logratios/best": 0.5, "eval_a_loss/nca": 1.0})
-    assert lines == ["step   7/100  a:  loss 1  log-ratio best +0.50"]
+    assert lines == ["step   7/100  a:  loss 1.0000  log-ratio best +0.50"]
+    # a mixture of experts has a loss beside
+    lines = console._lines(nca.state, {"eval_loss": 1.0, "eval_aux_loss": 2.0, "eval_logratios/best": 0.5})
+    assert lines == ["step   7/100  held-out:  loss 1.0000  log-ratio best +0.50"]
+    # at β = 0.01 a whole run moves the loss in its fourth digit after the point
+    shown = [console._lines(nca.state, {"eval_loss": loss, "eval_logratios/best": 0.0}) for loss in (1.3863, 1.3861)]
+    assert shown[0] != shown[1]
     lines = console._lines(nca.state, {"eval_generation/reward": 0.25, "eval_generation/win_rate": 0.625})
     assert lines == ["step   7/100  held-out:  own answers' reward +0.250  win rate 62%"]
     assert console._lines(nca.state, {"mine": 0.123456, "name": "x"}) == ["step   7/100  mine 0.1235  name x"]

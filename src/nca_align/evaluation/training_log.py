@@ -1,10 +1,11 @@
 """What a run logged: metrics over steps, by rank, and whose prompts they are of."""
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from itertools import count, takewhile
 from typing import Any
+
+from ..training import metrics
 
 Log = Sequence[Mapping[str, Any]]  # a trainer's `log_history`
 Curve = tuple[list[float], list[float]]  # steps and values
@@ -43,8 +44,5 @@ def last_evaluation(log: Log, step: int | None = None) -> Mapping[str, Any] | No
 
 
 def prefixes(log: Log) -> dict[str, str]:
-    """Prefix of a log's metrics → whose they are: "" training's, `eval_` held-out prompts', `eval_test_` the test's."""
-    pattern = re.compile(r"(|eval_.*?)(?:logratios/best|generation/reward)")
-    found = {match[1] for line in log for key in line if (match := pattern.fullmatch(key))}
-    names = {"": "training", "eval_": "held-out"}
-    return {prefix: names.get(prefix, prefix[5:-1]) for prefix in sorted(found)}
+    """Prefix of a log's metrics → whose they are; see `training.metrics.prefixes`."""
+    return metrics.prefixes(name for line in log for name in line)

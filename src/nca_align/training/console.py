@@ -1,6 +1,5 @@
 """What a run shows on the console: a bar where there is a terminal, and one line for each log."""
 
-import re
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -11,12 +10,11 @@ from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 
 from .. import progress
 from .log_schedule import LogSchedule
+from .metrics import prefixes
 
-# What a line of evaluations has, of `eval_` or of each `eval_NAME_`
-_EVALUATED = re.compile(r"(eval_.*?)(?:loss|logratios/best|generation/reward)")
 # metric → how it is shown; the log has all of them
 _SHOWN = {
-    "loss": "loss {:.4g}",
+    "loss": "loss {:.4f}",
     "rewards/accuracies": "ranking accuracy {:.0%}",
     "logratios/best": "log-ratio best {:+.2f}",
     "logratios/worst": "worst {:+.2f}",
@@ -93,12 +91,11 @@ class Console(TrainerCallback):
         at = f"step {state.global_step:>{len(str(state.max_steps))}}/{state.max_steps}  " if state.max_steps else ""
         if "loss" in logs:
             return [at + "  ".join([*_figures(logs), *self._speed(state, logs)])]
-        prefixes = dict.fromkeys(match[1] for key in logs if (match := _EVALUATED.fullmatch(key)))
-        if prefixes:
-            return [f"{at}{prefix[5:-1] or 'held-out'}:  {'  '.join(_figures(logs, prefix))}" for prefix in prefixes]
+        if evaluated := prefixes(logs):
+            return [f"{at}{name}:  {'  '.join(_figures(logs, prefix))}" for prefix, name in evaluated.items()]
         if "train_loss" in logs:
             steps, seconds = state.global_step - self._first_step, logs.get("train_runtime", 0.0)
-            return [f"{steps} steps in {tqdm.format_interval(seconds)}, mean loss {logs['train_loss']:.4g}"]
+            return [f"{steps} steps in {tqdm.format_interval(seconds)}, mean loss {logs['train_loss']:.4f}"]
         own = (f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in logs.items())
         return [at + "  ".join(own)]
 

@@ -1,6 +1,7 @@
 """(B, K) log-probabilities and rewards to ranking, likelihood and target metrics, one value and one weight a prompt."""
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +16,14 @@ from .objective import Objective
 _BINS = 5
 # what an evaluation logs with its standard error over prompts, as `NAME_error`
 WITH_ERRORS = ("logratios/best", "rewards/accuracies")
+# a metric that each log of prompts has; others may follow `eval_` themselves, as `eval_aux_loss` does
+_OF_PROMPTS = re.compile(r"(|eval_(?:.*_)?)(?:logratios/best|generation/reward)")
+
+
+def prefixes(names: Iterable[str]) -> dict[str, str]:
+    """Prefix of logged metrics → whose they are: "" training's, `eval_` held-out prompts', `eval_test_` the test's."""
+    found = {match[1] for name in names if (match := _OF_PROMPTS.fullmatch(name))}
+    return {prefix: {"": "training", "eval_": "held-out"}.get(prefix, prefix[5:-1]) for prefix in sorted(found)}
 
 
 @torch.no_grad()
