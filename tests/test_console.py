@@ -130,7 +130,7 @@ def test_a_line_does_not_stick_to_a_bar(monkeypatch):
         bar = progress.bar(3, "step")
         assert not bar.disable
         bar.update()
-        progress.say("a line")
+        progress.print_line("a line")
         handler.emit(logging.LogRecord("x", logging.WARNING, "x", 1, "a notice", None, None))
     shown = terminal.getvalue()
     assert shown.endswith("\n")  # the bar is closed

@@ -18,9 +18,9 @@ from nca_align.commands.sample.options import SampleOptions
 from nca_align.commands.score import ScoreOptions, score
 from nca_align.commands.train.command import main as train
 from nca_align.data import DataOptions, load_reward_dataset, to_reward_dataset
+from nca_align.data.column_guesses import guess_columns
 from nca_align.data.columns import _RANKED, _TARGETS, parse_columns
 from nca_align.data.formats import FORMATS
-from nca_align.data.guesses import guess_columns
 from nca_align.data.prompts import load_prompts
 from nca_align.errors import UserError
 from nca_align.options import parse

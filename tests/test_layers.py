@@ -21,7 +21,7 @@ LAYERS = [
         "unread",
         "options",
         "help_page",
-        "functions",
+        "user_functions",
         "errors",
         "progress",
     ],

@@ -23,9 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .errors import UnsupportedError, UserError, UserTypeError
-from .functions import names_a_function
 from .own_losses import OwnLoss
 from .reward_tensors import below_best, better_pairs, check_rows, everywhere, logratios, target_distribution
+from .user_functions import names_a_function
 
 P = ParamSpec("P")
 

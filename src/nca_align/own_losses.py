@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from .errors import UserError
-from .functions import cause, find_function, function_name, names_a_function
 from .reward_tensors import everywhere
+from .user_functions import cause, find_function, function_name, names_a_function
 
 ARGUMENTS = ("pi_logps", "ref_logps", "rewards", "alpha", "beta", "mask")
 _ALPHA, _BETA, _B, _K = 0.5, 0.1, 6, 5  # of what it is tried on: more prompts than completions, so that axes differ

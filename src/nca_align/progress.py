@@ -51,7 +51,7 @@ def between_bars() -> Iterator[None]:
         yield
 
 
-def say(line: str) -> None:
+def print_line(line: str) -> None:
     """Print a line, which doesn't stick to a bar."""
     with between_bars():
         print(line, flush=True)

@@ -23,7 +23,6 @@ from .batching.collator import Batch, Chunk, RewardCollator
 from .batching.tokenization import tokenize_dataset
 from .config import NCAConfig
 from .errors import notify
-from .functions import short_name
 from .models.loading import disable_nf4_repacking
 from .models.logprobs import add_token_logps, forward_chunk, sum_by_completion
 from .models.policy import base_model
@@ -37,6 +36,7 @@ from .training.model_card import PAPER
 from .training.objective import Objective, count_prompts
 from .training.resume import EvaluationInterrupted, Resume, reads_checkpoint
 from .training.startup_checks import StartupChecks
+from .user_functions import short_name
 
 
 class NCATrainer(DPOTrainer):

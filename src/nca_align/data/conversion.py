@@ -14,11 +14,11 @@ from ..errors import UnsupportedError, UserError, UserTypeError
 from ..store.fingerprints import derived_fingerprint
 from . import schema
 from .cleaning import clean_prompt, joined_messages
+from .column_guesses import guess_columns
 from .columns import PEEKED, code_revision, map_columns
 from .formats import FORMATS
 from .formats.completions import rewarded_completions
 from .formats.flat_rows import group_rows, read_groups
-from .guesses import guess_columns
 from .options import DEFAULT_SCORE, DataOptions
 from .schema import NOTES, PROMPT_COLUMNS, REWARD_COLUMNS, DataReport, Format, result_features
 from .validation import Row, RowError, check_row

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from ..functions import short_name
+from ..user_functions import short_name
 from .intervals import Interval, mean_and_interval
 
 # What a cell is besides its seed. A comparison's table has these of its columns, or some of them.

@@ -11,10 +11,10 @@ from typing import Any, Literal
 
 from ..data.validation import LARGEST
 from ..errors import InvalidRowError, UserError, one_line
-from ..functions import find_function, function_name, names_a_function
 from ..models.loading import model_fingerprint
 from ..store.fingerprints import source_fingerprint
 from ..store.shards import Shard
+from ..user_functions import find_function, function_name, names_a_function
 from .reward_functions import function_scorer
 from .reward_models import Scorer, check_config, model_scorer
 

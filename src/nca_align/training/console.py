@@ -85,7 +85,7 @@ class Console(TrainerCallback):
         if not state.is_world_process_zero:
             return
         for line in self._lines(state, logs):
-            progress.say(line)
+            progress.print_line(line)
 
     def _lines(self, state, logs: Mapping[str, Any]) -> list[str]:
         at = f"step {state.global_step:>{len(str(state.max_steps))}}/{state.max_steps}  " if state.max_steps else ""

@@ -98,7 +98,7 @@ def run_cells(
                     after_each()
                     bar.update()
                     failed = failure(cell.folder(output))
-                    progress.say(f"{cell.name}: {f'failed: {failed}' if failed else 'done'}")
+                    progress.print_line(f"{cell.name}: {f'failed: {failed}' if failed else 'done'}")
         finally:
             _end([process for _, process, _ in running.values()])
 

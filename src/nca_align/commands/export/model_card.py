@@ -5,9 +5,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from ...functions import short_name
 from ...models.loading import run_record
 from ...store.provenance import versions
+from ...user_functions import short_name
 from .merge import Export
 
 # options of the run that the card shows, where the run kept them

@@ -6,8 +6,8 @@ from typing import Any
 
 from ...config import NCAConfig
 from ...evaluation.training_log import Curve, Log, by_rank, error_bars, logged, prefixes, rank_name
-from ...functions import short_name
 from ...losses import reads_alpha
+from ...user_functions import short_name
 
 _MOST_POINTS = 60  # of a training curve
 _CHANCE = 0.5  # of ordering a pair right
