@@ -35,7 +35,7 @@ OVERRIDES = {
     "__init__", "_evaluate", "_get_dataloader", "_get_grad_norm", "_init_training_state", "_load_from_checkpoint",
     "_load_optimizer_and_scheduler", "_load_rng_state", "_load_scaler", "_precompute_ref_logps", "_prepare_dataset",
     "_prepare_for_training",
-    "_save_checkpoint", "compute_loss", "compute_ref_log_probs", "evaluate",
+    "_push_from_checkpoint", "_save_checkpoint", "compute_loss", "compute_ref_log_probs", "evaluate",
     "evaluation_loop", "floating_point_ops", "get_batch_samples", "log", "predict", "prediction_step", "train",
     "training_step",
 }  # fmt: skip
@@ -175,7 +175,7 @@ def train(tmp_path_factory, resume: bool = False, **own) -> NCATrainer:
 
 
 def test_every_override_is_called(trained):
-    assert {*trained.calls, "predict"} == OVERRIDES  # which a user calls
+    assert {*trained.calls, "predict", "_push_from_checkpoint"} == OVERRIDES  # of a user, and for the Hub
 
 
 def test_every_method_that_is_called_is_there_and_runs(trained):

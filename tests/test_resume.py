@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 from transformers.trainer_pt_utils import BatchRebalanceSampler
 from transformers.trainer_utils import get_last_checkpoint
+from trl import DPOTrainer
 
 from conftest import build_model, build_tokenizer, reward_rows
 from nca_align import NCAConfig, NCATrainer
@@ -132,6 +133,18 @@ def test_evaluating_changes_nothing(tmp_path):
     assert [line for line in with_evaluation[0] if "eval_loss" not in line] == without[0]
     for name, value in without[1].items():
         assert torch.equal(with_evaluation[1][name], value)
+
+
+def test_what_is_sent_to_the_hub_is_whole(tmp_path, monkeypatch):
+    sent = []
+    monkeypatch.setattr(
+        DPOTrainer, "_push_from_checkpoint",
+        lambda self, folder: sent.append((Path(folder).name, is_whole(Path(folder)))), raising=False,
+    )  # fmt: skip
+    nca = make(tmp_path, max_steps=2, save_total_limit=1)
+    nca.args.push_to_hub = True
+    nca.train()
+    assert sent == [("checkpoint-1", True), ("checkpoint-2", True)]
 
 
 def test_intervals_of_the_resumed_run_count(tmp_path):
@@ -334,6 +347,8 @@ class TestChanges:
         adapter = LoraConfig(r=8, lora_dropout=0.2, target_modules="all-linear")
         assert "`adapter.default.r` 4 → 8" in self.refused(run, peft_config=adapter)
         assert "`adapter.default.r` 4 → null" in self.refused(run, peft_config=None)
+        built = build_model(build_tokenizer(), seed=1)  # in memory: no folder says whose weights these are
+        assert re.search(r"`model` \w{16} → \w{16};", self.refused(run, model=built))
 
     def test_a_reference_that_was_given_belongs_to_it(self, tmp_path):
         def reference(scale: float):

@@ -5,6 +5,7 @@ import torch
 from datasets import Dataset
 
 from conftest import reward_rows
+from nca_align.training.run_identity import run_identity
 from test_resume import At, interrupt, result
 from test_trainer import logged, trainer
 
@@ -57,6 +58,19 @@ def test_a_pass_is_over_where_its_rows_are(tmp_path):
     nca.get_batch_samples = lambda *args: asked.append(1) or own(*args)
     nca.train()
     assert len(asked) == 4 + 3  # a step each, and the end of each pass but the last
+
+
+def test_what_decides_the_rows_of_a_step_belongs_to_a_run(tmp_path):
+    """Shards that are dealt whole, and workers that read them side by side."""
+    rows = reward_rows(4)
+    found = {}
+    for shards, workers in ((1, 2), (2, 0), (3, 2)):
+        nca = trainer(tmp_path, rows=streamed(rows, shards), dataloader_num_workers=workers, **OPTIONS)
+        found[shards] = run_identity(nca.args, nca.model, nca.train_dataset, processes=2)
+    assert found[1].keys().isdisjoint({"processes", "dataloader_num_workers"})
+    assert found[2]["processes"] == 2
+    assert "processes" not in found[3]
+    assert found[3]["dataloader_num_workers"] == 2
 
 
 def test_an_evaluation_of_a_stream_is_that_of_its_rows(tmp_path):

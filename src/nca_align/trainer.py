@@ -27,7 +27,7 @@ from .models.loading import disable_nf4_repacking
 from .models.logprobs import add_token_logps, forward_chunk, sum_by_completion
 from .models.policy import base_model
 from .progress import closing_bars, without_library_bars
-from .store.checkpoints import explain_read_errors
+from .store.checkpoints import explain_read_errors, is_whole
 from .training import arguments, console, gradients, reference, reference_cache, row_weights, streams
 from .training.dropout import disable_functional_dropout
 from .training.guards import StepGuard
@@ -335,6 +335,10 @@ class NCATrainer(DPOTrainer):
     def _save_checkpoint(self, model, trial):
         with self._resume.saving(Path(self._get_output_dir(trial))):
             super()._save_checkpoint(model, trial)
+
+    def _push_from_checkpoint(self, checkpoint_folder):
+        if is_whole(Path(checkpoint_folder)):  # transformers would send it before its manifest is written
+            super()._push_from_checkpoint(checkpoint_folder)
 
     # Evaluation
 

@@ -22,6 +22,7 @@ from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer_utils import rotate_checkpoints
 
 from ..errors import UserError, notify
+from ..models.policy import base_model
 from ..store.checkpoints import (
     MANIFEST,
     explain_read_errors,
@@ -32,6 +33,7 @@ from ..store.checkpoints import (
     whole_checkpoints,
 )
 from ..store.files import sync, write_json
+from .reference import model_hash
 from .row_weights import begin_epoch
 from .run_identity import refuse_another_run, run_identity
 from .stopping import StopSignals
@@ -70,6 +72,10 @@ class Resume(TrainerCallback):
         self.folder: Path | None = None  # the checkpoint that the run goes on from
         self._loaded: dict[str, Any] = {}  # its manifest
         self._steps_planned = 0  # by the run that wrote it
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        nameless = not base_model(model).config.name_or_path and PartialState().is_main_process
+        # of a model that was built in memory, which no folder or repository tells
+        self._weights = model_hash(model, trained=True)[:16] if nameless else None
         trainer.add_callback(self)
 
     # Finding a checkpoint
@@ -116,7 +122,8 @@ class Resume(TrainerCallback):
             t = self.trainer
             model = t.accelerator.unwrap_model(t.model)
             reference = t._reference_hash if t._reference_given else None
-            self._identity = run_identity(t.args, model, t.train_dataset, t.accelerator.num_processes, reference)
+            processes = t.accelerator.num_processes
+            self._identity = run_identity(t.args, model, t.train_dataset, processes, reference, self._weights)
         return self._identity | {"beta": self.trainer.beta}
 
     def position(self, max_steps: int, epochs: int, epochs_done: int, batches_done: int) -> tuple[int, int]:
@@ -166,6 +173,8 @@ class Resume(TrainerCallback):
         finally:
             args.save_total_limit, args.save_only_model = limit, model_only
         trainer.accelerator.wait_for_everyone()
+        if args.push_to_hub:
+            trainer._push_from_checkpoint(str(folder))
         if args.should_save:
             best = trainer.state.best_model_checkpoint
             rotate_checkpoints(str(output), limit, best_model_checkpoint=best, use_mtime=True)

@@ -55,7 +55,7 @@ _CONTENT = (*TOKENS, "rewards")
 
 
 def run_identity(
-    args: NCAConfig, model: nn.Module, dataset, processes: int, reference: str | None = None
+    args: NCAConfig, model: nn.Module, dataset, processes: int, reference: str | None = None, weights: str | None = None
 ) -> dict[str, Any]:
     """What decides a run's result, as JSON values: `args` without `FREE`, the batch, the model, adapter and data.
 
@@ -65,6 +65,7 @@ def run_identity(
         dataset: tokenised training rows; a stream is known by its first rows.
         processes: of the launch; only the prompts of a whole step count, not how they are dealt to processes.
         reference: `reference.model_hash` of a `ref_model` that was given.
+        weights: a hash of the weights that training began with, of a model that comes from no folder or repository.
     """
     identity = {name: value for name, value in args.to_dict().items() if name not in FREE}
     identity |= loss_sources(args.loss_type)
@@ -77,7 +78,7 @@ def run_identity(
     if args.train_sampling_strategy == "group_by_length":  # there the order of the rows depends on it
         identity["prompts_a_process"] = args.train_batch_size * args.gradient_accumulation_steps
     base = base_model(model)
-    identity["model"] = weights_fingerprint(base.config.name_or_path)
+    identity["model"] = weights_fingerprint(base.config.name_or_path) or weights
     about = computed_config(base) | {"class": type(base).__name__, "dtype": str(base.dtype)}
     identity |= {f"model.{key}": value for key, value in about.items()}
     for name, adapter in getattr(model, "peft_config", {}).items():
