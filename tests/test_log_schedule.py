@@ -108,15 +108,25 @@ def test_without_rows_to_evaluate_the_end_is_not(tmp_path):
 def test_what_nothing_was_said_of_is_known_also_of_a_plain_dpo_config():
     own = {"bf16": False, "use_cpu": True}
     for config in (NCAConfig("x", **own), NCAConfig.of(DPOConfig("x", **own), "model")):
-        assert (config.logging_steps, config.eval_strategy) == (None, None)
+        assert config.is_unsaid("logging_steps")
+        assert (config.logging_steps, config.eval_strategy) == (10, "no")  # scripts and callbacks read them
+    # a plain DPOConfig's evaluation may be dear: its word is kept, said or not
+    assert [config.is_unsaid("eval_strategy") for config in (NCAConfig("x", **own), config)] == [True, False]
     said = NCAConfig.of(DPOConfig("x", logging_steps=3, eval_strategy="epoch", **own), "model")
     assert (said.logging_steps, said.eval_strategy) == (3, "epoch")
-    # transformers' interval of evaluations is that of the log lines
-    assert NCAConfig("x", eval_strategy="steps", **own).eval_steps is None
-    assert NCAConfig("x", eval_strategy="steps", logging_steps=5, **own).eval_steps == 5
-    # where saves have to be multiples of it, it is known from the start
-    best = {"load_best_model_at_end": True, "save_strategy": "steps", "save_steps": 20}
-    assert NCAConfig("x", eval_strategy="steps", **best, **own).eval_steps == 10
+    assert not said.is_unsaid("logging_steps")
+    later = NCAConfig("x", **own)
+    later.logging_steps, later.eval_strategy = 5, "epoch"
+    assert not later.is_unsaid("logging_steps")
+    assert not later.is_unsaid("eval_strategy")
+
+
+@pytest.mark.parametrize(("own", "evaluated"), [({}, [*range(1, 10)]), ({"logging_steps": 4}, [4, 8, 9])])
+def test_evaluations_by_steps_come_with_the_log_lines(tmp_path, own, evaluated):
+    config = {"eval_strategy": "steps", "max_steps": 9} | UNSAID | own
+    nca = trainer(tmp_path, eval_rows=reward_rows(1, seed=5), **config)
+    nca.train()
+    assert logged_steps(nca, "eval_loss") == evaluated
 
 
 def test_one_config_makes_several_trainers(tmp_path):
@@ -128,7 +138,8 @@ def test_one_config_makes_several_trainers(tmp_path):
         processing_class=first.processing_class,
     )  # fmt: skip
     second.train()
-    assert (first.args.logging_steps, first.args.eval_strategy) == (None, None)
+    assert first.args.is_unsaid("logging_steps")
+    assert first.args.is_unsaid("eval_strategy")
     assert not logged_steps(second, "eval_loss")
 
 

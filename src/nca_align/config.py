@@ -31,8 +31,8 @@ _IGNORED = {
     "padding_free": "`layout: prefix_shared` is the layout without padding",
     "truncation_mode": "the end of a prompt and the beginning of a completion are kept; see `max_prompt_length`",
 }
-# Options that are None where nothing was said, until `training/log_schedule.py` knows the steps
-_BY_LENGTH = ("logging_steps", "eval_strategy")
+# None until the end of `__post_init__` where nothing was said
+_BY_THE_RUN = ("logging_steps", "eval_strategy")
 
 
 @dataclass
@@ -165,16 +165,12 @@ class NCAConfig(DPOConfig):
             new = old.replace("gradient", "activation")
             if getattr(self, new, self) is None:  # TRL's names, which newer transformers rename
                 setattr(self, new, getattr(self, old))
-        # transformers takes no None for these
-        unsaid = [name for name in _BY_LENGTH if getattr(self, name) is None]
-        # the placeholder would become `eval_steps` too; with `load_best_model_at_end` they have to divide `save_steps`
-        follows = self.eval_strategy == "steps" and self.eval_steps is None and not self.load_best_model_at_end
-        placeholders = [*unsaid, "eval_steps"] if follows and "logging_steps" in unsaid else unsaid
-        for name in unsaid:
+        # scripts and transformers read TRL's defaults; `training/log_schedule.py` does better once the steps are known
+        unsaid = [name for name in (*_BY_THE_RUN, "eval_steps") if getattr(self, name) is None]
+        for name in {*unsaid} - {"eval_steps"}:
             setattr(self, name, _default(DPOConfig.__dataclass_fields__[name]))
         super().__post_init__()
-        for name in placeholders:
-            setattr(self, name, None)
+        self._unsaid = {name: getattr(self, name) for name in unsaid}
         # from here on, since what says it looks at the processes, which transformers sets up
         notices = [device, sentence(unread(self, given, CONFIG_RULES))]
         if self.learning_rate == 0:
@@ -185,6 +181,10 @@ class NCAConfig(DPOConfig):
     def to_dict(self) -> dict[str, Any]:
         """As transformers', for files and trackers: a loss of one's own by its name."""
         return super().to_dict() | {"loss_type": [str(name) for name in self.loss_type]}
+
+    def is_unsaid(self, name: str) -> bool:
+        """Whether nothing was said of `logging_steps`, `eval_strategy` or `eval_steps`, then or since."""
+        return name in self._unsaid and getattr(self, name) == self._unsaid[name]
 
     @classmethod
     def of(cls, args: DPOConfig | None, model: Any) -> "NCAConfig":
@@ -206,8 +206,8 @@ class NCAConfig(DPOConfig):
         if not isinstance(args, DPOConfig):
             raise UserTypeError(f"`args` is a {type(args).__name__}, but must be an NCAConfig or a DPOConfig.")
         values: dict[str, Any] = {f.name: getattr(args, f.name) for f in fields(DPOConfig) if f.init}
-        for name in _BY_LENGTH:  # a default and a user's own word look the same there
-            values[name] = None if values[name] == _default(DPOConfig.__dataclass_fields__[name]) else values[name]
+        if args.logging_steps == _default(DPOConfig.__dataclass_fields__["logging_steps"]):
+            values["logging_steps"] = None  # a default and a user's own word look the same there
         weights: dict[str, float] = {}  # several of DPOTrainer's losses may become one
         for name, weight in zip(args.loss_type, args.loss_weights or [1.0] * len(args.loss_type), strict=True):
             instead = "nca" if name in _INSTEAD else name

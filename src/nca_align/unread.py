@@ -20,11 +20,6 @@ class Rule(NamedTuple):
     needs: str
 
 
-def evaluates(options: Any) -> bool:
-    """Whether a run evaluates by itself; where nothing is said, it does at its end if prompts are held out."""
-    return options.eval_strategy != "no" or options.eval_on_start
-
-
 def _reads_alpha(options: Any) -> bool:
     return any(map(reads_alpha, options.loss_type))
 
@@ -85,14 +80,14 @@ CONFIG_RULES = (
 # Of `nca-align train` beside these
 TRAIN_RULES = (
     Rule("save_total_limit save_only_model", lambda o: o.save_strategy != "no", "`save_strategy` steps or epoch"),
-    Rule("metric_for_best_model greater_is_better", evaluates, _EVALUATION),
+    Rule("metric_for_best_model greater_is_better", lambda o: o.evaluates, _EVALUATION),
     Rule(" ".join(LORA), lambda o: o.use_peft, "`use_peft: true`"),
     Rule(
         "bnb_4bit_quant_type use_bnb_nested_quant bnb_4bit_quant_storage",
         lambda o: o.load_in_4bit,
         "`load_in_4bit: true`",
     ),
-    Rule(" ".join(OF_HELD_OUT), evaluates, _EVALUATION),
+    Rule(" ".join(OF_HELD_OUT), lambda o: o.evaluates, _EVALUATION),
     Rule("answer_tokens", lambda o: o.show_answers, "`show_answers`"),
     Rule("eval_completions eval_new_tokens eval_prompts", lambda o: o.eval_scorer, "`eval_scorer`"),
     Rule(
@@ -109,7 +104,7 @@ def unread(options: Any, given: Iterable[str], rules: Sequence[Rule]) -> dict[st
     """The options of `given` that this run doesn't read → what they need; false and None ask for nothing.
 
     Args:
-        options: all options of the run, as attributes.
+        options: all options of the run, as attributes, and `evaluates` for `TRAIN_RULES`.
         given: names of those that the user gave.
         rules: `CONFIG_RULES`, `TRAIN_RULES`.
     """

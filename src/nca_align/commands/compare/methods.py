@@ -82,7 +82,6 @@ def build_trainer(
     trainer: Any  # its class, that of its arguments, and those of its own
     config: Any
     own: dict[str, Any]
-    logs: dict[str, Any]
     if name in _DPO_LOSSES:
         rows = to_preference_pairs(train_dataset, strategy, args.seed)
         trainer, config, own = DPOTrainer, DPOConfig, {"loss_type": [_DPO_LOSSES[name]], "loss_weights": None}
@@ -94,9 +93,9 @@ def build_trainer(
         rows = select_completions(train_dataset, strategy, args.seed)
         trainer, config, own = NCATrainer, NCAConfig, {"loss_type": [name], "loss_weights": None}
     steps = _same_steps(args, len(train_dataset), len(rows), whole=name == "kto")
-    logs = {"eval_strategy": args.eval_strategy or "no"}
-    if config is not NCAConfig and args.logging_steps is None:  # which TRL's configs don't take
-        logs["logging_steps"] = logging_interval(steps["max_steps"])
+    logs: dict[str, Any] = {}
+    if args.is_unsaid("logging_steps"):  # NCATrainer chooses by itself
+        logs = {"logging_steps": None if config is NCAConfig else logging_interval(steps["max_steps"])}
     own_args = _shared(config, args, **steps, **logs, **own)
     return trainer(model=model, args=own_args, train_dataset=rows, processing_class=tokenizer, **arguments)
 

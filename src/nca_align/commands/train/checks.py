@@ -13,7 +13,7 @@ from ...data.splits import find_split
 from ...errors import UserError, notify, notify_once
 from ...models.loading import adapter_config, is_adapter
 from ...store.checkpoints import how_to_go_on, last_common_checkpoint
-from ...unread import CONFIG_RULES, LORA, OF_HELD_OUT, TRAIN_RULES, evaluates, sentence, unread
+from ...unread import CONFIG_RULES, LORA, OF_HELD_OUT, TRAIN_RULES, sentence, unread
 from .options import RunOptions
 
 logger = logging.getLogger("nca_align")
@@ -27,6 +27,7 @@ def name_unread(given: set[str], *options: Any) -> None:
     """
     values = SimpleNamespace(**{name: value for own in options for name, value in vars(own).items()})
     args = next(own for own in options if isinstance(own, NCAConfig))
+    values.evaluates = evaluates(args)
     if is_adapter(str(values.model_name_or_path)):
         _refuse_another_adapter(values, given)
         given = given - LORA.keys()
@@ -98,9 +99,14 @@ def check_options(script: ScriptArguments, run: RunOptions, args: NCAConfig, mod
         )
 
 
+def evaluates(args: NCAConfig) -> bool:
+    """Whether a run evaluates by itself; where nothing is said, it does at its end if prompts are held out."""
+    return args.eval_strategy != "no" or args.eval_on_start or args.is_unsaid("eval_strategy")
+
+
 def evaluates_held_out(args: NCAConfig, data: RewardData, split: str) -> bool:
     """Whether held-out prompts are evaluated: where nothing was said of it, if there are any."""
-    if args.eval_strategy is not None or args.eval_on_start:
+    if not args.is_unsaid("eval_strategy") or args.eval_on_start:
         return evaluates(args)
     return _is_held_out(data, split)
 

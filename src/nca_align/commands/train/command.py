@@ -85,7 +85,7 @@ def _train(
     if "validation_fraction" in given and data_options.validation_fraction and data.validation_indices is None:
         notify("`validation_fraction` has no effect on this data: it has a held-out split, or is a stream.")
     evaluated = evaluates_held_out(args, data, script.dataset_test_split)
-    if not evaluated and args.eval_strategy is None:
+    if not evaluated and args.is_unsaid("eval_strategy"):
         name_unevaluated(given, script, run, args)
     to_evaluate = how_to_evaluate(data, script.dataset_test_split)
     if run.eval_scorer and not evaluated:
