@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForSequenceCl
 
 from conftest import build_model, build_tokenizer, record_nf4, reward_rows
 from nca_align.commands.sample import command as sample_command
-from nca_align.commands.sample import server
+from nca_align.commands.sample import local_engines, server
 from nca_align.commands.sample.command import main, sample
 from nca_align.commands.sample.options import Sample, SampleOptions, cut_at_stop
 from nca_align.errors import UserError
@@ -252,6 +252,35 @@ class TestWhatIsSampled:
         rows = read(tmp_path / "stopped.jsonl")
         assert [row["completions"][0][0]["content"] for row in rows] == [cut_at_stop(text, [stop])[0] for text in texts]
         assert rows[0]["truncated"] == [False]
+
+    def test_the_whole_of_what_is_drawn_and_how_each_answer_ended(self, options, tmp_path, tokenizer, monkeypatch):
+        """Prompts, seeds and settings as they come to the drawing of tokens; an end, a stop string, the limit, less."""
+        end = tokenizer.eos_token_id
+        word, stopped = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("Q", "ZZZZZZ"))
+        answers = [[*word, end], [*word * 5, end], word * 6, stopped[:6], word * 3]
+        assert list(map(len, answers)) == [2, 6, 6, 6, 3]
+        asked = []
+
+        def drawn(model, prompts, count, *given, **settings):
+            asked.append((prompts, count, *given, settings))
+            return [answers for _ in prompts]
+
+        monkeypatch.setattr(local_engines, "sample_answers", drawn)
+        own = {"num_completions": 5, "temperature": 0.7, "top_p": 0.9, "seed": 11, "stop": ["ZZ"], "as_chat": False,
+               "duplicates": "keep"}  # fmt: skip
+        write_prompts(tmp_path / "few.txt", PROMPTS[:3])
+        sample(options(dataset_name=str(tmp_path / "few.txt"), **own))
+        for row in read(options().output):
+            assert row["completions"] == ["Q", "Q" * 5, "Q" * 6, "Q" * 3]  # the one without text is left out
+            assert row["truncated"] == [False, False, True, False]
+        settings = {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "stop_strings": ["ZZ"]}
+        for batch, (prompts, *given, found) in enumerate(asked):
+            assert given == [5, 6, [end], seed_for(11, 0, batch)]
+            assert found.pop("tokenizer").get_vocab() == tokenizer.get_vocab()
+            assert found == settings
+            assert len(prompts) <= 2
+        ids = [tokenizer(prompt, return_token_type_ids=False)["input_ids"] for prompt in PROMPTS[:3]]
+        assert sorted(prompt for prompts, *_ in asked for prompt in prompts) == sorted(ids)
 
     def test_a_text_is_cut_at_its_first_stop_string(self):
         assert cut_at_stop("abcdef", ["e", "c"]) == ("ab", True)
@@ -668,6 +697,62 @@ class TestServer:
         assert len({body["seed"] for body in asked}) == len(asked)
         sent = asked[0]
         assert (sent["model"], sent["max_tokens"], sent["stop"], sent["min_p"]) == ("the-model", 6, ["zz"], 0.1)
+
+    @pytest.mark.parametrize("chat", [True, False])
+    @pytest.mark.parametrize("takes_n", [True, False])
+    def test_the_whole_request_and_each_field_of_the_answer(self, options, tmp_path, chat, takes_n):
+        """Every key of every request, with its row's seed; every finish reason, and where texts stop."""
+        tools = [{"type": "function", "function": {"name": "f"}}]
+        rows = [
+            {"prompt": [{"role": "user", "content": f"Question {i}"}] if chat else f"Question {i}"} for i in range(4)
+        ]
+        if chat:
+            rows[1] |= {"tools": json.dumps(tools), "chat_template_kwargs": '{"loud": true}'}
+        (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        asked = []
+        reasons = ["stop", "length", None, "length"]
+
+        def answer(path, body):
+            asked.append((path, body))
+            if body.get("n", 1) > 1 and not takes_n:
+                return 400, {}, b"only one choice"
+            numbers = [body["seed"] + k for k in range(body.get("n", 1))]
+            texts = [f"{number}" + ("ZZ and more" if number % 4 == 3 else "") for number in numbers]
+            choices = [
+                {"finish_reason": reasons[number % 4]}
+                | ({"message": {"role": "assistant", "content": text}} if chat else {"text": text})
+                for number, text in zip(numbers, texts, strict=True)
+            ]
+            return 200, {}, {"choices": choices}
+
+        own = {
+            "dataset_name": str(tmp_path / "rows.jsonl"), "model_name_or_path": "m", "temperature": 0.7, "top_p": 0.9,
+            "seed": 11, "stop": ["ZZ"], "max_new_tokens": 9, "extra_body": '{"min_p": 0.1}', "concurrency": 1,
+            "shard_size": 2,
+        }  # fmt: skip
+        with http_server(answer) as url:
+            sample(options(base_url=url, **own))
+
+        def request(row: int, n: int, seed: int) -> tuple[str, dict]:
+            body = {
+                "model": "m", "seed": seed, "max_tokens": 9, "temperature": 0.7, "top_p": 0.9, "frequency_penalty": 0,
+                "presence_penalty": 0, "stop": ["ZZ"], "min_p": 0.1,
+            } | ({"n": n} if n > 1 else {})  # fmt: skip
+            body["messages" if chat else "prompt"] = rows[row]["prompt"]
+            if chat and row == 1:
+                body |= {"tools": tools, "chat_template_kwargs": {"loud": True}}
+            return ("/v1/chat/completions" if chat else "/v1/completions"), body
+
+        seeds = [[seed_for(11, row, k) for k in range(3)] for row in range(4)]
+        refused = [] if takes_n else [request(0, 3, seeds[0][0])]  # and no more asked for several
+        each = [request(row, 1, seed) for row in range(4) for seed in seeds[row]]
+        assert asked == ([request(row, 3, seeds[row][0]) for row in range(4)] if takes_n else refused + each)
+        for row, made in enumerate(read(options().output)):
+            drawn = [seeds[row][0] + k if takes_n else seeds[row][k] for k in range(3)]
+            texts = [completion[0]["content"] if chat else completion for completion in made["completions"]]
+            assert texts == [str(number) for number in drawn]
+            # cut where the server says so, unless the text had ended before, at a stop string
+            assert made["truncated"] == [number % 4 == 1 for number in drawn]
 
     def test_a_server_that_refuses_n(self, options):
         def answer(path, body):

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import MISSING, Field, dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from trl import DPOConfig
@@ -200,7 +201,7 @@ class NCAConfig(DPOConfig):
         """
         if args is None:
             name = model if isinstance(model, str) else model.config.name_or_path
-            return cls(f"{name.split('/')[-1]}-NCA")
+            return cls(f"{Path(name).name or type(model).__name__}-NCA")
         if isinstance(args, cls):
             return args
         if not isinstance(args, DPOConfig):
