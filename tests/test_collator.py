@@ -11,6 +11,10 @@ from nca_align.batching import collator
 from nca_align.batching.attention import Segments
 from nca_align.batching.collator import MIN_SHARED_TOKENS, RewardCollator, pack_tree, split_by_length
 from nca_align.errors import UserError
+from nca_align.losses import LOSSES
+from nca_align.own_losses import OwnLoss
+from nca_align.training.metrics import row_metrics
+from nca_align.training.objective import Objective
 
 PAD = 0
 LAYOUTS = ["padded", "prefix_shared"]
@@ -236,8 +240,9 @@ def test_ragged_rows(layout):
         row([6], [7] * 4, [8], ref_logps=[-4.0, -5.0]),
     ]
     batch = RewardCollator(PAD, layout)(rows)
-    assert batch["rewards"].tolist() == [[0, 1, 2], [0, 1, 0]]
-    assert batch["rewards"].dtype == torch.float32
+    assert batch["rewards"].tolist() == [[-2, -1, 0], [-1, 0, 0]]
+    assert batch["given_rewards"].tolist() == [[0, 1, 2], [0, 1, 0]]
+    assert {batch[name].dtype for name in ("rewards", "given_rewards")} == {torch.float32}
     assert batch["valid"].tolist() == [[True] * 3, [True, True, False]]
     assert batch["lengths"].tolist() == [[1, 2, 3], [4, 1, 0]]
     assert batch["ref_logps"].tolist() == [[-1.5, -2.0, -3.25], [-4.0, -5.0, 0.0]]
@@ -388,6 +393,37 @@ def test_rows_that_no_loss_can_take_are_refused(rewards, said, layout):
     bad = {"prompt_ids": [1, 2], "completion_ids": [[3]] * len(rewards), "rewards": rewards}
     with pytest.raises(UserError, match=re.escape(said)):
         RewardCollator(PAD, layout)([good, bad])
+
+
+@pytest.mark.parametrize("loss", [*LOSSES, "sft"])
+def test_an_offset_of_the_rewards_changes_no_loss_and_no_metric(loss):
+    """Bit for bit: 1e8 has room for quarters in float64, and float32 would make ties of them."""
+    rng = random.Random(1)
+    rows = [entry for seed in range(4) for entry in random_rows(seed)]
+    for entry in rows:
+        entry["rewards"] = [rng.randint(-8, 8) / 4 for _ in entry["rewards"]]
+    moved = [entry | {"rewards": [reward + 1e8 for reward in entry["rewards"]]} for entry in rows]
+    batch, offset = RewardCollator(PAD)(rows), RewardCollator(PAD)(moved)
+    assert not torch.equal(batch["given_rewards"], offset["given_rewards"])
+    torch.manual_seed(0)
+    logps, ref_logps = torch.randn(2, *batch["valid"].shape) * batch["valid"]
+    objective = Objective([loss], [1.0], 0.5, 0.1)
+    ((*_, own, _),), ((*_, other, _),) = (objective.terms(logps, ref_logps, some) for some in (batch, offset))
+    assert torch.equal(own, other)
+    ours, others = (row_metrics(logps, ref_logps, some["rewards"], some["valid"], 0.5, 0.1) for some in (batch, offset))
+    assert all(torch.equal(ours[name][i], others[name][i]) for name in ours for i in (0, 1))
+
+
+def test_a_loss_of_ones_own_sees_the_rewards_of_the_data():
+    seen = []
+
+    def own(pi_logps, ref_logps, rewards, alpha, beta, mask):
+        seen.append(rewards)
+        return pi_logps.sum(1)
+
+    batch = RewardCollator(PAD)([row([1, 2], [3], [4, 4], [5])])
+    list(Objective([OwnLoss(own)], [1.0], 0.5, 0.1).terms(-torch.ones(1, 3), -torch.ones(1, 3), batch))
+    assert seen[0].tolist() == [[0, 1, 2]]
 
 
 def test_chunks_alone_need_neither_rewards_nor_a_second_completion():

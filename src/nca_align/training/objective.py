@@ -9,6 +9,7 @@ from torch import Tensor
 from ..batching.collator import Batch
 from ..losses import is_separable, reward_loss
 from ..options import require_positive
+from ..own_losses import OwnLoss
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,9 @@ class Objective:
                 tokens = batch["lengths"].gather(1, best)[:, 0]
                 yield name, weight, -logps.gather(1, best)[:, 0] / tokens, row_weights * tokens
             else:
+                rewards = batch["given_rewards" if isinstance(name, OwnLoss) else "rewards"]  # ours read differences
                 values = reward_loss(
-                    logps, ref_logps, batch["rewards"], self.alpha, self.beta, name, batch["valid"],
+                    logps, ref_logps, rewards, self.alpha, self.beta, name, batch["valid"],
                     negative_weight=self.negative_weight if name == "nca" else 1.0, check=False,
                 )  # fmt: skip
                 yield name, weight, values, row_weights

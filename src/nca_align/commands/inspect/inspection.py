@@ -114,7 +114,8 @@ def inspect(dataset: Dataset, options: InspectOptions, tokenizer=None, report: D
             completions += [hash(repr(completion)) for completion in row]
             characters += [len(text_of(completion)) for completion in row]
         rewards += [reward for row in batch["rewards"] for reward in row]
-    r, k = np.array(rewards, dtype=np.float32).astype(float), np.array(counts)  # as training holds them
+    k = np.array(counts)
+    r = stats.as_training_sees(np.array(rewards, dtype=float), k)
     tokens = None if tokenizer is None else count_tokens(dataset, tokenizer, options)
     lengths = np.array(characters) if tokens is None else tokens.lengths
 

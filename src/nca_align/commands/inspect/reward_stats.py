@@ -39,6 +39,12 @@ def per_prompt(function: Callable[..., np.ndarray | Tensor], counts: np.ndarray,
     return output
 
 
+def as_training_sees(rewards: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """(ΣK,) float64 `rewards` that tie where training's do: it holds the differences to a prompt's best in float32."""
+    best = np.repeat(np.maximum.reduceat(rewards, np.cumsum(counts) - counts), counts)
+    return best + (rewards - best).astype(np.float32)
+
+
 def spreads(rewards: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """(B,) highest minus lowest reward of each prompt; 0 where all are equal."""
     return per_prompt(lambda r: np.ptp(r, axis=1), counts, rewards)
