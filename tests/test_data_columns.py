@@ -21,7 +21,7 @@ from nca_align.data import DataOptions, load_reward_dataset, to_reward_dataset
 from nca_align.data.column_guesses import guess_columns
 from nca_align.data.columns import _RANKED, _TARGETS, parse_columns
 from nca_align.data.formats import FORMATS
-from nca_align.data.prompts import load_prompts
+from nca_align.data.prompts import load_completions, load_prompts
 from nca_align.errors import UserError
 from nca_align.options import parse
 from nca_align.store.fingerprints import data_fingerprint
@@ -162,6 +162,43 @@ class TestMapping:
         columns = ["completions=answers.text", "rewards=answers.score"]
         with pytest.raises(UserError, match=r"row 0: `rewards\[1\]` is null, a missing score"):
             to_reward_dataset(Dataset.from_list(rows), DataOptions(columns=columns))
+
+    @pytest.mark.parametrize("kind", ["jsonl", "parquet", "csv"])
+    @pytest.mark.parametrize("streaming", [False, True])
+    def test_an_answer_that_is_missing_with_its_score_is_not_there(self, kind, streaming, tmp_path):
+        rows = [
+            {"q": ASKED, "a0": "a", "s0": 1.0, "a1": "b", "s1": 2.0, "a2": "c", "s2": 0.0},
+            {"q": ASKED, "a0": "a", "s0": 1.0, "a1": None, "s1": None, "a2": "c", "s2": 0.0},
+            {"q": ASKED, "a0": None, "s0": None, "a1": "b", "s1": 2.0, "a2": "c", "s2": 0.5},
+        ]
+        columns = ["prompt=q", "completions=a0,a1,a2", "rewards=s0,s1,s2"]
+        taken = {"columns": columns, "streaming": streaming, "split": "train", "validation_fraction": 0}
+        path, wanted = tmp_path / f"rows.{kind}", [["a", "b", "c"], ["a", "c"], ["b", "c"]]
+
+        def written(rows) -> str:
+            if kind == "jsonl":
+                return write(path, rows)
+            table = Dataset.from_list(rows)
+            table.to_parquet(path) if kind == "parquet" else table.to_csv(path)
+            return str(path)
+
+        data = list(load_reward_dataset(written(rows), **taken))
+        assert [row["completions"] for row in data] == wanted
+        assert [row["rewards"] for row in data] == [[1.0, 2.0, 0.0], [1.0, 0.0], [2.0, 0.5]]
+        # To be scored, answers alone may be missing
+        answers = [{name: row[name] for name in ("q", "a0", "a1", "a2")} for row in rows]
+        found = load_completions(written(answers), None, "train", columns[:2])
+        assert found["completions"][:] == wanted
+        # One without the other is told by both names, counted from the first column
+        for name, said in (
+            (
+                "a2",
+                r"row 2: `completions\[2\]` is .*, an empty .* must have content, as `rewards\[2\]` is '?0.5",
+            ),
+            ("s2", r"row 2: `rewards\[2\]` is .*, a missing score; every .*, and `completions\[2\]` is there"),
+        ):
+            with pytest.raises(UserError, match=said):
+                list(load_reward_dataset(written([*rows[:2], rows[2] | {name: None}]), **taken))
 
     def test_in_processes(self, tmp_path):
         rows, pairs = laid_out("list of objects")

@@ -5,6 +5,7 @@ import csv
 import gzip
 import io
 import json
+import subprocess
 
 import pyarrow as pa
 import pytest
@@ -144,6 +145,12 @@ class TestWithoutAnEnding:
         assert whole(tmp_path / "data").to_list() == ROWS[:1]
 
 
+def follow(said: UserError, converted) -> None:
+    """Run the command in an error's back-ticks, after which the rows are there."""
+    subprocess.run(str(said).split("`")[1], shell=True, check=True)
+    assert whole(converted).to_list() == ROWS
+
+
 class TestEncodings:
     @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
     @pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.csv", "rows", "rows.jsonl.gz"])
@@ -152,8 +159,11 @@ class TestEncodings:
         data = content(kind).decode().encode(encoding)
         (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith("gz") else data)
         for options in ({}, {"streaming": True}, {"on_invalid": "drop"}):
-            with pytest.raises(UserError, match=rf"^{tmp_path / name} is UTF-16 text; save it as UTF-8$"):
+            with pytest.raises(
+                UserError, match=rf"^{tmp_path / name} is UTF-(16|32) text; save it as UTF-8 by"
+            ) as said:
                 list(whole(tmp_path / name, **options))
+        follow(said.value, tmp_path / f"utf8-{name.removesuffix('.gz')}")
 
     @pytest.mark.parametrize("streaming", [False, True])
     @pytest.mark.parametrize(
@@ -161,7 +171,7 @@ class TestEncodings:
         [
             (
                 "rows.jsonl",
-                r"row 0 of .*rows.jsonl is no UTF-8 text \(byte 0xe9 at offset 12\); save the file as UTF-8",
+                r"row 0 of .*rows.jsonl is no UTF-8 text \(byte 0xe9 at offset 12\); save it as UTF-8, if",
             ),
             ("rows.json", r"rows.json is no UTF-8 text \(byte 0xe9 at offset 13\); save it as UTF-8"),
             ("rows.csv", r"line 2 of .*rows.csv is no UTF-8 text \(byte 0xe9 at offset 0\); save it as UTF-8"),
@@ -169,8 +179,9 @@ class TestEncodings:
     )
     def test_latin_1(self, name, where, streaming, tmp_path):
         (tmp_path / name).write_bytes(content(name.split(".")[1]).decode().encode("latin-1"))
-        with pytest.raises(UserError, match=where):
+        with pytest.raises(UserError, match=where) as said:
             list(whole(tmp_path / name, streaming=streaming))
+        follow(said.value, tmp_path / f"utf8-{name}")
 
     @pytest.mark.parametrize("streaming", [False, True])
     def test_one_byte_far_into_a_csv(self, streaming, tmp_path):

@@ -36,7 +36,7 @@ CHAT = {
         (GOOD, {"completions": [], "rewards": []}, r"`completions` has 0; there must be at least two"),
         (GOOD, {"completions": ["a", ""]}, r"`completions\[1\]` is '', an empty completion; it must have content"),
         (GOOD, {"completions": ["a", " \n"]}, r"`completions\[1\]` is ' \\n', an empty completion"),
-        (GOOD, {"completions": ["a", None]}, r"`completions\[1\]` is null; it must be text"),
+        (GOOD, {"completions": ["a", None]}, r"`completions\[1\]` is null, an empty completion; it must"),
         (GOOD, {"completions": [1, 2]}, r"`completions\[0\]` is 1 \(int\); it must be text"),
         (
             GOOD,
@@ -66,7 +66,8 @@ def test_one_error_names_row_and_field_and_drop_counts_it(base, change, message)
     except Exception:
         dataset, bad = Dataset.from_list([base | change]), 0
     with pytest.raises(
-        ValueError, match=rf"^`train`, row {bad}: {message}.*; mend the row, or drop .*`on_invalid: drop`$"
+        ValueError,
+        match=rf"^`train`, row {bad}: {message}.*; mend the row, or drop .* `--on_invalid drop` \(in YAML `o.*: drop`\)$",
     ):
         to_reward_dataset(dataset)
     with pytest.raises(ValueError, match=rf"^`train`, row {bad}: {message}"):

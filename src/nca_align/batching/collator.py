@@ -2,9 +2,9 @@
 
 A batch holds `rewards` (B, K) float32, each less its prompt's best, which float64 subtracts: an offset of all of them
 takes no digits. `given_rewards` are those of the data, `valid` (B, K) bool (ragged K: False where a prompt has fewer
-completions), `lengths` (B, K) completion tokens, `ref_logps` (B, K) where the rows carry them, `num_tokens` that the model
-reads, padding left out, `row_numbers` where the rows have them, and `chunks`: one forward each, all completions in one
-of them unless `completions_per_forward` asks for fewer. A chunk holds
+completions), `lengths` (B, K) completion tokens, `ref_logps` (B, K) where the rows carry them, `num_tokens` that the
+model reads, padding left out, `row_numbers` where the rows have them, and `chunks`: one forward each, all completions
+in one of them unless `completions_per_forward` asks for fewer. A chunk holds
 
     input_ids                (rows, T)
     attention_mask           (rows, T), or a (1, 1, 1, 1) placeholder beside `segments`

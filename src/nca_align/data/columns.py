@@ -15,6 +15,7 @@ from datasets import Dataset, Features, IterableDataset, Json, LargeList, List, 
 from ..errors import UserError
 from ..options import nearest
 from ..store.fingerprints import files_fingerprint
+from .validation import is_absent
 
 PEEKED = 64  # rows looked at before the others are converted
 # What formats read, but for A0, A1 …, score_A0 … and the columns that the option `score` names.
@@ -233,4 +234,22 @@ def _take(batch: dict[str, list], sources: dict[str, list[Way]], revision: str) 
     for target, paths in sources.items():
         values = [[_follow(row, path) for path in paths] for row in rows]
         taken[target] = [value[0] for value in values] if len(paths) == 1 else values
+    several = [target for target in ("completions", "rewards") if len(sources.get(target, ())) > 1]
+    if several == ["completions"] and "rewards" not in {*taken, *batch}:
+        taken["completions"] = [[text for text in row if not is_absent(text, 0)[0]] for row in taken["completions"]]
+    elif len(several) == 2:
+        for i, (texts, numbers) in enumerate(zip(taken["completions"], taken["rewards"], strict=True)):
+            taken["completions"][i], taken["rewards"][i] = _there(texts, numbers)
     return taken
+
+
+def _there(texts: list, numbers: list) -> tuple[list, list]:
+    """The answers and scores of a row's columns without the pairs of which neither is there.
+
+    All stay where a pair is half there: the row is invalid, and its error counts from the first column.
+    """
+    absent = [is_absent(*pair) for pair in zip(texts, numbers, strict=False)]
+    if len(texts) != len(numbers) or any(text != number for text, number in absent):
+        return texts, numbers
+    there = [k for k, pair in enumerate(absent) if not all(pair)]
+    return [texts[k] for k in there], [numbers[k] for k in there]

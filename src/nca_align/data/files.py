@@ -4,6 +4,7 @@ import csv
 import hashlib
 import io
 import os
+import shlex
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -113,12 +114,15 @@ def unpacked(files: Sequence[str], folder: Path | None) -> list[str]:
 
 
 def refuse_utf16(file: str) -> None:
-    """Raise where text is UTF-16 (or UTF-32), as spreadsheets and PowerShell write it."""
+    """Raise where text is UTF-16 or UTF-32, as spreadsheets and PowerShell write it."""
     with open_plain(file) as opened:
         head = opened.read(_HEAD)
-    nul = max(half.count(b"\0") / max(1, len(half)) for half in (head[::2], head[1::2]))  # a letter's other byte
-    if head.startswith((b"\xff\xfe", b"\xfe\xff")) or (nul > 0.5 and not head.startswith(b"PAR1")):
-        raise UserError(f"{file} is UTF-16 text; save it as UTF-8")
+    nul = [half.count(b"\0") / max(1, len(half)) for half in (head[::2], head[1::2])]  # a letter's other byte
+    marked = head.startswith((b"\xff\xfe", b"\xfe\xff", b"\0\0\xfe\xff"))
+    if marked or (max(nul) > 0.5 and not head.startswith(b"PAR1")):
+        name = "UTF-32" if min(nul) > 0.25 else "UTF-16"
+        order = "" if marked else "BE" if nul[0] > nul[1] else "LE"
+        raise UserError(f"{file} is {name} text; save it as UTF-8 by {as_utf8(file, name + order)}")
 
 
 def refuse_other_text(file: str) -> None:
@@ -128,7 +132,21 @@ def refuse_other_text(file: str) -> None:
             try:
                 line.decode()
             except UnicodeDecodeError as error:
-                raise UserError(f"line {i} of {file} is no UTF-8 text ({bad_byte(error)}); save it as UTF-8") from None
+                raise UserError(
+                    f"line {i} of {file} is no UTF-8 text ({bad_byte(error)}); save it as UTF-8, if it is Latin-1 by "
+                    f"{as_utf8(file)}"
+                ) from None
+
+
+def as_utf8(file: str, encoding: str = "LATIN1") -> str:
+    """The command, in back-ticks, that writes text of another encoding as UTF-8 into a new file beside it."""
+    with open(file, "rb") as opened:
+        codec = _codec(opened.read(4))
+    convert = f"iconv -f {encoding} -t UTF-8"
+    old, new = (shlex.quote(str(path)) for path in (file, Path(file).with_name(f"utf8-{plain_name(file)}")))
+    if codec is None:
+        return f"`{convert} {old} > {new}`"
+    return f"`{ {'bz2': 'bzip2'}.get(codec, codec) } -dc {old} | {convert} > {new}`"
 
 
 def bad_byte(error: UnicodeDecodeError) -> str:

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from .files import BOM, bad_byte, open_plain
+from .files import BOM, as_utf8, bad_byte, open_plain
+from .validation import DROP
 
 logger = logging.getLogger("nca_align")
 
@@ -22,16 +23,15 @@ def _read_line(line: bytes, i: int, file: str) -> dict[str, Any]:
         value = _parse(line.strip())
     except UnicodeDecodeError as error:
         raise UnreadableLine(
-            f"row {i} of {file} is no UTF-8 text ({bad_byte(error)}); save the file as UTF-8, or drop such lines with "
-            "`on_invalid: drop`"
+            f"row {i} of {file} is no UTF-8 text ({bad_byte(error)}); save it as UTF-8, if it is Latin-1 by "
+            f"{as_utf8(file)}, or {DROP}"
         ) from None
     except ValueError as error:  # broken JSON, or escapes that are no text
         reason = (
             f"{error.msg} at character {error.pos}" if isinstance(error, json.JSONDecodeError) else "half a character"
         )
         raise UnreadableLine(
-            f"row {i} of {file} is no readable JSON ({reason}); mend or remove this line, or drop such lines with "
-            "`on_invalid: drop`"
+            f"row {i} of {file} is no readable JSON ({reason}); mend or remove this line, or {DROP}"
         ) from None
     if not isinstance(value, dict):
         raise UnreadableLine(
@@ -112,7 +112,9 @@ def check_json(files: list[str]) -> None:
             text.decode()
             rows = _parse(text)
         except UnicodeDecodeError as error:
-            raise UnreadableLine(f"{file} is no UTF-8 text ({bad_byte(error)}); save it as UTF-8") from None
+            raise UnreadableLine(
+                f"{file} is no UTF-8 text ({bad_byte(error)}); save it as UTF-8, if it is Latin-1 by {as_utf8(file)}"
+            ) from None
         except UnicodeEncodeError:
             raise UnreadableLine(f"{file} holds half a character (a surrogate alone); mend the file") from None
         except ValueError as error:

@@ -13,7 +13,7 @@ from datasets import Dataset, Features, Json, LargeList, List, Value
 
 from ..errors import UserError
 from .options import DataOptions
-from .validation import Row
+from .validation import DROP, Row
 
 REWARD_COLUMNS = ("prompt", "completions", "rewards")
 PROMPT_COLUMNS = ("tools", "chat_template_kwargs")  # belong to the prompt: rows that differ in them are other prompts
@@ -23,7 +23,7 @@ _MESSAGE = {"role": Value("string"), "content": Value("string")}
 # Columns beside each row while it is converted, so that a cached conversion still knows what it met: what is wrong
 # with an invalid row, why a row is dropped, and what befell its completions.
 NOTES = Features({"_problem": Value("string"), "_cause": Value("string"), "_notes": List(Value("string"))})
-FIX = "mend the row, or drop such rows with `on_invalid: drop`"
+FIX = f"mend the row, or {DROP}"
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import Any
 from ..errors import InvalidRowError
 
 MISSING = "missing score"
+DROP = "drop such rows with `--on_invalid drop` (in YAML `on_invalid: drop`)"
 LARGEST = 1e30  # of a reward: training divides them by α in float32, which ends at 3.4e38
 _NO_NUMBER = {"", "n/a", "na", "none", "null"}
 
@@ -89,6 +90,26 @@ def required_number(value: Any, field: str) -> float:
     if number is None:
         raise RowError(field, MISSING, f"is {_show(value)}, a missing score; every completion needs a number")
     return number
+
+
+def is_absent(completion: Any, reward: Any) -> tuple[bool, bool]:
+    """Whether a completion is null or an empty cell, and whether its reward is missing: null, NaN, empty or "N/A"."""
+    no_text = completion is None or (isinstance(completion, str) and not completion.strip())
+    no_number = reward is None or (isinstance(reward, str) and reward.strip().lower() in _NO_NUMBER)
+    return no_text, no_number or (isinstance(reward, float) and math.isnan(reward))
+
+
+def check_pair(completion: Any, reward: Any, k: int) -> None:
+    """Refuse a completion without its reward, and a reward without its completion, by both names."""
+    no_text, no_number = is_absent(completion, reward)
+    if no_number and not no_text and not isinstance(reward, float):  # NaN is told as such
+        said = f"is {_show(reward)}, a missing score; every completion needs a number, and `completions[{k}]` is there"
+        raise RowError(f"rewards[{k}]", MISSING, said)
+    if no_text and not no_number:
+        said = (
+            f"is {_show(completion)}, an empty completion; it must have content, as `rewards[{k}]` is {_show(reward)}"
+        )
+        raise RowError(f"completions[{k}]", "empty completion", said)
 
 
 def optional_score(value: Any, field: str) -> float | None:

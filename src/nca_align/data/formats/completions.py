@@ -11,6 +11,7 @@ from ..validation import (
     Row,
     RowError,
     assistant_message,
+    check_pair,
     optional_score,
     read_conversation,
     read_list,
@@ -26,8 +27,11 @@ _SCORE_BUG = "score 10 that should be 1"
 @data_format("own", "prompt, completions, rewards", conversations="prompt|completions")
 def rewarded_completions(row: dict[str, Any], options: DataOptions) -> Row:
     """`prompt, completions, rewards` as they are; only text that holds lists or numbers is read."""
-    rewards = [required_number(item, f"rewards[{k}]") for k, item in enumerate(read_list(row["rewards"], "rewards"))]
-    return Row(read_conversation(row["prompt"], "prompt"), read_list(row["completions"], "completions"), rewards)
+    completions, given = read_list(row["completions"], "completions"), read_list(row["rewards"], "rewards")
+    for k, pair in enumerate(zip(completions, given, strict=False)):
+        check_pair(*pair, k)
+    rewards = [required_number(item, f"rewards[{k}]") for k, item in enumerate(given)]
+    return Row(read_conversation(row["prompt"], "prompt"), completions, rewards)
 
 
 def _mean_rating(completion: dict[str, Any]) -> float | None:
