@@ -67,7 +67,7 @@ def test_one_error_names_row_and_field_and_drop_counts_it(base, change, message)
         dataset, bad = Dataset.from_list([base | change]), 0
     with pytest.raises(
         ValueError,
-        match=rf"^`train`, row {bad}: {message}.*; mend the row, or drop .* `--on_invalid drop` \(in YAML `o.*: drop`\)$",
+        match=rf"^`train`, row {bad}: {message}.*; mend the row, or .* `--on_invalid drop` \(in YAML `.*: drop`\)$",
     ):
         to_reward_dataset(dataset)
     with pytest.raises(ValueError, match=rf"^`train`, row {bad}: {message}"):
