@@ -293,11 +293,16 @@ class TestGuess:
         assert guess_columns(rows).flags == "prompt=question completions=answers rewards=scores"
         assert guess_columns([{"question": ASKED, "answer": "no", "rating": "4.5"}]).flags.endswith("score=rating")
 
-    def test_completions_without_rewards_are_pointed_to_score(self):
-        with pytest.raises(
-            UserError, match=r"`--columns prompt=question completions=answers`; `nca-align score` rewards"
-        ):
-            to_reward_dataset(Dataset.from_list([{"question": ASKED, "answers": ["a", "b"]}]))
+    @pytest.mark.parametrize("names", [("question", "answers"), ("prompt", "completions")])
+    def test_completions_without_rewards_are_pointed_to_score(self, names, tmp_path):
+        path = write(tmp_path / "my rows.jsonl", [dict(zip(names, (ASKED, ["a", "b"]), strict=True))])
+        with pytest.raises(UserError, match="completions without rewards; reward them by") as caught:
+            load_reward_dataset(path)
+        assert "known are" not in str(caught.value)
+        (command,) = (part for part in str(caught.value).split("`") if part.startswith("nca-align score"))
+        (options,) = parse([ScoreOptions], shlex.split(command)[2:], "score")
+        found = load_completions(options.dataset_name, None, "train", options.columns)
+        assert found.to_list() == [{"prompt": ASKED, "completions": ["a", "b"]}]
 
     def test_prompts_alone_are_pointed_to_sample(self, tmp_path):
         path = write(tmp_path / "my rows.jsonl", [{"question": ASKED, "source": "me"}])

@@ -129,7 +129,8 @@ class TestWithoutAnEnding:
         for text in (b"", b"Hello, you\n"[:5], b"\x00\x01,\x02"):
             (tmp_path / "rows").write_bytes(text)
             assert kind_of(str(tmp_path / "rows")) is None
-            with pytest.raises(UserError, match=r"which holds rows; it must be files of one kind"):
+            said = "which holds rows; it must be files of one kind" if text else "which is empty; it must have"
+            with pytest.raises(UserError, match=said):
                 whole(tmp_path / "rows")
 
     def test_a_folder_of_parts(self, tmp_path):
@@ -211,3 +212,15 @@ class TestEncodings:
             (tmp_path / f"x{ending}").write_bytes(pack(b"a\nb\n"))
             with open_plain(tmp_path / f"x{ending}") as lines:
                 assert list(lines) == [b"a\n", b"b\n"]
+
+
+class TestEmpty:
+    @pytest.mark.parametrize(
+        "name", ["empty.jsonl.gz", "empty.csv.gz", "empty.jsonl", "empty", "empty.json.zst", "empty.csv"]
+    )
+    @pytest.mark.parametrize("text", [b"", b"\n"])
+    @pytest.mark.parametrize("streaming", [False, True])
+    def test_is_told_as_such(self, name, text, streaming, tmp_path):
+        (tmp_path / name).write_bytes(PACK[name[name.rindex(".") :] if name[-3:] in (".gz", "zst") else ""](text))
+        with pytest.raises(UserError, match=r"(which|`train`) is empty; it must have at least one row"):
+            list(whole(tmp_path / name, streaming=streaming))

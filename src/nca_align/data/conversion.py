@@ -129,8 +129,8 @@ def _recognise(rows: list[dict[str, Any]], options: DataOptions, name: str, sour
         if fmt.matches(found, options) if fmt.matches else found.issuperset(fmt.needs.split(", ")):
             return fmt
     guess = guess_columns(rows)
+    renamed = f" --columns {guess.flags}" if guess.flags else ""
     if guess.prompts_only:
-        renamed = f" --columns {guess.flags}" if guess.flags else ""
         raise UserError(
             f"`{name}` has the columns {', '.join(sorted(found))}, prompts without completions; draw some by "
             f"`nca-align sample --dataset_name {shlex.quote(source)}{renamed} --model_name_or_path MODEL --output "
@@ -138,11 +138,15 @@ def _recognise(rows: list[dict[str, Any]], options: DataOptions, name: str, sour
         )
     missing = min(({*REWARD_COLUMNS} - found, {"prompt", "chosen", "rejected"} - found), key=len)
     hint = f", only `{next(iter(missing))}` is missing" if len(missing) == 1 else ""
-    if guess.flags:
+    if guess.flags and not guess.unscored:
         hint += f"; it looks like `--columns {guess.flags}`"
     if guess.unscored:
-        hint += "; `nca-align score` rewards completions that have no rewards"
-    if guess.unscored or not guess.flags:
+        raise UserError(
+            f"`{name}` has the columns {', '.join(sorted(found))}, completions without rewards; reward them by "
+            f"`nca-align score --dataset_name {shlex.quote(source)}{renamed} --scorer SCORER --output scored.jsonl`, "
+            "where SCORER is a reward model or a function"
+        )
+    if not guess.flags:
         hint += "; known are " + "; ".join(f"{fmt.needs} ({fmt.name})" for fmt in FORMATS.values())
     raise UserError(f"`{name}` has the columns {', '.join(sorted(found))}, which is no known format{hint}")
 

@@ -53,6 +53,12 @@ def kind_of(file: str) -> str | None:
     return "csv" if not suffix and b"\0" not in head and len(next(csv.reader(first), [])) > 1 else None
 
 
+def is_blank(file: str) -> bool:
+    """Whether a file has no bytes, unpacked, or a few of white space alone."""
+    with open_plain(file) as opened:
+        return not opened.read(_HEAD).strip()
+
+
 @contextmanager
 def open_plain(file: str | Path) -> Iterator[BinaryIO]:
     """The bytes of a file, unpacked where its first ones say that it is compressed.

@@ -31,7 +31,17 @@ from datasets.packaged_modules.parquet.parquet import Parquet
 
 from ..errors import HubError, NotFoundError, UserError, one_line
 from ..store.files import visible_files
-from .files import KINDS, kind_of, open_plain, plain_name, refuse_other_text, refuse_utf16, suffix_of, unpacked
+from .files import (
+    KINDS,
+    is_blank,
+    kind_of,
+    open_plain,
+    plain_name,
+    refuse_other_text,
+    refuse_utf16,
+    suffix_of,
+    unpacked,
+)
 from .jsonlines import UnreadableLine, check_json, copy_sound_lines, is_list, is_plain, read_lines
 
 _ROWS = 1000  # of a Parquet file that are read at a time
@@ -89,6 +99,8 @@ def _open_hub(path: str, name: str | None, streaming: bool) -> dict[str, Any]:
 
 
 def _kind(files: list[str], path: str) -> str:
+    if files and all(map(is_blank, files)):
+        raise UserError(f"`dataset_name` is {path!r}, which is empty; it must have at least one row")
     kinds = {kind_of(file) or "" for file in files}
     if len(kinds) != 1 or "" in kinds:
         found = ", ".join(sorted({suffix_of(file) or plain_name(file) for file in files})) or "none of these"
