@@ -298,3 +298,15 @@ def test_the_library_that_warns_at_its_import_is_not_heard_before_the_command(mo
     logger.warning("something else")
     assert [record.message for record in caplog.records] == ["something else"]
     assert len(logger.filters) == 1
+
+
+@pytest.mark.parametrize("flag", ["--use_cpu", "--bf16", "--tf32"])
+def test_a_flag_alone_means_true_whatever_its_default(flag):
+    assert getattr(parse((Words,), [flag], "x")[0], flag.removeprefix("--")) is True
+
+
+@dataclass
+class Words:
+    use_cpu: bool | None = None
+    bf16: bool = False
+    tf32: bool | None = field(default=None, metadata={"help": "as transformers has it"})

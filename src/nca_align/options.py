@@ -130,6 +130,9 @@ def parse(
         print(help_page(parser, dataclass_types, topic, first or {}))
         parser.exit()
     parser.add_argument("--config", metavar="FILE", help="YAML file of options; flags override it")
+    for action in parser._actions:  # `--use_cpu` alone means true, also where None is the default
+        if getattr(action.type, "__name__", "") == "string_to_bool" and action.nargs is None:
+            action.nargs, action.const = "?", True
     actions = {action.dest: action for action in reversed(parser._actions) if action.dest != "config"}
     config_path, argv = _take_config(argv)
     if config_path is not None:
