@@ -34,14 +34,19 @@ def bar(total: int | None, unit: str, shown: bool = True, **options: Any) -> tqd
     return made
 
 
+def close_bars() -> None:
+    """End the lines of all open bars: what is said next is not followed by them."""
+    for left in list(_open):
+        left.close()
+
+
 @contextmanager
 def closing_bars() -> Iterator[None]:
     """Ends the lines of the bars that an error or an interrupt leaves open, before more is said."""
     try:
         yield
     finally:
-        for left in list(_open):
-            left.close()
+        close_bars()
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from ..errors import UserError, notify
 from ..models.policy import base_model
+from ..progress import close_bars
 from ..store.checkpoints import (
     MANIFEST,
     explain_read_errors,
@@ -236,6 +237,7 @@ class Resume(TrainerCallback):
             self.trainer._save_checkpoint(self.trainer.model_wrapped, None)
         done = f"checkpoint-{step} is written in {self.trainer.args.output_dir}, and `resume_from_checkpoint: true` "
         done = f"{done}goes on from it" if step else "no step was done yet, and nothing is lost"
+        close_bars()
         notify(f"{self.stop.name}: {done} (exit code {self.stop.exit_code}).")
         self.trainer.accelerator.wait_for_everyone()
         raise SystemExit(self.stop.exit_code)

@@ -19,6 +19,7 @@ from ..store.checkpoints import how_to_go_on
 # What a process exits with that was stopped after it had saved: "try again" in BSD's sysexits.h, and 128 + SIGINT.
 EXIT_CODES = {signal.SIGTERM: 75, signal.SIGINT: 130}
 PREEMPTED = EXIT_CODES[signal.SIGTERM]
+CLEAR_LINE = "\r\x1b[K"
 _NAMES = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
 
 
@@ -66,7 +67,8 @@ class StopSignals:
                 raise KeyboardInterrupt
             self._had = self._had or signal.Signals(number)
             if number == signal.SIGINT and speaks:  # print may be in the midst of another line
-                os.write(2, f"{chr(10) * sys.stderr.isatty()}Ctrl-C: {then}\n".encode())
+                # on a terminal it clears the bar that it stands on
+                os.write(2, f"{CLEAR_LINE * sys.stderr.isatty()}Ctrl-C: {then}\n".encode())
 
         before = {number: signal.signal(number, note) for number in numbers}
         try:
