@@ -214,6 +214,25 @@ class TestEncodings:
                 assert list(lines) == [b"a\n", b"b\n"]
 
 
+class TestTables:
+    @pytest.mark.parametrize("separator", [";", "\t", ","])
+    @pytest.mark.parametrize("name", ["rows.csv", "rows.tsv"])
+    def test_separators(self, separator, name, tmp_path):
+        with (tmp_path / name).open("w", newline="") as file:
+            writer = csv.writer(file, delimiter=separator)
+            writer.writerow(ROWS[0])
+            writer.writerows([row["prompt"], *map(json.dumps, (row["completions"], row["rewards"]))] for row in ROWS)
+        assert whole(tmp_path / name).to_list() == ROWS
+        assert list(whole(tmp_path / name, streaming=True)) == ROWS
+
+    def test_pythons_lists(self, tmp_path):
+        (tmp_path / "rows.csv").write_text("""prompt,completions,rewards\nq,"['a', 'b']","[1, 2]"\n""")
+        with pytest.raises(
+            UserError, match=r"`completions` is no readable JSON list .*Parquet, or lists by `json.dumps`"
+        ):
+            whole(tmp_path / "rows.csv")
+
+
 class TestEmpty:
     @pytest.mark.parametrize(
         "name", ["empty.jsonl.gz", "empty.csv.gz", "empty.jsonl", "empty", "empty.json.zst", "empty.csv"]

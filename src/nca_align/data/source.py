@@ -204,10 +204,12 @@ def _reason(error: Exception) -> str:
 def _csv_as_text(file: str) -> dict[str, Any]:
     """All columns as text: an answer "12" or "N/A" is text, and the numbers are read where numbers belong."""
     with open_plain(file) as opened, io.TextIOWrapper(opened, "utf-8-sig", newline="") as lines:
-        header, *rows = itertools.islice(csv.reader(lines), 2)
+        first = lines.readline()
+        separator = max(",;\t", key=first.count)  # as spreadsheets of other languages write it
+        header, *rows = itertools.islice(csv.reader(itertools.chain([first], lines), delimiter=separator), 2)
     if rows and len(rows[0]) > len(header):  # pandas would take the first cells for an index, and shift the others
         raise UserError(f"row 0 has {len(rows[0])} cells for {len(header)} columns")
-    return {"features": Features({name: Value("string") for name in header}), "na_filter": False}
+    return {"features": Features({name: Value("string") for name in header}), "na_filter": False, "sep": separator}
 
 
 def _with_fractions(feature: Any) -> Any:

@@ -123,7 +123,8 @@ def read_list(value: Any, field: str) -> list:
         try:
             value = json.loads(value)
         except json.JSONDecodeError as error:
-            raise RowError(field, "unreadable JSON", f"is no readable JSON list ({error})") from None
+            hint = "; if Python wrote it, write Parquet, or lists by `json.dumps`" if "'" in value else ""
+            raise RowError(field, "unreadable JSON", f"is no readable JSON list ({error}){hint}") from None
     if not isinstance(value, list):
         raise _wrong_type(field, value, "a list")
     return value
