@@ -75,6 +75,15 @@ def test_tokens_a_second_are_of_the_steps_alone(tmp_path, monkeypatch):
     assert line.endswith("03:24 left")  # 204 seconds for two steps, and as many left
 
 
+@pytest.mark.parametrize(("left_out", "over"), [(0, ""), (1, " over 6 of the 7 steps of the run")])
+def test_a_mean_loss_that_leaves_steps_out_says_so(left_out, over, tmp_path):
+    console, nca = Console(lambda: left_out), trainer(tmp_path)
+    nca.state.global_step = 7
+    assert console._lines(nca.state, {"train_loss": 2.0, "train_runtime": 61.0}) == [
+        f"7 steps in 01:01, mean loss 2.0000{over}"
+    ]
+
+
 def test_several_evaluation_sets_generation_and_a_users_own_log_are_told(tmp_path):
     console, nca = Console(), trainer(tmp_path)
     nca.state.max_steps, nca.state.global_step = 100, 7

@@ -1,9 +1,11 @@
 """Held-out prompts and names of splits."""
 
+import json
+
 import pytest
 from datasets import Dataset, DatasetDict
 
-from nca_align.data import held_out_split, select_split, split_validation
+from nca_align.data import held_out_split, load_reward_dataset, select_split, split_validation
 
 
 def dataset(prompts):
@@ -48,6 +50,17 @@ def test_too_few_prompts_hold_out_none():
     for fraction in (-0.1, 1):
         with pytest.raises(ValueError, match=rf"`fraction` is {fraction}; it must be at least 0 and less than 1"):
             split_validation(rows, fraction)
+
+
+def test_what_is_held_out_in_python_is_told(tmp_path, caplog):
+    rows = [{"prompt": f"p{i}", "completions": ["a", "b"], "rewards": [1.0, 0.0]} for i in range(24)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    splits = load_reward_dataset(str(tmp_path / "rows.jsonl"))
+    assert {name: len(split) for name, split in splits.items()} == {"train": 23, "validation": 1}
+    assert "1 of its rows are held out as `validation`. `validation_fraction=0` keeps all" in caplog.text
+    caplog.clear()
+    assert len(load_reward_dataset(str(tmp_path / "rows.jsonl"), validation_fraction=0)["train"]) == 24
+    assert not caplog.text
 
 
 def test_splits_are_found_by_name_or_purpose():

@@ -431,6 +431,12 @@ def test_unknown_name(wrong, nearest):
         reward_loss(pi_logps, ref_logps, rewards, ALPHA, BETA, wrong)
 
 
+def test_a_name_like_no_other_gets_no_guess():
+    pi_logps, ref_logps, rewards, _ = draw()
+    with pytest.raises(ValueError, match=r"`loss_type` is 'ipo'; .*`module:function`$"):
+        reward_loss(pi_logps, ref_logps, rewards, ALPHA, BETA, "ipo")
+
+
 ONES = torch.ones(2, 3)
 VALID = torch.ones(2, 3, dtype=torch.bool)
 HOLES = torch.tensor([[True, True, False], [False, True, False]])

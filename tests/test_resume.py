@@ -403,7 +403,7 @@ class TestChanges:
 
 class TestSigterm:
     @pytest.mark.parametrize("step", [2, 5])
-    def test_it_saves_at_the_end_of_the_step_and_goes_on_exactly(self, step, tmp_path, caplog):
+    def test_it_saves_at_the_end_of_the_step_and_goes_on_exactly(self, step, tmp_path, caplog, capsys):
         """In the middle of an epoch and in its last step; nothing else would have saved."""
         own = {"save_strategy": "no", "eval_strategy": "epoch"}
         expected = whole_run(tmp_path / "whole", **own)
@@ -418,9 +418,14 @@ class TestSigterm:
         assert f"SIGTERM: checkpoint-{step + 1} is written" in caplog.text
         assert list(whole_checkpoints(tmp_path / "cut")) == [step + 1]
         nca = make(tmp_path / "cut", **own)
+        capsys.readouterr()
         nca.train(resume_from_checkpoint=True)
         assert_same(nca, expected)
         assert signal.getsignal(signal.SIGTERM) == handler
+        assert f"The run goes on from {tmp_path / 'cut'}/checkpoint-{step + 1}." in caplog.text
+        steps = nca.state.global_step
+        done = rf"^{steps - step - 1} steps in \S+, mean loss \S+ over all {steps} steps of the run$"
+        assert re.search(done, capsys.readouterr().out, re.MULTILINE)
 
     def test_an_evaluation_is_cut_and_done_after_it_is_resumed(self, tmp_path):
         step = 4

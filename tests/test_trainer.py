@@ -8,7 +8,7 @@ import os
 
 import pytest
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, DatasetDict, IterableDataset
 from peft import LoHaConfig, LoKrConfig, LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, TrainerCallback
 from trl import DPOConfig
@@ -808,6 +808,18 @@ def test_the_auxiliary_loss_of_a_mixture_of_experts_is_there(tmp_path):
 # Refusals
 
 
+@pytest.mark.parametrize(
+    ("own", "said"),
+    [({}, True), ({"max_position_embeddings": 256}, False),
+     ({"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}}, False)],
+    ids=["more", "as many", "scaled"],
+)  # fmt: skip
+def test_a_length_above_the_models_positions_is_told(own, said, tmp_path, caplog):
+    model = build_model(build_tokenizer(), **{"max_position_embeddings": 128} | own)
+    trainer(tmp_path, model, max_length=256)
+    assert ("`max_length` is 256, but the model has 128 positions" in caplog.text) == said
+
+
 def test_arguments_that_cannot_be_used_are_refused(tmp_path):
     tokenizer, rows = build_tokenizer(), Dataset.from_list(reward_rows(4))
 
@@ -823,6 +835,9 @@ def test_arguments_that_cannot_be_used_are_refused(tmp_path):
         make(train_dataset=None)
     with pytest.raises(TypeError, match="`train` data is a list"):
         make(train_dataset=reward_rows(2))
+    splits = r"with the splits `train`, `validation`, but must be one of them: `train_dataset=dataset\['train'\]`"
+    with pytest.raises(TypeError, match=f"`train_dataset` is a DatasetDict {splits}"):
+        make(train_dataset=DatasetDict({"train": rows, "validation": rows}))
     with pytest.raises(NotImplementedError, match="column `image`"):
         make(train_dataset=Dataset.from_list([{"image": 1, **reward_rows(1)[0]}]))
     with pytest.raises(TypeError, match="`args` is a dict"):
@@ -831,7 +846,7 @@ def test_arguments_that_cannot_be_used_are_refused(tmp_path):
         make(args=config(tmp_path, accelerator_config={"split_batches": True}))
     with pytest.raises(NotImplementedError, match="dispatch_batches"):
         make(args=config(tmp_path, accelerator_config={"dispatch_batches": True}))
-    with pytest.raises(ValueError, match=r"`loss_type` is .ipo.; it must be one of"):
+    with pytest.raises(ValueError, match=r"`loss_type` is .ipo., which is DPOTrainer"):
         make(args=DPOConfig(str(tmp_path), loss_type="ipo", bf16=False, use_cpu=True))
 
 

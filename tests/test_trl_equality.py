@@ -1,5 +1,8 @@
 """At K = 2 NCATrainer is TRL's DPOTrainer: same losses, step by step, on preference data of two sources."""
 
+import inspect
+import re
+
 import pytest
 from datasets import Dataset
 from trl import DPOConfig, DPOTrainer
@@ -72,6 +75,24 @@ def test_with_sft_equals_dpo_trainer(source, tmp_path):
         train_dataset=rows, processing_class=tokenizer,
     )  # fmt: skip
     assert losses(nca) == pytest.approx(losses(dpo), abs=1e-5)
+
+
+def test_trls_other_losses_are_refused_as_its_own(tmp_path):
+    """All that its trainer computes, so that a loss which TRL adds is known as well."""
+    names = set(re.findall(r'loss_type == "(\w+)"', inspect.getsource(DPOTrainer._compute_loss)))
+    assert {"ipo", "hinge", "apo_zero", "sft"} < names
+    for name in names - {"sft"}:
+        with pytest.raises(ValueError, match=f"`loss_type` is '{name}', which is DPOTrainer's; use ") as refused:
+            NCAConfig(**arguments(tmp_path, loss_type=name))
+        elsewhere = name not in ("sigmoid", "nca_pair")
+        assert ("use DPOTrainer itself: it isn't here; docs/baselines.md" in str(refused.value)) == elsewhere
+    with pytest.raises(ValueError, match="'IPO', which is DPOTrainer's"):
+        NCAConfig.of(DPOConfig(**arguments(tmp_path, loss_type="IPO")), "model")
+
+
+def test_a_loss_that_stays_is_not_said_to_change(tmp_path, caplog):
+    NCAConfig.of(DPOConfig(**arguments(tmp_path, loss_type="sft")), "model")
+    assert "the loss is sft, `alpha`" in caplog.text
 
 
 @pytest.mark.parametrize("source", SOURCES)

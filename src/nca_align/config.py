@@ -1,5 +1,6 @@
 """NCAConfig: DPOConfig with what InfoNCA and NCA need, and a refusal of what they would ignore."""
 
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import MISSING, Field, dataclass, fields
 from pathlib import Path
@@ -16,7 +17,8 @@ from .unread import CONFIG_RULES, sentence, unread
 LAYOUTS = ("auto", "prefix_shared", "padded")
 NONFINITE = ("stop", "skip")
 
-# DPOConfig's own losses, and what to use instead
+# DPOConfig's own losses, as its help names them, and what to use instead of those that are here by another name
+_TRL_LOSSES = re.findall(r"`'(\w+)'`", DPOConfig.__dataclass_fields__["loss_type"].metadata["help"])
 _INSTEAD = {
     "sigmoid": "`infonca`, which equals it at K = 2 with a hard target",
     "nca_pair": "`nca`, which equals it at K = 2 with a hard target",
@@ -221,10 +223,11 @@ class NCAConfig(DPOConfig):
         cut = "prompts aren't cut"
         if config.max_prompt_length is not None:
             cut = f"prompts are cut to their last {config.max_prompt_length} tokens (`max_prompt_length`)"
+        loss, theirs = "+".join(config.loss_type), "+".join(map(str, args.loss_type))
         notify(
-            f"NCATrainer was given a DPOConfig, whose fields are kept (`beta` {config.beta}): the loss is "
-            f"{'+'.join(config.loss_type)} instead of {'+'.join(map(str, args.loss_type))}, `alpha` is "
-            f"{config.alpha}, and {cut}. Give an NCAConfig to choose."
+            f"NCATrainer was given a DPOConfig, whose fields are kept (`beta` {config.beta}): the loss is {loss}"
+            f"{'' if loss == theirs else f' instead of {theirs}'}, `alpha` is {config.alpha}, and {cut}. Give an "
+            "NCAConfig to choose."
         )
         return config
 
@@ -259,6 +262,9 @@ def _default(f: Field) -> Any:
 
 
 def _known_loss(loss_type: str | Callable) -> str:
-    if isinstance(loss_type, str) and loss_type in _INSTEAD:
-        raise UserError(f"`loss_type` is {loss_type!r}, which is DPOTrainer's; use {_INSTEAD[loss_type]}.")
-    return loss_name(loss_type, [*LOSSES, "sft"])
+    known = [*LOSSES, "sft"]
+    name = str(loss_type).lower()
+    if name in _TRL_LOSSES and name not in known:
+        elsewhere = "DPOTrainer itself: it isn't here; docs/baselines.md names those that `nca-align compare` trains"
+        raise UserError(f"`loss_type` is {loss_type!r}, which is DPOTrainer's; use {_INSTEAD.get(name, elsewhere)}.")
+    return loss_name(loss_type, known)

@@ -267,11 +267,10 @@ def loss_name(loss_type: str | Callable[..., Tensor], names: Iterable[str] = LOS
     name = loss_type.lower()
     if name not in names:
         begun = [known for known in names if name.startswith(known)]  # TRL's nca_pair is nearest to nca
-        nearest = (begun or get_close_matches(name, names, n=1, cutoff=0))[0]
-        raise UserError(
-            f"`loss_type` is {loss_type!r}; it must be one of {', '.join(names)} (any case), or `module:function`: "
-            f"did you mean {nearest!r}?"
-        )
+        nearest = begun or get_close_matches(name, names, n=1)
+        guess = f": did you mean {nearest[0]!r}?" if nearest else ""
+        must = f"one of {', '.join(names)} (any case), or `module:function`{guess}"
+        raise UserError(f"`loss_type` is {loss_type!r}; it must be {must}")
     return name
 
 

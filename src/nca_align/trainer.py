@@ -121,7 +121,7 @@ class NCATrainer(DPOTrainer):
         self._is_set_up = True
         if not self._reference_given:
             reference.settle_adapter(self.model, self._adapter_config)
-        arguments.check_trainable(self.model)
+        arguments.check_model(self.model, self.args.max_length)
         models: list[Any] = [self.model]
         if self.ref_model is not None:
             models.append(self.accelerator.unwrap_model(self.ref_model))

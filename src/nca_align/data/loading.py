@@ -7,6 +7,7 @@ from typing import Any
 
 from datasets import Dataset, DatasetDict, Features, IterableDataset, IterableDatasetDict, Json
 
+from ..errors import notify_once
 from .cleaning import without_nulls
 from .conversion import convert_dataset
 from .options import DataOptions
@@ -53,8 +54,13 @@ def load_reward_dataset(
     Raises:
         ValueError, OSError: as `read_reward_dataset` does.
     """
-    data = read_reward_dataset(path, split=split, **arguments).dataset
-    return data if split is None else next(iter(data.values()))
+    read = read_reward_dataset(path, split=split, **arguments)
+    if read.validation_indices is not None:  # a command tells it in its own words
+        notify_once(
+            f"`{path}` has a training split alone: {len(read.validation_indices)} of its rows are held out as "
+            f"`{VALIDATION}`. `validation_fraction=0` keeps all for training."
+        )
+    return read.dataset if split is None else next(iter(read.dataset.values()))
 
 
 def read_reward_dataset(

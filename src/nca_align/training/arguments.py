@@ -1,10 +1,10 @@
 """What NCATrainer is given: refused where it can't be used, and completed, before any model is loaded."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from datasets import Dataset, IterableDataset
-from torch import nn
+from transformers import PreTrainedModel
 
 from ..batching.collator import RewardCollator
 from ..config import NCAConfig
@@ -38,6 +38,12 @@ def check_arguments(
         )
     if train_dataset is None:
         raise UserError("`train_dataset` is None, but NCATrainer needs one, also to evaluate only.")
+    if isinstance(train_dataset, Mapping):
+        splits = ", ".join(f"`{split}`" for split in train_dataset)
+        raise UserTypeError(
+            f"`train_dataset` is a {type(train_dataset).__name__} with the splits {splits}, but must be one of them: "
+            f"`train_dataset=dataset[{next(iter(train_dataset), 'train')!r}]`, and a held-out one as `eval_dataset`."
+        )
     for name, source in loss_sources(args.loss_type).items():
         if source is None:
             notify(
@@ -52,8 +58,8 @@ def check_arguments(
             )
 
 
-def check_trainable(model: nn.Module) -> None:
-    """Refuse a model that would not be trained.
+def check_model(model: PreTrainedModel, max_length: int | None) -> None:
+    """Refuse a model that would not be trained, and say where rows may be longer than what it was made for.
 
     Raises:
         UserError: none of its parameters has a gradient.
@@ -62,6 +68,16 @@ def check_trainable(model: nn.Module) -> None:
         raise UserError(
             "`model` has no parameter that is trained; load an adapter with `is_trainable=True`, or give a "
             "`peft_config`."
+        )
+    text = model.config.get_text_config()
+    positions = getattr(text, "max_position_embeddings", None)
+    rope = getattr(text, "rope_parameters", None) or {}  # scaled ones, and ALiBi, go further than what this says
+    if getattr(text, "alibi", False) or rope.get("rope_type", "default") != "default":
+        return
+    if isinstance(positions, int) and max_length is not None and max_length > positions:
+        notify(
+            f"`max_length` is {max_length}, but the model has {positions} positions (`max_position_embeddings`): it "
+            f"fails or guesses beyond them. `max_length: {positions}` cuts completions there."
         )
 
 

@@ -1,7 +1,7 @@
 """What a run shows on the console: a bar where there is a terminal, and one line for each log."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from tqdm.auto import tqdm
@@ -28,7 +28,7 @@ def attach(trainer) -> None:
     theirs = PrinterCallback if trainer.args.disable_tqdm else DEFAULT_PROGRESS_CALLBACK
     # the last one: a user may have given another of the same
     trainer.remove_callback([own for own in trainer.callback_handler.callbacks if type(own) is theirs][-1])
-    for callback in (Console(), LogSchedule(trainer)):
+    for callback in (Console(lambda: trainer._resume.steps_without_loss), LogSchedule(trainer)):
         trainer.add_callback(callback)
 
 
@@ -37,9 +37,13 @@ class Console(TrainerCallback):
 
     Tokens a second are those of the steps alone, of all processes together. The time left is that of the steps so far,
     with what was evaluated and saved between them.
+
+    Args:
+        steps_without_loss: how many steps of the run its mean loss leaves out.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, steps_without_loss: Callable[[], int] = lambda: 0) -> None:
+        self._steps_without_loss = steps_without_loss
         self._bar: tqdm | None = None
         self._evaluation_bar: tqdm | None = None
         self._first_step = 0  # of this part of the run
@@ -95,7 +99,10 @@ class Console(TrainerCallback):
             return [f"{at}{name}:  {'  '.join(_figures(logs, prefix))}" for prefix, name in evaluated.items()]
         if "train_loss" in logs:
             steps, seconds = state.global_step - self._first_step, logs.get("train_runtime", 0.0)
-            return [f"{steps} steps in {tqdm.format_interval(seconds)}, mean loss {logs['train_loss']:.4f}"]
+            counted = state.global_step - self._steps_without_loss()
+            which = "all" if counted == state.global_step else f"{counted} of the"
+            over = "" if counted == steps else f" over {which} {state.global_step} steps of the run"
+            return [f"{steps} steps in {tqdm.format_interval(seconds)}, mean loss {logs['train_loss']:.4f}{over}"]
         own = (f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in logs.items())
         return [at + "  ".join(own)]
 

@@ -100,6 +100,7 @@ class Resume(TrainerCallback):
         PartialState().wait_for_everyone()  # before a process removes what another may be looking at
         if args.should_save:
             remove_half_written(args.output_dir)
+        notify(f"The run goes on from {folder}.")
         return str(folder)
 
     def _refuse_another_run(self, folder: Path) -> None:
