@@ -256,7 +256,7 @@ class TestWhatIsSampled:
     def test_the_whole_of_what_is_drawn_and_how_each_answer_ended(self, options, tmp_path, tokenizer, monkeypatch):
         """Prompts, seeds and settings as they come to the drawing of tokens; an end, a stop string, the limit, less."""
         end = tokenizer.eos_token_id
-        word, stopped = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("Q", "ZZZZZZ"))
+        word, stopped = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("Q", "QZZZZZ"))
         answers = [[*word, end], [*word * 5, end], word * 6, stopped[:6], word * 3]
         assert list(map(len, answers)) == [2, 6, 6, 6, 3]
         asked = []
@@ -271,8 +271,8 @@ class TestWhatIsSampled:
         write_prompts(tmp_path / "few.txt", PROMPTS[:3])
         sample(options(dataset_name=str(tmp_path / "few.txt"), **own))
         for row in read(options().output):
-            assert row["completions"] == ["Q", "Q" * 5, "Q" * 6, "Q" * 3]  # the one without text is left out
-            assert row["truncated"] == [False, False, True, False]
+            assert row["completions"] == ["Q", "Q" * 5, "Q" * 6, "Q", "Q" * 3]
+            assert row["truncated"] == [False, False, True, False, False]
         settings = {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "stop_strings": ["ZZ"]}
         for batch, (prompts, *given, found) in enumerate(asked):
             assert given == [5, 6, [end], seed_for(11, 0, batch)]
