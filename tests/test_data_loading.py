@@ -116,7 +116,7 @@ def test_whole_numbers_that_turn_to_fractions_far_into_a_file(tmp_path):
         (b"7", r"row 2 of .*rows.jsonl is a JSON int; every line must be an object"),
         (
             b'{"prompt": "\xff"}',
-            r"row 2 of .*rows.jsonl is no UTF-8 text \(byte 0xff at offset 12\); save the file as UTF-8, or drop",
+            r"row 2 of .*rows.jsonl is no UTF-8 text \(byte 0xff at offset 12\); save it as UTF-8, .*, or drop",
         ),
     ],
 )

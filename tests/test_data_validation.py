@@ -130,10 +130,10 @@ def test_text_and_messages_can_not_be_mixed():
 
 def test_unknown_formats_are_told_with_what_was_found_and_what_is_known():
     with pytest.raises(ValueError) as caught:
-        to_reward_dataset(Dataset.from_list([{"prompt": "q", "completions": ["a", "b"], "id": 1}]), name="test")
+        to_reward_dataset(Dataset.from_list([{"completions": ["a", "b"], "rewards": [1, 2], "id": 1}]), name="test")
     message = str(caught.value)
     assert message.startswith(
-        "`test` has the columns completions, id, prompt, which is no known format, only `rewards`"
+        "`test` has the columns completions, id, rewards, which is no known format, only `prompt`"
     )
     for columns in ("prompt, completions, rewards (own)", "instruction, completions", "score_A0", "trajectory"):
         assert columns in message
