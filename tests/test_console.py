@@ -1,12 +1,15 @@
 """What a run shows: one line a log, whole dictionaries for the trackers alone, and plain text without a terminal."""
 
+import fcntl
 import io
 import json
 import logging
 import os
 import pty
+import struct
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import datasets
@@ -160,9 +163,10 @@ def test_on_a_terminal_there_is_a_bar_and_every_line_is_whole(model_dir, tmp_pat
     }  # fmt: skip
     arguments = [part for key, value in flags.items() for part in (f"--{key}", str(value))]
     parent, child = pty.openpty()
+    fcntl.ioctl(child, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 200, 0, 0))  # rows and columns; none by default
     process = subprocess.Popen(
         [sys.executable, "-m", "nca_align", "train", *arguments], stdout=child, stderr=child, cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"},
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     os.close(child)
     said = b""
