@@ -446,7 +446,7 @@ class TestFailures:
             ("my_rewards:scalar", r"`scorer` my_rewards:scalar returned 0.5 and no list for \d+ completions; it must"),
             ("my_rewards:nothing", r"`scorer` my_rewards:nothing returned None and no list for \d+ completions"),
             ("my_rewards:text", r"`scorer` my_rewards:text returned 'goodgood"),
-            ("my_rewards:broken_generator", "row 0 .and 9 more: .*`score_broken_generator` raised TypeError: unsupported operand"),
+            ("my_rewards:broken_generator", "row 0 .and 9 more: .*`score_broken_generator` raised TypeError"),
             ("my_rewards:lenght", r"my_rewards has no function `lenght` \(did you mean `length`\?\)"),
             ("my_rewards:constant", "is a int; it must be a function"),
             ("no_such_module:length", r"module no_such_module can't be imported \(No module named 'no_such_module'\)"),
