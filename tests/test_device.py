@@ -48,17 +48,17 @@ def fields_of(**given) -> SimpleNamespace:
 @pytest.mark.parametrize(
     ("accelerator", "bfloat16", "given", "use_cpu", "bf16", "says"),
     [
-        (False, True, {}, True, True, f"{NONE_FOUND}, in bfloat16 mixed precision (`bf16: true`)."),
+        (False, True, {}, True, False, f"{NONE_FOUND}, without mixed precision (`bf16: false`)."),
         (False, False, {}, True, False, f"{NONE_FOUND}, without mixed precision (`bf16: false`)."),
         (False, True, {"bf16": False}, True, False, f"{NONE_FOUND}, without mixed precision (`bf16: false`)."),
         (False, False, {"use_cpu": True, "bf16": True}, True, True, None),
         (False, True, {"bf16": True}, True, True, f"{NONE_FOUND}, in bfloat16 mixed precision (`bf16: true`)."),
-        (False, True, {"bf16_full_eval": True}, True, True, f"{NONE_FOUND}, in bfloat16"),
+        (False, True, {"bf16_full_eval": True}, True, False, f"{NONE_FOUND}, without mixed"),
         (True, True, {}, False, True, None),
         (True, False, {}, False, False, "This accelerator doesn't compute in bfloat16"),
         (True, False, {"bf16": True}, False, True, None),  # transformers looks at that
         (True, True, {"fp16": True}, False, None, None),
-        (True, True, {"use_cpu": True}, True, True, "Training is on the CPU, in bfloat16"),
+        (True, True, {"use_cpu": True}, True, False, "Training is on the CPU, without mixed precision"),
         (True, True, {"use_cpu": False, "bf16": False}, False, False, None),
     ],
 )
@@ -113,8 +113,8 @@ def test_a_launchers_words_count(on, monkeypatch):
 def test_a_configuration_on_a_laptop(on, bfloat16, caplog):
     on(accelerator=False, bfloat16=bfloat16)
     config = NCAConfig("x")
-    assert (config.use_cpu, config.bf16, config.device.type) == (True, bfloat16, "cpu")
-    assert config.mixed_precision == ("bf16" if bfloat16 else "no")
+    assert (config.use_cpu, config.bf16, config.device.type) == (True, False, "cpu")
+    assert config.mixed_precision == "no"
     assert [line for line in caplog.messages if NONE_FOUND in line] == caplog.messages
     assert len(caplog.messages) == 1
     # what was chosen stays, on a machine of any kind, and in the identity by which a run is resumed

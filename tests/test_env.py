@@ -70,13 +70,13 @@ def test_a_card(monkeypatch):
 
 
 @pytest.mark.parametrize("bfloat16", [True, False])
-def test_bfloat16_is_where_a_training_chooses_it(bfloat16, monkeypatch, capsys):
+def test_bfloat16_is_said_of_what_computes_in_it(bfloat16, monkeypatch, capsys):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": bfloat16, "amx_bf16": False})
     monkeypatch.setattr("nca_align.device.has_accelerator", lambda: False)
     monkeypatch.setattr(env, "has_accelerator", lambda: False)
     expected = f"on the accelerator: none; on the CPU: {'yes' if bfloat16 else 'no'}"
     assert said(capsys)["bf16"] == expected
-    assert NCAConfig("x").bf16 is bfloat16
+    assert NCAConfig("x", bf16=None).bf16 is False  # on a CPU only where it is asked for
 
 
 def test_extras_are_those_of_the_package_and_say_what_is_missing(monkeypatch):

@@ -68,7 +68,7 @@ class NCAConfig(DPOConfig):
         resume_changed: options (and `data`, `model` …) that may differ from those of the checkpoint that the run goes
             on from, by the names that a refusal shows.
         use_cpu, bf16: None for what the machine has: the CPU where there is no accelerator, and bfloat16 mixed
-            precision where the device computes in it. One line says what was chosen.
+            precision where an accelerator computes in it. One line says what was chosen.
 
     transformers' `train_sampling_strategy: batch_rebalance` works here: each row's load is its unique tokens, and the
     prompts of one global batch are dealt to its micro-batches and processes so that their loads are near equal.
@@ -109,7 +109,7 @@ class NCAConfig(DPOConfig):
     resume_changed: list[str] = option("What may differ from the checkpoint that the run goes on from, by name.", [])
     # None tells "nothing said" from false
     bf16: bool | None = option(  # type: ignore[assignment]
-        "bfloat16 mixed precision. By default where the device computes in it.", None
+        "bfloat16 mixed precision. By default where an accelerator computes in it.", None
     )
     use_cpu: bool | None = option("Train on the CPU. By default where there is no accelerator.", None)  # type: ignore[assignment]
     logging_steps: float | None = option(  # type: ignore[assignment]

@@ -41,8 +41,9 @@ def choose_device(args: Any) -> str | None:
             "`use_cpu: true`."
         )
     chosen = args.bf16 is None and not args.fp16
-    if chosen:
-        args.bf16 = computes_bfloat16(args.use_cpu) or os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16"
+    if chosen:  # never on a CPU by itself: it learns less there in as many steps (docs/memory-and-speed.md)
+        launched = os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16"
+        args.bf16 = launched or (not args.use_cpu and computes_bfloat16(on_cpu=False))
     precision = "in bfloat16 mixed precision (`bf16: true`)" if args.bf16 else "without mixed precision (`bf16: false`)"
     if given is None and args.use_cpu:
         return f"This machine has no accelerator that PyTorch finds: training is on the CPU, {precision}."

@@ -90,7 +90,7 @@ def cpu() -> str:
 
 
 def bf16() -> str:
-    """Where a training chooses bfloat16 mixed precision by itself."""
+    """What computes in bfloat16, in which a training is by itself on an accelerator alone."""
     on_accelerator = ("yes" if computes_bfloat16(on_cpu=False) else "no") if has_accelerator() else "none"
     on_cpu = "yes" if computes_bfloat16(on_cpu=True) else "no"
     return f"on the accelerator: {on_accelerator}; on the CPU: {on_cpu}"

@@ -53,7 +53,7 @@ FIRST_OPTIONS = {
     "max_length": "Tokens of prompt and completion; completions are cut there.",
     "use_peft": "Train a LoRA adapter instead of the whole model; `--help lora` lists its options.",
     "lora_r": "The adapter's rank.",
-    "dtype": "Of the model's weights; mixed precision comes by itself where the device computes in bfloat16.",
+    "dtype": "Of the model's weights; mixed precision comes by itself where an accelerator computes in bfloat16.",
     "logging_steps": "Steps between two log lines; by default 10, or less for at least ten lines.",
     "eval_strategy": "When held-out prompts are evaluated; by default at the end, where rows are held out.",
     "save_steps": "Steps from one checkpoint to the next.",
