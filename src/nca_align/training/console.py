@@ -12,6 +12,7 @@ from .. import progress
 from .log_schedule import LogSchedule
 from .metrics import prefixes
 
+_ROUNDING = 1e-4  # nats; a cached reference differs by so much in float32
 # metric → how it is shown; the log has all of them
 _SHOWN = {
     "loss": "loss {:.4f}",
@@ -128,5 +129,5 @@ def _figures(logs: Mapping[str, Any], prefix: str = "") -> list[str]:
 
 
 def has_moved(logs: Mapping[str, Any], prefix: str = "") -> bool:
-    """Whether the policy differs from its reference in a log; where all log-ratios are 0 every pair is a tie."""
-    return any(logs.get(f"{prefix}logratios/{name}", 1) != 0 for name in ("best", "worst"))
+    """Whether the policy differs from its reference in a log by more than rounding: otherwise chance ranks the pairs."""
+    return any(abs(logs.get(f"{prefix}logratios/{name}", 1)) > _ROUNDING for name in ("best", "worst"))
