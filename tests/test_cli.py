@@ -22,9 +22,10 @@ from nca_align.errors import (
     UserError,
     UserTypeError,
     cli_main,
+    nearest,
     one_line,
 )  # fmt: skip
-from nca_align.options import given_options, nearest, parse
+from nca_align.options import given_options, parse
 
 
 @dataclass

@@ -3,8 +3,7 @@
 import sys
 from importlib import import_module
 
-from .errors import UserError, cli_main
-from .options import nearest
+from .errors import UserError, cli_main, nearest
 
 # name: (its module in `commands`, what it does)
 COMMANDS = {

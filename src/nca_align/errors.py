@@ -1,10 +1,11 @@
 """What a user is told: notices, and one clear sentence instead of a traceback for a mistake; a bug keeps its own."""
 
+import difflib
 import functools
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 from .progress import between_bars, closing_bars, without_library_bars
@@ -64,6 +65,14 @@ def one_line(error: BaseException) -> str:
 def first_few(items: Sequence[object], most: int = 5) -> str:
     """The first `most` of `items` in words, and an ellipsis where there are more."""
     return ", ".join(map(str, items[:most])) + (", …" if len(items) > most else "")
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """` (did you mean X?)` for the one of `names` that is most like `name` or goes on from it, or nothing."""
+    bare = name.lstrip("-")  # dashes make all flags alike
+    known = {other.lstrip("-"): other for other in names}
+    close = difflib.get_close_matches(bare, known, n=1) or [o for o in known if len(bare) > 2 and o.startswith(bare)]
+    return f" (did you mean `{known[close[0]]}`?)" if close else ""
 
 
 @contextmanager

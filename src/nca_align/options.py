@@ -1,7 +1,6 @@
 """Options from the command line and from a YAML file: TRL's parser, with one sentence for each mistake."""
 
 import argparse
-import difflib
 import math
 import os
 import sys
@@ -13,7 +12,7 @@ from typing import Any, Literal, cast, get_args, get_type_hints
 import yaml
 from trl import TrlParser
 
-from .errors import UserError, one_line
+from .errors import UserError, nearest, one_line
 from .help_page import help_page, help_topic
 
 # What YAML 1.1 makes of the bare words that some options take (`save_strategy: no`).
@@ -85,14 +84,6 @@ class _Loader(yaml.SafeLoader):
 class _Parser(TrlParser):
     def error(self, message: str):
         raise UserError(message)
-
-
-def nearest(name: str, names: Iterable[str]) -> str:
-    """` (did you mean X?)` for the one of `names` that is most like `name` or goes on from it, or nothing."""
-    bare = name.lstrip("-")  # dashes make all flags alike
-    known = {other.lstrip("-"): other for other in names}
-    close = difflib.get_close_matches(bare, known, n=1) or [o for o in known if len(bare) > 2 and o.startswith(bare)]
-    return f" (did you mean `{known[close[0]]}`?)" if close else ""
 
 
 def parse(

@@ -8,8 +8,7 @@ from collections.abc import Callable
 from traceback import extract_tb
 from typing import Any
 
-from .errors import UserError, one_line
-from .options import nearest
+from .errors import UserError, nearest, one_line
 
 
 def names_a_function(spec: str) -> bool:

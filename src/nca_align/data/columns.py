@@ -12,8 +12,7 @@ from typing import Any
 
 from datasets import Dataset, Features, IterableDataset, Json, LargeList, List, Value
 
-from ..errors import UserError
-from ..options import nearest
+from ..errors import UserError, nearest
 from ..store.fingerprints import files_fingerprint
 from .validation import is_absent
 

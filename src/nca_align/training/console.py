@@ -129,5 +129,5 @@ def _figures(logs: Mapping[str, Any], prefix: str = "") -> list[str]:
 
 
 def has_moved(logs: Mapping[str, Any], prefix: str = "") -> bool:
-    """Whether the policy differs from its reference in a log by more than rounding: otherwise chance ranks the pairs."""
+    """Whether the policy differs from its reference in a log by more than rounding, by which chance ranks pairs."""
     return any(abs(logs.get(f"{prefix}logratios/{name}", 1)) > _ROUNDING for name in ("best", "worst"))

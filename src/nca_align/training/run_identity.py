@@ -8,9 +8,8 @@ from datasets import Dataset
 from torch import nn
 
 from ..config import NCAConfig
-from ..errors import UserError
+from ..errors import UserError, nearest
 from ..models.policy import base_model
-from ..options import nearest
 from ..own_losses import OwnLoss
 from ..store.fingerprints import columns_fingerprint, source_text, weights_fingerprint
 from ..store.provenance import changed_names, refuse_changes

@@ -13,10 +13,10 @@ from trl import ModelConfig, ScriptArguments
 
 from ...config import NCAConfig
 from ...data import DataOptions
-from ...errors import UserError
+from ...errors import UserError, nearest
 from ...evaluation.comparison_rows import SETTINGS
 from ...losses import reads_alpha
-from ...options import nearest, parse
+from ...options import parse
 from ...rewards.scorers import check_weights
 from ...training.run_identity import FREE, loss_sources
 from ..train.checks import name_unread

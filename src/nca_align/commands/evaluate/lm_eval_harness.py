@@ -17,11 +17,11 @@ from typing import Any, NamedTuple
 from datasets.exceptions import DatasetsError
 from jinja2 import TemplateError
 
-from ...errors import UserError, as_user_error, one_line
+from ...errors import UserError, as_user_error, nearest, one_line
 from ...evaluation.intervals import Estimate
 from ...models.loading import ModelSource
 from ...models.policy import as_reference
-from ...options import Dtype, dtype_option, nearest, option, require_at_least_1
+from ...options import Dtype, dtype_option, option, require_at_least_1
 from ...pages.terminal import print_rows
 from ...store.fingerprints import data_fingerprint
 from ...store.hub import go_offline_without_network
