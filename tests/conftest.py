@@ -7,6 +7,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import gc
 import json
+import logging
+import signal
 from pathlib import Path
 
 import pytest
@@ -37,6 +39,19 @@ def pytest_collection_finish():
     """Keep what is imported out of every collection: accelerate collects in each `train()`, at half of its seconds."""
     gc.collect()
     gc.freeze()
+
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what runs in its background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def logging_as_it_was():
+    """A command shows more of its log than Python does, and tests call commands."""
+    log = logging.getLogger("nca_align")
+    level = log.level
+    yield
+    log.setLevel(level)
 
 
 @pytest.fixture(scope="session", autouse=True)

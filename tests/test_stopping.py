@@ -240,6 +240,19 @@ def test_in_python_it_stays_a_keyboard_interrupt(tmp_path):
     assert not whole_checkpoints(tmp_path)
 
 
+def test_a_job_in_the_background_goes_on_ignoring_ctrl_c(tmp_path, monkeypatch):
+    """A shell without job control starts it so: the Ctrl-C is meant for what runs in front."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        nca = trainer(tmp_path, callbacks=[At("on_step_begin", 1, 1)], max_steps=2)
+        nca.saves_on_interrupt = True
+        nca.train()
+        assert nca.state.global_step == 2
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 # A process of its own: Ctrl-C in a step that it names
 DRIVER = """
 import os, signal, sys

@@ -70,7 +70,9 @@ class StopSignals:
                 # on a terminal it clears the bar that it stands on
                 os.write(2, f"{CLEAR_LINE * sys.stderr.isatty()}Ctrl-C: {then}\n".encode())
 
-        before = {number: signal.signal(number, note) for number in numbers}
+        # a shell has told the jobs in its background to ignore Ctrl-C, which is meant for another one
+        heard = [n for n in numbers if n != signal.SIGINT or signal.getsignal(n) is not signal.SIG_IGN]
+        before = {number: signal.signal(number, note) for number in heard}
         try:
             yield
         finally:
