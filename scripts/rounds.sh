@@ -48,7 +48,8 @@ for round in $(seq 0 "$ROUNDS"); do
             done
             start=$MODEL
             [ "$REFERENCE" = first ] || start=$policy
-            accelerate launch scripts/train.py --config "$CONFIG" --model_name_or_path "$start" \
+            sed '/^eval_scorer:/d' "$CONFIG" > "$OUT/train.yaml"  # nothing is evaluated during a round
+            accelerate launch scripts/train.py --config "$OUT/train.yaml" --model_name_or_path "$start" \
                 --dataset_name "$OUT/samples-$round.jsonl" --output_dir "$run" --resume_from_checkpoint true \
                 --validation_fraction 0 --eval_strategy no --eval_on_start false --show_answers 0 "$@"
         fi
