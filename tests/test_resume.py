@@ -8,7 +8,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -32,9 +31,9 @@ from nca_align.store.checkpoints import MANIFEST, is_whole, read_manifest, whole
 from nca_align.training.row_weights import begin_epoch
 from nca_align.training.run_identity import FIXED, FREE
 from nca_align.training.stopping import PREEMPTED
+from signalled import NEVER, start_training
 from test_trainer import trainer
 
-ROOT = Path(__file__).resolve().parents[1]
 # 11 prompts in steps of 2: six steps an epoch, of which the last has one prompt; dropout, and log lines across saves
 RUN = {
     "save_strategy": "steps", "save_steps": 1, "logging_steps": 4, "max_steps": -1, "num_train_epochs": 2,
@@ -570,36 +569,9 @@ class TestFullDisk:
             make(tmp_path).train()
 
 
-# `nca-align train` with small shards of the reference's cache, and SIGTERM to a process of one's choice
-DRIVER = """
-import os, signal, sys
-import nca_align.training.reference_cache
-from nca_align import trainer
-from transformers import TrainerCallback
-
-nca_align.training.reference_cache.ROWS_PER_SHARD = 4
-rank, step = map(int, os.environ.get("TERMINATE", "-1 -1").split())
-
-class Terminate(TrainerCallback):
-    def on_step_begin(self, args, state, control, **kwargs):
-        if (args.process_index, state.global_step) == (rank, step):
-            os.kill(os.getpid(), signal.SIGTERM)
-
-own = trainer.NCATrainer.__init__
-def with_callback(self, *args, **kwargs):
-    own(self, *args, **kwargs)
-    self.add_callback(Terminate())
-trainer.NCATrainer.__init__ = with_callback
-
-from nca_align.commands.train.command import main
-sys.exit(main(sys.argv[1:]))
-"""
-
-
 @pytest.fixture
 def launch(model_dir, tmp_path):
     """Start a run by its folder's name; with `processes`, under torchrun."""
-    (tmp_path / "driver.py").write_text(DRIVER)
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, reward_rows(25, [4, 2, 3]))))
     options = {
         "model_name_or_path": model_dir, "dataset_name": tmp_path / "rows.jsonl", "bf16": "false", "use_cpu": "true",
@@ -611,18 +583,10 @@ def launch(model_dir, tmp_path):
         "eval_strategy": "epoch", "precompute_ref_log_probs": "true", "disable_tqdm": "true",
     }  # fmt: skip
 
-    def start(name: str, processes: int = 0, cache: str | None = None, terminate: str = "-1 -1", **own):
-        flags = [part for key, value in (options | own).items() for part in (f"--{key}", str(value))]
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-        return subprocess.Popen(
-            [sys.executable, *(launcher if processes else []), str(tmp_path / "driver.py"), *flags,
-             "--output_dir", str(tmp_path / name)],
-            env=os.environ | {
-                "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache" / (cache or name)),
-                "TERMINATE": terminate,
-            },
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT,
-        )  # fmt: skip
+    def start(name: str, processes: int = 0, cache: str | None = None, terminate: str = NEVER, **own):
+        cached = {"HF_DATASETS_CACHE": str(tmp_path / "cache" / (cache or name))}
+        flags = options | own | {"output_dir": tmp_path / name}
+        return start_training(flags, processes, signal.SIGTERM, terminate, **cached)
 
     return tmp_path, start
 
@@ -704,7 +668,7 @@ def test_sigterm_to_one_of_two_processes_ends_both_and_both_go_on_exactly(launch
     """In the second epoch, whose last batch does not divide: accelerate repeats rows in it, which weigh nothing."""
     folder, start = launch
     finish(start("whole", processes=2, save_steps=100, num_train_epochs=4))
-    said = finish(start("cut", 2, cache="whole", terminate="1 13", save_steps=100, num_train_epochs=4), code=1)
+    said = finish(start("cut", 2, cache="whole", terminate="1 13 1", save_steps=100, num_train_epochs=4), code=1)
     assert said.count("SIGTERM: checkpoint-14 is written") == 1
     assert re.search(rf"exitcode\s*: {PREEMPTED}", said)
     assert is_whole(folder / "cut" / "checkpoint-14")
@@ -719,7 +683,7 @@ def test_the_command_exits_with_its_code_and_another_number_of_processes_goes_on
     own = {"lora_dropout": 0.0, "save_steps": 100, "logging_steps": 4}
     finish(start("whole", **own, gradient_accumulation_steps=2, num_train_epochs=4))
     own |= {"cache": "whole", "num_train_epochs": 4}
-    said = finish(start("cut", terminate="0 13", gradient_accumulation_steps=2, **own), code=PREEMPTED)
+    said = finish(start("cut", terminate="0 13 1", gradient_accumulation_steps=2, **own), code=PREEMPTED)
     assert "SIGTERM: checkpoint-14 is written" in said
     assert "Traceback" not in said
     refused = finish(start("cut", gradient_accumulation_steps=2, alpha=0.5, **own), code=2)

@@ -5,7 +5,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -22,10 +21,9 @@ from nca_align.errors import UserError
 from nca_align.store.checkpoints import whole_checkpoints
 from nca_align.training import reference_cache
 from nca_align.training.stopping import StopSignals, what_is_left
+from signalled import NEVER, start_training
 from test_resume import finish
 from test_trainer import trainer
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def interrupt(times: int = 1) -> None:
@@ -253,34 +251,8 @@ def test_a_job_in_the_background_goes_on_ignoring_ctrl_c(tmp_path, monkeypatch):
         signal.signal(signal.SIGINT, before)
 
 
-# A process of its own: Ctrl-C in a step that it names
-DRIVER = """
-import os, signal, sys
-from nca_align import trainer
-from transformers import TrainerCallback
-
-rank, step, times = map(int, os.environ["INTERRUPT"].split())
-
-class Interrupt(TrainerCallback):
-    def on_step_begin(self, args, state, control, **kwargs):
-        if (args.process_index, state.global_step) == (rank, step):
-            for _ in range(times):
-                os.kill(os.getpid(), signal.SIGINT)
-
-own = trainer.NCATrainer.__init__
-def with_callback(self, *args, **kwargs):
-    own(self, *args, **kwargs)
-    self.add_callback(Interrupt())
-trainer.NCATrainer.__init__ = with_callback
-
-from nca_align.commands.train.command import main
-sys.exit(main(sys.argv[1:]))
-"""
-
-
 @pytest.fixture
 def launch(model_dir, tmp_path):
-    (tmp_path / "driver.py").write_text(DRIVER)
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, reward_rows(12))))
     options = {
         "model_name_or_path": model_dir, "dataset_name": tmp_path / "rows.jsonl", "use_cpu": "true", "bf16": "false",
@@ -289,14 +261,8 @@ def launch(model_dir, tmp_path):
         "gradient_checkpointing": "false",
     }  # fmt: skip
 
-    def start(processes: int = 0, interrupt: str = "-1 -1 0", **own) -> subprocess.Popen:
-        flags = [part for key, value in (options | own).items() for part in (f"--{key}", str(value))]
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-        return subprocess.Popen(
-            [sys.executable, *(launcher if processes else []), str(tmp_path / "driver.py"), *flags],
-            env=os.environ | {"OMP_NUM_THREADS": "1", "INTERRUPT": interrupt}, text=True, cwd=ROOT,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )  # fmt: skip
+    def start(processes: int = 0, interrupt: str = NEVER, **own) -> subprocess.Popen:
+        return start_training(options | own, processes, signal.SIGINT, interrupt)
 
     return start
 

@@ -4,6 +4,7 @@ import os
 from typing import Any
 
 import torch
+from accelerate.utils import parse_flag_from_env
 from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available
 
 from .errors import UserError
@@ -71,4 +72,4 @@ def computes_bfloat16(on_cpu: bool) -> bool:
 
 def _launched_on_cpu() -> bool:
     """Whether `accelerate launch --cpu` started this process."""
-    return os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes", "y", "on", "t")
+    return bool(parse_flag_from_env("ACCELERATE_USE_CPU"))

@@ -81,7 +81,9 @@ def without_library_bars(hidden: bool | None = None) -> Iterator[None]:
     Args:
         hidden: whether they are hidden; by default where `shows_bars` is false.
     """
-    if not (not shows_bars() if hidden is None else hidden):
+    if hidden is None:
+        hidden = not shows_bars()
+    if not hidden:
         yield
         return
     unset = [name for name in _VARIABLES if name not in os.environ]

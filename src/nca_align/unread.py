@@ -32,7 +32,7 @@ def _reads_adam(options: Any, *others: str) -> bool:
     )
 
 
-NO = ("none", "false", "no", "")  # texts of `resume_from_checkpoint` that ask for nothing
+NO = ("none", "false", "no", "")  # of `resume_from_checkpoint`, in lower case: they ask for nothing
 # of a new adapter: option → attribute of its PEFT configuration
 LORA = {
     "lora_r": "r",

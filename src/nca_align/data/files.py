@@ -82,11 +82,13 @@ def _codec(head: bytes) -> str | None:
     return next((codec for magic, codec in _CODECS.items() if head.startswith(magic)), None)
 
 
-def _is_compressed(file: str) -> bool:
-    if Path(file).suffix in _COMPRESSED:  # else `datasets` would go by the name
-        return True
+def _codec_of(file: str) -> str | None:
     with open(file, "rb") as opened:
-        return _codec(opened.read(4)) is not None
+        return _codec(opened.read(4))
+
+
+def _is_compressed(file: str) -> bool:
+    return Path(file).suffix in _COMPRESSED or _codec_of(file) is not None  # `datasets` would go by the name
 
 
 def unpacked(files: Sequence[str], folder: Path | None) -> list[str]:
@@ -146,8 +148,7 @@ def refuse_other_text(file: str) -> None:
 
 def as_utf8(file: str, encoding: str = "LATIN1") -> str:
     """The command, in back-ticks, that writes text of another encoding as UTF-8 into a new file beside it."""
-    with open(file, "rb") as opened:
-        codec = _codec(opened.read(4))
+    codec = _codec_of(file)
     convert = f"iconv -f {encoding} -t UTF-8"
     old, new = (shlex.quote(str(path)) for path in (file, Path(file).with_name(f"utf8-{plain_name(file)}")))
     if codec is None:

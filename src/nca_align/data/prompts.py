@@ -60,9 +60,8 @@ def load_prompts(name: str, config: str | None, split: str, columns: Sequence[st
     """Rows with a `prompt` (text or messages) and any columns beside it that don't answer it."""
     dataset = load_raw(name, config, split, columns)
     if "prompt" not in dataset.column_names or {"response", "chosen"} & set(dataset.column_names):
-        dataset = convert_dataset(dataset, name=split, source=name)[
-            0
-        ]  # finds the prompt, and puts rows together that share one
+        # it finds the prompt, and puts rows together that share one
+        dataset = convert_dataset(dataset, name=split, source=name)[0]
     dataset = dataset.remove_columns([name for name in dataset.column_names if _ANSWERS.fullmatch(name)])
     for i, prompt in enumerate(dataset["prompt"]):
         if not prompt or not isinstance(prompt, (str, list)):

@@ -19,7 +19,7 @@ from ..store.checkpoints import how_to_go_on
 # What a process exits with that was stopped after it had saved: "try again" in BSD's sysexits.h, and 128 + SIGINT.
 EXIT_CODES = {signal.SIGTERM: 75, signal.SIGINT: 130}
 PREEMPTED = EXIT_CODES[signal.SIGTERM]
-CLEAR_LINE = "\r\x1b[K"
+_CLEAR_LINE = "\r\x1b[K"
 _NAMES = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
 
 
@@ -68,7 +68,7 @@ class StopSignals:
             self._had = self._had or signal.Signals(number)
             if number == signal.SIGINT and speaks:  # print may be in the midst of another line
                 # on a terminal it clears the bar that it stands on
-                os.write(2, f"{CLEAR_LINE * sys.stderr.isatty()}Ctrl-C: {then}\n".encode())
+                os.write(2, f"{_CLEAR_LINE * sys.stderr.isatty()}Ctrl-C: {then}\n".encode())
 
         # a shell has told the jobs in its background to ignore Ctrl-C, which is meant for another one
         heard = [n for n in numbers if n != signal.SIGINT or signal.getsignal(n) is not signal.SIG_IGN]

@@ -13,7 +13,7 @@ from ...data.splits import find_split
 from ...errors import UserError, notify, notify_once
 from ...models.loading import adapter_config, is_adapter
 from ...store.checkpoints import how_to_go_on, last_common_checkpoint
-from ...unread import CONFIG_RULES, LORA, OF_HELD_OUT, TRAIN_RULES, sentence, unread
+from ...unread import CONFIG_RULES, LORA, NO, OF_HELD_OUT, TRAIN_RULES, sentence, unread
 from .options import RunOptions
 
 logger = logging.getLogger("nca_align")
@@ -143,7 +143,7 @@ def checkpoint_to_go_on_from(args: NCAConfig) -> str | bool | None:
     """What to go on from, for `NCATrainer.train`; an error where the output folder holds another run's checkpoints."""
     wanted = str(args.resume_from_checkpoint).lower()
     last = last_common_checkpoint(str(args.output_dir))
-    if wanted in ("none", "false", "no", ""):
+    if wanted in NO:
         if last is not None:
             raise UserError(
                 f"`output_dir` {args.output_dir} holds checkpoints of an earlier run ({last.name}); "
