@@ -67,7 +67,6 @@ FAMILIES = {
     },
 }  # fmt: skip
 MODEL_NAMES = {"GPT2": "GPT2LMHeadModel", "Gemma3Text": "Gemma3ForCausalLM"}
-MIXTURES = ["Mixtral", "Qwen3Moe", "GptOss", "GraniteMoe"]
 
 
 def build(family: str, attn_implementation: str | None = None, device: str = "cpu", **overrides):
@@ -291,49 +290,6 @@ def test_nothing_of_the_rows_length_squared_is_built(family):
     assert largest.size < total**2 / 4
 
 
-# Mixtures of experts
-
-
-@pytest.mark.parametrize("family", MIXTURES)
-def test_the_auxiliary_loss_of_padded_is_the_models_own(family):
-    model = case(family).model
-    (chunk,) = batch_of("padded")["chunks"]
-    own = model(input_ids=chunk["input_ids"], attention_mask=chunk["attention_mask"], output_router_logits=True)
-    found = forward(model, chunk, output_router_logits=True).aux_loss
-    torch.testing.assert_close(found, own.aux_loss)
-    assert forward(model, chunk).aux_loss is None
-
-
-@pytest.mark.parametrize("family", MIXTURES)
-def test_the_auxiliary_loss_of_a_packed_row_is_over_its_own_tokens(family):
-    model = case(family).model
-    (chunk,) = batch_of("prefix_shared")["chunks"]
-    inputs = {name: chunk[name] for name in ("input_ids", "attention_mask", "position_ids", "segments")}
-    routers = model.base_model(**inputs, use_cache=False, output_router_logits=True).router_logits
-    assert {len(r) for r in routers} == {chunk["input_ids"].numel()}
-    found = forward(model, chunk, output_router_logits=True).aux_loss
-    assert found.item() == pytest.approx(balance_loss([r.tolist() for r in routers], 2), rel=1e-5)
-    found.backward()
-    gates = [p.grad for n, p in model.named_parameters() if ("router" in n or ".gate." in n) and p.dim() == 2]
-    assert len(gates) == 2
-    assert all(g.abs().max() > 0 for g in gates)
-    model.zero_grad()
-
-
-def balance_loss(routers: list[list[list[float]]], top_k: int) -> float:
-    """experts · Σ over experts of its share of the choices times its mean probability (Switch Transformer, eq. 4)."""
-    tokens = [logits for layer in routers for logits in layer]
-    experts = len(tokens[0])
-    chosen, probability = [0.0] * experts, [0.0] * experts
-    for logits in tokens:
-        weights = [math.exp(x - max(logits)) for x in logits]
-        for e in sorted(range(experts), key=lambda e: -logits[e])[:top_k]:
-            chosen[e] += 1 / len(tokens)
-        for e in range(experts):
-            probability[e] += weights[e] / sum(weights) / len(tokens)
-    return experts * sum(c * p for c, p in zip(chosen, probability, strict=True))
-
-
 # Checkpointing, adapters, quantisation, precision
 
 
@@ -353,30 +309,6 @@ def test_gradient_checkpointing(family, use_reentrant, monkeypatch):
         c.model.gradient_checkpointing_disable()
         c.model.eval()
     assert len(calls) == 2 * c.model.config.num_hidden_layers  # each layer again in the backward
-
-
-def test_an_auxiliary_loss_without_a_gradient_is_refused():
-    """Reentrant checkpointing hides the router logits from autograd; transformers would train on without a word."""
-    model = case("Mixtral").model
-    (chunk,) = batch_of("prefix_shared")["chunks"]
-    expected = forward(model, chunk, output_router_logits=True).aux_loss
-    model.train()
-    try:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        found = forward(model, chunk, output_router_logits=True).aux_loss
-        assert found.requires_grad
-        torch.testing.assert_close(found, expected)
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
-        with pytest.raises(
-            NotImplementedError, match="`output_router_logits` is true, but the load-balancing loss has"
-        ):
-            forward(model, chunk, output_router_logits=True)
-        with torch.no_grad():
-            assert not forward(model, chunk, output_router_logits=True).aux_loss.requires_grad
-        assert forward(model, chunk).aux_loss is None
-    finally:
-        model.gradient_checkpointing_disable()
-        model.eval()
 
 
 def with_lora(model, **options):

@@ -34,10 +34,9 @@ PRIVATE = re.compile(r"_[a-zA-Z]\w*")
 OVERRIDES = {
     "__init__", "_evaluate", "_get_dataloader", "_get_grad_norm", "_init_training_state", "_load_from_checkpoint",
     "_load_optimizer_and_scheduler", "_load_rng_state", "_load_scaler", "_precompute_ref_logps", "_prepare_dataset",
-    "_prepare_for_training",
-    "_push_from_checkpoint", "_save_checkpoint", "compute_loss", "compute_ref_log_probs", "evaluate",
-    "evaluation_loop", "floating_point_ops", "get_batch_samples", "log", "predict", "prediction_step", "train",
-    "training_step",
+    "_prepare_for_training", "_push_from_checkpoint", "_save_checkpoint", "compute_loss", "compute_ref_log_probs",
+    "create_model_card", "evaluate", "evaluation_loop", "floating_point_ops", "get_batch_samples", "log", "predict",
+    "prediction_step", "train", "training_step",
 }  # fmt: skip
 # Methods of TRL's and transformers' objects that are called.
 CALLED = {
@@ -51,7 +50,6 @@ VALUES = {
     "_is_accelerate_prepared": (lambda nca: nca.model, "accelerator"),
     "_name": (lambda nca: nca, "trl"),
     "_name_or_path": (lambda nca: nca.model.config, "configuration_utils"),
-    "_paper": (lambda nca: nca, "trl"),
     "_signature_columns": (lambda nca: nca, "trainer"),
     "_supports_attention_backend": (lambda nca: nca.model, "modeling_utils"),
     "_tag_names": (lambda nca: nca, "trl"),
@@ -262,7 +260,7 @@ def test_the_lists_are_complete_and_private_names_stand_where_they_may():
 def test_compute_loss_alone_gives_the_loss(trained, monkeypatch):
     """TRL's own loss, which would take chosen and rejected, isn't reached beside it."""
     monkeypatch.setattr(DPOTrainer, "_compute_loss", None)
-    monkeypatch.setattr(DPOTrainer, "compute_loss", None)
+    monkeypatch.setattr(DPOTrainer, "compute_loss", "create_model_card", None)
     before = Recorded.calls["compute_loss"]
     assert trained.evaluate()["eval_loss"] > 0
     assert Recorded.calls["compute_loss"] > before

@@ -222,7 +222,7 @@ def test_only_labelled_positions_reach_the_head(model):
     assert isinstance(outputs, TokenLogps)
     assert outputs.token_logps.shape == (5,)
     assert outputs.token_logps.dtype == torch.float32
-    assert outputs.aux_loss is None
+    assert outputs.expert_use is None
     assert rows == [(5, model.config.vocab_size)]
 
 

@@ -5,9 +5,11 @@ import errno
 import json
 import logging
 import os
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from datasets import Dataset, DatasetDict, IterableDataset
 from peft import LoHaConfig, LoKrConfig, LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, TrainerCallback
@@ -782,27 +784,29 @@ def test_a_mismatch_falls_back_under_auto_and_stops_an_explicit_layout(tmp_path,
         trainer(tmp_path, layout="prefix_shared")
 
 
-def test_the_auxiliary_loss_of_a_mixture_of_experts_is_there(tmp_path):
-    from transformers import MixtralConfig, MixtralForCausalLM
-
-    tokenizer = build_tokenizer()
-    losses = {}
-    for coefficient in (0.0, 0.5):
-        torch.manual_seed(0)
-        model = MixtralForCausalLM(
-            MixtralConfig(
-                vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-                num_attention_heads=4, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2,
-                router_aux_loss_coef=coefficient, sliding_window=None,
-            )
-        )  # fmt: skip
-        nca = trainer(tmp_path, model, max_steps=1, completions_per_forward=3)
-        nca.train()
-        losses[coefficient] = logged(nca)[0]
-        if coefficient:
-            auxiliary = logged(nca, "aux_loss")[0]
-    assert auxiliary > 0.5
-    assert losses[0.5] == pytest.approx(losses[0.0] + 0.5 * auxiliary, abs=1e-4)
+def test_the_model_card_says_what_the_model_was_trained_by(model_dir, tmp_path):
+    """A folder of this machine as a base, ragged K, options of the loss, and no name on the Hub."""
+    rows = reward_rows(5, k=[4, 3, 2])
+    nca = trainer(tmp_path / "mine", model_dir, rows, loss_type=["nca", "sft"], loss_weights=[1.0, 0.1], alpha=0.25)
+    nca.create_model_card(dataset_name="me/scores", tags="demo")
+    card = (tmp_path / "mine" / "README.md").read_text()
+    metadata = yaml.safe_load(card.split("---")[1])
+    assert metadata["tags"] == ["nca-align", "nca", "sft", "demo", "trl", "generated_from_trainer"]
+    assert metadata["datasets"] == ["me/scores"]
+    assert "base_model" not in metadata
+    assert metadata["library_name"] == "transformers"
+    assert f"`{Path(model_dir).name}` trained on prompts with several rewarded completions each" in card
+    assert str(tmp_path) not in card
+    assert "None" not in card
+    assert "5 prompts with 2 to 4 completions each." in card
+    for line in (
+        "| `loss_type` | nca, sft |",
+        "| `loss_weights` | 1.0, 0.1 |",
+        "| `alpha` | 0.25 |",
+        "| `beta` | 0.1 |",
+    ):
+        assert line in card
+    assert "https://arxiv.org/abs/2402.05369" in card
 
 
 # Refusals

@@ -26,13 +26,14 @@ from .errors import notify
 from .models.loading import disable_nf4_repacking
 from .models.logprobs import add_token_logps, forward_chunk, sum_by_completion
 from .models.policy import base_model
+from .models.routing import load_balancing_loss
 from .progress import closing_bars, without_library_bars
 from .store.checkpoints import explain_read_errors, is_whole
 from .training import arguments, console, gradients, reference, reference_cache, row_weights, streams
 from .training.dropout import disable_functional_dropout
 from .training.guards import StepGuard
 from .training.metrics import MetricLog
-from .training.model_card import PAPER
+from .training.model_card import write_model_card
 from .training.objective import Objective, count_prompts
 from .training.resume import EvaluationInterrupted, Resume, reads_checkpoint
 from .training.startup_checks import StartupChecks
@@ -61,7 +62,6 @@ class NCATrainer(DPOTrainer):
 
     _tag_names = ["nca-align"]  # noqa: RUF012 (as in TRL)
     _name = "NCA"
-    _paper = PAPER
     model: PreTrainedModel
     args: Any  # an NCAConfig, with what transformers has made of its texts
     data_collator: RewardCollator
@@ -236,25 +236,20 @@ class NCATrainer(DPOTrainer):
 
     def _batch_logps(self, model: nn.Module, batch: Batch, with_aux_loss: bool = True) -> tuple[Tensor, Tensor | None]:
         """(B, K) log-probabilities of a batch, nats, chunk after chunk, and its load-balancing loss."""
-        logps, total = torch.zeros_like(batch["rewards"]), None
+        logps, use = torch.zeros_like(batch["rewards"]), None
         for chunk, factor in self._chunks(batch):
             own, part = self._chunk_logps(model, chunk, batch, with_aux_loss)
-            logps = logps + factor * own
-            if part is not None:
-                total = factor * part + (0.0 if total is None else total)
-        return logps, total
+            logps, use = logps + factor * own, gradients.sum_of(use, part, factor)
+        return logps, None if use is None else load_balancing_loss(use)
 
     def _chunk_logps(
         self, model: nn.Module, chunk: Chunk, batch: Batch, with_aux_loss: bool = True
     ) -> tuple[Tensor, Tensor | None]:
-        """(B, K) log-probabilities of a chunk, zeros for what is not in it, and its part in the load-balancing loss."""
-        options = {"output_router_logits": True} if with_aux_loss and self.aux_loss_enabled else {}
-        outputs = forward_chunk(model, chunk, **options)
+        """(B, K) log-probabilities of a chunk, zeros for what is not in it, and the use of its experts, if any."""
+        outputs = forward_chunk(model, chunk, with_experts=with_aux_loss and self.aux_loss_enabled)
         logps = sum_by_completion(outputs.token_logps, chunk["completion_index"], batch["rewards"].shape)
-        part = outputs.aux_loss
-        if part is not None:
-            part = part.to(self.accelerator.device) * len(chunk["completion_index"]) / batch["lengths"].sum()
-        return logps.to(self.accelerator.device), part
+        use = outputs.expert_use
+        return logps.to(self.accelerator.device), None if use is None else use.to(self.accelerator.device)
 
     def _chunks(self, batch: Batch) -> list[tuple[Chunk, float]]:
         """A batch's chunks, one forward each, with a factor: 0 for one that only keeps sharded processes in step."""
@@ -339,6 +334,11 @@ class NCATrainer(DPOTrainer):
     def _push_from_checkpoint(self, checkpoint_folder):
         if is_whole(Path(checkpoint_folder)):  # transformers would send it before its manifest is written
             super()._push_from_checkpoint(checkpoint_folder)
+
+    def create_model_card(self, model_name=None, dataset_name=None, tags=()):
+        """README.md in `output_dir`: the base model, losses, options, prompts and completions, versions."""
+        if self.is_world_process_zero():
+            write_model_card(self, dataset_name, model_name, tags or ())
 
     # Evaluation
 

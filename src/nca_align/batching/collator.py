@@ -9,6 +9,7 @@ in one of them unless `completions_per_forward` asks for fewer. A chunk holds
     input_ids                (rows, T)
     attention_mask           (rows, T), or a (1, 1, 1, 1) placeholder beside `segments`
     position_ids, segments   of a packed row only: (1, T) depths in the tree, and who sees whom
+    token_counts             (rows, T) in how many conversations each token stands, 0 for padding
     token_index, target_ids, completion_index  (M,)
 
 and its M *terms* say which prediction counts for what: the one made at flat position `token_index[m]` (over rows · T),
@@ -105,9 +106,11 @@ class RewardCollator:
             range(i * length + len(prompt) - 1, i * length + len(prompt) - 1 + len(completion))
             for i, (_, prompt, completion) in enumerate(conversations)
         ]
+        mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows])
         return {
             "input_ids": torch.tensor([row + [self.pad_token_id] * (length - len(row)) for row in rows]),
-            "attention_mask": torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows]),
+            "attention_mask": mask,
+            "token_counts": mask,
             **_terms(conversations, positions),
         }
 
@@ -125,6 +128,7 @@ def pack_tree(conversations: Sequence[Conversation]) -> Chunk:
         keys.append([token << 32 | following for token, following in itertools.pairwise(ids)])
     input_ids: list[int] = []
     position_ids: list[int] = []
+    token_counts: list[int] = []
     queries: list[tuple[int, int]] = []
     paths: list[tuple[tuple[int, int], ...]] = []
     routes: list[list[int]] = [[] for _ in keys]  # conversation → row position of each of its tokens
@@ -134,6 +138,7 @@ def pack_tree(conversations: Sequence[Conversation]) -> Chunk:
         start = len(input_ids)
         input_ids.extend(key >> 32 for key in keys[members[0]][depth:end])
         position_ids.extend(range(depth, end))
+        token_counts.extend([len(members)] * (end - depth))
         stretch = (start, len(input_ids))
         queries.append(stretch)
         path = (*path[:-1], (path[-1][0], stretch[1])) if path and path[-1][1] == start else (*path, stretch)
@@ -151,6 +156,7 @@ def pack_tree(conversations: Sequence[Conversation]) -> Chunk:
     return {
         "input_ids": torch.tensor([input_ids]),
         "position_ids": torch.tensor([position_ids]),
+        "token_counts": torch.tensor([token_counts]),
         # transformers takes a 4-D mask as it stands, so none of the row's length squared is built
         "attention_mask": torch.ones(1, 1, 1, 1),
         "segments": Segments(tuple(queries), tuple(paths)),

@@ -17,6 +17,7 @@ from ..batching.attention import prefix_sharing_obstacle, share_prefixes
 from ..batching.collator import RewardCollator, batches_by_length
 from ..errors import UnsupportedError
 from .policy import base_model
+from .routing import expert_use
 
 # Bytes of logits and of their gradient that a forward may keep for its backward; above it the head runs in tiles that
 # the backward computes again. Free at 7B (under 1 % of a step), dear on small models with a large vocabulary, whose
@@ -30,11 +31,11 @@ class TokenLogps(ModelOutput):
 
     Args:
         token_logps: (M,) float32, nats, of each labelled token.
-        aux_loss: load-balancing loss of a mixture of experts, where its router logits were asked for.
+        expert_use: (2, E) of a mixture of experts, where `token_counts` are given; see `routing.expert_use`.
     """
 
     token_logps: torch.Tensor | None = None
-    aux_loss: torch.Tensor | None = None
+    expert_use: torch.Tensor | None = None
 
 
 class _SelectedLogProbs(torch.autograd.Function):
@@ -116,7 +117,8 @@ def add_token_logps(model: PreTrainedModel) -> None:
 
     The forward is the place, so that it runs through the DDP, FSDP and PEFT wrappers around the model. It takes
     `token_index` (M,), positions in the flattened (rows · T), `target_ids` (M,), and `row_length` T, by which the
-    virtual tokens that some PEFT methods put in front are left out.
+    virtual tokens that some PEFT methods put in front are left out. With `token_counts` (rows, T), the router logits of
+    a mixture of experts are read as well.
 
     Raises:
         NotImplementedError: the model has more than a backbone and an LM head, by which its logits may be others.
@@ -135,10 +137,11 @@ def add_token_logps(model: PreTrainedModel) -> None:
     scale, softcap = logit_transform(config)
 
     @functools.wraps(type(model).forward)  # `generate` validates its arguments against the signature
-    def forward(self, *args, token_index=None, target_ids=None, row_length=None, **kwargs):
+    def forward(self, *args, token_index=None, target_ids=None, row_length=None, token_counts=None, **kwargs):
         if token_index is None:
             return own_forward(*args, **kwargs)
-        outputs = self.base_model(*args, use_cache=False, **{k: v for k, v in kwargs.items() if k != "use_cache"})
+        kwargs |= {"use_cache": False} | ({} if token_counts is None else {"output_router_logits": True})
+        outputs = self.base_model(*args, **kwargs)
         hidden = outputs.last_hidden_state
         if row_length is not None:
             hidden = hidden[:, -row_length:]
@@ -146,38 +149,31 @@ def add_token_logps(model: PreTrainedModel) -> None:
         device = next(head.parameters()).device  # another than the backbone's where `device_map` splits the model
         hidden = hidden.flatten(0, 1).index_select(0, token_index).to(device)
         token_logps = head_logps(head, hidden, target_ids.to(device), config.vocab_size, scale, softcap)
-        aux_loss = None
-        if kwargs.get("output_router_logits"):
-            aux_loss = _router_loss(self, outputs.router_logits, kwargs.get("attention_mask"))
-            if self.training and token_logps.requires_grad and not aux_loss.requires_grad:
+        use = None
+        if token_counts is not None:
+            top_k = getattr(self, "num_experts_per_tok", None) or config.num_experts_per_tok
+            use = expert_use(outputs.router_logits, top_k, token_counts)
+            if self.training and token_logps.requires_grad and not use.requires_grad:
                 raise UnsupportedError(
-                    "`output_router_logits` is true, but the load-balancing loss has no gradient, as happens under "
+                    "`router_aux_loss_coef` is not 0, but the load-balancing loss has no gradient, as happens under "
                     "`gradient_checkpointing_kwargs: {use_reentrant: true}`; set `use_reentrant` to false."
                 )
-        return TokenLogps(token_logps=token_logps, aux_loss=aux_loss)
+        return TokenLogps(token_logps=token_logps, expert_use=use)
 
     model.forward = MethodType(forward, model)
 
 
-def _router_loss(model: Any, router_logits, attention_mask: torch.Tensor | None) -> torch.Tensor:
-    """Load-balancing loss over the batch's real tokens; a packed row has no others, and its mask is a placeholder."""
-    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func  # every family's is this one
-
-    mask = attention_mask if attention_mask is not None and attention_mask.dim() == 2 else None
-    loss = load_balancing_loss_func(router_logits, model.num_experts, model.num_experts_per_tok, mask)
-    return torch.as_tensor(loss)
-
-
-def forward_chunk(model: nn.Module, chunk: dict[str, Any], **options: Any) -> Any:
+def forward_chunk(model: nn.Module, chunk: dict[str, Any], with_experts: bool = False) -> Any:
     """`TokenLogps` of one forward over a chunk of a collated batch, in the order of the chunk's terms.
 
     Args:
         model: whose base has been through `add_token_logps`, wrapped or not.
         chunk: see `batching.collator`; on the model's device.
-        **options: of the forward, such as `output_router_logits`.
+        with_experts: also which experts the tokens go to.
     """
-    inputs = {name: value for name, value in chunk.items() if name != "completion_index"}
-    return model(**inputs, row_length=chunk["input_ids"].shape[1], **options)
+    left_out = {"completion_index"} | (set() if with_experts else {"token_counts"})
+    inputs = {name: value for name, value in chunk.items() if name not in left_out}
+    return model(**inputs, row_length=chunk["input_ids"].shape[1])
 
 
 def sum_by_completion(token_logps: torch.Tensor, completion_index: torch.Tensor, shape: torch.Size) -> torch.Tensor:

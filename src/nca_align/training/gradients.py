@@ -9,8 +9,9 @@ from accelerate.utils import DistributedType, gather_object
 from torch import Tensor, nn
 
 from ..batching.collator import Batch, Chunk
+from ..models.routing import load_balancing_loss
 
-# (B, K) log-probabilities of a chunk's completions, zeros for all others, and its load-balancing loss, if any
+# (B, K) log-probabilities of a chunk's completions, zeros for all others, and the use of its experts, if any
 Forward = Callable[[Chunk], tuple[Tensor, Tensor | None]]
 
 
@@ -25,13 +26,14 @@ def backward_by_chunk(
 ) -> tuple[Tensor, Tensor | None]:
     """Leave d loss / d logp_i · d logp_i on the parameters, chunk by chunk.
 
-    A separable loss (NCA) has d loss / d logp_i from logp_i alone. The others first take all K without a gradient.
+    A separable loss (NCA) has d loss / d logp_i from logp_i alone. The others first take all K without a gradient. So
+    does a load-balancing loss, which needs the whole batch's use of the experts.
 
     Args:
         batch: see `batching.collator`.
         chunks: see `pad_chunks_across_processes`.
         forward: a pass of the model over one chunk.
-        loss: of the batch's (B, K) log-probabilities and of one chunk's load-balancing loss.
+        loss: of the batch's (B, K) log-probabilities and its load-balancing loss.
         separable: see `Objective.separable`.
         accelerator, model: the trainer's; the model as accelerate wrapped it.
 
@@ -39,13 +41,16 @@ def backward_by_chunk(
         What `loss` takes, of the whole batch, without gradients.
     """
     shape, device, own = batch["rewards"].shape, accelerator.device, len(batch["chunks"])
-    logps, aux_loss = torch.zeros(shape, device=device), None
+    logps, use = torch.zeros(shape, device=device), None
     states: list[tuple | None] = [None] * len(chunks)
     if not separable:
         with torch.no_grad():
             for i, (chunk, factor) in enumerate(chunks):
                 states[i] = _random_state(device)
-                logps += factor * forward(chunk)[0]
+                own_logps, own_use = forward(chunk)
+                logps += factor * own_logps
+                use = sum_of(use, own_use, factor)
+    aux_loss = None if use is None else load_balancing_loss(use)
     for chunk, factor in chunks[own:]:
         with _gradient_sync(accelerator, model, last=False):
             _backward(accelerator, factor * forward(chunk)[0].sum())
@@ -54,12 +59,20 @@ def backward_by_chunk(
         mine = mine.index_fill(0, chunk["completion_index"], True).view(shape)
         with _gradient_sync(accelerator, model, last=i == own - 1):
             _restore(states[i], device)  # both passes over a chunk have the same dropout
-            live, part = forward(chunk)
-            _backward(accelerator, loss(torch.where(mine, live, logps), part))
+            live, own_use = forward(chunk)
+            live_aux_loss = aux_loss
+            if use is not None and own_use is not None:
+                live_aux_loss = load_balancing_loss(use + own_use - own_use.detach())
+            _backward(accelerator, loss(torch.where(mine, live, logps), live_aux_loss))
         logps = torch.where(mine, live.detach(), logps)
-        if part is not None:
-            aux_loss = part.detach() + (0.0 if aux_loss is None else aux_loss)
     return logps, aux_loss
+
+
+def sum_of(total: Tensor | None, part: Tensor | None, factor: float) -> Tensor | None:
+    """`total` and `factor` times `part`; None where neither is there."""
+    if part is None:
+        return total
+    return factor * part if total is None else total + factor * part
 
 
 def pad_chunks_across_processes(chunks: list[Chunk], sharded: bool) -> list[tuple[Chunk, float]]:

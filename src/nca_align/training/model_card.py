@@ -1,16 +1,105 @@
-"""The model card that a trainer writes beside its model."""
+"""The model card of a run and of what is exported from it: base model, losses, options, data and versions."""
 
-import textwrap
+import json
+import os
+from collections.abc import Iterable, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
 
-PAPER = {
-    "title": "Noise Contrastive Alignment of Language Models with Explicit Rewards",
-    "id": "2402.05369",
-    "citation": textwrap.dedent("""\
-        @inproceedings{chen2024noise,
-            title     = {{Noise Contrastive Alignment of Language Models with Explicit Rewards}},
-            author    = {Huayu Chen and Guande He and Lifan Yuan and Ganqu Cui and Hang Su and Jun Zhu},
-            year      = 2024,
-            booktitle = {Advances in Neural Information Processing Systems 37 (NeurIPS 2024)},
-            eprint    = {2402.05369},
-        }"""),
-}
+from datasets import Dataset
+
+from ..models.policy import base_model
+from ..store.provenance import versions
+from ..user_functions import short_name
+
+# options of the run that the card shows, where the run kept them
+_OPTIONS = (
+    "loss_type", "loss_weights", "alpha", "beta", "negative_weight", "learning_rate", "lr_scheduler_type",
+    "num_train_epochs", "max_steps", "global_batch_size", "max_length", "max_prompt_length", "seed",
+)  # fmt: skip
+_CHAT_PROMPT = 'prompt = [{"role": "user", "content": "What makes a good day?"}]'
+_TEXT_PROMPT = 'prompt = "What makes a good day is"'
+
+
+def model_card(
+    name: str,
+    base: str | None,
+    record: dict[str, Any],
+    chat: bool,
+    library: str = "transformers",
+    tags: Iterable[str] = (),
+    dataset: str | None = None,
+    data: str = "",
+    merge: str = "",
+) -> str:
+    """The README.md of a model.
+
+    Args:
+        name: of its folder or repository, as `pipeline` takes it.
+        base: the model that training began with; a name of the Hub, a folder, or None where it has none.
+        record: of the run, see `run_identity`; empty where nothing is known of it.
+        chat: whether its tokenizer has a chat template, so that messages can be given.
+        library: that loads it.
+        tags: beside the library's and the losses'.
+        dataset: its name on the Hub.
+        data: how many prompts and completions, as a sentence.
+        merge: how an adapter was merged, as a paragraph.
+    """
+    every = dict.fromkeys(["nca-align", *map(short_name, record.get("loss_type", [])), *tags])
+    metadata: dict[str, Any] = {"library_name": library, "pipeline_tag": "text-generation", "tags": list(every)}
+    if base and not Path(base).exists():  # an id of the Hub, and no place on this machine
+        metadata["base_model"] = base
+    if dataset:
+        metadata["datasets"] = [dataset]
+    lines = [f"{key}: {json.dumps(value)}" for key, value in metadata.items()]
+    options = [f"| `{key}` | {_plain(record[key])} |" for key in _OPTIONS if record.get(key) not in (None, -1)]
+    table = "| option | value |\n| --- | --- |\n" + "\n".join(options) + "\n" if options else ""
+    sections = [part for part in (data, table) if part]
+    training = "\n## Training\n\n" + "\n\n".join(sections) if sections else ""
+    template = files(__package__).joinpath("card_template.md").read_text(encoding="utf-8")
+    return template.format(
+        metadata="\n".join(["---", *lines, "---"]), title=Path(name).name, name=name, training=training, merge=merge,
+        prompt=_CHAT_PROMPT if chat else _TEXT_PROMPT,
+        base=f"`{Path(base).name}`" if base else "A language model",
+        made="trained on prompts with several rewarded completions each" if record else "exported",
+        versions=", ".join(
+            f"{package} {version}" for package, version in versions("trl", "transformers", "peft", "torch").items()
+        ),
+    )  # fmt: skip
+
+
+def write_model_card(trainer, dataset_name: str | None, model_name: str | None, tags: Sequence[str] | str) -> None:
+    """README.md in the trainer's `output_dir`; the main process alone calls it.
+
+    Args:
+        trainer: an `NCATrainer`.
+        dataset_name, model_name: on the Hub, where they are there.
+        tags: beside the trainer's own.
+    """
+    output = Path(trainer.args.output_dir)
+    model, tokenizer = trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class
+    card = model_card(
+        trainer.hub_model_id or model_name or output.name,
+        base_model(model).config.name_or_path or None,
+        trainer._resume.run_identity(),
+        chat=bool(getattr(tokenizer, "chat_template", None)),
+        library="peft" if hasattr(model, "peft_config") else "transformers",
+        tags=[*trainer._tag_names, *([tags] if isinstance(tags, str) else tags), "trl", "generated_from_trainer"],
+        dataset=dataset_name,
+        data=_describe(trainer.train_dataset),
+    )
+    os.makedirs(output, exist_ok=True)
+    (output / "README.md").write_text(card, encoding="utf-8")
+
+
+def _describe(dataset: Any) -> str:
+    if not isinstance(dataset, Dataset):
+        return "A stream of prompts."
+    counts = {len(rewards) for rewards in dataset["rewards"]}
+    completions = f"{min(counts)}" if len(counts) == 1 else f"{min(counts)} to {max(counts)}"
+    return f"{len(dataset)} prompts with {completions} completions each."
+
+
+def _plain(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)

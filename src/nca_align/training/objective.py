@@ -38,8 +38,8 @@ class Objective:
 
     @property
     def separable(self) -> bool:
-        """Whether a completion's gradient needs its own log-probability alone."""
-        return all(name == "sft" or is_separable(name) for name in self.loss_types)
+        """Whether a completion's gradient needs its own forward alone."""
+        return not self.router_weight and all(name == "sft" or is_separable(name) for name in self.loss_types)
 
     def terms(self, logps: Tensor, ref_logps: Tensor, batch: Batch) -> Iterator[tuple]:
         """For each loss: its name, weight, values (B,), and what each value counts in its mean (B,)."""
@@ -64,7 +64,7 @@ class Objective:
 
         Args:
             logps: (B, K), nats.
-            aux_loss: load-balancing loss of this batch, or of a chunk as far as it counts in the batch.
+            aux_loss: load-balancing loss of this batch.
             ref_logps: (B, K), nats.
             batch: with `rewards`, `valid`, `lengths` (B, K), and `weights` (B,) where prompts are repeated.
             counts: the window's sum of `count_prompts`; None for the mean over this batch alone.
