@@ -5,7 +5,6 @@ one, a test here says which; without it an override would be dead code, and its 
 """
 
 import ast
-import dataclasses
 import inspect
 import re
 import sys
@@ -18,8 +17,8 @@ import datasets
 import pytest
 from datasets import Dataset
 from datasets.packaged_modules.parquet.parquet import Parquet
-from transformers import PreTrainedModel, TrainingArguments
-from trl import DPOConfig, DPOTrainer
+from transformers import PreTrainedModel
+from trl import DPOTrainer
 from trl.trainer.base_trainer import _BaseTrainer
 
 import nca_align
@@ -68,6 +67,8 @@ IMPORTED = {
     "transformers.trainer_utils.rotate_checkpoints": None,
     "trl.models.prepare_deepspeed": None,
 }
+# Modules that are imported whole, and what in them is replaced.
+REPLACED = {"trl.trainer.dpo_trainer": "BaseTunerLayer"}
 NEEDS_DEEPSPEED = {"trl.models.prepare_deepspeed"}  # called by `make test-deepspeed`
 # Where private names may stand.
 ALLOWED = ("trainer.py", "training/", "batching/attention.py")
@@ -81,14 +82,6 @@ OTHERS = {
     "_ExtendAction", "_actions",  # argparse
     "_asdict", "_exit", "_fields", "_replace",  # Python
     "_cast_table", "_fingerprint", "_generate_tables",  # datasets
-}  # fmt: skip
-# Every option that DPOConfig has beside transformers' own.
-DPO_OPTIONS = {
-    "activation_offloading", "beta", "dataset_num_proc", "disable_dropout", "discopop_tau", "f_alpha_divergence_coef",
-    "f_divergence_type", "label_smoothing", "ld_alpha", "loss_type", "loss_weights", "max_length", "model_init_kwargs",
-    "pad_to_multiple_of", "pad_token", "padding_free", "precompute_ref_batch_size", "precompute_ref_log_probs",
-    "ref_model_mixup_alpha", "ref_model_sync_steps", "router_aux_loss_coef", "sync_ref_model", "truncation_mode",
-    "trust_remote_code", "use_weighting",
 }  # fmt: skip
 
 
@@ -190,6 +183,12 @@ def test_every_import_from_a_private_module_runs(trained):
             assert inspect.unwrap(function).__code__ in trained.ran, path
 
 
+def test_what_is_replaced_is_there_for_one_question():
+    for module, name in REPLACED.items():
+        asked = re.findall(rf"\b{name}\b", inspect.getsource(import_module(module)))
+        assert len(asked) == 2, "one import, one `isinstance`"
+
+
 def test_every_value_that_is_read_is_there_and_the_librarys_own(trained):
     texts = {
         "trl": inspect.getsource(import_module("trl.trainer.dpo_trainer")) + inspect.getsource(_BaseTrainer),
@@ -248,6 +247,7 @@ def private_uses() -> dict[str, set[str]]:
 def test_the_lists_are_complete_and_private_names_stand_where_they_may():
     found = private_uses()
     listed = {name for name in OVERRIDES if name.startswith("_") and name != "__init__"} | {*CALLED, *VALUES, *IMPORTED}
+    listed |= REPLACED.keys()
     assert found.keys() - OTHERS == listed
     elsewhere = {
         name: wrong
@@ -319,9 +319,3 @@ def test_the_private_names_of_datasets_are_there():
     """`tests/test_scale.py` proves by the memory of a run that the reader is the one that is called."""
     assert {"_generate_tables", "_cast_table"} <= set(vars(Parquet))
     assert Dataset.from_dict({"a": [1]})._fingerprint
-
-
-def test_every_option_of_dpo_config_was_looked_at():
-    """An option that is new in TRL is either read by NCATrainer or refused by NCAConfig; until then this fails."""
-    own = {field.name for field in dataclasses.fields(TrainingArguments)}
-    assert {field.name for field in dataclasses.fields(DPOConfig)} - own <= DPO_OPTIONS

@@ -42,7 +42,8 @@ def on(monkeypatch):
 
 
 def fields_of(**given) -> SimpleNamespace:
-    return SimpleNamespace(**{"use_cpu": None, "bf16": None, "fp16": False, "bf16_full_eval": False} | given)
+    unset = {"use_cpu": None, "bf16": None, "fp16": False, "tf32": None, "activation_offloading": False}
+    return SimpleNamespace(**unset | {"gradient_checkpointing_kwargs": None} | given)
 
 
 @pytest.mark.parametrize(
@@ -53,7 +54,6 @@ def fields_of(**given) -> SimpleNamespace:
         (False, True, {"bf16": False}, True, False, f"{NONE_FOUND}, without mixed precision (`bf16: false`)."),
         (False, False, {"use_cpu": True, "bf16": True}, True, True, None),
         (False, True, {"bf16": True}, True, True, f"{NONE_FOUND}, in bfloat16 mixed precision (`bf16: true`)."),
-        (False, True, {"bf16_full_eval": True}, True, False, f"{NONE_FOUND}, without mixed"),
         (True, True, {}, False, True, None),
         (True, False, {}, False, False, "This accelerator doesn't compute in bfloat16"),
         (True, False, {"bf16": True}, False, True, None),  # transformers looks at that
@@ -75,7 +75,10 @@ def test_what_was_not_said_is_chosen_and_told(on, accelerator, bfloat16, given, 
     [
         ({"use_cpu": False}, "`use_cpu` is False, but this machine has no accelerator"),
         ({"bf16": True}, "`bf16` is True, but this machine has no accelerator .* add `use_cpu: true`"),
-        ({"bf16_full_eval": True}, "`bf16_full_eval` is True, but this machine has no accelerator"),
+        ({"tf32": True}, "`tf32` is True, but this machine has no GPU that computes in TF32"),
+        ({"activation_offloading": True}, "`activation_offloading` asks to keep activations on the CPU, but training"),
+        ({"gradient_checkpointing_kwargs": {"offload": True}}, "`gradient_checkpointing_kwargs` asks to keep activa"),
+        ({"activation_checkpointing_kwargs": {"offload": True}}, "asks to keep activations on the CPU, but training"),
         ({"fp16": True}, "`fp16` is True, but a CPU doesn't train in float16"),
         ({"fp16": True, "use_cpu": True}, "`fp16` is True, but a CPU doesn't train in float16"),
     ],

@@ -110,6 +110,39 @@ def test_stopped_again_and_again_it_ends_as_if_it_had_not(name, tmp_path):
     assert_same(nca, expected)
 
 
+MOVING = {
+    "peft_config": None, "sync_ref_model": True, "ref_model_sync_steps": 2, "ref_model_mixup_alpha": 0.5,
+    "max_steps": 7, "num_train_epochs": 3,
+}  # fmt: skip
+
+
+def test_a_reference_that_moves_goes_on_from_where_it_was(tmp_path):
+    """After it has moved twice: the initial one gives other losses."""
+    whole = make(tmp_path / "whole", **MOVING)
+    before = [p.detach().clone() for p in whole.ref_model.parameters()]
+    whole.train()
+    assert not any(map(torch.equal, before, whole.ref_model.parameters()))
+    with pytest.raises(KeyboardInterrupt):
+        make(tmp_path / "cut", At("on_save", 5, interrupt), **MOVING).train()
+    nca = make(tmp_path / "cut", **MOVING)
+    nca.train(resume_from_checkpoint=True)
+    assert_same(nca, result(whole))
+    assert all(map(torch.equal, nca.ref_model.parameters(), whole.ref_model.parameters()))
+
+
+def test_a_checkpoint_without_the_reference_that_moved_is_refused(tmp_path):
+    make(tmp_path, **MOVING | {"max_steps": 1}).train()
+    assert "reference/model.safetensors" in read_manifest(tmp_path / "checkpoint-1")["files"]
+    nca = make(tmp_path, **MOVING)
+    nca.is_deepspeed_enabled = True  # whose processes hold parts of it
+    with pytest.raises(UserError, match="`sync_ref_model: true`: the reference that was moved is not in it"):
+        nca.train(resume_from_checkpoint=True)
+    (tmp_path / "checkpoint-1" / "nca_align.json").unlink()  # as of a version that wrote none
+    shutil.rmtree(tmp_path / "checkpoint-1" / "reference")
+    with pytest.raises(UserError, match="`sync_ref_model: true`: the reference that was moved is not in it"):
+        make(tmp_path, **MOVING).train(resume_from_checkpoint=True)
+
+
 def test_a_rebalanced_epoch_is_known_on_several_processes():
     sampler = BatchRebalanceSampler(lengths=list(range(1, 17)), effective_batch_size=4, dp_size=2, grad_accum=1)
     loader = DataLoaderShard(list(range(16)), batch_sampler=BatchSamplerShard(sampler, 2))
@@ -483,7 +516,7 @@ class TestSigterm:
 
     def test_transformers_own_way_is_refused(self):
         """It saves between a step's gradients and its update, and each process by itself."""
-        with pytest.raises(ValueError, match="`enable_jit_checkpoint` is true, but NCATrainer saves on SIGTERM by its"):
+        with pytest.raises(ValueError, match="`enable_jit_checkpoint` is True, but NCATrainer saves on SIGTERM by its"):
             NCAConfig("x", bf16=False, enable_jit_checkpoint=True)
 
     def test_training_in_a_thread_leaves_signals_alone(self, tmp_path):

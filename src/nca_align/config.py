@@ -11,8 +11,8 @@ from trl import DPOConfig
 from .device import choose_device
 from .errors import UserError, UserTypeError, notify, notify_once
 from .losses import LOSSES, loss_name
-from .options import is_positive, option
-from .unread import CONFIG_RULES, sentence, unread
+from .options import is_positive, option, settle_types
+from .unread import CONFIG_RULES, refuse_foreign, sentence, unread
 
 LAYOUTS = ("auto", "prefix_shared", "padded")
 NONFINITE = ("stop", "skip")
@@ -22,17 +22,6 @@ _TRL_LOSSES = re.findall(r"`'(\w+)'`", DPOConfig.__dataclass_fields__["loss_type
 _INSTEAD = {
     "sigmoid": "`infonca`, which equals it at K = 2 with a hard target",
     "nca_pair": "`nca`, which equals it at K = 2 with a hard target",
-}
-# DPOConfig's options that no loss here reads: field → why
-_IGNORED = {
-    "f_divergence_type": "InfoNCA and NCA are derived for the reverse KL divergence alone",
-    "f_alpha_divergence_coef": "it belongs to `f_divergence_type`, which InfoNCA and NCA don't have",
-    "ld_alpha": "completions count as wholes here, not by their shared length with one rejected one",
-    "label_smoothing": "targets are softened by `alpha` here",
-    "use_weighting": "WPO weights pairs, and completions are weighted by their rewards here",
-    "discopop_tau": "it belongs to TRL's `discopop` loss",
-    "padding_free": "`layout: prefix_shared` is the layout without padding",
-    "truncation_mode": "the end of a prompt and the beginning of a completion are kept; see `max_prompt_length`",
 }
 # None until the end of `__post_init__` where nothing was said
 _BY_THE_RUN = ("logging_steps", "eval_strategy")
@@ -74,8 +63,8 @@ class NCAConfig(DPOConfig):
     prompts of one global batch are dealt to its micro-batches and processes so that their loads are near equal.
 
     Raises:
-        ValueError: a value out of range, an option of DPOConfig that no loss here reads, or a device or precision that
-            this machine doesn't have.
+        ValueError: a value out of range or of another type, an option of DPOConfig that can't do here what it does
+            there, or a device or precision that this machine doesn't have.
     """
 
     alpha: float = option("Temperature of the targets softmax(rewards / alpha), > 0.", 0.01)
@@ -122,6 +111,7 @@ class NCAConfig(DPOConfig):
     logging_nan_inf_filter: bool = option("Replaced by `nonfinite`.", False)
 
     def __post_init__(self):
+        settle_types(self)
         given: Any = self.loss_type
         names = [given] if isinstance(given, str) or not isinstance(given, Iterable) else list(given)
         self.loss_type = [_known_loss(name) for name in names]
@@ -153,14 +143,7 @@ class NCAConfig(DPOConfig):
                 f"`negative_weight` is {self.negative_weight}, but `loss_type` is {'+'.join(self.loss_type)}, and only "
                 "nca has a negative term. Leave it out."
             )
-        if self.enable_jit_checkpoint:
-            raise UserError(
-                "`enable_jit_checkpoint` is true, but NCATrainer saves on SIGTERM by itself, after whole steps. Leave "
-                "it out."
-            )
-        for name, why in _IGNORED.items():
-            if getattr(self, name) != _default(self.__dataclass_fields__[name]):
-                raise UserError(f"`{name}` is {getattr(self, name)!r}, but no loss here reads it: {why}. Leave it out.")
+        refuse_foreign(self)
         self.max_prompt_length = prompt_limit(self.max_prompt_length, self.max_length)
         given = changed_options(self)
         device = choose_device(self)

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import parse_flag_from_env
-from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available
+from transformers.utils import is_torch_bf16_gpu_available, is_torch_tf32_available, is_torch_xla_available
 
 from .errors import UserError
 
@@ -29,18 +29,26 @@ def choose_device(args: Any) -> str | None:
             "CPU."
         )
     args.use_cpu = not accelerated or _launched_on_cpu() if given is None else given
-    for name in ("bf16", "bf16_full_eval"):
-        on_cpu = args.use_cpu and given is None and not _launched_on_cpu()
-        if getattr(args, name) and on_cpu and not computes_bfloat16(on_cpu=True):
-            raise UserError(
-                f"`{name}` is True, but this machine has no accelerator that PyTorch finds, and its CPU doesn't "
-                "compute in bfloat16; leave it out, or add `use_cpu: true` to have the CPU emulate it."
-            )
+    on_cpu = args.use_cpu and given is None and not _launched_on_cpu()
+    if args.bf16 and on_cpu and not computes_bfloat16(on_cpu=True):
+        raise UserError(
+            "`bf16` is True, but this machine has no accelerator that PyTorch finds, and its CPU doesn't compute in "
+            "bfloat16; leave it out, or add `use_cpu: true` to have the CPU emulate it."
+        )
     if args.fp16 and args.use_cpu:
         raise UserError(
             "`fp16` is True, but a CPU doesn't train in float16; leave it out, or choose `bf16: true` with "
             "`use_cpu: true`."
         )
+    if args.tf32 and not is_torch_tf32_available():
+        raise UserError("`tf32` is True, but this machine has no GPU that computes in TF32; leave it out.")
+    checkpointing: Any = args.gradient_checkpointing_kwargs or getattr(args, "activation_checkpointing_kwargs", None)
+    for name, asked in (
+        ("activation_offloading", args.activation_offloading),
+        ("gradient_checkpointing_kwargs", isinstance(checkpointing, dict) and checkpointing.get("offload")),
+    ):
+        if args.use_cpu and asked:
+            raise UserError(f"`{name}` asks to keep activations on the CPU, but training is on the CPU. Leave it out.")
     chosen = args.bf16 is None and not args.fp16
     if chosen:  # never on a CPU by itself: it learns less there in as many steps (docs/memory-and-speed.md)
         launched = os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16"

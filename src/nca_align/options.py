@@ -7,12 +7,13 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import MISSING, field
+from numbers import Integral, Real
 from typing import Any, Literal, cast, get_args, get_type_hints
 
 import yaml
 from trl import TrlParser
 
-from .errors import UserError, nearest, one_line
+from .errors import UserError, UserTypeError, nearest, one_line
 from .help_page import help_page, help_topic
 
 # What YAML 1.1 makes of the bare words that some options take (`save_strategy: no`).
@@ -51,6 +52,37 @@ def require_at_least_1(options: Any, *names: str) -> None:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise UserError(f"`{name}` is {value}; it must be at least 1")
+
+
+def settle_types(options: Any) -> None:
+    """Make numbers of texts such as `1e-3`, which YAML 1.1 doesn't, and whole ones of floats such as 2.0, in place.
+
+    Args:
+        options: a dataclass whose fields have types.
+
+    Raises:
+        UserTypeError: a value is no number or no truth value where the field's type is one.
+    """
+    for name, hint in get_type_hints(type(options)).items():
+        kinds, value = get_args(hint) or (hint,), getattr(options, name)
+        if str in kinds or (value is None and type(None) in kinds):
+            continue
+        if {int, float}.intersection(kinds):
+            setattr(options, name, _number(name, value, whole=float not in kinds))
+        elif bool in kinds and isinstance(value, str):
+            raise UserTypeError(f"`{name}` is {value!r}, but must be true or false.")
+
+
+def _number(name: str, value: Any, whole: bool) -> Any:
+    number = value
+    if isinstance(value, str):
+        with suppress(ValueError):
+            number = float(value)
+    if isinstance(number, float) and whole and number.is_integer():
+        number = int(number)
+    if isinstance(number, bool) or not isinstance(number, Integral if whole else Real):
+        raise UserTypeError(f"`{name}` is {value!r}, but must be a {'whole ' if whole else ''}number.")
+    return number
 
 
 def is_positive(value: Any) -> bool:

@@ -93,19 +93,20 @@ class NCATrainer(DPOTrainer):
         self._adapter_config = None if self._reference_given else reference.hold_initialisation(model)
         self._tag_names = [*self._tag_names, *map(short_name, args.loss_type)]  # of the model and its card
         self._log = MetricLog()
-        super().__init__(
-            model=model,
-            ref_model=ref_model or reference.frozen_copy(model, peft_config, args),
-            args=args,
-            data_collator=data_collator,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            callbacks=callbacks,
-            optimizers=optimizers,
-            quantization_config=quantization_config,
-            peft_config=peft_config,
-        )
+        with arguments.adapter_on_head():
+            super().__init__(
+                model=model,
+                ref_model=ref_model or reference.frozen_copy(model, peft_config, args),
+                args=args,
+                data_collator=data_collator,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                callbacks=callbacks,
+                optimizers=optimizers,
+                quantization_config=quantization_config,
+                peft_config=peft_config,
+            )
         self._set_up()
         self._signature_columns = [
             "prompt_ids", "completion_ids", "rewards", "ref_logps", "row_number", args.length_column_name,
@@ -121,10 +122,10 @@ class NCATrainer(DPOTrainer):
         self._is_set_up = True
         if not self._reference_given:
             reference.settle_adapter(self.model, self._adapter_config)
-        arguments.check_model(self.model, self.args.max_length)
+        arguments.check_model(self.model, self.args.max_length, self.accelerator.parallelism_config)
         models: list[Any] = [self.model]
         if self.ref_model is not None:
-            models.append(self.accelerator.unwrap_model(self.ref_model))
+            models.append(self.accelerator.unwrap_model(self.ref_model, keep_torch_compile=False))
         for model in models:
             add_token_logps(base_model(model))
             disable_nf4_repacking(model)
@@ -212,6 +213,7 @@ class NCATrainer(DPOTrainer):
                 self.optimizer.train()
             with self.maybe_activation_offload_context:
                 loss = self._step_by_chunk(model, self._prepare_inputs(inputs), num_items_in_batch)
+            gradients.empty_cache(self.args.torch_empty_cache_steps, self.state.global_step)
         if hasattr(self, "_tr_loss"):  # within `train`, not where a step is called by itself
             self._guard.add_loss(loss, self._tr_loss)
         return loss

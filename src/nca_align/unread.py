@@ -1,9 +1,40 @@
-"""Options that have no effect in a run, because of another option: one table, and the sentence that names them."""
+"""Options that can't do what they are for: here at all, or in a run because of another option; and what is said."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
+from transformers.utils import is_liger_kernel_available
+
+from .errors import UserError
 from .losses import READS_ALPHA, reads_alpha
+
+# Options of TRL and transformers that can't do here what they do there: field → values that ask for nothing, and why
+_FOREIGN: dict[str, tuple[tuple[Any, ...], str]] = {
+    "f_divergence_type": (
+        ("reverse_kl",),
+        "no loss here reads it: InfoNCA and NCA come from the reverse KL alone",
+    ),
+    "f_alpha_divergence_coef": ((0.5,), "no loss here reads it: it belongs to `f_divergence_type`"),
+    "ld_alpha": ((None,), "no loss here reads it: completions count as wholes, not by the length that two share"),
+    "label_smoothing": ((0,), "no loss here reads it: targets are softened by `alpha`"),
+    "label_smoothing_factor": ((0,), "no loss here reads it: targets are softened by `alpha`"),
+    "use_weighting": ((False,), "no loss here reads it: WPO weights pairs, and rewards weigh completions here"),
+    "discopop_tau": ((0.05,), "no loss here reads it: it belongs to TRL's `discopop` loss"),
+    "padding_free": ((False,), "no loss here reads it: `layout: prefix_shared` is the layout without padding"),
+    "truncation_mode": (
+        ("keep_start",),
+        "no loss here reads it: a prompt's end and a completion's beginning are kept; see `max_prompt_length`",
+    ),
+    "neftune_noise_alpha": (
+        (None,),
+        "its noise is in the policy alone, so that a log-ratio would measure the noise beside the training",
+    ),
+    "bf16_full_eval": ((False,), "it casts the policy and not its reference, so that log-ratios would measure that"),
+    "fp16_full_eval": ((False,), "it casts the policy and not its reference, so that log-ratios would measure that"),
+    "average_tokens_across_devices": ((True,), "a loss is the mean over the prompts of all processes in any case"),
+    "include_num_input_tokens_seen": (("no", False), "`num_tokens` in each log line counts them in any case"),
+    "enable_jit_checkpoint": ((False,), "NCATrainer saves on SIGTERM by itself, after whole steps"),
+}
 
 
 class Rule(NamedTuple):
@@ -26,10 +57,14 @@ def _reads_alpha(options: Any) -> bool:
 
 def _reads_adam(options: Any, *others: str) -> bool:
     """By the names that transformers' optimizers have (5.24); of GaLore's and Grok's it hands these options to none."""
-    name = str(getattr(options.optim, "value", options.optim))
+    name = _optimizer(options)
     return any(kind in name for kind in ("adamw", "radam", "ademamix", *others)) and not name.startswith(
         ("galore", "grok")
     )
+
+
+def _optimizer(options: Any) -> str:
+    return str(getattr(options.optim, "value", options.optim))
 
 
 NO = ("none", "false", "no", "")  # of `resume_from_checkpoint`, in lower case: they ask for nothing
@@ -53,6 +88,11 @@ CONFIG_RULES = (
     Rule("beta", lambda o: o.loss_type != ["sft"], "another `loss_type` than sft alone"),
     Rule("adam_beta1 adam_beta2", lambda o: _reads_adam(o, "lion"), "an `optim` of the Adam or Lion family"),
     Rule("adam_epsilon", _reads_adam, "an `optim` of the Adam family"),
+    Rule(
+        "optim_target_modules",
+        lambda o: _optimizer(o).startswith(("galore", "apollo")),
+        "an `optim` of the GaLore or APOLLO family",
+    ),
     Rule("num_train_epochs", lambda o: o.max_steps < 1, "`max_steps` left out"),
     Rule("warmup_steps warmup_ratio", lambda o: o.lr_scheduler_type != "constant", "another `lr_scheduler_type`"),
     Rule(
@@ -72,7 +112,7 @@ CONFIG_RULES = (
     Rule("save_steps", lambda o: o.save_strategy == "steps", "`save_strategy: steps`"),
     Rule(
         "prediction_loss_only eval_accumulation_steps eval_do_concat_batches eval_use_gather_object "
-        "include_for_metrics batch_eval_metrics do_predict",
+        "include_for_metrics batch_eval_metrics do_predict label_names",
         lambda o: False,
         "predictions, which NCATrainer doesn't keep",
     ),
@@ -98,6 +138,36 @@ TRAIN_RULES = (
     Rule("resume_changed", lambda o: str(o.resume_from_checkpoint).lower() not in NO, "`resume_from_checkpoint`"),
     Rule("ignore_bias_buffers", lambda o: False, "TRL's own script"),
 )  # fmt: skip
+
+
+def refuse_foreign(options: Any) -> None:
+    """Raise where an option asks for what can't be done here.
+
+    Args:
+        options: an `NCAConfig`, before transformers has read it.
+
+    Raises:
+        UserError: it names the first of them.
+    """
+    for name, (nothing, why) in _FOREIGN.items():
+        if getattr(options, name) not in nothing:
+            raise UserError(f"`{name}` is {getattr(options, name)!r}, but {why}. Leave it out.")
+    if options.sync_ref_model and options.precompute_ref_log_probs:
+        raise UserError(
+            "`sync_ref_model` is True, but `precompute_ref_log_probs` computes the reference once, before it moves. "
+            "Leave one of them out."
+        )
+    optim = _optimizer(options)
+    if optim in ("lomo", "adalomo"):
+        raise UserError(
+            f"`optim` is {optim}, but LOMO moves the weights within each backward: a step's gradients can't be summed "
+            "up or checked before that. Use another."
+        )
+    if options.use_liger_kernel and not is_liger_kernel_available():
+        raise UserError(
+            "`use_liger_kernel` is True, but liger-kernel is not installed: leave it out, or `pip install "
+            "liger-kernel`."
+        )
 
 
 def unread(options: Any, given: Iterable[str], rules: Sequence[Rule]) -> dict[str, str]:

@@ -1,20 +1,34 @@
 """What NCATrainer is given: refused where it can't be used, and completed, before any model is loaded."""
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
+from unittest.mock import patch
 
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel
+from trl.trainer import dpo_trainer
 
 from ..batching.collator import RewardCollator
-from ..config import NCAConfig
+from ..config import NCAConfig, changed_options
 from ..data import DataOptions, to_reward_dataset
 from ..errors import UnsupportedError, UserError, UserTypeError, notify
 from ..own_losses import OwnLoss
+from ..unread import Rule, sentence, unread
 from .run_identity import loss_sources
 
 # chosen and rejected handed to the trainer are rewards 1 and 0, also beside score columns
 _DATA_OPTIONS = DataOptions(preference="hard", validation_fraction=0.0)
+_OF_THE_COLLATOR = (
+    Rule("layout completions_per_forward pad_to_multiple_of pad_token", lambda o: False, "`data_collator` left out"),
+)
+# Fields of `accelerator_config`: what they must be, and why
+_OF_ACCELERATE = (
+    ("split_batches", False, "a batch of prompt trees can't be cut by rows"),
+    ("dispatch_batches", False, "a batch of prompt trees can't be cut by rows"),
+    ("even_batches", True, "a process with fewer batches would keep the others waiting, and rows repeated count as 0"),
+    ("use_seedable_sampler", True, "a run that was stopped would go on with other rows"),
+)
 TOKENISED = {"prompt_ids", "completion_ids", "rewards"}
 
 
@@ -31,6 +45,8 @@ def check_arguments(
             f"`data_collator` is a {type(data_collator).__name__}, but NCATrainer needs a RewardCollator, which "
             "lays out K completions a prompt; leave it out."
         )
+    if data_collator is not None and (notice := sentence(unread(args, changed_options(args), _OF_THE_COLLATOR))):
+        notify(notice)
     if compute_metrics is not None:
         raise UnsupportedError(
             "`compute_metrics` can't be used with NCATrainer, which builds no logits; its metrics over completions "
@@ -58,12 +74,28 @@ def check_arguments(
             )
 
 
-def check_model(model: PreTrainedModel, max_length: int | None) -> None:
+def adapter_on_head() -> AbstractContextManager[Any]:
+    """Around the constructor of TRL, which refuses an adapter on the LM head: its own losses would lack it."""
+    return patch.object(dpo_trainer, "BaseTunerLayer", ())
+
+
+def check_model(model: PreTrainedModel, max_length: int | None, parallelism: Any) -> None:
     """Refuse a model that would not be trained, and say where rows may be longer than what it was made for.
 
+    Args:
+        model: the policy.
+        max_length: tokens of a row.
+        parallelism: accelerate's `ParallelismConfig`, by `parallelism_config`, the launcher or a model in parts.
+
     Raises:
-        UserError: none of its parameters has a gradient.
+        UserError: none of its parameters has a gradient, or several processes would share its rows.
     """
+    for kind in ("tp", "cp", "sp"):
+        if parallelism is not None and getattr(parallelism, f"{kind}_size") > 1:
+            raise UnsupportedError(
+                f"`parallelism_config` has `{kind}_size` {getattr(parallelism, f'{kind}_size')}, but processes can't "
+                "share a batch of prompt trees here: use data parallelism, FSDP or DeepSpeed."
+            )
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UserError(
             "`model` has no parameter that is trained; load an adapter with `is_trainable=True`, or give a "
@@ -110,15 +142,10 @@ def prepare_datasets(args: NCAConfig, model: Any, train_dataset: Any, eval_datas
     train_dataset, eval_dataset = reward_rows(train_dataset, "train"), reward_rows(eval_dataset, "eval")
     if isinstance(model, str):  # weights out of a pickle could run any code
         args.model_init_kwargs = {"use_safetensors": True} | dict(args.model_init_kwargs or {})  # type: ignore[arg-type]
-    accelerator_config: Any = args.accelerator_config
-    for name, instead in (
-        ("split_batches", ", and divide `per_device_train_batch_size` by the number of processes"),
-        ("dispatch_batches", ""),
-    ):
-        if getattr(accelerator_config, name):
+    for name, needed, why in _OF_ACCELERATE:
+        if getattr(args.accelerator_config, name) not in (needed, None):
             raise UnsupportedError(
-                f"`accelerator_config.{name}` is true, but a batch of prompt trees can't be cut by rows; leave it "
-                f"out{instead}."
+                f"`accelerator_config.{name}` is {str(not needed).lower()}, but {why}; leave it out."
             )
     batch = args.train_batch_size * args.world_size
     if args.dataloader_drop_last and isinstance(train_dataset, Dataset) and len(train_dataset) < batch:

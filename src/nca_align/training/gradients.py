@@ -15,6 +15,12 @@ from ..models.routing import load_balancing_loss
 Forward = Callable[[Chunk], tuple[Tensor, Tensor | None]]
 
 
+def empty_cache(every: int | None, step: int) -> None:
+    """As transformers' `training_step` does after each micro-batch of every so many steps."""
+    if every is not None and step % every == 0 and torch.accelerator.is_available():
+        torch.accelerator.empty_cache()
+
+
 def backward_by_chunk(
     batch: Batch,
     chunks: list[tuple[Chunk, float]],

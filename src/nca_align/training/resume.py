@@ -34,6 +34,7 @@ from ..store.checkpoints import (
     whole_checkpoints,
 )
 from ..store.files import sync, write_json
+from .moving_reference import load_reference, require_reference, save_reference
 from .reference import model_hash
 from .row_weights import begin_epoch
 from .run_identity import refuse_another_run, run_identity
@@ -96,6 +97,7 @@ class Resume(TrainerCallback):
         # transformers reads it too, but where an error of this file could be any other
         with explain_read_errors(folder, args.output_dir):
             self._steps_planned = TrainerState.load_from_json(str(folder / "trainer_state.json")).max_steps
+        require_reference(self.trainer, folder)
         self._refuse_another_run(folder)
         PartialState().wait_for_everyone()  # before a process removes what another may be looking at
         if args.should_save:
@@ -159,6 +161,7 @@ class Resume(TrainerCallback):
                     folder.mkdir(parents=True, exist_ok=True)
                     write_json(folder / MANIFEST, {"complete": False})
                 yield
+                save_reference(trainer, folder)
                 processes = gather_object([self._sums_so_far()])  # also waits for all files
                 if args.should_save:
                     files = [file for file in folder.rglob("*") if file.is_file() and file.name != MANIFEST]
@@ -257,6 +260,7 @@ class Resume(TrainerCallback):
         if run is None:
             return
         self._restore_sums(run["processes"])
+        load_reference(trainer, self.folder)
         if run["owes_evaluation"]:
             self.owes_evaluation = False
             control.should_evaluate, control.should_save = True, False  # this step's checkpoint is what it goes on from

@@ -1,0 +1,48 @@
+"""The reference that `sync_ref_model` moves: a checkpoint holds it, as it holds the policy's weights."""
+
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_model, save_model
+
+from ..errors import UserError
+from ..store.checkpoints import explain_read_errors
+
+# Not beside the policy's weights, where whatever reads a model's folder would take it for a part of them
+_FILE = Path("reference", "model.safetensors")
+
+
+def save_reference(trainer: Any, folder: Path) -> None:
+    """Write the reference into a checkpoint, where it moves and a run may go on from there."""
+    reference = _moved(trainer)
+    if reference is not None and trainer.args.should_save and not trainer.args.save_only_model:
+        (folder / _FILE).parent.mkdir(exist_ok=True)
+        save_model(reference, str(folder / _FILE))
+
+
+def require_reference(trainer: Any, folder: Path) -> None:
+    """Refuse to go on from a checkpoint without the reference, where that moves.
+
+    Raises:
+        UserError: it has none, or one that can't be loaded under FSDP or DeepSpeed.
+    """
+    if trainer.args.sync_ref_model and (_moved(trainer) is None or not (folder / _FILE).is_file()):
+        raise UserError(
+            f"`resume_from_checkpoint` {folder} can't be gone on from under `sync_ref_model: true`: the reference that "
+            "was moved is not in it, or can't be loaded, as under FSDP and DeepSpeed. Leave it out to start anew."
+        )
+
+
+def load_reference(trainer: Any, folder: Path) -> None:
+    """Give the reference the weights that it has in a checkpoint, where it moves."""
+    reference = _moved(trainer)
+    if reference is not None:
+        with explain_read_errors(folder, trainer.args.output_dir):
+            load_model(reference, folder / _FILE)
+
+
+def _moved(trainer: Any) -> Any:
+    """The reference, where it moves and each process has all of its weights."""
+    if not trainer.args.sync_ref_model or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        return None
+    return trainer.accelerator.unwrap_model(trainer.ref_model, keep_torch_compile=False)
