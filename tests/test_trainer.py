@@ -972,3 +972,30 @@ def test_a_collator_that_was_given_decides_its_layout_and_its_chunks(layout, tmp
     forwards = Forwards().attach(nca)
     nca.train()
     assert max(forwards.completions) == 2
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    "how",
+    [{"layout": "padded"}, {"completions_per_forward": 2, "loss_type": "infonca"}, {"precompute_ref_log_probs": True}],
+)
+def test_an_adapter_on_the_head_trains(how, tied, cache, tmp_path):
+    """The head's own module computes, so that its adapter counts; TRL's own log-probabilities would leave it out."""
+    tokenizer, row = build_tokenizer(), reward_rows(8)[0]
+
+    def base():
+        return build_model(tokenizer, tie_word_embeddings=tied)
+
+    nca = trainer(tmp_path, base(), peft_config=LoraConfig(r=4, target_modules=["q_proj", "lm_head"]), **how)
+    nca.train()
+    trained = dict(nca.model.named_parameters())["base_model.model.lm_head.lora_B.default.weight"]
+    assert trained.abs().max() > 1e-4
+    batch = nca.data_collator([nca.train_dataset[0]])
+    reference = nca._reference_logps({name: value for name, value in batch.items() if name != "ref_logps"})
+    assert reference[0].tolist() == pytest.approx(alone(base(), tokenizer, row), abs=1e-4)
+    nca.save_model(str(tmp_path / "adapter"))
+    loaded = PeftModel.from_pretrained(base(), tmp_path / "adapter").eval()
+    with torch.no_grad():
+        policy = nca._batch_logps(nca.model.eval(), batch)[0][0].tolist()
+    assert policy == pytest.approx(alone(loaded, tokenizer, row), abs=1e-4)
+    assert max(abs(p - r) for p, r in zip(policy, reference[0].tolist(), strict=True)) > 1e-2
