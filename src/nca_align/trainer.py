@@ -29,7 +29,7 @@ from .models.policy import base_model
 from .models.routing import load_balancing_loss
 from .progress import closing_bars, without_library_bars
 from .store.checkpoints import explain_read_errors, is_whole
-from .training import arguments, console, gradients, reference, reference_cache, row_weights, streams
+from .training import adapters, arguments, console, gradients, reference, reference_cache, row_weights, streams
 from .training.dropout import disable_functional_dropout
 from .training.guards import StepGuard
 from .training.metrics import MetricLog
@@ -90,7 +90,7 @@ class NCATrainer(DPOTrainer):
         arguments.check_arguments(args, data_collator, compute_metrics, train_dataset)
         train_dataset, eval_dataset = arguments.prepare_datasets(args, model, train_dataset, eval_dataset)
         self._is_set_up, self._reference_given = False, ref_model is not None  # a checkpoint belongs to it
-        self._adapter_config = None if self._reference_given else reference.hold_initialisation(model)
+        self._adapter_config = adapters.prepare_adapter(model, peft_config, self._reference_given)
         self._tag_names = [*self._tag_names, *map(short_name, args.loss_type)]  # of the model and its card
         self._log = MetricLog()
         with arguments.adapter_on_head():
@@ -121,7 +121,7 @@ class NCATrainer(DPOTrainer):
             return
         self._is_set_up = True
         if not self._reference_given:
-            reference.settle_adapter(self.model, self._adapter_config)
+            adapters.settle_adapter(self.model, self._adapter_config)
         arguments.check_model(self.model, self.args.max_length, self.accelerator.parallelism_config)
         models: list[Any] = [self.model]
         if self.ref_model is not None:
@@ -328,6 +328,7 @@ class NCATrainer(DPOTrainer):
     _load_optimizer_and_scheduler = reads_checkpoint(DPOTrainer._load_optimizer_and_scheduler)
     _load_scaler = reads_checkpoint(DPOTrainer._load_scaler)
     _load_rng_state = reads_checkpoint(DPOTrainer._load_rng_state)
+    save_model = adapters.saves_plainly(DPOTrainer.save_model)
 
     def _save_checkpoint(self, model, trial):
         with self._resume.saving(Path(self._get_output_dir(trial))):

@@ -17,6 +17,7 @@ from transformers.utils import logging
 from ..errors import UserError, one_line
 from ..store.checkpoints import read_manifest, whole_checkpoints
 from ..store.fingerprints import weights_fingerprint
+from .plain_lora import as_plain
 from .smollm2 import resolve_model
 
 
@@ -205,6 +206,8 @@ def silence_transformers() -> None:
 def load_adapter(model: Any, adapter: str, **kwargs: Any) -> Any:
     """`model` with the adapter of a folder or Hub id on it.
 
+    Beside it is as "ref" the adapter that its training went on from, if any; a new training makes its own.
+
     Raises:
         UserError: the folder has its weights as a pickle alone, which can hold any code.
     """
@@ -215,11 +218,15 @@ def load_adapter(model: Any, adapter: str, **kwargs: Any) -> Any:
             f"the adapter in {adapter} has its weights as a pickle (adapter_model.bin), which can hold any code; "
             "convert it to adapter_model.safetensors where you trust it"
         )
-    return PeftModel.from_pretrained(model, adapter, **kwargs)
+    with as_plain(adapter, getattr(model, "is_quantized", False)) as folder:
+        policy = PeftModel.from_pretrained(model, folder, **kwargs)
+        if is_adapter(Path(folder) / "ref") and not kwargs.get("is_trainable"):
+            policy.load_adapter(str(Path(folder) / "ref"), adapter_name="ref")
+    return policy
 
 
 def add_adapter(model: Any, adapter: str) -> Any:
-    """`model` with the adapter on it, and beside it as "ref" the adapter that its training went on from, if any.
+    """`load_adapter` for use, in eval mode.
 
     Raises:
         UserError: the adapter doesn't fit the model.
@@ -228,8 +235,6 @@ def add_adapter(model: Any, adapter: str) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # PEFT reads an attribute that transformers renames
             policy = load_adapter(model, adapter)
-        if is_adapter(Path(adapter) / "ref"):
-            policy.load_adapter(str(Path(adapter) / "ref"), adapter_name="ref")
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         if isinstance(error, UserError):
             raise

@@ -21,13 +21,14 @@ def as_reference(model: Any) -> Iterator[None]:
     """Within it, a policy with an adapter is what it was trained from: the bare base, or the adapter "ref" on it.
 
     Raises:
-        UserError: it has no adapter.
+        UserError: it has no adapter, or one that changes the base for good.
     """
     if not hasattr(model, "peft_config"):
         raise UserError(
             "`reference` is missing, and the model has no adapter that could be switched off: give the model that the "
             "KL and the wins are measured against"
         )
+    refuse_trained_biases(model)
     if "ref" in model.peft_config:
         active = model.active_adapter
         model.set_adapter("ref")
@@ -38,6 +39,25 @@ def as_reference(model: Any) -> Iterator[None]:
     else:
         with model.disable_adapter():
             yield
+
+
+def refuse_trained_biases(model: Any) -> None:
+    """Refuse a policy whose adapter trains biases of the base itself: without it the base is another than before.
+
+    Raises:
+        UserError: it has such an adapter, and the base has biases.
+    """
+    for config in model.peft_config.values():
+        trained = getattr(config, "bias", "none")
+        if trained == "none":
+            continue
+        ending = ".bias" if trained == "all" else ".base_layer.bias"
+        found = [name for name, _ in model.named_parameters() if name.endswith(ending)]
+        if any(not set(name.split(".")) & model.peft_config.keys() for name in found):
+            raise UserError(
+                f"the adapter has `bias` {trained!r}, which trains biases of the base, and switching the adapter off "
+                'does not undo that: use `bias="none"`, or give the reference as a model of its own'
+            )
 
 
 @contextmanager

@@ -28,8 +28,6 @@ _NOT_COMPUTED = (  # saving writes some of these, and each training sets the ids
 
 # What an adapter's config says beside what its forward computes
 _ABOUT_ADAPTER = ("base_model_name_or_path", "inference_mode", "revision", "auto_mapping", "peft_version")
-# Initialisations of LoRA that take the adapter's start out of the base's weights
-_EDITS_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def model_hash(model: nn.Module, trained: bool) -> str:
@@ -56,57 +54,6 @@ def adapter_options(config: Any) -> dict[str, Any]:
         for name, value in config.to_dict().items()
         if name not in _ABOUT_ADAPTER
     }
-
-
-def hold_initialisation(model: Any) -> Any:
-    """Let the copy of an adapter that training goes on from start plainly, and return the config to put back.
-
-    TRL adds the copy, "ref", by the adapter's own config. An initialisation that edits the base, such as PiSSA's, would
-    edit it a second time, and so the policy.
-    """
-    config = getattr(model, "peft_config", {}).get("default")
-    if config is not None:
-        model.peft_config["default"] = _plain(config)
-    return config
-
-
-def settle_adapter(model: Any, config: Any) -> None:
-    """Give a policy with an adapter the reference that it starts from, where that is not the bare base.
-
-    It is not where training goes on from an adapter, where the adapter's start is taken out of the base's weights, and
-    where virtual tokens stand in front of each row.
-
-    Args:
-        model: the policy.
-        config: what `hold_initialisation` returned, of an adapter that training goes on from: TRL's copy of it, "ref",
-            has the weights of some modules alone, and all are copied here.
-    """
-    adapters: dict[str, Any] = getattr(model, "peft_config", {})
-    if config is not None:
-        adapters["default"] = config
-    elif (new := adapters.get("default")) is not None and (new.is_prompt_learning or _edits_base(new)):
-        model.add_adapter("ref", _plain(new))
-    if "ref" not in adapters:
-        return
-    tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
-    for name, tensor in tensors.items():
-        copied = ".".join("ref" if part == "default" else part for part in name.split("."))
-        if copied != name and copied in tensors:
-            tensors[copied].data = tensor.data.clone()  # in its precision, which TRL changes under QLoRA
-
-
-def _edits_base(config: Any) -> bool:
-    start = getattr(config, "init_lora_weights", None)
-    return isinstance(start, str) and start.lower().startswith(_EDITS_BASE)
-
-
-def _plain(config: Any) -> Any:
-    """A config's copy for "ref": it leaves the base as it is and isn't trained (AdaLoRA trains one adapter alone)."""
-    config = copy.copy(config)
-    config.inference_mode = not config.is_prompt_learning  # which would leave out P-tuning's encoder
-    if _edits_base(config):
-        config.init_lora_weights = True
-    return config
 
 
 def adapter_hash(model: nn.Module, adapter: str) -> str:

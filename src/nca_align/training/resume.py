@@ -34,6 +34,7 @@ from ..store.checkpoints import (
     whole_checkpoints,
 )
 from ..store.files import sync, write_json
+from .adapters import refuse_to_resume
 from .moving_reference import load_reference, require_reference, save_reference
 from .reference import model_hash
 from .row_weights import begin_epoch
@@ -93,6 +94,7 @@ class Resume(TrainerCallback):
             return None
         args = self.trainer.args
         self.folder = folder = find_checkpoint(wanted, args.output_dir)
+        refuse_to_resume(self.trainer.accelerator.unwrap_model(self.trainer.model))
         self._loaded = read_manifest(folder)
         # transformers reads it too, but where an error of this file could be any other
         with explain_read_errors(folder, args.output_dir):

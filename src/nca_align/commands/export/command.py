@@ -200,7 +200,7 @@ def _copy_processor(source: str, new: Path) -> None:
 
 def _refuse_prompt_learning(adapter: str) -> None:
     config = adapter_config(adapter)
-    if config.is_prompt_learning:
+    if config.is_prompt_learning or config.is_adaption_prompt:
         raise UserError(
             f"{adapter} is a {config.peft_type.value} adapter, which adds tokens and changes no weight, so that it "
             "can't be merged; use it unmerged"

@@ -45,7 +45,7 @@ def merge(model: Any, adapter: str) -> Any:
         config.tie_word_embeddings = model.config.tie_word_embeddings = False
     try:
         return add_adapter(model, adapter).merge_and_unload(safe_merge=True).eval()
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:  # PEFT's, where there is nothing to add to
         if isinstance(error, UserError):
             raise
         raise UserError(f"the adapter in {adapter} can't be merged ({one_line(error)[:300]})") from error

@@ -1,0 +1,144 @@
+"""The adapter of a policy: which kinds can be trained here, and the reference that each starts from."""
+
+import copy
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from ..errors import UnsupportedError, UserError, notify
+from ..models.plain_lora import edits_base, make_plain
+from ..models.policy import base_model, refuse_trained_biases
+
+# Why a kind of adapter can't be trained here
+_REFUSED = {
+    "ADAPTION_PROMPT": "it keeps the forward that the model had before, which returns no log-probabilities of tokens",
+    "LILY": "it mixes by a mean over all tokens of the batch, later ones and padding among them",
+    "MULTITASK_PROMPT_TUNING": "each of its forwards needs `task_ids`, and rewarded completions have none",
+    "POLY": "each of its forwards needs `task_ids`, and rewarded completions have none",
+    "XLORA": "it mixes adapters into one that is not the base, and PEFT puts no copy of it beside it as the reference",
+}
+# Kinds that by their own method do not start as the model that they are put on
+_STARTS_ELSEWHERE = ("C3A", "FOURIERFT", "UNILORA", "VBLORA")
+
+
+def prepare_adapter(model: Any, peft_config: Any, reference_given: bool) -> Any:
+    """Refuse an adapter that can't be trained here, and let the copy of one that training goes on from start plainly.
+
+    TRL adds that copy, "ref", by the adapter's own config. An initialisation that edits the base, such as PiSSA's,
+    would edit it a second time, and so the policy.
+
+    Args:
+        model: as the trainer is given it.
+        peft_config: of a new adapter, or None.
+        reference_given: whether there is a `ref_model`, so that nothing is copied.
+
+    Returns:
+        The config to put back, of an adapter that training goes on from; else None.
+
+    Raises:
+        UserError: the adapter's kind or name doesn't do, of the class that says which.
+    """
+    adapters: dict[str, Any] = getattr(model, "peft_config", {})
+    if adapters and list(adapters) != ["default"]:
+        raise UserError(
+            f"`model` has the adapters {', '.join(adapters)}, but NCATrainer trains one, which is called default, and "
+            "makes its own copy of it as the reference: load it alone, by `PeftModel.from_pretrained(base, folder, "
+            "is_trainable=True)`, and merge others into the base."
+        )
+    config = adapters.get("default", peft_config)
+    kind = getattr(getattr(config, "peft_type", None), "value", None)
+    if kind in _REFUSED:
+        raise UnsupportedError(
+            f"an adapter of the kind {kind} can't be trained here: {_REFUSED[kind]}; use LoRA, or another kind"
+        )
+    if kind == "ADALORA":
+        notify(
+            "AdaLoRA keeps its ranks at `init_r` here: only a callback of your own calls `update_and_allocate`, and "
+            "its penalty for orthogonality is not in the loss."
+        )
+    if not adapters or reference_given:
+        return None
+    model.peft_config["default"] = _plain(config)
+    return config
+
+
+def settle_adapter(model: Any, config: Any) -> None:
+    """Give a policy with an adapter the reference that it starts from, where that is not the bare base.
+
+    It is not where training goes on from an adapter, where the adapter's start is taken out of the base's weights or
+    is not the base by its method, and where virtual tokens stand in front of each row.
+
+    Args:
+        model: the policy.
+        config: what `prepare_adapter` returned, of an adapter that training goes on from: TRL's copy of it, "ref",
+            has the weights of some modules alone, and all are copied here.
+
+    Raises:
+        UserError: the adapter trains biases of the base, so that nothing is left as a reference.
+    """
+    adapters: dict[str, Any] = getattr(model, "peft_config", {})
+    if not adapters:
+        return
+    new = adapters["default"]
+    if config is not None:
+        adapters["default"] = config
+    elif new.is_prompt_learning or edits_base(new) or new.peft_type.value in _STARTS_ELSEWHERE:
+        model.add_adapter("ref", _plain(new))
+    refuse_trained_biases(model)
+    if "ref" not in adapters:
+        return
+    tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    for name, tensor in tensors.items():
+        copied = ".".join("ref" if part == "default" else part for part in name.split("."))
+        if copied != name and copied in tensors:
+            tensors[copied].data = tensor.data.clone()  # in its precision, which TRL changes under QLoRA
+            tensors[copied].requires_grad_(False)
+
+
+def _plain(config: Any) -> Any:
+    """A config's copy for "ref": it leaves the base as it is and isn't trained (AdaLoRA trains one adapter alone)."""
+    config = copy.copy(config)
+    config.inference_mode = not config.is_prompt_learning  # which would leave out P-tuning's encoder
+    if edits_base(config):
+        config.init_lora_weights = True
+    for name, nothing in (("bias", "none"), ("layer_replication", None)):  # both would change the base again
+        if hasattr(config, name):
+            setattr(config, name, nothing)
+    return config
+
+
+def saves_plainly(save_model: Any) -> Any:
+    """Decorates `save_model` of the trainer: outside checkpoints an adapter is one for the base as it is.
+
+    A checkpoint keeps the adapter as it is trained, for the run to go on from.
+    """
+
+    @wraps(save_model)
+    def saved(trainer: Any, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
+        save_model(trainer, output_dir, *args, **kwargs)
+        folder = Path(output_dir or trainer.args.output_dir)
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        quantized = getattr(base_model(model), "is_quantized", False)
+        if trainer.args.should_save and not quantized and not folder.name.startswith(PREFIX_CHECKPOINT_DIR):
+            make_plain(folder)
+
+    return saved
+
+
+def refuse_to_resume(model: Any) -> None:
+    """Refuse to go on from a checkpoint of an adapter whose saved weights are not those that are trained.
+
+    Raises:
+        UnsupportedError: `model` has such an adapter.
+    """
+    for config in getattr(model, "peft_config", {}).values():
+        kind = config.peft_type.value
+        if kind in ("P_TUNING", "CPT") or getattr(config, "prefix_projection", False):
+            why = "PEFT saves what its encoder makes of its weights, and not the weights"
+        elif getattr(config, "monteclora_config", None) is not None:
+            why = "it draws from numbers that no checkpoint holds"
+        else:
+            continue
+        raise UnsupportedError(f"a run that trains this {kind} adapter can't be resumed: {why}; start it anew")
