@@ -35,7 +35,7 @@ OVERRIDES = {
     "_load_optimizer_and_scheduler", "_load_rng_state", "_load_scaler", "_precompute_ref_logps", "_prepare_dataset",
     "_prepare_for_training", "_push_from_checkpoint", "_save_checkpoint", "compute_loss", "compute_ref_log_probs",
     "create_model_card", "evaluate", "evaluation_loop", "floating_point_ops", "get_batch_samples", "log", "predict",
-    "prediction_step", "train", "training_step",
+    "prediction_step", "save_model", "train", "training_step",
 }  # fmt: skip
 # Methods of TRL's and transformers' objects that are called.
 CALLED = {

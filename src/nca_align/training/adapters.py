@@ -5,8 +5,6 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-
 from ..errors import UnsupportedError, UserError, notify
 from ..models.plain_lora import edits_base, make_plain
 from ..models.policy import base_model, refuse_trained_biases
@@ -121,7 +119,7 @@ def saves_plainly(save_model: Any) -> Any:
         folder = Path(output_dir or trainer.args.output_dir)
         model = trainer.accelerator.unwrap_model(trainer.model)
         quantized = getattr(base_model(model), "is_quantized", False)
-        if trainer.args.should_save and not quantized and not folder.name.startswith(PREFIX_CHECKPOINT_DIR):
+        if trainer.args.should_save and not quantized and not folder.name.startswith("checkpoint-"):
             make_plain(folder)
 
     return saved
