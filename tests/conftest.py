@@ -47,11 +47,12 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what 
 
 @pytest.fixture(autouse=True)
 def logging_as_it_was():
-    """A command shows more of its log than Python does, and tests call commands."""
-    log = logging.getLogger("nca_align")
-    level = log.level
+    """A command shows more of its log than Python does, and less of transformers'; tests call commands."""
+    logs = [logging.getLogger(name) for name in ("nca_align", "transformers")]
+    levels = [log.level for log in logs]
     yield
-    log.setLevel(level)
+    for log, level in zip(logs, levels, strict=True):
+        log.setLevel(level)
 
 
 @pytest.fixture(scope="session", autouse=True)
