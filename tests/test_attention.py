@@ -472,9 +472,7 @@ def test_masks_are_made_once_a_shape_and_never_for_a_segment_without_a_prefix():
 def test_a_position_bias_is_refused():
     segments = tree_of(1)
     query = torch.zeros(1, 4, segments.queries[-1][1], 8)
-    with pytest.raises(
-        NotImplementedError, match="`layout: prefix_shared` can't add this model's position bias to its"
-    ):
+    with pytest.raises(NotImplementedError, match="the model adds a position bias to its attention's scores"):
         attend_segments(query, query, query, segments, position_bias=torch.zeros(1))
 
 
@@ -591,17 +589,23 @@ def test_the_varlen_call_takes_half_precision_on_a_card_that_has_its_kernels(mon
 # Which models
 
 
-NO_INTERFACE = "does not route its attention through transformers' AttentionInterface"
+NO_INTERFACE = "does not declare that its attention goes through transformers' AttentionInterface"
 FOREIGN_LAYERS = "layers, and a packed row needs full or sliding-window attention in all"
 OWN_MASK = "does not hand its `sliding_window` to its attention"
 REFUSED = {
     "Lfm2": (f"has conv {FOREIGN_LAYERS}", {"layer_types": ["conv", "full_attention"]}),
     "GraniteMoeHybrid": (FOREIGN_LAYERS, {"layer_types": ["mamba", "attention"], "mamba_n_heads": 4}),
-    "Qwen3Next": (NO_INTERFACE, {"layer_types": ["linear_attention", "full_attention"], **EXPERTS}),
+    "Qwen3Next": (
+        f"has linear-attention {FOREIGN_LAYERS}",
+        {"layer_types": ["linear_attention", "full_attention"], **EXPERTS},
+    ),
     "Falcon": (NO_INTERFACE, {"num_kv_heads": 2}),
     "Bloom": (NO_INTERFACE, {"n_layer": 2, "n_head": 4}),
-    "Jamba": (NO_INTERFACE, {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 2}),
-    "Mamba": (NO_INTERFACE, {"num_hidden_layers": 2}),
+    "Jamba": (
+        f"has linear-attention {FOREIGN_LAYERS}",
+        {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 2},
+    ),
+    "Mamba": (f"has linear-attention {FOREIGN_LAYERS}", {"num_hidden_layers": 2}),
     "Qwen2Moe": (OWN_MASK, {"use_sliding_window": True, **EXPERTS, **MIXED}),
     "Phimoe": (OWN_MASK, {"sliding_window": WINDOW, "num_local_experts": 4}),
 }

@@ -46,6 +46,7 @@ CALLED = {
 VALUES = {
     "_attn_implementation": (lambda nca: nca.model.config, "modeling_utils"),
     "_globalstep_last_logged": (lambda nca: nca, "trainer"),
+    "_is_stateful": (lambda nca: nca.model, "modeling_utils"),
     "_is_accelerate_prepared": (lambda nca: nca.model, "accelerator"),
     "_name": (lambda nca: nca, "trl"),
     "_name_or_path": (lambda nca: nca.model.config, "configuration_utils"),

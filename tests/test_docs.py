@@ -17,7 +17,9 @@ from conftest import reward_rows
 from nca_align.commands.inspect.command import main as inspect
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("*/README.md")])
+PAGES = sorted(
+    [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("docs/reference/*.md"), *ROOT.glob("*/README.md")]
+)
 SOURCES = sorted((ROOT / "src").rglob("*.py"))
 
 
@@ -121,6 +123,8 @@ def raised_messages() -> dict[str, str]:
             last = normalised(call.args[0 if refuses else -1])
             if last is None or not words(last):  # what another sentence is put into
                 continue
+            if name == "PackingError":
+                last = f"`layout: prefix_shared` can't be used here: {last}. Use `layout: padded`."
             if name == "RowError":
                 last = f"`…` {last}"
             elif name == "_wrong_type":

@@ -31,7 +31,7 @@ def test_policy_and_reference_must_both_do(tokenizer):
     good = build_model(tokenizer)
     config = transformers.BloomConfig(vocab_size=384, hidden_size=32, n_layer=1, n_head=4)
     bad = transformers.BloomForCausalLM(config)
-    reason = "BloomForCausalLM does not route its attention through transformers' AttentionInterface"
+    reason = "BloomForCausalLM does not declare that its attention goes through transformers' AttentionInterface"
     assert layout.obstacle([good, bad], None) == reason
     assert layout.obstacle([bad, good], None) == reason
     assert layout.obstacle([good, good], None) is None

@@ -1,5 +1,6 @@
 """Log-probabilities of the labelled tokens: their values, their gradients, and where the head is run."""
 
+import copy
 import inspect
 from itertools import product
 
@@ -11,7 +12,8 @@ from torch import nn
 
 from conftest import build_model
 from nca_align.models import logprobs
-from nca_align.models.logprobs import TokenLogps, add_token_logps, head_logps, logit_transform
+from nca_align.models.logprobs import TokenLogps, add_token_logps, head_logps, logit_transform, token_logps
+from tiny_models import build as build_tiny
 
 M, HIDDEN, VOCABULARY = 23, 8, 50
 TRANSFORMS = [(1.0, None), (0.25, None), (1.0, 2.0), (3.0, 2.0)]
@@ -164,11 +166,17 @@ def test_very_unlikely_tokens_have_finite_gradients():
         ("HyperCLOVAX", {"logits_scaling": 4.0}, (4.0, None)),
         ("FalconH1", {"lm_head_multiplier": 0.5}, (0.5, None)),
         ("RecurrentGemma", {"logits_soft_cap": 30.0}, (1.0, 30.0)),
+        ("InklingText", {"logits_mup_width_multiplier": 4.0}, (0.25, None)),
         ("xLSTM", {"output_logit_soft_cap": 30.0}, (1.0, 30.0)),
     ],
 )
 def test_scale_and_softcap_by_family(family, options, expected):
     assert logit_transform(getattr(transformers, f"{family}Config")(**options)) == expected
+
+
+def test_a_composite_may_leave_out_its_language_models_scale():
+    config = transformers.AyaVisionConfig().get_text_config()
+    assert logit_transform(config) != (1.0, None) == logit_transform(config, "aya_vision")
 
 
 TINY = {
@@ -279,20 +287,15 @@ def test_positions_count_from_behind_virtual_tokens(model):
 
 @pytest.mark.parametrize(
     ("family", "part"),
-    [("ModernBertDecoderForCausalLM", "lm_head"), ("BertLMHeadModel", "cls"), ("Llama4ForCausalLM", "model")],
+    [("ModernBertDecoderForCausalLM", "lm_head"), ("BertLMHeadModel", "cls"), ("MusicgenForCausalLM", "lm_heads")],
 )
 def test_a_model_whose_logits_are_more_than_a_head_is_refused(family, part):
     model_class = getattr(transformers, family)
-    if family.startswith("Llama4"):
-        config = transformers.Llama4TextConfig(
-            num_hidden_layers=1, hidden_size=32, intermediate_size=32, intermediate_size_mlp=32, vocab_size=VOCABULARY,
-            num_local_experts=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
-        )  # fmt: skip
-    else:
-        config = model_class.config_class(
-            num_hidden_layers=1, hidden_size=32, intermediate_size=32, num_attention_heads=4, vocab_size=VOCABULARY,
-            pad_token_id=0,
-        )  # fmt: skip
+    config_class = transformers.MusicgenDecoderConfig if part == "lm_heads" else model_class.config_class
+    config = config_class(
+        num_hidden_layers=1, hidden_size=32, intermediate_size=32, num_attention_heads=4, vocab_size=VOCABULARY,
+        pad_token_id=0,
+    )  # fmt: skip
     with torch.device("meta"):
         model = model_class(config)
     message = f"`model` is a {family}, which has `{part}` beside a backbone and an LM head"
@@ -315,3 +318,17 @@ def test_tied_weights_get_both_gradients(tokenizer):
         grads.append(model.model.embed_tokens.weight.grad)
     torch.testing.assert_close(grads[2:], grads[:2], rtol=1e-4, atol=1e-5)
     assert (grads[1] - grads[0]).norm() > 0.1 * grads[0].norm()
+
+
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "NemotronForCausalLM"])
+def test_scores_are_the_models_own_also_where_its_layers_drop_a_packed_rows_segments(name):
+    model = build_tiny(name)
+    own = copy.deepcopy(model)
+    row = {"prompt_ids": list(range(5, 30)), "completion_ids": [[40, 41, 42], [43, 44]]}
+    (found,) = token_logps(model, [row], 4)
+    assert model.config._attn_implementation.startswith("prefix_shared")
+    for logps, completion in zip(found, row["completion_ids"], strict=True):
+        with torch.no_grad():
+            logits = own(input_ids=torch.tensor([row["prompt_ids"] + completion])).logits[0, -len(completion) - 1 : -1]
+        expected = logits.log_softmax(-1)[range(len(completion)), completion]
+        torch.testing.assert_close(logps, expected, rtol=1e-5, atol=1e-5)

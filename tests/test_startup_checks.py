@@ -18,8 +18,9 @@ from nca_align.batching.collator import RewardCollator, pack_tree
 from nca_align.errors import UnsupportedError, UserError
 from nca_align.models.logprobs import TokenLogps, add_token_logps
 from nca_align.training import adapters, own_logits, startup_checks
-from nca_align.training.own_logits import compare, own_logps, row_beyond_window, sample_rows, unpatched
+from nca_align.training.own_logits import compare, look_ahead, own_logps, row_beyond_window, sample_rows, unpatched
 from nca_align.training.rounding import Rounding, rounding
+from tiny_models import build as build_tiny
 
 CPU = torch.device("cpu")
 TINY = {
@@ -39,6 +40,21 @@ def mpt(logit_scale: float):
     torch.manual_seed(0)
     config = transformers.MptConfig(d_model=32, n_heads=4, n_layers=2, vocab_size=384, logit_scale=logit_scale)
     return transformers.MptForCausalLM(config).eval()
+
+
+def needs_images():
+    """A model whose forward asks for more than tokens."""
+    model = build_tiny("LlavaForConditionalGeneration")
+    own = type(model).forward
+
+    class GitLike(type(model)):
+        def forward(self, input_ids=None, pixel_values=None, **kwargs):
+            if pixel_values is None:
+                raise ValueError("no images")
+            return own(self, input_ids, pixel_values, **kwargs)
+
+    model.__class__ = GitLike
+    return model
 
 
 def trainer(tmp_path, model=None, rows=None, **own) -> NCATrainer:
@@ -265,10 +281,36 @@ def test_a_packed_collator_that_leaks_future_tokens_is_refused(tmp_path):
     assert trainer(tmp_path, data_collator=Packed(0), startup_checks=False).data_collator.layout == "padded"
 
 
-@pytest.mark.parametrize(("name", "build"), [("Inkling", lambda: tiny("inkling_text")), ("Mpt", lambda: mpt(0.5))])
-def test_a_scale_of_the_logits_that_is_not_known_here_is_found(name, build, tmp_path):
-    with pytest.raises(UnsupportedError, match=f"`model` is a {name}ForCausalLM, whose log-prob"):
-        trainer(tmp_path, build())
+def test_a_scale_of_the_logits_that_is_not_known_here_is_found(tmp_path):
+    with pytest.raises(UnsupportedError, match="`model` is a MptForCausalLM, whose log-prob"):
+        trainer(tmp_path, mpt(0.5))
+
+
+def test_a_model_that_sees_later_tokens_is_refused(tmp_path):
+    """On text alone, PaliGemma attends in both directions."""
+    with pytest.raises(
+        UnsupportedError, match=r"`model` is a PaliGemma.*, whose logits change by .* nats with a token"
+    ):
+        trainer(tmp_path, build_tiny("PaliGemmaForConditionalGeneration"))
+    assert look_ahead(*[tiny("mistral")] * 2, rows()[0], CPU) < 1e-6
+
+
+def test_a_model_that_needs_more_than_text_is_refused(tmp_path):
+    with pytest.raises(UnsupportedError, match=r"`model` is a GitLike, which can't be run on text alone \(no images"):
+        trainer(tmp_path, needs_images())
+
+
+@pytest.mark.parametrize("heads", [1, 32])
+@pytest.mark.parametrize("name", ["DeepseekV32ForCausalLM", "GlmMoeDsaForCausalLM"])
+def test_an_index_of_keys_whose_scores_tie_is_found(name, heads, tmp_path):
+    """ReLU makes scores 0 where no head sees a match; which of such keys are taken depends on the padding."""
+    model = build_tiny(name, index_n_heads=heads)
+    assert model.config.index_topk < min(len(row["prompt_ids"]) for row in rows())
+    if heads == 32:  # without ties
+        assert trainer(tmp_path, model).data_collator.layout == "padded"
+        return
+    with pytest.raises(UnsupportedError, match=rf"`model` is a {name}, whose log-prob.*`layout: padded`"):
+        trainer(tmp_path, model)
 
 
 def test_a_model_of_two_precisions_is_right_or_refused(tmp_path):
@@ -280,10 +322,23 @@ def test_nemotron_which_drops_the_segments_falls_back_and_says_why(tmp_path, cap
     nca = trainer(tmp_path, tiny("nemotron"))
     assert nca.data_collator.layout == "padded"
     (line,) = said(caplog)
-    assert "since prefix_shared does not give the model's own log-probabilities (a token differs by" in line
+    assert "Layout: padded, the model's layers do not hand its forward's arguments on to NemotronAttention;" in line
     nca.train()
-    with pytest.raises(UnsupportedError, match=r"`layout: prefix_shared` does not .*Use `layout: padded`, which"):
+    with pytest.raises(
+        UnsupportedError, match=r"`layout: prefix_shared` can't be used here: .* to NemotronAttention\."
+    ):
         trainer(tmp_path, tiny("nemotron"), layout="prefix_shared")
+
+
+def test_a_model_that_mixes_positions_otherwise_is_padded_or_refused(tmp_path, caplog, monkeypatch):
+    """LFM2's convolutions, as if nothing in the model told of them."""
+    monkeypatch.setattr("nca_align.training.layout.prefix_sharing_obstacle", lambda model: None)
+    monkeypatch.setattr(attention, "prefix_sharing_obstacle", lambda model: None)
+    lfm2 = {"layer_types": ["conv", "full_attention"], "initializer_range": 0.1}
+    assert trainer(tmp_path, tiny("lfm2", **lfm2)).data_collator.layout == "padded"
+    assert "since prefix_shared does not give the model's own log-probabilities (" in said(caplog)[-1]
+    with pytest.raises(UnsupportedError, match=r"`layout: prefix_shared` does not .*Use `layout: padded`, which"):
+        trainer(tmp_path, tiny("lfm2", **lfm2), layout="prefix_shared")
 
 
 RIGHT: dict[str, Callable] = {

@@ -26,6 +26,14 @@ class UnsupportedError(UserError, NotImplementedError):
     """Options, models or data that can't be used together."""
 
 
+class PackingError(UnsupportedError):
+    """A model that can't take a packed row, with the reason in words that end a sentence."""
+
+    def __init__(self, obstacle: str):
+        super().__init__(f"`layout: prefix_shared` can't be used here: {obstacle}. Use `layout: padded`.")
+        self.obstacle = obstacle
+
+
 class InvalidRowError(UserError):
     """One row that can't be used, whatever the others are."""
 

@@ -21,10 +21,11 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..errors import UnsupportedError
+from ..errors import PackingError
 
 _PREFIX = "prefix_shared_over_"
-_SUPPORTED_LAYERS = {"full_attention", "sliding_attention"}
+# Kinds of layers that a config names: those whose attention can be replaced, and those that mix no tokens at all
+_SUPPORTED_LAYERS = {"full_attention", "sliding_attention", "attention", "moe", "mlp"}
 # Model types whose window stands in the mask alone, which the attention of a packed row never sees
 _WINDOW_IN_MASK = {"doge", "paligemma", "phimoe", "qwen2_moe"}
 _HALF = (torch.float16, torch.bfloat16)
@@ -81,11 +82,13 @@ def prefix_sharing_obstacle(model: Any) -> str | None:
     model = model.get_base_model() if is_peft_model(model) else model
     config = model.config.get_text_config()
     name = type(model).__name__
-    if not (model._supports_attention_backend and model._can_set_attn_implementation()):
-        return f"{name} does not route its attention through transformers' AttentionInterface"
     layer_types = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or []
-    if foreign := sorted(set(layer_types) - _SUPPORTED_LAYERS):
-        return f"{name} has {', '.join(foreign)} layers, and a packed row needs full or sliding-window attention in all"
+    foreign = sorted(kind.replace("_", "-") for kind in set(layer_types) - _SUPPORTED_LAYERS)
+    if foreign or model._is_stateful:
+        kinds = ", ".join(foreign) or "recurrent"
+        return f"{name} has {kinds} layers, and a packed row needs full or sliding-window attention in all"
+    if not (model._supports_attention_backend and model._can_set_attn_implementation()):
+        return f"{name} does not declare that its attention goes through transformers' AttentionInterface"
     if getattr(config, "sliding_window", None) and model.config.model_type in _WINDOW_IN_MASK:
         return f"{name} does not hand its `sliding_window` to its attention"
     return None
@@ -98,7 +101,7 @@ def share_prefixes(model: PreTrainedModel) -> None:
         NotImplementedError: the model can't, with the reason.
     """
     if obstacle := prefix_sharing_obstacle(model):
-        raise UnsupportedError(f"`layout: prefix_shared` can't be used here: {obstacle}. Use `layout: padded`.")
+        raise PackingError(obstacle)
     own = model.config.get_text_config()._attn_implementation
     if own.startswith(_PREFIX):
         return
@@ -135,9 +138,15 @@ def segment_attention(
     segments: Segments | None = None,
     **kwargs,
 ) -> tuple[Tensor, Tensor | None]:
-    """What the model's layers call: by segments where the forward was given them, else the model's `own` attention."""
+    """What the model's layers call: by segments where the forward was given them, else the model's `own` attention.
+
+    Raises:
+        NotImplementedError: the mask is a packed row's placeholder, but its segments did not arrive.
+    """
     if segments is not None:
         return attend_segments(query, key, value, segments, **kwargs), None
+    if attention_mask is not None and attention_mask.numel() == 1 < key.shape[2]:
+        raise PackingError(f"the model's layers do not hand its forward's arguments on to {type(module).__name__}")
     if own == "eager":  # each modeling file has its own
         attend = sys.modules[type(module).__module__].eager_attention_forward
     else:
@@ -176,9 +185,7 @@ def attend_segments(
         NotImplementedError: the layer adds a bias to its scores.
     """
     if position_bias is not None:
-        raise UnsupportedError(
-            "`layout: prefix_shared` can't add this model's position bias to its scores. Use `layout: padded`."
-        )
+        raise PackingError("the model adds a position bias to its attention's scores")
     if torch.is_autocast_enabled(query.device.type):  # normed queries and keys (Qwen3) come in float32
         query, key, value = (x.to(torch.get_autocast_dtype(query.device.type)) for x in (query, key, value))
     window = sliding_window or None

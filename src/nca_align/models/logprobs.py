@@ -15,14 +15,21 @@ from transformers.utils import ModelOutput
 
 from ..batching.attention import prefix_sharing_obstacle, share_prefixes
 from ..batching.collator import RewardCollator, batches_by_length
-from ..errors import UnsupportedError
-from .policy import base_model
+from ..errors import PackingError, UnsupportedError
+from .policy import backbone, base_model
 from .routing import expert_use
 
 # Bytes of logits and of their gradient that a forward may keep for its backward; above it the head runs in tiles that
 # the backward computes again. Free at 7B (under 1 % of a step), dear on small models with a large vocabulary, whose
 # logits fit anyway: 16k labelled tokens of a vocabulary of 150k are 9.8 GB in fp32.
 LOGITS_BUDGET = {"cuda": 2 << 30, "cpu": 4 << 30}
+
+
+# Composite models whose forward leaves out the scale or cap that stands in their language model's config
+_UNSCALED = {"aya_vision", "cohere2_vision", "gemma3", "granite_speech", "granite_speech_plus", "shieldgemma2"}
+
+# Models that ask for each token's kind while they train: 0 is text
+_TOKEN_KINDS = {"molmo2": "mm_token_type_ids"}
 
 
 @dataclass
@@ -98,14 +105,22 @@ def head_logps(
     return torch.cat([checkpoint(score, *tile, use_reentrant=False) for tile in tiles])
 
 
-def logit_transform(config) -> tuple[float, float | None]:
-    """(scale, softcap) that the model's own forward applies to its LM head's output, by the names the families use."""
+def logit_transform(config: Any, model_type: str | None = None) -> tuple[float, float | None]:
+    """(scale, softcap) that the model's own forward applies to its LM head's output, by the names the families use.
+
+    Args:
+        config: of the language model.
+        model_type: of the whole model, where the language model is a part of it.
+    """
 
     def first(*names: str) -> float | None:  # a number: MPT's `inv_sqrt_d_model` is not read by its forward
         found = (getattr(config, name, None) for name in names)
         return next((value for value in found if isinstance(value, (int, float))), None)
 
-    scale, divisor = first("logit_scale", "output_multiplier", "lm_head_multiplier"), first("logits_scaling")
+    if model_type in _UNSCALED:
+        return 1.0, None
+    scale = first("logit_scale", "output_multiplier", "lm_head_multiplier")
+    divisor = first("logits_scaling", "logits_mup_width_multiplier")
     if scale is None and divisor is not None:
         scale = divisor if config.model_type == "hyperclovax" else 1 / divisor
     softcap = first("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
@@ -125,8 +140,10 @@ def add_token_logps(model: PreTrainedModel) -> None:
     """
     if getattr(model, "_has_token_logps", False):
         return
-    known = (model.base_model, model.get_output_embeddings())
-    if more := [name for name, child in model.named_children() if all(child is not part for part in known)]:
+    head = model.get_output_embeddings()
+    known = (backbone(model), None if isinstance(head, nn.ModuleList) else head)  # MusicGen has one for each codebook
+    parts = [(name, child) for name, child in model.named_children() if any(True for _ in child.parameters())]
+    if more := [name for name, child in parts if all(child is not part for part in known)]:
         raise UnsupportedError(
             f"`model` is a {type(model).__name__}, which has `{more[0]}` beside a backbone and an LM head (a linear "
             "map of its last hidden state), so that its log-probabilities would be wrong; use another model."
@@ -134,14 +151,16 @@ def add_token_logps(model: PreTrainedModel) -> None:
     setattr(model, "_has_token_logps", True)  # noqa: B010 (no attribute that its class declares)
     own_forward = model.forward
     config = model.config.get_text_config()
-    scale, softcap = logit_transform(config)
+    scale, softcap = logit_transform(config, model.config.model_type)
 
     @functools.wraps(type(model).forward)  # `generate` validates its arguments against the signature
     def forward(self, *args, token_index=None, target_ids=None, row_length=None, token_counts=None, **kwargs):
         if token_index is None:
             return own_forward(*args, **kwargs)
         kwargs |= {"use_cache": False} | ({} if token_counts is None else {"output_router_logits": True})
-        outputs = self.base_model(*args, **kwargs)
+        if self.config.model_type in _TOKEN_KINDS:
+            kwargs[_TOKEN_KINDS[self.config.model_type]] = torch.zeros_like(kwargs["input_ids"])
+        outputs = backbone(self)(*args, **kwargs)
         hidden = outputs.last_hidden_state
         if row_length is not None:
             hidden = hidden[:, -row_length:]
@@ -150,7 +169,7 @@ def add_token_logps(model: PreTrainedModel) -> None:
         hidden = hidden.flatten(0, 1).index_select(0, token_index).to(device)
         token_logps = head_logps(head, hidden, target_ids.to(device), config.vocab_size, scale, softcap)
         use = None
-        if token_counts is not None:
+        if token_counts is not None and outputs.router_logits != ():  # as dense Granite 4.0 and Doge have them
             top_k = getattr(self, "num_experts_per_tok", None) or config.num_experts_per_tok
             use = expert_use(outputs.router_logits, top_k, token_counts)
             if self.training and token_logps.requires_grad and not use.requires_grad:
@@ -222,15 +241,27 @@ def token_logps(
     most = max((len(row["completion_ids"]) for row in rows), default=1)
     for batch in batches_by_length(lengths, max(1, batch_size // most)):
         columns = max(len(rows[i]["completion_ids"]) for i in batch)
-        found: dict[int, torch.Tensor] = {}
-        for chunk in send_to_device(collator.chunks([rows[i] for i in batch]), device):
-            logps, index = forward_chunk(model, chunk).token_logps.float().cpu(), chunk["completion_index"].cpu()
-            for place in index.unique().tolist():
-                found[place] = logps[index == place]
+        read = functools.partial(_by_completion, model, collator, [rows[i] for i in batch], device)
+        try:
+            found = read()
+        except PackingError:  # which shows in the model's layers alone
+            collator.layout = "padded"
+            found = read()
         for b, i in enumerate(batch):
             values[i] = [found[b * columns + k] for k in range(len(rows[i]["completion_ids"]))]
         progress(len(batch))
     return values
+
+
+def _by_completion(
+    model: nn.Module, collator: RewardCollator, rows: Sequence[dict[str, Any]], device: torch.device
+) -> dict[int, torch.Tensor]:
+    """Of each completion, b · K + k, the log-probabilities of its tokens (T,) float32, nats, on the CPU."""
+    found: dict[int, torch.Tensor] = {}
+    for chunk in send_to_device(collator.chunks(rows), device):
+        logps, index = forward_chunk(model, chunk).token_logps.float().cpu(), chunk["completion_index"].cpu()
+        found |= {place: logps[index == place] for place in index.unique().tolist()}
+    return found
 
 
 def completion_logps(model: nn.Module, rows: Sequence[dict[str, Any]], batch_size: int) -> list[list[float]]:

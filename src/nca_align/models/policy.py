@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
+from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import UserError
@@ -14,6 +15,14 @@ from ..errors import UserError
 def base_model(model) -> PreTrainedModel:
     """The language model under an adapter, or `model` itself."""
     return model.get_base_model() if is_peft_model(model) else model
+
+
+def backbone(model: PreTrainedModel) -> nn.Module:
+    """What gives the hidden states that the LM head of `model` maps to logits.
+
+    `base_model` goes by a name, which Llama 4's and Mllama's language models have from the composite they are part of.
+    """
+    return getattr(model, "model", model) if model.base_model is model else model.base_model
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from torch import nn
 
 from ..batching.attention import prefix_sharing_obstacle, share_prefixes
 from ..batching.collator import RewardCollator
-from ..errors import UnsupportedError
+from ..errors import PackingError
 from ..models.policy import base_model
 
 
@@ -35,7 +35,7 @@ def choose_layout(collator: RewardCollator, models: list[nn.Module]) -> str:
     requested = collator.layout
     reason = None if requested == "padded" else obstacle(models, collator.pad_to_multiple_of)
     if reason and requested == "prefix_shared":
-        raise UnsupportedError(f"`layout: prefix_shared` can't be used here: {reason}. Use `layout: padded`.")
+        raise PackingError(reason)
     if requested == "padded" or reason:
         collator.layout = "padded"
         return reason or "as asked for"

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from ..batching.attention import own_attention
 from ..batching.collator import Batch, RewardCollator
+from ..errors import UnsupportedError, one_line
 from ..models.logprobs import forward_chunk
 
 Row = dict[str, Any]
@@ -153,6 +154,9 @@ def own_logps(
 
     Returns:
         By completion (T,) nats; the gradients in the order of `parameters`.
+
+    Raises:
+        NotImplementedError: the model does not run on text alone.
     """
     columns = max(len(row["completion_ids"]) for row in rows)
     # so that no logits of a long prompt are built
@@ -163,12 +167,37 @@ def own_logps(
             for k, completion in enumerate(row["completion_ids"]):
                 ids = torch.tensor([row["prompt_ids"] + completion], device=device)
                 keep = len(completion) + 1
-                logits = model(input_ids=ids, use_cache=False, **({"logits_to_keep": keep} if few else {})).logits
+                logits = _own_logits(model, base, ids, **({"logits_to_keep": keep} if few else {}))
                 targets = ids[0, -len(completion) :, None].to(logits.device)
                 own = logits[0, -keep:-1].float().log_softmax(-1).gather(1, targets)[:, 0].to(device)
                 logps[b * columns + k] = own
         gradients = _gradients(logps, parameters)
     return {i: own.detach() for i, own in logps.items()}, gradients
+
+
+def look_ahead(model: nn.Module, base: PreTrainedModel, row: Row, device: torch.device) -> float:
+    """How far a last token changes the logits before it, nats: 0 within rounding for a causal language model.
+
+    Args:
+        model, base: see `own_logps`.
+        row: whose first completion is run.
+    """
+    ids = torch.tensor([row["prompt_ids"] + row["completion_ids"][0]] * 2, device=device)
+    ids[1, -1] = ids[0, 0] if ids[0, 0] != ids[0, -1] else (ids[0, -1] + 1) % base.config.get_text_config().vocab_size
+    with unpatched(base), torch.no_grad():
+        first, second = (_own_logits(model, base, own[None])[0, :-1].float().log_softmax(-1) for own in ids)
+    taken = ids[0, 1:-1, None].to(first.device)
+    return float(subtract(first[:-1].gather(1, taken), second[:-1].gather(1, taken)).abs().max())
+
+
+def _own_logits(model: nn.Module, base: PreTrainedModel, ids: Tensor, **options: Any) -> Tensor:
+    try:
+        return model(input_ids=ids, use_cache=False, **options).logits
+    except (AttributeError, TypeError, ValueError) as error:
+        raise UnsupportedError(
+            f"`model` is a {type(base).__name__}, which can't be run on text alone ({one_line(error)}); use "
+            "another model."
+        ) from error
 
 
 def subtract(logps: Tensor, expected: Tensor) -> Tensor:

@@ -4,18 +4,21 @@ A wrong layout, a scale of the logits that isn't known here, leaked attention, d
 copy lacks a part: each trains on wrong numbers without a word, and each shows in one of the two.
 """
 
+import math
+from collections.abc import Sequence
 from itertools import islice
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object, is_peft_model, send_to_device
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ..batching.collator import Batch, RewardCollator
-from ..errors import UnsupportedError, UserError, notify
+from ..errors import PackingError, UnsupportedError, UserError, notify
 from ..models.policy import base_model, eval_mode
 from .layout import choose_layout
-from .own_logits import Difference, compare, own_logps, row_beyond_window, sample_rows, subtract
+from .own_logits import Difference, Logps, Row, compare, look_ahead, own_logps, row_beyond_window, sample_rows, subtract
 from .rounding import Rounding, rounding
 
 _OFF = "`startup_checks: false` trains all the same"
@@ -64,20 +67,32 @@ class StartupChecks:
         trained = [p for p in policy.parameters() if p.requires_grad] if packed and gradients else []
         device = trainer.accelerator.device
         with eval_mode(policy), trainer.accelerator.autocast():
+            ahead, *_ = self._worst((look_ahead(model, base, batches[0][0], device), 0.0, 0.0))
+            if not ahead <= bounds.completion:
+                raise UnsupportedError(
+                    f"`model` is a {type(base).__name__}, whose logits change by {ahead:.2g} nats with a token that "
+                    "comes after them, so that a completion has no log-probability: use a causal language model."
+                )
             own = [own_logps(model, base, rows, device, () if i else trained) for i, rows in enumerate(batches)]
-            found = self._worst(compare(model, base, batches, collator, own, device, trained))
+            found, refusal = self._compare(model, base, batches, own, trained)
             if not _holds(found, bounds) and packed:
                 packed_row, collator.layout = _figures(found, bounds), "padded"
                 own = [(logps, ()) for logps, _ in own]
-                found = self._worst(compare(model, base, batches, collator, own, device))
+                found, _ = self._compare(model, base, batches, own)
                 self._refuse(model, found, bounds)
                 if self._requested == "prefix_shared":
+                    if refusal:
+                        raise refusal
                     raise UnsupportedError(
                         "`layout: prefix_shared` does not give the log-probabilities of the model's own logits on the "
                         f"first rows ({packed_row}): {type(base).__name__} mixes positions in a way that it can't "
                         "follow. Use `layout: padded`, which does."
                     )
-                self._reason = f"since prefix_shared does not give the model's own log-probabilities ({packed_row})"
+                self._reason = (
+                    refusal.obstacle
+                    if refusal
+                    else f"since prefix_shared does not give the model's own log-probabilities ({packed_row})"
+                )
         self._refuse(model, found, bounds)
         compared = trained and collator.layout == "prefix_shared"
         within = f", gradients within {found[2]:.1e} of their norm" if compared else ""
@@ -101,6 +116,24 @@ class StartupChecks:
             f"of its own logits on the first rows ({_figures(found, bounds)}), so that training would be wrong: use "
             f"another model, and please report this one; {_OFF}."
         )
+
+    def _compare(
+        self,
+        model: nn.Module,
+        base: PreTrainedModel,
+        batches: Sequence[Sequence[Row]],
+        own: Sequence[tuple[Logps, Sequence[Tensor]]],
+        trained: Sequence[nn.Parameter] = (),
+    ) -> tuple[Difference, PackingError | None]:
+        """The worst `compare` of all processes; infinite where the model refuses a packed row, with the refusal."""
+        refusal, found = None, (math.inf, math.inf, 0.0)
+        try:
+            found = compare(
+                model, base, batches, self.trainer.data_collator, own, self.trainer.accelerator.device, trained
+            )
+        except PackingError as error:
+            refusal = error
+        return self._worst(found), refusal
 
     def _worst(self, difference: Difference) -> Difference:
         """Of all processes, which decide together; a NaN anywhere stays one."""
