@@ -29,7 +29,7 @@ from .models.policy import base_model
 from .models.routing import load_balancing_loss
 from .progress import closing_bars, without_library_bars
 from .store.checkpoints import explain_read_errors, is_whole
-from .training import adapters, arguments, console, gradients, reference, reference_cache, row_weights, streams
+from .training import adapters, arguments, console, gradients, reference, reference_cache, row_weights, sharded, streams
 from .training.dropout import disable_functional_dropout
 from .training.guards import StepGuard
 from .training.metrics import MetricLog
@@ -328,7 +328,7 @@ class NCATrainer(DPOTrainer):
     _load_optimizer_and_scheduler = reads_checkpoint(DPOTrainer._load_optimizer_and_scheduler)
     _load_scaler = reads_checkpoint(DPOTrainer._load_scaler)
     _load_rng_state = reads_checkpoint(DPOTrainer._load_rng_state)
-    save_model = adapters.saves_plainly(DPOTrainer.save_model)
+    save_model = sharded.saves_whole(adapters.saves_plainly(DPOTrainer.save_model))
 
     def _save_checkpoint(self, model, trial):
         with self._resume.saving(Path(self._get_output_dir(trial))):
@@ -340,8 +340,7 @@ class NCATrainer(DPOTrainer):
 
     def create_model_card(self, model_name=None, dataset_name=None, tags=()):
         """README.md in `output_dir`: the base model, losses, options, prompts and completions, versions."""
-        if self.is_world_process_zero():
-            write_model_card(self, dataset_name, model_name, tags or ())
+        write_model_card(self, dataset_name, model_name, tags or ())
 
     # Evaluation
 

@@ -70,13 +70,15 @@ def model_card(
 
 
 def write_model_card(trainer, dataset_name: str | None, model_name: str | None, tags: Sequence[str] | str) -> None:
-    """README.md in the trainer's `output_dir`; the main process alone calls it.
+    """README.md in the trainer's `output_dir`, by the main process.
 
     Args:
         trainer: an `NCATrainer`.
         dataset_name, model_name: on the Hub, where they are there.
         tags: beside the trainer's own.
     """
+    if not trainer.is_world_process_zero():
+        return
     output = Path(trainer.args.output_dir)
     model, tokenizer = trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class
     card = model_card(

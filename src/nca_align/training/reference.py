@@ -18,6 +18,7 @@ from ..models.loading import ModelSource
 from ..models.logprobs import add_token_logps
 from ..models.policy import as_reference, base_model, eval_mode
 from ..store.fingerprints import tensors_fingerprint
+from .sharded import reshard
 
 # What a model's config says beside what its forward computes
 _NOT_COMPUTED = (  # saving writes some of these, and each training sets the ids
@@ -131,6 +132,7 @@ def around_evaluation(trainer: Any, dataset: Any) -> Iterator[None]:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             yield
     finally:
+        reshard(trainer.model)
         trainer.control.should_log = line_is_due  # the evaluation's own line would stand for the step's
         if reloaded:
             trainer.ref_model = None

@@ -15,6 +15,7 @@ from ..store.fingerprints import columns_fingerprint, source_text, weights_finge
 from ..store.provenance import changed_names, refuse_changes
 from .reference import adapter_hash, adapter_options, computed_config
 from .reference_cache import TOKENS
+from .sharded import own_class
 from .streams import deals_shards
 
 # Options that may change between a run and its continuation: the same training, if at times up to rounding. A finished
@@ -78,7 +79,7 @@ def run_identity(
         identity["prompts_a_process"] = args.train_batch_size * args.gradient_accumulation_steps
     base = base_model(model)
     identity["model"] = weights_fingerprint(base.config.name_or_path) or weights
-    about = computed_config(base) | {"class": type(base).__name__, "dtype": str(base.dtype)}
+    about = computed_config(base) | {"class": own_class(base).__name__, "dtype": str(base.dtype)}
     identity |= {f"model.{key}": value for key, value in about.items()}
     for name, adapter in getattr(model, "peft_config", {}).items():
         identity |= {f"adapter.{name}.{key}": value for key, value in adapter_options(adapter).items()}
