@@ -17,7 +17,6 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType
 from datasets import Dataset
 from peft import LoraConfig
-from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoTokenizer, BitsAndBytesConfig, TrainerCallback
@@ -83,7 +82,6 @@ def train(case: dict[str, Any], launch: str, model: str, output: Path) -> dict[s
     dataset = reward_rows(case["rows"] + 5, 4 if case["k"] == "four" else [4, 2, 3, 5])
     args = NCAConfig(
         str(output), bf16=False, use_cpu=True, report_to=[], disable_tqdm=True, save_strategy="no", logging_steps=1,
-        eval_strategy="no",  # an evaluation at the end would leave FSDP2's root gathered
         alpha=0.5, beta=0.1, loss_type=case["loss"], layout=case["layout"], max_length=128, num_train_epochs=2,
         precompute_ref_log_probs=case["reference"] == "cached", completions_per_forward=case["per_forward"],
         per_device_train_batch_size=2, gradient_accumulation_steps=4 // PROCESSES[launch],
@@ -119,17 +117,7 @@ def train(case: dict[str, Any], launch: str, model: str, output: Path) -> dict[s
     assert trainer.data_collator.layout == case["layout"]
     assert ("ref_logps" in trainer.train_dataset.column_names) == (case["reference"] == "cached")
     trainer.train()
-    if launch == "fsdp2":  # accelerate's way to a whole state dict fails on gloo
-        weights = {
-            name.replace(".default.", "."): parameter.full_tensor().detach().contiguous()
-            for name, parameter in trainer.model.named_parameters()
-            if parameter.requires_grad
-        }
-        if trainer.accelerator.is_main_process:
-            output.mkdir(parents=True, exist_ok=True)
-            save_file(weights, output / "model.safetensors")
-    else:
-        trainer.save_model(str(output))
+    trainer.save_model(str(output))
     evaluations = []
     for size in (1, 2, 3):
         trainer.args.per_device_eval_batch_size = size

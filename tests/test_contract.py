@@ -40,7 +40,7 @@ OVERRIDES = {
 # Methods of TRL's and transformers' objects that are called.
 CALLED = {
     "_can_set_attn_implementation": PreTrainedModel, "_get_output_dir": DPOTrainer,
-    "_maybe_log_save_evaluate": DPOTrainer, "_prepare_inputs": DPOTrainer,
+    "_maybe_log_save_evaluate": DPOTrainer, "_prepare_inputs": DPOTrainer, "_save": DPOTrainer,
 }  # fmt: skip
 # Values of theirs that are read or set: what holds each after a run, and a text of theirs that uses it.
 VALUES = {

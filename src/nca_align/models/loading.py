@@ -18,6 +18,7 @@ from ..errors import UserError, one_line
 from ..store.checkpoints import read_manifest, whole_checkpoints
 from ..store.fingerprints import weights_fingerprint
 from .plain_lora import as_plain
+from .shards import holds_shards, model_from_shards
 from .smollm2 import resolve_model
 
 
@@ -112,6 +113,8 @@ class ModelSource:
             UserError: it can't be had, or its weights lack a part, as a reward model's lack the language model's head.
         """
         silence_transformers()
+        if quantization is None and holds_shards(self.path):
+            return model_from_shards(self.path, self.load_config(), dtype).eval().to(device)
         options: dict[str, Any] = {"dtype": dtype}
         if quantization is not None:
             if isinstance(dtype, torch.dtype):
