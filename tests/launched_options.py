@@ -17,6 +17,7 @@ from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig
 from safetensors.torch import save_file
+from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import reward_rows
@@ -24,6 +25,11 @@ from nca_align import NCAConfig, NCATrainer
 
 LORA = {"r": 4, "target_modules": "all-linear"}
 ROWS = reward_rows(9, [4, 2, 3])
+# Each another than its default
+DDP = {
+    "ddp_find_unused_parameters": False, "ddp_bucket_cap_mb": 7, "ddp_broadcast_buffers": False,
+    "ddp_static_graph": True, "ddp_backend": "gloo",
+}  # fmt: skip
 
 
 def shards(*sizes: int, seed: int) -> IterableDataset:
@@ -42,6 +48,10 @@ def case(name: str, model: str) -> tuple[Any, Any, dict[str, Any]]:
         return train, held_out, {"peft_config": LoraConfig(**LORA, modules_to_save=["lm_head"])}
     if name == "dora":
         return train, held_out, {"peft_config": LoraConfig(**LORA, use_dora=True)}
+    if name == "ddp":
+        if "WORLD_SIZE" not in os.environ:  # no DDP, so nothing that could be said of it
+            return train, held_out, {"options": {"gradient_accumulation_steps": 2}}
+        return train, held_out, {"options": DDP | {"gradient_accumulation_steps": 1}}
     if name == "reference":
         reference = AutoModelForCausalLM.from_pretrained(model)
         with torch.no_grad():
@@ -53,10 +63,23 @@ def case(name: str, model: str) -> tuple[Any, Any, dict[str, Any]]:
     return shards(11, 7, seed=3), shards(3, 2, seed=4), {}
 
 
+def ddp_options(trainer: NCATrainer) -> dict[str, Any]:
+    """What DDP itself was made with, by the names of the options; nothing of one process."""
+    ddp: Any = trainer.model_wrapped
+    if not isinstance(ddp, DistributedDataParallel):
+        return {}
+    return {
+        "ddp_find_unused_parameters": ddp.find_unused_parameters, "ddp_bucket_cap_mb": ddp.bucket_bytes_cap >> 20,
+        "ddp_broadcast_buffers": ddp.broadcast_buffers, "ddp_static_graph": ddp.static_graph,
+        "ddp_backend": torch.distributed.get_backend(ddp.process_group),
+    }  # fmt: skip
+
+
 def main(model: str, output: str, *names: str) -> None:
     processes = int(os.environ.get("WORLD_SIZE", 1))  # accelerate's state is what the config's `use_cpu` makes it
     for name in names:
         train, held_out, given = case(name, model)
+        options = given.pop("options", {})
         torch.manual_seed(0)
         trainer = NCATrainer(
             model=model,
@@ -64,7 +87,7 @@ def main(model: str, output: str, *names: str) -> None:
                 f"{output}/{name}", bf16=False, use_cpu=True, report_to=[], disable_tqdm=True, save_strategy="no",
                 logging_steps=1, alpha=0.5, beta=0.1, max_length=128, max_steps=6, gradient_checkpointing=False,
                 # 9 rows in steps of four: the last step of a pass has one row, and one process none
-                per_device_train_batch_size=1, gradient_accumulation_steps=4 // processes,
+                **{"gradient_accumulation_steps": 4 // processes} | options, per_device_train_batch_size=1,
                 per_device_eval_batch_size=2, optim="sgd", learning_rate=0.02, lr_scheduler_type="constant",
                 max_grad_norm=1e6,
             ),
@@ -92,7 +115,7 @@ def main(model: str, output: str, *names: str) -> None:
             save_file(weights, folder / "weights.safetensors")
             log = [line for line in trainer.state.log_history if "loss" in line]
             about = {"processes": PartialState().num_processes, "log": log, "rows": sorted(rows)}
-            about |= {"before": before, "evaluation": evaluation}
+            about |= {"before": before, "evaluation": evaluation, "ddp": ddp_options(trainer)}
             (folder / "result.json").write_text(json.dumps(about))
     if processes > 1:
         Accelerator().wait_for_everyone()  # gloo hangs where one leaves first

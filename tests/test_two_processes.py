@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import reward_rows
-from launched_options import ROWS
+from launched_options import DDP, ROWS
 from test_launch import run, same, torchrun
 
-CASES = ("modules_to_save", "dora", "reference", "stream", "shards")
+CASES = ("modules_to_save", "dora", "reference", "stream", "shards", "ddp")
 pytestmark = pytest.mark.slow
 
 
@@ -31,7 +31,7 @@ def read(folder: Path, case: str) -> tuple[dict, dict[str, torch.Tensor]]:
     return json.loads((folder / case / "result.json").read_text()), load_file(folder / case / "weights.safetensors")
 
 
-@pytest.mark.parametrize("case", CASES[:-1])
+@pytest.mark.parametrize("case", CASES[:4])
 def test_two_processes_train_as_one(case, folders):
     (one, weights), (two, other_weights) = (read(folders[processes], case) for processes in (1, 2))
     assert (one["processes"], two["processes"]) == (1, 2)
@@ -46,6 +46,18 @@ def test_two_processes_train_as_one(case, folders):
     assert one["rows"] == two["rows"]
     assert set(times.values()) == {2}
     assert len(times) == len(ROWS)
+
+
+def test_what_is_said_of_ddp_reaches_it(folders):
+    """And with other buckets and a static graph the same is trained."""
+    (one, weights), (two, other_weights) = (read(folders[processes], "ddp") for processes in (1, 2))
+    assert one["ddp"] == {}
+    assert two["ddp"] == DDP
+    unsaid = read(folders[2], "dora")[0]["ddp"]
+    assert [name for name in DDP if unsaid[name] == DDP[name]] == ["ddp_backend"]  # a CPU's own
+    assert [line["loss"] for line in two["log"]] == pytest.approx([line["loss"] for line in one["log"]], rel=1e-5)
+    for name, value in weights.items():
+        torch.testing.assert_close(other_weights[name], value, rtol=1e-5, atol=2e-6)
 
 
 def test_what_an_adapter_trains_beside_its_matrices_moves(folders, model_dir):

@@ -167,7 +167,7 @@ class NCATrainer(DPOTrainer):
         if isinstance(dataset, IterableDataset) or "ref_logps" in dataset.column_names:
             return dataset
         with ExitStack() as stack:
-            model = self.ref_model or self.model
+            model = self.model if self.ref_model is None else self.ref_model
             if self.ref_model is None and self.is_deepspeed_enabled and self.model_wrapped is self.model:
                 model = prepare_deepspeed(self.model, self.accelerator)  # places and gathers it before training
                 stack.callback(model.destroy)  # its hooks would get in the way of the training engine's

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
+from accelerate.utils import get_int_from_env
 from transformers.utils import is_liger_kernel_available
 
 from .errors import UserError
@@ -35,6 +36,9 @@ _FOREIGN: dict[str, tuple[tuple[Any, ...], str]] = {
     "include_num_input_tokens_seen": (("no", False), "`num_tokens` in each log line counts them in any case"),
     "enable_jit_checkpoint": ((False,), "NCATrainer saves on SIGTERM by itself, after whole steps"),
 }
+
+# What launchers tell a process its number by
+_LOCAL_RANK = ["LOCAL_RANK", "MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_RANK"]
 
 
 class Rule(NamedTuple):
@@ -107,6 +111,8 @@ CONFIG_RULES = (
         "`logging_strategy: steps`",
     ),
     Rule("logging_first_step", lambda o: o.logging_strategy != "no", "`logging_strategy` steps or epoch"),
+    Rule("ddp_timeout", lambda o: not o.use_cpu, "an accelerator: transformers hands it on there alone"),
+    Rule("local_rank", lambda o: False, "transformers 4; today the launcher's environment tells it"),
     Rule("eval_steps", lambda o: o.eval_strategy == "steps", "`eval_strategy: steps`"),
     Rule("eval_delay", lambda o: o.eval_strategy in ("steps", "epoch"), _EVALUATION),
     Rule("save_steps", lambda o: o.save_strategy == "steps", "`save_strategy: steps`"),
@@ -131,12 +137,19 @@ TRAIN_RULES = (
     Rule("answer_tokens", lambda o: o.show_answers, "`show_answers`"),
     Rule("eval_completions eval_new_tokens eval_prompts", lambda o: o.eval_scorer, "`eval_scorer`"),
     Rule(
-        "hub_model_id hub_strategy hub_private_repo hub_always_push hub_revision",
+        "hub_model_id hub_strategy hub_always_push hub_revision",
         lambda o: o.push_to_hub,
         "`push_to_hub: true`",
     ),
+    Rule("hub_private_repo", lambda o: o.push_to_hub or "trackio" in o.report_to, "`push_to_hub: true`"),
     Rule("resume_changed", lambda o: str(o.resume_from_checkpoint).lower() not in NO, "`resume_from_checkpoint`"),
-    Rule("ignore_bias_buffers", lambda o: False, "TRL's own script"),
+    Rule("run_name", lambda o: o.report_to, "`report_to`"),
+    Rule(
+        "project trackio_space_id trackio_bucket_id trackio_static_space_id",
+        lambda o: "trackio" in o.report_to,
+        "`report_to: trackio`",
+    ),
+    Rule("ignore_bias_buffers do_train", lambda o: False, "TRL's own script"),
 )  # fmt: skip
 
 
@@ -157,6 +170,16 @@ def refuse_foreign(options: Any) -> None:
             "`sync_ref_model` is True, but `precompute_ref_log_probs` computes the reference once, before it moves. "
             "Leave one of them out."
         )
+    if options.ddp_backend is not None and get_int_from_env(_LOCAL_RANK, -1) == -1:
+        raise UserError(
+            f"`ddp_backend` is {options.ddp_backend!r}, but no launcher started this process, and one process has no "
+            "backend. Leave it out."
+        )
+    if options.ddp_static_graph and (options.gradient_accumulation_steps > 1 or options.completions_per_forward):
+        raise UserError(
+            "`ddp_static_graph` is True, but PyTorch fails there with several backwards a step, as with "
+            "`gradient_accumulation_steps` above 1 and `completions_per_forward`. Leave it out."
+        )
     optim = _optimizer(options)
     if optim in ("lomo", "adalomo"):
         raise UserError(
@@ -171,7 +194,7 @@ def refuse_foreign(options: Any) -> None:
 
 
 def unread(options: Any, given: Iterable[str], rules: Sequence[Rule]) -> dict[str, str]:
-    """The options of `given` that this run doesn't read → what they need; false and None ask for nothing.
+    """The options of `given` that this run doesn't read → what they need; None asks for nothing.
 
     Args:
         options: all options of the run, as attributes, and `evaluates` for `TRAIN_RULES`.
@@ -181,14 +204,10 @@ def unread(options: Any, given: Iterable[str], rules: Sequence[Rule]) -> dict[st
     given = set(given)
     found: dict[str, str] = {}
     for rule in rules:
-        asked = [name for name in rule.names.split() if name in given and not _asks_nothing(getattr(options, name))]
+        asked = [name for name in rule.names.split() if name in given and getattr(options, name) is not None]
         if asked and not rule.read(options):
             found |= dict.fromkeys(asked, rule.needs)
     return found
-
-
-def _asks_nothing(value: Any) -> bool:
-    return value is None or value is False
 
 
 def sentence(found: dict[str, str]) -> str | None:

@@ -92,7 +92,7 @@ def live_model(policy: nn.Module, reference: nn.Module | None) -> nn.Module:
             "This data set has no cached reference log-probabilities, and `precompute_ref_log_probs` keeps no "
             "reference model in memory; give `ref_model`, or set `precompute_ref_log_probs: false`."
         )
-    return reference or policy
+    return policy if reference is None else reference  # a compiled model has no truth value
 
 
 @contextmanager

@@ -31,7 +31,8 @@ def name_unread(given: set[str], *options: Any) -> None:
     if is_adapter(str(values.model_name_or_path)):
         _refuse_another_adapter(values, given)
         given = given - LORA.keys()
-    found = unread(values, given - changed_options(args), CONFIG_RULES) | unread(values, given, TRAIN_RULES)
+    asking = {name for name in given if getattr(values, name, False) is not False}
+    found = unread(values, asking - changed_options(args), CONFIG_RULES) | unread(values, asking, TRAIN_RULES)
     asked = next((name for name in found if name in LORA), None)
     if asked is not None and "use_peft" not in given:
         raise UserError(
