@@ -183,7 +183,7 @@ def test_a_recipe_trains_a_tiny_model_of_its_architecture(path, tmp_path, caplog
     assert log[0]["loss"] == pytest.approx(start, abs=5e-3)  # all implicit rewards are 0
     assert (f"rewards/rank_{k}" in log[0], f"rewards/rank_{k + 1}" in log[0]) == (True, False)
     layout = re.search(r"^layout: auto +# (\w+)", path.read_text(), re.M)[1]
-    chosen = {"prefix_shared": "each shared token once", "padded": ""}[layout]
+    chosen = {"prefix_shared": "each shared token once", "padded": "has linear-attention layers"}[layout]
     assert re.search(rf"Layout: {layout}.*{chosen}", caplog.text)
 
     used = torch.load(tmp_path / "run" / "training_args.bin", weights_only=False)

@@ -309,7 +309,7 @@ class TestSamples:
     # of a server alone
     OF_A_SERVER = {"extra_body": ('{"min_p": 0.1}', "extra_body"), "model_name_or_path": ("other", "model")}  # noqa: RUF012
     # They change no sample; a revision and a configuration are of the Hub's names, which stand in others' place
-    FREE = {"output", "on_error", "concurrency", "retries", "timeout", "trust_remote_code"}  # noqa: RUF012
+    FREE = {"output", "on_error", "concurrency", "retries", "timeout", "trust_remote_code", "engine_args"}  # noqa: RUF012
     OF_THE_HUB = {"model_revision", "dataset_config"}  # noqa: RUF012
 
     @pytest.fixture

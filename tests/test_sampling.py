@@ -552,7 +552,7 @@ class SamplingParams:
 
 class LLM:
     def __init__(self, model, *, runner="auto", tokenizer=None, trust_remote_code=False, dtype="auto", revision=None,
-                 seed=0, enable_lora=False, max_lora_rank=16, generation_config="auto"):
+                 seed=0, enable_lora=False, max_lora_rank=16, generation_config="auto", max_model_len=None):
         assert max_lora_rank in (1, 8, 16, 32, 64, 128, 256, 320, 512)
         made.append(SimpleNamespace(**locals()))
 
@@ -596,6 +596,20 @@ class TestVLLM:
         assert (params.n, params.max_tokens, params.stop, lora) == (3, 6, ["zz"], None)
         assert read(options().output)[0]["truncated"] == [False, True, True]
         assert read_provenance(options().output)[0]["about"]["versions"]["vllm"] == "0.22.1"
+
+    def test_its_own_arguments(self, options, vllm):
+        sample(options(engine="vllm", engine_args='{"max_model_len": 64}'))
+        (llm,) = vllm.made
+        assert llm.max_model_len == 64
+        for args, message in {
+            '{"seed": 1}': "`engine_args` holds 'seed', which is set from the other options",
+            '{"no_such": 1}': "`engine_args` is .*, and vLLM doesn't take it .*no_such",
+            "[1]": r"`engine_args` is '\[1\]'; it must be a JSON object",
+        }.items():
+            with pytest.raises(UserError, match=message):
+                sample(options(engine="vllm", engine_args=args, output="other.jsonl"))
+        with pytest.raises(UserError, match=r"`engine_args` is .*, which `engine` 'vllm' alone reads"):
+            options(engine_args='{"max_model_len": 64}')
 
     @pytest.mark.parametrize(("r", "pattern", "rank"), [(2, {}, 8), (17, {}, 32), (4, {"q_proj": 33}, 64)])
     @pytest.mark.parametrize("as_model", [False, True])

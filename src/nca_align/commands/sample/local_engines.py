@@ -4,6 +4,7 @@ Of a model's generation config they take where a completion ends, and nothing el
 min-p on, it would be no sample of the model that is trained.
 """
 
+import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -141,11 +142,20 @@ def vllm_engine(options: SampleOptions) -> Engine:
             "`nca-align export` and name that folder by `model_name_or_path`, or use `engine` 'transformers'"
         )
     read = prompt_reader(options, source.load_tokenizer())
-    llm = LLM(
-        model=source.path, revision=options.model_revision, dtype=options.dtype, seed=options.seed,
-        trust_remote_code=options.trust_remote_code, generation_config="vllm",  # neutral, not the model's
-        **({} if adapter is None else {"enable_lora": True, "max_lora_rank": lora_rank(adapter)}),
-    )  # fmt: skip
+    own = {
+        "model": source.path, "revision": options.model_revision, "dtype": options.dtype, "seed": options.seed,
+        "trust_remote_code": options.trust_remote_code, "generation_config": "vllm",  # neutral, not the model's
+    } | ({} if adapter is None else {"enable_lora": True, "max_lora_rank": lora_rank(adapter)})  # fmt: skip
+    given = json.loads(options.engine_args)
+    if twice := sorted(own.keys() & given.keys()):
+        raise UserError(f"`engine_args` holds {twice[0]!r}, which is set from the other options; leave it out")
+    try:
+        llm = LLM(**own, **given)
+    except TypeError as error:
+        raise UserError(
+            f"`engine_args` is {options.engine_args}, and vLLM doesn't take it ({one_line(error)[:200]}); see the "
+            "arguments of its `LLM`"
+        ) from error
     lora = LoRARequest("adapter", 1, adapter) if adapter else None
 
     def complete(sampling: SampleOptions, shard: int, rows: dict[int, dict], progress: Progress) -> dict[int, Any]:

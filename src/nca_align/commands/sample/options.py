@@ -25,6 +25,11 @@ class EngineOptions:
     trust_remote_code: bool = option("run code that comes with a model", False)
     dtype: Dtype = dtype_option()
     engine: Literal["transformers", "vllm"] = option("what runs the model", "transformers")
+    engine_args: str = option(
+        "JSON object of further arguments of vLLM's engine: `max_model_len`, `tensor_parallel_size`, "
+        "`gpu_memory_utilization` …",
+        "{}",
+    )
     base_url: str | None = option("a running OpenAI-compatible server instead, such as http://localhost:8000/v1", None)
     top_p: float = option("share of the probability kept; the model's own sampling settings are off", 1.0)
     seed: int = option("each batch or request draws from this and its place", 42)
@@ -44,6 +49,9 @@ class EngineOptions:
         if self.retries < 0:
             raise UserError(f"`retries` is {self.retries}; it must be 0 or more")
         require_json_object("extra_body", self.extra_body)
+        require_json_object("engine_args", self.engine_args)
+        if self.engine != "vllm" and json.loads(self.engine_args):
+            raise UserError(f"`engine_args` is {self.engine_args}, which `engine` 'vllm' alone reads; leave it out")
         if self.base_url is None and self.model_name_or_path is None:
             raise UserError("`model_name_or_path` is missing: name a model, or a server by `base_url`")
         if self.base_url is not None:
