@@ -292,7 +292,14 @@ def test_a_model_that_sees_later_tokens_is_refused(tmp_path):
         UnsupportedError, match=r"`model` is a PaliGemma.*, whose logits change by .* nats with a token"
     ):
         trainer(tmp_path, build_tiny("PaliGemmaForConditionalGeneration"))
-    assert look_ahead(*[tiny("mistral")] * 2, rows()[0], CPU) < 1e-6
+
+
+def test_how_far_a_model_looks_ahead():
+    causal, both_ways = tiny("mistral"), build_tiny("PaliGemmaForConditionalGeneration")
+    short = {"prompt_ids": [7], "completion_ids": [[9], [8]]}
+    for row in (*rows(), short):
+        assert look_ahead(causal, causal, row, CPU) < 1e-6
+        assert look_ahead(both_ways, both_ways, row, CPU) > 1e-3
 
 
 def test_a_model_that_needs_more_than_text_is_refused(tmp_path):

@@ -159,18 +159,14 @@ def own_logps(
         NotImplementedError: the model does not run on text alone.
     """
     columns = max(len(row["completion_ids"]) for row in rows)
-    # so that no logits of a long prompt are built
-    few = "logits_to_keep" in inspect.signature(type(base).forward).parameters
     logps = {}
     with unpatched(base), torch.set_grad_enabled(bool(parameters)):
         for b, row in enumerate(rows):
             for k, completion in enumerate(row["completion_ids"]):
                 ids = torch.tensor([row["prompt_ids"] + completion], device=device)
-                keep = len(completion) + 1
-                logits = _own_logits(model, base, ids, **({"logits_to_keep": keep} if few else {}))
-                targets = ids[0, -len(completion) :, None].to(logits.device)
-                own = logits[0, -keep:-1].float().log_softmax(-1).gather(1, targets)[:, 0].to(device)
-                logps[b * columns + k] = own
+                own = _last_predictions(model, base, ids, len(completion))
+                targets = ids[0, -len(completion) :, None].to(own.device)
+                logps[b * columns + k] = own.gather(1, targets)[:, 0].to(device)
         gradients = _gradients(logps, parameters)
     return {i: own.detach() for i, own in logps.items()}, gradients
 
@@ -180,24 +176,32 @@ def look_ahead(model: nn.Module, base: PreTrainedModel, row: Row, device: torch.
 
     Args:
         model, base: see `own_logps`.
-        row: whose first completion is run.
+        row: whose longest completion is run.
     """
-    ids = torch.tensor([row["prompt_ids"] + row["completion_ids"][0]] * 2, device=device)
-    ids[1, -1] = ids[0, 0] if ids[0, 0] != ids[0, -1] else (ids[0, -1] + 1) % base.config.get_text_config().vocab_size
+    completion = max(row["completion_ids"], key=len)
+    ids = torch.tensor([row["prompt_ids"] + completion] * 2, device=device)
+    # another token of the row, where it has one: not any, which could stand for an image
+    ids[1, -1] = next(
+        (i for i in ids[0] if i != ids[0, -1]), (ids[0, -1] + 1) % base.config.get_text_config().vocab_size
+    )
     with unpatched(base), torch.no_grad():
-        first, second = (_own_logits(model, base, own[None])[0, :-1].float().log_softmax(-1) for own in ids)
-    taken = ids[0, 1:-1, None].to(first.device)
-    return float(subtract(first[:-1].gather(1, taken), second[:-1].gather(1, taken)).abs().max())
+        first, second = (_last_predictions(model, base, own[None], len(completion)) for own in ids)
+    targets = ids[0, -len(completion) :, None].to(first.device)
+    return float(subtract(first.gather(1, targets), second.gather(1, targets)).abs().max())
 
 
-def _own_logits(model: nn.Module, base: PreTrainedModel, ids: Tensor, **options: Any) -> Tensor:
+def _last_predictions(model: nn.Module, base: PreTrainedModel, ids: Tensor, length: int) -> Tensor:
+    """(length, V) log-probabilities of the last `length` tokens' places in `ids` (1, T), nats."""
+    # so that no logits of a long prompt are built
+    few = "logits_to_keep" in inspect.signature(type(base).forward).parameters
     try:
-        return model(input_ids=ids, use_cache=False, **options).logits
+        outputs = model(input_ids=ids, use_cache=False, **({"logits_to_keep": length + 1} if few else {}))
     except (AttributeError, TypeError, ValueError) as error:
         raise UnsupportedError(
             f"`model` is a {type(base).__name__}, which can't be run on text alone ({one_line(error)}); use "
             "another model."
         ) from error
+    return outputs.logits[0, -length - 1 : -1].float().log_softmax(-1)
 
 
 def subtract(logps: Tensor, expected: Tensor) -> Tensor:
