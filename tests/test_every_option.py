@@ -27,6 +27,7 @@ from trl import DPOConfig
 from conftest import build_model, build_tokenizer, reward_rows
 from every_option import RUNS, SLOW, TABLE, Idle, IdleInCommand, ProvenBy, Refused, Run, Works
 from nca_align import NCAConfig, NCATrainer
+from nca_align.batching.collator import RewardCollator
 from nca_align.errors import UserError, UserTypeError, notify_once
 from nca_align.training import arguments
 from nca_align.training.streams import stream_loader
@@ -341,10 +342,38 @@ def test_a_streams_loader_has_the_options_too(tmp_path):
     assert loader.drop_last
 
 
-@pytest.mark.parametrize("optim", ["lomo", "adalomo"])
-def test_lomo_is_refused(optim):
-    with pytest.raises(UserError, match=f"`optim` is {optim}, but LOMO moves the weights within each backward"):
+@pytest.mark.parametrize("optim", ["lomo", "adalomo", "galore_adamw_layerwise", "apollo_adamw_layerwise"])
+def test_an_optimizer_that_moves_weights_within_a_backward_is_refused(optim):
+    with pytest.raises(UserError, match=f"`optim` is {optim}, which moves the weights within each backward"):
         NCAConfig("x", use_cpu=True, optim=optim)
+
+
+def test_what_a_collator_that_was_given_decides_is_idle(tmp_path, caplog):
+    def make(**own):
+        args = NCAConfig(str(tmp_path), use_cpu=True, bf16=False, **own)
+        collator = RewardCollator(0, "padded")
+        arguments.check_arguments(args, collator, None, Dataset.from_list(ROWS))
+        return told(caplog)
+
+    assert make() == []
+    (line,) = make(layout="padded", completions_per_forward=2, pad_to_multiple_of=8)
+    names = "`layout`, `completions_per_forward`, `pad_to_multiple_of`"
+    assert line == f"Without effect in this run: {names} (needs `data_collator` left out)."
+
+
+@pytest.mark.parametrize(
+    ("flags", "needs"),
+    [
+        ({"run_name": "third"}, "`report_to`"), ({"project": "aligned"}, "`report_to: trackio`"),
+        ({"trackio_space_id": "me/space"}, "`report_to: trackio`"),
+        ({"hub_private_repo": "true"}, "`push_to_hub: true`"),
+    ],
+)  # fmt: skip
+def test_what_a_tracker_reads_is_idle_in_a_command_without_it(flags, needs, tmp_path, caplog):
+    notify_once.cache_clear()
+    (name,) = flags
+    assert train(tmp_path, *(f"--{name}={value}" for name, value in flags.items())) == 2  # the model isn't there
+    assert told(caplog) == [f"Without effect in this run: `{name}` (needs {needs})."]
 
 
 def test_a_reference_is_not_cached_and_moved():

@@ -181,10 +181,10 @@ def refuse_foreign(options: Any) -> None:
             "`gradient_accumulation_steps` above 1 and `completions_per_forward`. Leave it out."
         )
     optim = _optimizer(options)
-    if optim in ("lomo", "adalomo"):
+    if "lomo" in optim or optim.endswith("_layerwise"):
         raise UserError(
-            f"`optim` is {optim}, but LOMO moves the weights within each backward: a step's gradients can't be summed "
-            "up or checked before that. Use another."
+            f"`optim` is {optim}, which moves the weights within each backward: a step's gradients can't be summed up "
+            "or checked before that. Use another."
         )
     if options.use_liger_kernel and not is_liger_kernel_available():
         raise UserError(
