@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
-from peft import LoraConfig
+from peft import LoraConfig, PromptEncoderConfig
 from safetensors.torch import save_file
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -52,6 +52,10 @@ def case(name: str, model: str) -> tuple[Any, Any, dict[str, Any]]:
         if "WORLD_SIZE" not in os.environ:  # no DDP, so nothing that could be said of it
             return train, held_out, {"options": {"gradient_accumulation_steps": 2}}
         return train, held_out, {"options": DDP | {"gradient_accumulation_steps": 1}}
+    if name == "pissa":
+        return train, held_out, {"peft_config": LoraConfig(**LORA, init_lora_weights="pissa_niter_4")}
+    if name == "p_tuning":
+        return train, held_out, {"peft_config": PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)}
     if name == "reference":
         reference = AutoModelForCausalLM.from_pretrained(model)
         with torch.no_grad():
@@ -108,6 +112,7 @@ def main(model: str, output: str, *names: str) -> None:
         trainer.train()
         evaluation = trainer.evaluate()
         rows = gather_object(counted)
+        trainer.save_model(f"{output}/{name}/model")
         if PartialState().is_main_process:
             folder = Path(output, name)
             folder.mkdir(parents=True, exist_ok=True)

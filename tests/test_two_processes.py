@@ -13,7 +13,7 @@ from conftest import reward_rows
 from launched_options import DDP, ROWS
 from test_launch import run, same, torchrun
 
-CASES = ("modules_to_save", "dora", "reference", "stream", "shards", "ddp")
+CASES = ("modules_to_save", "dora", "pissa", "p_tuning", "reference", "stream", "shards", "ddp")
 pytestmark = pytest.mark.slow
 
 
@@ -68,6 +68,20 @@ def test_what_an_adapter_trains_beside_its_matrices_moves(folders, model_dir):
     assert any("lora_magnitude_vector" in name for name in dora)
     started = read(folders[2], "reference")[0]["log"][0]["logratios/best"]
     assert abs(started) > 0.1  # the reference that was given isn't the model
+
+
+def test_an_adapter_that_edits_the_base_is_saved_for_the_base_as_it_is(folders):
+    """Once, by the main process."""
+    one, two = (load_file(folders[n] / "pissa" / "model" / "adapter_model.safetensors") for n in (1, 2))
+    trained = load_file(Path(folders[2], "pissa", "weights.safetensors"))
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-5, atol=2e-6)
+        if "lora_A" in name:
+            own = trained[name.replace(".weight", ".default.weight")]
+            assert value.shape[0] == 2 * own.shape[0] == 8
+            torch.testing.assert_close(two[name][:4], own)
+    assert not (folders[2] / "pissa" / "model" / "ref").exists()
+    assert (folders[2] / "p_tuning" / "model" / "ref").exists()
 
 
 def test_shards_of_unequal_rows_are_read_once_a_pass(folders):
