@@ -644,6 +644,14 @@ class TestVLLM:
             sample(options(engine="vllm", adapter=str(tmp_path)))
         assert vllm.made == []
 
+    def test_a_checkpoint_of_an_adapter_that_edits_its_base_is_exported_first(self, options, vllm, tmp_path):
+        (tmp_path / "adapter_config.json").write_text('{"r": 4, "init_lora_weights": "pissa"}')
+        with pytest.raises(
+            NotImplementedError, match="which was trained on a base that its initialisation changed"
+        ):
+            sample(options(engine="vllm", adapter=str(tmp_path)))
+        assert vllm.made == []
+
     def test_a_prompt_that_leaves_no_room_is_left_out(self, options, vllm, tmp_path):
         write_prompts(tmp_path / "long.txt", ["Hi", "What is it? " * 400, "0"])
         setting = {"engine": "vllm", "dataset_name": str(tmp_path / "long.txt"), "on_error": "drop"}

@@ -37,7 +37,7 @@ def make_plain(folder: Path) -> None:
     Its reference is then the base without it, so `ref` goes.
     """
     start = folder / "ref"
-    if not ((start / _WEIGHTS).exists() and _is_subtracted(folder)):
+    if not ((start / _WEIGHTS).exists() and is_subtracted(folder)):
         return
     trained, before = load_file(folder / _WEIGHTS), load_file(start / _WEIGHTS)
     for name, tensor in trained.items():
@@ -56,7 +56,10 @@ def make_plain(folder: Path) -> None:
     shutil.rmtree(start)
 
 
-def _is_subtracted(folder: Path) -> bool:
+def is_subtracted(folder: Path) -> bool:
+    """Whether the adapter in a folder is for a base without its start; of an id of the Hub that isn't known."""
+    if not (folder / _CONFIG).exists():
+        return False
     return _starts_with(read_json(folder / _CONFIG).get("init_lora_weights"), _SUBTRACTED)
 
 
@@ -69,7 +72,7 @@ def as_plain(adapter: str, quantized: bool) -> Iterator[str]:
         quantized: whether the base is. Then W − s·B₀A₀ was quantised once more, and no adapter on W is exact.
     """
     folder = Path(adapter)
-    if quantized or not (folder / _CONFIG).exists() or not _is_subtracted(folder):
+    if quantized or not is_subtracted(folder):
         yield adapter
         return
     with tempfile.TemporaryDirectory() as new:

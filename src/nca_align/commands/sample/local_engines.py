@@ -13,6 +13,7 @@ from ...batching.collator import batches_by_length
 from ...batching.rendering import prompt_ids
 from ...errors import InvalidRowError, UnsupportedError, UserError, one_line
 from ...models.loading import ModelSource, trained_quantization
+from ...models.plain_lora import is_subtracted
 from ...models.sampling import check_room, end_tokens, sample_answers, seed_for
 from ...store.files import read_json
 from ...store.shards import Progress
@@ -136,10 +137,12 @@ def vllm_engine(options: SampleOptions) -> Engine:
         ) from error
     source = model_source(options)
     adapter = source.adapter
-    if adapter is not None and trained_quantization(adapter) is not None:
+    quantised = adapter is not None and trained_quantization(adapter) is not None
+    if quantised or (adapter is not None and is_subtracted(Path(adapter))):
+        base = "a quantised base" if quantised else "a base that its initialisation changed"
         raise UnsupportedError(
-            f"`engine` is 'vllm' with the adapter {adapter}, which was trained on a quantised base: export it by "
-            "`nca-align export` and name that folder by `model_name_or_path`, or use `engine` 'transformers'"
+            f"`engine` is 'vllm' with the adapter {adapter}, which was trained on {base}: export it by `nca-align "
+            "export` and name that folder by `model_name_or_path`, or use `engine` 'transformers'"
         )
     read = prompt_reader(options, source.load_tokenizer())
     own = {
