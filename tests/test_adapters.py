@@ -311,12 +311,12 @@ def test_a_kind_that_does_not_fit_is_refused_before_anything_is_read(name):
 
 
 def test_lily_would_train_on_other_numbers(base, tmp_path, monkeypatch):
-    """Why it is refused: after a step its log-probabilities depend on the other rows of the batch."""
+    """Why it is refused: after a step its logits depend on later tokens, which no check before it can see."""
     monkeypatch.setattr(adapters, "_REFUSED", {})
     nca = run(tmp_path, base, peft_config=config_of("LILY"), learning_rate=0.1)
     nca.train()
     nca._checks._model_checked = False
-    with pytest.raises(UnsupportedError, match="not those of its own logits"):
+    with pytest.raises(UnsupportedError, match="with a token that comes after them"):
         nca._checks.check_model(nca.model, gradients=True)
 
 

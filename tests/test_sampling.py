@@ -646,9 +646,7 @@ class TestVLLM:
 
     def test_a_checkpoint_of_an_adapter_that_edits_its_base_is_exported_first(self, options, vllm, tmp_path):
         (tmp_path / "adapter_config.json").write_text('{"r": 4, "init_lora_weights": "pissa"}')
-        with pytest.raises(
-            NotImplementedError, match="which was trained on a base that its initialisation changed"
-        ):
+        with pytest.raises(NotImplementedError, match="which was trained on a base that its initialisation changed"):
             sample(options(engine="vllm", adapter=str(tmp_path)))
         assert vllm.made == []
 
