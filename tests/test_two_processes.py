@@ -13,7 +13,8 @@ from conftest import reward_rows
 from launched_options import DDP, ROWS
 from test_launch import run, same, torchrun
 
-CASES = ("modules_to_save", "dora", "pissa", "p_tuning", "reference", "stream", "shards", "ddp")
+ALIKE = ("modules_to_save", "dora", "pissa", "p_tuning", "reference", "stream")
+CASES = (*ALIKE, "shards", "ddp")
 pytestmark = pytest.mark.slow
 
 
@@ -31,7 +32,7 @@ def read(folder: Path, case: str) -> tuple[dict, dict[str, torch.Tensor]]:
     return json.loads((folder / case / "result.json").read_text()), load_file(folder / case / "weights.safetensors")
 
 
-@pytest.mark.parametrize("case", CASES[:4])
+@pytest.mark.parametrize("case", ALIKE)
 def test_two_processes_train_as_one(case, folders):
     (one, weights), (two, other_weights) = (read(folders[processes], case) for processes in (1, 2))
     assert (one["processes"], two["processes"]) == (1, 2)
