@@ -12,8 +12,8 @@ READY = $(VENV)/.ready
 quickstart: $(READY)
 	PATH="$(abspath $(RUN)):$$PATH" nca-align train --config configs/quickstart.yaml
 
-test: $(READY)
-	$(RUN)/python -m pytest -m "not slow and not long"
+test: $(READY)  ## a process a core, each with one thread
+	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile -m "not slow and not long"
 
 test-slow: $(READY)  ## what CI runs after that
 	$(RUN)/python -m pytest -m "slow and not long"
