@@ -15,6 +15,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import logging as transformers_logging
 
 OWN_DATA = Path(__file__).resolve().parents[1] / "data"
 REAL_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -47,12 +48,19 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what 
 
 @pytest.fixture(autouse=True)
 def logging_as_it_was():
-    """A command shows more of its log than Python does, and less of transformers'; tests call commands."""
-    logs = [logging.getLogger(name) for name in ("nca_align", "transformers")]
-    levels = [log.level for log in logs]
+    """A command shows more of its log than Python does, and less of transformers'; tests and fixtures call commands."""
+    own = logging.getLogger("nca_align")
+    level = own.level
+    show_transformers()
     yield
-    for log, level in zip(logs, levels, strict=True):
-        log.setLevel(level)
+    own.setLevel(level)
+    show_transformers()
+
+
+def show_transformers():
+    """transformers' log and bars as they are by default."""
+    transformers_logging.set_verbosity_warning()
+    transformers_logging.enable_progress_bar()
 
 
 @pytest.fixture(scope="session", autouse=True)

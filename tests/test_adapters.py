@@ -297,7 +297,7 @@ def _resume(name: str, base: str, folder: Path, trained: list[list[float]], opti
         nca.train(resume_from_checkpoint=True)
         assert apart(nca.model, trained) < 1e-6
     else:
-        with pytest.raises(UnsupportedError, match=f"a run that trains this {name} adapter can't be resumed: PEFT sav"):
+        with pytest.raises(UnsupportedError, match=f"can't be gone on from: of this {name} adapter PEFT saves"):
             nca.train(resume_from_checkpoint=True)
 
 

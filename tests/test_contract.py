@@ -76,7 +76,7 @@ ALLOWED = ("trainer.py", "training/", "batching/attention.py")
 # Modules that the libraries document; a model's own module is one.
 PUBLIC = (
     r"(accelerate|transformers|trl|peft)(\.utils)?", r"trl\.data_utils", r"transformers\.models\..*",
-    r"peft\.tuners\.tuners_utils",
+    r"peft\.tuners\.tuners_utils", r"transformers\.integrations",
 )  # fmt: skip
 # Private names of other libraries, which are no part of this contract.
 OTHERS = {

@@ -177,6 +177,13 @@ def test_what_is_sent_to_the_hub_is_whole(tmp_path, monkeypatch):
     nca.args.push_to_hub = True
     nca.train()
     assert sent == [("checkpoint-1", True), ("checkpoint-2", True)]
+    sent.clear()  # an adapter that took its start out of the base goes to the Hub at the end, for the base as it is
+    pissa = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights="pissa")
+    nca = make(tmp_path / "pissa", max_steps=2, peft_config=pissa)
+    nca.args.push_to_hub = True
+    nca.train()
+    assert list(whole_checkpoints(tmp_path / "pissa")) == [1, 2]
+    assert sent == []
 
 
 def test_intervals_of_the_resumed_run_count(tmp_path):

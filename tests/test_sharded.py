@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
@@ -20,7 +21,7 @@ from nca_align.training.sharded import own_class
 from test_launch import ROOT, TRAIN, run, torchrun
 
 LORA = {name: value for name, value in TRAIN.items() if name == "use_peft" or name.startswith("lora_")}
-FILES = {"full": "model.safetensors", "lora": "adapter_model.safetensors"}
+FILES = dict.fromkeys(("lora", "continued"), "adapter_model.safetensors") | {"full": "model.safetensors"}
 
 
 def fsdp_environment() -> dict[str, str]:
@@ -50,6 +51,11 @@ def test_a_run_as_the_launch_file_says_is_whole(weights, model_dir, tmp_path, ca
     rows = tmp_path / "rows.jsonl"
     rows.write_text("\n".join(map(json.dumps, reward_rows(24, [4, 2, 3, 5]))))
     options = {"model_name_or_path": model_dir, "dataset_name": rows} | (LORA if weights == "lora" else {})
+    if weights == "continued":
+        torch.manual_seed(0)
+        config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+        get_peft_model(AutoModelForCausalLM.from_pretrained(model_dir), config).save_pretrained(tmp_path / "before")
+        options["model_name_or_path"] = tmp_path / "before"
     alone, output, file = tmp_path / "alone", tmp_path / "run", FILES[weights]
     train(alone, 1, gradient_accumulation_steps=4, **options)
     said = train(output, 2, gradient_accumulation_steps=2, **options)
@@ -67,6 +73,10 @@ def test_a_run_as_the_launch_file_says_is_whole(weights, model_dir, tmp_path, ca
     assert found.keys() == expected.keys()
     for name, value in expected.items():  # Adam turns rounding of small gradients into steps
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5)
+    if weights == "continued":  # the reference is where it began
+        before, kept = (load_file(path / file) for path in (tmp_path / "before", output / "ref"))
+        assert kept.keys() == before.keys()
+        assert all(torch.equal(kept[name], value) for name, value in before.items())
 
     # gone on from an earlier checkpoint, after an evaluation, to the same bytes
     resumed = tmp_path / "resumed"

@@ -798,6 +798,9 @@ def test_the_model_card_says_what_the_model_was_trained_by(model_dir, tmp_path):
     assert f"`{Path(model_dir).name}` trained on prompts with several rewarded completions each" in card
     assert str(tmp_path) not in card
     assert "None" not in card
+    (tmp_path / "rows.jsonl").touch()
+    nca.create_model_card(dataset_name=str(tmp_path / "rows.jsonl"))  # no path of this machine
+    assert str(tmp_path) not in (tmp_path / "mine" / "README.md").read_text()
     assert "5 prompts with 2 to 4 completions each." in card
     for line in (
         "| `loss_type` | nca, sft |",

@@ -28,14 +28,15 @@ from .models.logprobs import add_token_logps, forward_chunk, sum_by_completion
 from .models.policy import base_model
 from .models.routing import load_balancing_loss
 from .progress import closing_bars, without_library_bars
-from .store.checkpoints import explain_read_errors, is_whole
-from .training import adapters, arguments, console, gradients, reference, reference_cache, row_weights, sharded, streams
+from .store.checkpoints import explain_read_errors
+from .training import adapters, arguments, console, gradients, reference, reference_cache, row_weights, streams
 from .training.dropout import disable_functional_dropout
 from .training.guards import StepGuard
 from .training.metrics import MetricLog
 from .training.model_card import write_model_card
 from .training.objective import Objective, count_prompts
 from .training.resume import EvaluationInterrupted, Resume, reads_checkpoint
+from .training.saving import may_be_pushed, saving_model
 from .training.startup_checks import StartupChecks
 from .user_functions import short_name
 
@@ -96,7 +97,7 @@ class NCATrainer(DPOTrainer):
         with arguments.adapter_on_head():
             super().__init__(
                 model=model,
-                ref_model=ref_model or reference.frozen_copy(model, peft_config, args),
+                ref_model=ref_model if self._reference_given else reference.frozen_copy(model, peft_config, args),
                 args=args,
                 data_collator=data_collator,
                 train_dataset=train_dataset,
@@ -255,10 +256,8 @@ class NCATrainer(DPOTrainer):
 
     def _chunks(self, batch: Batch) -> list[tuple[Chunk, float]]:
         """A batch's chunks, one forward each, with a factor: 0 for one that only keeps sharded processes in step."""
-        split = self.data_collator.completions_per_forward is not None
-        return gradients.pad_chunks_across_processes(
-            batch["chunks"], split and (self.is_fsdp_enabled or self.is_deepspeed_enabled)
-        )
+        in_step = self.data_collator.completions_per_forward and (self.is_fsdp_enabled or self.is_deepspeed_enabled)
+        return gradients.pad_chunks_across_processes(batch["chunks"], bool(in_step))
 
     def _reference_logps(self, batch: Batch) -> Tensor:
         if "ref_logps" in batch:
@@ -328,19 +327,21 @@ class NCATrainer(DPOTrainer):
     _load_optimizer_and_scheduler = reads_checkpoint(DPOTrainer._load_optimizer_and_scheduler)
     _load_scaler = reads_checkpoint(DPOTrainer._load_scaler)
     _load_rng_state = reads_checkpoint(DPOTrainer._load_rng_state)
-    save_model = sharded.saves_whole(adapters.saves_plainly(DPOTrainer.save_model))
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        with saving_model(self, output_dir, _internal_call):
+            super().save_model(output_dir, _internal_call)
 
     def _save_checkpoint(self, model, trial):
         with self._resume.saving(Path(self._get_output_dir(trial))):
             super()._save_checkpoint(model, trial)
 
     def _push_from_checkpoint(self, checkpoint_folder):
-        if is_whole(Path(checkpoint_folder)):  # transformers would send it before its manifest is written
+        if may_be_pushed(Path(checkpoint_folder)):
             super()._push_from_checkpoint(checkpoint_folder)
 
-    def create_model_card(self, model_name=None, dataset_name=None, tags=()):
-        """README.md in `output_dir`: the base model, losses, options, prompts and completions, versions."""
-        write_model_card(self, dataset_name, model_name, tags or ())
+    def create_model_card(self, model_name=None, dataset_name=None, tags=None):
+        write_model_card(self, model_name, dataset_name, tags)
 
     # Evaluation
 

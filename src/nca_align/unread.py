@@ -21,10 +21,10 @@ _FOREIGN: dict[str, tuple[tuple[Any, ...], str]] = {
     "label_smoothing_factor": ((0,), "no loss here reads it: targets are softened by `alpha`"),
     "use_weighting": ((False,), "no loss here reads it: WPO weights pairs, and rewards weigh completions here"),
     "discopop_tau": ((0.05,), "no loss here reads it: it belongs to TRL's `discopop` loss"),
-    "padding_free": ((False,), "no loss here reads it: `layout: prefix_shared` is the layout without padding"),
+    "padding_free": ((False,), "`layout: prefix_shared` is the layout without padding"),
     "truncation_mode": (
         ("keep_start",),
-        "no loss here reads it: a prompt's end and a completion's beginning are kept; see `max_prompt_length`",
+        "a prompt's end and a completion's beginning are always kept; see `max_prompt_length`",
     ),
     "neftune_noise_alpha": (
         (None,),
@@ -163,7 +163,7 @@ def refuse_foreign(options: Any) -> None:
         UserError: it names the first of them.
     """
     for name, (nothing, why) in _FOREIGN.items():
-        if getattr(options, name) not in nothing:
+        if getattr(options, name, nothing[0]) not in nothing:
             raise UserError(f"`{name}` is {getattr(options, name)!r}, but {why}. Leave it out.")
     if options.sync_ref_model and options.precompute_ref_log_probs:
         raise UserError(

@@ -31,17 +31,20 @@ def _starts_with(start: Any, names: tuple[str, ...]) -> bool:
     return isinstance(start, str) and start.lower().startswith(names)
 
 
-def make_plain(folder: Path) -> None:
+def make_plain(folder: str | Path) -> None:
     """Convert the adapter in a folder, with its start beside it in `ref`, in place; any other is left as it is.
 
-    Its reference is then the base without it, so `ref` goes.
+    Its reference is then the base without it, so `ref` goes, as the last: what a kill cut off is done by another call.
     """
+    folder = Path(folder)
     start = folder / "ref"
     if not ((start / _WEIGHTS).exists() and is_subtracted(folder)):
         return
     trained, before = load_file(folder / _WEIGHTS), load_file(start / _WEIGHTS)
     for name, tensor in trained.items():
         parts = name.split(".")
+        if tensor.shape != before[name].shape:  # it is converted
+            continue
         if {"lora_A", "lora_embedding_A"} & {*parts}:  # (r, in)
             trained[name] = torch.cat([tensor, before[name]], 0)
         elif {"lora_B", "lora_embedding_B"} & {*parts} and parts[-1] != "bias":  # (out, r)

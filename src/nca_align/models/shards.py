@@ -5,8 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch.distributed import checkpoint
+from torch.distributed.checkpoint.api import CheckpointException
 from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from ..errors import UserError, one_line
 
 _FOLDER = "pytorch_model_fsdp_0"  # accelerate's name for a model's shards within a checkpoint
 
@@ -23,13 +27,23 @@ def model_from_shards(folder: str | Path, config: Any, dtype: torch.dtype | str)
         folder: see `holds_shards`.
         config: of the model.
         dtype: of its weights; auto as they are stored.
+
+    Raises:
+        UserError: the shards are of another model than the configuration says.
     """
     stored = checkpoint.FileSystemReader(str(Path(folder) / _FOLDER))
     if dtype == "auto":
         tensors = stored.read_metadata().state_dict_metadata.values()
         dtype = next(found.properties.dtype for found in tensors if hasattr(found, "properties"))
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    own = getattr(transformers, (config.architectures or [""])[0], None)  # a language model within another is its own
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype) if own is None else own(config).to(dtype)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as is meant here
-        checkpoint.load({"model": model.state_dict()}, storage_reader=stored, no_dist=True)  # into the tensors
+        try:
+            checkpoint.load({"model": model.state_dict()}, storage_reader=stored, no_dist=True)  # into the tensors
+        except (RuntimeError, CheckpointException) as error:
+            raise UserError(
+                f"{folder} holds a model in shards that are not of the {type(model).__name__} of its config.json "
+                f"({one_line(error)[:200]}); give the folder in which the run ended, which holds it whole"
+            ) from error
     return model

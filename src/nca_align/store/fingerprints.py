@@ -45,7 +45,7 @@ def weights_fingerprint(name: str | None, revision: str | None = None) -> str | 
     if not name or not Path(name).is_dir():  # of a model without a name, "", the current folder isn't one
         return f"{name}@{revision}" if revision else name
     digest = hashlib.sha256()
-    for file in sorted(Path(name).iterdir()):
+    for file in sorted([*Path(name).iterdir(), *Path(name).glob("pytorch_model_fsdp_*/*")]):  # FSDP's shards
         if not file.is_file() or file.suffix in (".png", ".md", ".log") or file.name in _NOT_THE_MODEL:
             continue
         size = file.stat().st_size

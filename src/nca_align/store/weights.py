@@ -19,13 +19,13 @@ def read_back(folder: str | os.PathLike) -> Iterator[None]:
     Raises:
         UserError: after it no weights were written there, or a file of theirs can't be read.
     """
-    before = _times(Path(folder))
+    before = _states(Path(folder))
     yield
-    written = [path for path, time in _times(Path(folder)).items() if before.get(path) != time]
+    written = [path for path, state in _states(Path(folder)).items() if before.get(path) != state]
     if not written:
         raise UserError(
-            f"no weights were written to {folder}: under this launch each process saves its own part alone; set "
-            "`zero3_save_16bit_model: true` in accelerate's file, and resume from the last checkpoint"
+            f"no weights were written to {folder}; resume from the last checkpoint, under DeepSpeed's ZeRO-3 with "
+            "`zero3_save_16bit_model: true` in accelerate's file, which gathers them"
         )
     for path in written:
         if path.suffix == ".safetensors":
@@ -39,5 +39,7 @@ def read_back(folder: str | os.PathLike) -> Iterator[None]:
                 ) from error
 
 
-def _times(folder: Path) -> dict[Path, int]:
-    return {path: path.stat().st_mtime_ns for pattern in _PATTERNS for path in folder.glob(pattern)}
+def _states(folder: Path) -> dict[Path, tuple[int, ...]]:
+    """What tells a file that was written anew, also where a file system counts whole seconds."""
+    states = {path: path.stat() for pattern in _PATTERNS for path in folder.glob(pattern)}
+    return {path: (state.st_mtime_ns, state.st_size, state.st_ino) for path, state in states.items()}

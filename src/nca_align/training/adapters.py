@@ -1,13 +1,13 @@
 """The adapter of a policy: which kinds can be trained here, and the reference that each starts from."""
 
 import copy
-from functools import wraps
-from pathlib import Path
 from typing import Any
 
+from transformers.integrations import is_deepspeed_zero3_enabled
+
 from ..errors import UnsupportedError, UserError, notify
-from ..models.plain_lora import edits_base, make_plain
-from ..models.policy import base_model, refuse_trained_biases
+from ..models.plain_lora import edits_base
+from ..models.policy import refuse_trained_biases
 
 # Why a kind of adapter can't be trained here
 _REFUSED = {
@@ -87,6 +87,11 @@ def settle_adapter(model: Any, config: Any) -> None:
     refuse_trained_biases(model)
     if "ref" not in adapters:
         return
+    if is_deepspeed_zero3_enabled():  # of what it holds still, no process has the whole when it is saved
+        raise UnsupportedError(
+            "this adapter's reference is another adapter, which ZeRO-3 would not save; use ZeRO-2 or FSDP2, or put a "
+            "new adapter on the merged model"
+        )
     tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     for name, tensor in tensors.items():
         copied = ".".join("ref" if part == "default" else part for part in name.split("."))
@@ -107,36 +112,12 @@ def _plain(config: Any) -> Any:
     return config
 
 
-def saves_plainly(save_model: Any) -> Any:
-    """Decorates `save_model` of the trainer: outside checkpoints an adapter is one for the base as it is.
-
-    A checkpoint keeps the adapter as it is trained, for the run to go on from.
-    """
-
-    @wraps(save_model)
-    def saved(trainer: Any, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
-        save_model(trainer, output_dir, *args, **kwargs)
-        folder = Path(output_dir or trainer.args.output_dir)
-        model = trainer.accelerator.unwrap_model(trainer.model)
-        quantized = getattr(base_model(model), "is_quantized", False)
-        if trainer.args.should_save and not quantized and not folder.name.startswith("checkpoint-"):
-            make_plain(folder)
-
-    return saved
-
-
-def refuse_to_resume(model: Any) -> None:
-    """Refuse to go on from a checkpoint of an adapter whose saved weights are not those that are trained.
-
-    Raises:
-        UnsupportedError: `model` has such an adapter.
-    """
+def why_not_resumed(model: Any) -> str | None:
+    """Why a run with this adapter can't be gone on from, where what is saved isn't what is trained."""
     for config in getattr(model, "peft_config", {}).values():
         kind = config.peft_type.value
         if kind in ("P_TUNING", "CPT") or getattr(config, "prefix_projection", False):
-            why = "PEFT saves what its encoder makes of its weights, and not the weights"
-        elif getattr(config, "monteclora_config", None) is not None:
-            why = "it draws from numbers that no checkpoint holds"
-        else:
-            continue
-        raise UnsupportedError(f"a run that trains this {kind} adapter can't be resumed: {why}; start it anew")
+            return f"of this {kind} adapter PEFT saves what its encoder makes of its weights, and not the weights"
+        if getattr(config, "monteclora_config", None) is not None:
+            return f"this {kind} adapter draws from numbers that no checkpoint holds"
+    return None

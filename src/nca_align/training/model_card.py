@@ -50,7 +50,7 @@ def model_card(
     metadata: dict[str, Any] = {"library_name": library, "pipeline_tag": "text-generation", "tags": list(every)}
     if base and not Path(base).exists():  # an id of the Hub, and no place on this machine
         metadata["base_model"] = base
-    if dataset:
+    if dataset and not Path(dataset).exists():
         metadata["datasets"] = [dataset]
     lines = [f"{key}: {json.dumps(value)}" for key, value in metadata.items()]
     options = [f"| `{key}` | {_plain(record[key])} |" for key in _OPTIONS if record.get(key) not in (None, -1)]
@@ -69,12 +69,17 @@ def model_card(
     )  # fmt: skip
 
 
-def write_model_card(trainer, dataset_name: str | None, model_name: str | None, tags: Sequence[str] | str) -> None:
-    """README.md in the trainer's `output_dir`, by the main process.
+def write_model_card(
+    trainer,
+    model_name: str | None = None,
+    dataset_name: str | None = None,
+    tags: Sequence[str] | str | None = None,
+) -> None:
+    """README.md in `output_dir`, by the main process: base model, losses, options, data, versions.
 
     Args:
         trainer: an `NCATrainer`.
-        dataset_name, model_name: on the Hub, where they are there.
+        model_name, dataset_name: on the Hub, where they are there.
         tags: beside the trainer's own.
     """
     if not trainer.is_world_process_zero():
@@ -87,7 +92,7 @@ def write_model_card(trainer, dataset_name: str | None, model_name: str | None, 
         trainer._resume.run_identity(),
         chat=bool(getattr(tokenizer, "chat_template", None)),
         library="peft" if hasattr(model, "peft_config") else "transformers",
-        tags=[*trainer._tag_names, *([tags] if isinstance(tags, str) else tags), "trl", "generated_from_trainer"],
+        tags=[*trainer._tag_names, *([tags] if isinstance(tags, str) else tags or ()), "trl", "generated_from_trainer"],
         dataset=dataset_name,
         data=_describe(trainer.train_dataset),
     )

@@ -24,12 +24,12 @@ def require_reference(trainer: Any, folder: Path) -> None:
     """Refuse to go on from a checkpoint without the reference, where that moves.
 
     Raises:
-        UserError: it has none, or one that can't be loaded under FSDP or DeepSpeed.
+        UserError: it has none, or the launch has split the reference.
     """
     if trainer.args.sync_ref_model and (_moved(trainer) is None or not (folder / _FILE).is_file()):
         raise UserError(
-            f"`resume_from_checkpoint` {folder} can't be gone on from under `sync_ref_model: true`: the reference that "
-            "was moved is not in it, or can't be loaded, as under FSDP and DeepSpeed. Leave it out to start anew."
+            f"`resume_from_checkpoint` {folder} can't be gone on from under `sync_ref_model: true`: FSDP and "
+            "DeepSpeed save no moved reference, nor does `save_only_model`. Leave it out to start anew."
         )
 
 

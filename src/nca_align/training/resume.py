@@ -21,7 +21,7 @@ from datasets import IterableDataset
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer_utils import rotate_checkpoints
 
-from ..errors import UserError, notify
+from ..errors import UnsupportedError, UserError, notify
 from ..models.policy import base_model
 from ..progress import close_bars
 from ..store.checkpoints import (
@@ -34,7 +34,7 @@ from ..store.checkpoints import (
     whole_checkpoints,
 )
 from ..store.files import sync, write_json
-from .adapters import refuse_to_resume
+from .adapters import why_not_resumed
 from .moving_reference import load_reference, require_reference, save_reference
 from .reference import model_hash
 from .row_weights import begin_epoch
@@ -90,11 +90,16 @@ class Resume(TrainerCallback):
             UserError: see `find_checkpoint`, or it can't be read or belongs to another run.
         """
         self.folder, self._loaded = None, {}
+        args, why_not = self.trainer.args, why_not_resumed(self.trainer.accelerator.unwrap_model(self.trainer.model))
+        if PartialState().is_main_process:
+            self.run_identity()  # of the weights before FSDP deals them out
         if wanted is None or wanted is False:
+            if why_not is not None and args.save_strategy != "no":
+                notify(f"No checkpoint of this run can be gone on from: {why_not}.")
             return None
-        args = self.trainer.args
         self.folder = folder = find_checkpoint(wanted, args.output_dir)
-        refuse_to_resume(self.trainer.accelerator.unwrap_model(self.trainer.model))
+        if why_not is not None:
+            raise UnsupportedError(f"{folder} can't be gone on from: {why_not}; start the run anew")
         self._loaded = read_manifest(folder)
         # transformers reads it too, but where an error of this file could be any other
         with explain_read_errors(folder, args.output_dir):
