@@ -75,7 +75,10 @@ def check_arguments(
 
 
 def adapter_on_head() -> AbstractContextManager[Any]:
-    """Around the constructor of TRL, which refuses an adapter on the LM head: its own losses would lack it."""
+    """Around the constructor of TRL, which refuses an adapter on the LM head: its own losses would lack it.
+
+    No argument of TRL's turns that check off, and it looks for this class there alone.
+    """
     return patch.object(dpo_trainer, "BaseTunerLayer", ())
 
 

@@ -20,6 +20,12 @@ def save_reference(trainer: Any, folder: Path) -> None:
         save_model(reference, str(folder / _FILE))
 
 
+def why_not_resumed(trainer: Any) -> str | None:
+    """Why a run whose reference moves can't be gone on from under this launch."""
+    split = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    return "FSDP and DeepSpeed save no moved reference" if split and trainer.args.sync_ref_model else None
+
+
 def require_reference(trainer: Any, folder: Path) -> None:
     """Refuse to go on from a checkpoint without the reference, where that moves.
 

@@ -34,7 +34,7 @@ from ..store.checkpoints import (
     whole_checkpoints,
 )
 from ..store.files import sync, write_json
-from .adapters import why_not_resumed
+from . import adapters, moving_reference
 from .moving_reference import load_reference, require_reference, save_reference
 from .reference import model_hash
 from .row_weights import begin_epoch
@@ -90,7 +90,8 @@ class Resume(TrainerCallback):
             UserError: see `find_checkpoint`, or it can't be read or belongs to another run.
         """
         self.folder, self._loaded = None, {}
-        args, why_not = self.trainer.args, why_not_resumed(self.trainer.accelerator.unwrap_model(self.trainer.model))
+        args, model = self.trainer.args, self.trainer.accelerator.unwrap_model(self.trainer.model)
+        why_not = adapters.why_not_resumed(model) or moving_reference.why_not_resumed(self.trainer)
         if PartialState().is_main_process:
             self.run_identity()  # of the weights before FSDP deals them out
         if wanted is None or wanted is False:
