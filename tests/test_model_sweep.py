@@ -57,6 +57,7 @@ def test_nine_in_ten_are_swept_and_the_others_say_why():
         assert bool(row.reason) == (row.layout != "shared")
 
 
+@pytest.mark.slow
 @same_version
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_page_is_right_about_one_of_each_kind(kind):

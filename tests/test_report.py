@@ -384,6 +384,7 @@ def test_what_a_trainer_logs_is_shown(tmp_path, tokenizer):
 # The command
 
 
+@pytest.mark.slow
 def test_the_command_writes_a_page_and_plots(comparison, tmp_path, capsys):
     run = write_run(tmp_path / "quick", log_of())
     same = write_run(tmp_path / "again" / "quick", log_of(seed=1))

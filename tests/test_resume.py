@@ -290,6 +290,7 @@ class TestHalfWritten:
         with pytest.raises(KeyError):
             make(run, At("on_train_begin", 12, lambda: {}["missing"]), save_steps=4).train(resume_from_checkpoint=True)
 
+    @pytest.mark.slow
     def test_a_model_alone_is_refused_and_sigterm_saves_all(self, tmp_path):
         """Without optimizer and random state transformers would go on otherwise, and not say so."""
         own = {"save_only_model": True}
@@ -466,6 +467,7 @@ class TestSigterm:
         done = rf"^{steps - step - 1} steps in \S+, mean loss \S+ over all {steps} steps of the run$"
         assert re.search(done, capsys.readouterr().out, re.MULTILINE)
 
+    @pytest.mark.slow
     def test_an_evaluation_is_cut_and_done_after_it_is_resumed(self, tmp_path):
         step = 4
         own = {"save_strategy": "no", "eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 1}
@@ -488,6 +490,7 @@ class TestSigterm:
         nca.train(resume_from_checkpoint=True)
         assert_same(nca, expected)
 
+    @pytest.mark.slow
     def test_an_evaluation_that_is_cut_again_leaves_its_checkpoint_as_it_is(self, tmp_path, monkeypatch):
         """It may be the only one: a kill or a full disk in a second save of the same would leave none."""
         own = {"save_steps": 4, "save_total_limit": 1, "eval_strategy": "steps", "eval_steps": 4,

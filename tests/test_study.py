@@ -235,6 +235,7 @@ def test_a_part_that_is_none_is_refused_before_any_runs():
     assert result.stderr == "no part `alpha`; there are task1, task2 and ablations\n"
 
 
+@pytest.mark.slow
 def test_without_runs_it_says_what_to_run(tmp_path):
     result = subprocess.run(
         [sys.executable, ROOT / "scripts/study_results.py", tmp_path], capture_output=True, text=True

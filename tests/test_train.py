@@ -34,6 +34,7 @@ def data_file(tmp_path) -> str:
     return str(path)
 
 
+@pytest.mark.slow
 def test_a_run_leaves_everything_that_people_look_for(model_dir, data_file, tmp_path, capsys):
     output = tmp_path / "run"
     arguments = flags(
