@@ -171,10 +171,10 @@ TABLE: dict[str, Works | ProvenBy | Refused | Idle | IdleInCommand] = {
     "data_seed": Works("epochs", 9, lambda run: run.row_numbers[:8] == run.seen["order of the data seed"]),
     "dataset_num_proc": Works("cached", 2),
     "max_length": _LOSS,
-    "truncation_mode": Refused("keep_end", _NO_LOSS),
+    "truncation_mode": Refused("keep_end", "are always kept"),
     "pad_to_multiple_of": Works("by length", 16, lambda run: all(width % 16 == 0 for width in run.widths)),
     "pad_token": Works("by length", "<s>", lambda run: run.trainer.data_collator.pad_token_id == 1),
-    "padding_free": Refused(True, _NO_LOSS),
+    "padding_free": Refused(True, "is the layout without padding"),
     "accelerator_config": Works(
         "steps",
         {"gradient_accumulation_kwargs": {"sync_each_batch": True}},

@@ -24,7 +24,7 @@ from nca_align.models import policy as policies
 from nca_align.models.loading import ModelSource
 from nca_align.models.logprobs import completion_logps
 from nca_align.models.policy import as_reference
-from nca_align.training import adapters
+from nca_align.training import adapters, saving
 from test_startup_checks import log_ratios, said, trainer
 
 # PEFT says much of what it is asked to do, and reads names that transformers renames
@@ -335,7 +335,7 @@ def test_the_start_of_virtual_tokens_is_not_trained(base, tmp_path):
     ("name", "options", "reason"),
     [
         ("PREFIX_TUNING", {"encoder_hidden_size": 16, "prefix_projection": True}, "PEFT saves what its encoder makes"),
-        ("LORA", {"monteclora_config": peft.MontecloraConfig()}, "it draws from numbers that no checkpoint holds"),
+        ("LORA", {"monteclora_config": peft.MontecloraConfig()}, "adapter draws from numbers that no checkpoint holds"),
     ],
 )
 def test_what_no_checkpoint_holds_is_not_resumed(name, options, reason, base, tmp_path):
@@ -491,7 +491,7 @@ def test_lora_that_edits_the_base_is_saved_for_the_base_as_it_is(name, base, tmp
 
 def test_what_peft_saves_by_itself_is_another_policy(base, tmp_path, monkeypatch):
     """Why the adapter is converted."""
-    monkeypatch.setattr(adapters, "make_plain", lambda folder: None)
+    monkeypatch.setattr(saving, "make_plain", lambda folder: None)
     nca = subtracted("lora_ga", tmp_path, base)
     nca.train()
     nca.save_model()

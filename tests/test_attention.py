@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from peft import LoraConfig, get_peft_model
 from torch.nn.attention.varlen import varlen_attn
@@ -518,6 +519,24 @@ def stand_in(monkeypatch) -> VarlenStandIn:
     monkeypatch.setattr(attention, "_varlen_takes", lambda *tensors: True)
     monkeypatch.setattr(attention, "varlen_attn", stand_in)
     return stand_in
+
+
+@pytest.mark.parametrize("family", ["Llama", "Mistral"])
+def test_keys_repeated_beside_a_mask_give_what_grouped_heads_give(family, monkeypatch):
+    """On a GPU a mask beside `enable_gqa` takes PyTorch's slowest kernel."""
+    grouped = []
+    attend = F.scaled_dot_product_attention
+
+    def recorded(q, k, v, mask=None, *args, **kwargs):
+        grouped.append((mask is not None, kwargs["enable_gqa"]))
+        return attend(q, k, v, mask, *args, **kwargs)
+
+    monkeypatch.setattr(attention, "_repeats_keys", lambda query: True)
+    c = case(family)
+    monkeypatch.setattr(attention.F, "scaled_dot_product_attention", recorded)
+    assert_same(with_gradients(c.model, together(c.model, "prefix_shared")), c.alone)
+    assert (True, False) in grouped
+    assert (True, True) not in grouped
 
 
 @pytest.mark.parametrize("family", ["Llama", "GPT2", "Mistral", "Qwen2", "Granite"])

@@ -143,6 +143,7 @@ def test_one_config_makes_several_trainers(tmp_path):
     assert not logged_steps(second, "eval_loss")
 
 
+@pytest.mark.slow
 def test_the_command_evaluates_what_the_data_hold_out_and_no_more(model_dir, tmp_path):
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, reward_rows(24))))
     options = {

@@ -570,6 +570,7 @@ def loss(pi_logps, ref_logps, rewards, alpha, beta, mask):
 """
 
 
+@pytest.mark.slow
 def test_the_source_is_the_same_in_every_process(write):
     """A set of strings has another order in each, by `PYTHONHASHSEED`; a run could be resumed only by chance."""
     write(SETS)

@@ -354,6 +354,7 @@ def test_bars_never_leave_the_chart():
         assert 0 <= y < y + height <= 210
 
 
+@pytest.mark.slow
 def test_what_a_trainer_logs_is_shown(tmp_path, tokenizer):
     """A real run of two steps: its trainer's names are those that the charts look for."""
     rows = Dataset.from_list(reward_rows(4, [2, 4, 3]))

@@ -238,6 +238,7 @@ def test_in_python_it_stays_a_keyboard_interrupt(tmp_path):
     assert not whole_checkpoints(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_job_in_the_background_goes_on_ignoring_ctrl_c(tmp_path, monkeypatch):
     """A shell without job control starts it so: the Ctrl-C is meant for what runs in front."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)

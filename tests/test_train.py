@@ -189,6 +189,13 @@ def test_missing_names_and_bad_rows_are_one_sentence(model_dir, tmp_path, capsys
     assert main(flags(model_name_or_path=model_dir, dataset_name=path, output_dir=tmp_path, on_invalid="drop")) == 0
 
 
+def test_a_scorer_under_a_sharded_launch_is_refused_before_anything_is_read(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    own = {"model_name_or_path": "no/such", "dataset_name": "no/such", "eval_scorer": "nca_align.scorers:length"}
+    assert main(flags(output_dir=tmp_path, **own)) == 2
+    assert "`eval_scorer` is set, but FSDP and DeepSpeed deal out the model" in capsys.readouterr().err
+
+
 def test_a_system_prompt_needs_a_template_that_has_one(model_dir, tmp_path, capsys):
     tokenizer = build_tokenizer(
         "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('System role not supported') }}"

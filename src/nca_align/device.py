@@ -78,6 +78,12 @@ def computes_bfloat16(on_cpu: bool) -> bool:
     return is_torch_bf16_gpu_available() or is_torch_xla_available()
 
 
+def launched_sharded(args: Any) -> bool:
+    """Whether FSDP or DeepSpeed is to train, by the launcher or by the options; known before a model is loaded."""
+    launched = any(parse_flag_from_env(f"ACCELERATE_USE_{name}") for name in ("FSDP", "DEEPSPEED"))
+    return launched or bool(args.fsdp) or args.deepspeed is not None
+
+
 def _launched_on_cpu() -> bool:
     """Whether `accelerate launch --cpu` started this process."""
     return bool(parse_flag_from_env("ACCELERATE_USE_CPU"))

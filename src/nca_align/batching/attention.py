@@ -199,8 +199,11 @@ def attend_segments(
         if explicit:
             output = _explicit_attention(q, k, v, mask, scaling, dropout, softcap, s_aux)
         else:
+            if mask is not None and _repeats_keys(q):
+                k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+            grouped = q.shape[1] != k.shape[1]
             output = F.scaled_dot_product_attention(
-                q, k, v, mask, dropout, is_causal=mask is None, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
+                q, k, v, mask, dropout, is_causal=mask is None, scale=scaling, enable_gqa=grouped
             )
         outputs.append(output)
     return torch.cat(outputs, 2).transpose(1, 2).contiguous()
@@ -210,6 +213,11 @@ def _stretches(x: Tensor, path: tuple[tuple[int, int], ...]) -> Tensor:
     # Slices, not an index: gathering by a tensor made a step of K = 16 12 % slower on CPU, all of it in the backward
     slices = [x[:, :, start:end] for start, end in path]
     return slices[0] if len(slices) == 1 else torch.cat(slices, 2)
+
+
+def _repeats_keys(query: Tensor) -> bool:
+    """Whether grouped heads beside a mask need a key each: on a GPU PyTorch has no fast kernel that groups them."""
+    return query.is_cuda
 
 
 def _varlen_takes(query: Tensor, key: Tensor, value: Tensor) -> bool:

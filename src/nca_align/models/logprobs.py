@@ -166,7 +166,7 @@ def add_token_logps(model: PreTrainedModel) -> None:
             hidden = hidden[:, -row_length:]
         head = self.get_output_embeddings()
         device = next(head.parameters()).device  # another than the backbone's where `device_map` splits the model
-        hidden = hidden.flatten(0, 1).index_select(0, token_index).to(device)
+        hidden = hidden.flatten(0, 1).index_select(0, token_index.to(hidden.device)).to(device)
         token_logps = head_logps(head, hidden, target_ids.to(device), config.vocab_size, scale, softcap)
         use = None
         if token_counts is not None and outputs.router_logits != ():  # as dense Granite 4.0 and Doge have them

@@ -34,8 +34,8 @@ def require_reference(trainer: Any, folder: Path) -> None:
     """
     if trainer.args.sync_ref_model and (_moved(trainer) is None or not (folder / _FILE).is_file()):
         raise UserError(
-            f"`resume_from_checkpoint` {folder} can't be gone on from under `sync_ref_model: true`: FSDP and "
-            "DeepSpeed save no moved reference, nor does `save_only_model`. Leave it out to start anew."
+            f"`resume_from_checkpoint` {folder} can't be gone on from under `sync_ref_model: true`: it holds "
+            "no moved reference (FSDP, DeepSpeed and `save_only_model` save none). Leave it out to start anew."
         )
 
 

@@ -10,7 +10,8 @@ from trl import ModelConfig, ScriptArguments
 from ...config import NCAConfig, changed_options
 from ...data import RewardData
 from ...data.splits import find_split
-from ...errors import UserError, notify, notify_once
+from ...device import launched_sharded
+from ...errors import UnsupportedError, UserError, notify, notify_once
 from ...models.loading import adapter_config, is_adapter
 from ...store.checkpoints import how_to_go_on, last_common_checkpoint
 from ...unread import CONFIG_RULES, LORA, NO, OF_HELD_OUT, TRAIN_RULES, sentence, unread
@@ -84,6 +85,11 @@ def check_options(script: ScriptArguments, run: RunOptions, args: NCAConfig, mod
         raise UserError("`load_in_4bit` and `load_in_8bit` leave no weight that can be trained; add `use_peft: true`")
     if run.eval_prompts is not None and run.eval_prompts < 1:
         raise UserError(f"`eval_prompts` is {run.eval_prompts}, but must be at least 1; leave it out for all")
+    if run.eval_scorer and launched_sharded(args):
+        raise UnsupportedError(
+            "`eval_scorer` is set, but FSDP and DeepSpeed deal out the model that would answer; leave it out, and "
+            "evaluate the saved model (`nca-align evaluate --scorer`)"
+        )
     if model_args.use_peft and model_args.lora_r < 1:
         raise UserError(f"`lora_r` is {model_args.lora_r}, but must be at least 1")
     if script.dataset_streaming and args.max_steps < 1:
