@@ -13,6 +13,7 @@ import peft
 import pytest
 import torch
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from conftest import build_model, build_tokenizer
@@ -546,3 +547,23 @@ def test_an_adapter_that_edits_nothing_is_saved_as_it_is(tmp_path):
     (tmp_path / "adapter_config.json").write_text('{"init_lora_weights": "olora"}')
     with plain_lora.as_plain(str(tmp_path), quantized=True) as folder:
         assert folder == str(tmp_path)
+
+
+def test_a_conversion_that_was_cut_off_is_finished_and_what_has_no_start_stays(tmp_path):
+    """A kill may leave converted weights beside the old config; a bias of the base is in no copy of the start."""
+    (tmp_path / "ref").mkdir()
+    trained = {"q.lora_A.weight": torch.ones(2, 3), "q.lora_B.weight": torch.ones(4, 2), "q.bias": torch.ones(4)}
+    save_file(trained, tmp_path / "adapter_model.safetensors")
+    save_file({name: trained[name] for name in list(trained)[:2]}, tmp_path / "ref" / "adapter_model.safetensors")
+    config = {"init_lora_weights": "pissa", "r": 2, "lora_alpha": 4}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    start = shutil.copytree(tmp_path / "ref", tmp_path / "start")
+    for _ in range(2):
+        plain_lora.make_plain(tmp_path)
+        found = load_file(tmp_path / "adapter_model.safetensors")
+        assert found["q.lora_A.weight"].shape == (4, 3)
+        assert found["q.lora_B.weight"].tolist() == [[1, 1, -1, -1]] * 4
+        assert torch.equal(found["q.bias"], trained["q.bias"])
+        assert json.loads((tmp_path / "adapter_config.json").read_text())["r"] == 4
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config))  # as before the cut
+        shutil.copytree(start, tmp_path / "ref")

@@ -199,9 +199,9 @@ def attend_segments(
         if explicit:
             output = _explicit_attention(q, k, v, mask, scaling, dropout, softcap, s_aux)
         else:
-            if mask is not None and _repeats_keys(q):
-                k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
             grouped = q.shape[1] != k.shape[1]
+            if grouped and mask is not None and _repeats_keys(q):
+                k, v, grouped = *(x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v)), False
             output = F.scaled_dot_product_attention(
                 q, k, v, mask, dropout, is_causal=mask is None, scale=scaling, enable_gqa=grouped
             )

@@ -259,9 +259,15 @@ def _by_completion(
     """Of each completion, b · K + k, the log-probabilities of its tokens (T,) float32, nats, on the CPU."""
     found: dict[int, torch.Tensor] = {}
     for chunk in send_to_device(collator.chunks(rows), device):
-        logps, index = forward_chunk(model, chunk).token_logps.float().cpu(), chunk["completion_index"].cpu()
-        found |= {place: logps[index == place] for place in index.unique().tolist()}
+        found |= split_by_completion(
+            forward_chunk(model, chunk).token_logps.float().cpu(), chunk["completion_index"].cpu()
+        )
     return found
+
+
+def split_by_completion(token_logps: torch.Tensor, completion_index: torch.Tensor) -> dict[int, torch.Tensor]:
+    """Of each completion in a chunk, b · K + k, the log-probabilities of its tokens (T,), of the chunk's terms (M,)."""
+    return {place: token_logps[completion_index == place] for place in completion_index.unique().tolist()}
 
 
 def completion_logps(model: nn.Module, rows: Sequence[dict[str, Any]], batch_size: int) -> list[list[float]]:

@@ -42,13 +42,13 @@ def make_plain(folder: str | Path) -> None:
         return
     trained, before = load_file(folder / _WEIGHTS), load_file(start / _WEIGHTS)
     for name, tensor in trained.items():
-        parts = name.split(".")
-        if tensor.shape != before[name].shape:  # it is converted
+        parts, begun = name.split("."), before.get(name)
+        if begun is None or tensor.shape != begun.shape:  # no part of the start, or converted
             continue
         if {"lora_A", "lora_embedding_A"} & {*parts}:  # (r, in)
-            trained[name] = torch.cat([tensor, before[name]], 0)
+            trained[name] = torch.cat([tensor, begun], 0)
         elif {"lora_B", "lora_embedding_B"} & {*parts} and parts[-1] != "bias":  # (out, r)
-            trained[name] = torch.cat([tensor, -before[name]], 1)
+            trained[name] = torch.cat([tensor, -begun], 1)
     save_file(trained, folder / _WEIGHTS, metadata={"format": "pt"})
     config = read_json(folder / _CONFIG)
     by = 2**0.5 if config.get("use_rslora") else 2  # the scale s is α/r, or α/√r

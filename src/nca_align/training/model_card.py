@@ -7,6 +7,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import pyarrow.compute as pc
 from datasets import Dataset
 
 from ..models.policy import base_model
@@ -103,8 +104,9 @@ def write_model_card(
 def _describe(dataset: Any) -> str:
     if not isinstance(dataset, Dataset):
         return "A stream of prompts."
-    counts = {len(rewards) for rewards in dataset["rewards"]}
-    completions = f"{min(counts)}" if len(counts) == 1 else f"{min(counts)} to {max(counts)}"
+    rewards = dataset.select_columns("rewards").with_format("arrow")[:]["rewards"]  # no list of all rows, at each save
+    least, most = pc.min_max(pc.list_value_length(rewards)).as_py().values()
+    completions = f"{least}" if least == most else f"{least} to {most}"
     return f"{len(dataset)} prompts with {completions} completions each."
 
 

@@ -22,17 +22,17 @@ def save_reference(trainer: Any, folder: Path) -> None:
 
 def why_not_resumed(trainer: Any) -> str | None:
     """Why a run whose reference moves can't be gone on from under this launch."""
-    split = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
-    return "FSDP and DeepSpeed save no moved reference" if split and trainer.args.sync_ref_model else None
+    moves = trainer.args.sync_ref_model
+    return "FSDP and DeepSpeed save no moved reference" if moves and _moved(trainer) is None else None
 
 
 def require_reference(trainer: Any, folder: Path) -> None:
     """Refuse to go on from a checkpoint without the reference, where that moves.
 
     Raises:
-        UserError: it has none, or the launch has split the reference.
+        UserError: it has none.
     """
-    if trainer.args.sync_ref_model and (_moved(trainer) is None or not (folder / _FILE).is_file()):
+    if trainer.args.sync_ref_model and not (folder / _FILE).is_file():
         raise UserError(
             f"`resume_from_checkpoint` {folder} can't be gone on from under `sync_ref_model: true`: it holds "
             "no moved reference (FSDP, DeepSpeed and `save_only_model` save none). Leave it out to start anew."

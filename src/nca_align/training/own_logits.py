@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from ..batching.attention import own_attention
 from ..batching.collator import Batch, RewardCollator
 from ..errors import UnsupportedError, one_line
-from ..models.logprobs import forward_chunk
+from ..models.logprobs import forward_chunk, split_by_completion
 
 Row = dict[str, Any]
 Difference = tuple[float, float, float]  # see `compare`
@@ -224,11 +224,10 @@ def unpatched(base: PreTrainedModel) -> Iterator[None]:
 
 def _by_completion(model: nn.Module, batch: Batch) -> Logps:
     """The trainer's log-probabilities of each completion's tokens, in the order of their chunk's terms."""
-    found = {}
+    found: Logps = {}
     for chunk in batch["chunks"]:
-        logps, index = forward_chunk(model, chunk).token_logps, chunk["completion_index"]
-        for place in index.unique().tolist():
-            found[place] = logps[index.to(logps.device) == place].to(index.device)
+        index = chunk["completion_index"]
+        found |= split_by_completion(forward_chunk(model, chunk).token_logps.to(index.device), index)
     return dict(sorted(found.items()))
 
 

@@ -35,7 +35,6 @@ from ..store.checkpoints import (
 )
 from ..store.files import sync, write_json
 from . import adapters, moving_reference
-from .moving_reference import load_reference, require_reference, save_reference
 from .reference import model_hash
 from .row_weights import begin_epoch
 from .run_identity import refuse_another_run, run_identity
@@ -92,8 +91,8 @@ class Resume(TrainerCallback):
         self.folder, self._loaded = None, {}
         args, model = self.trainer.args, self.trainer.accelerator.unwrap_model(self.trainer.model)
         why_not = adapters.why_not_resumed(model) or moving_reference.why_not_resumed(self.trainer)
-        if PartialState().is_main_process:
-            self.run_identity()  # of the weights before FSDP deals them out
+        if (self.trainer.is_fsdp_enabled or self.trainer.is_deepspeed_enabled) and PartialState().is_main_process:
+            self.run_identity()  # of the weights before they are dealt out
         if wanted is None or wanted is False:
             if why_not is not None and args.save_strategy != "no":
                 notify(f"No checkpoint of this run can be gone on from: {why_not}.")
@@ -105,7 +104,7 @@ class Resume(TrainerCallback):
         # transformers reads it too, but where an error of this file could be any other
         with explain_read_errors(folder, args.output_dir):
             self._steps_planned = TrainerState.load_from_json(str(folder / "trainer_state.json")).max_steps
-        require_reference(self.trainer, folder)
+        moving_reference.require_reference(self.trainer, folder)
         self._refuse_another_run(folder)
         PartialState().wait_for_everyone()  # before a process removes what another may be looking at
         if args.should_save:
@@ -169,7 +168,7 @@ class Resume(TrainerCallback):
                     folder.mkdir(parents=True, exist_ok=True)
                     write_json(folder / MANIFEST, {"complete": False})
                 yield
-                save_reference(trainer, folder)
+                moving_reference.save_reference(trainer, folder)
                 processes = gather_object([self._sums_so_far()])  # also waits for all files
                 if args.should_save:
                     files = [file for file in folder.rglob("*") if file.is_file() and file.name != MANIFEST]
@@ -268,7 +267,7 @@ class Resume(TrainerCallback):
         if run is None:
             return
         self._restore_sums(run["processes"])
-        load_reference(trainer, self.folder)
+        moving_reference.load_reference(trainer, self.folder)
         if run["owes_evaluation"]:
             self.owes_evaluation = False
             control.should_evaluate, control.should_save = True, False  # this step's checkpoint is what it goes on from
