@@ -575,6 +575,7 @@ def test_a_training_that_stops_early_is_no_finished_cell(config, tmp_path, monke
     assert not (tmp_path / "cells" / own.name / "done.json").exists()
 
 
+@pytest.mark.slow
 def test_prompts_with_fewer_completions_than_a_cells_k_are_told(config, tmp_path, caplog):
     rows_ = [row | {"completions": row["completions"][: 2 + i % 2], "rewards": row["rewards"][: 2 + i % 2]}
              for i, row in enumerate(reward_rows(8, 3))]  # fmt: skip
@@ -588,6 +589,7 @@ def test_prompts_with_fewer_completions_than_a_cells_k_are_told(config, tmp_path
         assert ("4 of 8 training prompts have fewer than 3 completions and are left out of this" in caplog.text) == told
 
 
+@pytest.mark.slow
 def test_checkpoints_stay_where_they_are_asked_for(config, tmp_path):
     (own,) = expand(config["base"] | {"save_total_limit": 3}, {"method": "sft"}, "compare.yaml")
     runner.prepare([own], tmp_path, EvaluationSettings(**config["evaluation"]))

@@ -256,6 +256,7 @@ def test_a_cells_plot_is_of_the_test_prompts():
     assert "best, validation" not in names
 
 
+@pytest.mark.slow
 def test_what_nothing_was_chosen_of_is_told(tmp_path):
     rows = comparison_rows()
     own = write_comparison(tmp_path / "out", rows)

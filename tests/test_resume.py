@@ -445,6 +445,7 @@ class TestChanges:
 
 
 class TestSigterm:
+    @pytest.mark.slow
     @pytest.mark.parametrize("step", [2, 5])
     def test_it_saves_at_the_end_of_the_step_and_goes_on_exactly(self, step, tmp_path, caplog, capsys):
         """In the middle of an epoch and in its last step; nothing else would have saved."""

@@ -142,6 +142,7 @@ def test_a_seed_that_diverged_leaves_no_mean(tmp_path):
     assert ("dpo", "reward at KL 3") not in figures
 
 
+@pytest.mark.slow
 def test_an_ablations_table_has_task_1s_own_setting_first(tmp_path):
     comparison(tmp_path / "runs" / "task1")
     comparison(tmp_path / "runs" / "ablations", [("nca", 0.1)], alpha=1.0)
