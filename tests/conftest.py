@@ -10,6 +10,7 @@ import json
 import logging
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -103,6 +104,13 @@ def build_model(tokenizer, seed: int = 0, **overrides) -> LlamaForCausalLM:
         "pad_token_id": tokenizer.pad_token_id, "initializer_range": 0.3,
     }  # fmt: skip
     return LlamaForCausalLM(LlamaConfig(**(config | overrides))).eval()
+
+
+def require_changed(args: Any, *names: str) -> None:
+    """That the options of a launched run are other than their defaults."""
+    from nca_align.config import changed_options
+
+    assert {*names} <= changed_options(args)
 
 
 @pytest.fixture(scope="session")

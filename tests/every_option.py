@@ -1,10 +1,11 @@
 """Every field of TRL's `DPOConfig`, which has transformers' `TrainingArguments`, and what becomes of it here.
 
-A field *works* (a run with another value than its default, and what shows it), is *proven by* a test of its own, is
-*refused*, or is *idle*: named as an option without effect. `test_every_option.py` goes through the table.
+A field *works* (a run with another value than its default, and what shows it), is *proven by* a launch, is *refused*,
+ or is *idle*: named as an option without effect. `test_every_option.py` goes through the table.
 """
 
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import isclose
@@ -12,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import ParallelismConfig
 from transformers import PreTrainedModel, TrainerState
 from transformers.trainer_pt_utils import BatchRebalanceSampler
 
+from conftest import reward_rows
 from nca_align import NCATrainer
 from nca_align.store.checkpoints import read_manifest
 
@@ -87,7 +90,10 @@ class Works:
 
 @dataclass
 class ProvenBy:
-    """It works, as a test of its own shows: `file.py::function`, where it has another value than its default."""
+    """It works on several processes, as a test that starts them shows: `file.py::function`.
+
+    What it starts, a `launched*.py`, proves by `require_changed` that the field has another value than its default.
+    """
 
     where: str
 
@@ -118,11 +124,15 @@ class IdleInCommand:
     needs: str
 
 
+ROWS = [row | {"other": i} for i, row in enumerate(reward_rows(8, [3, 2]))]
 # The runs of the table, and what they have beside its values
 RUNS: dict[str, dict[str, Any]] = {
     "epochs": {},
-    "steps": {"eval_strategy": "steps", "nonfinite": "skip"},
+    "steps": {"eval_strategy": "steps", "nonfinite": "skip", "metric_for_best_model": "rewards/best"},
     "by length": {"layout": "padded", "max_steps": 4, "save_strategy": "steps"},
+    "moving": {"max_steps": 2},
+    "experts": {"max_steps": 1},
+    "too large": {"max_steps": 2, "per_device_train_batch_size": 4},
     "cached": {"max_steps": 2},
     "workers": {"max_steps": 3, "per_device_train_batch_size": 3, "eval_strategy": "no"},  # of eight rows
     "resumed": {"max_steps": 4, "save_strategy": "steps", "save_steps": 2},
@@ -134,7 +144,6 @@ RUNS: dict[str, dict[str, Any]] = {
 SLOW = ("compiled",)
 _PREDICTIONS = "predictions, which NCATrainer doesn't keep"
 _NO_LOSS = "but no loss here reads it"
-_LOSS = ProvenBy("test_loss_options.py::test_a_runs_loss_and_its_evaluations_are_what_a_loop_gives")
 _DDP = ProvenBy("test_two_processes.py::test_what_is_said_of_ddp_reaches_it")
 _POLICY_ALONE = "but it casts the policy and not its reference"
 
@@ -145,13 +154,25 @@ def _displacement(run: Run) -> float:
     return float(sum((now.detach() - before).square().sum() for now, before in moved).sqrt())
 
 
+def _is_weighted(run: Run) -> bool:
+    """The first loss is 0.5 NCA + 2 Plackett-Luce of a policy that is its reference: 2 log 2, and the mean of log K!"""
+    orders = [math.lgamma(len(ROWS[i]["rewards"]) + 1) for i in run.row_numbers[:2]]
+    return isclose(run.logged("loss")[0], 0.5 * 2 * math.log(2) + 2 * sum(orders) / len(orders), rel_tol=1e-4)
+
+
+def _has_moved(run: Run) -> bool:
+    """Once in two steps, by a quarter of the way to the policy."""
+    weights = zip(run.trainer.ref_model.parameters(), run.seen["weights"], run.model.parameters(), strict=True)
+    return all(torch.allclose(moved, 0.75 * began + 0.25 * now) for moved, began, now in weights)
+
+
 TABLE: dict[str, Works | ProvenBy | Refused | Idle | IdleInCommand] = {
     # Data, batches and steps
     "per_device_train_batch_size": Works("epochs", 2, lambda run: set(run.batches["train"]) == {2}),
     "gradient_accumulation_steps": Works("epochs", 2, lambda run: len(run.batches["train"]) == 2 * run.state.max_steps),
     "num_train_epochs": Works("epochs", 2.0, lambda run: run.logged("epoch")[-1] == 2 and run.state.max_steps == 4),
     "max_steps": Works("steps", 5, lambda run: run.state.global_step == 5),
-    "auto_find_batch_size": ProvenBy("test_every_option.py::test_a_batch_that_does_not_fit_is_halved"),
+    "auto_find_batch_size": Works("too large", True, lambda run: run.batches["train"] == [4, 3, 3]),
     "dataloader_drop_last": Works("workers", True, lambda run: set(run.batches["train"]) == {3}),
     "dataloader_num_workers": Works("workers", 1, lambda run: run.seen["loader"].num_workers == 1),
     "dataloader_pin_memory": Works("workers", False, lambda run: not run.seen["loader"].pin_memory),
@@ -170,7 +191,7 @@ TABLE: dict[str, Works | ProvenBy | Refused | Idle | IdleInCommand] = {
     "seed": Works("epochs", 7, lambda run: run.seen["torch seed"] == 7),
     "data_seed": Works("epochs", 9, lambda run: run.row_numbers[:8] == run.seen["order of the data seed"]),
     "dataset_num_proc": Works("cached", 2),
-    "max_length": _LOSS,
+    "max_length": Works("by length", 32, lambda run: max(run.widths) == 32),
     "truncation_mode": Refused("keep_end", "are always kept"),
     "pad_to_multiple_of": Works("by length", 16, lambda run: all(width % 16 == 0 for width in run.widths)),
     "pad_token": Works("by length", "<s>", lambda run: run.trainer.data_collator.pad_token_id == 1),
@@ -181,11 +202,21 @@ TABLE: dict[str, Works | ProvenBy | Refused | Idle | IdleInCommand] = {
         lambda run: run.seen["accumulation"]["sync_each_batch"],
     ),
     # The loss and the reference
-    "loss_type": _LOSS,
-    "loss_weights": _LOSS,
-    "beta": _LOSS,
-    "router_aux_loss_coef": ProvenBy("test_routing.py::test_training_is_the_same_in_every_layout_and_cut"),
-    "disable_dropout": ProvenBy("test_trainer.py::test_both_passes_over_a_chunk_have_the_same_dropout"),
+    # test_loss_options.py has their values, and the gradients', by a loop
+    "loss_type": Works("cached", ["nca", "plackett_luce"], _is_weighted),
+    "loss_weights": Works("cached", [0.5, 2.0], _is_weighted),
+    "beta": Works(
+        "cached",
+        0.7,
+        lambda run: isclose(run.logged("rewards/best")[1], 0.7 * run.logged("logratios/best")[1], rel_tol=1e-4),
+    ),
+    "router_aux_loss_coef": Works(
+        "experts",
+        0.3,
+        lambda run: isclose(run.logged("loss")[0], 2 * math.log(2) + 0.3 * run.logged("aux_loss")[0], rel_tol=1e-4),
+    ),
+    # else the policy would be its reference yet
+    "disable_dropout": Works("moving", False, lambda run: abs(run.logged("logratios/best")[0]) > 1e-3),
     "label_smoothing": Refused(0.1, _NO_LOSS),
     "label_smoothing_factor": Refused(0.1, _NO_LOSS),
     "f_divergence_type": Refused("js_divergence", _NO_LOSS),
@@ -197,9 +228,9 @@ TABLE: dict[str, Works | ProvenBy | Refused | Idle | IdleInCommand] = {
     "neftune_noise_alpha": Refused(5.0, "its noise is in the policy alone"),
     "precompute_ref_log_probs": Works("cached", True, lambda run: run.trainer.ref_model is None),
     "precompute_ref_batch_size": Works("cached", 5, lambda run: run.batches["reference"][0] == 5),
-    "sync_ref_model": ProvenBy("test_resume.py::test_a_reference_that_moves_goes_on_from_where_it_was"),
-    "ref_model_mixup_alpha": ProvenBy("test_resume.py::test_a_reference_that_moves_goes_on_from_where_it_was"),
-    "ref_model_sync_steps": ProvenBy("test_resume.py::test_a_reference_that_moves_goes_on_from_where_it_was"),
+    "sync_ref_model": Works("moving", True, _has_moved),
+    "ref_model_mixup_alpha": Works("moving", 0.25, _has_moved),
+    "ref_model_sync_steps": Works("moving", 2, _has_moved),
     # The optimizer
     "learning_rate": Works("epochs", 3e-3, lambda run: run.group["initial_lr"] == 3e-3),
     "lr_scheduler_type": Works(
@@ -246,7 +277,7 @@ TABLE: dict[str, Works | ProvenBy | Refused | Idle | IdleInCommand] = {
     "use_liger_kernel": Refused(True, "liger-kernel is not installed"),
     "liger_kernel_config": Idle({"rope": True}, "`use_liger_kernel: true`"),
     "use_cache": Works("epochs", True, lambda run: run.model.config.use_cache),
-    "torch_empty_cache_steps": ProvenBy("test_every_option.py::test_memory_is_given_back_after_each_micro_batch"),
+    "torch_empty_cache_steps": Works("steps", 2, lambda run: run.seen["emptied"] == [0, 2, 4]),
     "full_determinism": Works("steps", True, lambda run: run.seen["deterministic"]),
     # Logging
     "logging_strategy": Works("epochs", "epoch", lambda run: run.steps_with("loss") == [2, 4]),
@@ -294,12 +325,15 @@ TABLE: dict[str, Works | ProvenBy | Refused | Idle | IdleInCommand] = {
     "metric_for_best_model": Works(
         "epochs", "rewards/best", lambda run: run.state.best_metric == run.logged("eval_rewards/best")[-1]
     ),
-    "greater_is_better": Works("epochs", False, lambda run: run.state.best_metric is not None),
+    "greater_is_better": Works(
+        "steps",
+        False,
+        # of the two after the start, which transformers doesn't count
+        lambda run: run.state.best_metric == min(rewards := run.logged("eval_rewards/best")[1:]) < max(rewards),
+    ),
     "ignore_data_skip": Works("resumed", True, lambda run: run.row_numbers[:4] == run.seen["first rows"]),
     "restore_callback_states_from_checkpoint": Works("resumed", True, lambda run: run.seen["callback"].count == 4),
-    "resume_from_checkpoint": ProvenBy(
-        "test_resume.py::test_the_command_exits_with_its_code_and_another_number_of_processes_goes_on"
-    ),
+    "resume_from_checkpoint": Works("resumed", "checkpoint-2", lambda run: len(run.batches["train"]) == 4 + 2),
     # The Hub
     "push_to_hub": Works("hub", True, lambda run: len(run.calls["upload_folder"]) == 2),
     "hub_model_id": Works("hub", "me/aligned", lambda run: run.calls["create_repo"][0]["repo_id"] == "me/aligned"),
@@ -325,7 +359,7 @@ TABLE: dict[str, Works | ProvenBy | Refused | Idle | IdleInCommand] = {
     "fsdp": ProvenBy("test_launch.py::test_fsdp2_trains_like_one_process"),
     "fsdp_config": ProvenBy("test_launch.py::test_fsdp2_trains_like_one_process"),
     "deepspeed": ProvenBy("test_launch.py::test_deepspeed_trains_like_one_process"),
-    "parallelism_config": ProvenBy("test_every_option.py::test_processes_that_share_a_batch_are_refused"),
+    "parallelism_config": Refused(ParallelismConfig(tp_size=2), "processes can't share a batch of prompt trees"),
     "local_rank": Idle(0, "transformers 4; today the launcher's environment tells it"),
     # Of scripts
     "do_train": IdleInCommand("true", "TRL's own script"),

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoTokenizer, BitsAndBytesConfig, TrainerCallback
 
-from conftest import reward_rows
+from conftest import require_changed, reward_rows
 from nca_align import NCAConfig, NCATrainer
 
 # 17 rows in batches of two leave the second of two processes a last batch of nothing but repeats; 16 divide
@@ -51,18 +51,23 @@ class Proof(TrainerCallback):
         assert isinstance(wrapped, DistributedDataParallel) == (self.launch == "ddp")
         assert all(isinstance(p, DTensor) for p in parameters) == (self.launch == "fsdp2")
         if self.launch.startswith("zero"):
+            require_changed(args, "deepspeed")
             assert type(wrapped).__name__ == "DeepSpeedEngine"
             assert wrapped.zero_optimization_stage() == int(self.launch[-1])
         if self.launch == "zero3":  # this process's half of each
             assert all(p.ds_tensor.numel() <= (p.ds_numel + 1) // 2 for p in parameters)
         if self.launch == "fsdp2":
+            require_changed(args, "fsdp", "fsdp_config")
+            plugin = self.trainer.accelerator.state.fsdp_plugin
+            assert plugin.state_dict_type.name == args.fsdp_config["state_dict_type"] == "SHARDED_STATE_DICT"
             assert sum(p.to_local().numel() for p in parameters) < 0.6 * sum(p.numel() for p in parameters)
 
 
 def launch_options(launch: str) -> dict[str, Any]:
     """What the config says of the launch."""
     if launch == "fsdp2":
-        return {"fsdp": True, "fsdp_config": {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}}
+        own = {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "state_dict_type": "SHARDED_STATE_DICT"}
+        return {"fsdp": True, "fsdp_config": own}
     if not launch.startswith("zero"):
         return {}
     automatic = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from conftest import reward_rows
+from conftest import require_changed, reward_rows
 from nca_align import NCAConfig, NCATrainer
 
 LORA = {"r": 4, "target_modules": "all-linear"}
@@ -97,6 +97,11 @@ def main(model: str, output: str, *names: str) -> None:
             ),
             train_dataset=train, eval_dataset=held_out, processing_class=AutoTokenizer.from_pretrained(model), **given,
         )  # fmt: skip
+        if name == "ddp" and processes > 1:
+            require_changed(
+                trainer.args, "ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers",
+                "ddp_static_graph", "ddp_backend",
+            )  # fmt: skip
         counted: list[list[float]] = []
         own = trainer.get_batch_samples
 

@@ -25,12 +25,14 @@ from transformers.trainer_callback import ExportableState
 from trl import DPOConfig
 
 from conftest import build_model, build_tokenizer, reward_rows
-from every_option import RUNS, SLOW, TABLE, Idle, IdleInCommand, ProvenBy, Refused, Run, Works
+from every_option import ROWS, RUNS, SLOW, TABLE, Idle, IdleInCommand, ProvenBy, Refused, Run, Works
 from nca_align import NCAConfig, NCATrainer
 from nca_align.batching.collator import RewardCollator
+from nca_align.commands.train.checks import checkpoint_to_go_on_from
 from nca_align.errors import UserError, UserTypeError, notify_once
 from nca_align.training import arguments
 from nca_align.training.streams import stream_loader
+from test_routing import build as build_experts
 from test_trainer import trainer
 from test_unread import told, train
 
@@ -44,10 +46,18 @@ HERE = Path(__file__).parent
 FIELDS = [field.name for field in fields(DPOConfig)]
 # Fields that the oldest supported transformers lack
 NEWER = {"activation_checkpointing", "activation_checkpointing_kwargs"}
+ROWS_THAT_FIT = 3  # in the memory of the machine, as a run of the table finds
 OF_THE_MACHINE = ("use_cpu", "dataloader_pin_memory")  # a CPU needs the first, which decides the second
-ROWS = [row | {"other": i} for i, row in enumerate(reward_rows(8, [3, 2]))]
 # What reads all fields, whatever becomes of them
-READS_ALL = {"to_dict", "changed_options", "__repr__", "__post_init__", "settle_types", "refuse_foreign", "unread"}
+READS_ALL = {
+    "to_dict",
+    "changed_options",
+    "__repr__",
+    "__post_init__",
+    "settle_types",
+    "refuse_unsupported_options",
+    "unread",
+}
 
 
 class Recorded(NCAConfig):
@@ -144,10 +154,12 @@ def stub_services(run: Run, patch: pytest.MonkeyPatch) -> None:
     patch.setitem(sys.modules, "trackio", tracker)
 
 
-def train_with(options: dict[str, Any], folder: Path, run: Run, model: Any, resume: str | None = None) -> None:
+def train_with(options: dict[str, Any], folder: Path, run: Run, model: Any) -> None:
     class Watched(NCATrainer):
         def training_step(self, model, inputs, *args, **kwargs):
             run.batches["train"].append(len(inputs["rewards"]))
+            if run.batches["train"][-1] > ROWS_THAT_FIT:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
             run.row_numbers += inputs["row_numbers"]
             run.widths += [chunk["input_ids"].shape[1] for chunk in inputs["chunks"]]
             return super().training_step(model, inputs, *args, **kwargs)
@@ -169,13 +181,21 @@ def train_with(options: dict[str, Any], folder: Path, run: Run, model: Any, resu
     args.reads = run.seen.setdefault("reads", defaultdict(set))
     tokenizer = build_tokenizer()
     run.trainer = Watched(
-        model or build_model(tokenizer), args=args, train_dataset=Dataset.from_list(ROWS),
+        model, args=args, train_dataset=Dataset.from_list(ROWS),
         eval_dataset=Dataset.from_list(reward_rows(5, seed=3)), processing_class=tokenizer,
         callbacks=[Count(), Note(run)],
     )  # fmt: skip
-    run.metrics = run.trainer.train(resume_from_checkpoint=resume).metrics
+    run.metrics = run.trainer.train(resume_from_checkpoint=checkpoint_to_go_on_from(args)).metrics
     callbacks = run.trainer.callback_handler.callbacks
     run.seen["callback"] = next(callback for callback in callbacks if isinstance(callback, Count))
+
+
+def model_of(run: str) -> Any:
+    """What a run trains, of its own."""
+    tokenizer = build_tokenizer()
+    if run == "experts":
+        return build_experts("Mixtral", len(tokenizer))
+    return build_model(tokenizer, attention_dropout=0.1 if run == "moving" else 0.0)
 
 
 @pytest.fixture(scope="module")
@@ -193,11 +213,15 @@ def runs(tmp_path_factory, model_dir):
             patch.setattr("torch.backends.cudnn.deterministic", torch.backends.cudnn.deterministic)
             patch.setattr("torch.backends.cudnn.benchmark", torch.backends.cudnn.benchmark)
             stub_services(run, patch)
+            emptied = run.seen.setdefault("emptied", [])
+            patch.setattr("transformers.trainer.clear_device_cache", lambda: emptied.append(run.state.global_step))
             try:
-                train_with(options, folder, run, model_dir if name == "from a folder" else None)
                 if name == "resumed":
+                    checkpoint = folder / options.pop("resume_from_checkpoint")
+                    train_with(options, folder, run, model_of(name))
                     run.seen["first rows"], run.row_numbers = run.row_numbers[:4], []
-                    train_with(options, folder, run, None, str(folder / "checkpoint-2"))
+                    options["resume_from_checkpoint"] = str(checkpoint)
+                train_with(options, folder, run, model_dir if name == "from a folder" else model_of(name))
             finally:
                 torch.use_deterministic_algorithms(False)
                 library_log.set_verbosity(verbosity)
@@ -269,32 +293,18 @@ def test_the_command_names_it_as_idle(name, entry, tmp_path, caplog):
 
 
 @pytest.mark.parametrize(("name", "entry"), of_kind(ProvenBy))
-def test_it_has_a_test_of_its_own(name, entry):
+def test_a_launch_proves_that_it_has_another_value(name, entry):
     file, function = entry.where.split("::")
-    tree = ast.parse((HERE / file).read_text())
-    defined = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
-    assert function in defined
-    started = HERE.glob("launched*.py")
-    assert any(name in path.read_text() for path in (HERE / file, *started))
+    nodes = list(ast.walk(ast.parse((HERE / file).read_text())))
+    assert function in [node.name for node in nodes if isinstance(node, ast.FunctionDef)]
+    (started,) = (node.module for node in nodes if isinstance(node, ast.ImportFrom) and "launched" in node.module)
+    calls = [node for node in ast.walk(ast.parse((HERE / f"{started}.py").read_text())) if isinstance(node, ast.Call)]
+    proofs = [call for call in calls if isinstance(call.func, ast.Name) and call.func.id == "require_changed"]
+    proven = [ast.literal_eval(own) for proof in proofs for own in proof.args[1:]]
+    assert name in proven
 
 
 # Tests of the table's own
-
-
-def test_a_batch_that_does_not_fit_is_halved(tmp_path, monkeypatch):
-    nca = trainer(tmp_path, auto_find_batch_size=True, per_device_train_batch_size=4, max_steps=2)
-    own, sizes = nca.training_step, []
-
-    def out_of_memory_above_two(model, inputs, *args):
-        sizes.append(len(inputs["rewards"]))
-        if sizes[-1] > 2:
-            raise torch.OutOfMemoryError("CUDA out of memory.")
-        return own(model, inputs, *args)
-
-    monkeypatch.setattr(nca, "training_step", out_of_memory_above_two)
-    nca.train()
-    assert sizes == [4, 3, 2, 2]
-    assert nca.state.global_step == 2
 
 
 @pytest.mark.parametrize("own", [{}, {"completions_per_forward": 2}])

@@ -12,7 +12,7 @@ from .device import choose_device
 from .errors import UserError, UserTypeError, notify, notify_once
 from .losses import LOSSES, loss_name
 from .options import is_positive, option, settle_types
-from .unread import CONFIG_RULES, refuse_foreign, sentence, unread
+from .unread import CONFIG_RULES, refuse_unsupported_options, sentence, unread
 
 LAYOUTS = ("auto", "prefix_shared", "padded")
 NONFINITE = ("stop", "skip")
@@ -143,7 +143,7 @@ class NCAConfig(DPOConfig):
                 f"`negative_weight` is {self.negative_weight}, but `loss_type` is {'+'.join(self.loss_type)}, and only "
                 "nca has a negative term. Leave it out."
             )
-        refuse_foreign(self)
+        refuse_unsupported_options(self)
         self.max_prompt_length = prompt_limit(self.max_prompt_length, self.max_length)
         given = changed_options(self)
         device = choose_device(self)

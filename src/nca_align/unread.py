@@ -6,11 +6,11 @@ from typing import Any, NamedTuple
 from accelerate.utils import get_int_from_env
 from transformers.utils import is_liger_kernel_available
 
-from .errors import UserError
+from .errors import UnsupportedError, UserError
 from .losses import READS_ALPHA, reads_alpha
 
 # Options of TRL and transformers that can't do here what they do there: field → values that ask for nothing, and why
-_FOREIGN: dict[str, tuple[tuple[Any, ...], str]] = {
+_UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "f_divergence_type": (
         ("reverse_kl",),
         "no loss here reads it: InfoNCA and NCA come from the reverse KL alone",
@@ -153,7 +153,7 @@ TRAIN_RULES = (
 )  # fmt: skip
 
 
-def refuse_foreign(options: Any) -> None:
+def refuse_unsupported_options(options: Any) -> None:
     """Raise where an option asks for what can't be done here.
 
     Args:
@@ -162,9 +162,10 @@ def refuse_foreign(options: Any) -> None:
     Raises:
         UserError: it names the first of them.
     """
-    for name, (nothing, why) in _FOREIGN.items():
+    for name, (nothing, why) in _UNSUPPORTED.items():
         if getattr(options, name, nothing[0]) not in nothing:
             raise UserError(f"`{name}` is {getattr(options, name)!r}, but {why}. Leave it out.")
+    refuse_shared_batches(options.parallelism_config)
     if options.sync_ref_model and options.precompute_ref_log_probs:
         raise UserError(
             "`sync_ref_model` is True, but `precompute_ref_log_probs` computes the reference once, before it moves. "
@@ -191,6 +192,23 @@ def refuse_foreign(options: Any) -> None:
             "`use_liger_kernel` is True, but liger-kernel is not installed: leave it out, or `pip install "
             "liger-kernel`."
         )
+
+
+def refuse_shared_batches(parallelism: Any) -> None:
+    """Raise where several processes would share a batch.
+
+    Args:
+        parallelism: accelerate's `ParallelismConfig`, by `parallelism_config`, the launcher or a model in parts; None.
+
+    Raises:
+        UnsupportedError: by the way in which they would.
+    """
+    for kind in ("tp", "cp", "sp"):
+        if parallelism is not None and getattr(parallelism, f"{kind}_size") > 1:
+            raise UnsupportedError(
+                f"`parallelism_config` has `{kind}_size` {getattr(parallelism, f'{kind}_size')}, but processes can't "
+                "share a batch of prompt trees here: use data parallelism, FSDP or DeepSpeed."
+            )
 
 
 def unread(options: Any, given: Iterable[str], rules: Sequence[Rule]) -> dict[str, str]:

@@ -14,7 +14,7 @@ from ..config import NCAConfig, changed_options
 from ..data import DataOptions, to_reward_dataset
 from ..errors import UnsupportedError, UserError, UserTypeError, notify
 from ..own_losses import OwnLoss
-from ..unread import Rule, sentence, unread
+from ..unread import Rule, refuse_shared_batches, sentence, unread
 from .run_identity import loss_sources
 
 # chosen and rejected handed to the trainer are rewards 1 and 0, also beside score columns
@@ -93,12 +93,7 @@ def check_model(model: PreTrainedModel, max_length: int | None, parallelism: Any
     Raises:
         UserError: none of its parameters has a gradient, or several processes would share its rows.
     """
-    for kind in ("tp", "cp", "sp"):
-        if parallelism is not None and getattr(parallelism, f"{kind}_size") > 1:
-            raise UnsupportedError(
-                f"`parallelism_config` has `{kind}_size` {getattr(parallelism, f'{kind}_size')}, but processes can't "
-                "share a batch of prompt trees here: use data parallelism, FSDP or DeepSpeed."
-            )
+    refuse_shared_batches(parallelism)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UserError(
             "`model` has no parameter that is trained; load an adapter with `is_trainable=True`, or give a "
