@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import peft
 import pytest
 import torch
+from datasets import Dataset, IterableDataset
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -20,6 +21,7 @@ from conftest import build_model, build_tokenizer
 from nca_align.commands.export.command import ExportOptions, export
 from nca_align.commands.export.merge import logp_difference, merge_check_rows
 from nca_align.errors import UnsupportedError, UserError
+from nca_align.evaluation.callbacks import RankingCallback
 from nca_align.models import plain_lora
 from nca_align.models import policy as policies
 from nca_align.models.loading import ModelSource
@@ -367,20 +369,28 @@ def test_an_adapter_of_another_name_and_several_are_refused(base, tmp_path):
 # Biases of the base
 
 
+def with_biases():
+    model = build_model(build_tokenizer(), attention_bias=True)
+    with torch.no_grad():
+        for name, own in model.named_parameters():
+            if name.endswith(".bias"):
+                own.normal_(0, 0.1)
+    return model
+
+
+def biased(bias: str, continued: bool) -> tuple:
+    """A policy whose adapter trains biases of its base, and what else the trainer is given."""
+    config = lora(bias=bias)
+    return (peft.get_peft_model(with_biases(), config), {}) if continued else (with_biases(), {"peft_config": config})
+
+
 @pytest.mark.parametrize(("bias", "continued"), [("all", False), ("lora_only", True)])
-def test_biases_of_the_base_leave_no_reference(bias, continued, tmp_path, monkeypatch):
-    def model():
-        return build_model(build_tokenizer(), attention_bias=True)
-
-    def given():
-        config = lora(bias=bias)
-        return (peft.get_peft_model(model(), config), {}) if continued else (model(), {"peft_config": config})
-
-    policy, options = given()
+def test_biases_of_the_base_leave_no_live_reference(bias, continued, tmp_path, monkeypatch):
+    policy, options = biased(bias, continued)
     with pytest.raises(UserError, match=f"the adapter has `bias` '{bias}', which trains biases of the base"):
         run(tmp_path, policy, **options)
-    policy, options = given()
-    nca = run(tmp_path, policy, ref_model=model(), **options)
+    policy, options = biased(bias, continued)
+    nca = run(tmp_path, policy, ref_model=with_biases(), **options)
     before = ref_logps(nca)
     nca.train()
     assert torch.equal(ref_logps(nca), before)
@@ -388,11 +398,40 @@ def test_biases_of_the_base_leave_no_reference(bias, continued, tmp_path, monkey
         pass
     for module in (adapters, policies):
         monkeypatch.setattr(module, "refuse_trained_biases", lambda model: None)
-    policy, options = given()
+    policy, options = biased(bias, continued)
     nca = run(tmp_path, policy, **options)
     before = ref_logps(nca)
     nca.train()
     assert (ref_logps(nca) - before).abs().max() > 1e-3  # why it is refused
+
+
+@pytest.mark.parametrize(("bias", "continued"), [("all", True), ("lora_only", False)])
+def test_biases_of_the_base_train_beside_a_cached_reference(bias, continued, tmp_path):
+    """Its values are from before the first step, when they were the base's; new data has none of them afterwards."""
+    policy, options = biased(bias, continued)
+    expected, saving = logps(with_biases()), {"save_strategy": "steps", "save_steps": 1}
+    nca = run(tmp_path, policy, precompute_ref_log_probs=True, **options, **saving)
+    assert apart(nca.model, expected) < 1e-4
+    assert log_ratios(nca).abs().max() < 1e-4
+    before, cached = trainable(nca.model), ref_logps(nca)
+    nca.train()
+    after = dict(nca.model.named_parameters())
+    assert any(name.endswith("base_layer.bias") for name in before)
+    assert not any(torch.equal(after[name], value) for name, value in before.items())
+    assert torch.equal(ref_logps(nca), cached)
+    rows = [{"prompt": "one", "completions": ["two", "three"], "rewards": [0.0, 1.0]}]
+    with pytest.raises(UserError, match="switching the adapter off does not undo that"):
+        nca.evaluate(Dataset.from_list(rows))
+    with pytest.raises(UserError, match="switching the adapter off does not undo that"):
+        RankingCallback(nca, {"": rows}, build_tokenizer(), alpha=0.3, beta=0.1)
+    nca.save_model()
+    trained = logps(nca.model)
+    assert apart(peft.PeftModel.from_pretrained(with_biases(), tmp_path), trained) < 1e-4
+    shutil.rmtree(tmp_path / "checkpoint-2")
+    policy, options = biased(bias, continued)
+    again = run(tmp_path, policy, precompute_ref_log_probs=True, **options, **saving)
+    again.train(resume_from_checkpoint=True)
+    assert apart(again.model, trained) == 0
 
 
 @pytest.mark.parametrize("continued", [False, True])
@@ -404,6 +443,31 @@ def test_a_base_without_biases_has_none_to_train(continued, base, tmp_path):
     nca.train()
     assert torch.equal(ref_logps(nca), before)
     assert nca.model.peft_config["default"].bias == "all"
+
+
+# LoRA that is on from its invocation
+
+
+def test_a_lora_that_is_never_invoked_is_refused(base, tmp_path):
+    tokenizer = build_tokenizer()
+    invocation = tokenizer("<|im_start|>assistant\n", add_special_tokens=False)["input_ids"]
+    with pytest.raises(UserError, match=r"`alora_invocation_tokens` is \[5, 6\], but row 0 of `train_dataset`"):
+        run(tmp_path, base, peft_config=lora(alora_invocation_tokens=[5, 6]))
+    with pytest.raises(UserError, match=r"`alora_invocation_tokens` is \[\], but row 0"):
+        run(tmp_path, base, peft_config=lora(alora_invocation_tokens=[]))
+    tokenised = [
+        {"prompt_ids": [7, 5, 6, 7 + i], "completion_ids": [[8], [9]], "rewards": [0.0, 1.0]} for i in range(3)
+    ]
+    tokenised[2]["prompt_ids"] = [5, 7, 6]
+    stream = IterableDataset.from_generator(lambda: iter(tokenised))
+    for rows in (tokenised, stream):
+        with pytest.raises(UserError, match=r"is \[5, 6\], but row 2 of"):
+            run(tmp_path, base, rows=rows, peft_config=lora(alora_invocation_tokens=[5, 6]))
+    nca = run(tmp_path, base, peft_config=lora(alora_invocation_tokens=invocation))
+    before = trainable(nca.model)
+    nca.train()
+    assert not all(torch.equal(value, dict(nca.model.named_parameters())[name]) for name, value in before.items())
+    assert log_ratios(nca).abs().max() > 1e-3
 
 
 # Options of LoRA that change the base
@@ -488,6 +552,16 @@ def test_lora_that_edits_the_base_is_saved_for_the_base_as_it_is(name, base, tmp
     with as_reference(policy):
         assert apart(policy, logps(plain)) == 0
     assert (checkpoint / "ref").exists()  # reading leaves it as it is
+
+
+def test_loftq_is_refused_before_it_changes_the_base(base, tmp_path):
+    config = lora(init_lora_weights="loftq", loftq_config=peft.LoftQConfig())
+    with pytest.raises(UnsupportedError, match="`init_lora_weights` is 'loftq', which quantises the base's weights"):
+        run(tmp_path, base, peft_config=config)
+    policy = peft.get_peft_model(fresh(base), lora())
+    policy.peft_config["default"].init_lora_weights = "loftq"  # as PEFT leaves it, which starts it on a GPU alone
+    with pytest.raises(UnsupportedError, match="`init_lora_weights` is 'loftq'"):
+        run(tmp_path, policy)
 
 
 def test_what_peft_saves_by_itself_is_another_policy(base, tmp_path, monkeypatch):

@@ -328,8 +328,8 @@ def test_processes_that_share_a_batch_are_refused(kind, model):
     config = ParallelismConfig()
     setattr(config, f"{kind}_size", 2)
     with pytest.raises(UserError, match=f"`parallelism_config` has `{kind}_size` 2, but processes can't share"):
-        arguments.check_model(model, 64, config)
-    arguments.check_model(model, 64, ParallelismConfig())
+        arguments.check_model(model, 64, config, [])
+    arguments.check_model(model, 64, ParallelismConfig(), [])
 
 
 @pytest.mark.parametrize(

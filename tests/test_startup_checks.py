@@ -507,14 +507,14 @@ def test_an_adapter_that_training_goes_on_from_is_copied_whole(name, tmp_path):
 
 @pytest.mark.parametrize("name", sorted(ADAPTERS.keys() - COPIED_BY_TRL - {"pissa", "olora", "adalora"}))
 def test_a_copy_that_lacks_a_part_is_found(name, tmp_path, monkeypatch):
-    monkeypatch.setattr(adapters, "settle_adapter", lambda *args: None)
+    monkeypatch.setattr(adapters, "set_up_reference_adapter", lambda *args: None)
     with pytest.raises(UserError, match=r"The log-ratios at the start are up to .* nats.*is not the same"):
         trainer(tmp_path, adapted(name)).train()
 
 
 @pytest.mark.parametrize("name", ["embed_tokens", "ia3", "loha", "vera"])
 def test_a_copy_that_lacks_a_part_is_found_in_bfloat16(name, tmp_path, monkeypatch):
-    monkeypatch.setattr(adapters, "settle_adapter", lambda *args: None)
+    monkeypatch.setattr(adapters, "set_up_reference_adapter", lambda *args: None)
     with pytest.raises(UserError, match="is not the same"):
         trainer(tmp_path, adapted(name), bf16=True).train()
 
@@ -533,7 +533,7 @@ def test_an_initialisation_that_edits_the_base_has_the_initial_adapter_as_refere
     plain = trainer(tmp_path)
     expected = plain._reference_logps(batch)  # of the model before the adapter was put on it
     assert nca._reference_logps(batch).tolist()[0] == pytest.approx(expected.tolist()[0], abs=1e-3)
-    monkeypatch.setattr(adapters, "settle_adapter", lambda *args: None)
+    monkeypatch.setattr(adapters, "set_up_reference_adapter", lambda *args: None)
     with pytest.raises(UserError, match="a new LORA adapter does not start as the model"):
         trainer(tmp_path, peft_config=ADAPTERS[name]()).train()
 

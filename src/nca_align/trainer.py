@@ -91,7 +91,8 @@ class NCATrainer(DPOTrainer):
         arguments.check_arguments(args, data_collator, compute_metrics, train_dataset)
         train_dataset, eval_dataset = arguments.prepare_datasets(args, model, train_dataset, eval_dataset)
         self._is_set_up, self._reference_given = False, ref_model is not None  # a checkpoint belongs to it
-        self._adapter_config = adapters.prepare_adapter(model, peft_config, self._reference_given)
+        adapters.check_adapter(model, peft_config)
+        self._adapter_config = None if self._reference_given else adapters.let_copy_start_plainly(model)
         self._tag_names = [*self._tag_names, *map(short_name, args.loss_type)]  # of the model and its card
         self._log = MetricLog()
         with arguments.adapter_on_head():
@@ -122,8 +123,8 @@ class NCATrainer(DPOTrainer):
             return
         self._is_set_up = True
         if not self._reference_given:
-            adapters.settle_adapter(self.model, self._adapter_config)
-        arguments.check_model(self.model, self.args.max_length, self.accelerator.parallelism_config)
+            adapters.set_up_reference_adapter(self.model, self._adapter_config, self.args.precompute_ref_log_probs)
+        arguments.check_model(self.model, self.args.max_length, self.accelerator.parallelism_config, self.train_dataset)
         models: list[Any] = [self.model]
         if self.ref_model is not None:
             models.append(self.accelerator.unwrap_model(self.ref_model, keep_torch_compile=False))
@@ -267,7 +268,7 @@ class NCATrainer(DPOTrainer):
     @torch.no_grad()
     def compute_ref_log_probs(self, model: nn.Module, inputs: Batch) -> Tensor:
         """(B, K) log-probabilities under the reference: its own model, the adapter as it came, or the bare base."""
-        with reference.reference_mode(self.model, self.ref_model, self.accelerator):
+        with reference.reference_mode(self.model, self.ref_model, self.accelerator, not self.state.global_step):
             return self._batch_logps(model, inputs, with_aux_loss=False)[0]
 
     @property

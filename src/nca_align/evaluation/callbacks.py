@@ -14,7 +14,14 @@ from ..batching.tokenization import tokenize_dataset
 from ..errors import UnsupportedError, UserError
 from ..models.loading import disable_nf4_repacking
 from ..models.logprobs import completion_logps
-from ..models.policy import adapter_merged, as_reference, base_model, eval_mode, refuse_virtual_tokens
+from ..models.policy import (
+    adapter_merged,
+    as_reference,
+    base_model,
+    eval_mode,
+    refuse_trained_biases,
+    refuse_virtual_tokens,
+)
 from ..models.sampling import decoding_precision
 from ..reward_tensors import check_rows
 from ..training.metrics import WITH_ERRORS, PromptMeans, calibration, row_metrics
@@ -104,6 +111,7 @@ class _EvaluationCallback(TrainerCallback):
                 f"`reference` is missing for {type(self).__name__}: the trainer holds no reference model, and the "
                 "model has no adapter that could be switched off; give one, or set `precompute_ref_log_probs: false`"
             )
+        refuse_trained_biases(model)
         return partial(as_reference, model)
 
 

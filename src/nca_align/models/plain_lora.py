@@ -23,12 +23,12 @@ _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 def edits_base(config: Any) -> bool:
-    """Whether the initialisation of an adapter changes the weights that it is put on. LoftQ also quantises them."""
-    return _starts_with(getattr(config, "init_lora_weights", None), (*_SUBTRACTED, "loftq"))
+    """Whether the initialisation of an adapter takes its start out of the weights that it is put on."""
+    return _is_subtracted(getattr(config, "init_lora_weights", None))
 
 
-def _starts_with(start: Any, names: tuple[str, ...]) -> bool:
-    return isinstance(start, str) and start.lower().startswith(names)
+def _is_subtracted(start: Any) -> bool:
+    return isinstance(start, str) and start.lower().startswith(_SUBTRACTED)
 
 
 def make_plain(folder: str | Path) -> None:
@@ -63,7 +63,7 @@ def is_subtracted(folder: Path) -> bool:
     """Whether the adapter in a folder is for a base without its start; of an id of the Hub that isn't known."""
     if not (folder / _CONFIG).exists():
         return False
-    return _starts_with(read_json(folder / _CONFIG).get("init_lora_weights"), _SUBTRACTED)
+    return _is_subtracted(read_json(folder / _CONFIG).get("init_lora_weights"))
 
 
 @contextmanager

@@ -26,8 +26,12 @@ def backbone(model: PreTrainedModel) -> nn.Module:
 
 
 @contextmanager
-def as_reference(model: Any) -> Iterator[None]:
+def as_reference(model: Any, untrained: bool = False) -> Iterator[None]:
     """Within it, a policy with an adapter is what it was trained from: the bare base, or the adapter "ref" on it.
+
+    Args:
+        model: the policy.
+        untrained: whether no weight has moved, so that biases that it trains are those of the base.
 
     Raises:
         UserError: it has no adapter, or one that changes the base for good.
@@ -37,7 +41,8 @@ def as_reference(model: Any) -> Iterator[None]:
             "`reference` is missing, and the model has no adapter that could be switched off: give the model that the "
             "KL and the wins are measured against"
         )
-    refuse_trained_biases(model)
+    if not untrained:
+        refuse_trained_biases(model)
     if "ref" in model.peft_config:
         active = model.active_adapter
         model.set_adapter("ref")
@@ -65,7 +70,8 @@ def refuse_trained_biases(model: Any) -> None:
         if any(not set(name.split(".")) & model.peft_config.keys() for name in found):
             raise UserError(
                 f"the adapter has `bias` {trained!r}, which trains biases of the base, and switching the adapter off "
-                'does not undo that: use `bias="none"`, or give the reference as a model of its own'
+                'does not undo that: use `bias="none"`, give the reference as a model of its own, or compute it before '
+                "training (`precompute_ref_log_probs: true`)"
             )
 
 

@@ -21,22 +21,15 @@ _REFUSED = {
 _STARTS_ELSEWHERE = ("C3A", "FOURIERFT", "UNILORA", "VBLORA")
 
 
-def prepare_adapter(model: Any, peft_config: Any, reference_given: bool) -> Any:
-    """Refuse an adapter that can't be trained here, and let the copy of one that training goes on from start plainly.
-
-    TRL adds that copy, "ref", by the adapter's own config. An initialisation that edits the base, such as PiSSA's,
-    would edit it a second time, and so the policy.
+def check_adapter(model: Any, peft_config: Any) -> None:
+    """Refuse an adapter that can't be trained here.
 
     Args:
         model: as the trainer is given it.
         peft_config: of a new adapter, or None.
-        reference_given: whether there is a `ref_model`, so that nothing is copied.
-
-    Returns:
-        The config to put back, of an adapter that training goes on from; else None.
 
     Raises:
-        UserError: the adapter's kind or name doesn't do, of the class that says which.
+        UserError: its kind, its name or its start doesn't do, of the class that says which.
     """
     adapters: dict[str, Any] = getattr(model, "peft_config", {})
     if adapters and list(adapters) != ["default"]:
@@ -51,18 +44,35 @@ def prepare_adapter(model: Any, peft_config: Any, reference_given: bool) -> Any:
         raise UnsupportedError(
             f"an adapter of the kind {kind} can't be trained here: {_REFUSED[kind]}; use LoRA, or another kind"
         )
+    if str(getattr(config, "init_lora_weights", None)).lower() == "loftq":
+        raise UnsupportedError(
+            "`init_lora_weights` is 'loftq', which quantises the base's weights for good, so that the adapter fits no "
+            "base that can be loaded; load the base with `load_in_4bit: true`, and start a plain LoRA on it by PEFT's "
+            "`replace_lora_weights_loftq`"
+        )
     if kind == "ADALORA":
         notify(
             "AdaLoRA keeps its ranks at `init_r` here: only a callback of your own calls `update_and_allocate`, and "
             "its penalty for orthogonality is not in the loss."
         )
-    if not adapters or reference_given:
-        return None
-    model.peft_config["default"] = _plain(config)
+
+
+def let_copy_start_plainly(model: Any) -> Any:
+    """Change the config of an adapter that training goes on from, so that TRL's copy of it starts plainly.
+
+    TRL adds that copy, "ref", by the adapter's own config. An initialisation that edits the base, such as PiSSA's,
+    would edit it a second time, and so the policy.
+
+    Returns:
+        The config to put back; None where `model` has no adapter.
+    """
+    config = getattr(model, "peft_config", {}).get("default")
+    if config is not None:
+        model.peft_config["default"] = _plain(config)
     return config
 
 
-def settle_adapter(model: Any, config: Any) -> None:
+def set_up_reference_adapter(model: Any, config: Any, reference_cached: bool) -> None:
     """Give a policy with an adapter the reference that it starts from, where that is not the bare base.
 
     It is not where training goes on from an adapter, where the adapter's start is taken out of the base's weights or
@@ -70,11 +80,12 @@ def settle_adapter(model: Any, config: Any) -> None:
 
     Args:
         model: the policy.
-        config: what `prepare_adapter` returned, of an adapter that training goes on from: TRL's copy of it, "ref",
-            has the weights of some modules alone, and all are copied here.
+        config: what `let_copy_start_plainly` returned, of an adapter that training goes on from: TRL's copy of it,
+            "ref", has the weights of some modules alone, and all are copied here.
+        reference_cached: whether the reference is computed before training alone.
 
     Raises:
-        UserError: the adapter trains biases of the base, so that nothing is left as a reference.
+        UserError: the adapter trains biases of the base, so that nothing is left as a live reference.
     """
     adapters: dict[str, Any] = getattr(model, "peft_config", {})
     if not adapters:
@@ -84,7 +95,8 @@ def settle_adapter(model: Any, config: Any) -> None:
         adapters["default"] = config
     elif new.is_prompt_learning or edits_base(new) or new.peft_type.value in _STARTS_ELSEWHERE:
         model.add_adapter("ref", _plain(new))
-    refuse_trained_biases(model)
+    if not reference_cached:
+        refuse_trained_biases(model)
     if "ref" not in adapters:
         return
     if is_deepspeed_zero3_enabled():  # of what it holds still, no process has the whole when it is saved

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from itertools import islice
 from typing import Any
 from unittest.mock import patch
 
@@ -29,6 +30,8 @@ _OF_ACCELERATE = (
     ("even_batches", True, "a process with fewer batches would keep the others waiting, and rows repeated count as 0"),
     ("use_seedable_sampler", True, "a run that was stopped would go on with other rows"),
 )
+# Rows of a stream that are read for an adapter's invocation
+_STREAM_ROWS = 64
 TOKENISED = {"prompt_ids", "completion_ids", "rewards"}
 
 
@@ -82,16 +85,17 @@ def adapter_on_head() -> AbstractContextManager[Any]:
     return patch.object(dpo_trainer, "BaseTunerLayer", ())
 
 
-def check_model(model: PreTrainedModel, max_length: int | None, parallelism: Any) -> None:
+def check_model(model: PreTrainedModel, max_length: int | None, parallelism: Any, dataset: Any) -> None:
     """Refuse a model that would not be trained, and say where rows may be longer than what it was made for.
 
     Args:
         model: the policy.
         max_length: tokens of a row.
         parallelism: accelerate's `ParallelismConfig`, by `parallelism_config`, the launcher or a model in parts.
+        dataset: the tokenised rows of the training.
 
     Raises:
-        UserError: none of its parameters has a gradient, or several processes would share its rows.
+        UserError: none of its parameters has a gradient, a row would train none, or processes would share rows.
     """
     refuse_shared_batches(parallelism)
     if not any(parameter.requires_grad for parameter in model.parameters()):
@@ -99,6 +103,15 @@ def check_model(model: PreTrainedModel, max_length: int | None, parallelism: Any
             "`model` has no parameter that is trained; load an adapter with `is_trainable=True`, or give a "
             "`peft_config`."
         )
+    for config in getattr(model, "peft_config", {}).values():
+        tokens = getattr(config, "alora_invocation_tokens", None)
+        row = None if tokens is None else _row_without(tokens, dataset)
+        if row is not None:
+            raise UserError(
+                f"`alora_invocation_tokens` is {tokens}, but row {row} of `train_dataset` does not have these tokens "
+                "in its prompt, where aLoRA is switched on, so that the row would train nothing: give the tokens of "
+                "what ends each prompt, such as the chat template's turn of the assistant."
+            )
     text = model.config.get_text_config()
     positions = getattr(text, "max_position_embeddings", None)
     rope = getattr(text, "rope_parameters", None) or {}  # scaled ones, and ALiBi, go further than what this says
@@ -109,6 +122,17 @@ def check_model(model: PreTrainedModel, max_length: int | None, parallelism: Any
             f"`max_length` is {max_length}, but the model has {positions} positions (`max_position_embeddings`): it "
             f"fails or guesses beyond them. `max_length: {positions}` cuts completions there."
         )
+
+
+def _row_without(tokens: list[int], dataset: Any) -> int | None:
+    """The number of the first row whose prompt lacks `tokens`, of a stream's first rows; None where each has them."""
+    n = len(tokens)
+    rows = islice(dataset, _STREAM_ROWS) if isinstance(dataset, IterableDataset) else dataset
+    for i, row in enumerate(rows):
+        prompt = row["prompt_ids"]
+        if not n or all(prompt[at : at + n] != list(tokens) for at in range(len(prompt) - n + 1)):
+            return i
+    return None
 
 
 def reward_rows(dataset: Any, name: str) -> Any:

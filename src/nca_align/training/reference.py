@@ -96,16 +96,19 @@ def live_model(policy: nn.Module, reference: nn.Module | None) -> nn.Module:
 
 
 @contextmanager
-def reference_mode(policy: nn.Module, reference: nn.Module | None, accelerator: Accelerator) -> Iterator[None]:
+def reference_mode(
+    policy: nn.Module, reference: nn.Module | None, accelerator: Accelerator, untrained: bool
+) -> Iterator[None]:
     """Around forwards of the reference: without dropout, and of a policy with an adapter as what it started from.
 
     Args:
         policy: the trained model.
         reference: a model of its own, if there is one.
+        untrained: whether no step was taken yet.
     """
     adapter: Any = nullcontext()
     if reference is None and is_peft_model(policy):
-        adapter = as_reference(accelerator.unwrap_model(policy))
+        adapter = as_reference(accelerator.unwrap_model(policy), untrained)
     with eval_mode(policy), adapter, accelerator.autocast():
         yield
 
