@@ -3,8 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 from datetime import date, datetime, time
 from decimal import Decimal
 
@@ -12,8 +10,7 @@ import pytest
 from datasets import Dataset, Features, List, Value
 
 from nca_align.errors import UserError
-from nca_align.store import files
-from nca_align.store.files import lock_output
+from nca_align.store import shards
 from nca_align.store.fingerprints import data_fingerprint, weights_fingerprint
 from nca_align.store.provenance import read_provenance
 from nca_align.store.shards import Shard, run_sharded
@@ -251,58 +248,18 @@ class TestEditedCode:
 
 
 class TestOneAtATime:
-    HOLD = "import sys\nfrom pathlib import Path\nfrom nca_align.store.files import lock_output\n" \
-           "with lock_output(Path(sys.argv[1])):\n    print('held', flush=True)\n    sys.stdin.read()"  # fmt: skip
-
-    def test_the_second_is_told_and_a_kill_lets_go(self, output):
-        holding = subprocess.Popen(
-            [sys.executable, "-c", self.HOLD, str(output)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        try:
-            assert holding.stdout.readline() == "held\n"
-            with pytest.raises(UserError, match=r"another command is at work on `output` \S+out.\w+; wait for it, or"):
-                run(output)
-            assert not output.with_name(output.name + ".parts").exists()
-        finally:
-            holding.kill()
-            holding.communicate()
-        assert run(output)["rows"] == 10
-        assert [path.name for path in output.parent.iterdir() if path.name.startswith(".")] == []
-
     def test_the_second_within_the_work_of_the_first(self, output):
         def start():
-            with pytest.raises(UserError, match="another command is at work"):
+            with pytest.raises(UserError, match=f"`output` {output} belongs to another job"):
                 run(output)
             raise UserError("seen")
 
         with pytest.raises(UserError, match="seen"):
             run_sharded(str(output), DATASET, FEATURES, start, STEP, 64)
 
-    def test_a_lock_that_was_removed_while_it_was_waited_for_is_none(self, output, monkeypatch):
-        """The first finishes, and removes the file, between the second's opening it and locking it."""
-        flock, seen = files.fcntl.flock, []
-
-        def late(descriptor, how):
-            if not seen:
-                output.with_name(f".{output.name}.lock").unlink()
-            seen.append(descriptor)
-            flock(descriptor, how)
-
-        monkeypatch.setattr(files.fcntl, "flock", late)
-        with lock_output(output):
-            assert len(seen) == 2
-            assert output.with_name(f".{output.name}.lock").exists()
-
-    def test_where_there_are_no_locks_the_work_is_done_without(self, output, monkeypatch):
-        def none(descriptor, how):
-            raise OSError(95, "Operation not supported")
-
-        monkeypatch.setattr(files.fcntl, "flock", none)
-        assert run(output)["rows"] == 10
-
     def test_a_finished_output_where_nothing_can_be_written(self, output, monkeypatch):
         counts = run(output)
-        monkeypatch.setattr(os, "open", lambda *args, **kwargs: pytest.fail("opened a file to write"))
+        monkeypatch.setattr(shards, "own_file", lambda *args: pytest.fail("wrote an owner's file"))
         assert run(output) == counts
 
     def test_a_place_where_nothing_can_be_written(self, tmp_path):

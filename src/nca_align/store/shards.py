@@ -21,7 +21,8 @@ from datasets import Dataset, Features
 
 from .. import progress
 from ..errors import UserError, first_few
-from .files import lock_output, read_json, replacing, write_json
+from .files import read_json, replacing, write_json
+from .ownership import own_file
 from .provenance import KEY, read_provenance, refuse_changes, sidecar
 
 
@@ -69,7 +70,7 @@ def run_sharded(
 
     Raises:
         UserError: `output` has another ending, can't hold a column, is there from another configuration or in another
-            command's hands, or rows failed.
+            job's hands, or rows failed.
     """
     path = Path(output)
     if path.suffix not in (".parquet", ".jsonl"):
@@ -79,9 +80,9 @@ def run_sharded(
             _refuse_no_json(column.name, column.type)
     step = json.loads(json.dumps(step))
     parts = path.with_name(path.name + ".parts")
-    if path.exists() and not parts.exists():  # looked at without the lock: it may be where nothing can be written
+    if path.exists() and not parts.exists():  # looked at without owning it: it may be where nothing can be written
         return _finished(path, step)
-    with lock_output(path):
+    with own_file(path):
         if path.exists():
             counts = _finished(path, step)
             shutil.rmtree(parts, ignore_errors=True)  # a kill may have come between the last rename and this

@@ -22,7 +22,8 @@ from ...evaluation.comparison_folder import CONFIG, DONE, SETTINGS
 from ...evaluation.evaluator import GenerationEvaluator
 from ...rewards.scorers import open_scorers
 from ...store.checkpoints import whole_checkpoints
-from ...store.files import lock_output, read_json, write_json
+from ...store.files import read_json, write_json
+from ...store.ownership import own_folder
 from ...store.provenance import LIBRARIES, commit, versions
 from ..train.command import model_source, open_policy, set_threads
 from .grid import EvaluationSettings, cell_options
@@ -43,7 +44,7 @@ def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(format="%(message)s", stream=sys.stdout)
     logging.getLogger("nca_align").setLevel(logging.INFO)
     disable_progress_bars()
-    with lock_output(folder / "cell"):
+    with own_folder(folder):
         run_cell(folder)
 
 

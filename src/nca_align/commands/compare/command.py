@@ -19,7 +19,8 @@ from ...evaluation.comparison_folder import CONFIG, DONE, LOG, PROVENANCE, ROWS,
 from ...evaluation.comparison_rows import Row, interval_of, setting_name
 from ...options import option, parse, require_at_least_1
 from ...pages.terminal import print_rows
-from ...store.files import lock_output, read_json, write_csv, write_json
+from ...store.files import read_json, write_csv, write_json
+from ...store.ownership import own_folder
 from ...store.provenance import LIBRARIES, commit, versions
 from .grid import Cell, EvaluationSettings, cell_options, expand, from_mapping
 from .runner import prepare, run_cells
@@ -82,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.dry_run:
         _print_cells(chosen, output, options.parallel)
         return 0
-    with lock_output(output / ROWS):
+    with own_folder(output):
         prepare(cells, output, evaluation)
         todo = [cell for cell in chosen if not is_done(cell.folder(output))]
         print(f"{len(chosen)} cells, {len(chosen) - len(todo)} of them finished; in {output}")

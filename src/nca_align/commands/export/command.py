@@ -16,6 +16,7 @@ from ...models.logprobs import completion_logps
 from ...options import Dtype, dtype_option, option, parse
 from ...store.files import check_writable, new_folder
 from ...store.hub import push
+from ...store.ownership import own_file
 from .merge import Difference, Export, logp_difference, merge, merge_check_rows
 from .model_card import model_card
 from .next_steps import next_steps
@@ -78,7 +79,7 @@ def export(options: ExportOptions) -> Export | None:
     if output.exists():
         raise UserError(f"`output` {output} exists already; choose another folder, or remove it")
     check_writable(output)
-    with new_folder(output) as new:
+    with own_file(output), new_folder(output) as new:
         found = (_export_adapter if is_adapter(options.model_name_or_path) else _export_model)(options, new)
     print(f"{output} is the model, with its tokenizer and model card")
     if options.push is not None:

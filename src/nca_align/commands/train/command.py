@@ -24,6 +24,7 @@ from ...models.sampling import decoding_precision
 from ...options import given_options, parse
 from ...progress import LineHandler
 from ...store.checkpoints import explain_write_errors
+from ...store.ownership import own_folder
 from ...training.stopping import StopSignals, follow_launcher, what_is_left
 from .after_run import after_run
 from .checks import (
@@ -47,13 +48,19 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     what = "Align a language model on K rewarded completions per prompt."
     options = parse(TRAIN_OPTIONS, argv, "nca-align train", what, first=FIRST_OPTIONS, required=REQUIRED)
-    began, args = time.time(), options[3]
+    script, _, run, args, model_args = options
+    began = time.time()
     follow_launcher()
     if args.process_index == 0:
         logging.basicConfig(handlers=[LineHandler()])
         logger.setLevel(logging.INFO)
+    given = given_options(argv, false=True)
     try:
-        return _train(given_options(argv, false=True), *options)
+        set_threads(run)
+        name_unread(given, *options)
+        check_options(script, run, args, model_args)
+        with own_folder(Path(str(args.output_dir))):
+            return _train(given, *options)
     except KeyboardInterrupt as interrupt:
         raise KeyboardInterrupt(what_is_left(args, began)) from interrupt
 
@@ -67,9 +74,6 @@ def _train(
     model_args: ModelConfig,
 ) -> int:
     """One run, from its data to its summary; `given` are the options that the user gave."""
-    set_threads(run)
-    name_unread(given, script, data_options, run, args, model_args)
-    check_options(script, run, args, model_args)
     checkpoint = checkpoint_to_go_on_from(args)
     source = model_source(model_args, args)
     source.load_config()  # shows, before anything is read, whether the model can be had
