@@ -42,15 +42,15 @@ def mpt(logit_scale: float):
     return transformers.MptForCausalLM(config).eval()
 
 
-def needs_images():
-    """A model whose forward asks for more than tokens."""
+def that_raises(error: Exception):
+    """A model whose forward fails without an image."""
     model = build_tiny("LlavaForConditionalGeneration")
     own = type(model).forward
 
     class GitLike(type(model)):
         def forward(self, input_ids=None, pixel_values=None, **kwargs):
             if pixel_values is None:
-                raise ValueError("no images")
+                raise error
             return own(self, input_ids, pixel_values, **kwargs)
 
     model.__class__ = GitLike
@@ -303,8 +303,21 @@ def test_how_far_a_model_looks_ahead():
 
 
 def test_a_model_that_needs_more_than_text_is_refused(tmp_path):
-    with pytest.raises(UnsupportedError, match=r"`model` is a GitLike, which can't be run on text alone \(no images"):
-        trainer(tmp_path, needs_images())
+    needs = that_raises(ValueError("You must specify pixel_values"))
+    with pytest.raises(UnsupportedError, match=r"`model` is a GitLike, which can't be run on text alone \(You must"):
+        trainer(tmp_path, needs)
+    needs = that_raises(AttributeError("'NoneType' object has no attribute 'shape'"))
+    type(needs).main_input_name = "pixel_values"
+    with pytest.raises(UnsupportedError, match=r"can't be run on text alone \('NoneType'"):
+        trainer(tmp_path, needs)
+
+
+def test_a_model_that_fails_for_another_reason_is_told_so(tmp_path):
+    broken = that_raises(TypeError("rotate() takes 2 arguments"))
+    type(broken).main_input_name = "pixel_values"
+    failed = r"`model` is a GitLike, whose own forward failed on a row of text with TypeError \(rotate\(\) takes 2"
+    with pytest.raises(UnsupportedError, match=failed):
+        trainer(tmp_path, broken)
 
 
 @pytest.mark.parametrize("heads", [1, 32])

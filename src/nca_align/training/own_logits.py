@@ -7,6 +7,7 @@ attention that it came with: no code of this package, nor any of TRL's.
 import inspect
 import itertools
 import math
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -27,6 +28,8 @@ Difference = tuple[float, float, float]  # see `compare`
 Logps = dict[int, Tensor]  # by completion, b * K + k: (T,) nats
 # What a config calls the tokens beyond which attention changes
 _REACHES = ("sliding_window", "attention_chunk_size", "index_topk")
+# Names of a forward's inputs that are no text
+_BESIDE_TEXT = re.compile("pixel|image|video|audio|speech|feature|encoder")
 # Rows of a stream that are read for their lengths
 _STREAM_ROWS = 64
 # A row beyond a window is at most this long: attention that writes its scores out takes the square of it
@@ -197,11 +200,23 @@ def _last_predictions(model: nn.Module, base: PreTrainedModel, ids: Tensor, leng
     try:
         outputs = model(input_ids=ids, use_cache=False, **({"logits_to_keep": length + 1} if few else {}))
     except (AttributeError, TypeError, ValueError) as error:
+        if _asks_for_more(type(base), str(error)):
+            raise UnsupportedError(
+                f"`model` is a {type(base).__name__}, which can't be run on text alone ({one_line(error)}); use "
+                "another model."
+            ) from error
         raise UnsupportedError(
-            f"`model` is a {type(base).__name__}, which can't be run on text alone ({one_line(error)}); use "
-            "another model."
+            f"`model` is a {type(base).__name__}, whose own forward failed on a row of text with "
+            f"{type(error).__name__} ({one_line(error)}); see that it runs by itself, or use another model."
         ) from error
     return outputs.logits[0, -length - 1 : -1].float().log_softmax(-1)
+
+
+def _asks_for_more(model_class: type[PreTrainedModel], message: str) -> bool:
+    """Whether an error of a forward is that an input beside text is missing: it names one, or is of the main one."""
+    names = [name for name in inspect.signature(model_class.forward).parameters if _BESIDE_TEXT.search(name)]
+    of_main = "NoneType" in message and model_class.main_input_name in names
+    return of_main or any(name in message for name in names)
 
 
 def subtract(logps: Tensor, expected: Tensor) -> Tensor:
