@@ -116,7 +116,7 @@ def trl(policy: PreTrainedModel, reference: PreTrainedModel, batches: dict[bool,
     pairs = {part: [pair for row in rows for pair in _pairs(row)] for part, rows in batches.items()}
     options = _options(DPOConfig, loss_type="nca_pair")
     everything = Dataset.from_list(pairs[True] + pairs[False])
-    trainer = _PairTrainer(policy, reference, options, train_dataset=everything, processing_class=_tokenizer())
+    trainer = _PairTrainer(policy, reference, options, train_dataset=everything, processing_class=build_tokenizer())
     trainer.current_gradient_accumulation_steps = 1  # its training loop sets it
     rows = list(trainer.train_dataset)
     cached = {True: rows[: len(pairs[True])], False: rows[len(pairs[True]) :]}
@@ -156,7 +156,7 @@ def ours(
     args.completions_per_forward = completions_per_forward
     trainer = NCATrainer(
         policy, reference, args, train_dataset=Dataset.from_list(batches[True] + batches[False]),
-        processing_class=_tokenizer(),
+        processing_class=build_tokenizer(),
     )  # fmt: skip
     rows = list(trainer.train_dataset)
     cached = {True: rows[: len(batches[True])], False: rows[len(batches[True]) :]}
@@ -231,7 +231,7 @@ def _options(kind: type[DPOConfig], **options) -> DPOConfig:
     )  # fmt: skip
 
 
-def _tokenizer() -> PreTrainedTokenizerFast:
+def build_tokenizer() -> PreTrainedTokenizerFast:
     """Its ids are never used: the batches are token ids already."""
     from tokenizers import Tokenizer, models
 
