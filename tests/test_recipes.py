@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import re
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from datasets import Dataset
 from safetensors.torch import load_file
 
 from conftest import CORPUS, build_tokenizer
+from nca_align.batching.attention import prefix_sharing_obstacle
 from nca_align.batching.tokenization import tokenize_rows
 from nca_align.commands.train.command import main
 from nca_align.data import load_reward_dataset
@@ -34,7 +36,7 @@ TINY = {
 GEMMA = {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 32}
 # A recipe's model → (family, what its configuration has beside TINY, its chat template in TRL)
 MODELS = {
-    "mistral7b": ("Mistral", {"sliding_window": None}, None),
+    "mistral7b": ("Mistral", {"sliding_window": 32}, None),
     "mixtral8x7b": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}, None),
     "llama3.1-8b": ("Llama", {}, "llama3_1"),
     "llama3.2-3b": ("Llama", {"tie_word_embeddings": True}, "llama3_2"),
@@ -46,7 +48,8 @@ MODELS = {
     ),
     "qwen3.5-4b": (
         "Qwen3_5", {"head_dim": 8, "layer_types": ["linear_attention", "full_attention"], "linear_key_head_dim": 8,
-                    "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4},
+                    "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+                    "tie_word_embeddings": True},
         "qwen3_5_think",
     ),
     "gpt-oss-20b": (
@@ -72,6 +75,33 @@ TOWERS = {
         "image_token_id": 383, "video_token_id": 382, "vision_start_token_id": 381, "vision_end_token_id": 380,
     },
 }  # fmt: skip
+# Figures of the released models' own config.json, beside what their classes have by default
+RELEASED = {
+    "mistral7b": {},
+    "mixtral8x7b": {},
+    "llama3.1-8b": {"vocab_size": 128256, "intermediate_size": 14336, "num_key_value_heads": 8,
+                    "max_position_embeddings": 131072},
+    "llama3.2-3b": {"vocab_size": 128256, "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28,
+                    "num_attention_heads": 24, "num_key_value_heads": 8, "tie_word_embeddings": True,
+                    "max_position_embeddings": 131072},
+    "qwen3-8b": {"intermediate_size": 12288, "num_hidden_layers": 36, "num_key_value_heads": 8,
+                 "max_position_embeddings": 40960},
+    "gemma3-4b": {"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34, "sliding_window": 1024},
+    "gemma4-e4b": {"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 42, "num_key_value_heads": 2,
+                   "num_kv_shared_layers": 18},
+    "qwen3.5-4b": {"hidden_size": 2560, "intermediate_size": 9216, "tie_word_embeddings": True,
+                   "max_position_embeddings": 262144},
+    "gpt-oss-20b": {"num_hidden_layers": 24, "num_local_experts": 32, "router_aux_loss_coef": 0.9},
+}  # fmt: skip
+# with these towers
+RELEASED_TOWERS = {
+    "gemma3-4b": {"vision_config": {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27,
+                                    "num_attention_heads": 16, "image_size": 896, "patch_size": 14}},
+    "gemma4-e4b": {"vision_config": {}, "audio_config": {}},
+    "qwen3.5-4b": {"vision_config": {}},
+}  # fmt: skip
+# Of "4B" the embeddings are left out
+EFFECTIVE = ("gemma4-e4b",)
 MISTRAL_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
     "{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
@@ -133,17 +163,36 @@ def model_of(path: Path) -> str:
     return re.search("|".join(map(re.escape, MODELS)), path.stem)[0]
 
 
+def class_and_config(name: str, text: dict, towers: dict):
+    """The class of a recipe's model, and its config."""
+    family = MODELS[name][0]
+    head = "ForConditionalGeneration" if family in TOWERS else "ForCausalLM"
+    tied = {"tie_word_embeddings": True} if text.get("tie_word_embeddings") else {}  # which both levels have
+    config = towers | tied | {"text_config": text} if family in TOWERS else text
+    return getattr(transformers, family + head), getattr(transformers, f"{family}Config")(**config)
+
+
+def tiny(name: str, vocabulary: int = 384):
+    family, own, _ = MODELS[name]
+    return class_and_config(name, TINY | own | {"vocab_size": vocabulary}, TOWERS.get(family, {}))
+
+
+@cache
+def released(name: str):
+    """The released model itself, without memory for its weights."""
+    model_class, config = class_and_config(name, RELEASED[name], RELEASED_TOWERS.get(name, {}))
+    with torch.device("meta"):
+        return model_class._from_config(config)
+
+
 def save_model(name: str, folder: Path) -> None:
-    family, own, template = MODELS[name]
+    template = MODELS[name][2]
     tokenizer = build_tokenizer(
         (files("trl") / "chat_templates" / f"{template}.jinja").read_text() if template else MISTRAL_TEMPLATE
     )
-    config = TINY | own | {"vocab_size": len(tokenizer)}
-    if family in TOWERS:
-        config = TOWERS[family] | {"text_config": config}
-    head = "ForConditionalGeneration" if family in TOWERS else "ForCausalLM"
+    model_class, config = tiny(name, len(tokenizer))
     torch.manual_seed(0)
-    getattr(transformers, family + head)(getattr(transformers, f"{family}Config")(**config)).save_pretrained(folder)
+    model_class(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
@@ -199,6 +248,59 @@ def test_a_recipe_trains_a_tiny_model_of_its_architecture(path, tmp_path, caplog
         changed = {name for name in before if not torch.equal(before[name], after[name])}
         assert changed
         assert not any(part in name for name in changed for part in ("vision", "visual", "projector", "audio"))
+
+
+# The released models
+
+
+def kinds(config) -> dict:
+    """What decides by which code a model's layers run."""
+    text = config.get_text_config()
+    windows = "sliding_attention" in (getattr(text, "layer_types", None) or [])
+    return {
+        "layers": set(getattr(text, "layer_types", None) or []), "tied": bool(text.tie_word_embeddings),
+        "window": windows or getattr(text, "sliding_window", None) is not None,
+        "experts": bool(getattr(text, "num_local_experts", 0)),
+        "towers": {name for name in ("vision_config", "audio_config") if getattr(config, name, None) is not None},
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_tiny_model_is_of_the_released_ones_kind(name):
+    (small_class, small), model = tiny(name), released(name)
+    assert type(model) is small_class
+    found, expected = kinds(small), kinds(model.config)
+    found["towers"] |= {"audio_config"} & expected["towers"]  # which text runs no more of than it does of the other
+    assert found == expected
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipes_figures_and_options_are_those_of_the_released_model(path):
+    """Sizes in names and comments, the memory that follows from them, lengths, attention, layout and coefficients."""
+    text, recipe, name = path.read_text(), yaml.safe_load(path.read_text()), model_of(path)
+    model = released(name)
+    config, weights = model.config.get_text_config(), model.num_parameters()
+    read_by_each_layer = sum(p.numel() for n, p in model.named_parameters() if "embed_tokens_per_layer" in n)
+    by_name = weights - (read_by_each_layer + model.get_input_embeddings().weight.numel() if name in EFFECTIVE else 0)
+    if size := re.search(r"-E?([\d.]+)[bB]\b", recipe["model_name_or_path"]):  # not of 8x7B
+        assert float(size[1]) == pytest.approx(by_name / 1e9, rel=0.15)  # names are round: 7B is 7.24, 4B is 4.66
+    for size in re.findall(r"([\d.]+)B weights", text):
+        assert size == f"{weights / 1e9:.1f}"
+    for size in re.findall(r"([\d.]+)B are\s+# embeddings that each layer reads", text):
+        assert size == f"{read_by_each_layer / 1e9:.1f}"
+    for size in re.findall(r"(\d+) GB in fp32", text):  # weights, gradients, and AdamW's two moments
+        assert size == f"{16 * weights / 1e9:.0f}"
+    if cards := re.search(r"^# (Eight|Sixteen) GPUs of (\d+) GB", text, re.M):
+        assert 16 * weights / {"Eight": 8, "Sixteen": 16}[cards[1]] < 0.8e9 * int(cards[2])
+    assert recipe["max_length"] <= config.max_position_embeddings
+    assert recipe["attn_implementation"] == "eager" or model._supports_sdpa
+    if coefficient := re.search(r"the model's own ([\d.]+)", text):
+        assert float(coefficient[1]) == config.router_aux_loss_coef
+    assert "router_aux_loss_coef" not in recipe or hasattr(config, "router_aux_loss_coef")
+    if "Three of four layers are linear attention" in text:
+        assert config.layer_types.count("linear_attention") == 0.75 * config.num_hidden_layers
+    layout = re.search(r"^layout: auto +# (\w+)", text, re.M)[1]
+    assert (layout == "prefix_shared") == (prefix_sharing_obstacle(model) is None)
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("recipes/*.yaml")), ids=lambda path: path.stem)
