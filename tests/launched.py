@@ -12,17 +12,21 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType
 from datasets import Dataset
 from peft import LoraConfig
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoTokenizer, BitsAndBytesConfig, TrainerCallback
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from conftest import require_changed, reward_rows
 from nca_align import NCAConfig, NCATrainer
+from nca_align.errors import UserError
 
 # 17 rows in batches of two leave the second of two processes a last batch of nothing but repeats; 16 divide
 FACTORS: dict[str, tuple] = {
@@ -63,6 +67,18 @@ class Proof(TrainerCallback):
             assert sum(p.to_local().numel() for p in parameters) < 0.6 * sum(p.numel() for p in parameters)
 
 
+class Trainer(NCATrainer):
+    """Fails a reference pass under FSDP2 that isn't split by layers, as TRL's isn't."""
+
+    def compute_ref_log_probs(self, model, inputs):
+        if self.is_fsdp_enabled:
+            layers = [module for module in model.modules() if isinstance(module, LlamaDecoderLayer)]
+            assert layers
+            assert all(isinstance(layer, FSDPModule) for layer in layers)
+            assert all(isinstance(parameter, DTensor) for layer in layers for parameter in layer.parameters())
+        return super().compute_ref_log_probs(model, inputs)
+
+
 def launch_options(launch: str) -> dict[str, Any]:
     """What the config says of the launch."""
     if launch == "fsdp2":
@@ -83,7 +99,7 @@ def launch_options(launch: str) -> dict[str, Any]:
 
 
 def train(case: dict[str, Any], launch: str, model: str, output: Path) -> dict[str, Any]:
-    """One run of two epochs, evaluated with batches of several sizes; its log and, beside it, its final weights."""
+    """One run of two epochs, evaluated before and after it; its log and, beside it, its final weights."""
     dataset = reward_rows(case["rows"] + 5, 4 if case["k"] == "four" else [4, 2, 3, 5])
     args = NCAConfig(
         str(output), bf16=False, use_cpu=True, report_to=[], disable_tqdm=True, save_strategy="no", logging_steps=1,
@@ -104,7 +120,7 @@ def train(case: dict[str, Any], launch: str, model: str, output: Path) -> dict[s
         )  # fmt: skip
     torch.manual_seed(0)
     proof = Proof(launch)
-    trainer = NCATrainer(
+    trainer = Trainer(
         model=model,
         args=args,
         train_dataset=Dataset.from_list(dataset[5:]),
@@ -121,13 +137,20 @@ def train(case: dict[str, Any], launch: str, model: str, output: Path) -> dict[s
     proof.trainer = trainer
     assert trainer.data_collator.layout == case["layout"]
     assert ("ref_logps" in trainer.train_dataset.column_names) == (case["reference"] == "cached")
+    if launch.startswith("zero"):
+        with pytest.raises(UserError, match="`evaluate` before `train`"):
+            trainer.evaluate()
+        before = None
+    else:
+        before = trainer.evaluate()
     trainer.train()
     trainer.save_model(str(output))
-    evaluations = []
+    evaluations = [trainer.evaluate(Dataset.from_list(dataset[:5]))]  # as new rows, whose reference isn't cached
     for size in (1, 2, 3):
         trainer.args.per_device_eval_batch_size = size
         evaluations.append(trainer.evaluate())
-    return {"log": [line for line in trainer.state.log_history if "loss" in line], "evaluations": evaluations}
+    log = [line for line in trainer.state.log_history if "loss" in line]
+    return {"before": before, "log": log, "evaluations": evaluations}
 
 
 def main(cases_file: str, output: str) -> None:

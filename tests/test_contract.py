@@ -48,6 +48,7 @@ VALUES = {
     "_globalstep_last_logged": (lambda nca: nca, "trainer"),
     "_is_stateful": (lambda nca: nca.model, "modeling_utils"),
     "_is_accelerate_prepared": (lambda nca: nca.model, "accelerator"),
+    "_models": (lambda nca: nca.accelerator, "accelerator"),
     "_name": (lambda nca: nca, "trl"),
     "_name_or_path": (lambda nca: nca.model.config, "configuration_utils"),
     "_signature_columns": (lambda nca: nca, "trainer"),
@@ -68,8 +69,8 @@ IMPORTED = {
     "transformers.trainer_utils.rotate_checkpoints": None,
     "trl.models.prepare_deepspeed": None,
 }
-# Modules that are imported whole, and what in them is replaced.
-REPLACED = {"trl.trainer.dpo_trainer": "BaseTunerLayer"}
+# Modules that are imported whole, what in them is replaced, and how often it is used there.
+REPLACED = {"trl.trainer.dpo_trainer": {"BaseTunerLayer": 1, "create_model_from_path": 2, "prepare_fsdp": 1}}
 NEEDS_DEEPSPEED = {"trl.models.prepare_deepspeed"}  # called by `make test-deepspeed`
 # Where private names may stand.
 ALLOWED = ("trainer.py", "training/", "batching/attention.py")
@@ -184,10 +185,10 @@ def test_every_import_from_a_private_module_runs(trained):
             assert inspect.unwrap(function).__code__ in trained.ran, path
 
 
-def test_what_is_replaced_is_there_for_one_question():
-    for module, name in REPLACED.items():
-        asked = re.findall(rf"\b{name}\b", inspect.getsource(import_module(module)))
-        assert len(asked) == 2, "one import, one `isinstance`"
+def test_what_is_replaced_is_there_for_nothing_else():
+    for module, names in REPLACED.items():
+        text = inspect.getsource(import_module(module))
+        assert {name: len(re.findall(rf"\b{name}\b", text)) - 1 for name in names} == names  # and its import
 
 
 def test_every_value_that_is_read_is_there_and_the_librarys_own(trained):

@@ -144,6 +144,8 @@ def check(alone: dict[str, tuple[dict, dict]], launched: dict[str, tuple[dict, d
         losses = [line["loss"] for line in result["log"]]
         assert len(losses) == (4 if " 16 " in case else 6), case
         assert len(set(losses)) == len(losses), case
+        if other["before"] is not None:
+            assert other["before"]["eval_loss"] == pytest.approx(result["before"]["eval_loss"], abs=1e-5)
         for line, other_line in zip(result["log"], other["log"], strict=True):
             same(line, other_line)
             worst_loss = max(worst_loss, abs(line["loss"] - other_line["loss"]))

@@ -84,6 +84,13 @@ def launched_sharded(args: Any) -> bool:
     return launched or bool(args.fsdp) or args.deepspeed is not None
 
 
+def fsdp_version(args: Any) -> int | None:
+    """1 or 2, by the options or the launcher, whose default is 1; None without FSDP."""
+    if args.fsdp:
+        return int(args.fsdp_plugin_args["fsdp_version"])
+    return int(os.environ.get("FSDP_VERSION", "1")) if parse_flag_from_env("ACCELERATE_USE_FSDP") else None
+
+
 def _launched_on_cpu() -> bool:
     """Whether `accelerate launch --cpu` started this process."""
     return bool(parse_flag_from_env("ACCELERATE_USE_CPU"))

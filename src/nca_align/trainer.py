@@ -29,7 +29,7 @@ from .models.policy import base_model
 from .models.routing import load_balancing_loss
 from .progress import closing_bars, without_library_bars
 from .store.checkpoints import explain_read_errors
-from .training import adapters, arguments, console, gradients, reference, reference_cache, row_weights, streams
+from .training import adapters, arguments, console, gradients, reference, reference_cache, row_weights, sharded, streams
 from .training.dropout import disable_functional_dropout
 from .training.guards import StepGuard
 from .training.metrics import MetricLog
@@ -95,7 +95,7 @@ class NCATrainer(DPOTrainer):
         self._adapter_config = None if self._reference_given else adapters.let_copy_start_plainly(model)
         self._tag_names = [*self._tag_names, *map(short_name, args.loss_type)]  # of the model and its card
         self._log = MetricLog()
-        with arguments.adapter_on_head():
+        with arguments.adapter_on_head(), sharded.references_by_layer(self):
             super().__init__(
                 model=model,
                 ref_model=ref_model if self._reference_given else reference.frozen_copy(model, peft_config, args),
@@ -170,9 +170,11 @@ class NCATrainer(DPOTrainer):
             return dataset
         with ExitStack() as stack:
             model = self.model if self.ref_model is None else self.ref_model
-            if self.ref_model is None and self.is_deepspeed_enabled and self.model_wrapped is self.model:
-                model = prepare_deepspeed(self.model, self.accelerator)  # places and gathers it before training
+            if model is self.model is self.model_wrapped and self.is_deepspeed_enabled:  # before training
+                model = prepare_deepspeed(model, self.accelerator)  # places and gathers it
                 stack.callback(model.destroy)  # its hooks would get in the way of the training engine's
+            elif model is self.model and self.is_fsdp_enabled:
+                model = sharded.split(model, self.accelerator)
             self._checks.check_model(model, gradients=False)
             key = (self._reference_hash, str(self.accelerator.mixed_precision), str(self.model.dtype))
             compute = partial(self.compute_ref_log_probs, model)

@@ -13,6 +13,7 @@ from trl.trainer import dpo_trainer
 from ..batching.collator import RewardCollator
 from ..config import NCAConfig, changed_options
 from ..data import DataOptions, to_reward_dataset
+from ..device import fsdp_version
 from ..errors import UnsupportedError, UserError, UserTypeError, notify
 from ..own_losses import OwnLoss
 from ..unread import Rule, refuse_shared_batches, sentence, unread
@@ -50,6 +51,11 @@ def check_arguments(
         )
     if data_collator is not None and (notice := sentence(unread(args, changed_options(args), _OF_THE_COLLATOR))):
         notify(notice)
+    if fsdp_version(args) == 1:
+        raise UnsupportedError(
+            "the launch says FSDP 1, whose models aren't saved and checked here: set `fsdp_version: 2` in accelerate's "
+            "file (`configs/accelerate/fsdp2.yaml` is one), or `version: 2` in `fsdp_config`."
+        )
     if compute_metrics is not None:
         raise UnsupportedError(
             "`compute_metrics` can't be used with NCATrainer, which builds no logits; its metrics over completions "

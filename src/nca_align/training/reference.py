@@ -7,18 +7,18 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import is_peft_model
+from accelerate.utils import broadcast_object_list, is_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..batching.attention import share_prefixes
 from ..config import NCAConfig
-from ..errors import UserError
+from ..errors import UnsupportedError, UserError
 from ..models.loading import ModelSource
 from ..models.logprobs import add_token_logps
 from ..models.policy import as_reference, base_model, eval_mode
 from ..store.fingerprints import tensors_fingerprint
-from .sharded import reshard
+from .sharded import placed_reference, reshard, split
 
 # What a model's config says beside what its forward computes
 _NOT_COMPUTED = (  # saving writes some of these, and each training sets the ids
@@ -127,6 +127,13 @@ def around_evaluation(trainer: Any, dataset: Any) -> Iterator[None]:
     known = dataset is None or isinstance(dataset, str)
     kept = not trainer.precompute_ref_logps or trainer.ref_model is not None or is_peft_model(trainer.model)
     device, line_is_due = trainer.accelerator.device, trainer.control.should_log
+    if trainer.is_deepspeed_enabled and trainer.deepspeed is None:
+        raise UnsupportedError(
+            "`evaluate` before `train` isn't possible under DeepSpeed, whose engine for it can't be trained: evaluate "
+            "after training, or under FSDP2 or DDP."
+        )
+    if trainer.accelerator.is_fsdp2 and not trainer.accelerator._models:  # before training, which accelerate refuses
+        trainer.accelerator._models.append(split(trainer.model, trainer.accelerator))
     reloaded = not (known or kept) and trainer.state.global_step > 0
     if reloaded:
         packed = trainer.data_collator.layout == "prefix_shared"
@@ -158,11 +165,13 @@ def reload_reference(model: Any, expected: str, shares_prefixes: bool, accelerat
     except UserError as error:
         reason = f"it could not be loaded again from {path!r} ({type(error.__cause__ or error).__name__})"
     else:
-        if model_hash(reference, trained=True) == expected:
+        same = [model_hash(reference, trained=True) == expected]
+        broadcast_object_list(same, from_process=0)  # FSDP's first process alone may have read the weights
+        if same[0]:
             add_token_logps(reference)
             if shares_prefixes:
                 share_prefixes(reference)
-            return accelerator.prepare_model(reference, evaluation_mode=True)
+            return placed_reference(reference, accelerator)
         reason = f"the weights in {path!r} are not those that it had before training"
     raise UserError(
         "`evaluate()` on a new data set needs the reference model, which `precompute_ref_log_probs` did not keep: "

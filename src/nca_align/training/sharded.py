@@ -1,14 +1,55 @@
-"""What a model needs whose weights FSDP has split: them in one piece, and no layer left gathered."""
+"""What a model needs whose weights FSDP splits: to be split a layer at a time, and them in one piece again."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.utils import fsdp2_prepare_model
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from trl.models import prepare_deepspeed
+from trl.trainer import dpo_trainer
 
 from ..models.policy import base_model
+
+
+@contextmanager
+def references_by_layer(trainer: Any) -> Iterator[None]:
+    """Around TRL's constructor, whose reference under FSDP is whole on each card, at the start and in each forward.
+
+    Here it is split as the policy is. To precompute from, TRL loads it beside the policy: the policy itself, which
+    isn't trained yet, stands for it.
+    """
+    load = dpo_trainer.create_model_from_path
+
+    def create(path: str, **options: Any) -> Any:
+        policy = getattr(trainer, "model", None)  # there is none when it is what is loaded
+        return policy if policy is not None and trainer.args.precompute_ref_log_probs else load(path, **options)
+
+    def prepare(model: Any, accelerator: Accelerator) -> nn.Module:
+        trainer._set_up()  # before the weights are split, which hides them from a hash
+        return split(model, accelerator)
+
+    with patch.multiple(dpo_trainer, create_model_from_path=create, prepare_fsdp=prepare):
+        yield
+
+
+def split(model: Any, accelerator: Accelerator) -> nn.Module:
+    """A model under FSDP2, placed and split by its layers before training would do that; where it is, as it is."""
+    model = fsdp2_prepare_model(accelerator, model)
+    model.eval()
+    return model
+
+
+def placed_reference(model: Any, accelerator: Accelerator) -> nn.Module:
+    """A reference that was loaded, where its forwards are and as they need it under any launch."""
+    if accelerator.state.deepspeed_plugin is not None:
+        return prepare_deepspeed(model, accelerator)
+    return split(model, accelerator) if accelerator.is_fsdp2 else accelerator.prepare_model(model, evaluation_mode=True)
 
 
 def saves_shards(accelerator: Accelerator) -> bool:

@@ -1,0 +1,192 @@
+"""A run as each of configs/accelerate says, on CPU processes: trained as by one, whole, resumed, exported."""
+
+import importlib.util
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from transformers import AutoModelForCausalLM
+
+from conftest import reward_rows
+from nca_align import NCAConfig, NCATrainer
+from nca_align.commands.export.command import ExportOptions, export
+from nca_align.errors import UnsupportedError, UserError
+from nca_align.store.weights import read_back
+from nca_align.training.sharded import own_class
+from test_launch import ROOT, TRAIN, run, torchrun
+
+LORA = {name: value for name, value in TRAIN.items() if name == "use_peft" or name.startswith("lora_")}
+# Weights to their options and the file that holds what was trained
+WEIGHTS = {
+    "full": ({}, "model.safetensors"),
+    "full, cached": ({"precompute_ref_log_probs": "true"}, "model.safetensors"),
+    "lora": (LORA | {"precompute_ref_log_probs": "true"}, "adapter_model.safetensors"),
+    "continued": ({}, "adapter_model.safetensors"),
+    "qlora": (LORA | {"load_in_4bit": "true", "precompute_ref_log_probs": "true"}, "adapter_model.safetensors"),
+}
+# Launches to accelerate's file and what is changed of it
+LAUNCHES: dict[str, tuple[str, dict[str, str]]] = {
+    "one": ("one_gpu", {}),
+    "ddp": ("multi_gpu", {}),
+    "fsdp2": ("fsdp2", {}),
+    "zero2": ("zero3", {"zero_stage": "2"}),
+    "zero3": ("zero3", {}),
+}
+# (launch, weights) that is refused, and the reason
+REFUSED = {("zero3", "continued"): "reference is another adapter, which ZeRO-3 would not save"}
+needs_deepspeed = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None,
+    reason="needs deepspeed, in an environment of its own: make test-deepspeed",
+)
+
+
+def environment(launch: str, processes: int) -> dict[str, str]:
+    """What `accelerate launch` makes of its file for its processes, in fp32."""
+    file, changed = LAUNCHES[launch]
+    given = {"num_processes": str(processes), "mixed_precision": "no"} | changed
+    flags = [part for name, value in given.items() for part in (f"--{name}", value)]
+    arguments = ["--config_file", str(ROOT / "configs" / "accelerate" / f"{file}.yaml"), *flags, "train.py"]
+    args, defaults, _ = _validate_launch_command(launch_command_parser().parse_args(arguments))
+    if args.use_deepspeed:
+        args.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
+        made = prepare_deepspeed_cmd_env(args)[1]
+    else:
+        made = prepare_multi_gpu_env(args)
+    return {name: value for name, value in made.items() if os.environ.get(name) != value}
+
+
+def train(output: Path, launch: str, **options) -> str:
+    processes = 1 if launch == "one" else 2
+    options = (
+        {name: value for name, value in TRAIN.items() if name not in LORA}
+        | {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
+        | {"gradient_accumulation_steps": 4 // processes}
+        | options
+    )
+    arguments = [part for name, value in options.items() for part in (f"--{name}", str(value))]
+    command = [*torchrun(processes), "tests/launched_as_on_cards.py", "--output_dir", str(output), *arguments]
+    cache = {"HF_DATASETS_CACHE": str(output.parent / f"cache-{launch}")}
+    return run(command, environment(launch, processes) | cache, timeout=240).stdout
+
+
+def of_each_process(checkpoint: Path, launch: str) -> list[Path]:
+    """What each process has written for itself: the proof of how it was launched."""
+    pattern = {
+        "fsdp2": "pytorch_model_fsdp_0/__*.distcp", "zero2": "global_step*/*_optim_states.pt",
+        "zero3": "global_step*/*_optim_states.pt",
+    }.get(launch, "rng_state*.pth")  # fmt: skip
+    return list(checkpoint.glob(pattern))
+
+
+def check(launch: str, weights: str, model_dir: str, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("\n".join(map(json.dumps, reward_rows(24, [4, 2, 3, 5]))))
+    own, file = WEIGHTS[weights]
+    options = {"model_name_or_path": model_dir, "dataset_name": rows} | own
+    if weights == "continued":
+        torch.manual_seed(0)
+        config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+        get_peft_model(AutoModelForCausalLM.from_pretrained(model_dir), config).save_pretrained(tmp_path / "before")
+        options["model_name_or_path"] = tmp_path / "before"
+    alone, output = tmp_path / "alone", tmp_path / "run"
+    if (launch, weights) in REFUSED:
+        with pytest.raises(AssertionError, match=REFUSED[launch, weights]):
+            train(output, launch, **options)
+        return
+    train(alone, "one", **options)
+    said = train(output, launch, **options)
+
+    *earlier, last = sorted(output.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    assert earlier
+    for checkpoint in (*earlier, last):
+        parts = [path.stat().st_size for path in of_each_process(checkpoint, launch)]
+        assert len(parts) == (1 if launch == "one" else 2)
+        assert max(parts) < 2 * min(parts)
+
+    # whole, and what one process trains
+    assert f"is in {output}, the plot is" in said
+    expected, found = load_file(alone / file), load_file(output / file)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():  # Adam turns rounding of small gradients into steps
+        if weights == "qlora":  # whose adapter is bfloat16
+            assert (found[name] - value).abs().mean() < 0.02 * value.abs().mean()
+        else:
+            torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5)
+    if weights == "continued":  # the reference is where it began
+        before, kept = (load_file(path / file) for path in (tmp_path / "before", output / "ref"))
+        assert kept.keys() == before.keys()
+        assert all(torch.equal(kept[name], value) for name, value in before.items())
+
+    # gone on from an earlier checkpoint, after an evaluation, to the same bytes
+    resumed = tmp_path / "resumed"
+    shutil.copytree(output, resumed, ignore=shutil.ignore_patterns(last.name))
+    (resumed / file).unlink()
+    said = train(resumed, launch, resume_from_checkpoint="true", **options)
+    assert f"The run goes on from {resumed / earlier[-1].name}" in said
+    assert (resumed / file).read_bytes() == (output / file).read_bytes()
+
+    # exported, also from the checkpoint alone
+    for source in (output, last):
+        export(ExportOptions(model_name_or_path=str(source), output=str(tmp_path / f"{source.name}-exported")))
+    first, second = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / f"{source.name}-exported").state_dict()
+        for source in (output, last)
+    )
+    for name, value in first.items():
+        torch.testing.assert_close(second[name], value, rtol=0, atol=0)
+
+
+IN_CI = [("ddp", "full"), ("ddp", "lora"), ("ddp", "qlora"), *(("fsdp2", weights) for weights in WEIGHTS)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("launch", "weights"), IN_CI)
+def test_a_run_as_the_launch_file_says_is_whole(launch, weights, model_dir, tmp_path):
+    check(launch, weights, model_dir, tmp_path)
+
+
+@pytest.mark.long
+@needs_deepspeed
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("launch", ["zero2", "zero3"])
+def test_a_run_under_deepspeed_is_whole(launch, weights, model_dir, tmp_path):
+    check(launch, weights, model_dir, tmp_path)
+
+
+def test_a_save_that_left_no_weights_or_broken_ones_is_told(tmp_path):
+    file = tmp_path / "model.safetensors"
+    with pytest.raises(UserError, match=r"no weights were written to .*zero3_save_16bit_model"), read_back(tmp_path):
+        (tmp_path / "config.json").write_text("{}")
+    file.write_bytes(b"of an earlier run")
+    with pytest.raises(UserError, match="no weights were written"), read_back(tmp_path):
+        pass
+    with pytest.raises(UserError, match=r"model.safetensors can't be read after it was written"), read_back(tmp_path):
+        file.write_bytes(b"cut off")
+
+
+def test_a_sharded_models_class_is_its_authors():
+    class Sharded(FSDPModule, nn.Linear):
+        def __new__(cls, *args, **kwargs):
+            return nn.Linear.__new__(cls)
+
+    assert own_class(Sharded(2, 2)) is nn.Linear
+    assert own_class(nn.Linear(2, 2)) is nn.Linear
+
+
+@pytest.mark.parametrize("options", [{}, {"fsdp": True, "fsdp_config": {"version": 1}}])
+def test_fsdp_1_is_refused_before_anything_is_loaded(options, monkeypatch, tmp_path):
+    if not options:
+        monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")  # accelerate's files have version 1 where they say nothing
+    args = NCAConfig(str(tmp_path), bf16=False, use_cpu=True, report_to=[], **options)
+    with pytest.raises(UnsupportedError, match=r"the launch says FSDP 1.*`fsdp_version: 2`"):
+        NCATrainer("nowhere", args=args, train_dataset=Dataset.from_list(reward_rows(2, 2)))
