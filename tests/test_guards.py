@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 
 from conftest import build_model, build_tokenizer, reward_rows
 from nca_align import NCAConfig, NCATrainer
+from nca_align.batching import attention
 from nca_align.errors import UserError
 from nca_align.training.guards import MOST_SKIPPED, StepGuard
 from test_trainer import logged, trainer
@@ -152,14 +153,50 @@ def test_skip_is_refused_under_deepspeed():
 
 
 class Synchronisations(TorchDispatchMode):
-    """Counts what waits for a device: a tensor's value that Python reads."""
+    """Counts what waits for a device: a tensor's value that Python reads, and a shape that depends on values."""
 
     count = 0
+    waits = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "unique", "_unique2")
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function is torch.ops.aten._local_scalar_dense.default:
-            self.count += 1
+        name = function.overloadpacket.__name__
+        chosen = any(index is not None and index.dtype == torch.bool for index in args[1]) if name == "index" else False
+        self.count += name in self.waits or chosen
         return function(*args, **(kwargs or {}))
+
+
+def _counting(name):
+    """A method of tensors that reads memory by itself, counted as one."""
+    own = getattr(torch.Tensor, name)
+
+    def read(tensor, *args, **kwargs):
+        mode = Counted.mode
+        before = mode and mode.count
+        try:
+            return own(tensor, *args, **kwargs)
+        finally:
+            if mode:
+                mode.count = before + 1
+
+    return read
+
+
+class Counted:
+    """Within it `mode` counts; of `tolist`, `numpy` and `cpu` one each, whatever they read."""
+
+    mode: Synchronisations | None = None
+
+    def __enter__(self) -> Synchronisations:
+        self.patch = pytest.MonkeyPatch()
+        for name in ("tolist", "numpy", "cpu"):
+            self.patch.setattr(torch.Tensor, name, _counting(name))
+        Counted.mode = Synchronisations()
+        return Counted.mode.__enter__()
+
+    def __exit__(self, *error):
+        Counted.mode.__exit__(*error)
+        Counted.mode = None
+        self.patch.undo()
 
 
 def test_a_micro_batch_costs_no_synchronisation():
@@ -189,6 +226,36 @@ def test_a_training_step_reads_no_value(own, tmp_path):
     with Synchronisations() as mode:
         nca.training_step(nca.model, *batches, counts)
     assert mode.count == 0
+
+
+@pytest.mark.parametrize("layers", [2, 5])
+@pytest.mark.parametrize("own", [{"layout": "padded"}, {}, {"varlen": True}, {"completions_per_forward": 1}])
+def test_a_step_waits_for_the_device_once_and_no_layer_does(own, layers, tmp_path, monkeypatch):
+    """From the batches to the update, of two micro-batches; batches are made before, on the CPU.
+
+    Of a padded row transformers asks twice, once a forward, whether its mask is needed at all.
+    """
+    masks = 2 * 2 if own.get("layout") == "padded" else 0
+    own = dict(own)
+    if own.pop("varlen", False):
+        monkeypatch.setattr(attention, "_varlen_takes", lambda *tensors: True)
+        monkeypatch.setattr(attention, "varlen_attn", lambda query, *args, **kwargs: query * 1.0)
+    tokenizer = build_tokenizer()
+    nca = trainer(
+        tmp_path, build_model(tokenizer, num_hidden_layers=layers), reward_rows(4, [3, 2]), tokenizer=tokenizer,
+        startup_checks=False, precompute_ref_log_probs=True, **own,
+    )  # fmt: skip
+    nca.create_optimizer()
+    batches = [nca.data_collator([nca.train_dataset[i] for i in (n, n + 1)]) for n in (0, 2)]
+    with Counted() as mode:
+        assert torch.ones(2)[torch.tensor([True, False])].tolist() == [1]
+        assert mode.count == 2  # it counts
+        own_batches, counts = nca.get_batch_samples(iter(batches), 2, torch.device("cpu"))
+        for batch in own_batches:
+            nca.training_step(nca.model, batch, counts)
+        norm = torch.nn.utils.clip_grad_norm_(nca.model.parameters(), 1.0)
+        nca._guard.check(norm, 1, False)
+        assert mode.count <= 2 + 1 + masks
 
 
 @pytest.mark.parametrize(("value", "expected"), [("halt", "must be one of 'stop', 'skip'"), ("", "is ''")])
