@@ -47,7 +47,7 @@ test-deepspeed:  ## ZeRO-2 and ZeRO-3 with two processes on a CPU, in an environ
 	$(PYTHON) -m venv $(VENV)-deepspeed
 	$(VENV)-deepspeed/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
 		-e ".[test]" deepspeed
-	$(VENV)-deepspeed/bin/python -m pytest -m long -rP tests/test_launch.py
+	$(VENV)-deepspeed/bin/python -m pytest -m long -rP tests/test_launch.py tests/test_launch_files.py
 
 check-judges: $(READY)  ## the real AlpacaEval and FastChat, in environments of their own, read and judge our files
 	$(PYTHON) -m venv $(VENV)-alpaca-eval

@@ -26,13 +26,15 @@ from nca_align.training.sharded import own_class
 from test_launch import ROOT, TRAIN, run, torchrun
 
 LORA = {name: value for name, value in TRAIN.items() if name == "use_peft" or name.startswith("lora_")}
+CACHED = {"precompute_ref_log_probs": "true"}
+BEST = CACHED | {"load_best_model_at_end": "true"}  # of the one step that is evaluated, which is not the last
 # Weights to their options and the file that holds what was trained
 WEIGHTS = {
     "full": ({}, "model.safetensors"),
-    "full, cached": ({"precompute_ref_log_probs": "true"}, "model.safetensors"),
-    "lora": (LORA | {"precompute_ref_log_probs": "true"}, "adapter_model.safetensors"),
+    "full, cached": (BEST, "model.safetensors"),
+    "lora": (LORA | BEST, "adapter_model.safetensors"),
     "continued": ({}, "adapter_model.safetensors"),
-    "qlora": (LORA | {"load_in_4bit": "true", "precompute_ref_log_probs": "true"}, "adapter_model.safetensors"),
+    "qlora": (LORA | CACHED | {"load_in_4bit": "true"}, "adapter_model.safetensors"),
 }
 # Launches to accelerate's file and what is changed of it
 LAUNCHES: dict[str, tuple[str, dict[str, str]]] = {
@@ -144,11 +146,12 @@ def check(launch: str, weights: str, model_dir: str, tmp_path: Path) -> None:
     assert (resumed / file).read_bytes() == (output / file).read_bytes()
 
     # exported, also from the checkpoint alone
-    for source in (output, last):
+    ended_with = earlier[-1] if "load_best_model_at_end" in own else last
+    for source in (output, ended_with):
         export(ExportOptions(model_name_or_path=str(source), output=str(tmp_path / f"{source.name}-exported")))
     first, second = (
         AutoModelForCausalLM.from_pretrained(tmp_path / f"{source.name}-exported").state_dict()
-        for source in (output, last)
+        for source in (output, ended_with)
     )
     for name, value in first.items():
         torch.testing.assert_close(second[name], value, rtol=0, atol=0)
