@@ -23,6 +23,7 @@ LAYERS = [
         "help_page",
         "user_functions",
         "errors",
+        "processes",
         "progress",
     ],
     ["store"],

@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import json
+import os
 import random
 import re
 import shutil
@@ -791,21 +792,83 @@ class TestServer:
             sample(options(base_url=f"{url}/v1/", model_name_or_path="m", as_chat=False))
         assert read(options().output)[2]["completions"] == ["Hi 0", "Hi 1", "Hi 2"]
 
-    def test_at_most_so_many_requests_at_a_time(self, options):
-        now, most, lock = [0], [0], threading.Lock()
+    def test_so_many_requests_at_a_time_from_the_first_to_the_last(self, options, tmp_path):
+        """One answer of each shard but the last comes only once no other row is left to be asked for."""
+        count, size, concurrency = 60, 5, 4
+        slow = {f"Question {i}" for i in range(0, 15, size)}  # one fewer than the window, so that it goes on
+        asked, now, seen, lock = [], [0], [], threading.Lock()
+        all_asked = threading.Event()
 
         def answer(path, body):
             with lock:
                 now[0] += 1
-                most[0] = max(most[0], now[0])
-            threading.Event().wait(0.02)
+                asked.append(body["messages"][0]["content"])
+                if len(asked) == count:
+                    all_asked.set()
+            if asked[-1] in slow or body["messages"][0]["content"] in slow:
+                assert all_asked.wait(60)
+            deadline = time.monotonic() + 30  # until the window is full again, or nothing is left for it
+            while now[0] < concurrency and not all_asked.is_set() and time.monotonic() < deadline:
+                time.sleep(0.001)
             with lock:
+                seen.append((now[0], all_asked.is_set()))
                 now[0] -= 1
             return 200, {}, chat_answer(body, 3)
 
+        many = write_prompts(tmp_path / "many.txt", [f"Question {i}" for i in range(count)])
         with http_server(answer) as url:
-            sample(options(base_url=url, model_name_or_path="m", concurrency=2, shard_size=7))
-        assert most[0] == 2
+            sample(options(base_url=url, model_name_or_path="m", dataset_name=many, concurrency=concurrency,
+                           shard_size=size))  # fmt: skip
+        assert [row["prompt"][0]["content"] for row in read(options().output)] == [
+            f"Question {i}" for i in range(count)
+        ]
+        assert len(asked) == count
+        assert {at_once for at_once, at_the_end in seen if not at_the_end} == {concurrency}
+        assert max(at_once for at_once, _ in seen) == concurrency
+
+    def test_rows_are_asked_for_in_their_order_and_few_shards_are_in_memory(self, options, tmp_path, monkeypatch):
+        asked, open_shards, most = [], set(), [0]
+        complete_shard = sample_command._shard_function
+
+        def watched(engine, options):
+            own = complete_shard(engine, options)
+
+            def run(shard, first_row, rows, progress):
+                open_shards.add(shard)
+                most[0] = max(most[0], len(open_shards))
+                made = own(shard, first_row, rows, progress)
+                open_shards.remove(shard)
+                return made
+
+            return run
+
+        monkeypatch.setattr(sample_command, "_shard_function", watched)
+
+        def answer(path, body):
+            asked.append(int(body["messages"][0]["content"].split()[1]))
+            return 200, {}, chat_answer(body, 3)
+
+        many = write_prompts(tmp_path / "many.txt", [f"Question {i}" for i in range(90)])
+        with http_server(answer) as url:
+            sample(options(base_url=url, model_name_or_path="m", dataset_name=many, concurrency=3, shard_size=3))
+        assert sorted(asked) == list(range(90))
+        assert all(abs(place - row) < 6 for place, row in enumerate(asked))
+        assert 1 < most[0] <= 4
+
+    def test_an_interrupt_ends_what_has_not_begun(self, options, tmp_path, monkeypatch):
+        asked = []
+
+        def answer(path, body):
+            asked.append(body)
+            if len(asked) == 5:
+                os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.02)
+            return 200, {}, chat_answer(body, 3)
+
+        many = write_prompts(tmp_path / "many.txt", [f"Question {i}" for i in range(200)])
+        with http_server(answer) as url, pytest.raises(KeyboardInterrupt):
+            sample(options(base_url=url, model_name_or_path="m", dataset_name=many, concurrency=2, shard_size=50))
+        assert len(asked) < 100
 
     @pytest.mark.parametrize("failure", [(503, {}, b"busy"), (429, {"Retry-After": "3"}, b""), (200, {}, b"{tru")])
     def test_tried_again_while_the_server_is_busy(self, options, failure):
@@ -880,12 +943,17 @@ class TestServer:
         assert (counts["rows"], counts["failed"]) == (6, 1)
         assert [row["prompt"][0]["content"] for row in read(options().output)] == [PROMPTS[0], *PROMPTS[2:]]
 
-    def test_a_server_that_refuses_every_row_is_asked_for_one_shard_alone(self, options):
+    def test_a_server_that_refuses_every_row_is_not_asked_for_all(self, options, tmp_path):
+        """Its first shard ends the run, with what is under way by then; other options may follow."""
         asked = []
+        many = write_prompts(tmp_path / "many.txt", [f"Question {i}" for i in range(300)])
+        settings = {"dataset_name": many, "model_name_or_path": "m", "concurrency": 2}
         with http_server(lambda path, body: asked.append(body) or (400, {}, b"no seeds")) as url:
             with pytest.raises(UserError, match=r"^row 0: the server .* \(HTTP 400: no seeds\)$"):
-                sample(options(base_url=url, model_name_or_path="m"))
-        assert len(asked) <= 2 * 3
+                sample(options(base_url=url, **settings))
+        assert len(asked) <= 300
+        with http_server(lambda path, body: (200, {}, chat_answer(body, 3))) as url:
+            sample(options(base_url=url, **settings))
 
     def test_another_address_is_another_server(self, options):
         with http_server(lambda path, body: (200, {}, chat_answer(body, 3))) as url:

@@ -5,10 +5,13 @@ import functools
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 from .progress import between_bars, closing_bars, without_library_bars
+
+_PATIENCE = 3.0  # seconds that a process waits for the first of its launch to say what is wrong
 
 
 class UserError(ValueError):
@@ -129,6 +132,8 @@ def cli_main(prog: str, goes_on: str = "the same command goes on from here") -> 
                     print(f"{beside}{prog}: interrupted; {interrupt if interrupt.args else goes_on}", file=sys.stderr)
                 return 130
             except UserError as error:
+                if not first:  # the same mistake, as a rule: the first one says it, and the launcher ends this one
+                    time.sleep(_PATIENCE)
                 print(f"{prog}: error: {one_line(error)}", file=sys.stderr)
                 return 2
 

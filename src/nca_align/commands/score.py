@@ -5,7 +5,7 @@ import math
 import sys
 from collections import Counter
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -16,6 +16,7 @@ from ..data.prompts import load_completions
 from ..errors import UserError, cli_main
 from ..models.loading import model_fingerprint
 from ..options import Dtype, dtype_option, option, parse, require_at_least_1
+from ..processes import Processes
 from ..rewards.scorers import ScorerSpec, check_weights, column_names, open_scorers
 from ..store.fingerprints import data_fingerprint
 from ..store.provenance import read_provenance, versions
@@ -58,7 +59,7 @@ def score(options: ScoreOptions) -> dict[str, int]:
     """Score every completion and write `options.output`: the input's columns, `rewards`, and `score_NAME` for each.
 
     It finds the scorers, reads the data, and compares both with what `output` holds. Only then it opens the scorers and
-    scores what is left, a shard at a time.
+    scores what is left, a shard at a time. Of a launch, each process scores its share of the shards.
 
         rewards_i = Σ_s weight_s · score_s,i over the scorers s that gave completion i a score
 
@@ -72,7 +73,10 @@ def score(options: ScoreOptions) -> dict[str, int]:
     for spec in specs:  # a name that is misspelt is told before all the data is read
         spec.check(options.trust_remote_code)
     sources = {spec.name: spec.fingerprint() for spec in specs if spec.kind == "function"}  # before any model loads
-    dataset = load_completions(options.dataset_name, options.dataset_config, options.split, options.columns)
+    processes = Processes.of_launch()
+    dataset = processes.in_turn(
+        lambda: load_completions(options.dataset_name, options.dataset_config, options.split, options.columns)
+    )
     names = column_names(specs)
     new = {name: List(Value("float64")) for name in ("rewards", *names)}
     kept = {name: kind for name, kind in dataset.features.items() if name not in new}
@@ -85,19 +89,23 @@ def score(options: ScoreOptions) -> dict[str, int]:
         )  # fmt: skip
         return lambda shard, first_row, rows, progress: scorers.score_rows(rows, first_row)
 
-    config = {
-        "scorers": [spec.identity() for spec in specs],
-        "weights": options.scorer_weights or [1.0] * len(names),
-        "tokenizer": model_fingerprint(options.tokenizer), "dtype": options.dtype,
-        "shard_size": options.shard_size, "data": data_fingerprint(dataset),
-    }  # fmt: skip
+    def config() -> dict[str, Any]:
+        return {
+            "scorers": [spec.identity() for spec in specs],
+            "weights": options.scorer_weights or [1.0] * len(names),
+            "tokenizer": model_fingerprint(options.tokenizer), "dtype": options.dtype,
+            "shard_size": options.shard_size, "data": data_fingerprint(dataset),
+        }  # fmt: skip
+
     about = {"scorers": options.scorer, "data": options.dataset_name, "versions": versions("torch", "transformers")}
     counts = run_sharded(
         options.output, dataset, Features({**kept, **new}), open_when_needed,
-        {"command": "score", "config": config, "about": about, "sources": sources},
+        {"command": "score", "config": processes.once(config), "about": about, "sources": sources},
         history=read_provenance(options.dataset_name),
-        shard_size=options.shard_size, drop_failed=options.on_error == "drop",
+        shard_size=options.shard_size, drop_failed=options.on_error == "drop", processes=processes,
     )  # fmt: skip
+    if not processes.first:
+        return counts
     print(f"{options.output}: {counts['rows']} rows, {counts['completions']} completions", file=sys.stderr)
     print(summary(_columns(options.output, ["rewards", *names]), counts["failed"]), file=sys.stderr)
     return counts

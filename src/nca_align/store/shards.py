@@ -8,22 +8,24 @@ OUTPUT by one more rename, and the folder goes.
 import json
 import shutil
 import sys
+import threading
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 from datasets import Dataset, Features
 
 from .. import progress
 from ..errors import UserError, first_few
-from .files import read_json, replacing, write_json
+from ..processes import ALONE, Processes
+from .files import read_json, write_json
 from .ownership import own_file
-from .provenance import KEY, read_provenance, refuse_changes, sidecar
+from .provenance import read_provenance, refuse_changes
+from .row_files import join_files, refuse_no_json, write_rows
 
 
 @dataclass
@@ -35,7 +37,7 @@ class Shard:
     failed: dict[int, str] = field(default_factory=dict)
 
 
-Progress = Callable[[int], object]  # says that so many more rows are done
+Progress = Callable[[int], object]  # says that so many more rows are done; 0: that all of them have begun
 # (shard's number, number of its first row, its rows, `Progress`)
 ShardFunction = Callable[[int, int, list[dict], Progress], Shard]
 
@@ -50,6 +52,8 @@ def run_sharded(
     history: list[dict] | None = None,
     drop_failed: bool = False,
     unit: str = "row",
+    at_once: int = 1,
+    processes: Processes = ALONE,
 ) -> dict[str, int]:
     """Run the work on every shard that is not there yet, and join the shards to `output`.
 
@@ -57,13 +61,16 @@ def run_sharded(
         output: a path that ends in `.parquet` or `.jsonl`.
         dataset: the input rows.
         features: the types of the output rows.
-        start: called once, and only where work is left, to load what the function that it returns needs.
+        start: called once, and only where work is left, to load what the function that it returns needs. Each process
+            calls its own.
         step: `command` and `config`, compared with what an existing output says, and anything else to record; of it
             `sources`, the hashes of files with code, may change while rows that failed are mended.
         shard_size: input rows in a shard, the unit in which work is kept.
         history: the steps that made the input.
         drop_failed: leave rows that failed out; otherwise they stop the run once all other rows are done and kept.
         unit: what the progress bar counts.
+        at_once: shards under way at a time, in threads; the next is begun when all rows of one have begun.
+        processes: those that the shards are dealt to; each comes here, and the first joins what all have made.
 
     Returns:
         What was counted, over all shards: `rows` written, and the work's own counts.
@@ -76,38 +83,113 @@ def run_sharded(
     if path.suffix not in (".parquet", ".jsonl"):
         raise UserError(f"`output` is {output!r}; it must end in .parquet or .jsonl")
     if path.suffix == ".jsonl":
-        for column in features.arrow_schema:
-            _refuse_no_json(column.name, column.type)
+        refuse_no_json(features)
     step = json.loads(json.dumps(step))
     parts = path.with_name(path.name + ".parts")
-    if path.exists() and not parts.exists():  # looked at without owning it: it may be where nothing can be written
-        return _finished(path, step)
-    with own_file(path):
+    firsts = range(0, len(dataset), shard_size)
+    shards = [parts / f"{i:06d}{path.suffix}" for i in range(len(firsts))]
+    numbers = [range(first, min(first + shard_size, len(dataset))) for first in firsts]  # of the rows of each
+
+    def plan() -> tuple[dict[str, int] | None, list[int]]:
+        """What was counted where all is done already, and the shards that are left."""
+        if path.exists() and not parts.exists():  # without owning it: it may be where nothing can be written
+            return _finished(path, step), []
+        owning.enter_context(own_file(path))
         if path.exists():
             counts = _finished(path, step)
             shutil.rmtree(parts, ignore_errors=True)  # a kill may have come between the last rename and this
-            return counts
-        firsts = range(0, len(dataset), shard_size)
-        shards = [parts / f"{i:06d}{path.suffix}" for i in range(len(firsts))]
-        numbers = [range(first, min(first + shard_size, len(dataset))) for first in firsts]  # of the rows of each
+            return counts, []
+        if parts.exists() and not shards[0].exists():  # what the first one would have said of the work isn't known
+            shutil.rmtree(parts)
         done = _done(shards, step, drop_failed)
         left = [i for i in range(len(shards)) if shards[i] not in done]
-        if left:
-            run_shard = start()
-            parts.mkdir(parents=True, exist_ok=True)
-            write_json(parts / "config.json", step)
-        finished = len(dataset) - sum(len(numbers[i]) for i in left)
-        with progress.bar(len(dataset), unit, initial=finished) as bar:
-            for i in left:
-                before = bar.n
-                rows = dataset.select(numbers[i]).to_list()
-                _write(shards[i], run_shard(i, firsts[i], rows, bar.update), features)
-                bar.update(before + len(rows) - bar.n)
+        return None, left
+
+    def begin() -> None:
+        parts.mkdir(parents=True, exist_ok=True)
+        write_json(parts / "config.json", step)
+
+    def join() -> dict[str, int]:
         counts = _counts(shards, drop_failed, len(dataset), path)
-        steps = [*(history or []), step | {"counts": counts}]
-        _join(path, shards, features, steps)
+        join_files(path, shards, features, [*(history or []), step | {"counts": counts}])
         shutil.rmtree(parts)
         return counts
+
+    with ExitStack() as owning:
+        counts, left = processes.once(plan)
+        if counts is not None:
+            return counts
+        own = {i: len(numbers[i]) for i in left[processes.index :: processes.count]}
+        if own:
+            run_shard = start()
+        if left:
+            processes.once(begin)
+        if own:
+            finished = len(dataset) - sum(len(numbers[i]) for i in left)
+            with progress.bar(finished + sum(own.values()), unit, processes.first, initial=finished) as bar:
+
+                def make(i: int, advance: Progress) -> None:
+                    rows = dataset.select(numbers[i]).to_list()
+                    _write(shards[i], run_shard(i, firsts[i], rows, advance), features)
+
+                _each(make, own, at_once, bar)
+        processes.wait()
+        return processes.once(join)
+
+
+def _write(path: Path, shard: Shard, features: Features) -> None:
+    about = {"counts": {**shard.counts, "rows": len(shard.rows)}, "failed": shard.failed}
+    write_json(path.with_suffix(".json"), about)
+    write_rows(path, shard.rows, features)  # last: this one says "done"
+
+
+def _each(make: Callable[[int, Progress], None], own: dict[int, int], at_once: int, bar: Any) -> None:
+    """`make` of every shard, by its number with that of its rows; an error or an interrupt ends all."""
+    ending, counting = threading.Event(), threading.Lock()
+    failed: list[BaseException] = []  # the first one is the cause of the others
+
+    def one(i: int, begun: threading.Event) -> None:
+        done = 0
+
+        def advance(rows: int) -> None:
+            nonlocal done
+            if ending.is_set():
+                raise CancelledError
+            done += rows
+            begun.set()
+            with counting:
+                bar.update(rows)
+
+        try:
+            make(i, advance)
+            advance(own[i] - done)
+        except BaseException as error:
+            failed.append(error)
+            ending.set()
+            raise
+        finally:
+            begun.set()
+
+    if at_once == 1:  # here, where an interrupt comes at once
+        for i in own:
+            one(i, threading.Event())
+        return
+    with ThreadPoolExecutor(at_once) as pool:
+        under_way = []
+        try:
+            for i in own:
+                begun = threading.Event()
+                under_way.append(pool.submit(one, i, begun))
+                begun.wait()  # so that rows are begun in their order
+                if failed:
+                    break
+            for _ in as_completed(under_way):
+                if failed:
+                    break
+        finally:
+            ending.set()
+    if failed:
+        raise failed[0]
 
 
 def _finished(path: Path, step: dict) -> dict[str, int]:
@@ -193,47 +275,3 @@ def _edited(made: dict, step: dict) -> str:
     """The sources that are not what they were; none where it isn't known what they were."""
     old, new = made.get("sources", {}), step.get("sources", {})
     return ", ".join(f"`{name}`" for name in old if new.get(name) != old[name])
-
-
-def _refuse_no_json(name: str, kind: pa.DataType) -> None:
-    if pa.types.is_nested(kind):
-        for i in range(kind.num_fields):
-            _refuse_no_json(name, kind.field(i).type)
-        return
-    tests = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_fixed_size_binary, pa.types.is_decimal,
-             pa.types.is_duration)  # fmt: skip
-    if any(test(kind) for test in tests):
-        raise UserError(
-            f"column `{name}` is of type {kind}, which JSON has not; make `output` end in .parquet, or leave it out"
-        )
-
-
-_iso = methodcaller("isoformat")  # of dates and times, the only values left here that are no JSON
-
-
-def _write(path: Path, shard: Shard, features: Features) -> None:
-    about = {"counts": {**shard.counts, "rows": len(shard.rows)}, "failed": shard.failed}
-    write_json(path.with_suffix(".json"), about)
-    with replacing(path, "wb") as file:  # last: this one says "done"
-        if path.suffix == ".jsonl":
-            file.writelines(f"{json.dumps(row, ensure_ascii=False, default=_iso)}\n".encode() for row in shard.rows)
-        else:
-            columns = {name: [row[name] for row in shard.rows] for name in features}
-            pq.write_table(Dataset.from_dict(columns, features=features).data.table.combine_chunks(), file)
-
-
-def _join(path: Path, shards: list[Path], features: Features, steps: list[dict]) -> None:
-    """All shards in one file, with the steps that made it: inside where it is Parquet, and beside it otherwise."""
-    if path.suffix == ".jsonl":
-        write_json(sidecar(path), steps)
-        with replacing(path, "wb") as file:
-            for shard in shards:
-                file.write(shard.read_bytes())
-        return
-    schema = features.arrow_schema
-    schema = schema.with_metadata({**(schema.metadata or {}), KEY: json.dumps(steps).encode()})
-    with replacing(path, "wb") as file, pq.ParquetWriter(file, schema) as writer:
-        for shard in shards:
-            table = pq.read_table(shard).replace_schema_metadata(schema.metadata)
-            # Parquet has no whole seconds: what was put in as such comes back in milliseconds
-            writer.write_table(table if table.schema.equals(schema) else table.cast(schema))

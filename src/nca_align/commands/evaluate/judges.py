@@ -12,6 +12,7 @@ from ...data.prompts import load_raw
 from ...errors import InvalidRowError, UserError
 from ...models.sampling import seed_for
 from ...options import option, require_at_least_1
+from ...processes import Processes
 from ...store.files import check_writable, write_json
 from ...store.hub import download_file
 from ...store.shards import Progress, Shard, ShardFunction, run_sharded
@@ -72,7 +73,8 @@ def judge(options: JudgeOptions) -> None:
         UserError: whatever the user can mend, in one sentence.
     """
     spec = JUDGES[options.judge]
-    questions = load_questions(options)
+    processes = Processes.of_launch()
+    questions = processes.in_turn(lambda: load_questions(options))
     model = resolve_model_name(options)
     path = Path(options.output)
     name = path.stem if spec.suffix == ".jsonl" else options.name or Path(options.adapter or model).name
@@ -84,7 +86,7 @@ def judge(options: JudgeOptions) -> None:
         max_new_tokens=options.max_new_tokens or spec.max_new_tokens,
         **{option.name: getattr(options, option.name) for option in fields(EngineOptions)},
     )  # fmt: skip
-    step = sampling_record(sampling, questions, model)
+    step = processes.once(lambda: sampling_record(sampling, questions, model))
     step["command"] = f"evaluate --judge {options.judge}"
     asked = {"temperature": options.temperature, "chat_template_kwargs": options.chat_template_kwargs}
     step["config"] |= asked | {"name": name}
@@ -99,8 +101,11 @@ def judge(options: JudgeOptions) -> None:
         return _shard_function(open_engine(sampling, model), sampling, options, name)
 
     counts = run_sharded(
-        str(lines), questions, Features({}), start, step, shard_size=options.shard_size, unit="question"
-    )
+        str(lines), questions, Features({}), start, step, shard_size=options.shard_size, unit="question",
+        at_once=options.shards_at_once, processes=processes,
+    )  # fmt: skip
+    if not processes.first:
+        return
     if lines != path:  # AlpacaEval reads an array; the lines stay, and say what made them
         records = [json.loads(line) for line in lines.read_text(encoding="utf-8").splitlines()]
         write_json(path, records, ensure_ascii=False)
@@ -164,7 +169,7 @@ def _shard_function(engine: Engine, sampling: SampleOptions, options: JudgeOptio
                 prompts = {
                     first_row + i: {"prompt": said[i], **template} for i in waiting if temperatures[i] == temperature
                 }
-                found = engine(settings, shard, prompts, progress if turn == last else lambda n: None)
+                found = engine(settings, shard, prompts, progress if turn == last else lambda n: progress(0))
                 for number, samples in found.items():
                     if isinstance(samples, InvalidRowError):
                         raise samples.named(number)

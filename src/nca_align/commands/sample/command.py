@@ -11,6 +11,7 @@ from ...data.prompts import load_prompts
 from ...errors import InvalidRowError, UserError, cli_main
 from ...models.loading import model_fingerprint
 from ...options import parse
+from ...processes import Processes
 from ...store.fingerprints import data_fingerprint
 from ...store.provenance import versions
 from ...store.shards import Progress, Shard, ShardFunction, run_sharded
@@ -36,14 +37,9 @@ def sample(options: SampleOptions) -> dict[str, int]:
     Raises:
         UserError: whatever the user can mend, in one sentence.
     """
-    dataset = load_prompts(options.dataset_name, options.dataset_config, options.split, options.columns)
+    processes = Processes.of_launch()
+    dataset = processes.in_turn(lambda: _read_prompts(options))
     model = resolve_model_name(options)
-    if isinstance(dataset[0]["prompt"], str) and _chats(options):
-        dataset = dataset.map(
-            lambda row: {"prompt": [{"role": "user", "content": row["prompt"]}]},
-            features=Features({**dataset.features, "prompt": _MESSAGES}),
-            desc="Reading prompts",
-        )
     completion = Value("string") if isinstance(dataset[0]["prompt"], str) else _MESSAGES
     made = {"completions": List(completion), "truncated": List(Value("bool"))}
     features = Features({"prompt": dataset.features["prompt"], **made, **dataset.features})
@@ -54,11 +50,24 @@ def sample(options: SampleOptions) -> dict[str, int]:
         return _shard_function(open_engine(options, model), options)
 
     counts = run_sharded(
-        options.output, dataset, features, start, sampling_record(options, dataset, model),
+        options.output, dataset, features, start, processes.once(lambda: sampling_record(options, dataset, model)),
         shard_size=options.shard_size, drop_failed=options.on_error == "drop", unit="prompt",
+        at_once=options.shards_at_once, processes=processes,
     )  # fmt: skip
-    print(summary(options, counts), file=sys.stderr)
+    if processes.first:
+        print(summary(options, counts), file=sys.stderr)
     return counts
+
+
+def _read_prompts(options: SampleOptions) -> Dataset:
+    dataset = load_prompts(options.dataset_name, options.dataset_config, options.split, options.columns)
+    if isinstance(dataset[0]["prompt"], str) and _chats(options):
+        dataset = dataset.map(
+            lambda row: {"prompt": [{"role": "user", "content": row["prompt"]}]},
+            features=Features({**dataset.features, "prompt": _MESSAGES}),
+            desc="Reading prompts",
+        )
+    return dataset
 
 
 def _chats(options: SampleOptions) -> bool:

@@ -15,6 +15,7 @@ from ...errors import InvalidRowError, UnsupportedError, UserError, one_line
 from ...models.loading import ModelSource, trained_quantization
 from ...models.plain_lora import is_subtracted
 from ...models.sampling import check_room, end_tokens, sample_answers, seed_for
+from ...processes import show_own_cards
 from ...store.files import read_json
 from ...store.shards import Progress
 from .options import Engine, EngineOptions, Sample, SampleOptions, cut_at_stop
@@ -124,7 +125,7 @@ def vllm_engine(options: SampleOptions) -> Engine:
     """vLLM, which batches by itself; each prompt is sampled from (seed, row).
 
     Raises:
-        UserError: vLLM is not installed, or doesn't take the adapter.
+        UserError: vLLM is not installed, doesn't take the adapter, or has too few cards.
         NotImplementedError: the adapter was trained on a quantised base, and here would be on another one.
     """
     try:
@@ -152,6 +153,7 @@ def vllm_engine(options: SampleOptions) -> Engine:
     given = json.loads(options.engine_args)
     if twice := sorted(own.keys() & given.keys()):
         raise UserError(f"`engine_args` holds {twice[0]!r}, which is set from the other options; leave it out")
+    show_own_cards(given.get("tensor_parallel_size", 1) * given.get("pipeline_parallel_size", 1))
     try:
         llm = LLM(**own, **given)
     except TypeError as error:

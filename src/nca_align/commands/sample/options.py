@@ -63,6 +63,11 @@ class EngineOptions:
             if not self.base_url.startswith(("http://", "https://")):
                 raise UserError(f"`base_url` is {self.base_url!r}; it must begin with http:// or https://")
 
+    @property
+    def shards_at_once(self) -> int:
+        """So many that a server always has `concurrency` requests, though all but one row of each may be done."""
+        return 1 if self.base_url is None else self.concurrency + 1
+
 
 def require_json_object(name: str, text: str) -> None:
     """Refuse an option that is no JSON object."""

@@ -6,7 +6,6 @@ import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from http.client import HTTPException
 from typing import Any
 
@@ -89,7 +88,9 @@ def resolve_model_name(options: EngineOptions) -> str:
 
 
 def server_engine(options: SampleOptions, model: str) -> Engine:
-    """At most `concurrency` requests at a time; completion k of a row is sampled from (seed, row, k).
+    """`concurrency` rows at a time, of one shard or of several that are asked for in threads.
+
+    Completion k of a row is sampled from (seed, row, k).
 
     The model's own sampling settings are taken back as far as the protocol has words for them: both penalties are 0.
     Servers differ: one that refuses `n`, or gives fewer than the K asked for, is asked for the others one by one, each
@@ -146,7 +147,12 @@ def server_engine(options: SampleOptions, model: str) -> Engine:
             takes_n = False
         return samples
 
+    pool = ThreadPoolExecutor(options.concurrency)  # rows of all shards that are under way wait for it, in their order
+    ended: list[BaseException] = []
+
     def complete_row(sampling: SampleOptions, number: int, row: dict) -> list[Sample] | InvalidRowError:
+        if ended:  # requests that haven't begun are none any more
+            raise ended[0]
         try:
             return samples_of(sampling, number, row)
         except InvalidRowError as error:  # the other rows go on
@@ -154,11 +160,15 @@ def server_engine(options: SampleOptions, model: str) -> Engine:
 
     def complete(sampling: SampleOptions, shard: int, rows: dict[int, dict], progress: Progress) -> dict[int, Any]:
         found = {}
-        with ThreadPoolExecutor(options.concurrency) as pool:  # an error cancels the requests that have not begun
-            done = pool.map(partial(complete_row, sampling), rows, rows.values())
-            for number, samples in zip(rows, done, strict=True):
-                found[number] = samples
+        try:
+            under_way = {number: pool.submit(complete_row, sampling, number, row) for number, row in rows.items()}
+            progress(0)
+            for number, future in under_way.items():
+                found[number] = future.result()
                 progress(1)
+        except BaseException as error:
+            ended.append(error)
+            raise
         return found
 
     return complete
