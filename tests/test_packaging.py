@@ -123,3 +123,36 @@ def test_the_source_distribution_trains_the_quickstart(built, installed, tmp_pat
         "--max_steps", "2", "--show_answers", "0", cwd=source, PATH=f"{commands}:{os.environ['PATH']}",
     )  # fmt: skip
     assert "What moved" in said
+
+
+@pytest.mark.long
+def test_the_extra_of_vllm_can_be_had_beside_us(tmp_path):
+    """By uv, which reads metadata alone: with the newest versions, and with the oldest transformers of ours."""
+    project = (ROOT / "pyproject.toml").read_text()
+    pin = next(line for line in project.splitlines() if line.startswith("vllm = ")).split('"')[1]
+    floor = (
+        next(line for line in project.splitlines() if line.startswith('  "transformers>=')).split(">=")[1].split(",")[0]
+    )
+    run(sys.executable, "-m", "venv", tmp_path / "uv", cwd=tmp_path)
+    run(tmp_path / "uv" / "bin" / "python", "-m", "pip", "install", "-q", "uv", cwd=tmp_path)
+
+    def resolve(name: str, text: str, *constraints: str) -> tuple[bool, str]:
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "pyproject.toml").write_text(text)
+        (folder / "constraints.txt").write_text("\n".join(constraints))
+        done = subprocess.run(
+            [tmp_path / "uv" / "bin" / "uv", "pip", "compile", "--quiet", "--extra", "vllm", "--constraints",
+             "constraints.txt", "--python-platform", "x86_64-manylinux_2_28", "--python-version", "3.11",
+             "--output-file", "found.txt", "pyproject.toml"],
+            cwd=folder, capture_output=True, text=True,
+        )  # fmt: skip
+        return done.returncode == 0, done.stderr if done.returncode else (folder / "found.txt").read_text()
+
+    for name, constraints in {"newest": (), "oldest": (f"transformers=={floor}",)}.items():
+        whole, said = resolve(name, project, *constraints)
+        assert whole, said
+        assert {pin, *constraints} <= set(said.splitlines())
+    whole, said = resolve("another", project.replace(pin, "vllm==0.33.0"))  # a resolution can fail, and says by what
+    assert not whole
+    assert "transformers" in said

@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate.utils import gather_object
@@ -67,6 +67,20 @@ def how_to_go_on(output_dir: str | os.PathLike) -> str | None:
     last = with_state[-1]
     wanted = "true" if last == whole[-1] else last
     return f"{last} is the last checkpoint: the same command with `resume_from_checkpoint: {wanted}` goes on from it"
+
+
+def step_reached(output_dir: str | os.PathLike) -> int | Literal["end"]:
+    """The step that the run in `output_dir` can be gone on from, 0 for none, or that it has come to its end.
+
+    At its end, and not before, a run writes its state beside the model.
+    """
+    whole = whole_checkpoints(output_dir)
+    last = max((step for step, folder in whole.items() if not read_manifest(folder).get("model_only")), default=0)
+    try:
+        ended = int(read_json(Path(output_dir) / "trainer_state.json")["global_step"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return last
+    return "end" if ended >= last else last
 
 
 def last_common_checkpoint(output_dir: str | os.PathLike) -> Path | None:

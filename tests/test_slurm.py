@@ -1,0 +1,172 @@
+"""`scripts/slurm/train.sbatch`: a run that outlives its time limit, on a real SLURM of this machine; when it stops."""
+
+import json
+import os
+import re
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+import slurm
+from conftest import reward_rows
+from nca_align.store.checkpoints import step_reached, whole_checkpoints
+from test_stopping import checkpoint
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "scripts" / "slurm" / "train.sbatch"
+LAUNCH = """
+distributed_type: MULTI_GPU
+use_cpu: true
+num_processes: 2
+mixed_precision: 'no'
+"""
+
+
+@pytest.fixture
+def job(tmp_path, monkeypatch):
+    """Run the script here, with stand-ins for SLURM's commands: `start` is what a start of the run does."""
+    commands = tmp_path / "commands"
+    commands.mkdir()
+    for name, body in {
+        "srun": 'bash -c "$START"', "python": 'cat "$RUN/step" 2> /dev/null || echo 0',
+        "scontrol": 'case $1 in show) echo here ;; *) echo "$@" >> "$RUN/requeued" ;; esac',
+        "scancel": 'echo "$@" >> "$RUN/signalled"',
+    }.items():  # fmt: skip
+        (commands / name).write_text(f"#!/bin/bash\n{body}\n")
+        (commands / name).chmod(0o755)
+    run = tmp_path / "run"
+    run.mkdir()
+
+    def start(what: str) -> tuple[int, str, bool]:
+        """Exit code, what was said, and whether it was queued again."""
+        (run / "requeued").unlink(missing_ok=True)
+        done = subprocess.run(
+            ["bash", str(SCRIPT), str(run), "--config", "run.yaml"], capture_output=True, text=True, timeout=60,
+            env=os.environ | {
+                "PATH": f"{commands}:{os.environ['PATH']}", "START": what, "RUN": str(run), "SLURM_JOB_ID": "7",
+                "SLURM_JOB_NODELIST": "here",
+            },
+        )  # fmt: skip
+        return done.returncode, done.stdout + done.stderr, (run / "requeued").exists()
+
+    return start
+
+
+LIMIT = 'kill -USR1 $PPID_SCRIPT; until grep -q "TERM 7.0" "$RUN/signalled"; do sleep 0.01; done; '.replace(
+    "$PPID_SCRIPT", "$(ps -o ppid= -p $PPID)"
+)
+CANCEL = LIMIT.replace("USR1", "TERM").partition(";")[0] + "; sleep 0.2; "
+
+
+def test_progress_is_queued_again_whatever_the_exit_code(job):
+    for code in (0, 1, 75, 143):
+        left, said, again = job(f'echo $(($(cat "$RUN/step" 2> /dev/null || echo 0) + 5)) > "$RUN/step"; exit {code}')
+        assert (left, again) == (0, True), said
+    assert "The run is at step 20, and not at its end: it is queued again." in said
+
+
+def test_the_end_is_not_queued_again(job):
+    assert job('echo end > "$RUN/step"; exit 1')[::2] == (0, False)
+    assert job("exit 2")[::2] == (2, False)  # nothing was left to do
+    assert job("exit 0")[::2] == (0, False)
+
+
+def test_an_error_without_progress_is_not_queued_again(job):
+    code, said, again = job("exit 2")
+    assert (code, again) == (2, False)
+    assert "There is no checkpoint since step 0: it is not queued again." in said
+    assert job('echo 5 > "$RUN/step"; exit 1')[2]
+    assert job("exit 1")[::2] == (1, False)
+    assert job("exit 0")[::2] == (1, False)
+
+
+def test_the_time_limit_is_a_sigterm_and_without_progress_it_counts(job, tmp_path):
+    for _ in range(2):
+        code, said, again = job(f"{LIMIT} exit 143")
+        assert (code, again) == (0, True), said
+        assert "The time limit came before a new checkpoint was there" in said
+    assert job(f'{LIMIT} echo 3 > "$RUN/step"; exit 75')[2]  # progress: counted anew
+    assert [job(f"{LIMIT} exit 143")[2] for _ in range(3)] == [True, True, False]
+    assert (tmp_path / "run" / "signalled").read_text().splitlines()[0] == "--signal=TERM 7.0"
+
+
+def test_a_cancelled_job_is_not_queued_again(job):
+    code, said, again = job(f'{CANCEL} echo 5 > "$RUN/step"; exit 75')
+    assert (code, again) == (75, False)
+    assert "The job was cancelled: it is not queued again. The last whole checkpoint is of step 5." in said
+
+
+def test_how_far_a_run_is(tmp_path):
+    assert step_reached(tmp_path / "none") == 0
+    checkpoint(tmp_path, 4, model_only=False)
+    assert step_reached(tmp_path) == 4
+    half = checkpoint(tmp_path, 6, model_only=False)
+    (half / "nca_align.json").write_text('{"complete": false}')
+    checkpoint(tmp_path, 8, model_only=True)
+    assert step_reached(tmp_path) == 4
+    (tmp_path / "trainer_state.json").write_text('{"global_step": 3}')  # of an earlier, shorter run
+    assert step_reached(tmp_path) == 4
+    (tmp_path / "trainer_state.json").write_text('{"global_step": 8}')
+    assert step_reached(tmp_path) == "end"
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    if why := slurm.why_not():
+        pytest.skip(why)
+    with slurm.cluster(tmp_path_factory.mktemp("slurm")) as environment:
+        yield environment
+
+
+@pytest.mark.long
+def test_a_run_outlives_its_time_limit_bit_for_bit(cluster, tmp_path, model_dir):
+    """Two processes by accelerate, on a real SLURM: signalled before the limit, queued again, and at its end."""
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, reward_rows(24))))
+    (tmp_path / "launch.yaml").write_text(LAUNCH)
+    flags = {
+        "model_name_or_path": model_dir, "dataset_name": tmp_path / "rows.jsonl", "report_to": "none",
+        "bf16": "false", "max_steps": 300, "per_device_train_batch_size": 2, "save_strategy": "no", "use_peft": "true",
+        "lora_dropout": 0.1, "validation_fraction": 0, "max_length": 128, "gradient_checkpointing": "false",
+        "logging_steps": 10, "show_answers": 0,
+    }  # fmt: skip
+    argv = [part for name, value in flags.items() for part in (f"--{name}", str(value))]
+
+    def submit(name: str, pace: float, *own: str) -> str:
+        environment = cluster | {
+            "ACCELERATE": str(tmp_path / "launch.yaml"), "PROGRAM": str(ROOT / "tests" / "paced.py"), "PROCESSES": "2",
+            "PACE": str(pace), "OMP_NUM_THREADS": "1",
+        }  # fmt: skip
+        return subprocess.run(
+            ["sbatch", "--parsable", "--exclusive", f"--output={tmp_path / name}.out", *own, str(SCRIPT),
+             str(tmp_path / name), *argv],
+            env=environment, cwd=ROOT, check=True, capture_output=True, text=True,
+        ).stdout.strip()  # fmt: skip
+
+    def end(job: str, name: str) -> tuple[dict[str, str], str]:
+        until = time.monotonic() + 1200
+        while (found := slurm.state(cluster, job))["JobState"] in ("PENDING", "RUNNING", "COMPLETING"):
+            assert time.monotonic() < until
+            time.sleep(1)
+        said = (tmp_path / f"{name}.out").read_text()
+        assert found["JobState"] == "COMPLETED", said
+        return found, said
+
+    cut = submit("cut", 0.5, "--time=3", "--signal=B:USR1@60")
+    whole = submit("whole", 0, "--time=60")
+    found, said = end(cut, "cut")
+    end(whole, "whole")
+    stops = re.findall(r"SIGTERM: checkpoint-(\d+) is written", said)
+    assert stops
+    assert int(found["Restarts"]) == len(stops)
+    assert all(0 < int(step) < 300 for step in stops)
+    assert said.count("it is queued again") == len(stops)
+    assert said.count("The run goes on from") == len(stops)
+    assert "The run has come to its end." in said
+    assert not whole_checkpoints(tmp_path / "whole")
+    one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "cut"))
+    assert {name: value.numpy().tobytes() for name, value in one.items()} == {
+        name: value.numpy().tobytes() for name, value in two.items()
+    }
