@@ -39,6 +39,7 @@ SelectTypeParameters=CR_Core
 JobRequeue=1
 ReturnToService=2
 KillWait=30
+MinJobAge=86400
 NodeName={host} NodeAddr=127.0.0.1 CPUs={cpus} State=UNKNOWN
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """

@@ -154,7 +154,7 @@ def test_a_run_outlives_its_time_limit_bit_for_bit(cluster, tmp_path, model_dir)
         assert found["JobState"] == "COMPLETED", said
         return found, said
 
-    cut = submit("cut", 0.5, "--time=3", "--signal=B:USR1@60")
+    cut = submit("cut", 0.7, "--time=4", "--signal=B:USR1@60")
     whole = submit("whole", 0, "--time=60")
     found, said = end(cut, "cut")
     end(whole, "whole")
