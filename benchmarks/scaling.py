@@ -1,10 +1,10 @@
-"""The memory that a training step needs, by arithmetic, for models that don't fit here; and the arithmetic checked.
+"""The memory that a run needs, by the arithmetic of `nca-align train --dry_run`; and that arithmetic checked.
 
     python benchmarks/scaling.py           # the tables of docs/scaling.md
     python benchmarks/scaling.py --check   # against measured peaks of small models on this CPU, each in its own process
 
-All sizes are bytes, `tokens` those that one forward holds. What is counted is stated at each function; temporary
-buffers of one operation, fragmentation and the CUDA context (about 0.5 GB) are not.
+What is counted is said in `nca_align.models.memory` and `nca_align.training.card_memory`. A fifth more is for what
+isn't: temporary buffers of one operation, fragmentation and the CUDA context.
 """
 
 import argparse
@@ -12,129 +12,124 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
 
-GIB = 1 << 30
-NF4 = 0.516  # bytes a weight: 4 bits, a scale of 8 bits for each 64, one of 32 bits for each 16,384
-LOGITS_BUDGET = 2 * GIB  # nca_align.models.logprobs, on a card
+import torch
+from peft import LoraConfig
+from transformers import LlamaConfig, MistralConfig, MixtralConfig
 
+from nca_align.models.memory import GIB
+from nca_align.training.card_memory import Quantisation
+from nca_align.training.launch import Launch
+from nca_align.training.memory_plan import Planner, Setup
 
-@dataclass(frozen=True)
-class Shape:
-    """A Llama-like decoder; `experts` MLPs in each layer, of which `active` run for a token."""
-
-    layers: int
-    hidden: int
-    mlp: int
-    kv: int  # key-value heads × their size
-    vocabulary: int
-    experts: int = 1
-    active: int = 1
-
-    @property
-    def linear(self) -> int:
-        """Weights of the layers."""
-        attention = 2 * self.hidden * (self.hidden + self.kv)
-        return self.layers * (attention + 3 * self.hidden * self.mlp * self.experts)
-
-    @property
-    def quantised(self) -> int:
-        """Those that `load_in_4bit` quantises: transformers 5 holds all experts in one tensor, which stays as it is."""
-        experts = 3 * self.layers * self.hidden * self.mlp * self.experts if self.experts > 1 else 0
-        return self.linear - experts
-
-    @property
-    def embeddings(self) -> int:
-        return 2 * self.hidden * self.vocabulary
-
-    @property
-    def weights(self) -> int:
-        return self.linear + self.embeddings + self.hidden * (2 * self.layers + 1)
-
-    def adapter(self, rank: int) -> int:
-        """LoRA on all linear layers, each expert's too."""
-        attention = 2 * self.hidden + (self.hidden + self.kv) * 2 + 2 * self.hidden
-        mlp = 3 * (self.hidden + self.mlp) * self.experts
-        return self.layers * rank * (attention + mlp)
+MODELS = {
+    "7B": MistralConfig(sliding_window=None, architectures=["MistralForCausalLM"]),
+    "8x7B": MixtralConfig(architectures=["MixtralForCausalLM"]),
+    "70B": LlamaConfig(
+        hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64, num_key_value_heads=8,
+        vocab_size=128256, architectures=["LlamaForCausalLM"],
+    ),
+}  # fmt: skip
+LORA = LoraConfig(
+    r=16, target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+    task_type="CAUSAL_LM",
+)  # fmt: skip
+NF4, ALONE = Quantisation(4), Launch()
+PROMPT = COMPLETION = 512
 
 
-SHAPES = {
-    "7B": Shape(32, 4096, 14336, 1024, 32000),
-    "8x7B": Shape(32, 4096, 14336, 1024, 32000, experts=8, active=2),
-    "70B": Shape(80, 8192, 28672, 1024, 128256),
-}
+def example(k: int, prompt: int = PROMPT, completion: int = COMPLETION) -> dict[str, Any]:
+    """A prompt with K completions that share no token, which only their lengths matter of."""
+    completions = [[3 + i, *range(100, 99 + completion)] for i in range(k)]
+    return {"prompt_ids": list(range(100, 100 + prompt)), "completion_ids": completions}
 
 
-def qlora(shape: Shape, rank: int = 16) -> float:
-    """NF4 linear layers, all else in bf16; adapters in fp32 with gradients and Adam's two moments."""
-    return shape.quantised * NF4 + (shape.weights - shape.quantised) * 2 + shape.adapter(rank) * 16
+@cache
+def planner(name: str, layout: str = "prefix_shared", dtype: torch.dtype = torch.bfloat16) -> Planner:
+    return Planner(MODELS[name], [example(4)], dtype, LORA, layout, mixed=torch.bfloat16)
 
 
-def lora(shape: Shape, rank: int = 16) -> float:
-    """A bf16 model, and adapters as above."""
-    return shape.weights * 2 + shape.adapter(rank) * 16
+def setup(launch: Launch = ALONE, **own: Any) -> Setup:
+    """One prompt a forward, 32 a step, as the recipes have it."""
+    given = {
+        "batch_size": 1, "accumulation": max(1, 32 // launch.processes), "completions_per_forward": None,
+        "max_length": None, "checkpointing": True, "optim": "adamw_torch_fused", "use_peft": False,
+        "quantisation": None, "precomputes": True, "syncs_each_batch": True,
+    }  # fmt: skip
+    return Setup(launch, **given | own)
 
 
-def full(shape: Shape) -> float:
-    """fp32 weights, gradients and Adam's two moments, to be divided by the processes that they are sharded over."""
-    return shape.weights * 16
-
-
-def tokens(layout: str, k: int, prompt: int = 512, completion: int = 512, per_forward: int | None = None) -> int:
-    """Positions in one forward of one prompt with K completions."""
-    k = min(k, per_forward or k)
-    return k * (prompt + completion) if layout == "padded" else prompt + k * (completion + 1)
-
-
-def layer_activations(shape: Shape, size: int = 2) -> int:
-    """What autograd keeps of one layer, a token, in elements of `size` bytes.
-
-    Two norms: input, normalised and output (6 hidden; in fp32 where the model is bf16: one more each); queries, their
-    attention's output and its copy (3 hidden); keys and values (2 kv); the gate, activation, up and product of the MLP
-    (4 mlp for each active expert).
-    """
-    norms = 6 * shape.hidden + (2 * shape.hidden if size == 2 else 0)
-    return size * (norms + 3 * shape.hidden + 2 * shape.kv + 4 * shape.mlp * shape.active)
-
-
-def gathered(shape: Shape, layout: str, k: int, prompt: int, completion: int, size: int = 2) -> int:
-    """Keys and values that the packed row copies in a layer: each segment's own and those of its path."""
-    return 0 if layout == "padded" else size * 2 * shape.kv * (prompt + k * (prompt + completion + 1))
-
-
-def activations(
-    shape: Shape, layout: str, k: int, prompt: int = 512, completion: int = 512, *, per_forward: int | None = None,
-    checkpointing: bool = True, size: int = 2, budget: int = LOGITS_BUDGET,
-) -> float:  # fmt: skip
-    """The most that one forward and backward keep.
-
-    With checkpointing each layer keeps its input, and one layer at a time all of the above and its gradient. At the end
-    of the forward the logits of the labelled positions and their gradient are there as well, in fp32 up to `budget`.
-    """
-    held = min(k, per_forward or k)
-    n = tokens(layout, k, prompt, completion, per_forward)
-    logits = min(2 * 4 * held * completion * shape.vocabulary, budget)
-    layer = n * layer_activations(shape, size) + gathered(shape, layout, held, prompt, completion, size)
-    if not checkpointing:
-        return shape.layers * layer + logits
-    return shape.layers * n * shape.hidden * size + max(1.5 * layer, logits)
+QLORA = {"use_peft": True, "quantisation": NF4, "optim": "paged_adamw_32bit"}
+FSDP2, SYNC = "`accelerate/fsdp2.yaml`", "`sync_each_batch`"
+MIXTRAL = "`recipes/nca_mixtral8x7b_ultrainteract.yaml`"
+# machine, GiB of a card, what, its model and setup, what to start from
+MACHINES = (
+    ("one card of 24 GB", 24, "7B, QLoRA", setup(**QLORA), "`configs/nca_mistral7b.yaml`, `accelerate/one_gpu.yaml`"),
+    ("one card of 80 GB", 80, "7B, LoRA in bf16", setup(use_peft=True), "the same without `load_in_4bit`"),
+    ("one card of 80 GB", 80, "70B, QLoRA", setup(**QLORA), "the same with the model's name"),
+    ("eight of 24 GB", 24, "7B, QLoRA", setup(Launch(8), **QLORA), "the same, `accelerate/multi_gpu.yaml`"),
+    ("eight of 24 GB", 24, "7B, full", setup(Launch(8, "FSDP2")), f"{FSDP2} with {SYNC}"),
+    ("eight of 80 GB", 80, "7B, full", setup(Launch(8, "FSDP2"), syncs_each_batch=False), FSDP2),
+    ("eight of 80 GB", 80, "8x7B, LoRA in bf16", setup(Launch(8, "FSDP2"), use_peft=True), FSDP2),
+    ("two machines of eight 80 GB cards", 80, "8x7B, full", setup(Launch(16, "FSDP2"), syncs_each_batch=False),
+     f"{MIXTRAL}, {FSDP2}, `num_machines: 2`"),
+    ("two machines of eight 80 GB cards", 80, "8x7B, full", setup(Launch(16, "FSDP2")), f"the same with {SYNC}"),
+    ("four of them", 80, "70B, full", setup(Launch(32, "FSDP2")), "the same, `num_machines: 4`"),
+)  # fmt: skip
 
 
 def tables() -> None:
-    print("| | weights | bf16 | NF4, the rest bf16 | LoRA r 16, its gradients and Adam | QLoRA in all | "
-          "full fine-tuning in fp32 with Adam |")  # fmt: skip
-    print("| --- | --- | --- | --- | --- | --- | --- |")
-    for name, shape in SHAPES.items():
-        adapter = shape.adapter(16) * 16
-        print(f"| {name} | {shape.weights / 1e9:.1f} B | {_gib(shape.weights * 2)} | {_gib(qlora(shape) - adapter)} | "
-              f"{_gib(adapter)} | {_gib(qlora(shape))} | {_gib(full(shape))} |")  # fmt: skip
-    print("\n| bf16, gradient checkpointing | K = 2 | K = 4 | K = 16 | K = 16, `completions_per_forward: 4` |")
-    print("| --- | --- | --- | --- | --- |")
-    for name, shape in SHAPES.items():
+    for lines in (held_table(), batch_table(), machine_table()):
+        print("\n".join(lines), end="\n\n")
+
+
+def held_table() -> Iterator[str]:
+    yield ("| | weights | bf16 | NF4, the rest bf16 | LoRA r 16 in fp32, its gradients and Adam | QLoRA in all | "
+           "full fine-tuning in fp32 with Adam |")  # fmt: skip
+    yield "| --- | --- | --- | --- | --- | --- | --- |"
+    for name in MODELS:
+        lora, qlora = (planner(name).held(own) for own in (setup(use_peft=True), setup(**QLORA)))
+        full = planner(name, dtype=torch.float32).held(setup())
+        yield (
+            f"| {name} | {full['weights'] / 4e9:.1f} B | {_gib(lora['weights'])} | {_gib(qlora['weights'])} | "
+            f"{_gib(sum(lora.values()) - lora['weights'])} | {_gib(sum(qlora.values()))} | {_gib(sum(full.values()))} |"
+        )
+
+
+def batch_table() -> Iterator[str]:
+    yield "| bf16, gradient checkpointing | K = 2 | K = 4 | K = 16 | K = 16, `completions_per_forward: 4` |"
+    yield "| --- | --- | --- | --- | --- |"
+    for name in MODELS:
         for layout in ("padded", "prefix_shared"):
-            cells = [_gib(activations(shape, layout, k)) for k in (2, 4, 16)]
-            cells.append(_gib(activations(shape, layout, 16, per_forward=4)))
-            print(f"| {name}, {layout} | {' | '.join(cells)} |")
+            cells = [_gib(batch(name, layout, k)) for k in (2, 4, 16)]
+            yield f"| {name}, {layout} | {' | '.join([*cells, _gib(batch(name, layout, 16, 4))])} |"
+
+
+def batch(name: str, layout: str, k: int, per_forward: int | None = None) -> float:
+    """Bytes of one prompt's forward and backward, of a model that is sharded and computes in bf16."""
+    plan = planner(name, layout)
+    plan.rows = [example(k)]
+    return sum(plan.kept(setup(Launch(8, "FSDP2"), completions_per_forward=per_forward)).peak(True))
+
+
+def machine_table() -> Iterator[str]:
+    yield "| machine | model | held | the batch | in all, with a fifth more | start from |"
+    yield "| --- | --- | --- | --- | --- | --- |"
+    yield "| no GPU | 135M, LoRA | | | | `configs/quickstart.yaml` |"
+    for machine, size, what, own, start in MACHINES:
+        dtype = torch.bfloat16 if own.use_peft else torch.float32
+        plan = planner(what.split(",")[0], dtype=dtype)
+        plan.rows = [example(4)]
+        memory = plan.memory(own)
+        batch = sum(memory.parts[part] for part in ("activations", "head"))
+        fits = "" if memory.needed <= size * GIB else ": **does not fit**"
+        yield (
+            f"| {machine} | {what} | {_gib(memory.total - batch)} | {_gib(batch)} | {_gib(memory.needed)}{fits} | "
+            f"{start} |"
+        )
 
 
 def _gib(value: float) -> str:
@@ -144,37 +139,40 @@ def _gib(value: float) -> str:
 # The check
 
 SMALL = {
-    "wide": Shape(4, 512, 2048, 128, 8000),
-    "deep": Shape(12, 256, 1024, 256, 8000),
-}
+    "wide": {"num_hidden_layers": 4, "hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8,
+             "num_key_value_heads": 2},
+    "deep": {"num_hidden_layers": 12, "hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 4,
+             "num_key_value_heads": 4},
+}  # fmt: skip
 CASES = [
     (name, layout, k, checkpointing)
     for name in SMALL
     for layout in ("padded", "prefix_shared")
     for k, checkpointing in ((2, False), (8, False), (8, True))
 ]
-PROMPT, COMPLETION = 256, 256
+LENGTH = 256
+
+
+def small(name: str) -> LlamaConfig:
+    return LlamaConfig(vocab_size=8000, max_position_embeddings=4096, architectures=["LlamaForCausalLM"], **SMALL[name])
+
+
+def computed(name: str, layout: str, k: int, checkpointing: bool) -> float:
+    """Bytes above the model with its gradients, by the arithmetic."""
+    plan = Planner(small(name), [example(k, LENGTH, LENGTH)], torch.float32, None, layout, device="cpu")
+    return sum(plan.kept(setup()).peak(checkpointing))
 
 
 def measure(name: str, layout: str, k: int, checkpointing: bool) -> int:
     """Bytes by which a forward and backward of the trainer's own batch rise above the model with its gradients."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
     from machine import peak_memory
     from nca_align.batching.attention import share_prefixes
     from nca_align.batching.collator import RewardCollator
-    from nca_align.models.logprobs import add_token_logps
+    from nca_align.models.logprobs import add_token_logps, forward_chunk
 
-    shape = SMALL[name]
-    head = 64
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=shape.vocabulary, hidden_size=shape.hidden, intermediate_size=shape.mlp,
-            num_hidden_layers=shape.layers, num_attention_heads=shape.hidden // head,
-            num_key_value_heads=shape.kv // head, max_position_embeddings=4096,
-        )
-    ).train()  # fmt: skip
+    model = LlamaForCausalLM(small(name)).train()
     add_token_logps(model)
     if layout == "prefix_shared":
         share_prefixes(model)
@@ -182,23 +180,13 @@ def measure(name: str, layout: str, k: int, checkpointing: bool) -> int:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    generator = torch.Generator().manual_seed(0)
-
-    def ids(length: int) -> list[int]:
-        return torch.randint(3, shape.vocabulary, (length,), generator=generator).tolist()
 
     def step(completions: int, length: int) -> None:
-        row = {
-            "prompt_ids": ids(length), "completion_ids": [ids(length) for _ in range(completions)],
-            "rewards": [float(i) for i in range(completions)],
-        }  # fmt: skip
-        (chunk,) = RewardCollator(pad_token_id=0, layout=layout)([row])["chunks"]
-        kept = ("input_ids", "attention_mask", "position_ids", "segments", "token_index", "target_ids")
-        inputs = {key: chunk[key] for key in kept if key in chunk}
-        model(**inputs, row_length=chunk["input_ids"].shape[1]).token_logps.sum().backward()
+        (chunk,) = RewardCollator(0, layout).chunks([example(completions, length, length)])
+        forward_chunk(model, chunk).token_logps.sum().backward()
 
     step(2, 16)  # what a first step sets up once
-    measured = peak_memory(lambda: step(k, PROMPT))
+    measured = peak_memory(lambda: step(k, LENGTH))
     if measured is None:
         sys.exit("the peak is read from Linux's /proc/self/clear_refs, which isn't here")
     return measured[1]
@@ -208,9 +196,7 @@ def check() -> None:
     print("| 256 + 256 tokens, fp32, CPU | arithmetic, MB | measured, MB | measured / arithmetic |")
     print("| --- | --- | --- | --- |")
     for name, layout, k, checkpointing in CASES:
-        expected = activations(
-            SMALL[name], layout, k, PROMPT, COMPLETION, checkpointing=checkpointing, size=4, budget=4 * GIB
-        )
+        expected = computed(name, layout, k, checkpointing)
         done = subprocess.run(
             [sys.executable, __file__, "--measure", json.dumps([name, layout, k, checkpointing])],
             check=True, capture_output=True, text=True, env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"},

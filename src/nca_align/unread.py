@@ -149,6 +149,7 @@ TRAIN_RULES = (
         lambda o: "trackio" in o.report_to,
         "`report_to: trackio`",
     ),
+    Rule("device_memory launch devices", lambda o: o.dry_run, "`dry_run: true`"),
     Rule("ignore_bias_buffers do_train", lambda o: False, "TRL's own script"),
 )  # fmt: skip
 

@@ -61,11 +61,8 @@ def tokenize_dataset(
         **options,
     )
     cut = {column: sum(dataset[column]) for column in CUT_COLUMNS}
-    if training and cut["completions_cut"] and cut["completions_cut"] == sum(map(len, dataset["rewards"])):
-        raise UserError(
-            f"`max_length` is {max_length}, which cuts every completion of `{name}`, so that no answer's end would be "
-            "trained on; raise it, or give `max_length: null` for no limit."
-        )
+    if training:
+        refuse_cutting_all(cut["completions_cut"], sum(map(len, dataset["rewards"])), max_length, name)
     notices = []
     if cut["boundary_tokens"]:
         notices.append(
@@ -84,6 +81,15 @@ def tokenize_dataset(
             f"(`max_prompt_length`), {cut['completions_cut']} completions at {max_length} (`max_length`)."
         )
     return dataset.remove_columns(list(CUT_COLUMNS)), notices
+
+
+def refuse_cutting_all(cut: int, completions: int, max_length: int | None, name: str) -> None:
+    """Raise a UserError where every completion is cut."""
+    if cut and cut == completions:
+        raise UserError(
+            f"`max_length` is {max_length}, which cuts every completion of `{name}`, so that no answer's end would be "
+            "trained on; raise it, or give `max_length: null` for no limit."
+        )
 
 
 def rows_that_fit(

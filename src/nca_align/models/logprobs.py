@@ -23,6 +23,7 @@ from .routing import expert_use
 # the backward computes again. Free at 7B (under 1 % of a step), dear on small models with a large vocabulary, whose
 # logits fit anyway: 16k labelled tokens of a vocabulary of 150k are 9.8 GB in fp32.
 LOGITS_BUDGET = {"cuda": 2 << 30, "cpu": 4 << 30}
+MOST_ROWS = 4096  # of such a tile
 
 
 # Composite models whose forward leaves out the scale or cap that stands in their language model's config
@@ -100,7 +101,7 @@ def head_logps(
     rows = max(1, budget // (8 * vocab_size))  # logits and their gradient, 4 bytes each
     if len(hidden) <= rows:
         return score(hidden, targets)
-    rows = min(rows, 4096)
+    rows = min(rows, MOST_ROWS)
     tiles = zip(hidden.split(rows), targets.split(rows), strict=True)
     return torch.cat([checkpoint(score, *tile, use_reentrant=False) for tile in tiles])
 

@@ -25,7 +25,8 @@ from ...store.checkpoints import whole_checkpoints
 from ...store.files import read_json, write_json
 from ...store.ownership import own_folder
 from ...store.provenance import LIBRARIES, commit, versions
-from ..train.command import model_source, open_policy, set_threads
+from ..train.command import set_threads
+from ..train.policy import model_source, open_policy
 from .grid import EvaluationSettings, cell_options
 from .methods import build_trainer
 from .splits import read_splits

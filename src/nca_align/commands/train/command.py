@@ -10,15 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
-from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
+from trl import ModelConfig, ScriptArguments
 
 from ...batching.rendering import prompt_ids
 from ...config import NCAConfig
 from ...data import DataOptions, RewardData, read_reward_dataset, select_split
 from ...errors import UserError, as_user_error, cli_main, notify
 from ...evaluation.training_log import last_evaluation
-from ...models.loading import ModelSource, load_adapter
 from ...models.policy import eval_mode
 from ...models.sampling import decoding_precision
 from ...options import given_options, parse
@@ -36,7 +34,9 @@ from .checks import (
     name_unread,
 )
 from .curves import plot_curves, run_title
+from .dry_run import asks_for_plan, dry_run
 from .options import FIRST_OPTIONS, REQUIRED, TRAIN_OPTIONS, RunOptions
+from .policy import model_source, open_policy
 from .summary import summary
 
 logger = logging.getLogger("nca_align")
@@ -47,6 +47,8 @@ def main(argv: list[str] | None = None) -> int:
     """Train as the options say; 0, or 2 after a user's mistake, told in one sentence."""
     argv = sys.argv[1:] if argv is None else argv
     what = "Align a language model on K rewarded completions per prompt."
+    if asks_for_plan(argv):
+        return dry_run(argv)
     options = parse(TRAIN_OPTIONS, argv, "nca-align train", what, first=FIRST_OPTIONS, required=REQUIRED)
     script, _, run, args, model_args = options
     began = time.time()
@@ -153,39 +155,6 @@ def set_threads(run: RunOptions) -> None:
     """The threads of a run on the CPU, as its options say."""
     if run.cpu_threads is not None:
         torch.set_num_threads(run.cpu_threads or os.cpu_count() or 1)
-
-
-def model_source(model_args: ModelConfig, args: NCAConfig) -> ModelSource:
-    """What `model_name_or_path` names."""
-    return ModelSource.of(
-        str(model_args.model_name_or_path), revision=model_args.model_revision, trust_remote_code=args.trust_remote_code
-    )
-
-
-def open_policy(source: ModelSource, model_args: ModelConfig, args: NCAConfig) -> dict[str, Any]:
-    """`model`, `peft_config` and `quantization_config` of a trainer; an adapter is trained on from where it is."""
-    options: dict[str, Any] = {
-        "attn_implementation": model_args.attn_implementation,
-        "dtype": model_args.dtype,
-        **(args.model_init_kwargs or {}),  # type: ignore[dict-item]
-    }
-    quantization_config = get_quantization_config(model_args)
-    if source.adapter is None:
-        args.model_init_kwargs = {"revision": source.revision, **options}
-        peft_config = _peft_config(model_args)
-        return {"model": source.path, "peft_config": peft_config, "quantization_config": quantization_config}
-    args.model_init_kwargs = None  # the trainer is given an instance
-    if quantization_config is not None:
-        options["quantization_config"] = quantization_config
-    return {"model": load_adapter(source.load(AutoModelForCausalLM, **options), source.adapter, is_trainable=True)}
-
-
-def _peft_config(model_args: ModelConfig):
-    config: Any = get_peft_config(model_args)
-    modules = getattr(config, "target_modules", None)
-    if isinstance(modules, str) and modules.isidentifier():  # TRL makes a list of one a pattern for whole names
-        config.target_modules = {modules}
-    return config
 
 
 def _answers(trainer, tokenizer, rows: list[dict[str, Any]], max_new_tokens: int) -> list[str]:

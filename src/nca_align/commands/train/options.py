@@ -29,6 +29,12 @@ class RunOptions:
     eval_completions: int = option("Such answers a prompt, at temperature 1.", 4)
     eval_new_tokens: int = option("Tokens at which such an answer is cut.", 128)
     eval_prompts: int | None = option("Held-out prompts that are so answered, the first ones; all by default.", None)
+    dry_run: bool = option(
+        "Print layout, steps and memory by part, whether it fits and what to change if not; load no weights.", False
+    )
+    device_memory: str | None = option("Of a card that `dry_run` plans for, as in 24GB; by default the one here.", None)
+    launch: str | None = option("accelerate's file that `dry_run` plans for; by default this process's launch.", None)
+    devices: int | None = option("Cards that `dry_run` plans for, one a process; by default the launch's.", None)
 
 
 # in this order, for a cell of `nca-align compare` too
@@ -54,9 +60,9 @@ FIRST_OPTIONS = {
     "use_peft": "Train a LoRA adapter instead of the whole model; `--help lora` lists its options.",
     "lora_r": "The adapter's rank.",
     "dtype": "Of the model's weights; mixed precision comes by itself where an accelerator computes in bfloat16.",
-    "logging_steps": "Steps between two log lines; by default 10, or less for at least ten lines.",
     "eval_strategy": "When held-out prompts are evaluated; by default at the end, where rows are held out.",
     "save_steps": "Steps from one checkpoint to the next.",
+    "dry_run": "Print steps and memory by part, and whether it fits; no weights are loaded.",
     "resume_from_checkpoint": "`true` goes on from the last checkpoint in `output_dir`.",
     "seed": "Of the order of the data, dropout and new weights.",
 }

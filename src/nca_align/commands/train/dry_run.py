@@ -1,0 +1,161 @@
+"""`nca-align train --dry_run`: the plan of a run, from its config, the lengths of its first rows and no weights."""
+
+import argparse
+import logging
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from trl import ModelConfig, ScriptArguments, get_peft_config
+
+from ...batching.tokenization import tokenize_dataset
+from ...config import NCAConfig
+from ...data import DataOptions
+from ...data.sample import read_sample
+from ...device import has_accelerator
+from ...errors import UserError, as_user_error
+from ...models.loading import adapter_config, silence_transformers
+from ...options import given_options, parse
+from ...progress import without_library_bars
+from ...training.card_memory import Quantisation
+from ...training.launch import Launch, alone, read_launch, syncs_each_batch
+from ...training.memory_plan import Planner, Setup
+from .checks import check_options, checkpoint_to_go_on_from, name_unread
+from .options import FIRST_OPTIONS, REQUIRED, TRAIN_OPTIONS, RunOptions
+from .plan_text import Lengths, plan_text
+from .policy import model_source, new_adapter
+
+ROWS = 1000  # of the data that are read
+_UNITS = {"": 30, "g": 30, "gb": 30, "gib": 30, "m": 20, "mb": 20, "mib": 20}  # cards are named so, in powers of 2
+
+
+def asks_for_plan(argv: list[str]) -> bool:
+    """Whether `dry_run` is true in the flags, or in the `--config` file where no flag says it."""
+    reader = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    reader.add_argument("--dry_run", "--dry-run", nargs="?", const="true")
+    said = reader.parse_known_args(argv)[0].dry_run
+    if said in (None, "true"):
+        return said is not None or "dry_run" in given_options(argv)
+    return said.lower() in ("yes", "1", "t", "y")
+
+
+@without_library_bars()
+def dry_run(argv: list[str]) -> int:
+    """Print the plan; 0, whether the run fits or not. Of several processes the first one does it."""
+    environment = dict(os.environ)
+    if int(environment.get("RANK", 0)):
+        return 0
+    with alone():
+        options = parse(TRAIN_OPTIONS, _as_on_a_card(argv), "nca-align train", first=FIRST_OPTIONS, required=REQUIRED)
+        run: RunOptions = options[2]
+        if run.launch:
+            environment = read_launch(run.launch)
+        if run.devices is not None:
+            if run.devices < 1:
+                raise UserError(f"`devices` is {run.devices}, but must be at least 1")
+            environment["WORLD_SIZE"] = str(run.devices)
+        with alone(environment):
+            with as_user_error("setting up the training"):
+                print(_plan(argv, environment, *options))
+    return 0
+
+
+def _as_on_a_card(argv: list[str]) -> list[str]:
+    """`argv`, and what lets a machine without a card read the options of a run that has one."""
+    given, all_given = given_options(argv), given_options(argv, false=True)
+    if has_accelerator() or "use_cpu" in given or not {"device_memory", "launch", "devices"} & given:
+        return argv
+    half = ["--bf16", "true"] if "fp16" in given or "bf16" not in all_given else []
+    off = [part for name in ("fp16", "tf32") if name in given for part in (f"--{name}", "false")]
+    return [*argv, "--use_cpu", "true", *half, *off]
+
+
+def _plan(
+    argv: list[str],
+    environment: Mapping[str, str],
+    script: ScriptArguments,
+    data_options: DataOptions,
+    run: RunOptions,
+    args: NCAConfig,
+    model_args: ModelConfig,
+) -> str:
+    logging.getLogger("nca_align").setLevel(logging.WARNING)
+    silence_transformers()
+    name_unread(given_options(argv, false=True), script, data_options, run, args, model_args)
+    size = None if run.device_memory is None else _bytes(run.device_memory)
+    check_options(script, run, args, model_args)
+    checkpoint_to_go_on_from(args)
+    source = model_source(model_args, args)
+    config, tokenizer = source.load_config(), source.load_tokenizer()
+    sample = read_sample(
+        str(script.dataset_name), script.dataset_train_split, ROWS, name=script.dataset_config,
+        streaming=script.dataset_streaming, options=data_options,
+    )  # fmt: skip
+    tokenised: Any = tokenize_dataset(sample.dataset, tokenizer, None, None, args.length_column_name)[0]
+    on_cpu = bool(args.use_cpu) and argv == _as_on_a_card(argv)
+    launch = Launch.of(environment, args)
+    adapter = adapter_config(source.adapter) if source.adapter else new_adapter(model_args)
+    planner = Planner(
+        config,
+        list(tokenised),
+        _dtype(model_args, args, config),
+        adapter or get_peft_config(ModelConfig(use_peft=True, lora_target_modules=["all-linear"], lora_dropout=0.0)),
+        args.layout,
+        max_prompt_length=args.max_prompt_length,
+        pad_to_multiple_of=args.pad_to_multiple_of,  # type: ignore[arg-type]
+        mixed=torch.bfloat16 if args.bf16 or args.fp16 else None,
+        device="cpu" if on_cpu else "cuda",
+        attention=model_args.attn_implementation,
+        goes_on=source.adapter is not None,
+        disable_dropout=args.disable_dropout,
+        trust_remote_code=args.trust_remote_code,
+        offloads_activations=args.activation_offloading,
+    )
+    bits = 4 if model_args.load_in_4bit else 8 if model_args.load_in_8bit else 0
+    setup = Setup(
+        launch,
+        batch_size=args.per_device_train_batch_size,
+        accumulation=args.gradient_accumulation_steps,
+        completions_per_forward=args.completions_per_forward,
+        max_length=args.max_length,
+        checkpointing=args.gradient_checkpointing,
+        optim=str(getattr(args.optim, "value", args.optim)),
+        use_peft=adapter is not None,
+        quantisation=Quantisation(bits, bits == 4 and model_args.use_bnb_nested_quant) if bits else None,
+        precomputes=args.precompute_ref_log_probs and not script.dataset_streaming,
+        syncs_each_batch=syncs_each_batch(args),
+    )
+    if size is None:
+        size = _memory_here(on_cpu, launch)
+    lengths = Lengths.count(planner.rows, args.max_prompt_length, args.max_length)
+    return plan_text(planner, setup, sample, lengths, args, str(model_args.model_name_or_path), size)
+
+
+def _dtype(model_args: ModelConfig, args: NCAConfig, config: Any) -> torch.dtype:
+    """Of the loaded weights."""
+    own: Any = args.model_init_kwargs or {}
+    name = own.get("dtype", model_args.dtype)
+    if name == "auto":
+        name = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
+    return name if isinstance(name, torch.dtype) else getattr(torch, name or "float32")
+
+
+def _bytes(text: str) -> float:
+    number = text.strip().lower().rstrip("bgim ")
+    unit = text.strip().lower()[len(number) :].strip()
+    try:
+        return float(number) * (1 << _UNITS[unit])
+    except (ValueError, KeyError):
+        raise UserError(f"`device_memory` is {text!r}, but must be a number of GB such as 24GB") from None
+
+
+def _memory_here(on_cpu: bool, launch: Launch) -> float | None:
+    """Bytes for one process: of the smallest card that PyTorch finds, or on a CPU its share; None without any."""
+    if not on_cpu:
+        cards = range(torch.cuda.device_count())
+        return min((float(torch.cuda.get_device_properties(card).total_memory) for card in cards), default=None)
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / launch.processes
+    except (ValueError, OSError, AttributeError):
+        return None

@@ -1,0 +1,309 @@
+"""`nca-align train --dry_run`: a plan that needs no weights, refuses what the run refuses, and suggests what fits."""
+
+import importlib
+import json
+import os
+import re
+from pathlib import Path
+
+import pandas
+import pytest
+import yaml
+from datasets import Dataset, DatasetDict
+
+import test_recipes as recipes
+from conftest import reward_rows
+from nca_align import NCAConfig
+from nca_align.commands.train import command
+from nca_align.commands.train.dry_run import _bytes, asks_for_plan
+from nca_align.commands.train.plan_text import Lengths, plan_text, steps_of, verdict
+from nca_align.data import DataOptions
+from nca_align.data.sample import read_sample
+from nca_align.errors import UserError
+from nca_align.models.memory import GIB
+from nca_align.training.launch import Launch, alone, read_launch
+from test_memory_plan import planner, rows, setup
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+main = command.main
+
+
+@pytest.fixture
+def files(model_dir, tmp_path) -> dict[str, str]:
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, reward_rows(9))))
+    return {
+        "model_name_or_path": model_dir, "dataset_name": str(tmp_path / "rows.jsonl"),
+        "output_dir": str(tmp_path / "run"), "dry_run": "true", "validation_fraction": "0",
+    }  # fmt: skip
+
+
+def plan(files, capsys, **own) -> str:
+    argv = [part for name, value in {**files, **own}.items() for part in (f"--{name}", str(value))]
+    assert main(argv) == 0
+    return capsys.readouterr().out
+
+
+@pytest.fixture
+def no_weights(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("weights are read")
+
+    monkeypatch.setattr("transformers.PreTrainedModel.from_pretrained", refuse)
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", refuse)
+    monkeypatch.setattr("safetensors.torch.load_file", refuse)
+    monkeypatch.setattr(importlib.import_module("nca_align.trainer").NCATrainer, "__init__", refuse)
+
+
+def test_a_plan_reads_no_weights_and_writes_nothing(files, capsys, no_weights, tmp_path):
+    before, environment = sorted(tmp_path.rglob("*")), dict(os.environ)
+    text = plan(files, capsys, per_device_train_batch_size=2, num_train_epochs=2)
+    assert sorted(tmp_path.rglob("*")) == before
+    assert dict(os.environ) == environment
+    for line in (
+        "43,168 weights, float32; 43,168 trained.", "9 rows read, K", "Layout: prefix_shared, each shared token once.",
+        "Launch: one process.", "Steps: 10 (2 × 9 prompts), 2 prompts each (2 × 1 × 1)", "  weights ", "  gradients ",
+        "  optimizer ", "  activations at the longest rows ", "  head: ", "  in all ", "  with a fifth more ",
+    ):  # fmt: skip
+        assert line in text
+    assert text.splitlines()[-1].startswith("Verdict: fits ")
+
+
+def test_only_true_asks_for_it(tmp_path):
+    (tmp_path / "o.yaml").write_text("dry_run: true")
+    (tmp_path / "n.yaml").write_text("dry_run: false")
+    with_file = ["--config", str(tmp_path / "o.yaml")]
+    for argv in (["--dry_run"], ["--dry-run"], ["--dry_run", "true"], ["--dry_run=true"], with_file):
+        assert asks_for_plan(argv)
+    for argv in ([], ["--beta", "1"], [*with_file, "--dry_run", "false"], ["--config", str(tmp_path / "n.yaml")]):
+        assert not asks_for_plan(argv)
+
+
+RECIPES = sorted([*CONFIGS.glob("*_mistral7b.yaml"), *CONFIGS.glob("recipes/*.yaml")])
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_has_a_plan(path, tmp_path, capsys, monkeypatch):
+    """Of the recipe's own class and options, with a config and a tokenizer alone in the model's folder."""
+    monkeypatch.setattr(recipes.transformers.PreTrainedModel, "save_pretrained", save_config)
+    recipes.save_model(recipes.model_of(path), tmp_path / "model")
+    assert not list((tmp_path / "model").glob("*.safetensors"))
+    recipe = yaml.safe_load(path.read_text())
+    recipes.save_data(recipe["dataset_name"], tmp_path / "data")
+    text = plan(
+        {"config": path, "model_name_or_path": tmp_path / "model", "dataset_name": tmp_path / "data",
+         "output_dir": tmp_path / "run", "dry_run": "true", "launch": CONFIGS / "accelerate" / "fsdp2.yaml",
+         "device_memory": "24GB"}, capsys,
+    )  # fmt: skip
+    layout = re.search(r"^layout: auto +# (\w+)", path.read_text(), re.M)[1]
+    assert f"Layout: {layout}, " in text
+    assert f"K {recipes.DATA[recipe['dataset_name']][2]}" in text
+    assert re.search(rf"\(1 × {recipe['gradient_accumulation_steps']} × 8\)", text)
+    assert ("in 4 bits" in text) is recipe.get("load_in_4bit", False)
+    assert "Launch: 8 processes, FSDP2." in text
+    assert "Verdict: fits 24.0 GiB" in text
+
+
+def save_config(model, folder):
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+
+
+def test_the_quickstart_has_a_plan(files, capsys):
+    text = plan(files, capsys, config=CONFIGS / "quickstart.yaml", eval_scorer="nca_align.scorers:vader",
+                validation_fraction=0.3)  # fmt: skip
+    assert "an adapter of" in text
+
+
+# The launch
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("one_gpu", Launch(1)),
+        ("multi_gpu", Launch(8)),
+        ("fsdp2", Launch(8, "FSDP2")),
+        ("zero3", Launch(8, "ZeRO-3")),
+    ],
+)
+def test_the_launch_files_are_read(name, expected):
+    path = str(CONFIGS / "accelerate" / f"{name}.yaml")
+    assert Launch.of(read_launch(path)) == expected
+    assert Launch.of(read_launch(path, 16)).processes == 16
+
+
+def test_the_environment_of_accelerate_is_read(files, capsys, monkeypatch):
+    for name, value in {"WORLD_SIZE": "4", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "nowhere",
+                        "MASTER_PORT": "1", "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    text = plan(files, capsys)  # waits for no other process
+    assert "Launch: 4 processes, FSDP2." in text
+    assert re.search(r"\(\d+ × 1 × 4\)", text)
+    assert os.environ["WORLD_SIZE"] == "4"
+    monkeypatch.setenv("RANK", "1")
+    assert plan(files, capsys) == ""
+
+
+def test_offloading_and_deepspeeds_own_file(tmp_path):
+    (tmp_path / "ds.json").write_text(
+        json.dumps({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}})
+    )
+    (tmp_path / "a.yaml").write_text(
+        "distributed_type: DEEPSPEED\nnum_processes: 2\n"
+        f"deepspeed_config: {{deepspeed_config_file: {tmp_path}/ds.json}}"
+    )
+    assert Launch.of(read_launch(str(tmp_path / "a.yaml"))) == Launch(2, "ZeRO-2", offloads_optimizer=True)
+    (tmp_path / "b.yaml").write_text(
+        "distributed_type: FSDP\nfsdp_config: {fsdp_version: 2, fsdp_offload_params: true}"
+    )
+    assert Launch.of(read_launch(str(tmp_path / "b.yaml"))) == Launch(1, "FSDP2", True, True)
+
+
+def test_alone_sets_back_what_it_took(monkeypatch):
+    monkeypatch.setenv("RANK", "3")
+    with alone({"FSDP_VERSION": "2", "WORLD_SIZE": "9"}):
+        assert "RANK" not in os.environ
+        assert "WORLD_SIZE" not in os.environ
+        assert os.environ["FSDP_VERSION"] == "2"
+    assert os.environ["RANK"] == "3"
+    assert "FSDP_VERSION" not in os.environ
+
+
+def test_cards_that_are_not_here_are_planned_in_half_precision(files, capsys):
+    on_cards = plan(files, capsys, device_memory="24GB", bf16="true", tf32="true", dtype="bfloat16")
+    assert "Verdict: fits 24.0 GiB" in on_cards
+    assert "a process" not in on_cards
+    assert plan(files, capsys, device_memory="24GB", fp16="true", dtype="bfloat16") == on_cards
+    assert plan(files, capsys, device_memory="24GB", dtype="bfloat16") == on_cards
+    assert "this machine's memory" in plan(files, capsys)
+    assert "it takes cards of" in plan(files, capsys, devices=2)
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        ({"load_in_4bit": "true"}, "leave no weight that can be trained"),
+        ({"eval_scorer": "nca_align.scorers:vader", "launch": CONFIGS / "accelerate/fsdp2.yaml"}, "deal out the model"),
+        ({"max_length": 4, "max_prompt_length": 3}, "which cuts every completion"),
+        ({"device_memory": "big"}, "`device_memory` is 'big', but must be a number of GB"),
+        ({"devices": 0}, "`devices` is 0, but must be at least 1"),
+        ({"launch": "no.yaml"}, "`launch` no.yaml can't be read"),
+        ({"launch": CONFIGS / "quickstart.yaml"}, "`distributed_type` None"),
+        ({"model_name_or_path": "./none"}, "there is no such folder"),
+        ({"dataset_train_split": "other"}, "the split `other` is not in the data set"),
+        ({"beta": 0}, "`beta` is 0"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_the_run_refuses_is_refused(files, capsys, own, message):
+    argv = [part for name, value in {**files, **own}.items() for part in (f"--{name}", str(value))]
+    assert main(argv) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_without_it_its_options_are_named_as_idle(files, capsys, caplog):
+    argv = [part for name, value in {**files, "dry_run": "false"}.items() for part in (f"--{name}", value)]
+    assert main([*argv, "--devices", "2", "--model_name_or_path", "./none"]) == 2
+    assert "`devices` (needs `dry_run: true`)" in caplog.text + capsys.readouterr().err
+
+
+# The verdict
+
+
+def test_the_verdict_flips_at_the_bound_and_each_line_of_it_fits():
+    plan, start = planner(rows=rows(8, completion=200)), setup()
+    memory = plan.memory(start)
+    assert verdict(plan, start, memory, memory.needed).startswith("Verdict: fits ")
+    text = verdict(plan, start, memory, memory.needed - 1)
+    assert text.startswith("Verdict: does not fit ")
+    assert "`gradient_checkpointing: true`" in text
+    assert "`completions_per_forward: 4`" in text
+    assert "`use_peft: true`" in text
+    assert verdict(plan, start, memory, 1).endswith("take a larger card or a smaller model.")
+    assert "`--device_memory 24GB`" in verdict(plan, start, memory, None)
+
+
+def test_units_of_a_card():
+    assert _bytes("24GB") == _bytes("24 GiB") == _bytes("24") == 24 * GIB
+    assert _bytes("512MB") == GIB / 2
+    for text in ("GB", "24TBs", "", "-"):
+        with pytest.raises(UserError):
+            _bytes(text)
+
+
+# The data
+
+
+def test_steps_are_counted_as_transformers_counts_them(tmp_path):
+    def steps(rows, **own):
+        given = {"batch_size": 2, "accumulation": 3} | {k: own.pop(k) for k in ("batch_size",) if k in own}
+        args = NCAConfig(str(tmp_path), **own)
+        return steps_of(rows, setup(Launch(2), **given), args)
+
+    assert steps(25, num_train_epochs=2) == 6  # 7 batches a pass, 3 steps
+    assert steps(25, num_train_epochs=2, dataloader_drop_last=True) == 4
+    assert steps(1, num_train_epochs=1) == 1
+    assert steps(25, max_steps=4) == 4
+    assert steps(None) is None
+
+
+@pytest.mark.slow
+def test_a_run_takes_the_steps_of_its_plan(files, capsys):
+    options = {"num_train_epochs": 1.5, "gradient_accumulation_steps": 2, "validation_fraction": 0.3}
+    steps = int(re.search(r"Steps: (\d+) ", plan(files, capsys, **options))[1])
+    argv = [
+        part for name, value in {**files, **options, "dry_run": "false"}.items() for part in (f"--{name}", str(value))
+    ]
+    assert main(argv) == 0
+    state = json.loads((Path(files["output_dir"]) / "trainer_state.json").read_text())
+    assert state["global_step"] == steps == state["max_steps"]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet", "folder", "saved"])
+def test_the_rows_of_every_kind_of_file_are_counted(kind, tmp_path):
+    data = [{"prompt": f"p{i}", "chosen": f"yes {i}", "rejected": f"no {i}"} for i in range(30)]
+    path = tmp_path / f"rows.{kind}"
+    if kind == "jsonl":
+        path.write_text("\n".join(map(json.dumps, data)) + "\n\n")
+    elif kind == "json":
+        path.write_text(json.dumps(data))
+    elif kind == "saved":
+        DatasetDict({"train": Dataset.from_list(data), "test": Dataset.from_list(data[:3])}).save_to_disk(path)
+    elif kind == "folder":
+        path.mkdir()
+        for name, part in (("train", data), ("test", data[:3])):
+            (path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, part)))
+    else:
+        getattr(pandas.DataFrame(data), f"to_{kind}")(path, index=False)
+    few, whole = (read_sample(str(path), "train", most) for most in (10, 100))
+    assert (few.read, few.rows, few.is_whole, len(few.dataset)) == (10, 30, False, 10)
+    assert (whole.read, whole.rows, whole.is_whole) == (30, 30, True)
+    assert set(few.dataset.column_names) >= {"prompt", "completions", "rewards"}
+    has_test = kind in ("folder", "saved")
+    assert few.training_rows == (30 if has_test else 30 - int(few.held_out * 30))
+    assert (few.held_out > 0) is not has_test
+
+
+def test_what_is_dropped_is_dropped_of_the_rest_too(tmp_path):
+    data = [{"prompt": f"p{i}", "completions": ["a", "b"], "rewards": [1, 0], "source": "ab"[i % 2]} for i in range(40)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, data)))
+    options = DataOptions(exclude_sources=["b"], validation_fraction=0)
+    sample = read_sample(str(tmp_path / "rows.jsonl"), "train", 10, options=options)
+    assert (len(sample.dataset), sample.training_rows) == (5, 20)
+
+
+def test_lengths_count_what_is_cut():
+    found = Lengths.count([*rows(2), *rows(3, completion=10)], 50, 80)
+    assert (found.completions, found.prompts_cut, found.completions_cut, found.of) == ((2, 3), 2, 2, 5)
+
+
+def test_a_sample_is_told_as_one(tmp_path):
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, reward_rows(9))))
+    sample = read_sample(str(tmp_path / "rows.jsonl"), "train", 4)
+    plan, args = planner(), NCAConfig(str(tmp_path))
+    text = plan_text(plan, setup(), sample, Lengths.count(plan.rows, None, None), args, "m", None)
+    assert "4 rows read of 9" in text
+    assert "Steps: about 27 (3 × 9 prompts), 1 prompts each (1 × 1 × 1), about " in text
