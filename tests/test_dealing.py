@@ -16,6 +16,7 @@ from nca_align.commands.sample.command import sample
 from nca_align.commands.sample.options import SampleOptions
 from nca_align.commands.score import ScoreOptions, score
 from nca_align.errors import UserError
+from nca_align.models.loading import default_device
 from nca_align.processes import Processes
 from nca_align.store import shards
 
@@ -136,6 +137,12 @@ def test_a_process_whose_first_one_has_gone_ends_without_a_word(monkeypatch):
         with pytest.raises(SystemExit) as left:
             call()
         assert left.value.code == 1
+
+
+def test_a_process_loads_onto_the_card_that_it_has_taken(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 3)
+    assert default_device() == "cuda:3"
 
 
 @pytest.mark.parametrize(

@@ -69,11 +69,11 @@ def score(options: ScoreOptions) -> dict[str, int]:
     Raises:
         UserError: whatever the user can mend, in one sentence.
     """
+    processes = Processes.of_launch()
     specs = [ScorerSpec.parse(scorer) for scorer in options.scorer]
     for spec in specs:  # a name that is misspelt is told before all the data is read
         spec.check(options.trust_remote_code)
     sources = {spec.name: spec.fingerprint() for spec in specs if spec.kind == "function"}  # before any model loads
-    processes = Processes.of_launch()
     dataset = processes.in_turn(
         lambda: load_completions(options.dataset_name, options.dataset_config, options.split, options.columns)
     )

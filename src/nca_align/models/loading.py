@@ -196,8 +196,8 @@ def torch_dtype(name: str) -> torch.dtype:
 
 
 def default_device() -> str:
-    """The GPU, if there is one."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    """The GPU, if there is one; of a launch, the one that this process has taken."""
+    return f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
 
 
 def silence_transformers() -> None:

@@ -1,6 +1,7 @@
 """Files of rows, JSONL or Parquet: written whole, and joined."""
 
 import json
+import os
 from collections.abc import Sequence
 from operator import methodcaller
 from pathlib import Path
@@ -41,8 +42,8 @@ _iso = methodcaller("isoformat")  # of dates and times, the only values left her
 
 
 def write_rows(path: Path, rows: list[dict], features: Features) -> None:
-    """`rows` in the place of `path` at once, or not at all."""
-    with replacing(path, "wb") as file:
+    """`rows` in the place of `path` at once, or not at all; a process that outlived its launch may write the same."""
+    with replacing(path, "wb", temporary=path.with_name(f".{path.name}.{os.getpid()}")) as file:
         if path.suffix == ".jsonl":
             file.writelines(f"{json.dumps(row, ensure_ascii=False, default=_iso)}\n".encode() for row in rows)
         else:
