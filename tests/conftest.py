@@ -5,7 +5,9 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may reach a network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import functools
 import gc
+import importlib.metadata
 import json
 import logging
 import signal
@@ -35,6 +37,10 @@ CORPUS = [
     "user assistant system Here is the answer to the question that you asked me about the weather.",
     "I think that this is a great idea! Thank you for the help, I am happy with it. 0 1 2 3 4 5 6 7 8 9",
 ]
+
+
+# accelerate asks for it dozens of times in a trainer's life, and each time a file is read and parsed
+importlib.metadata.metadata = functools.cache(importlib.metadata.metadata)
 
 
 def pytest_collection_finish():

@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, NemotronConfig, NemotronForCausalLM
 
 from conftest import reward_rows
 from nca_align import NCAConfig, NCATrainer
@@ -23,7 +23,7 @@ from nca_align.commands.export.command import ExportOptions, export
 from nca_align.errors import UnsupportedError, UserError
 from nca_align.store.weights import read_back
 from nca_align.training.sharded import own_class
-from test_launch import ROOT, TRAIN, run, torchrun
+from test_launch import ROOT, TRAIN, run, same, torchrun
 
 LORA = {name: value for name, value in TRAIN.items() if name == "use_peft" or name.startswith("lora_")}
 CACHED = {"precompute_ref_log_probs": "true"}
@@ -161,6 +161,33 @@ def check(launch: str, weights: str, model_dir: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("launch", "weights"), IN_CI)
 def test_a_run_as_the_launch_file_says_is_whole(launch, weights, model_dir, tmp_path):
     check(launch, weights, model_dir, tmp_path)
+
+
+@pytest.mark.slow
+def test_a_packed_row_that_is_refused_within_a_forward_is_padded(tokenizer, tmp_path):
+    """Nemotron's attention refuses it below modules that FSDP2 has gathered, on both processes; they train on."""
+    torch.manual_seed(0)
+    config = NemotronConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, initializer_range=0.3, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    NemotronForCausalLM(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("\n".join(map(json.dumps, reward_rows(12, [3, 2]))))
+    options = {
+        "model_name_or_path": tmp_path / "model", "dataset_name": rows, "eval_strategy": "no", "max_steps": 2,
+        "validation_fraction": 0, "save_strategy": "no",
+    }  # fmt: skip
+    logs = []
+    for launch in ("one", "fsdp2"):
+        said = train(tmp_path / launch, launch, **options)
+        assert "Layout: padded, the model's layers do not hand its forward's arguments on to Nemotron" in said
+        log = json.loads((tmp_path / launch / "trainer_state.json").read_text())["log_history"]
+        logs.append([line for line in log if "loss" in line])
+    assert [len(log) for log in logs] == [2, 2]
+    for line, other in zip(*logs, strict=True):
+        same(line, other)
 
 
 @pytest.mark.long

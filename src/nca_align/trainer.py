@@ -110,9 +110,7 @@ class NCATrainer(DPOTrainer):
                 peft_config=peft_config,
             )
         self._set_up()
-        self._signature_columns = [
-            "prompt_ids", "completion_ids", "rewards", "ref_logps", "row_number", args.length_column_name,
-        ]  # fmt: skip
+        self._signature_columns = [*sorted(arguments.TOKENISED), "ref_logps", "row_number", args.length_column_name]
         self._guard = StepGuard(self.accelerator, args)
         console.attach(self)
         self._resume = Resume(self)
@@ -125,9 +123,8 @@ class NCATrainer(DPOTrainer):
         if not self._reference_given:
             adapters.set_up_reference_adapter(self.model, self._adapter_config, self.args.precompute_ref_log_probs)
         arguments.check_model(self.model, self.args.max_length, self.accelerator.parallelism_config, self.train_dataset)
-        models: list[Any] = [self.model]
-        if self.ref_model is not None:
-            models.append(self.accelerator.unwrap_model(self.ref_model, keep_torch_compile=False))
+        kept = [self.ref_model] if self.ref_model is not None else []  # a compiled model has no truth value
+        models = [self.model, *(self.accelerator.unwrap_model(model, keep_torch_compile=False) for model in kept)]
         for model in models:
             add_token_logps(base_model(model))
             disable_nf4_repacking(model)
@@ -207,7 +204,6 @@ class NCATrainer(DPOTrainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """One micro-batch, all completions at once, or `completions_per_forward` at a time with a backward each."""
-        self._checks.check_model(model, gradients=False)
         self._checks.check_reference(model)
         if self.data_collator.completions_per_forward is None:
             loss = super().training_step(model, inputs, num_items_in_batch)
@@ -324,7 +320,9 @@ class NCATrainer(DPOTrainer):
             vars(self.model).pop("_is_accelerate_prepared", None)
         read = self._resume.folder if self.is_deepspeed_enabled else None  # by a function of transformers, in here
         with explain_read_errors(read, self.args.output_dir):
-            return super()._prepare_for_training(max_steps, train_dataloader, checkpoint)
+            prepared = super()._prepare_for_training(max_steps, train_dataloader, checkpoint)
+        self._checks.check_model(prepared[0], gradients=False)  # of a sharded one, before a batch has its layout
+        return prepared
 
     _load_from_checkpoint = reads_checkpoint(DPOTrainer._load_from_checkpoint)
     _load_optimizer_and_scheduler = reads_checkpoint(DPOTrainer._load_optimizer_and_scheduler)

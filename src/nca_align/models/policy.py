@@ -5,10 +5,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from accelerate.utils import is_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..batching.attention import is_peft_model
 from ..errors import UserError
 
 

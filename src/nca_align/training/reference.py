@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, is_peft_model
+from accelerate.utils import broadcast_object_list
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from ..batching.attention import share_prefixes
+from ..batching.attention import is_peft_model, share_prefixes
 from ..config import NCAConfig
 from ..errors import UnsupportedError, UserError
 from ..models.loading import ModelSource

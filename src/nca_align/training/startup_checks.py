@@ -10,10 +10,11 @@ from itertools import islice
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object, is_peft_model, send_to_device
+from accelerate.utils import gather_object, send_to_device
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..batching.attention import is_peft_model
 from ..batching.collator import Batch, RewardCollator
 from ..errors import PackingError, UnsupportedError, UserError, notify
 from ..models.policy import base_model, eval_mode
