@@ -27,12 +27,13 @@ from test_launch import ROOT, TRAIN, run, same, torchrun
 
 LORA = {name: value for name, value in TRAIN.items() if name == "use_peft" or name.startswith("lora_")}
 CACHED = {"precompute_ref_log_probs": "true"}
-BEST = CACHED | {"load_best_model_at_end": "true"}  # of the one step that is evaluated, which is not the last
+BEST = CACHED | {"load_best_model_at_end": "true"}
+WORST = BEST | {"greater_is_better": "true"}  # loads the checkpoint before the last, whose loss is higher
 # Weights to their options and the file that holds what was trained
 WEIGHTS = {
     "full": ({}, "model.safetensors"),
     "full, cached": (BEST, "model.safetensors"),
-    "lora": (LORA | BEST, "adapter_model.safetensors"),
+    "lora": (LORA | WORST, "adapter_model.safetensors"),
     "continued": ({}, "adapter_model.safetensors"),
     "qlora": (LORA | CACHED | {"load_in_4bit": "true"}, "adapter_model.safetensors"),
 }
@@ -146,7 +147,10 @@ def check(launch: str, weights: str, model_dir: str, tmp_path: Path) -> None:
     assert (resumed / file).read_bytes() == (output / file).read_bytes()
 
     # exported, also from the checkpoint alone
-    ended_with = earlier[-1] if "load_best_model_at_end" in own else last
+    ended_with = last
+    if "load_best_model_at_end" in own:
+        ended_with = Path(json.loads((output / "trainer_state.json").read_text())["best_model_checkpoint"])
+        assert ended_with == earlier[-1]
     for source in (output, ended_with):
         export(ExportOptions(model_name_or_path=str(source), output=str(tmp_path / f"{source.name}-exported")))
     first, second = (
