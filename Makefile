@@ -15,8 +15,9 @@ quickstart: $(READY)
 test: $(READY)  ## a process a core, each with one thread
 	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile -m "not slow and not long"
 
-test-slow: $(READY)  ## what CI runs after that
-	$(RUN)/python -m pytest -m "slow and not long"
+test-slow: $(READY)  ## what CI runs after that, and what takes longest of it
+	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --durations 25 \
+		-m "slow and not long"
 
 test-oldest:  ## the fast tests with the oldest versions that are supported, in an environment of its own
 	$(PYTHON) -m venv $(VENV)-oldest
