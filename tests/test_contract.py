@@ -49,6 +49,7 @@ VALUES = {
     "_is_stateful": (lambda nca: nca.model, "modeling_utils"),
     "_is_accelerate_prepared": (lambda nca: nca.model, "accelerator"),
     "_models": (lambda nca: nca.accelerator, "accelerator"),
+    "_n_gpu": (lambda nca: nca.args, "training_args"),
     "_name": (lambda nca: nca, "trl"),
     "_name_or_path": (lambda nca: nca.model.config, "configuration_utils"),
     "_signature_columns": (lambda nca: nca, "trainer"),
@@ -198,7 +199,7 @@ def test_every_value_that_is_read_is_there_and_the_librarys_own(trained):
         "accelerator": inspect.getsource(import_module("accelerate.accelerator")),
     } | {
         name: inspect.getsource(import_module(f"transformers.{name}"))
-        for name in ("trainer", "modeling_utils", "configuration_utils")
+        for name in ("trainer", "training_args", "modeling_utils", "configuration_utils")
     }
     for name, (holder, text) in VALUES.items():
         assert hasattr(holder(trained), name), name

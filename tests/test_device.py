@@ -11,7 +11,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from trl import DPOConfig
 
-from conftest import build_model, reward_rows
+from conftest import build_model, build_tokenizer, reward_rows
 from nca_align import NCAConfig, NCATrainer, device
 from nca_align.errors import UserError, notify_once
 from nca_align.evaluation.callbacks import GenerationCallback, RankingCallback
@@ -177,3 +177,15 @@ def test_a_callbacks_answers_on_a_cpu_too(tokenizer, tmp_path):
         callback.measure = lambda model: seen.append(torch.is_autocast_enabled("cpu")) or {}
         callback._run()
     assert seen == [False, True]
+
+
+def test_a_process_that_sees_several_gpus_trains_on_one(tmp_path, caplog):
+    """TRL refuses the copies that transformers would make of the model there."""
+    args = NCAConfig(str(tmp_path), bf16=False, use_cpu=True, report_to=[], max_steps=1, save_strategy="no")
+    args._n_gpu = 2
+    tokenizer = build_tokenizer()
+    rows = Dataset.from_list(reward_rows(4, 2))
+    nca = NCATrainer(build_model(tokenizer), args=args, train_dataset=rows, processing_class=tokenizer)
+    nca.train()
+    assert nca.args.train_batch_size == nca.args.per_device_train_batch_size
+    assert "This process sees several GPUs, but trains on one" in caplog.text

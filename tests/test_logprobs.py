@@ -7,12 +7,24 @@ from itertools import product
 import pytest
 import torch
 import transformers
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from peft import PromptTuningConfig, get_peft_model
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import LlamaForCausalLM
 
 from conftest import build_model
+from nca_align.batching.attention import share_prefixes
+from nca_align.batching.collator import RewardCollator
 from nca_align.models import logprobs
-from nca_align.models.logprobs import TokenLogps, add_token_logps, head_logps, logit_transform, token_logps
+from nca_align.models.logprobs import (
+    TokenLogps,
+    add_token_logps,
+    forward_chunk,
+    head_logps,
+    logit_transform,
+    token_logps,
+)
 from tiny_models import build as build_tiny
 
 M, HIDDEN, VOCABULARY = 23, 8, 50
@@ -332,3 +344,49 @@ def test_scores_are_the_models_own_also_where_its_layers_drop_a_packed_rows_segm
             logits = own(input_ids=torch.tensor([row["prompt_ids"] + completion])).logits[0, -len(completion) - 1 : -1]
         expected = logits.log_softmax(-1)[range(len(completion)), completion]
         torch.testing.assert_close(logps, expected, rtol=1e-5, atol=1e-5)
+
+
+# One model over two devices, as `device_map: auto` splits it where one process sees several GPUs
+
+
+class OnTwoDevices:
+    """A tiny model whose second half and head are on another device; fake tensors see where two devices meet."""
+
+    def __init__(self, model: LlamaForCausalLM):
+        self.model = model
+        places = {"model.embed_tokens": 0, "model.rotary_emb": 0, "model.layers.0": 0}
+        places |= {"model.layers.1": 1, "model.norm": 1, "lm_head": 1}
+        for name, index in places.items():
+            part = model.get_submodule(name)
+            for module in part.modules():
+                for key, value in module._parameters.items():
+                    module._parameters[key] = None if value is None else nn.Parameter(self.fake(value, index))
+                for key, value in module._buffers.items():
+                    module._buffers[key] = self.fake(value, index)
+            add_hook_to_module(part, AlignDevicesHook(f"cpu:{index}"))  # what accelerate's `dispatch_model` puts there
+        add_hook_to_module(model, AlignDevicesHook("cpu:0", io_same_device=True))
+
+    @staticmethod
+    def fake(value: torch.Tensor, index: int) -> torch.Tensor:
+        return torch.empty(value.shape, dtype=value.dtype, device=f"cpu:{index}")
+
+
+@pytest.mark.parametrize("layout", ["padded", "prefix_shared"])
+def test_a_model_over_two_devices_has_its_log_probabilities(layout, model):
+    add_token_logps(model)
+    if layout == "prefix_shared":
+        share_prefixes(model)
+    row = {"prompt_ids": [3, 4, 5], "completion_ids": [[6, 7], [6, 8, 9]], "rewards": [1.0, 0.0]}
+    (chunk,) = RewardCollator(0, layout)([row])["chunks"]
+    with FakeTensorMode():
+        with pytest.raises(RuntimeError, match="at least two devices"):
+            torch.empty(2, device="cpu:0") + torch.empty(2, device="cpu:1")
+        split = OnTwoDevices(model)
+        chunk = {
+            key: split.fake(value, 0) if isinstance(value, torch.Tensor) else value for key, value in chunk.items()
+        }
+        found = forward_chunk(split.model, chunk).token_logps
+        found.sum().backward()
+        assert found.shape == (5,)
+        for name, index in (("model.embed_tokens", 0), ("lm_head", 1)):
+            assert split.model.get_submodule(name).weight.grad.device == torch.device(f"cpu:{index}")

@@ -61,6 +61,12 @@ def check_arguments(
             "`compute_metrics` can't be used with NCATrainer, which builds no logits; its metrics over completions "
             "are logged in any case, and a callback's `on_evaluate` receives them."
         )
+    if args.n_gpu > 1:  # else transformers would copy the model to each of them, by `nn.DataParallel`
+        args._n_gpu = 1
+        notify(
+            "This process sees several GPUs, but trains on one (a model given by its name is spread over all, a part "
+            "after the other); `accelerate launch --config_file configs/accelerate/multi_gpu.yaml` trains on each."
+        )
     if train_dataset is None:
         raise UserError("`train_dataset` is None, but NCATrainer needs one, also to evaluate only.")
     if isinstance(train_dataset, Mapping):
