@@ -216,7 +216,7 @@ def test_the_tutorials_commands_run(model_dir, tmp_path):
     for block in blocks:
         script = "set -euo pipefail\n" + block.replace("smollm2-135m-instruct", model_dir)
         done = subprocess.run(
-            ["bash", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=90
+            ["bash", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
         )
         assert done.returncode == 0, f"{block}\n{done.stdout[-500:]}\n{done.stderr[-1500:]}"
         printed.append(done.stdout + done.stderr)
