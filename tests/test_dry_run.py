@@ -28,11 +28,15 @@ CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 main = command.main
 
 
+def write_rows(folder, number) -> str:
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, reward_rows(number))))
+    return str(folder / "rows.jsonl")
+
+
 @pytest.fixture
 def files(model_dir, tmp_path) -> dict[str, str]:
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, reward_rows(9))))
     return {
-        "model_name_or_path": model_dir, "dataset_name": str(tmp_path / "rows.jsonl"),
+        "model_name_or_path": model_dir, "dataset_name": write_rows(tmp_path, 9),
         "output_dir": str(tmp_path / "run"), "dry_run": "true", "validation_fraction": "0",
     }  # fmt: skip
 
@@ -226,6 +230,23 @@ def test_the_verdict_flips_at_the_bound_and_each_line_of_it_fits():
     assert "`--device_memory 24GB`" in verdict(plan, start, memory, None)
 
 
+def test_rows_at_the_limits_are_counted_beside_those_that_were_read(tmp_path):
+    plan, start = planner(rows=rows(8, completion=40), max_prompt_length=60), setup(max_length=400)
+    beyond = plan.at_the_limits(start)
+    ((longest,), memory) = beyond.longest_rows(start), beyond.memory(start)
+    assert (len(longest["prompt_ids"]), {*map(len, longest["completion_ids"])}) == (60, {340})
+    assert memory.total > 3 * plan.memory(start).total
+    size = plan.memory(start).needed
+    text = verdict(plan, start, plan.memory(start), size, beyond)
+    assert text.startswith("Verdict: fits ")
+    assert "Rows at both limits do not fit. " in text
+    assert verdict(plan, start, plan.memory(start), memory.needed, beyond).endswith("stay free.")
+    assert plan.at_the_limits(setup()) is None
+    sample = read_sample(write_rows(tmp_path, 9), "train", 4)
+    shown = plan_text(plan, start, sample, Lengths.count(plan.rows, 60, 400), NCAConfig(str(tmp_path)), "m", None)
+    assert "Rows at both limits (`max_prompt_length` 60, `max_length` 400) would take " in shown
+
+
 def test_units_of_a_card():
     assert _bytes("24GB") == _bytes("24 GiB") == _bytes("24") == 24 * GIB
     assert _bytes("512MB") == GIB / 2
@@ -301,8 +322,7 @@ def test_lengths_count_what_is_cut():
 
 
 def test_a_sample_is_told_as_one(tmp_path):
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, reward_rows(9))))
-    sample = read_sample(str(tmp_path / "rows.jsonl"), "train", 4)
+    sample = read_sample(write_rows(tmp_path, 9), "train", 4)
     plan, args = planner(), NCAConfig(str(tmp_path))
     text = plan_text(plan, setup(), sample, Lengths.count(plan.rows, None, None), args, "m", None)
     assert "4 rows read of 9" in text

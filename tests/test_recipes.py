@@ -237,7 +237,9 @@ def test_a_recipe_trains_a_tiny_model_of_its_architecture(path, tmp_path, caplog
 
     used = torch.load(tmp_path / "run" / "training_args.bin", weights_only=False)
     for key in set(recipe) - set(overrides):  # the file's own values reached the trainer
-        if hasattr(used, key) and key not in ("loss_type", "optim", "lr_scheduler_type", "report_to"):
+        if key == "accelerator_config":
+            assert used.accelerator_config.gradient_accumulation_kwargs["sync_each_batch"] is True
+        elif hasattr(used, key) and key not in ("loss_type", "optim", "lr_scheduler_type", "report_to"):
             value = getattr(used, key)
             assert getattr(value, "value", value) == recipe[key], key
     assert used.loss_type == [recipe["loss_type"]]

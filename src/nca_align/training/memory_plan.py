@@ -141,6 +141,16 @@ class Planner:
             cut.append({"prompt_ids": prompt, "completion_ids": completions})
         return cut
 
+    def at_the_limits(self, setup: Setup) -> "Planner | None":
+        """Of a batch whose prompts and completions are as long as the limits allow; None where there are none."""
+        if setup.max_length is None or self.max_prompt_length is None:
+            return None
+        prompt = list(range(self.max_prompt_length))
+        room = setup.max_length - len(prompt)
+        k = max(len(row["completion_ids"]) for row in self.rows)
+        row = {"prompt_ids": prompt, "completion_ids": [[i, *range(1, room)] for i in range(k)]}
+        return replace(self, rows=[row] * setup.batch_size)
+
     def tokens(self, row: dict[str, Any]) -> int:
         """That the model reads of a row, paddings of its own included."""
         lengths = [len(completion) for completion in row["completion_ids"]]

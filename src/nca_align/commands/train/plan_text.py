@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from accelerate.utils import is_peft_model
-
 from ...batching.tokenization import refuse_cutting_all, truncate
 from ...config import NCAConfig
 from ...data.sample import Sample
@@ -99,36 +97,54 @@ def plan_text(
         f"  {'with a fifth more':38}{_gib(memory.needed):>8}",
         "The fifth is taken for temporary buffers, fragmentation and the CUDA context: try one step first.",
     ]
-    return "\n".join([*lines, verdict(planner, setup, memory, size)])
+    beyond = None if sample.is_whole else planner.at_the_limits(setup)
+    if beyond is not None:
+        lines.append(
+            f"Rows at both limits (`max_prompt_length` {planner.max_prompt_length}, `max_length` {setup.max_length}) "
+            f"would take {_gib(beyond.memory(setup).needed)} with the fifth."
+        )
+    return "\n".join([*lines, verdict(planner, setup, memory, size, beyond)])
 
 
-def verdict(planner: Planner, setup: Setup, memory: Memory, size: float | None) -> str:
-    """Whether it fits, and changes that would each fit, or all of a line together."""
+def verdict(
+    planner: Planner, setup: Setup, memory: Memory, size: float | None, beyond: Planner | None = None
+) -> str:  # fmt: skip
+    """Whether it fits, and changes that would each fit, or all of a line together.
+
+    Args:
+        beyond: counts longer rows than `planner`; where these alone do not fit, that is said.
+    """
     if size is None:
         return f"Verdict: it takes cards of {_gib(memory.needed)} GiB; `--device_memory 24GB` names one."
-    if memory.needed <= size:
-        return f"Verdict: fits {_gib(size)} GiB, of which {_gib(size - memory.needed)} stay free."
-    text = f"Verdict: does not fit {_gib(size)} GiB. "
+    if memory.needed > size:
+        return f"Verdict: does not fit {_gib(size)} GiB. {_changes(planner, setup, size)}"
+    text = f"Verdict: fits {_gib(size)} GiB, of which {_gib(size - memory.needed)} stay free."
+    if beyond is None or beyond.memory(setup).needed <= size:
+        return text
+    return f"{text} Rows at both limits do not fit. {_changes(beyond, setup, size)}"
+
+
+def _changes(planner: Planner, setup: Setup, size: float) -> str:
     found = [
         f"{' and '.join(change.options.values())} ({_gib(change.memory.needed)})"
         for change in changes_that_fit(planner, setup, size)
     ]
     if not found:
-        return f"{text}No change that is known here fits; take a larger card or a smaller model."
-    return f"{text}What would, each counted in the same way: {'; or '.join(found)}."
+        return "No change that is known here fits; take a larger card or a smaller model."
+    return f"What would, each counted in the same way: {'; or '.join(found)}."
 
 
 def _weights(planner: Planner, setup: Setup) -> str:
     model = planner.model(setup, planner.dtype)
     weights = list(model.parameters())
-    count = sum(weight.numel() for weight in weights if not (is_peft_model(model) and weight.requires_grad))
+    count = sum(weight.numel() for weight in weights if not (setup.use_peft and weight.requires_grad))
     trained = sum(weight.numel() for weight in weights if weight.requires_grad)
     kind = str(planner.dtype).removeprefix("torch.")
     if setup.quantisation:
         ids = quantised_weights(model)
         share = sum(weight.numel() for weight in weights if id(weight) in ids)
         kind = f"{_short(share)} of them in {setup.quantisation.bits} bits, the rest {kind}"
-    what = "an adapter of " if is_peft_model(model) else ""
+    what = "an adapter of " if setup.use_peft else ""
     return f"{_short(count)} weights, {kind}; {what}{_short(trained)} trained"
 
 
