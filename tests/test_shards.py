@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import threading
 from datetime import date, datetime, time
 from decimal import Decimal
 
@@ -163,6 +164,34 @@ def test_a_run_that_kept_nothing_may_be_corrected(output):
     with pytest.raises(UserError, match="no such model"):
         run_sharded(str(output), DATASET, FEATURES, start, STEP, 64)
     assert run(output, step=OTHER)["rows"] == 10
+
+
+def test_what_came_before_the_first_shard_is_kept_for_the_same_work_alone(output, monkeypatch):
+    """Of several at once others may be done; where the first shard refuses the work, other options may follow."""
+
+    pause = threading.Event()
+
+    def start(refuses):
+        def work(shard, first_row, rows, advance):
+            advance(0)
+            made.append(shard)
+            if shard == 0 and refuses:
+                parts = output.with_name(output.name + ".parts")
+                while len(list(parts.glob(f"0*{output.suffix}"))) < 3:
+                    pause.wait(0.01)
+                raise UserError("of no use")
+            return Shard([{"prompt": row["prompt"], "values": [shard]} for row in rows])
+
+        return work
+
+    for step, expected in ((STEP, [0]), (OTHER, [0, 1, 2, 3])):
+        made: list[int] = []
+        with pytest.raises(UserError, match="of no use"):
+            run_sharded(str(output), DATASET, FEATURES, lambda: start(True), STEP, 3, at_once=4)
+        made.clear()
+        run_sharded(str(output), DATASET, FEATURES, lambda: start(False), step, 3)
+        assert made == expected
+        output.unlink()
 
 
 def test_a_file_of_unknown_origin_is_refused(tmp_path):

@@ -99,8 +99,8 @@ def run_sharded(
             counts = _finished(path, step)
             shutil.rmtree(parts, ignore_errors=True)  # a kill may have come between the last rename and this
             return counts, []
-        if parts.exists() and not shards[0].exists():  # what the first one would have said of the work isn't known
-            shutil.rmtree(parts)
+        if parts.exists() and not shards[0].exists() and _is_other(parts, step):
+            shutil.rmtree(parts)  # the first shard refused it, perhaps, when others had begun
         done = _done(shards, step, drop_failed)
         left = [i for i in range(len(shards)) if shards[i] not in done]
         return None, left
@@ -269,6 +269,14 @@ def _refuse_other(what: str, made: dict | None, step: dict) -> None:
         f"{what} is there already, of another configuration", made["config"], step["config"], fix,
         form="{} there and {} here",
     )  # fmt: skip
+
+
+def _is_other(parts: Path, step: dict) -> bool:
+    try:
+        made = read_json(parts / "config.json")
+    except (OSError, ValueError):
+        return True
+    return any(made.get(name) != step.get(name) for name in ("command", "config", "sources"))
 
 
 def _edited(made: dict, step: dict) -> str:
