@@ -38,13 +38,7 @@ def own_file(output: Path, key: str = "output") -> Iterator[None]:
 
 @contextmanager
 def own_folder(output: Path, key: str = "output_dir") -> Iterator[None]:
-    """As `own_file`, for all that a folder holds. It is made, and goes again where it stays empty.
-
-    Of the processes of one launch, the first owns it for all.
-    """
-    if os.environ.get("RANK", "0") != "0":
-        yield
-        return
+    """As `own_file`, for all that a folder holds. It is made, and goes again where it stays empty."""
     was_there = output.exists()
     try:
         with _owning(output / "_owner", output, key):  # transformers sends no file of such a name to the Hub

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
         set_threads(run)
         name_unread(given, *options)
         check_options(script, run, args, model_args)
-        with own_folder(Path(str(args.output_dir))):
+        with own_folder(Path(str(args.output_dir))) if args.process_index == 0 else nullcontext():
             return _train(given, *options)
     except KeyboardInterrupt as interrupt:
         raise KeyboardInterrupt(what_is_left(args, began)) from interrupt
