@@ -144,7 +144,7 @@ def test_segments_fill_the_row_and_paths_lead_from_a_root_to_the_segments_end():
 
 def test_an_unlimited_trie_holds_each_token_once(monkeypatch):
     monkeypatch.setattr(collator, "MIN_SHARED_TOKENS", 1)
-    for seed in range(200):
+    for seed in range(80):
         rows = random_rows(seed)
         batch = RewardCollator(PAD, "prefix_shared")(rows)
         unique = trie_tokens(list(conversations(rows).values()))
@@ -154,14 +154,14 @@ def test_an_unlimited_trie_holds_each_token_once(monkeypatch):
 
 def test_a_fork_left_out_costs_fewer_tokens_than_it_must_save():
     left_out = 0
-    for seed in range(200):
+    for seed in range(80):
         rows = random_rows(seed)
         items = list(conversations(rows).values())
         (chunk,) = RewardCollator(PAD, "prefix_shared")(rows)["chunks"]
         extra = chunk["input_ids"].numel() - trie_tokens(items)
         assert 0 <= extra <= (MIN_SHARED_TOKENS - 1) * trie_forks(items)
         left_out += extra > 0
-    assert left_out > 20
+    assert left_out > 8
 
 
 @pytest.mark.parametrize("n", [2, 3, 9])
