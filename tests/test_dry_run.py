@@ -199,10 +199,14 @@ def test_cards_that_are_not_here_are_planned_in_half_precision(files, capsys):
         ({"model_name_or_path": "./none"}, "there is no such folder"),
         ({"dataset_train_split": "other"}, "the split `other` is not in the data set"),
         ({"beta": 0}, "`beta` is 0"),
+        ({"accelerator_config": '{"split_batches": true}'}, "a batch of prompt trees can't be cut by rows"),
+        ({"launch": "fsdp1.yaml"}, "the launch says FSDP 1"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_what_the_run_refuses_is_refused(files, capsys, own, message):
+def test_what_the_run_refuses_is_refused(files, capsys, own, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("fsdp1.yaml").write_text("distributed_type: FSDP\nfsdp_config: {fsdp_version: 1}")
     argv = [part for name, value in {**files, **own}.items() for part in (f"--{name}", str(value))]
     assert main(argv) == 2
     assert message in " ".join(capsys.readouterr().err.split())

@@ -18,6 +18,8 @@ from ...errors import UserError, as_user_error
 from ...models.loading import adapter_config, silence_transformers
 from ...options import given_options, parse
 from ...progress import without_library_bars
+from ...training.adapters import check_adapter
+from ...training.arguments import check_arguments, check_model, prepare_datasets
 from ...training.card_memory import Quantisation
 from ...training.launch import Launch, alone, read_launch, syncs_each_batch
 from ...training.memory_plan import Planner, Setup
@@ -92,10 +94,13 @@ def _plan(
         str(script.dataset_name), script.dataset_train_split, ROWS, name=script.dataset_config,
         streaming=script.dataset_streaming, options=data_options,
     )  # fmt: skip
+    check_arguments(args, None, None, sample.dataset)
+    prepare_datasets(args, None, sample.dataset, None)
     tokenised: Any = tokenize_dataset(sample.dataset, tokenizer, None, None, args.length_column_name)[0]
     on_cpu = bool(args.use_cpu) and argv == _as_on_a_card(argv)
     launch = Launch.of(environment, args)
     adapter = adapter_config(source.adapter) if source.adapter else new_adapter(model_args)
+    check_adapter(None, adapter)
     planner = Planner(
         config,
         list(tokenised),
@@ -128,6 +133,7 @@ def _plan(
     )
     if size is None:
         size = _memory_here(on_cpu, launch)
+    check_model(planner.model(setup, planner.dtype), args.max_length, None, tokenised)  # type: ignore[arg-type]
     lengths = Lengths.count(planner.rows, args.max_prompt_length, args.max_length)
     return plan_text(planner, setup, sample, lengths, args, str(model_args.model_name_or_path), size)
 
