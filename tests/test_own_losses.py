@@ -379,8 +379,7 @@ def test_a_batch_of_which_it_takes_nothing_has_a_gradient_of_zero():
 # Training
 
 
-@pytest.mark.parametrize("layout", ["padded", "prefix_shared"])
-@pytest.mark.parametrize(("own", "passes"), [(plain_nca, 2), (separable_nca, 1)])
+@pytest.mark.parametrize(("own", "passes", "layout"), [(plain_nca, 2, "prefix_shared"), (separable_nca, 1, "padded")])
 def test_a_copy_of_nca_trains_as_nca_does(own, passes, layout, tmp_path):
     """Ragged, with accumulation, all at once and a few completions at a time."""
     rows, options = reward_rows(8, [5, 3, 4]), {"layout": layout, "gradient_accumulation_steps": 2, "optim": "sgd"}
