@@ -1,5 +1,6 @@
 """One job at a time on an output: who owns it is told, a dead owner is displaced, a live one never."""
 
+import errno
 import json
 import os
 import re
@@ -111,11 +112,13 @@ def test_a_live_owner_on_another_machine_is_told_by_its_heartbeat(output, hold, 
     )
 
 
-@pytest.mark.parametrize("text", [None, "", '{"host": "an'])
+@pytest.mark.parametrize(
+    "text", [None, b"", b'{"host": "an', b"null", b"7", b"[]", b'{"host": "another"}', b"\xff\xfe", b"[" * 9]
+)
 def test_a_dead_owner_on_another_machine_is_displaced_after_a_while(text, output, quick, capsys):
     leave(output, place=ELSEWHERE, host="another", process=7)
     if text is not None:  # cut off in its first line
-        owner_file(output).write_text(text)
+        owner_file(output).write_bytes(text)
     began = time.monotonic()
     with own_file(output):
         assert 0.5 <= time.monotonic() - began < 5
@@ -124,6 +127,51 @@ def test_a_dead_owner_on_another_machine_is_displaced_after_a_while(text, output
     name = "process 7 on another" if text is None else "another job"
     assert f"{name} owns `output` {output}: it is taken for dead if" in said
     assert f"{name}, which owned `output` {output}, is dead: this job takes it over" in said
+    assert list(output.parent.iterdir()) == []
+
+
+def test_a_disk_that_stands_still_kills_no_owner(output, quick, monkeypatch):
+    """Its heartbeat is held back as long as the other's look at it."""
+    leave(output, place=ELSEWHERE)
+    read, looks = ownership._read, []
+
+    def slow(file):
+        looks.append(file)
+        found = read(file)
+        if len(looks) == 4:
+            time.sleep(1)
+            threading.Timer(0.2, os.utime, [owner_file(output)]).start()
+        return found
+
+    monkeypatch.setattr(ownership, "_read", slow)
+    with pytest.raises(UserError, match="belongs to another job"), own_file(output):
+        pass
+    assert len(looks) > 4
+
+
+def test_another_users_process_is_told_by_its_heartbeat_where_it_is_hidden(output, quick, monkeypatch):
+    """A /proc mounted with hidepid, where process 1 stands for another user's."""
+    leave(output, process=1, started="7")
+    read = Path.read_text
+
+    def hidden(path, *args, **kwargs):
+        if path == Path("/proc/1/stat"):
+            raise FileNotFoundError(path)
+        return read(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "read_text", hidden)
+    threading.Timer(0.2, os.utime, [owner_file(output)]).start()
+    with pytest.raises(UserError, match="belongs to another job: process 1 on"), own_file(output):
+        pass
+
+
+def test_a_full_disk_leaves_no_file_that_names_nobody(output, monkeypatch):
+    def full(file):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match="No space left on device"), own_file(output):
+        pass
     assert list(output.parent.iterdir()) == []
 
 
@@ -211,9 +259,12 @@ def test_a_file_that_was_removed_by_hand_comes_again(output, quick):
 
 def test_heartbeats_come(output, quick):
     with own_file(output):
-        before = owner_file(output).read_text()
-        time.sleep(0.5)
-        assert len(before) + 3 < len(owner_file(output).read_text()) < len(before) + 15
+        text, seen = owner_file(output).read_text(), set()
+        for _ in range(50):
+            seen.add(owner_file(output).stat().st_mtime_ns)
+            time.sleep(0.01)
+        assert 3 < len(seen) < 15
+        assert owner_file(output).read_text() == text
 
 
 def test_a_folder_is_made_and_goes_where_it_stays_empty(tmp_path):

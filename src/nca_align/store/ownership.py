@@ -23,6 +23,8 @@ from ..progress import between_bars
 from .files import can_be_written
 
 HEARTBEAT, DEAD_AFTER = 15.0, 120.0  # seconds
+_UNKNOWN = "unknown"
+_KEYS = {"host", "process", "since", "place", "started", "token"}
 
 
 @contextmanager
@@ -84,20 +86,19 @@ def _this_process() -> dict[str, Any]:
 def _started(process: int) -> str | None:
     """When a process of this machine was started, in its kernel's ticks; None where it is gone.
 
-    Without it a number that was given anew would be taken for the owner. Where there is no /proc it is not known.
+    Without it a number that was given anew would be taken for the owner. It is `_UNKNOWN` where there is no /proc, and
+    where that hides other users' processes.
     """
-    if not Path("/proc/self/stat").exists():
+    try:
+        state, *others = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
         try:
             os.kill(process, 0)
         except ProcessLookupError:
             return None
         except OSError:  # another user's
             pass
-        return "unknown"
-    try:
-        state, *others = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
+        return _UNKNOWN
     return None if state in "ZX" else others[18]  # a zombie has ended, and its parent hasn't looked yet
 
 
@@ -105,28 +106,35 @@ def _create(file: Path, ours: dict[str, Any]) -> bool:
     """Make the owner's file, unless there is one."""
     try:
         with open(file, "x", encoding="utf-8") as new:
-            new.write(json.dumps(ours) + "\n")
-            new.flush()
-            os.fsync(new.fileno())
+            try:
+                new.write(json.dumps(ours) + "\n")
+                new.flush()
+                os.fsync(new.fileno())
+            except OSError:  # no space: without its line it would name nobody
+                file.unlink()
+                raise
     except FileExistsError:
         return False
     return True
 
 
-def _read(file: Path) -> str | None:
-    """The text of an owner's file; None where there is none."""
+def _read(file: Path) -> tuple[str, int] | None:
+    """The text of an owner's file and when it last changed, in ns; None where there is none."""
     try:
-        return file.read_text(encoding="utf-8")
+        with open(file, encoding="utf-8", errors="replace") as there:
+            return there.read(), os.fstat(there.fileno()).st_mtime_ns
     except FileNotFoundError:
         return None
 
 
-def _owner(text: str | None) -> dict[str, Any]:
-    """Whom an owner's file names: its first line. One that is being written, or was cut off, names nobody."""
+def _owner(found: tuple[str, int] | None) -> dict[str, Any]:
+    """Whom an owner's file names: its first line. One that is being written, or is damaged, names nobody."""
     try:
-        return dict(json.loads((text or "").partition("\n")[0]))
+        owner = json.loads(found[0].partition("\n")[0] if found else "")
     except ValueError:
         return {}
+    whole = isinstance(owner, dict) and owner.keys() >= _KEYS and isinstance(owner["process"], int)
+    return owner if whole else {}
 
 
 def _displace(file: Path, output: Path, key: str) -> None:
@@ -140,18 +148,25 @@ def _displace(file: Path, output: Path, key: str) -> None:
         return
     owner, ours = _owner(found), _this_process()
     here = owner.get("place") == ours["place"]
-    if here and _started(owner["process"]) == owner["started"]:
+    started = _started(owner["process"]) if here else _UNKNOWN
+    if here and started == owner["started"]:
         _refuse(owner, output, key)
-    if not here:
+    if started == _UNKNOWN:
         _watch(file, found, output, key)
+    began = time.monotonic()
     with _owning(file.with_name(f"{file.name}.heir"), output, key):  # one job alone may take it away
-        if _read(file) == found:
+        if _read(file) == found and not _slow(began):
             _say(f"{_named(owner)}, which owned `{key}` {output}, is dead: this job takes it over")
             file.unlink()
 
 
-def _watch(file: Path, found: str, output: Path, key: str) -> None:
-    """Wait until no heartbeat has come for `DEAD_AFTER` seconds.
+def _slow(began: float) -> bool:
+    """Whether the disk took so long since `began` that it would hold an owner's heartbeat back as well."""
+    return time.monotonic() - began > DEAD_AFTER / 4
+
+
+def _watch(file: Path, found: tuple[str, int], output: Path, key: str) -> None:
+    """Wait until no heartbeat has come for `DEAD_AFTER` seconds, in which the disk answered all the time.
 
     Raises:
         UserError: one came.
@@ -163,12 +178,15 @@ def _watch(file: Path, found: str, output: Path, key: str) -> None:
     )
     until = time.monotonic() + DEAD_AFTER
     while time.monotonic() < until:
+        began = time.monotonic()
         time.sleep(min(1.0, DEAD_AFTER / 20))
         now = _read(file)
         if now is None:  # it has ended
             return
         if now != found:
             _refuse(_owner(now), output, key)
+        if _slow(began):
+            until = time.monotonic() + DEAD_AFTER
 
 
 def _say(line: str) -> None:
@@ -189,14 +207,14 @@ def _refuse(owner: dict[str, Any], output: Path, key: str) -> NoReturn:
 
 
 def _beat(file: Path, ours: dict[str, Any], output: Path, key: str, done: threading.Event) -> None:
-    """Lengthen the owner's file by an empty line now and then; where another job has taken over, this one ends.
+    """Touch the owner's file now and then, which takes no space; where another job has taken over, this one ends.
 
     It may have been stopped for minutes, and two jobs would write over each other.
     """
     while not done.wait(HEARTBEAT):
         with suppress(OSError):  # the disk is away for a moment
-            text = _read(file)
-            if text is None and file.parent.exists() and _create(file, ours):  # somebody removed it
+            found = _read(file)
+            if found is None and file.parent.exists() and _create(file, ours):  # somebody removed it
                 continue
             if (owner := _owner(_read(file))).get("token", ours["token"]) != ours["token"]:
                 _say(
@@ -204,6 +222,4 @@ def _beat(file: Path, ours: dict[str, Any], output: Path, key: str, done: thread
                     f"{DEAD_AFTER:g} seconds; it ends here"
                 )
                 os._exit(2)
-            with open(file, "r+", encoding="utf-8") as beaten:
-                beaten.seek(0, os.SEEK_END)
-                beaten.write("\n")
+            os.utime(file)
