@@ -3,12 +3,14 @@
 import copy
 import subprocess
 import sys
+import weakref
 from dataclasses import replace
 
 import pytest
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BitsAndBytesConfig, TrainingArguments
 
 from conftest import build_model, build_tokenizer
@@ -147,6 +149,34 @@ def test_checkpointing_keeps_inputs_and_one_layer():
     assert plain == (kept.layers + kept.outside, kept.head)
     assert checkpointed[0] == kept.inputs + kept.outside + 1.5 * kept.largest
     assert sum(checkpointed) < sum(plain)
+
+
+class _Copies(TorchDispatchMode):
+    """Copies of `weights` in another type, without keeping them alive."""
+
+    def __init__(self, weights):
+        super().__init__()
+        self.weights, self.found = {weight.data_ptr() for weight in weights}, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default and args[0].data_ptr() in self.weights:
+            self.found.append((weakref.ref(result), result.numel() * result.element_size()))
+        return result
+
+
+def test_under_mixed_precision_copies_of_trained_weights_live_to_the_end_of_a_forward():
+    """Which is why `Kept.copies` counts beside the head, also where layers are checkpointed."""
+    model = build_model(TOKENIZER, num_hidden_layers=3).train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    add_token_logps(model)
+    (chunk,) = RewardCollator(0, "padded").chunks(rows())
+    alive = []
+    with torch.autocast("cpu", torch.bfloat16), _Copies(model.parameters()) as copies:
+        forward_chunk(model, chunk)
+        alive.append(sum(size for reference, size in copies.found if reference() is not None))
+    plan = planner(model.config, mixed=torch.bfloat16)
+    assert alive == [plan.kept(setup()).copies]
 
 
 @pytest.mark.parametrize(("positions", "rows_kept"), [(10, 10), (5000, 4096)])
