@@ -74,6 +74,19 @@ def environment(launch: str, processes: int) -> dict[str, str]:
     return {name: value for name, value in made.items() if os.environ.get(name) != value}
 
 
+def test_several_machines_have_a_launcher_each():
+    """No pdsh from the first one, with a file of hosts, which is accelerate's default with DeepSpeed."""
+    file = ROOT / "configs" / "accelerate" / "zero3.yaml"
+    several = "--num_machines 2 --num_processes 16 --machine_rank 1 --main_process_ip first --main_process_port 29500"
+    args, _, _ = _validate_launch_command(
+        launch_command_parser().parse_args(["--config_file", str(file), *several.split(), "train.py"])
+    )
+    args.deepspeed_fields_from_accelerate_config = ""
+    command, _ = prepare_deepspeed_cmd_env(args)
+    assert command is None  # none of DeepSpeed's own: torchrun's arguments
+    assert (args.nnodes, args.node_rank, args.nproc_per_node, args.rdzv_endpoint) == ("2", 1, "8", "first:29500")
+
+
 def train(output: Path, launch: str, **options) -> str:
     processes = 1 if launch == "one" else 2
     options = (
