@@ -31,34 +31,37 @@ def job(tmp_path, monkeypatch):
     commands = tmp_path / "commands"
     commands.mkdir()
     for name, body in {
-        "srun": 'bash -c "$START"', "python": 'cat "$RUN/step" 2> /dev/null || echo 0',
-        "scontrol": 'case $1 in show) echo here ;; *) echo "$@" >> "$RUN/requeued" ;; esac',
-        "scancel": 'echo "$@" >> "$RUN/signalled"',
+        "srun": 'echo "$@" > "$RUN/srun"; bash -c "$START"',
+        "python": 'eval "${ASKED:-}"; cat "$RUN/step" 2> /dev/null || echo 0',
+        "scontrol": 'case "$1 $2" in "show step") [ -e "$RUN/srun" ] ;; "show hostnames") echo here ;; '
+        '*) echo "$@" >> "$RUN/requeued" ;; esac',
+        "scancel": '[ ! -e "$RUN/srun" ] || echo "$@" >> "$RUN/signalled"',  # without an error where no step is
     }.items():  # fmt: skip
         (commands / name).write_text(f"#!/bin/bash\n{body}\n")
         (commands / name).chmod(0o755)
     run = tmp_path / "run"
     run.mkdir()
 
-    def start(what: str) -> tuple[int, str, bool]:
+    def start(what: str, **variables: str) -> tuple[int, str, bool]:
         """Exit code, what was said, and whether it was queued again."""
-        (run / "requeued").unlink(missing_ok=True)
+        for name in ("requeued", "srun"):
+            (run / name).unlink(missing_ok=True)
         done = subprocess.run(
-            ["bash", str(SCRIPT), str(run), "--config", "run.yaml"], capture_output=True, text=True, timeout=60,
+            ["bash", "-c", 'echo $$ > "$RUN/script"; exec bash "$@"', "", str(SCRIPT), str(run), "--max_steps", "9"],
+            capture_output=True, text=True, timeout=60, cwd=tmp_path,
             env=os.environ | {
                 "PATH": f"{commands}:{os.environ['PATH']}", "START": what, "RUN": str(run), "SLURM_JOB_ID": "7",
-                "SLURM_JOB_NODELIST": "here",
-            },
+                "SLURM_JOB_NODELIST": "here", "HF_DATASETS_CACHE": str(tmp_path / "cache"),
+            } | variables,
         )  # fmt: skip
         return done.returncode, done.stdout + done.stderr, (run / "requeued").exists()
 
     return start
 
 
-LIMIT = 'kill -USR1 $PPID_SCRIPT; until grep -q "TERM 7.0" "$RUN/signalled"; do sleep 0.01; done; '.replace(
-    "$PPID_SCRIPT", "$(ps -o ppid= -p $PPID)"
-)
-CANCEL = LIMIT.replace("USR1", "TERM").partition(";")[0] + "; sleep 0.2; "
+SIGNAL = 'kill -USR1 $(cat "$RUN/script"); '
+LIMIT = SIGNAL + 'until grep -q "TERM 7.0" "$RUN/signalled"; do sleep 0.01; done; '
+CANCEL = SIGNAL.replace("USR1", "TERM") + "sleep 0.2; "
 
 
 def test_progress_is_queued_again_whatever_the_exit_code(job):
@@ -97,6 +100,45 @@ def test_a_cancelled_job_is_not_queued_again(job):
     code, said, again = job(f'{CANCEL} echo 5 > "$RUN/step"; exit 75')
     assert (code, again) == (75, False)
     assert "The job was cancelled: it is not queued again. The last whole checkpoint is of step 5." in said
+
+
+def test_the_limit_itself_is_no_cancellation(job):
+    """SLURM sends SIGTERM to the script at the limit too, where a save takes longer."""
+    assert job(f'{LIMIT} {CANCEL} echo 5 > "$RUN/step"; exit 143')[2]
+    assert job(f"{LIMIT} {CANCEL} exit 143")[2]
+
+
+def test_a_limit_that_comes_before_the_run_starts_is_not_forgotten(job, tmp_path):
+    wait = 'until grep -qs "TERM 7.0" "$RUN/signalled"; do sleep 0.01; done; '
+    code, said, again = job(f"{wait} exit 143", ASKED=f"[ -e $RUN/signalled ] || {SIGNAL}")
+    assert (code, again) == (0, True), said
+    assert "The time limit came before a new checkpoint was there" in said
+
+
+def test_the_reference_pass_is_progress(job, tmp_path):
+    shard = 'mkdir -p "$HF_DATASETS_CACHE/nca_align_reference/key"; touch "$(mktemp -u "$_/XXXXXX.parquet")"; '
+    for _ in range(4):
+        code, said, again = job(f"{LIMIT} {shard} exit 143")
+        assert (code, again) == (0, True), said
+        assert "The reference log-probabilities are under way: it is queued again." in said
+    assert not job(f"{shard} exit 1")[2]
+    assert [job(f"{LIMIT} exit 143")[2] for _ in range(3)] == [True, True, False]
+
+
+def test_a_lengthened_run_may_reach_the_limit_before_its_first_checkpoint(job, tmp_path):
+    (tmp_path / "run" / "step").write_text("end\n")
+    assert [job(f"{LIMIT} exit 143")[2] for _ in range(3)] == [True, True, False]
+
+
+def test_the_launch_file_is_looked_for_and_the_processes_are_told(job, tmp_path):
+    code, said, again = job("exit 0", PROCESSES="2", SLURM_NNODES="3")
+    assert (code, again) == (2, False)
+    assert "ACCELERATE is `configs/accelerate/fsdp2.yaml`, which is no file seen from" in said
+    assert not (tmp_path / "run" / "srun").exists()
+    (tmp_path / "own.yaml").touch()
+    said = job("exit 0", PROCESSES="2", SLURM_NNODES="3", ACCELERATE="own.yaml")[1]
+    assert "Processes: 6, 2 on each of 3 machines." in said
+    assert (tmp_path / "run" / "srun").read_text().startswith("--wait=600 ")
 
 
 def test_how_far_a_run_is(tmp_path):
