@@ -5,20 +5,24 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
+from datasets import Dataset, Features, Value
 
 from conftest import reward_rows
-from nca_align import processes
+from nca_align import processes, progress
 from nca_align.commands.sample.command import sample
 from nca_align.commands.sample.options import SampleOptions
+from nca_align.commands.sample.server import server_engine
 from nca_align.commands.score import ScoreOptions, score
 from nca_align.errors import UserError
 from nca_align.models.loading import default_device
 from nca_align.processes import Processes
 from nca_align.store import shards
+from test_sampling import http_server
 
 SCORER = "nca_align.scorers:vader"
 
@@ -124,6 +128,58 @@ def test_each_process_takes_its_share_and_none_is_left_out(monkeypatch):
     assert not Processes.of_launch().first
     left = list(range(21))
     assert sorted(i for index in range(8) for i in left[index::8]) == left
+
+
+@pytest.mark.parametrize(("count", "own"), [(1, 8), (3, 2), (16, 1)])
+def test_the_processes_share_a_servers_requests(count, own, tmp_path, monkeypatch):
+    """Each asks for its part, at least one."""
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", str(count))
+    under_way, most, counting = [0], [], threading.Lock()
+
+    def answer(path, body):
+        with counting:
+            under_way[0] += 1
+            most.append(under_way[0])
+        time.sleep(0.1)
+        with counting:
+            under_way[0] -= 1
+        return 200, {}, {"choices": [{"message": {"content": "a"}}] * 4}
+
+    rows = {i: {"prompt": [{"role": "user", "content": str(i)}]} for i in range(20)}
+    with http_server(answer) as url:
+        options = SampleOptions(dataset_name="none", output="none", base_url=url, model_name_or_path="m", concurrency=8)
+        server_engine(options, "m")(options, 0, rows, lambda done: None)
+    assert max(most) == own
+    assert options.shards_at_once == own + 1
+
+
+@pytest.mark.parametrize(
+    ("launch", "total", "initial", "desc"),
+    [
+        (Processes(0, 1), 13, 0, None),
+        (Processes(0, 3), 5, 0, "Process 1 of 3"),
+    ],
+)
+def test_a_bar_says_whose_rows_it_counts(launch, total, initial, desc, tmp_path, monkeypatch):
+    said = []
+
+    class Seen(BaseException):
+        pass
+
+    def bar(total, unit, shown, initial, desc):
+        said.append((total, initial, desc))
+        raise Seen
+
+    monkeypatch.setattr(Processes, "once", lambda self, work: work())
+    monkeypatch.setattr(progress, "bar", bar)
+    features = Features({"a": Value("int64")})
+    with pytest.raises(Seen):
+        shards.run_sharded(
+            str(tmp_path / "out.jsonl"), Dataset.from_dict({"a": range(13)}), features, lambda: None,
+            {"command": "c", "config": {}}, shard_size=2, processes=launch,
+        )  # fmt: skip
+    assert said == [(total, initial, desc)]
 
 
 def test_a_process_whose_first_one_has_gone_ends_without_a_word(monkeypatch):

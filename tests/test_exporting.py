@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -282,6 +283,23 @@ def test_an_adapter_of_no_numbers_is_refused(model_dir, tmp_path):
 def test_an_output_that_exists_is_refused(adapter_dir, tmp_path):
     with pytest.raises(UserError, match=f"`output` {tmp_path} exists already; choose another folder, or remove it"):
         export(ExportOptions(adapter_dir, str(tmp_path)))
+
+
+def test_an_output_that_another_job_made_while_this_one_waited_for_it_is_refused_before_the_work(
+    adapter_dir, tmp_path, monkeypatch
+):
+    output = tmp_path / "out"
+
+    @contextmanager
+    def waited(path):
+        output.mkdir()
+        yield
+
+    monkeypatch.setattr(export_command, "own_file", waited)
+    monkeypatch.setattr(export_command, "_export_adapter", lambda *args: pytest.fail("worked"))
+    with pytest.raises(UserError, match=f"`output` {output} exists already"):
+        export(ExportOptions(adapter_dir, str(output)))
+    assert list(output.iterdir()) == []
 
 
 def test_what_has_no_weights_to_merge_is_refused(model_dir, tmp_path):

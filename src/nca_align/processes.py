@@ -28,10 +28,10 @@ class Processes:
     @classmethod
     def of_launch(cls) -> "Processes":
         """As the launcher says. Each takes a card: `LOCAL_RANK`, counted anew where there are fewer."""
-        if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        if launched() == 1:
             return cls()
         _group()
-        return cls(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+        return cls(int(os.environ["RANK"]), launched())
 
     @property
     def first(self) -> bool:
@@ -70,6 +70,11 @@ class Processes:
 
 
 ALONE = Processes()
+
+
+def launched() -> int:
+    """How many processes the launch has; it joins none."""
+    return int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
 
 
 def show_own_cards(each: int) -> None:

@@ -125,8 +125,10 @@ def run_sharded(
         if left:
             processes.once(begin)
         if own:
-            finished = len(dataset) - sum(len(numbers[i]) for i in left)
-            with progress.bar(finished + sum(own.values()), unit, processes.first, initial=finished) as bar:
+            alone = processes.count == 1
+            finished = len(dataset) - sum(own.values()) if alone else 0
+            desc = None if alone else f"Process 1 of {processes.count}"  # which shows the bar, of its own share
+            with progress.bar(finished + sum(own.values()), unit, processes.first, initial=finished, desc=desc) as bar:
 
                 def make(i: int, advance: Progress) -> None:
                     rows = dataset.select(numbers[i]).to_list()

@@ -14,7 +14,7 @@ from ...errors import UserError, cli_main
 from ...models.loading import ModelSource, adapter_config, add_adapter, is_adapter, trained_quantization
 from ...models.logprobs import completion_logps
 from ...options import Dtype, dtype_option, option, parse
-from ...store.files import check_writable, new_folder
+from ...store.files import new_folder
 from ...store.hub import push
 from ...store.ownership import own_file
 from .merge import Difference, Export, logp_difference, merge, merge_check_rows
@@ -76,11 +76,11 @@ def export(options: ExportOptions) -> Export | None:
         UserError: whatever the user can mend, and a merge that is more than `MAX_NATS` from the adapter.
     """
     output = Path(options.output)
-    if output.exists():
-        raise UserError(f"`output` {output} exists already; choose another folder, or remove it")
-    check_writable(output)
-    with own_file(output), new_folder(output) as new:
-        found = (_export_adapter if is_adapter(options.model_name_or_path) else _export_model)(options, new)
+    with own_file(output):
+        if output.exists():  # perhaps by another job, whose end this one waited for
+            raise UserError(f"`output` {output} exists already; choose another folder, or remove it")
+        with new_folder(output) as new:
+            found = (_export_adapter if is_adapter(options.model_name_or_path) else _export_model)(options, new)
     print(f"{output} is the model, with its tokenizer and model card")
     if options.push is not None:
         private = push(output, options.push)

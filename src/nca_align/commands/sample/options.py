@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple, Protocol
 from ...data.columns import COLUMNS_HELP, parse_columns
 from ...errors import InvalidRowError, UnsupportedError, UserError
 from ...options import Dtype, dtype_option, option, require_at_least_1
+from ...processes import launched
 from ...store.shards import Progress
 
 
@@ -35,7 +36,7 @@ class EngineOptions:
     seed: int = option("each batch or request draws from this and its place", 42)
     batch_size: int = option("prompts a batch (times K sequences), for `transformers`", 8)
     shard_size: int = option("prompts a shard, the unit in which work is kept", 64)
-    concurrency: int = option("requests to a server at a time", 8)
+    concurrency: int = option("requests to a server at a time, of all processes together", 8)
     retries: int = option("further tries of a request that a server didn't answer", 5)
     timeout: float = option("seconds for a request", 600.0)
     extra_body: str = option("JSON object to add to each request of a server", "{}")
@@ -64,9 +65,14 @@ class EngineOptions:
                 raise UserError(f"`base_url` is {self.base_url!r}; it must begin with http:// or https://")
 
     @property
+    def own_concurrency(self) -> int:
+        """`concurrency` of this process, of those of a launch; at least 1."""
+        return max(1, self.concurrency // launched())
+
+    @property
     def shards_at_once(self) -> int:
-        """So many that a server always has `concurrency` requests, though all but one row of each may be done."""
-        return 1 if self.base_url is None else self.concurrency + 1
+        """So many that a server always has `own_concurrency` requests, though all but one row of each may be done."""
+        return 1 if self.base_url is None else self.own_concurrency + 1
 
 
 def require_json_object(name: str, text: str) -> None:

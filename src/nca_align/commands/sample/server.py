@@ -88,7 +88,7 @@ def resolve_model_name(options: EngineOptions) -> str:
 
 
 def server_engine(options: SampleOptions, model: str) -> Engine:
-    """`concurrency` rows at a time, of one shard or of several that are asked for in threads.
+    """`own_concurrency` rows at a time, of one shard or of several that are asked for in threads.
 
     Completion k of a row is sampled from (seed, row, k).
 
@@ -147,7 +147,7 @@ def server_engine(options: SampleOptions, model: str) -> Engine:
             takes_n = False
         return samples
 
-    pool = ThreadPoolExecutor(options.concurrency)  # rows of all shards that are under way wait for it, in their order
+    pool = ThreadPoolExecutor(options.own_concurrency)  # rows of all shards under way wait for it, in their order
     ended: list[BaseException] = []
 
     def complete_row(sampling: SampleOptions, number: int, row: dict) -> list[Sample] | InvalidRowError:
