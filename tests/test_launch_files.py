@@ -21,6 +21,7 @@ from conftest import reward_rows
 from nca_align import NCAConfig, NCATrainer
 from nca_align.commands.export.command import ExportOptions, export
 from nca_align.errors import UnsupportedError, UserError
+from nca_align.store.checkpoints import MANIFEST
 from nca_align.store.weights import read_back
 from nca_align.training.sharded import own_class
 from test_launch import ROOT, TRAIN, run, same, torchrun
@@ -34,7 +35,7 @@ WEIGHTS = {
     "full": ({}, "model.safetensors"),
     "full, cached": (BEST, "model.safetensors"),
     "lora": (LORA | WORST, "adapter_model.safetensors"),
-    "continued": ({}, "adapter_model.safetensors"),
+    "continued": (CACHED, "adapter_model.safetensors"),
     "qlora": (LORA | CACHED | {"load_in_4bit": "true"}, "adapter_model.safetensors"),
 }
 # Launches to accelerate's file and what is changed of it
@@ -126,8 +127,7 @@ def check(launch: str, weights: str, model_dir: str, tmp_path: Path) -> None:
             train(output, launch, **options)
         return
     said = train(output, launch, **options)
-    if launch != "one":
-        train(alone, "one", **options)
+    train(alone, "one", **options) if launch != "one" else alone.symlink_to(output)
 
     *earlier, last = sorted(output.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     assert earlier
@@ -138,8 +138,7 @@ def check(launch: str, weights: str, model_dir: str, tmp_path: Path) -> None:
 
     # whole, and what one process trains
     assert f"is in {output}, the plot is" in said
-    found = load_file(output / file)
-    expected = found if launch == "one" else load_file(alone / file)
+    expected, found = load_file(alone / file), load_file(output / file)
     assert found.keys() == expected.keys()
     for name, value in expected.items():  # Adam turns rounding of small gradients into steps
         if weights == "qlora":  # whose adapter is bfloat16
@@ -150,6 +149,10 @@ def check(launch: str, weights: str, model_dir: str, tmp_path: Path) -> None:
         before, kept = (load_file(path / file) for path in (tmp_path / "before", output / "ref"))
         assert kept.keys() == before.keys()
         assert all(torch.equal(kept[name], value) for name, value in before.items())
+
+    # known as the same run, also where the weights were split before its start
+    own_run, other = (json.loads((path / last.name / MANIFEST).read_text()) for path in (output, alone))
+    assert own_run["identity"] == other["identity"]
 
     # gone on from an earlier checkpoint, after an evaluation, to the same bytes
     resumed = tmp_path / "resumed"

@@ -25,7 +25,7 @@ from nca_align.commands.sample.options import Sample, SampleOptions
 from nca_align.commands.score import ScoreOptions, score
 from nca_align.errors import UserError
 from nca_align.evaluation.intervals import UNKNOWN
-from nca_align.training.run_identity import FREE, refuse_another_run, run_identity
+from nca_align.training.run_identity import FREE, at_start, refuse_another_run, run_identity
 from test_trainer import config, trainer
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False}
@@ -178,7 +178,7 @@ class TestRun:
         args = config(folder)
         for name, value in own.items():
             setattr(args, name, value)
-        return {"args": args, "model": model, "dataset": rows, "processes": 1}
+        return {"args": args, "model": model, "dataset": rows, "processes": 1, "start": at_start(model)}
 
     @staticmethod
     def refusal(old: dict, new: dict) -> str:

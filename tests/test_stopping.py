@@ -1,6 +1,7 @@
 """Ctrl-C: the first one saves at the end of the step, a second one stops at once, and the last words are true."""
 
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -91,6 +92,28 @@ def test_the_first_one_saves_and_the_run_goes_on_from_there(command_of, tmp_path
     assert command_of(resume_from_checkpoint="true") == 0
     log = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
     assert [line["step"] for line in log if "eval_loss" in line] == [2, 4]
+
+
+def test_the_loaders_workers_go_on_and_end_with_their_parent(command_of, tmp_path, caplog):
+    """torchrun, a terminal and SLURM signal all processes of the run, not Python's parent of the workers."""
+    workers = []
+
+    class OfAll(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 1:
+                workers.extend(multiprocessing.active_children())
+                for name in ("-INT", "-TERM"):
+                    subprocess.run(["kill", name, *(str(worker.pid) for worker in workers)], check=True)
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    more = {"eval_strategy": "no", "dataloader_num_workers": 2, "gradient_accumulation_steps": 2, "num_train_epochs": 9}
+    assert command_of(OfAll(), max_steps=-1, per_device_train_batch_size=1, **more) == 75
+    assert len(workers) == 2
+    assert list(whole_checkpoints(tmp_path / "run")) == [2]
+    for worker in workers:
+        worker.terminate()  # as PyTorch and Python end one that is left
+        worker.join(10)
+        assert worker.exitcode == 0
 
 
 @pytest.mark.parametrize(

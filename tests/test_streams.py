@@ -5,7 +5,7 @@ import torch
 from datasets import Dataset
 
 from conftest import reward_rows
-from nca_align.training.run_identity import run_identity
+from nca_align.training.run_identity import at_start, run_identity
 from test_resume import At, interrupt, result
 from test_trainer import logged, trainer
 
@@ -66,7 +66,7 @@ def test_what_decides_the_rows_of_a_step_belongs_to_a_run(tmp_path):
     found = {}
     for shards, workers in ((1, 2), (2, 0), (3, 2)):
         nca = trainer(tmp_path, rows=streamed(rows, shards), dataloader_num_workers=workers, **OPTIONS)
-        found[shards] = run_identity(nca.args, nca.model, nca.train_dataset, processes=2)
+        found[shards] = run_identity(nca.args, nca.model, nca.train_dataset, processes=2, start=at_start(nca.model))
     assert found[1].keys().isdisjoint({"processes", "dataloader_num_workers"})
     assert found[2]["processes"] == 2
     assert "processes" not in found[3]

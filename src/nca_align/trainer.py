@@ -36,8 +36,10 @@ from .training.metrics import MetricLog
 from .training.model_card import write_model_card
 from .training.objective import Objective, count_prompts
 from .training.resume import EvaluationInterrupted, Resume, reads_checkpoint
+from .training.run_identity import at_start
 from .training.saving import may_be_pushed, saving_model
 from .training.startup_checks import StartupChecks
+from .training.stopping import spare_workers
 from .user_functions import short_name
 
 
@@ -138,6 +140,7 @@ class NCATrainer(DPOTrainer):
             self.data_collator = RewardCollator(
                 self._tokenizer.pad_token_id, args.layout, args.completions_per_forward, args.pad_to_multiple_of
             )
+        self._start = at_start(self.model)
         self._checks = StartupChecks(self, models)
         if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):  # those have no usable model before they wrap it
             self._checks.check_model(self.model, gradients=True)
@@ -182,8 +185,10 @@ class NCATrainer(DPOTrainer):
 
     def _get_dataloader(self, dataset, description, batch_size, *args, **kwargs):
         if isinstance(dataset, IterableDataset):
-            return streams.stream_loader(dataset, self.data_collator, batch_size, self.args, self.accelerator)
-        return super()._get_dataloader(dataset, description, batch_size, *args, **kwargs)
+            loader = streams.stream_loader(dataset, self.data_collator, batch_size, self.args, self.accelerator)
+        else:
+            loader = super()._get_dataloader(dataset, description, batch_size, *args, **kwargs)
+        return spare_workers(loader)
 
     # One training step
 

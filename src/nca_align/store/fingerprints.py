@@ -27,7 +27,7 @@ _CHUNK = 1 << 20
 # Trainers leave these beside the model: times and the state of training, which say nothing about what it computes.
 _NOT_THE_MODEL = {
     "training_args.bin", "trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state.pth", "all_results.json",
-    "train_results.json", "eval_results.json", "validation_indices.json",
+    "train_results.json", "eval_results.json", "validation_indices.json", "_owner", ".idle-starts",
 }  # fmt: skip
 
 

@@ -22,7 +22,6 @@ from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer_utils import rotate_checkpoints
 
 from ..errors import UnsupportedError, UserError, notify
-from ..models.policy import base_model
 from ..progress import close_bars
 from ..store.checkpoints import (
     MANIFEST,
@@ -35,7 +34,6 @@ from ..store.checkpoints import (
 )
 from ..store.files import sync, write_json
 from . import adapters, moving_reference
-from .reference import model_hash
 from .row_weights import begin_epoch
 from .run_identity import refuse_another_run, run_identity
 from .stopping import StopSignals
@@ -74,10 +72,6 @@ class Resume(TrainerCallback):
         self.folder: Path | None = None  # the checkpoint that the run goes on from
         self._loaded: dict[str, Any] = {}  # its manifest
         self._steps_planned = 0  # by the run that wrote it
-        model = trainer.accelerator.unwrap_model(trainer.model)
-        nameless = not base_model(model).config.name_or_path and PartialState().is_main_process
-        # of a model that was built in memory, which no folder or repository tells
-        self._weights = model_hash(model, trained=True)[:16] if nameless else None
         trainer.add_callback(self)
 
     # Finding a checkpoint
@@ -91,8 +85,6 @@ class Resume(TrainerCallback):
         self.folder, self._loaded = None, {}
         args, model = self.trainer.args, self.trainer.accelerator.unwrap_model(self.trainer.model)
         why_not = adapters.why_not_resumed(model) or moving_reference.why_not_resumed(self.trainer)
-        if (self.trainer.is_fsdp_enabled or self.trainer.is_deepspeed_enabled) and PartialState().is_main_process:
-            self.run_identity()  # of the weights before they are dealt out
         if wanted is None or wanted is False:
             if why_not is not None and args.save_strategy != "no":
                 notify(f"No checkpoint of this run can be gone on from: {why_not}.")
@@ -134,7 +126,7 @@ class Resume(TrainerCallback):
             model = t.accelerator.unwrap_model(t.model)
             reference = t._reference_hash if t._reference_given else None
             processes = t.accelerator.num_processes
-            self._identity = run_identity(t.args, model, t.train_dataset, processes, reference, self._weights)
+            self._identity = run_identity(t.args, model, t.train_dataset, processes, t._start, reference)
         return self._identity | {"beta": self.trainer.beta}
 
     def position(self, max_steps: int, epochs: int, epochs_done: int, batches_done: int) -> tuple[int, int]:

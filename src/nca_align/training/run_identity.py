@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
+from accelerate import PartialState
 from datasets import Dataset
 from torch import nn
 
@@ -13,7 +14,7 @@ from ..models.policy import base_model
 from ..own_losses import OwnLoss
 from ..store.fingerprints import columns_fingerprint, source_text, weights_fingerprint
 from ..store.provenance import changed_names, refuse_changes
-from .reference import adapter_hash, adapter_options, computed_config
+from .reference import adapter_hash, adapter_options, computed_config, model_hash
 from .reference_cache import TOKENS
 from .sharded import own_class
 from .streams import deals_shards
@@ -54,8 +55,19 @@ _NOT_OF_THE_MODEL = ("token", "use_auth_token", "proxies")  # how it is fetched;
 _CONTENT = (*TOKENS, "rewards")
 
 
+def at_start(model: nn.Module) -> dict[str, Any]:
+    """What a policy is known by that FSDP hides once it has split the weights; the main process alone hashes them."""
+    base, is_main = base_model(model), PartialState().is_main_process
+    start: dict[str, Any] = {"model.dtype": str(base.dtype)}
+    if is_main and not base.config.name_or_path:  # built in memory: no folder or repository tells it
+        start["model"] = model_hash(model, trained=True)[:16]
+    if is_main and "ref" in getattr(model, "peft_config", {}):
+        start["adapter.ref"] = adapter_hash(model, "ref")[:16]  # a reference that no model folder holds
+    return start
+
+
 def run_identity(
-    args: NCAConfig, model: nn.Module, dataset, processes: int, reference: str | None = None, weights: str | None = None
+    args: NCAConfig, model: nn.Module, dataset, processes: int, start: dict[str, Any], reference: str | None = None
 ) -> dict[str, Any]:
     """What decides a run's result, as JSON values: `args` without `FREE`, the batch, the model, adapter and data.
 
@@ -64,8 +76,8 @@ def run_identity(
         model: the policy, with its adapters if it has any.
         dataset: tokenised training rows; a stream is known by its first rows.
         processes: of the launch; only the prompts of a whole step count, not how they are dealt to processes.
+        start: `at_start` of the policy, before its weights were split.
         reference: `reference.model_hash` of a `ref_model` that was given.
-        weights: a hash of the weights that training began with, of a model that comes from no folder or repository.
     """
     identity = {name: value for name, value in args.to_dict().items() if name not in FREE}
     identity |= loss_sources(args.loss_type)
@@ -78,13 +90,11 @@ def run_identity(
     if args.train_sampling_strategy == "group_by_length":  # there the order of the rows depends on it
         identity["prompts_a_process"] = args.train_batch_size * args.gradient_accumulation_steps
     base = base_model(model)
-    identity["model"] = weights_fingerprint(base.config.name_or_path) or weights
-    about = computed_config(base) | {"class": own_class(base).__name__, "dtype": str(base.dtype)}
-    identity |= {f"model.{key}": value for key, value in about.items()}
+    identity["model"] = weights_fingerprint(base.config.name_or_path)
+    about = computed_config(base) | {"class": own_class(base).__name__}
+    identity |= {f"model.{key}": value for key, value in about.items()} | start
     for name, adapter in getattr(model, "peft_config", {}).items():
         identity |= {f"adapter.{name}.{key}": value for key, value in adapter_options(adapter).items()}
-        if name == "ref":
-            identity["adapter.ref"] = adapter_hash(model, name)[:16]  # a reference that no model folder holds
     if isinstance(dataset, Dataset):
         identity["data"] = f"{len(dataset)} rows, {columns_fingerprint(dataset, _CONTENT)[:16]}"
     else:

@@ -5,8 +5,9 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,32 @@ def follow_launcher() -> None:
     """
     if sys.platform == "linux" and "ACCELERATE_DYNAMO_MODE" in os.environ:
         ctypes.CDLL(None).prctl(1, int(signal.SIGTERM))  # PR_SET_PDEATHSIG
+
+
+def spare_workers(loader: Any) -> Any:
+    """`loader`, whose worker processes go on where a signal to stop reaches them too, so that the step can end.
+
+    torchrun signals a process with all of its children, a terminal and SLURM do likewise.
+    """
+    own = getattr(loader, "base_dataloader", loader)  # within accelerate's
+    own.worker_init_fn = partial(_work_on, own.worker_init_fn)
+    return loader
+
+
+def _work_on(own: Callable[[int], Any] | None, worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_with_the_parent, daemon=True).start()
+    if own is not None:
+        own(worker)
+
+
+def _end_with_the_parent() -> None:
+    """Heed a SIGTERM of the parent alone, by which PyTorch and Python end a worker that is left."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 def what_is_left(args: NCAConfig, began: float) -> str:
