@@ -116,6 +116,23 @@ MOVING = {
 }  # fmt: skip
 
 
+def test_an_adapter_in_bfloat16_goes_on_in_it(tmp_path):
+    """As TRL holds it under QLoRA. PEFT would read it as float32, and the rest of the run would be another."""
+
+    def half() -> NCATrainer:
+        nca = make(tmp_path, max_steps=4, save_steps=2)
+        for parameter in nca.model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.bfloat16()
+        return nca
+
+    whole, rest = half(), half()
+    whole.train()
+    rest.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert {parameter.dtype for parameter in rest.model.parameters() if parameter.requires_grad} == {torch.bfloat16}
+    assert_same(rest, result(whole))
+
+
 def test_a_reference_that_moves_goes_on_from_where_it_was(tmp_path):
     """After it has moved twice: the initial one gives other losses."""
     whole = make(tmp_path / "whole", **MOVING)

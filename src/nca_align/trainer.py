@@ -7,7 +7,6 @@ before the update, and `log`. The methods stand in that order, a step's before t
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +123,7 @@ class NCATrainer(DPOTrainer):
         self._is_set_up = True
         if not self._reference_given:
             adapters.set_up_reference_adapter(self.model, self._adapter_config, self.args.precompute_ref_log_probs)
+        adapters.read_as_saved(self.model)
         arguments.check_model(self.model, self.args.max_length, self.accelerator.parallelism_config, self.train_dataset)
         kept = [self.ref_model] if self.ref_model is not None else []  # a compiled model has no truth value
         models = [self.model, *(self.accelerator.unwrap_model(model, keep_torch_compile=False) for model in kept)]
@@ -194,18 +194,13 @@ class NCATrainer(DPOTrainer):
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
         """The micro-batches of one step, and what they are averaged over: prompts, and tokens of best completions."""
-        batches: list[Batch] = []
-        for batch in islice(epoch_iterator, num_batches):
-            batch["weights"] = row_weights.last_batch_weights(batch, self.accelerator, self.args.dataloader_drop_last)
-            batches.append(batch)
-        row_weights.zero_repeated_rows(batches, self.accelerator)
+        drop_last = self.args.dataloader_drop_last
+        batches = row_weights.weighted_batches(epoch_iterator, num_batches, self.accelerator, drop_last)
         if isinstance(self.train_dataset, IterableDataset):
             batches = streams.fill_window(batches, num_batches, self.accelerator)
             self.control.should_epoch_stop |= not batches  # transformers would ask for all of `max_steps`
         counts = sum(map(count_prompts, batches), torch.zeros(2, dtype=torch.float64, device=device))
-        if self.accelerator.num_processes > 1:
-            counts = self.accelerator.reduce(counts, "sum")
-        return batches, counts
+        return batches, self.accelerator.reduce(counts, "sum")
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """One micro-batch, all completions at once, or `completions_per_forward` at a time with a backward each."""

@@ -1,6 +1,7 @@
 """The adapter of a policy: which kinds can be trained here, and the reference that each starts from."""
 
 import copy
+from functools import partial
 from typing import Any
 
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -70,6 +71,12 @@ def let_copy_start_plainly(model: Any) -> Any:
     if config is not None:
         model.peft_config["default"] = _plain(config)
     return config
+
+
+def read_as_saved(model: Any) -> None:
+    """Let an adapter be read from a checkpoint in the precision that it is trained in: PEFT would make it float32."""
+    if hasattr(model, "peft_config"):
+        model.load_adapter = partial(model.load_adapter, autocast_adapter_dtype=False)
 
 
 def set_up_reference_adapter(model: Any, config: Any, reference_cached: bool) -> None:

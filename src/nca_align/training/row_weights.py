@@ -1,5 +1,7 @@
 """The order of an epoch's prompts, and weight 0 for those that are repeated to fill its last step."""
 
+from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 import torch
@@ -26,6 +28,21 @@ def begin_epoch(loader: Any, seed: int, epoch: int) -> None:
         rows.generator = torch.Generator().manual_seed(seed + epoch)
 
 
+def weighted_batches(loader: Iterator[Batch], size: int, accelerator: Accelerator, drop_last: bool) -> list[Batch]:
+    """The micro-batches of a step, `size` or what an epoch has left, each with the weights of its prompts.
+
+    Args:
+        loader: of the epoch.
+        drop_last: whether it leaves out a last batch that isn't full.
+    """
+    batches: list[Batch] = []
+    for batch in islice(loader, size):
+        batch["weights"] = last_batch_weights(batch, accelerator, drop_last)
+        batches.append(batch)
+    _zero_repeated_rows(batches, accelerator)
+    return batches
+
+
 def last_batch_weights(batch: Batch, accelerator: Accelerator, drop_last: bool) -> Tensor:
     """(B,) 1 for each prompt, and 0 for those that accelerate repeats to even out an epoch's last batch.
 
@@ -45,7 +62,7 @@ def last_batch_weights(batch: Batch, accelerator: Accelerator, drop_last: bool) 
     return weights
 
 
-def zero_repeated_rows(batches: list[Batch], accelerator: Accelerator) -> None:
+def _zero_repeated_rows(batches: list[Batch], accelerator: Accelerator) -> None:
     """Weight 0 for the rows by which `batch_rebalance` fills an epoch's last step, whose batches these are."""
     state = accelerator.gradient_state
     sampler = _batch_sampler(state.active_dataloader) if state.end_of_dataloader else None
