@@ -63,7 +63,7 @@ needs_deepspeed = pytest.mark.skipif(
 def environment(launch: str, processes: int) -> dict[str, str]:
     """What `accelerate launch` makes of its file for its processes, in fp32."""
     file, changed = LAUNCHES[launch]
-    given = {"num_processes": str(processes), "mixed_precision": "no"} | changed
+    given = {"num_processes": str(processes), "mixed_precision": "no", "main_process_port": "0"} | changed
     flags = [part for name, value in given.items() for part in (f"--{name}", value)]
     arguments = ["--config_file", str(ROOT / "configs" / "accelerate" / f"{file}.yaml"), *flags, "train.py"]
     args, defaults, _ = _validate_launch_command(launch_command_parser().parse_args(arguments))
