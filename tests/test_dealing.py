@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -182,7 +183,7 @@ def test_a_bar_says_whose_rows_it_counts(launch, total, initial, desc, tmp_path,
     assert said == [(total, initial, desc)]
 
 
-def test_a_process_whose_first_one_has_gone_ends_without_a_word(monkeypatch):
+def test_a_process_whose_first_one_has_gone_ends_and_says_so(monkeypatch, capsys):
     def gone(*args, **kwargs):
         raise RuntimeError("Connection closed by peer")
 
@@ -193,6 +194,21 @@ def test_a_process_whose_first_one_has_gone_ends_without_a_word(monkeypatch):
         with pytest.raises(SystemExit) as left:
             call()
         assert left.value.code == 1
+        assert capsys.readouterr().err == "rank 1 ends: another process of this launch has gone\n"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="by Linux's options of sockets")
+def test_the_machines_of_a_launch_are_probed():
+    """Of all connections that are there, and nothing else is touched."""
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as own:
+        assert not own.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        processes._probe_machines()
+        assert own.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        assert own.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 60
+        other, _ = server.accept()
+        with other:
+            own.sendall(b"there")
+            assert other.recv(5) == b"there"
 
 
 def test_a_process_loads_onto_the_card_that_it_has_taken(monkeypatch):

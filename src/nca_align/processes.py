@@ -2,15 +2,18 @@
 
 import functools
 import os
+import socket
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from .errors import UserError
 
 T = TypeVar("T")
+# A machine is gone that answers none of 8 probes: seconds to the first, seconds between, how many
+_PROBES = {socket.TCP_KEEPIDLE: 60, socket.TCP_KEEPINTVL: 15, socket.TCP_KEEPCNT: 8} if sys.platform == "linux" else {}
 
 
 @dataclass(frozen=True)
@@ -47,8 +50,8 @@ class Processes:
         said = [work() if self.first else None]
         try:
             broadcast_object_list(said, src=0, group=_group())
-        except RuntimeError:  # another process has gone, and has said why
-            sys.exit(1)
+        except RuntimeError:
+            self._end()
         return said[0]  # type: ignore[return-value]
 
     def in_turn(self, work: Callable[[], T]) -> T:
@@ -66,7 +69,12 @@ class Processes:
         try:
             barrier(_group())
         except RuntimeError:
-            sys.exit(1)
+            self._end()
+
+    def _end(self) -> NoReturn:
+        """Another process has gone, and has said why if it could."""
+        print(f"rank {self.index} ends: another process of this launch has gone", file=sys.stderr, flush=True)
+        sys.exit(1)
 
 
 ALONE = Processes()
@@ -106,4 +114,28 @@ def _group() -> Any:
     from accelerate import PartialState
 
     PartialState(cpu=not torch.cuda.is_available())
-    return torch.distributed.new_group(backend="gloo", timeout=timedelta(days=365))
+    group = torch.distributed.new_group(backend="gloo", timeout=timedelta(days=365))
+    _probe_machines()
+    return group
+
+
+def _probe_machines() -> None:
+    """Let Linux ask whether the machines that this process is connected to are still there, and end what is not.
+
+    gloo doesn't, and one that lost its power closes nothing. A process that is busy needs no answer: its machine gives
+    it.
+    """
+    if sys.platform != "linux":
+        return
+    for number in map(int, os.listdir("/proc/self/fd")):
+        try:
+            peer = socket.socket(fileno=number)
+        except OSError:  # no socket
+            continue
+        try:
+            if peer.family in (socket.AF_INET, socket.AF_INET6) and peer.type == socket.SOCK_STREAM:
+                peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+                for option, value in _PROBES.items():
+                    peer.setsockopt(socket.IPPROTO_TCP, option, value)
+        finally:
+            peer.detach()
