@@ -96,6 +96,11 @@ def test_the_time_limit_is_a_sigterm_and_without_progress_it_counts(job, tmp_pat
     assert (tmp_path / "run" / "signalled").read_text().splitlines()[0] == "--signal=TERM 7.0"
 
 
+def test_an_idle_start_counts_where_the_run_left_no_folder(job, tmp_path):
+    assert job(f'{LIMIT} rm -r "$RUN"; exit 143')[2]
+    assert (tmp_path / "run" / ".idle-starts").read_text().count("\n") == 1
+
+
 def test_a_cancelled_job_is_not_queued_again(job):
     code, said, again = job(f'{CANCEL} echo 5 > "$RUN/step"; exit 75')
     assert (code, again) == (75, False)
