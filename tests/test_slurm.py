@@ -168,6 +168,59 @@ def cluster(tmp_path_factory):
         yield environment
 
 
+STAND_IN = """
+import os, signal, sys, time
+from pathlib import Path
+
+run = Path(sys.argv[sys.argv.index("--output_dir") + 1])
+if (run / "checkpoint-4").exists():
+    (run / "trainer_state.json").write_text('{"global_step": 4}')
+    sys.exit()
+(run / "checkpoint-4").mkdir(parents=True)
+(run / "checkpoint-4" / "trainer_state.json").write_text("{}")
+(run / "checkpoint-4" / "nca_align.json").write_text('{"complete": true}')
+if "killed" in run.name:
+    os.kill(os.getpid(), signal.SIGKILL)
+time.sleep(300)
+"""
+
+
+@pytest.mark.long
+def test_a_killed_run_goes_on_and_a_cancelled_job_stays_so(cluster, tmp_path):
+    """What a real SLURM does, with a stand-in for the training."""
+    (tmp_path / "stand_in.py").write_text(STAND_IN)
+
+    def submit(name: str) -> str:
+        return subprocess.run(
+            ["sbatch", "--parsable", "--time=20", f"--output={tmp_path / name}.out", str(SCRIPT), str(tmp_path / name)],
+            env=cluster | {"PROGRAM": str(tmp_path / "stand_in.py"), "PROCESSES": "1"}, cwd=tmp_path, check=True,
+            capture_output=True, text=True,
+        ).stdout.strip()  # fmt: skip
+
+    def wait(job: str, *states: str) -> dict[str, str]:
+        until = time.monotonic() + 300
+        while (found := slurm.state(cluster, job))["JobState"] not in states:
+            assert time.monotonic() < until, found
+            time.sleep(0.5)
+        return found
+
+    killed = submit("killed")
+    assert wait(killed, "COMPLETED", "FAILED", "CANCELLED")["Restarts"] == "1"
+    said = (tmp_path / "killed.out").read_text()
+    assert "The run is at step 4, and not at its end: it is queued again." in said
+    assert "The run has come to its end." in said
+
+    cancelled = submit("cancelled")
+    until = time.monotonic() + 120
+    while not (tmp_path / "cancelled" / "checkpoint-4" / "nca_align.json").exists():
+        assert time.monotonic() < until
+        time.sleep(0.2)
+    subprocess.run(["scancel", cancelled], env=cluster, check=True)
+    assert wait(cancelled, "COMPLETED", "FAILED", "CANCELLED", "PENDING")["JobState"] == "CANCELLED"
+    said = (tmp_path / "cancelled.out").read_text()
+    assert "The job was cancelled: it is not queued again. The last whole checkpoint is of step 4." in said
+
+
 @pytest.mark.long
 def test_a_run_outlives_its_time_limit_bit_for_bit(cluster, tmp_path, model_dir):
     """Two processes by accelerate, on a real SLURM: signalled before the limit, queued again, and at its end."""
