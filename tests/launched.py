@@ -78,12 +78,20 @@ class Trainer(NCATrainer):
             assert all(isinstance(parameter, DTensor) for layer in layers for parameter in layer.parameters())
         return super().compute_ref_log_probs(model, inputs)
 
+    def _chunk_logps(self, model, chunk, batch, with_aux_loss=True):
+        if self.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch"):  # no card has whole gradients
+            for layer in (module for module in self.model.modules() if isinstance(module, LlamaDecoderLayer)):
+                for own in getattr(layer, "_get_fsdp_state", lambda: None)()._fsdp_param_group.fsdp_params:
+                    assert getattr(own, "_unsharded_param", own.sharded_param).grad is None
+        return super()._chunk_logps(model, chunk, batch, with_aux_loss)
 
-def launch_options(launch: str) -> dict[str, Any]:
+
+def launch_options(launch: str, in_chunks: bool) -> dict[str, Any]:
     """What the config says of the launch."""
     if launch == "fsdp2":
+        kwargs = {"sync_each_batch": in_chunks}
         own = {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "state_dict_type": "SHARDED_STATE_DICT"}
-        return {"fsdp": True, "fsdp_config": own}
+        return {"fsdp": True, "fsdp_config": own, "accelerator_config": {"gradient_accumulation_kwargs": kwargs}}
     if not launch.startswith("zero"):
         return {}
     automatic = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
@@ -108,7 +116,7 @@ def train(case: dict[str, Any], launch: str, model: str, output: Path) -> dict[s
         per_device_train_batch_size=2, gradient_accumulation_steps=4 // PROCESSES[launch],
         # plain descent shows a wrong scale of the gradients, which Adam and clipping would hide
         optim="sgd", learning_rate=0.02, lr_scheduler_type="constant", max_grad_norm=1e6,
-        gradient_checkpointing=False, **launch_options(launch),
+        gradient_checkpointing=False, **launch_options(launch, case["per_forward"] is not None),
     )  # fmt: skip
     if launch == "fsdp2":  # accelerate shards only where there are cards, and runs DDP on a CPU without a word
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU

@@ -290,7 +290,7 @@ def test_under_fsdp_gradients_stay_whole_between_backwards():
     sharded = plan.held(setup(fsdp))["gradients"]
     for own in ({"accumulation": 2}, {"completions_per_forward": 2}):
         assert plan.held(setup(fsdp, **own))["gradients"] == sharded + 2 * count
-    assert plan.held(setup(fsdp, accumulation=2, syncs_each_batch=True))["gradients"] == sharded
+        assert plan.held(setup(fsdp, syncs_each_batch=True, **own))["gradients"] == sharded
 
 
 WHOLE_GRADIENTS = """

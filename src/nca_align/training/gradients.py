@@ -102,13 +102,14 @@ def _gradient_sync(accelerator: Accelerator, model: nn.Module, last: bool) -> It
     """Around the forward and backward of a chunk: only the last one's gradients are synchronised.
 
     The forward belongs inside: DDP sends its buffers round in each that is to be synchronised, and processes may have
-    unequal numbers of chunks. DeepSpeed's backward steps the engine where gradients are synchronised.
+    unequal numbers of chunks. DeepSpeed's backward steps the engine where gradients are synchronised. FSDP has equal
+    numbers, and `sync_each_batch` reduces after each, so that no card holds whole gradients.
     """
-    before = accelerator.sync_gradients
-    deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
+    before, kind = accelerator.sync_gradients, accelerator.distributed_type
+    each = kind == DistributedType.FSDP and accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False)
     accelerator.sync_gradients = before and last
     try:
-        with nullcontext() if last or deepspeed else accelerator.no_sync(model):
+        with nullcontext() if last or each or kind == DistributedType.DEEPSPEED else accelerator.no_sync(model):
             yield
     finally:
         accelerator.sync_gradients = before

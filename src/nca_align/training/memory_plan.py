@@ -41,8 +41,8 @@ class Setup:
 
     def training(self, mixed: bool) -> Training:
         """What `card_memory.held` needs of it."""
-        many = self.completions_per_forward is not None or (self.accumulation > 1 and not self.syncs_each_batch)
-        return Training(self.optim, mixed, self.quantisation, many, not (self.use_peft or self.precomputes))
+        whole = (self.accumulation > 1 or self.completions_per_forward is not None) and not self.syncs_each_batch
+        return Training(self.optim, mixed, self.quantisation, whole, not (self.use_peft or self.precomputes))
 
 
 @dataclass(frozen=True)
@@ -247,9 +247,10 @@ def _of_cost(planner: Planner, change: Change) -> Iterator[Change]:
     setup, add = change.setup, change.and_then
     if not setup.checkpointing:
         yield add(planner, "checkpointing", "`gradient_checkpointing: true`", checkpointing=True)
-    if setup.training(planner.mixed is not None).live_reference:
+    training = setup.training(planner.mixed is not None)
+    if training.live_reference:
         yield add(planner, "reference", "`precompute_ref_log_probs: true`", precomputes=True)
-    if setup.launch.sharding == "FSDP2" and setup.accumulation > 1 and not setup.syncs_each_batch:
+    if setup.launch.sharding == "FSDP2" and training.whole_gradients:
         text = "`accelerator_config: {gradient_accumulation_kwargs: {sync_each_batch: true}}`"
         yield add(planner, "sync", text, syncs_each_batch=True)
     if setup.batch_size > 1:

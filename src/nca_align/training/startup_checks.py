@@ -21,6 +21,7 @@ from ..models.policy import base_model, eval_mode
 from .layout import choose_layout
 from .own_logits import Difference, Logps, Row, compare, look_ahead, own_logps, row_beyond_window, sample_rows, subtract
 from .rounding import Rounding, rounding
+from .sharded import reshard
 
 _OFF = "`startup_checks: false` trains all the same"
 
@@ -94,6 +95,7 @@ class StartupChecks:
                     if refusal
                     else f"since prefix_shared does not give the model's own log-probabilities ({packed_row})"
                 )
+        reshard(model)
         self._refuse(model, found, bounds)
         compared = trained and collator.layout == "prefix_shared"
         within = f", gradients within {found[2]:.1e} of their norm" if compared else ""
