@@ -15,12 +15,13 @@ import test_recipes as recipes
 from conftest import reward_rows
 from nca_align import NCAConfig
 from nca_align.commands.train import command
-from nca_align.commands.train.dry_run import _bytes, asks_for_plan
+from nca_align.commands.train.dry_run import _bytes
 from nca_align.commands.train.plan_text import Lengths, plan_text, steps_of, verdict
 from nca_align.data import DataOptions
 from nca_align.data.sample import read_sample
 from nca_align.errors import UserError
 from nca_align.models.memory import GIB
+from nca_align.options import says_true
 from nca_align.training.launch import Launch, alone, read_launch
 from test_memory_plan import planner, rows, setup
 
@@ -72,14 +73,32 @@ def test_a_plan_reads_no_weights_and_writes_nothing(files, capsys, no_weights, t
     assert text.splitlines()[-1].startswith("Verdict: fits ")
 
 
-def test_only_true_asks_for_it(tmp_path):
+def test_every_true_asks_for_it_and_no_other_word(tmp_path):
     (tmp_path / "o.yaml").write_text("dry_run: true")
+    (tmp_path / "t.yaml").write_text("dry_run: 'Yes'")
     (tmp_path / "n.yaml").write_text("dry_run: false")
-    with_file = ["--config", str(tmp_path / "o.yaml")]
-    for argv in (["--dry_run"], ["--dry-run"], ["--dry_run", "true"], ["--dry_run=true"], with_file):
-        assert asks_for_plan(argv)
-    for argv in ([], ["--beta", "1"], [*with_file, "--dry_run", "false"], ["--config", str(tmp_path / "n.yaml")]):
-        assert not asks_for_plan(argv)
+    (tmp_path / "f.yaml").write_text("dry_run: 'no'")
+    with_file, text, false, no = (["--config", str(tmp_path / f"{name}.yaml")] for name in "otnf")
+    words = [["--dry_run", word] for word in ("true", "True", "TRUE", "yes", "Yes", "1", "t", "y")]
+    for argv in (["--dry_run"], ["--dry-run"], ["--dry_run=True"], ["--dry-run=1"], with_file, text, *words):
+        assert says_true(argv, "dry_run"), argv
+    words = [["--dry_run", word] for word in ("false", "False", "no", "0", "maybe", "")]
+    for argv in ([], ["--beta", "1"], [*with_file, "--dry_run", "False"], false, no, *words):
+        assert not says_true(argv, "dry_run"), argv
+
+
+@pytest.mark.parametrize("words", [["--dry_run", "True"], ["--dry_run", "yes"], ["--dry_run=1"], "file"])
+def test_a_plan_never_trains(files, capsys, words, tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "_train", lambda *_: pytest.fail("training began"))
+    del files["dry_run"]
+    (tmp_path / "o.yaml").write_text("dry_run: true")
+    words = ["--config", str(tmp_path / "o.yaml")] if words == "file" else words
+    argv = [part for name, value in files.items() for part in (f"--{name}", value)] + words
+    assert main(argv) == 0
+    assert "Verdict: " in capsys.readouterr().out
+    monkeypatch.setattr(command, "says_true", lambda *_: False)  # even where it is seen too late
+    assert main(argv) == 2
+    assert "`dry_run` is True, but no plan was begun" in " ".join(capsys.readouterr().err.split())
 
 
 RECIPES = sorted([*CONFIGS.glob("*_mistral7b.yaml"), *CONFIGS.glob("recipes/*.yaml")])

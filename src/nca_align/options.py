@@ -11,6 +11,7 @@ from numbers import Integral, Real
 from typing import Any, Literal, cast, get_args, get_type_hints
 
 import yaml
+from transformers.hf_argparser import string_to_bool
 from trl import TrlParser
 
 from .errors import UserError, UserTypeError, nearest, one_line
@@ -206,6 +207,23 @@ def given_options(argv: Sequence[str], false: bool = False) -> set[str]:
     config = {} if path is None else _read_config(path)
     keys = {key for key, value in config.items() if not (value is None or (value is False and not false))}
     return keys | {flag.split("=")[0].removeprefix("--").replace("-", "_") for flag in argv if flag.startswith("--")}
+
+
+def given_value(argv: Sequence[str], name: str) -> Any:
+    """What the flags, or else the `--config` file, give for an option, not yet converted; None where neither does."""
+    path, argv = _take_config(argv)
+    reader = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    reader.add_argument(f"--{name}", f"--{name.replace('_', '-')}", nargs="?", const=True, dest=name)
+    value = getattr(reader.parse_known_args(argv)[0], name)
+    return _read_config(path).get(name) if value is None and path is not None else value
+
+
+def says_true(argv: Sequence[str], name: str) -> bool:
+    """Whether an option is given as true, by the words that `parse` takes; False for what it refuses."""
+    value = given_value(argv, name)
+    with suppress(argparse.ArgumentTypeError):
+        return isinstance(value, (bool, str)) and string_to_bool(value)
+    return False
 
 
 def _take_config(argv: Sequence[str] | None) -> tuple[str | None, list[str]]:

@@ -20,7 +20,7 @@ from ...errors import UserError, as_user_error, cli_main, notify
 from ...evaluation.training_log import last_evaluation
 from ...models.policy import eval_mode
 from ...models.sampling import decoding_precision
-from ...options import given_options, parse
+from ...options import given_options, parse, says_true
 from ...progress import LineHandler
 from ...store.checkpoints import explain_write_errors
 from ...store.ownership import own_folder
@@ -35,7 +35,7 @@ from .checks import (
     name_unread,
 )
 from .curves import plot_curves, run_title
-from .dry_run import asks_for_plan, dry_run
+from .dry_run import dry_run
 from .options import FIRST_OPTIONS, REQUIRED, TRAIN_OPTIONS, RunOptions
 from .policy import model_source, open_policy
 from .summary import summary
@@ -48,10 +48,14 @@ def main(argv: list[str] | None = None) -> int:
     """Train as the options say; 0, or 2 after a user's mistake, told in one sentence."""
     argv = sys.argv[1:] if argv is None else argv
     what = "Align a language model on K rewarded completions per prompt."
-    if asks_for_plan(argv):
+    if says_true(argv, "dry_run"):
         return dry_run(argv)
     options = parse(TRAIN_OPTIONS, argv, "nca-align train", what, first=FIRST_OPTIONS, required=REQUIRED)
     script, _, run, args, model_args = options
+    if run.dry_run:  # a plan never trains, whatever the line above has read
+        raise UserError(
+            f"`dry_run` is {run.dry_run}, but no plan was begun; nothing is trained, give `--dry_run` first"
+        )
     began = time.time()
     follow_launcher()
     if args.process_index == 0:

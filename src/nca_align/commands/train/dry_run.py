@@ -1,6 +1,5 @@
 """`nca-align train --dry_run`: the plan of a run, from its config, the lengths of its first rows and no weights."""
 
-import argparse
 import logging
 import os
 from collections.abc import Mapping
@@ -30,16 +29,6 @@ from .policy import model_source, new_adapter
 
 ROWS = 1000  # of the data that are read
 _UNITS = {"": 30, "g": 30, "gb": 30, "gib": 30, "m": 20, "mb": 20, "mib": 20}  # cards are named so, in powers of 2
-
-
-def asks_for_plan(argv: list[str]) -> bool:
-    """Whether `dry_run` is true in the flags, or in the `--config` file where no flag says it."""
-    reader = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    reader.add_argument("--dry_run", "--dry-run", nargs="?", const="true")
-    said = reader.parse_known_args(argv)[0].dry_run
-    if said in (None, "true"):
-        return said is not None or "dry_run" in given_options(argv)
-    return said.lower() in ("yes", "1", "t", "y")
 
 
 @without_library_bars()
