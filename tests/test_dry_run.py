@@ -198,7 +198,7 @@ def test_cards_that_are_not_here_are_planned_in_half_precision(files, capsys):
     assert "a process" not in on_cards
     assert plan(files, capsys, device_memory="24GB", fp16="true", dtype="bfloat16") == on_cards
     assert plan(files, capsys, device_memory="24GB", dtype="bfloat16") == on_cards
-    assert "this machine's memory" in plan(files, capsys)
+    assert "Memory of this machine" in plan(files, capsys)
     assert "it takes cards of" in plan(files, capsys, devices=2)
 
 
@@ -253,8 +253,21 @@ def test_the_verdict_flips_at_the_bound_and_each_line_of_it_fits():
     assert "`--device_memory 24GB`" in verdict(plan, start, memory, None)
 
 
+@pytest.mark.parametrize("layout", ["padded", "prefix_shared"])
+def test_no_rows_within_the_limits_take_more_than_those_at_them(layout):
+    read = [*rows(2, 5, 9), *rows(8, 30, 40)]
+    start = setup(max_length=200, max_prompt_length=60)
+    beyond = planner(rows=read, layout=layout).at_the_limits(start)
+    most = beyond.memory(start).total
+    taken = [
+        planner(rows=rows(8, prompt, 400), layout=layout).memory(start).total for prompt in (5, 6, 20, 40, 59, 60, 90)
+    ]
+    assert max(taken) == most > 1.05 * min(taken)
+    assert max(map(len, beyond.longest_rows(start)[0]["completion_ids"])) == 195
+
+
 def test_rows_at_the_limits_are_counted_beside_those_that_were_read(tmp_path):
-    plan, start = planner(rows=rows(8, completion=40), max_prompt_length=60), setup(max_length=400)
+    plan, start = planner(rows=rows(8, completion=40)), setup(max_length=400, max_prompt_length=90)
     beyond = plan.at_the_limits(start)
     ((longest,), memory) = beyond.longest_rows(start), beyond.memory(start)
     assert (len(longest["prompt_ids"]), {*map(len, longest["completion_ids"])}) == (60, {340})
@@ -262,12 +275,12 @@ def test_rows_at_the_limits_are_counted_beside_those_that_were_read(tmp_path):
     size = plan.memory(start).needed
     text = verdict(plan, start, plan.memory(start), size, beyond)
     assert text.startswith("Verdict: fits ")
-    assert "Rows at both limits do not fit. " in text
+    assert "Rows at the limits do not fit. " in text
     assert verdict(plan, start, plan.memory(start), memory.needed, beyond).endswith("stay free.")
     assert plan.at_the_limits(setup()) is None
     sample = read_sample(write_rows(tmp_path, 9), "train", 4)
-    shown = plan_text(plan, start, sample, Lengths.count(plan.rows, 60, 400), NCAConfig(str(tmp_path)), "m", None)
-    assert "Rows at both limits (`max_prompt_length` 60, `max_length` 400) would take " in shown
+    shown = plan_text(plan, start, sample, Lengths.count(plan.rows, 90, 400), NCAConfig(str(tmp_path)), "m", None)
+    assert "fifth: a prompt of 60 tokens with completions up to `max_length` 400, which is the larger of" in shown
 
 
 def test_units_of_a_card():

@@ -1,6 +1,7 @@
 """The memory arithmetic: what autograd keeps and what a card holds, each beside the real thing."""
 
 import copy
+import re
 import subprocess
 import sys
 import weakref
@@ -21,7 +22,8 @@ from nca_align.models.memory import count_kept, head_bytes
 from nca_align.models.policy import base_model
 from nca_align.training.card_memory import Quantisation, Training, held, optimizer_bytes, quantised_weights
 from nca_align.training.launch import Launch
-from nca_align.training.memory_plan import MARGIN, Planner, Setup, changes_that_fit
+from nca_align.training.memory_plan import MARGIN, Planner, Setup
+from nca_align.training.plan_changes import changes_that_fit
 
 VOCABULARY = 384
 TOKENIZER = build_tokenizer()
@@ -346,6 +348,45 @@ def test_several_changes_together_where_one_is_not_enough():
     size = plan.memory(least).needed
     first = changes_that_fit(plan, start, size)[0]
     assert (first.setup, set(first.options)) == (least, {"checkpointing", "reference", "forward"})
+
+
+@pytest.mark.parametrize("mixed", [None, torch.bfloat16])
+@pytest.mark.parametrize(
+    "own",
+    [{}, {"accumulation": 32}, {"accumulation": 6}, {"batch_size": 2, "completions_per_forward": 1},
+     {"use_peft": True, "quantisation": Quantisation(8)}],
+)  # fmt: skip
+def test_more_cards_fit_as_their_words_say(own, mixed):
+    """A user who writes the words into the config, and nothing else, has the run that was counted."""
+    plan, start = planner(rows=rows(2, 4, 4), mixed=mixed), setup(**own)
+    written = replace(start, launch=Launch(4, "FSDP2"), quantisation=None, accumulation=max(1, start.accumulation // 4))
+    size = plan.memory(replace(written, syncs_each_batch=True)).needed
+    change = changes_that_fit(plan, start, size)[-1]
+    text = change.options["cards"]
+    cards, steps = int(text.split()[0]), int(re.search(r"`gradient_accumulation_steps: (\d+)`", text)[1])
+    written = replace(
+        start, launch=Launch(cards, "FSDP2"), accumulation=steps, syncs_each_batch="sync_each_batch: true" in text,
+        quantisation=None if "without `load_in_8bit`" in text else start.quantisation,
+    )  # fmt: skip
+    assert plan.memory(written).total == change.memory.total <= size
+    assert not written.training(mixed is not None).whole_gradients
+    prompts, before = start.batch_size * steps * cards, start.batch_size * start.accumulation
+    assert (f", {prompts} prompts a step instead of {before}" in text) is (prompts != before)
+
+
+def test_both_limits_of_length_are_halved_together():
+    plan = planner(rows=[*rows(4, 60, 200), *rows(4, 20, 10)])
+    start = setup(max_length=256, max_prompt_length=128, checkpointing=True, completions_per_forward=1)
+    shorter = replace(start, max_length=128, max_prompt_length=64)
+    found = changes_that_fit(plan, start, plan.memory(shorter).needed)
+    (change,) = (change for change in found if "length" in change.options)
+    assert change.setup == shorter
+    assert change.options["length"] == "`max_length: 128` with `max_prompt_length: 64`, which cuts more"
+    for data, own in ((rows(4, 60, 200), {}), (plan.rows, {"max_length": None}), (rows(4, 20, 10), {})):
+        limited = replace(start, **own)  # every completion would be cut, there is no limit, nothing is shorter
+        other = planner(rows=data)
+        found = changes_that_fit(other, limited, 0.999 * other.memory(limited).needed)
+        assert not any("length" in change.options for change in found)
 
 
 def test_nothing_fits_nothing():

@@ -1,7 +1,7 @@
-"""The memory of a run before it is started: what a card holds, whether that fits, and what to change if not."""
+"""The memory of a run before it is started: what a card holds at the peak of a step."""
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -38,6 +38,7 @@ class Setup:
     quantisation: Quantisation | None
     precomputes: bool
     syncs_each_batch: bool = False
+    max_prompt_length: int | None = None
 
     def training(self, mixed: bool) -> Training:
         """What `card_memory.held` needs of it."""
@@ -71,7 +72,7 @@ class Planner:
         dtype: that the weights are loaded in.
         adapter: the PeftConfig of an adapter, new or trained on; of variants with one alone where the run has none.
         goes_on: whether training goes on from an adapter, of which a copy is kept as the reference.
-        layout, max_prompt_length, pad_to_multiple_of: as the options.
+        layout, pad_to_multiple_of: as the options.
         mixed: the precision of mixed precision; None for none.
         device: `cuda` or `cpu`.
         attention: `attn_implementation`.
@@ -84,7 +85,6 @@ class Planner:
     dtype: torch.dtype
     adapter: Any
     layout: str
-    max_prompt_length: int | None = None
     pad_to_multiple_of: int | None = None
     mixed: torch.dtype | None = None
     device: str = "cuda"
@@ -136,20 +136,27 @@ class Planner:
         cut = []
         for row in self.rows:
             prompt, completions = truncate(
-                row["prompt_ids"], row["completion_ids"], self.max_prompt_length, setup.max_length
+                row["prompt_ids"], row["completion_ids"], setup.max_prompt_length, setup.max_length
             )
             cut.append({"prompt_ids": prompt, "completion_ids": completions})
         return cut
 
     def at_the_limits(self, setup: Setup) -> "Planner | None":
-        """Of a batch whose prompts and completions are as long as the limits allow; None where there are none."""
-        if setup.max_length is None or self.max_prompt_length is None:
+        """With a batch of the largest rows that the limits allow before the rows of `self`; None without limits.
+
+        Completions are cut where prompt and completion reach `max_length`. So it is the larger of two batches: of the
+        shortest prompt that was read, whose completions are longest, and of a prompt at its own limit.
+        """
+        longest, limit = setup.max_prompt_length, setup.max_length
+        if longest is None or limit is None:
             return None
-        prompt = list(range(self.max_prompt_length))
-        room = setup.max_length - len(prompt)
         k = max(len(row["completion_ids"]) for row in self.rows)
-        row = {"prompt_ids": prompt, "completion_ids": [[i, *range(1, room)] for i in range(k)]}
-        return replace(self, rows=[row] * setup.batch_size)
+        found = []
+        for prompt in (min(longest, *(len(row["prompt_ids"]) for row in self.rows)), longest):
+            completions = [[i, *range(1, limit - prompt)] for i in range(k)]
+            row = {"prompt_ids": list(range(prompt)), "completion_ids": completions}
+            found.append(replace(self, rows=[*([row] * setup.batch_size), *self.rows]))
+        return max(found, key=lambda planner: planner.memory(setup).total)
 
     def tokens(self, row: dict[str, Any]) -> int:
         """That the model reads of a row, paddings of its own included."""
@@ -202,99 +209,3 @@ class Planner:
             if quantised and weight.requires_grad and "lora_magnitude_vector" not in name:  # as TRL does
                 weight.data = weight.data.to(torch.bfloat16)
         return model
-
-
-@dataclass(frozen=True)
-class Change:
-    """A variant of a run: option by option what makes it, and its memory."""
-
-    setup: Setup
-    memory: Memory
-    options: dict[str, str] = field(default_factory=dict)
-
-    def and_then(self, planner: Planner, name: str, text: str, **fields: Any) -> "Change":
-        """With one more change; `fields` are `Setup`'s."""
-        setup = replace(self.setup, **fields)
-        return Change(setup, planner.memory(setup), self.options | {name: text})
-
-
-def changes_that_fit(planner: Planner, setup: Setup, size: float) -> list[Change]:
-    """Variants of a run that fit a card, each counted as the run itself is; those that change no result come first.
-
-    Args:
-        size: bytes of a card.
-    """
-    start = Change(setup, planner.memory(setup))
-    found = [change for change in _of_cost(planner, start) if change.memory.needed <= size]
-    found = found[:2] or [_until_it_fits(planner, start, size)]
-    found += [_until_it_fits(planner, change, size) for change in _of_effect(planner, start)]
-    found += [_on_more_cards(planner, start, size)]
-    return [change for change in found if change.memory.needed <= size]
-
-
-def _until_it_fits(planner: Planner, change: Change, size: float) -> Change:
-    """`change` with as many of the changes that only cost time as it takes, or with all that help."""
-    while change.memory.needed > size:
-        less = (more for more in _of_cost(planner, change) if more.memory.total < change.memory.total)
-        if (more := next(less, None)) is None:
-            break
-        change = more
-    return change
-
-
-def _of_cost(planner: Planner, change: Change) -> Iterator[Change]:
-    """One more change that takes time and leaves the training what it is."""
-    setup, add = change.setup, change.and_then
-    if not setup.checkpointing:
-        yield add(planner, "checkpointing", "`gradient_checkpointing: true`", checkpointing=True)
-    training = setup.training(planner.mixed is not None)
-    if training.live_reference:
-        yield add(planner, "reference", "`precompute_ref_log_probs: true`", precomputes=True)
-    if setup.launch.sharding == "FSDP2" and training.whole_gradients:
-        text = "`accelerator_config: {gradient_accumulation_kwargs: {sync_each_batch: true}}`"
-        yield add(planner, "sync", text, syncs_each_batch=True)
-    if setup.batch_size > 1:
-        steps = setup.accumulation * setup.batch_size
-        text = f"`per_device_train_batch_size: 1` with `gradient_accumulation_steps: {steps}`"
-        yield add(planner, "batch", text, batch_size=1, accumulation=steps)
-    completions = sum(len(row["completion_ids"]) for row in planner.longest_rows(setup))
-    now = min(setup.completions_per_forward or completions, completions)
-    for fewer in (fewer for fewer in (4, 2, 1) if fewer < now):
-        yield add(planner, "forward", f"`completions_per_forward: {fewer}`", completions_per_forward=fewer)
-
-
-def _of_effect(planner: Planner, change: Change) -> Iterator[Change]:
-    """One more change, of what is trained or of how."""
-    setup, add = change.setup, change.and_then
-    if "8bit" not in setup.optim and "adam" in setup.optim and not setup.launch.sharding:
-        yield add(planner, "optim", "`optim: adamw_8bit`", optim="adamw_8bit")
-    if setup.use_peft and setup.quantisation is None and not setup.launch.sharding:
-        yield add(planner, "bits", "`load_in_4bit: true`", quantisation=Quantisation(4))
-    if not setup.use_peft:
-        yield add(planner, "peft", "`use_peft: true`", use_peft=True)
-        if not setup.launch.sharding:
-            text = "`use_peft: true` and `load_in_4bit: true`"
-            yield add(planner, "peft", text, use_peft=True, quantisation=Quantisation(4))
-    shorter = (setup.max_length or 0) // 2
-    if shorter > (planner.max_prompt_length or 0):
-        yield add(planner, "length", f"`max_length: {shorter}`, which cuts completions", max_length=shorter)
-
-
-def _on_more_cards(planner: Planner, change: Change, size: float) -> Change:
-    """The fewest cards, a power of two, over which the weights may be sharded; `change` where none are enough."""
-    setup = change.setup
-    without = "" if setup.quantisation is None else " and without `load_in_4bit`, which is not sharded"
-    for cards in (2, 4, 8, 16, 32, 64, 128):
-        if setup.launch.sharding and cards <= setup.launch.processes:
-            continue
-        steps = max(1, setup.accumulation * setup.launch.processes // cards)
-        text = f"{cards} such cards under `configs/accelerate/fsdp2.yaml`{without}"
-        if steps > 1:
-            text += ", with `accelerator_config: {gradient_accumulation_kwargs: {sync_each_batch: true}}`"
-        more = change.and_then(
-            planner, "cards", text, launch=Launch(cards, "FSDP2"), quantisation=None, accumulation=steps,
-            syncs_each_batch=True,
-        )  # fmt: skip
-        if more.memory.needed <= size:
-            return more
-    return change

@@ -96,7 +96,6 @@ def _plan(
         _dtype(model_args, args, config),
         adapter or get_peft_config(ModelConfig(use_peft=True, lora_target_modules=["all-linear"], lora_dropout=0.0)),
         args.layout,
-        max_prompt_length=args.max_prompt_length,
         pad_to_multiple_of=args.pad_to_multiple_of,  # type: ignore[arg-type]
         mixed=torch.bfloat16 if args.bf16 or args.fp16 else None,
         device="cpu" if on_cpu else "cuda",
@@ -119,6 +118,7 @@ def _plan(
         quantisation=Quantisation(bits, bits == 4 and model_args.use_bnb_nested_quant) if bits else None,
         precomputes=args.precompute_ref_log_probs and not script.dataset_streaming,
         syncs_each_batch=syncs_each_batch(args),
+        max_prompt_length=args.max_prompt_length,
     )
     if size is None:
         size = _memory_here(on_cpu, launch)

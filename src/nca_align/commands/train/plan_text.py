@@ -11,7 +11,8 @@ from ...config import NCAConfig
 from ...data.sample import Sample
 from ...models.memory import GIB
 from ...training.card_memory import quantised_weights
-from ...training.memory_plan import Memory, Planner, Setup, changes_that_fit
+from ...training.memory_plan import Memory, Planner, Setup
+from ...training.plan_changes import changes_that_fit
 
 _PARTS = {
     "weights": "weights",
@@ -19,8 +20,8 @@ _PARTS = {
     "reference": "reference",
     "gradients": "gradients",
     "optimizer": "optimizer",
-    "gathered layers": "layers that are whole for a while",
-    "buckets": "buckets of gradients on their way",
+    "gathered layers": "gathered layers",
+    "buckets": "gradient buckets",
     "activations": "activations at the longest rows",
     "head": "head: logits and their gradient",
 }
@@ -80,16 +81,16 @@ def plan_text(
     rows = planner.longest_rows(setup)
     chunk = planner.longest_chunk(setup)
     shown = [(what, memory.parts[part]) for part, what in _PARTS.items() if memory.parts[part] > 0]
-    cards = f"a card of {setup.launch.processes}" if setup.launch.processes > 1 else "the card"
+    cards = f"each of {setup.launch.processes} cards" if setup.launch.processes > 1 else "the card"
     if planner.device == "cpu":
-        cards = "this machine's memory, a process"
+        cards = "this machine, a process"
     lines = [
         f"Model: {name}, {_weights(planner, setup)}.",
         f"Data: {_data(sample, lengths, args)}.",
         f"Layout: {planner.layout}, {planner.why_layout}.",
         f"Launch: {setup.launch}.",
         f"Steps: {_steps(planner, setup, sample, args)}.",
-        f"Memory of {cards}, GiB, at the longest rows of those read ({len(rows)} prompts a batch, "
+        f"Memory of {cards}, in GiB, at the longest rows of those read ({len(rows)} prompts a batch, "
         f"{chunk['input_ids'].numel():,} tokens a forward):",
         *(f"  {what:38}{_gib(value):>8}" for what, value in shown),
         *([] if memory.parts["head"] > 0 else [f"  {_GONE:38}{f'({_gib(planner.kept(setup).head)})':>9}"]),
@@ -100,8 +101,9 @@ def plan_text(
     beyond = None if sample.is_whole else planner.at_the_limits(setup)
     if beyond is not None:
         lines.append(
-            f"Rows at both limits (`max_prompt_length` {planner.max_prompt_length}, `max_length` {setup.max_length}) "
-            f"would take {_gib(beyond.memory(setup).needed)} with the fifth."
+            f"Rows at the limits would take {_gib(beyond.memory(setup).needed)} with the fifth: a prompt of "
+            f"{len(beyond.rows[0]['prompt_ids'])} tokens with completions up to `max_length` {setup.max_length}, which "
+            f"is the larger of the shortest prompt read and of one at `max_prompt_length` {setup.max_prompt_length}."
         )
     return "\n".join([*lines, verdict(planner, setup, memory, size, beyond)])
 
@@ -121,7 +123,7 @@ def verdict(
     text = f"Verdict: fits {_gib(size)} GiB, of which {_gib(size - memory.needed)} stay free."
     if beyond is None or beyond.memory(setup).needed <= size:
         return text
-    return f"{text} Rows at both limits do not fit. {_changes(beyond, setup, size)}"
+    return f"{text} Rows at the limits do not fit. {_changes(beyond, setup, size)}"
 
 
 def _changes(planner: Planner, setup: Setup, size: float) -> str:
@@ -131,7 +133,7 @@ def _changes(planner: Planner, setup: Setup, size: float) -> str:
     ]
     if not found:
         return "No change that is known here fits; take a larger card or a smaller model."
-    return f"What would, each counted in the same way: {'; or '.join(found)}."
+    return f"Each of these changes would fit: {'; or '.join(found)}."
 
 
 def _weights(planner: Planner, setup: Setup) -> str:
