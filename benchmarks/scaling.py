@@ -65,7 +65,7 @@ def setup(launch: Launch = ALONE, **own: Any) -> Setup:
 QLORA = {"use_peft": True, "quantisation": NF4, "optim": "paged_adamw_32bit"}
 FSDP2, SYNC = "`accelerate/fsdp2.yaml`", "`sync_each_batch`"
 MIXTRAL = "`recipes/nca_mixtral8x7b_ultrainteract.yaml`"
-# machine, GiB of a card, what, its model and setup, what to start from
+# machine, GB of a card, what, its model and setup, what to start from
 MACHINES = (
     ("one card of 24 GB", 24, "7B, QLoRA", setup(**QLORA), "`configs/nca_mistral7b.yaml`, `accelerate/one_gpu.yaml`"),
     ("one card of 80 GB", 80, "7B, LoRA in bf16", setup(use_peft=True), "the same without `load_in_4bit`"),
@@ -125,7 +125,7 @@ def machine_table() -> Iterator[str]:
         plan.rows = [example(4)]
         memory = plan.memory(own)
         batch = sum(memory.parts[part] for part in ("activations", "head"))
-        fits = "" if memory.needed <= size * GIB else ": **does not fit**"
+        fits = "" if memory.needed <= size * 1e9 else ": **does not fit**"
         yield (
             f"| {machine} | {what} | {_gib(memory.total - batch)} | {_gib(batch)} | {_gib(memory.needed)}{fits} | "
             f"{start} |"

@@ -61,7 +61,7 @@ def no_weights(monkeypatch):
 
 def test_a_plan_reads_no_weights_and_writes_nothing(files, capsys, no_weights, tmp_path):
     before, environment = sorted(tmp_path.rglob("*")), dict(os.environ)
-    text = plan(files, capsys, per_device_train_batch_size=2, num_train_epochs=2)
+    text = plan(files, capsys, per_device_train_batch_size=2, num_train_epochs=2, use_cpu="true")
     assert sorted(tmp_path.rglob("*")) == before
     assert dict(os.environ) == environment
     for line in (
@@ -123,7 +123,7 @@ def test_every_recipe_has_a_plan(path, tmp_path, capsys, monkeypatch):
     assert re.search(rf"\(1 × {recipe['gradient_accumulation_steps']} × 8\)", text)
     assert ("in 4 bits" in text) is recipe.get("load_in_4bit", False)
     assert "Launch: 8 processes, FSDP2." in text
-    assert "Verdict: fits 24.0 GiB" in text
+    assert "Verdict: fits 22.4 GiB" in text
 
 
 def save_config(model, folder):
@@ -194,12 +194,48 @@ def test_alone_sets_back_what_it_took(monkeypatch):
 
 def test_cards_that_are_not_here_are_planned_in_half_precision(files, capsys):
     on_cards = plan(files, capsys, device_memory="24GB", bf16="true", tf32="true", dtype="bfloat16")
-    assert "Verdict: fits 24.0 GiB" in on_cards
+    assert "Verdict: fits 22.4 GiB" in on_cards
     assert "a process" not in on_cards
     assert plan(files, capsys, device_memory="24GB", fp16="true", dtype="bfloat16") == on_cards
     assert plan(files, capsys, device_memory="24GB", dtype="bfloat16") == on_cards
-    assert "Memory of this machine" in plan(files, capsys)
+    assert "Memory of this machine" in plan(files, capsys, use_cpu="true")
     assert "it takes cards of" in plan(files, capsys, devices=2)
+
+
+@pytest.mark.parametrize("bfloat16", [False, True])
+@pytest.mark.parametrize("own", [{}, {"bf16": "true"}, {"use_cpu": "false"}, {"fp16": "true", "tf32": "true"}])
+def test_a_machine_without_cards_plans_for_cards_where_none_are_named(files, capsys, own, bfloat16, monkeypatch):
+    monkeypatch.setattr("nca_align.device.computes_bfloat16", lambda on_cpu: bfloat16)  # whatever its CPU is
+    text = plan(files, capsys, dtype="bfloat16", **own)
+    assert text == plan(files, capsys, dtype="bfloat16")
+    assert "Memory of the card" in text
+    assert re.search(r"Verdict: it takes cards of \S+ GiB; `--device_memory 24GB` names one", text.splitlines()[-1])
+
+
+def test_options_that_need_cards_or_processes_have_a_plan_without(files, capsys, tmp_path):
+    config = tmp_path / "o.yaml"
+    config.write_text(
+        "ddp_backend: nccl\nactivation_offloading: true\ngradient_checkpointing: true\n"
+        "gradient_checkpointing_kwargs: {use_reentrant: false, offload: true}\n"
+    )
+    text = plan(files, capsys, config=config, device_memory="24GB")
+    assert "Verdict: fits 22.4 GiB" in text
+    assert "  activations " not in text  # they lie in the host's memory
+    other = plan(files, capsys, gradient_checkpointing="true", ddp_backend="gloo", device_memory="24GB")
+    assert "  activations " in other
+    kwargs = '{"use_reentrant": false, "offload": true}'
+    flags = {"gradient_checkpointing_kwargs": kwargs, "gradient_checkpointing": "true", "device_memory": "24GB"}
+    assert plan(files, capsys, **flags) == other
+
+
+def test_a_plan_names_what_it_does_not_count(files, capsys):
+    plain = plan(files, capsys, per_device_eval_batch_size=3, device_memory="24GB", gradient_checkpointing="false")
+    assert "Not counted: evaluation's batches (`per_device_eval_batch_size` 3).\n" in plain
+    own = {"launch": CONFIGS / "accelerate" / "fsdp2.yaml", "optim": "adamw_8bit", "per_device_train_batch_size": 2}
+    text = plan(files, capsys, device_memory="24GB", precompute_ref_log_probs="true", **own)
+    for what in ("the reference's pass (8 prompts", "`every_n_layers`", "`fsdp_reshard_after_forward: false`",
+                 "`NO_WRAP` and HSDP", "what `optim: adamw_8bit` of bitsandbytes does under FSDP"):  # fmt: skip
+        assert what in text
 
 
 # What is refused
@@ -211,7 +247,7 @@ def test_cards_that_are_not_here_are_planned_in_half_precision(files, capsys):
         ({"load_in_4bit": "true"}, "leave no weight that can be trained"),
         ({"eval_scorer": "nca_align.scorers:vader", "launch": CONFIGS / "accelerate/fsdp2.yaml"}, "deal out the model"),
         ({"max_length": 4, "max_prompt_length": 3}, "which cuts every completion"),
-        ({"device_memory": "big"}, "`device_memory` is 'big', but must be a number of GB"),
+        ({"device_memory": "big"}, "`device_memory` is 'big', but must be a finite number"),
         ({"devices": 0}, "`devices` is 0, but must be at least 1"),
         ({"launch": "no.yaml"}, "`launch` no.yaml can't be read"),
         ({"launch": CONFIGS / "quickstart.yaml"}, "`distributed_type` None"),
@@ -284,10 +320,11 @@ def test_rows_at_the_limits_are_counted_beside_those_that_were_read(tmp_path):
 
 
 def test_units_of_a_card():
-    assert _bytes("24GB") == _bytes("24 GiB") == _bytes("24") == 24 * GIB
-    assert _bytes("512MB") == GIB / 2
-    for text in ("GB", "24TBs", "", "-"):
-        with pytest.raises(UserError):
+    assert _bytes("24GB") == _bytes("24 gb") == _bytes("24") == _bytes(24) == 24e9 < 22.5 * GIB  # an A10 has so much
+    assert _bytes("24GiB") == 24 * GIB
+    assert (_bytes("512MB"), _bytes("512 MiB")) == (512e6, GIB / 2)
+    for text in ("GB", "24TBs", "", "-", "-5GB", "0", "0GB", "nan", "inf", "nanGB", "1.2.3GB", "9" * 400):
+        with pytest.raises(UserError, match="must be a finite number above 0 of GB or GiB"):
             _bytes(text)
 
 

@@ -28,8 +28,8 @@ def choose_device(args: Any) -> str | None:
             "`use_cpu` is False, but this machine has no accelerator that PyTorch finds; leave it out to train on the "
             "CPU."
         )
-    args.use_cpu = not accelerated or _launched_on_cpu() if given is None else given
-    on_cpu = args.use_cpu and given is None and not _launched_on_cpu()
+    args.use_cpu = not accelerated or launched_on_cpu() if given is None else given
+    on_cpu = args.use_cpu and given is None and not launched_on_cpu()
     if args.bf16 and on_cpu and not computes_bfloat16(on_cpu=True):
         raise UserError(
             "`bf16` is True, but this machine has no accelerator that PyTorch finds, and its CPU doesn't compute in "
@@ -91,6 +91,6 @@ def fsdp_version(args: Any) -> int | None:
     return int(os.environ.get("FSDP_VERSION", "1")) if parse_flag_from_env("ACCELERATE_USE_FSDP") else None
 
 
-def _launched_on_cpu() -> bool:
+def launched_on_cpu() -> bool:
     """Whether `accelerate launch --cpu` started this process."""
     return bool(parse_flag_from_env("ACCELERATE_USE_CPU"))

@@ -11,7 +11,7 @@ from numbers import Integral, Real
 from typing import Any, Literal, cast, get_args, get_type_hints
 
 import yaml
-from transformers.hf_argparser import string_to_bool
+from accelerate.utils import str_to_bool
 from trl import TrlParser
 
 from .errors import UserError, UserTypeError, nearest, one_line
@@ -127,6 +127,7 @@ def parse(
     ignored: Callable[[], Iterable[str]] = tuple,
     first: Mapping[str, str] | None = None,
     required: Mapping[str, str] | None = None,
+    without: Sequence[str] = (),
 ) -> tuple:
     """Instances of `dataclass_types` from `--config FILE.yaml` and flags; a flag overrides the file.
 
@@ -139,6 +140,7 @@ def parse(
         first: what `--help` alone lists, in order, of a command with very many options: names, each with its line.
         required: options without which nothing can be done, though their dataclass has a default, and what they must
             be. They are asked for before the dataclasses look at the other values.
+        without: options that are left out, whether given or not.
 
     Returns:
         One instance for each of `dataclass_types`.
@@ -178,7 +180,9 @@ def parse(
             elif type(None) not in get_args(hints[key]):
                 default = actions[key].default
                 raise UserError(f"`{key}` in {config_path} has no value; give it one, or leave it out for {default!r}")
-        parser.set_defaults_with_config(**config)
+        parser.set_defaults_with_config(**{key: value for key, value in config.items() if key not in without})
+    for name in without:
+        _, argv = _take(argv, name)
     flags = [name for action in parser._actions for name in action.option_strings]
     given = [flag.split("=")[0] for flag in argv if flag.startswith("--")]
     for flag in given:  # looked at first: a missing required option may be this one, misspelt
@@ -212,18 +216,24 @@ def given_options(argv: Sequence[str], false: bool = False) -> set[str]:
 def given_value(argv: Sequence[str], name: str) -> Any:
     """What the flags, or else the `--config` file, give for an option, not yet converted; None where neither does."""
     path, argv = _take_config(argv)
-    reader = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    reader.add_argument(f"--{name}", f"--{name.replace('_', '-')}", nargs="?", const=True, dest=name)
-    value = getattr(reader.parse_known_args(argv)[0], name)
+    value, _ = _take(argv, name)
     return _read_config(path).get(name) if value is None and path is not None else value
 
 
 def says_true(argv: Sequence[str], name: str) -> bool:
-    """Whether an option is given as true, by the words that `parse` takes; False for what it refuses."""
+    """Whether an option is given as true, by any word that `parse` takes; False for no truth value."""
     value = given_value(argv, name)
-    with suppress(argparse.ArgumentTypeError):
-        return isinstance(value, (bool, str)) and string_to_bool(value)
+    with suppress(ValueError):
+        return value is True or (isinstance(value, str) and str_to_bool(value) == 1)
     return False
+
+
+def _take(argv: Sequence[str] | None, name: str) -> tuple[Any, list[str]]:
+    """What the flags give for an option, and the other arguments."""
+    reader = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    reader.add_argument(f"--{name}", f"--{name.replace('_', '-')}", nargs="?", const=True, dest=name)
+    known, others = reader.parse_known_args(argv)
+    return getattr(known, name), others
 
 
 def _take_config(argv: Sequence[str] | None) -> tuple[str | None, list[str]]:

@@ -135,6 +135,11 @@ def held(model: nn.Module, launch: Launch, training: Training) -> dict[str, floa
     return parts
 
 
+def of_bitsandbytes(optim: str) -> bool:
+    """Whether transformers' optimizer of this name is bitsandbytes'."""
+    return not optim.startswith("adamw_torch_") and any(name in optim for name in _OF_BITSANDBYTES)
+
+
 def optimizer_bytes(optim: str, shape: torch.Size, size: int, is_embedding: bool = False) -> float:
     """Of the optimizer's state for a weight; of those that project gradients (GaLore, APOLLO) at most this.
 
@@ -150,7 +155,7 @@ def optimizer_bytes(optim: str, shape: torch.Size, size: int, is_embedding: bool
     states = next((number for name, number in _STATES if name in optim), 2)
     if optim.startswith("adamw_torch_") and optim.endswith("bit"):  # torchao's
         return states * count * (1 if "8bit" in optim else 0.5)
-    if not any(name in optim for name in _OF_BITSANDBYTES):
+    if not of_bitsandbytes(optim):
         return states * count * size
     if "8bit" not in optim or count < _LEAST or is_embedding:
         return states * 4 * count

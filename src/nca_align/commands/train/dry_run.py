@@ -1,8 +1,12 @@
 """`nca-align train --dry_run`: the plan of a run, from its config, the lengths of its first rows and no weights."""
 
+import json
 import logging
+import math
 import os
+import re
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -12,10 +16,10 @@ from ...batching.tokenization import tokenize_dataset
 from ...config import NCAConfig
 from ...data import DataOptions
 from ...data.sample import read_sample
-from ...device import has_accelerator
+from ...device import has_accelerator, launched_on_cpu
 from ...errors import UserError, as_user_error
 from ...models.loading import adapter_config, silence_transformers
-from ...options import given_options, parse
+from ...options import given_options, given_value, parse, says_true
 from ...progress import without_library_bars
 from ...training.adapters import check_adapter
 from ...training.arguments import check_arguments, check_model, prepare_datasets
@@ -28,7 +32,7 @@ from .plan_text import Lengths, plan_text
 from .policy import model_source, new_adapter
 
 ROWS = 1000  # of the data that are read
-_UNITS = {"": 30, "g": 30, "gb": 30, "gib": 30, "m": 20, "mb": 20, "mib": 20}  # cards are named so, in powers of 2
+_UNITS = {"": 1e9, "g": 1e9, "gb": 1e9, "gib": 2.0**30, "m": 1e6, "mb": 1e6, "mib": 2.0**20}
 
 
 @without_library_bars()
@@ -38,7 +42,10 @@ def dry_run(argv: list[str]) -> int:
     if int(environment.get("RANK", 0)):
         return 0
     with alone():
-        options = parse(TRAIN_OPTIONS, _as_on_a_card(argv), "nca-align train", first=FIRST_OPTIONS, required=REQUIRED)
+        options = parse(
+            TRAIN_OPTIONS, _as_on_a_card(argv), "nca-align train", first=FIRST_OPTIONS, required=REQUIRED,
+            without=["ddp_backend"],  # a backend is of a launch's processes, and this one is alone
+        )  # fmt: skip
         run: RunOptions = options[2]
         if run.launch:
             environment = read_launch(run.launch)
@@ -54,12 +61,19 @@ def dry_run(argv: list[str]) -> int:
 
 def _as_on_a_card(argv: list[str]) -> list[str]:
     """`argv`, and what lets a machine without a card read the options of a run that has one."""
-    given, all_given = given_options(argv), given_options(argv, false=True)
-    if has_accelerator() or "use_cpu" in given or not {"device_memory", "launch", "devices"} & given:
+    if has_accelerator() or launched_on_cpu() or says_true(argv, "use_cpu"):
         return argv
-    half = ["--bf16", "true"] if "fp16" in given or "bf16" not in all_given else []
-    off = [part for name in ("fp16", "tf32") if name in given for part in (f"--{name}", "false")]
-    return [*argv, "--use_cpu", "true", *half, *off]
+    half = says_true(argv, "fp16") or "bf16" not in given_options(argv, false=True)
+    own = [part for name in ("use_cpu", *(["bf16"] if half else [])) for part in (f"--{name}", "true")]
+    off = [name for name in ("fp16", "tf32", "activation_offloading") if says_true(argv, name)]
+    own += [part for name in off for part in (f"--{name}", "false")]
+    for name in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
+        value = given_value(argv, name)
+        with suppress(ValueError):  # which the parser tells
+            value = json.loads(value) if isinstance(value, str) else value
+        if isinstance(value, dict) and value.get("offload"):
+            own += [f"--{name}", json.dumps(value | {"offload": False})]
+    return [*argv, *own]
 
 
 def _plan(
@@ -103,7 +117,7 @@ def _plan(
         goes_on=source.adapter is not None,
         disable_dropout=args.disable_dropout,
         trust_remote_code=args.trust_remote_code,
-        offloads_activations=args.activation_offloading,
+        offloads_activations=says_true(argv, "activation_offloading"),
     )
     bits = 4 if model_args.load_in_4bit else 8 if model_args.load_in_8bit else 0
     setup = Setup(
@@ -136,13 +150,18 @@ def _dtype(model_args: ModelConfig, args: NCAConfig, config: Any) -> torch.dtype
     return name if isinstance(name, torch.dtype) else getattr(torch, name or "float32")
 
 
-def _bytes(text: str) -> float:
-    number = text.strip().lower().rstrip("bgim ")
-    unit = text.strip().lower()[len(number) :].strip()
-    try:
-        return float(number) * (1 << _UNITS[unit])
-    except (ValueError, KeyError):
-        raise UserError(f"`device_memory` is {text!r}, but must be a number of GB such as 24GB") from None
+def _bytes(text: Any) -> float:
+    """Of a card: 10⁹ for GB, since cards that are named so have less than 2³⁰ for each, and 2³⁰ for GiB."""
+    found = re.fullmatch(r"([\d.]+)\s*([a-z]*)", str(text).strip().lower())
+    size = 0.0
+    if found:
+        with suppress(ValueError, KeyError):
+            size = float(found[1]) * _UNITS[found[2]]
+    if not 0 < size < math.inf:
+        raise UserError(
+            f"`device_memory` is {text!r}, but must be a finite number above 0 of GB or GiB, such as 24GB or 22.5GiB"
+        )
+    return size
 
 
 def _memory_here(on_cpu: bool, launch: Launch) -> float | None:

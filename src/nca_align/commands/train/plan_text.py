@@ -1,7 +1,7 @@
 """A plan in words: data, steps, memory by part, the verdict and what to change."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
@@ -10,7 +10,7 @@ from ...batching.tokenization import refuse_cutting_all, truncate
 from ...config import NCAConfig
 from ...data.sample import Sample
 from ...models.memory import GIB
-from ...training.card_memory import quantised_weights
+from ...training.card_memory import of_bitsandbytes, quantised_weights
 from ...training.memory_plan import Memory, Planner, Setup
 from ...training.plan_changes import changes_that_fit
 
@@ -97,6 +97,7 @@ def plan_text(
         f"  {'in all':38}{_gib(memory.total):>8}",
         f"  {'with a fifth more':38}{_gib(memory.needed):>8}",
         "The fifth is taken for temporary buffers, fragmentation and the CUDA context: try one step first.",
+        f"Not counted: {'; '.join(_not_counted(setup, args))}.",
     ]
     beyond = None if sample.is_whole else planner.at_the_limits(setup)
     if beyond is not None:
@@ -117,7 +118,8 @@ def verdict(
         beyond: counts longer rows than `planner`; where these alone do not fit, that is said.
     """
     if size is None:
-        return f"Verdict: it takes cards of {_gib(memory.needed)} GiB; `--device_memory 24GB` names one."
+        needed = f"it takes cards of {_gib(memory.needed)} GiB; `--device_memory 24GB` names one"
+        return f"Verdict: {needed}, and `--use_cpu true` plans for this machine."
     if memory.needed > size:
         return f"Verdict: does not fit {_gib(size)} GiB. {_changes(planner, setup, size)}"
     text = f"Verdict: fits {_gib(size)} GiB, of which {_gib(size - memory.needed)} stay free."
@@ -175,6 +177,20 @@ def _steps(planner: Planner, setup: Setup, sample: Sample, args: NCAConfig) -> s
         f"{known}{of}, {prompts} prompts each ({setup.batch_size} × {setup.accumulation} × {setup.launch.processes}), "
         f"about {tokens:,.0f} tokens each"
     )
+
+
+def _not_counted(setup: Setup, args: NCAConfig) -> Iterator[str]:
+    """What this run may do that no line of its plan sees."""
+    yield f"evaluation's batches (`per_device_eval_batch_size` {args.per_device_eval_batch_size})"
+    if setup.precomputes:
+        reference = args.precompute_ref_batch_size or 4 * setup.batch_size
+        yield f"the reference's pass ({reference} prompts a batch, `precompute_ref_batch_size`)"
+    if setup.checkpointing:
+        yield "`every_n_layers` and `offload` of `gradient_checkpointing_kwargs`"
+    if setup.launch.sharding.startswith("FSDP"):
+        yield "`fsdp_reshard_after_forward: false`, `NO_WRAP` and HSDP, which keep more weights whole"
+        if of_bitsandbytes(setup.optim):
+            yield f"what `optim: {setup.optim}` of bitsandbytes does under FSDP, which was not tried"
 
 
 def _short(count: int) -> str:
