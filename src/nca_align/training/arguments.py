@@ -138,11 +138,11 @@ def check_model(model: PreTrainedModel, max_length: int | None, parallelism: Any
 
 def _row_without(tokens: list[int], dataset: Any) -> int | None:
     """The number of the first row whose prompt lacks `tokens`, of a stream's first rows; None where each has them."""
-    n = len(tokens)
+    wanted, n = list(tokens), len(tokens)
     rows = islice(dataset, _STREAM_ROWS) if isinstance(dataset, IterableDataset) else dataset
     for i, row in enumerate(rows):
         prompt = row["prompt_ids"]
-        if not n or all(prompt[at : at + n] != list(tokens) for at in range(len(prompt) - n + 1)):
+        if not n or all(prompt[at : at + n] != wanted for at, token in enumerate(prompt) if token == wanted[0]):
             return i
     return None
 
