@@ -4,6 +4,8 @@ import importlib.util
 import json
 import os
 import shutil
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -111,23 +113,35 @@ def of_each_process(checkpoint: Path, launch: str) -> list[Path]:
     return list(checkpoint.glob(pattern))
 
 
-def check(launch: str, weights: str, model_dir: str, tmp_path: Path) -> None:
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text("\n".join(map(json.dumps, reward_rows(24, [4, 2, 3, 5]))))
+@pytest.fixture(scope="module")
+def alone(model_dir, tmp_path_factory) -> Callable[[str], tuple[Path, dict, str]]:
+    """Weights to the folder of one process's run, the options and what it said; run once for all launches."""
+
+    @cache
+    def trained(weights: str) -> tuple[Path, dict, str]:
+        folder = tmp_path_factory.mktemp("alone")
+        (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, reward_rows(24, [4, 2, 3, 5]))))
+        options = {"model_name_or_path": model_dir, "dataset_name": folder / "rows.jsonl"} | WEIGHTS[weights][0]
+        if weights == "continued":
+            torch.manual_seed(0)
+            config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+            get_peft_model(AutoModelForCausalLM.from_pretrained(model_dir), config).save_pretrained(folder / "before")
+            options["model_name_or_path"] = folder / "before"
+        return folder / "run", options, train(folder / "run", "one", **options)
+
+    return trained
+
+
+def check(launch: str, weights: str, alone: Callable[[str], tuple[Path, dict, str]], tmp_path: Path) -> None:
     own, file = WEIGHTS[weights]
-    options = {"model_name_or_path": model_dir, "dataset_name": rows} | own
-    if weights == "continued":
-        torch.manual_seed(0)
-        config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
-        get_peft_model(AutoModelForCausalLM.from_pretrained(model_dir), config).save_pretrained(tmp_path / "before")
-        options["model_name_or_path"] = tmp_path / "before"
-    alone, output = tmp_path / "alone", tmp_path / "run"
+    one, options, said = alone(weights)
+    output = one if launch == "one" else tmp_path / "run"
     if (launch, weights) in REFUSED:
         with pytest.raises(AssertionError, match=REFUSED[launch, weights]):
             train(output, launch, **options)
         return
-    said = train(output, launch, **options)
-    train(alone, "one", **options) if launch != "one" else alone.symlink_to(output)
+    if launch != "one":
+        said = train(output, launch, **options)
 
     *earlier, last = sorted(output.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     assert earlier
@@ -138,7 +152,7 @@ def check(launch: str, weights: str, model_dir: str, tmp_path: Path) -> None:
 
     # whole, and what one process trains
     assert f"is in {output}, the plot is" in said
-    expected, found = load_file(alone / file), load_file(output / file)
+    expected, found = load_file(one / file), load_file(output / file)
     assert found.keys() == expected.keys()
     for name, value in expected.items():  # Adam turns rounding of small gradients into steps
         if weights == "qlora":  # whose adapter is bfloat16
@@ -146,12 +160,12 @@ def check(launch: str, weights: str, model_dir: str, tmp_path: Path) -> None:
         else:
             torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5)
     if weights == "continued":  # the reference is where it began
-        before, kept = (load_file(path / file) for path in (tmp_path / "before", output / "ref"))
+        before, kept = (load_file(path / file) for path in (options["model_name_or_path"], output / "ref"))
         assert kept.keys() == before.keys()
         assert all(torch.equal(kept[name], value) for name, value in before.items())
 
     # known as the same run, also where the weights were split before its start
-    own_run, other = (json.loads((path / last.name / MANIFEST).read_text()) for path in (output, alone))
+    own_run, other = (json.loads((path / last.name / MANIFEST).read_text()) for path in (output, one))
     assert own_run["identity"] == other["identity"]
 
     # gone on from an earlier checkpoint, after an evaluation, to the same bytes
@@ -179,8 +193,8 @@ def check(launch: str, weights: str, model_dir: str, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("launch", "weights"), IN_CI)
-def test_a_run_as_the_launch_file_says_is_whole(launch, weights, model_dir, tmp_path):
-    check(launch, weights, model_dir, tmp_path)
+def test_a_run_as_the_launch_file_says_is_whole(launch, weights, alone, tmp_path):
+    check(launch, weights, alone, tmp_path)
 
 
 @pytest.mark.slow
@@ -213,8 +227,8 @@ def test_a_packed_row_that_is_refused_within_a_forward_is_padded(tokenizer, tmp_
 @pytest.mark.long
 @needs_deepspeed
 @pytest.mark.parametrize(("launch", "weights"), WITH_DEEPSPEED)
-def test_a_run_under_deepspeed_is_whole(launch, weights, model_dir, tmp_path):
-    check(launch, weights, model_dir, tmp_path)
+def test_a_run_under_deepspeed_is_whole(launch, weights, alone, tmp_path):
+    check(launch, weights, alone, tmp_path)
 
 
 def test_the_page_has_a_row_for_each_launch():
