@@ -67,12 +67,16 @@ class Proof(TrainerCallback):
             assert sum(p.to_local().numel() for p in parameters) < 0.6 * sum(p.numel() for p in parameters)
 
 
+def layers_of(model: Any) -> list[Any]:
+    return [module for module in model.modules() if isinstance(module, LlamaDecoderLayer)]
+
+
 class Trainer(NCATrainer):
     """Fails a reference pass under FSDP2 that isn't split by layers, as TRL's isn't."""
 
     def compute_ref_log_probs(self, model, inputs):
         if self.is_fsdp_enabled:
-            layers = [module for module in model.modules() if isinstance(module, LlamaDecoderLayer)]
+            layers = layers_of(model)
             assert layers
             assert all(isinstance(layer, FSDPModule) for layer in layers)
             assert all(isinstance(parameter, DTensor) for layer in layers for parameter in layer.parameters())
@@ -80,8 +84,8 @@ class Trainer(NCATrainer):
 
     def _chunk_logps(self, model, chunk, batch, with_aux_loss=True):
         if self.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch"):  # no card has whole gradients
-            for layer in (module for module in self.model.modules() if isinstance(module, LlamaDecoderLayer)):
-                for own in getattr(layer, "_get_fsdp_state", lambda: None)()._fsdp_param_group.fsdp_params:
+            for layer in layers_of(self.model):
+                for own in layer._get_fsdp_state()._fsdp_param_group.fsdp_params:
                     assert getattr(own, "_unsharded_param", own.sharded_param).grad is None
         return super()._chunk_logps(model, chunk, batch, with_aux_loss)
 

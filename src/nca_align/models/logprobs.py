@@ -23,7 +23,7 @@ from .routing import expert_use
 # the backward computes again. Free at 7B (under 1 % of a step), dear on small models with a large vocabulary, whose
 # logits fit anyway: 16k labelled tokens of a vocabulary of 150k are 9.8 GB in fp32.
 LOGITS_BUDGET = {"cuda": 2 << 30, "cpu": 4 << 30}
-MOST_ROWS = 4096  # of such a tile
+_MOST_ROWS = 4096  # of such a tile
 
 
 # Composite models whose forward leaves out the scale or cap that stands in their language model's config
@@ -64,6 +64,17 @@ class _SelectedLogProbs(torch.autograd.Function):
         return grad_logits.to(ctx.dtype), None
 
 
+def logits_budget(device: str) -> int:
+    """Bytes of `LOGITS_BUDGET` on a type of device; one that isn't listed has a GPU's."""
+    return LOGITS_BUDGET.get(device, LOGITS_BUDGET["cuda"])
+
+
+def rows_at_once(positions: int, vocab_size: int, budget: int) -> int:
+    """How many of the labelled positions have their logits at a time: all, or a tile's."""
+    rows = max(1, budget // (8 * vocab_size))  # logits and their gradient, 4 bytes each
+    return positions if positions <= rows else min(rows, _MOST_ROWS)
+
+
 def head_logps(
     head: nn.Module,
     hidden: torch.Tensor,
@@ -97,11 +108,10 @@ def head_logps(
         return _SelectedLogProbs.apply(logits, targets)
 
     if budget is None:
-        budget = LOGITS_BUDGET.get(hidden.device.type, LOGITS_BUDGET["cuda"])
-    rows = max(1, budget // (8 * vocab_size))  # logits and their gradient, 4 bytes each
-    if len(hidden) <= rows:
+        budget = logits_budget(hidden.device.type)
+    rows = rows_at_once(len(hidden), vocab_size, budget)
+    if rows == len(hidden):
         return score(hidden, targets)
-    rows = min(rows, MOST_ROWS)
     tiles = zip(hidden.split(rows), targets.split(rows), strict=True)
     return torch.cat([checkpoint(score, *tile, use_reentrant=False) for tile in tiles])
 

@@ -19,7 +19,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from .logprobs import LOGITS_BUDGET, MOST_ROWS, forward_chunk
+from .logprobs import forward_chunk, logits_budget, rows_at_once
 from .policy import base_model
 
 GIB = 1 << 30
@@ -70,8 +70,7 @@ def checkpointed_layers(model: nn.Module) -> list[nn.Module]:
 
 def head_bytes(positions: int, vocabulary: int, budget: int) -> int:
     """Bytes of the logits in fp32 and of their gradient, by the tiles of `logprobs.head_logps`."""
-    rows = max(1, budget // (8 * vocabulary))
-    return 8 * vocabulary * (positions if positions <= rows else min(rows, MOST_ROWS))
+    return 8 * vocabulary * rows_at_once(positions, vocabulary, budget)
 
 
 def count_kept(
@@ -112,8 +111,7 @@ def count_kept(
         outside=outside.kept + head.copies,
         copies=sum(times[key] * part.trained_copies for key, part in own.items())
         + outside.trained_copies + head.trained_copies,
-        head=head_bytes(len(chunk["target_ids"]), base.config.get_text_config().vocab_size,
-                        LOGITS_BUDGET.get(device, LOGITS_BUDGET["cuda"])),
+        head=head_bytes(len(chunk["target_ids"]), base.config.get_text_config().vocab_size, logits_budget(device)),
     )  # fmt: skip
 
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate.utils import is_peft_model
 from torch import nn
 
+from ..batching.attention import is_peft_model
 from ..models.memory import checkpointed_layers
 from ..models.policy import base_model
 from .launch import Launch
