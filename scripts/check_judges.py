@@ -18,6 +18,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from nca_align.commands.evaluate.judge_formats import MT_BENCH_TEMPERATURES
+from nca_align.store.row_files import read_rows
 
 INSTRUCTIONS = ["Name three kinds of tree.", "Say good morning to a cat.", "Why do leaves fall in autumn?"]
 QUESTIONS: list[dict] = [
@@ -158,7 +159,7 @@ def check_mt_bench(folder: Path, environment: Path) -> None:
     run([*module, "fastchat.llm_judge.gen_judgment", "--model-list", "aligned"], folder,
         OPENAI_API_BASE=url, OPENAI_API_KEY="none")  # fmt: skip
     server.shutdown()
-    for row in map(json.loads, answers.read_text().splitlines()):
+    for row in read_rows(answers):
         question = next(one for one in QUESTIONS if one["question_id"] == row["question_id"])
         first, second = row["choices"][0]["turns"]
         two = f"TWO TURNS {question['turns'][0]} {first} {question['turns'][1]} {second}"

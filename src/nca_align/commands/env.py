@@ -99,7 +99,7 @@ def bf16() -> str:
 def _cpu_info(key: str) -> str:
     """What Linux says of the first processor."""
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    return next((line.split(":", 1)[1].strip() for line in info.splitlines() if line.startswith(key)), "")
+    return next((line.split(":", 1)[1].strip() for line in info.split("\n") if line.startswith(key)), "")
 
 
 def _capability() -> str:

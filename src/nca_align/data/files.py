@@ -49,7 +49,7 @@ def kind_of(file: str) -> str | None:
         return "parquet"
     if head.removeprefix(BOM).lstrip()[:1] in (b"{", b"["):
         return "json"
-    first = head.removeprefix(BOM).decode(errors="ignore").splitlines()[:1]
+    first = head.removeprefix(BOM).decode(errors="ignore").split("\n")[:1]
     return "csv" if not suffix and b"\0" not in head and len(next(csv.reader(first), [])) > 1 else None
 
 

@@ -32,7 +32,7 @@ def load_raw(name: str, config: str | None = None, split: str = "train", columns
             refuse_utf16(name)
             refuse_other_text(name)
             with open_plain(name) as file:
-                lines = [line.strip() for line in file.read().decode("utf-8-sig").splitlines()]
+                lines = [line.strip() for line in file.read().decode("utf-8-sig").split("\n")]
         except OSError as error:
             raise UserError(f"`dataset_name` {name} can't be read: {error.strerror}") from error
         dataset = Dataset.from_dict({"prompt": [line for line in lines if line]})

@@ -15,5 +15,5 @@ def failure(cell: Path) -> str | None:
     """Why the cell failed the last time that it ran; None where it didn't, or was finished all the same."""
     if is_done(cell) or not (cell / ERROR).exists():
         return None
-    lines = (cell / ERROR).read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    lines = (cell / ERROR).read_text(encoding="utf-8", errors="replace").strip().split("\n")
     return lines[-1] if lines else "no reason was written"

@@ -25,7 +25,8 @@ def replacing(path: Path, mode: str = "w", temporary: Path | None = None) -> Ite
     """
     temporary = temporary or path.with_name(f".{path.name}.tmp")
     try:
-        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
+        encoding, newline = (None, None) if "b" in mode else ("utf-8", "\n")
+        with open(temporary, mode, encoding=encoding, newline=newline) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -72,16 +73,19 @@ def write_json(path: Path, value: Any, ensure_ascii: bool = True) -> None:
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None) -> None:
     """A CSV file of `rows` in the place of `path`; an empty field where there is no value."""
     names = list(columns or dict.fromkeys(name for row in rows for name in row))
+    returns = any("\r" in str(value) for row in rows for value in row.values())  # which `csv` leaves without quotes
     with replacing(path) as file:
-        table = csv.DictWriter(file, names, lineterminator="\n")
+        table = csv.DictWriter(
+            file, names, lineterminator="\n", quoting=csv.QUOTE_ALL if returns else csv.QUOTE_MINIMAL
+        )
         table.writeheader()
         table.writerows(rows)
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
-    """The rows of a CSV file; a line that begins with # is none."""
+    """The rows of a CSV file."""
     with open(path, encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(line for line in file if not line.startswith("#")))
+        return list(csv.DictReader(file))
 
 
 @contextmanager

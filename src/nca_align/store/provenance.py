@@ -101,6 +101,6 @@ def _lines_that_differ(old: Any, new: Any) -> tuple[Any, Any]:
     """Two values, of texts of several lines only the lines that the other hasn't."""
     if not (isinstance(old, str) and isinstance(new, str) and "\n" in old + new):
         return old, new
-    lines = [[line.strip() for line in text.splitlines()] for text in (old, new)]
+    lines = [[line.strip() for line in text.split("\n")] for text in (old, new)]
     own, others = ("; ".join(dict.fromkeys(line for line in lines[i] if line not in lines[1 - i])) for i in (0, 1))
     return own, others

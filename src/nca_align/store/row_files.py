@@ -5,6 +5,7 @@ import os
 from collections.abc import Sequence
 from operator import methodcaller
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -49,6 +50,12 @@ def write_rows(path: Path, rows: list[dict], features: Features) -> None:
         else:
             columns = {name: [row[name] for row in rows] for name in features}
             pq.write_table(Dataset.from_dict(columns, features=features).data.table.combine_chunks(), file)
+
+
+def read_rows(path: Path) -> list[Any]:
+    """The rows of a JSONL file. A line ends at a line feed; Python's `splitlines` ends one at nine characters more."""
+    with open(path, "rb") as file:
+        return [json.loads(line) for line in file]
 
 
 def join_files(path: Path, shards: Sequence[Path], features: Features, steps: list[dict]) -> None:

@@ -1,6 +1,5 @@
 """`nca-align evaluate --judge`: a judge's questions answered, in the file that the judge's own tool reads."""
 
-import json
 import sys
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from ...options import option, require_at_least_1
 from ...processes import Processes
 from ...store.files import check_writable, write_json
 from ...store.hub import download_file
+from ...store.row_files import read_rows
 from ...store.shards import Progress, Shard, ShardFunction, run_sharded
 from ..sample.command import open_engine, sampling_record
 from ..sample.options import Engine, EngineOptions, SampleOptions, require_json_object
@@ -107,8 +107,7 @@ def judge(options: JudgeOptions) -> None:
     if not processes.first:
         return
     if lines != path:  # AlpacaEval reads an array; the lines stay, and say what made them
-        records = [json.loads(line) for line in lines.read_text(encoding="utf-8").splitlines()]
-        write_json(path, records, ensure_ascii=False)
+        write_json(path, read_rows(lines), ensure_ascii=False)
     print(
         f"{options.output}: {counts['rows']} questions answered by {name}, {counts.get('truncated', 0)} of "
         f"{counts['answers']} answers cut at {sampling.max_new_tokens} tokens; docs/evaluation.md says how "
