@@ -2,7 +2,7 @@
 
 import sys
 
-from nca_align.commands.train.command import main
+from nca_align.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(["train", *sys.argv[1:]]))

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig, PromptEncoderConfig
@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import require_changed, reward_rows
 from nca_align import NCAConfig, NCATrainer
+from nca_align.processes import leave_launch
 
 LORA = {"r": 4, "target_modules": "all-linear"}
 ROWS = reward_rows(9, [4, 2, 3])
@@ -128,8 +129,7 @@ def main(model: str, output: str, *names: str) -> None:
             about |= {"before": before, "evaluation": evaluation, "ddp": ddp_options(trainer)}
             (folder / "result.json").write_text(json.dumps(about))
     if processes > 1:
-        Accelerator().wait_for_everyone()  # gloo hangs where one leaves first
-        torch.distributed.destroy_process_group()
+        leave_launch()
 
 
 if __name__ == "__main__":

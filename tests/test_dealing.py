@@ -136,13 +136,16 @@ def test_the_processes_share_a_servers_requests(count, own, tmp_path, monkeypatc
     """Each asks for its part, at least one."""
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", str(count))
-    under_way, most, counting = [0], [], threading.Lock()
+    under_way, most, counting, full = [0], [], threading.Lock(), threading.Event()
 
     def answer(path, body):
         with counting:
             under_way[0] += 1
             most.append(under_way[0])
-        time.sleep(0.1)
+            if under_way[0] == own:
+                full.set()
+        full.wait(60)
+        time.sleep(0.05)  # for one too many
         with counting:
             under_way[0] -= 1
         return 200, {}, {"choices": [{"message": {"content": "a"}}] * 4}

@@ -4,6 +4,7 @@ import sys
 from importlib import import_module
 
 from .errors import UserError, cli_main, nearest
+from .processes import leave_launch
 
 # name: (its module in `commands`, what it does)
 COMMANDS = {
@@ -42,7 +43,10 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if argv[0] not in COMMANDS:
         raise UserError(f"unknown command `{argv[0]}`{nearest(argv[0], COMMANDS)}; there are {', '.join(COMMANDS)}")
-    return import_module(f"nca_align.commands.{COMMANDS[argv[0]][0]}").main(argv[1:])
+    code = import_module(f"nca_align.commands.{COMMANDS[argv[0]][0]}").main(argv[1:])
+    if code == 0:
+        leave_launch()
+    return code
 
 
 if __name__ == "__main__":

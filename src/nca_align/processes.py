@@ -1,6 +1,7 @@
 """The processes of one launch by torchrun or `accelerate launch`, where a command deals its work out to all of them."""
 
 import functools
+import gc
 import os
 import socket
 import sys
@@ -83,6 +84,22 @@ ALONE = Processes()
 def launched() -> int:
     """How many processes the launch has; it joins none."""
     return int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
+
+
+def leave_launch() -> None:
+    """Wait for the other processes and end the connections to them: for the end of a command.
+
+    A connection has threads, and they live as long as an object that knows it. A thread that outlives the interpreter
+    can abort the process, and the launcher then calls the whole launch failed.
+    """
+    distributed = sys.modules.get("torch.distributed")
+    if launched() == 1 or distributed is None:
+        return
+    if distributed.is_initialized():
+        Processes.of_launch().wait()  # gloo hangs where one leaves first
+        distributed.destroy_process_group()
+    _group.cache_clear()
+    gc.collect()  # a trainer and its model know each other
 
 
 def show_own_cards(each: int) -> None:

@@ -151,8 +151,6 @@ def _train(
         print(after_run(str(output_dir), tokenizer.chat_template is not None, args.trust_remote_code))
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=script.dataset_name)
-    trainer.accelerator.wait_for_everyone()  # a process that leaves first makes gloo hang in the other's clean-up
-    trainer.end()
     return 0
 
 
