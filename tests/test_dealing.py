@@ -23,7 +23,7 @@ from nca_align.errors import UserError
 from nca_align.models.loading import default_device
 from nca_align.processes import Processes
 from nca_align.store import shards
-from test_sampling import http_server
+from stand_ins import http_server
 
 SCORER = "nca_align.scorers:vader"
 

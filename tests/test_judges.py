@@ -21,7 +21,8 @@ from nca_align.commands.evaluate.judges import JudgeOptions, judge
 from nca_align.errors import UserError
 from nca_align.store import hub
 from nca_align.store.provenance import read_provenance
-from test_sampling import alone, http_server
+from stand_ins import http_server
+from test_sampling import alone
 
 QUESTIONS = {
     "alpaca_eval": [

@@ -254,11 +254,11 @@ def test_a_server_is_asked_for_the_same_prompt(kind, monkeypatch):
     row, expected = expected_of("thinking", kind)
     bodies = []
 
-    def request_json(url, body, *_):
+    def ask(self, path, body, read):
         bodies.append(body)
-        return {"choices": [{"text": "a", "message": {"content": "a"}}]}
+        return read({"choices": [{"text": "a", "message": {"content": "a"}}]})
 
-    monkeypatch.setattr(server, "request_json", request_json)
+    monkeypatch.setattr(server.Client, "ask", ask)
     options = SampleOptions(
         dataset_name="x", output="x", base_url="http://x", num_completions=1, model_name_or_path="m"
     )

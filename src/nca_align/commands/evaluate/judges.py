@@ -110,8 +110,9 @@ def judge(options: JudgeOptions) -> None:
         write_json(path, read_rows(lines), ensure_ascii=False)
     print(
         f"{options.output}: {counts['rows']} questions answered by {name}, {counts.get('truncated', 0)} of "
-        f"{counts['answers']} answers cut at {sampling.max_new_tokens} tokens; docs/evaluation.md says how "
-        f"{options.judge} judges it",
+        f"{counts['answers']} answers cut at {sampling.max_new_tokens} tokens"
+        + (f", {counts['empty']} without text" if counts.get("empty") else "")
+        + f"; docs/evaluation.md says how {options.judge} judges it",
         file=sys.stderr,
     )
 
@@ -176,6 +177,8 @@ def _shard_function(engine: Engine, sampling: SampleOptions, options: JudgeOptio
                     said[number - first_row].append({"role": "assistant", "content": one.text.strip()})
                     result.counts["answers"] += 1
                     result.counts["truncated"] += one.truncated
+                    if not one.text.strip():
+                        result.counts["empty"] += 1
         for row, messages in zip(rows, said, strict=True):
             result.rows.append(spec.record(row, [message["content"] for message in messages[1::2]], name))
         return result

@@ -15,9 +15,11 @@ from ...processes import Processes
 from ...store.fingerprints import data_fingerprint
 from ...store.provenance import versions
 from ...store.shards import Progress, Shard, ShardFunction, run_sharded
+from .answers import FailedRow
+from .client import api_base_url
 from .local_engines import check_prompts, model_source, transformers_engine, vllm_engine
 from .options import Engine, Sample, SampleOptions
-from .server import api_base_url, resolve_model_name, server_engine
+from .server import resolve_model_name, server_engine
 
 _MESSAGES = List({"role": Value("string"), "content": Value("string")})
 
@@ -26,13 +28,15 @@ def sample(options: SampleOptions) -> dict[str, int]:
     """Complete every prompt K times and write `options.output`.
 
     Rows are `prompt`, `completions` (messages where the prompt is messages, text where it is text), `truncated` (one
-    boolean a completion: cut at `max_new_tokens`) and the input's other columns, in its order. For K > 1, completions
-    without text are left out, and so is a row that keeps fewer than two, since training can't use it; both are counted.
+    boolean a completion: cut at `max_new_tokens`) and the input's other columns, in its order. Completions that failed
+    on a server, and for K > 1 those without text, are left out. So is a row that keeps fewer than two of K > 1, since
+    training can't use it. All are counted, and what failed by its cause.
     Rows that can't be completed stop the run, a model's here before anything is sampled and a server's once all others
     are done and kept, or are left out and counted (`on_error`).
 
     Returns:
-        What was counted: `rows`, `completions`, `duplicates`, `empty`, `truncated`, `rows_left_out`, `failed`.
+        What was counted: `rows`, `completions`, `duplicates`, `empty`, `truncated`, `thoughts`, `rows_left_out`,
+        `failed`; and for a server `empty: CAUSE` and `failed: CAUSE`, their shares.
 
     Raises:
         UserError: whatever the user can mend, in one sentence.
@@ -112,9 +116,10 @@ def _shard_function(engine: Engine, options: SampleOptions) -> ShardFunction:
         if shard == 0:
             if 1 < len(rows) == len(failed) and options.on_error == "stop":
                 raise failed[first_row].named(first_row)  # not for what one of them says
-            if options.num_completions > 1 and samples:
-                _refuse_useless([[one.text for one in own] for own in samples.values()], len(rows), options)
+            if len(samples) > 1 or (samples and options.num_completions > 1):
+                _refuse_useless([*samples.values()], len(rows), options)
         result = Shard([], failed={number: str(error) for number, error in failed.items()})
+        result.counts.update(f"failed: {error.cause}" for error in failed.values() if isinstance(error, FailedRow))
         for number, own in samples.items():
             row = numbered[number]
             kept = _kept(own, options, result.counts)
@@ -123,26 +128,31 @@ def _shard_function(engine: Engine, options: SampleOptions) -> ShardFunction:
                 continue
             completions = [completion_of(row["prompt"], one.text) for one in kept]
             result.counts["completions"] += len(kept)
-            result.counts["truncated"] += sum(one.truncated for one in kept)
             truncated = [one.truncated for one in kept]
+            result.counts["truncated"] += sum(truncated)
+            result.counts.update("thoughts" for one in kept if one.thought)
             result.rows.append({"prompt": row["prompt"], "completions": completions, "truncated": truncated, **row})
         return result
 
     return complete_shard
 
 
-def _refuse_useless(texts: list[list[str]], rows: int, options: SampleOptions) -> None:
-    """Raise where the first shard's completions are all empty, or the same for each prompt."""
-    if not any(text.strip() for own in texts for text in own):
+def _refuse_useless(samples: list[list[Sample]], rows: int, options: SampleOptions) -> None:
+    """Raise where the first shard's completions all failed, or for K > 1 are all empty, or the same for each prompt."""
+    k = options.num_completions
+    failed = Counter(one.failed for own in samples for one in own)
+    if not failed[None] or (k > 1 and not any(one.text.strip() for own in samples for one in own)):
+        del failed[None]
+        causes = f" ({', '.join(f'{count}: {cause}' for cause, count in failed.most_common())})" if failed else ""
         raise UserError(
-            f"all {options.num_completions} completions of each of the first {rows} prompts are empty; a model that "
+            f"all {k} completions of each of the first {rows} prompts are empty{causes}; a model that "
             f"reasons first may have come to no answer within `max_new_tokens` {options.max_new_tokens}: raise it, or "
             "turn the reasoning off (in most chat templates by a column `chat_template_kwargs` of "
             """'{"enable_thinking": false}')"""
         )
-    if all(len(set(own)) == 1 for own in texts):
+    if k > 1 and all(len({one.text for one in own}) == 1 for own in samples):
         raise UserError(
-            f"all {options.num_completions} completions of each of the first {rows} prompts are the same at "
+            f"all {k} completions of each of the first {rows} prompts are the same at "
             f"`temperature` {options.temperature}, so nothing was sampled"
             + (
                 "; a transformers server samples only where the request says so: --extra_body "
@@ -154,10 +164,9 @@ def _refuse_useless(texts: list[list[str]], rows: int, options: SampleOptions) -
 
 
 def _kept(samples: list[Sample], options: SampleOptions, counts: Counter) -> list[Sample]:
-    if options.num_completions == 1:
-        return samples
-    kept = [one for one in samples if one.text.strip()]
+    kept = [one for one in samples if not one.failed and (one.text.strip() or options.num_completions == 1)]
     counts["empty"] += len(samples) - len(kept)
+    counts.update(f"empty: {one.failed}" for one in samples if one.failed)
     distinct = list({one.text: one for one in kept}.values())
     counts["duplicates"] += len(kept) - len(distinct)
     return distinct if options.duplicates == "remove" else kept
@@ -166,16 +175,27 @@ def _kept(samples: list[Sample], options: SampleOptions, counts: Counter) -> lis
 def summary(options: SampleOptions, counts: dict[str, int]) -> str:
     """One line on what was written."""
     get = Counter(counts)
+
+    def causes(of: str) -> str:
+        own = {key.removeprefix(f"{of}: "): count for key, count in counts.items() if key.startswith(f"{of}: ")}
+        return f" ({', '.join(f'{count}: {cause}' for cause, count in own.items())})" if own else ""
+
     line = f"{options.output}: {get['rows']} rows, {get['completions']} completions"
     if get["completions"]:
         line += f", {get['truncated'] / get['completions']:.0%} cut at {options.max_new_tokens} tokens"
     line += f", {get['duplicates']} duplicates {'removed' if options.duplicates == 'remove' else 'kept'}"
     if get["empty"]:
-        line += f", {get['empty']} without text left out"
+        line += f", {get['empty']} without text left out{causes('empty')}"
+    if get["thoughts"]:
+        line += (
+            f", {get['thoughts']} without the reasoning that the server gave apart: start it without a reasoning "
+            "parser to keep that, or turn the reasoning off"
+        )
     if get["failed"]:
-        line += f"; rows left out that could not be completed: {get['failed']}"
+        line += f"; rows left out that could not be completed: {get['failed']}{causes('failed')}"
     if get["rows_left_out"]:
-        line += f"; rows left out that kept fewer than two: {get['rows_left_out']}"
+        least = "two" if options.num_completions > 1 else "one"
+        line += f"; rows left out that kept fewer than {least}: {get['rows_left_out']}"
     return line
 
 

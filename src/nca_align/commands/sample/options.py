@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
@@ -38,8 +39,8 @@ class EngineOptions:
     shard_size: int = option("prompts a shard, the unit in which work is kept", 64)
     concurrency: int = option("requests to a server at a time, of all processes together", 8)
     retries: int = option("further tries of a request that a server didn't answer", 5)
-    timeout: float = option("seconds for a request", 600.0)
-    extra_body: str = option("JSON object to add to each request of a server", "{}")
+    timeout: float = option("seconds for a request, and at most between two tries of one", 600.0)
+    extra_body: str = option("JSON object to add to each request of a server; null for a key leaves it out", "{}")
 
     def __post_init__(self):
         require_at_least_1(self, "batch_size", "shard_size", "concurrency")
@@ -61,8 +62,11 @@ class EngineOptions:
                     f"`base_url` with `{'adapter' if self.adapter else 'engine'}`: a server runs its own model; start "
                     "it with the adapter and name that by `model_name_or_path`, or leave `base_url` out"
                 )
-            if not self.base_url.startswith(("http://", "https://")):
-                raise UserError(f"`base_url` is {self.base_url!r}; it must begin with http:// or https://")
+            if not re.fullmatch(r"https?://[^\s/?#]+\S*", self.base_url):
+                raise UserError(
+                    f"`base_url` is {self.base_url!r}; it must begin with http:// or https:// and a host, such as "
+                    "http://localhost:8000/v1"
+                )
 
     @property
     def own_concurrency(self) -> int:
@@ -127,10 +131,19 @@ class SampleOptions(EngineOptions):
 
 
 class Sample(NamedTuple):
-    """One completion's text, and whether it was cut at `max_new_tokens`."""
+    """One completion.
+
+    Args:
+        text: what it says.
+        truncated: it was cut at `max_new_tokens`.
+        failed: why a server gave no completion in its place, by which these are counted.
+        thought: a server gave its reasoning in a field of its own, so that `text` lacks it.
+    """
 
     text: str
     truncated: bool
+    failed: str | None = None
+    thought: bool = False
 
 
 class Engine(Protocol):
