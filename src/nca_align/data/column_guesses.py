@@ -3,6 +3,7 @@
 import re
 import shlex
 from collections.abc import Mapping, Sequence
+from decimal import Decimal
 from typing import Any, NamedTuple
 
 from .columns import paths_of, value_at
@@ -129,7 +130,7 @@ def _kind(value: Any) -> str:
             return "text"
     if isinstance(value, str):
         return "text"
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
+    if isinstance(value, (int, float, Decimal)) and not isinstance(value, bool):
         return "number"
     if not isinstance(value, list) or not value:
         return "other"

@@ -211,7 +211,9 @@ def _type(features: Features, paths: list[Way]) -> Any:
         return kinds[0]
     if all(kind == kinds[0] for kind in kinds):
         return List(kinds[0])
-    numbers = all(isinstance(kind, Value) and kind.dtype.startswith(("int", "uint", "float")) for kind in kinds)
+    numbers = all(
+        isinstance(kind, Value) and kind.dtype.startswith(("int", "uint", "float", "decimal")) for kind in kinds
+    )
     return List(Value("float64") if numbers else Json())
 
 

@@ -17,7 +17,11 @@ import pyarrow as pa
 from ..errors import UserError, one_line
 from ..store.files import new_folder
 
-KINDS = {".json": "json", ".jsonl": "json", ".ndjson": "json", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv"}
+KINDS = {
+    ".json": "json", ".jsonl": "json", ".ndjson": "json", ".parquet": "parquet", ".arrow": "arrow", ".feather": "arrow",
+    ".csv": "csv", ".tsv": "csv",
+}  # fmt: skip
+_TABLES = {b"PAR1": "parquet", b"ARROW1": "arrow", b"\xff\xff\xff\xff": "arrow"}  # by a file's first bytes
 _COMPRESSED = (".gz", ".zst", ".bz2")
 _CODECS = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bz2"}  # by a file's first bytes
 BOM = b"\xef\xbb\xbf"
@@ -36,7 +40,7 @@ def suffix_of(file: str | Path) -> str:
 
 
 def kind_of(file: str) -> str | None:
-    """What a file is: json, parquet or csv, by its name, else by its beginning; None for none of them."""
+    """What a file is: json, parquet, arrow or csv, by its name, else by its beginning; None for none of them."""
     suffix = suffix_of(file)
     if suffix in KINDS or suffix == ".txt":  # a prompt may begin with a bracket
         return KINDS.get(suffix)
@@ -45,12 +49,16 @@ def kind_of(file: str) -> str | None:
     refuse_utf16(file)
     with open_plain(file) as opened:
         head = opened.read(_HEAD)
-    if head.startswith(b"PAR1"):
-        return "parquet"
+    if kind := _table(head):
+        return kind
     if head.removeprefix(BOM).lstrip()[:1] in (b"{", b"["):
         return "json"
     first = head.removeprefix(BOM).decode(errors="ignore").split("\n")[:1]
     return "csv" if not suffix and b"\0" not in head and len(next(csv.reader(first), [])) > 1 else None
+
+
+def _table(head: bytes) -> str | None:
+    return next((kind for magic, kind in _TABLES.items() if head.startswith(magic)), None)
 
 
 def is_blank(file: str) -> bool:
@@ -125,9 +133,11 @@ def refuse_utf16(file: str) -> None:
     """Raise where text is UTF-16 or UTF-32, as spreadsheets and PowerShell write it."""
     with open_plain(file) as opened:
         head = opened.read(_HEAD)
+    if _table(head):
+        return
     nul = [half.count(b"\0") / max(1, len(half)) for half in (head[::2], head[1::2])]  # a letter's other byte
     marked = head.startswith((b"\xff\xfe", b"\xfe\xff", b"\0\0\xfe\xff"))
-    if marked or (max(nul) > 0.5 and not head.startswith(b"PAR1")):
+    if marked or max(nul) > 0.5:
         name = "UTF-32" if min(nul) > 0.25 else "UTF-16"
         order = "" if marked else "BE" if nul[0] > nul[1] else "LE"
         raise UserError(f"{file} is {name} text; save it as UTF-8 by {as_utf8(file, name + order)}")

@@ -69,6 +69,16 @@ def read_lines(files: list[str], drop: bool) -> Iterator[dict[str, Any]]:
                 raise row
 
 
+def read_rows(files: list[str]) -> Iterator[dict[str, Any]]:
+    """The rows of JSON files, of lists and of lines."""
+    for file in files:
+        if not is_list(file):
+            yield from read_lines([file], drop=False)
+            continue
+        with open_plain(file) as opened:
+            yield from json.loads(opened.read().removeprefix(BOM))
+
+
 def _parse(text: bytes) -> Any:
     """The JSON value of `text`; a ValueError where it is none, or holds half a character."""
     value = json.loads(text)

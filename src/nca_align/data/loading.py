@@ -76,8 +76,8 @@ def read_reward_dataset(
     """The data of `load_reward_dataset` with its reports and the held-out rows.
 
     Args:
-        path: a Hub id, a JSON, JSONL, Parquet or CSV file, a pattern for such files (`shards/part-*.parquet`), a folder
-            of them, or a folder that `save_to_disk` wrote.
+        path: a Hub id, a JSON, JSONL, Parquet, Arrow or CSV file, a pattern for such files (`shards/part-*.parquet`), a
+            folder of them, or a folder that `save_to_disk` wrote.
         split: the one split to read; None reads all. `train` also finds `train_prefs`, `test` or `validation` the
             data's only held-out split.
         name: the configuration of a Hub data set that has several.

@@ -8,13 +8,12 @@ import logging
 import os
 import shlex
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from datasets import (
+    Dataset,
     DatasetDict,
     Features,
     IterableDataset,
@@ -25,12 +24,12 @@ from datasets import (
     load_dataset_builder,
     load_from_disk,
 )
-from datasets.builder import Key
 from datasets.exceptions import DatasetGenerationError
-from datasets.packaged_modules.parquet.parquet import Parquet
+from datasets.fingerprint import Hasher
 
-from ..errors import HubError, NotFoundError, UserError, one_line
+from ..errors import HubError, NotFoundError, UserError, notify_once, one_line
 from ..store.files import visible_files
+from .columns import code_revision
 from .files import (
     KINDS,
     is_blank,
@@ -42,9 +41,8 @@ from .files import (
     suffix_of,
     unpacked,
 )
-from .jsonlines import UnreadableLine, check_json, copy_sound_lines, is_list, is_plain, read_lines
-
-_ROWS = 1000  # of a Parquet file that are read at a time
+from .jsonlines import UnreadableLine, check_json, copy_sound_lines, is_list, is_plain, read_lines, read_rows
+from .tables import BUILDERS, folder_columns, load_tables
 
 
 def open_dataset(path: str, name: str | None, streaming: bool, drop: bool) -> tuple[dict[str, Any], int]:
@@ -114,9 +112,14 @@ def _kind(files: list[str], path: str) -> str:
             f"`dataset_name` is {path!r}, which holds {found}; it must be files of one kind, of {', '.join(KINDS)}"
             f"{hint}"
         )
-    if kinds != {"parquet"}:
+    if not kinds & BUILDERS.keys():
         for file in files:
             refuse_utf16(file)
+        if named := dict.fromkeys(name for file in files for name in folder_columns(file, _root(path))):
+            notify_once(
+                f"`dataset_name` {path}: the names of its folders hold the columns {', '.join(named)}, which are read "
+                "of Parquet and Arrow files alone; rows are read without them."
+            )
     return str(kinds.pop())
 
 
@@ -148,20 +151,28 @@ def _load(path: str, kind: str, files: list[str], streaming: bool, what: tuple, 
         elif kind == "json" and not all(map(is_plain, files)):  # `datasets` would fail late, or not at all
             check_json(files)
         try:
-            if kind == "parquet":
-                return _load_parquet(what, arguments, streaming)
-            return dict(load_dataset(*what, streaming=streaming, **arguments))
-        except (DatasetGenerationError, ValueError):
-            if kind != "json":
+            if kind in BUILDERS:
+                return load_tables(kind, what, arguments, streaming, _root(path))
+            splits = dict(load_dataset(*what, streaming=streaming, **arguments))
+            if kind == "json":
+                _refuse_columns(path, next(iter(next(iter(splits.values()))), {}))
+                features = next(iter(splits.values())).features
+                if features and (texts := _as_texts(features)) != features:
+                    return _read_as(texts, what, arguments, streaming)
+            return splits
+        except (DatasetGenerationError, ValueError) as error:
+            if kind != "json" or isinstance(error, UserError):
                 raise
             check_json(files)
-            # The types are those of the file's beginning, and whole numbers there may be fractions further on.
+            # The types are those of the file's beginning: whole numbers there may be fractions further on, times texts.
             begun = next(iter(load_dataset(*what, streaming=True, **arguments).values()))
-            features = _with_fractions(begun.features)
+            features = _retyped(begun.features, "int64", "float64")
+            if (texts := _as_texts(features)) != features:
+                return _read_as(texts, what, arguments, streaming)
             return dict(load_dataset(*what, streaming=streaming, **arguments, features=features))
-    except UnreadableLine:
+    except UserError:
         raise
-    except (DatasetGenerationError, StopIteration, ValueError, OSError, RuntimeError) as error:
+    except (DatasetGenerationError, StopIteration, ValueError, OSError, RuntimeError, pa.ArrowException) as error:
         # `datasets` says so where it meets no rows.
         if not any(map(os.path.getsize, files)) or "corresponds to no data" in str(error):
             raise UserError(f"`dataset_name` is {path!r}, which is empty; it must have at least one row") from None
@@ -171,30 +182,6 @@ def _load(path: str, kind: str, files: list[str], streaming: bool, what: tuple, 
         raise UserError(f"`dataset_name` is {path!r}, which can't be read as {kind}: {_reason(error)}") from error
     finally:
         log.setLevel(level)
-
-
-class _ParquetInBatches(Parquet):
-    """`datasets`' reader of Parquet, but a few rows at a time.
-
-    Its own reads ahead as far as a file goes, faster than rows are taken, whatever its options: of ten times the rows
-    (100 MB) it held 60 to 100 MB more, and this one 6 MB. `Dataset.from_generator` over a stream's rows is as small,
-    but takes 4.5 seconds for 100,000 rows where this takes 0.3.
-    """
-
-    def _generate_tables(self, files: list[str], row_groups_list: list[list[int] | None]) -> Iterator[tuple]:
-        for i, (file, groups) in enumerate(zip(files, row_groups_list, strict=True)):
-            with pq.ParquetFile(file) as opened:
-                for j, batch in enumerate(opened.iter_batches(_ROWS, row_groups=groups)):
-                    yield Key(i, j), self._cast_table(pa.Table.from_batches([batch]))
-
-
-def _load_parquet(what: tuple, arguments: dict, streaming: bool) -> dict[str, Any]:
-    found = load_dataset_builder(*what, **arguments)  # which files are which split
-    builder = _ParquetInBatches(data_files=found.config.data_files, hash=found.hash)
-    if streaming:
-        return {name: split.reshard() for name, split in builder.as_streaming_dataset().items()}
-    builder.download_and_prepare()
-    return dict(builder.as_dataset())
 
 
 def _reason(error: Exception) -> str:
@@ -208,13 +195,53 @@ def _csv_as_text(file: str) -> dict[str, Any]:
         separator = max(",;\t", key=first.count)  # as spreadsheets of other languages write it
         header, *rows = itertools.islice(csv.reader(itertools.chain([first], lines), delimiter=separator), 2)
     if rows and len(rows[0]) > len(header):  # pandas would take the first cells for an index, and shift the others
-        raise UserError(f"row 0 has {len(rows[0])} cells for {len(header)} columns")
-    return {"features": Features({name: Value("string") for name in header}), "na_filter": False, "sep": separator}
+        raise ValueError(f"row 0 has {len(rows[0])} cells for {len(header)} columns")
+    # pandas, which writes its index under no name, reads it under this one
+    names = [name or f"Unnamed: {i}" for i, name in enumerate(header)]
+    return {"features": Features({name: Value("string") for name in names}), "na_filter": False, "sep": separator}
 
 
-def _with_fractions(feature: Any) -> Any:
+def _root(path: str) -> Path:
+    """The folder below which the names of folders say something of the data."""
+    local = Path(path).expanduser()
+    if local.is_dir():
+        return local
+    return next(own for own in local.parents if not glob.has_magic(str(own)))
+
+
+def _refuse_columns(path: str, row: dict[str, Any]) -> None:
+    """Refuse a table that pandas wrote column by column, which reads as one row."""
+    by_index = {frozenset(own) if isinstance(own, dict) else None for own in row.values()}
+    if {"columns", "data"} <= row.keys() or (len(by_index) == 1 and all(map(str.isdigit, by_index.pop() or "-"))):
+        raise UserError(
+            f"`dataset_name` is {path!r}, which holds a table by its columns, as pandas' `to_json` writes it; write it "
+            "by rows: `to_json(PATH, orient='records', lines=True)`"
+        )
+
+
+def _as_texts(features: Features) -> Features:
+    """The types of JSON's columns, which has no times: Arrow takes texts for them that are like "2026-01-31"."""
+    return _retyped(features, "timestamp", "string")
+
+
+def _read_as(features: Features, what: tuple, arguments: dict, streaming: bool) -> dict[str, Any]:
+    """The splits of JSON files with these types, which Arrow's reader would not give them."""
+    found: dict[str, Any] = {}
+    for name, files in load_dataset_builder(*what, **arguments).config.data_files.items():
+        own = {"files": list(files)}
+        if streaming:
+            found[name] = IterableDataset.from_generator(read_rows, features, own)
+            continue
+        state = [(file, (stat := os.stat(file)).st_size, stat.st_mtime_ns) for file in files]
+        key = Hasher.hash(("nca_align texts", code_revision(), state, str(features)))
+        found[name] = Dataset.from_generator(read_rows, features, gen_kwargs=own, fingerprint=key)
+    return found
+
+
+def _retyped(feature: Any, old: str, new: str) -> Any:
+    """A type whose values of the type `old`, or those whose name begins so, are of the type `new`."""
     if isinstance(feature, dict):
-        return type(feature)({name: _with_fractions(inner) for name, inner in feature.items()})
+        return type(feature)({name: _retyped(inner, old, new) for name, inner in feature.items()})
     if isinstance(feature, (List, LargeList)):
-        return List(_with_fractions(feature.feature))
-    return Value("float64") if isinstance(feature, Value) and feature.dtype == "int64" else feature
+        return List(_retyped(feature.feature, old, new))
+    return Value(new) if isinstance(feature, Value) and feature.dtype.startswith(old) else feature

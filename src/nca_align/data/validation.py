@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import dataclass, field
+from decimal import Decimal
 from typing import Any
 
 from ..errors import InvalidRowError
@@ -69,7 +70,7 @@ def read_number(value: Any, field: str) -> float | None:
     """
     if value is None or (isinstance(value, str) and value.strip().lower() in _NO_NUMBER):
         return None
-    if not isinstance(value, (int, float, str)):
+    if not isinstance(value, (int, float, str, Decimal)):
         raise _wrong_type(field, value, "a number")
     try:
         number = float(value)
@@ -123,8 +124,11 @@ def read_list(value: Any, field: str) -> list:
         try:
             value = json.loads(value)
         except json.JSONDecodeError as error:
-            hint = "; if Python wrote it, write Parquet, or lists by `json.dumps`" if "'" in value else ""
-            raise RowError(field, "unreadable JSON", f"is no readable JSON list ({error}){hint}") from None
+            raise RowError(
+                field,
+                "unreadable JSON",
+                f"is no readable JSON list ({error}); write Parquet, or lists by `json.dumps`",
+            ) from None
     if not isinstance(value, list):
         raise _wrong_type(field, value, "a list")
     return value
