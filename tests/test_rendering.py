@@ -21,6 +21,7 @@ from nca_align.commands.sample.options import SampleOptions
 from nca_align.data.cleaning import RESERVED, clean_prompt
 from nca_align.errors import InvalidRowError, UserError
 from nca_align.rewards.reward_models import model_scorer
+from nca_align.rewards.sequence_classifiers import SequenceClassifier
 
 # As templates of today's models: BOS, tools and arguments, and thoughts that are taken out of earlier turns.
 THINKING = (
@@ -225,16 +226,13 @@ def score(scorer_dir):
 @pytest.mark.parametrize("kind", ROWS)
 def test_a_reward_model_reads_the_same_conversation(kind, score, monkeypatch):
     row, expected = expected_of("thinking", kind)
-    rendered, tokenized = [], []
-    template, call = PreTrainedTokenizerBase.apply_chat_template, PreTrainedTokenizerBase.__call__
+    rendered, read = [], []
+    template, outputs = PreTrainedTokenizerBase.apply_chat_template, SequenceClassifier.outputs
     monkeypatch.setattr(
         PreTrainedTokenizerBase, "apply_chat_template",
         lambda self, messages, **given: rendered.append((messages, given)) or template(self, messages, **given),
     )  # fmt: skip
-    monkeypatch.setattr(
-        PreTrainedTokenizerBase, "__call__",
-        lambda self, text, **given: tokenized.append(out := call(self, text, **given)) or out,
-    )  # fmt: skip
+    monkeypatch.setattr(SequenceClassifier, "outputs", lambda self, rows: read.extend(rows) or outputs(self, rows))
     arguments = ([row] * 2, row["completions"])
     if "error" in expected:
         with pytest.raises(InvalidRowError, match=re.escape(expected["error"])):
@@ -242,7 +240,7 @@ def test_a_reward_model_reads_the_same_conversation(kind, score, monkeypatch):
         return
     assert len(score(*arguments)) == 2
     if isinstance(row["prompt"], str):
-        assert [out["input_ids"].count(1) for out in tokenized] == [1, 1]
+        assert [(inputs["input_ids"].index(1), inputs["input_ids"].count(1)) for inputs in read] == [(0, 1)] * 2
         return
     assert [messages for messages, _ in rendered] == [joined(expected["content"], c) for c in row["completions"]]
     for _, given in rendered:

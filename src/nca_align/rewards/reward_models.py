@@ -5,12 +5,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from transformers import AutoModelForSequenceClassification, pipeline
 
-from ..batching.rendering import adds_special_tokens, conversation_text
+from ..batching.rendering import conversation_text
 from ..data.cleaning import clean_prompt, text_of
 from ..errors import UserError
-from ..models.loading import ModelSource, default_device, is_adapter, silence_transformers, torch_dtype
+from .sequence_classifiers import Inputs, SequenceClassifier, find_model, refuse_token_rewards
 
 logger = logging.getLogger("nca_align")
 
@@ -27,31 +26,38 @@ def check_config(name: str, label: str | None, classifier: bool, trust_remote_co
     Raises:
         UserError: there is none, or it says that the model has other outputs.
     """
-    if is_adapter(name):  # its base says what it is
-        return
-    config = ModelSource(name, "scorer", trust_remote_code=trust_remote_code).load_config()
-    if any("ForSequenceClassification" in own for own in config.architectures or []):  # else opening it says why not
-        scored_label(name, label, classifier, config)
+    source, own = find_model(name, trust_remote_code)
+    config = source.load_config()
+    classes = config.architectures or []
+    if own:
+        config.num_labels = own["num_labels"]
+    elif any("ForTokenClassification" in found or "ProcessReward" in found for found in classes):
+        refuse_token_rewards(name)
+    elif not any("ForSequenceClassification" in found for found in classes):
+        return  # opening it says why not
+    scored_output(name, label, classifier, config)
 
 
-def scored_label(name: str, label: str | None, classifier: bool, config: Any) -> str:
-    """The label of the output that is the score: `label`, or the only one that there is.
+def scored_output(name: str, label: str | None, classifier: bool, config: Any) -> int:
+    """The number of the output that is the score: the one called `label`, or the only one that there is.
 
     Raises:
-        UserError: no such label, none given where there are several, or a reward model with several.
+        UserError: no such label, or none given where there are several.
     """
-    labels = list(config.id2label.values())
-    if not classifier and len(labels) != 1:
+    labels = [config.id2label[i] for i in sorted(config.id2label)]
+    if label is None and len(labels) > 1 and not classifier:
         raise UserError(
-            f"`scorer` {name} has {len(labels)} outputs, where a reward model has one; for a classifier write "
-            f"pipeline:{name}:LABEL with one of {', '.join(labels)}"
+            f"`scorer` {name} has {len(labels)} outputs, where a reward model has one: write pipeline:{name}:LABEL for "
+            f"a classifier's probability of a label, or reward:{name}:LABEL for an output of a reward model that has "
+            f"several, with one of {', '.join(labels)}"
         )
-    if classifier and label not in labels and (label is not None or len(labels) > 1):
+    if label not in labels and (label is not None or len(labels) > 1):
+        kind = "pipeline" if classifier else "reward"
         raise UserError(
-            f"`scorer` pipeline:{name} has the labels {', '.join(labels)}, and "
-            f"{'none was given' if label is None else f'not {label!r}'}; write pipeline:{name}:LABEL"
+            f"`scorer` {kind}:{name} has the labels {', '.join(labels)}, and "
+            f"{'none was given' if label is None else f'not {label!r}'}; write {kind}:{name}:LABEL"
         )
-    return label or labels[0]
+    return 0 if label is None else labels.index(label)
 
 
 def model_scorer(
@@ -64,84 +70,64 @@ def model_scorer(
 ) -> Scorer:
     """A sequence-classification model as a scorer.
 
-    A reward model reads the conversation in its own chat template, and its only output is the score. A classifier reads
-    the completion's text, and the probability of `label` is the score.
+    A reward model reads the conversation in its own chat template, and its only output, or the one called `label`, is
+    the score. A classifier reads the completion's text, and the probability of `label` is the score.
 
     Args:
-        name: a folder or a Hub id.
-        label: of a classifier; None where it has one alone.
+        name: a folder or a Hub id of a model, or the folder of an adapter.
+        label: of an output; None where there is one alone.
         classifier: whether it is one, or else a reward model.
         batch_size: completions a batch; they are sorted by length.
         dtype: `auto` for bfloat16 on a GPU and float32 on a CPU, or the name of one.
         trust_remote_code: run code that comes with the model.
 
     Raises:
-        UserError: no classification head, other outputs; when it is called, messages and no chat template.
+        UserError: no classification head, other outputs; when it is called, messages and no chat template, or scores
+            that aren't the model's own.
     """
-    silence_transformers()
-    source = ModelSource(name, "scorer", trust_remote_code=trust_remote_code)
-    tokenizer = source.load_tokenizer()
-    model, report = source.load(AutoModelForSequenceClassification, dtype=torch_dtype(dtype), output_loading_info=True)
-    if report["missing_keys"]:  # transformers would fill a missing head with random numbers and go on
-        raise UserError(
-            f"`scorer` {'pipeline:' if classifier else ''}{name} has no classification head "
-            f"({', '.join(sorted(report['missing_keys'])[:3])} missing in its weights); give "
-            f"{'a model that was trained to classify' if classifier else 'a reward model that was trained with one'}"
-        )
-    label = scored_label(name, label, classifier, model.config)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    model.config.pad_token_id = tokenizer.pad_token_id
-    model.to(default_device()).eval()
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    room = min(int(tokenizer.model_max_length), positions or 1 << 30, 1 << 30)
-    if classifier:
-        return _classifier(model, tokenizer, label, batch_size, room)
-    return _reward_model(name, model, tokenizer, batch_size, room)
+    check_config(name, label, classifier, trust_remote_code)
+    model = SequenceClassifier(name, batch_size, dtype, trust_remote_code)
+    output = scored_output(name, label, classifier, model.config)
 
-
-def _reward_model(name: str, model: Any, tokenizer: Any, batch_size: int, room: int) -> Scorer:
-    def ids(row: dict[str, Any], completion: Any) -> list[int]:
-        prompt = clean_prompt(row)
-        if isinstance(prompt.content, str):
-            text = prompt.content + text_of(completion)
-            tokens = tokenizer(text, add_special_tokens=adds_special_tokens(tokenizer, text))["input_ids"]
-        elif tokenizer.chat_template is None:
-            raise UserError(
-                f"`scorer` {name} has no chat template, but the rows hold messages; use a reward model that has one, "
-                f"or pipeline:{name} to score the completion's text alone"
-            )
+    def run(rows: Sequence[dict[str, Any]], completions: Sequence[Any]) -> list[float]:
+        if classifier:
+            inputs = [model.inputs(text_of(completion), special=True) for completion in completions]
         else:
-            text = conversation_text(tokenizer, prompt, completion)
-            tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
-        if len(tokens) > room:
-            logger.warning("scorer %s: a conversation of %d tokens was cut to its last %d", name, len(tokens), room)
-        return tokens[-room:]
+            inputs = [_conversation(model, row, completion) for row, completion in zip(rows, completions, strict=True)]
+        if not inputs:
+            return []
+        _say_cut(model, inputs)
+        logits = model.outputs([given for given, _ in inputs])
+        return (_probabilities(logits, model.config) if classifier else logits)[:, output].tolist()
 
-    @torch.inference_mode()
-    def score_ids(tokens: list[list[int]]) -> list[float]:
-        scores = []
-        for start in range(0, len(tokens), batch_size):
-            inputs = tokenizer.pad({"input_ids": tokens[start : start + batch_size]}, return_tensors="pt")
-            scores += model(**inputs.to(model.device)).logits[:, 0].float().tolist()
-        return scores
-
-    return lambda rows, completions: _by_length(list(map(ids, rows, completions)), score_ids)
+    return run
 
 
-def _classifier(model: Any, tokenizer: Any, label: str, batch_size: int, room: int) -> Scorer:
-    tokenizer.truncation_side = "left"  # the end of a long completion counts
-    classify = pipeline("text-classification", model=model, tokenizer=tokenizer, device=model.device)
+def _conversation(model: SequenceClassifier, row: dict[str, Any], completion: Any) -> tuple[Inputs, int]:
+    prompt = clean_prompt(row)
+    if isinstance(prompt.content, str):
+        return model.inputs(prompt.content + text_of(completion), special=True)
+    if model.tokenizer.chat_template is None:
+        raise UserError(
+            f"`scorer` {model.name} has no chat template, but the rows hold messages; use a reward model that has one, "
+            f"or pipeline:{model.name} to score the completion's text alone"
+        )
+    return model.inputs(conversation_text(model.tokenizer, prompt, completion), special=False)
 
-    def score_texts(texts: list[str]) -> list[float]:
-        found: Any = classify(texts, top_k=None, batch_size=batch_size, truncation=True, max_length=room)
-        return [next(entry["score"] for entry in ranked if entry["label"] == label) for ranked in found]
 
-    return lambda rows, completions: _by_length(list(map(text_of, completions)), score_texts)
+def _say_cut(model: SequenceClassifier, inputs: list[tuple[Inputs, int]]) -> None:
+    cut = [length for _, length in inputs if length > model.window]
+    if cut:
+        logger.warning(
+            "scorer %s: %d of %d texts, of up to %d tokens, were cut to their last %d, its window.",
+            model.name, len(cut), len(inputs), max(cut), model.window,
+        )  # fmt: skip
 
 
-def _by_length(inputs: list, score: Callable[[list], list[float]]) -> list[float]:
-    """`score` of all, in their order; it is called on them from the shortest to the longest."""
-    order = sorted(range(len(inputs)), key=lambda i: len(inputs[i]))
-    scores = score([inputs[i] for i in order])
-    return [value for _, value in sorted(zip(order, scores, strict=True))]
+def _probabilities(logits: torch.Tensor, config: Any) -> torch.Tensor:
+    """What transformers' text-classification pipeline makes of logits, (B, n)."""
+    if config.problem_type == "regression":
+        return logits
+    if config.problem_type == "multi_label_classification" or config.num_labels == 1:
+        return logits.sigmoid()
+    return logits.softmax(-1)

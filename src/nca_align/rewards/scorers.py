@@ -26,7 +26,7 @@ class ScorerSpec:
     Args:
         kind: a Python function of TRL's reward-function signature, a text classifier, or a reward model.
         name: `module:function`, or the model's folder or id.
-        label: of a classifier, whose probability is the score.
+        label: of a classifier, whose probability is the score, or of a reward model's output where it has several.
         given: the function, where it was handed over itself.
     """
 
@@ -37,12 +37,14 @@ class ScorerSpec:
 
     @classmethod
     def parse(cls, scorer: str | Callable) -> "ScorerSpec":
-        """From `module:function`, `pipeline:MODEL:LABEL`, a reward model's name, or a function itself."""
+        """From `module:function`, `pipeline:MODEL:LABEL`, a reward model's name, `reward:MODEL:LABEL` or a function."""
         if not isinstance(scorer, str):
             return cls("function", function_name(scorer), given=scorer)
         if scorer.startswith("pipeline:"):
             model, _, label = scorer.removeprefix("pipeline:").partition(":")
             return cls("classifier", model, label or None)
+        if named := re.fullmatch("reward:(.+):([^:]+)", scorer):
+            return cls("reward model", named[1], named[2])
         return cls("function" if names_a_function(scorer) else "reward model", scorer)
 
     def function(self) -> Callable:
@@ -57,7 +59,7 @@ class ScorerSpec:
         """Its name, with a fingerprint of its weights where it is a model that is here."""
         if self.kind == "function":
             return self.name
-        prefix = "pipeline" if self.kind == "classifier" else None
+        prefix = "pipeline" if self.kind == "classifier" else "reward" if self.label else None
         return ":".join(filter(None, (prefix, model_fingerprint(self.name), self.label)))
 
     def fingerprint(self) -> str | None:

@@ -1,0 +1,275 @@
+"""A model with a classification head, and its tokenizer: what it gives for one text alone, also where it runs many.
+
+Which position such a head reads depends on the model. Most decoders look for the last token that isn't
+`config.pad_token_id`. Encoders read the first token, T5 and BART the last EOS, and a model with its own code anything.
+So a batch is padded on the right with the config's own pad token, whatever the tokenizer's is. Each of these reads then
+what it reads in the text alone. The first rows are scored both ways, and a model that differs is refused.
+"""
+
+import inspect
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers import AutoModelForSequenceClassification
+
+from ..errors import InvalidRowError, UserError, as_user_error, one_line
+from ..models.loading import (
+    ModelSource,
+    adapter_config,
+    add_adapter,
+    default_device,
+    has_tokenizer,
+    silence_transformers,
+    torch_dtype,
+)
+
+logger = logging.getLogger("nca_align")
+
+# How far a score in a batch may be from the same alone, as a share of the largest of a few scores. Rounding alone gives
+# 1e-6, 0.002 and 0.05; a head that reads another token, about 1.
+_TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.1}
+_COMPARED = 4  # rows that are scored both ways at the start, at most
+
+Inputs = dict[str, list[int]]  # `input_ids`, and `token_type_ids` of a model that takes them: one row without padding
+
+
+def find_model(name: str, trust_remote_code: bool = False) -> tuple[ModelSource, dict[str, Any]]:
+    """Where a scorer is to be loaded from, and what of its config an adapter decides.
+
+    Args:
+        name: a folder or a Hub id of a whole model, or the folder of an adapter.
+        trust_remote_code: run code that comes with the model.
+
+    Raises:
+        UserError: an adapter that can't be read, or of a model that gives one output a token.
+    """
+    source = ModelSource.of(name, key="scorer", trust_remote_code=trust_remote_code)
+    if source.adapter is None:
+        return source, {}
+    if str(adapter_config(name).task_type) == "TOKEN_CLS":
+        refuse_token_rewards(name)
+    sizes = [shape[0] for key, shape in _saved(name).items() if key.startswith(("score", "classif")) and len(shape) > 1]
+    return source, {"num_labels": sizes[-1]} if sizes else {}
+
+
+def refuse_token_rewards(name: str) -> None:
+    """Raise the UserError of a model that gives rewards per token or step."""
+    raise UserError(
+        f"`scorer` {name} gives a reward for each token or step (a process reward model, or a token classifier), and a "
+        "scorer gives one for a whole completion; reduce its rewards in a Python function, and give module:function"
+    )
+
+
+def _saved(adapter: str) -> dict[str, list[int]]:
+    """Name → shape of what an adapter's folder holds, as the base model calls it; nothing of a pickle."""
+    file = Path(adapter) / "adapter_model.safetensors"
+    if not file.exists():
+        return {}
+    with safe_open(file, "pt") as weights:
+        return {
+            key.removeprefix("base_model.model.").replace(".modules_to_save", ""): weights.get_slice(key).get_shape()
+            for key in sorted(weights.keys())
+        }
+
+
+class SequenceClassifier:
+    """A loaded model and its tokenizer.
+
+    Args:
+        name: a folder or a Hub id of a whole model, or an adapter's folder, as PEFT or TRL's RewardTrainer saves it.
+        batch_size: texts a batch.
+        dtype: `auto` for bfloat16 on a GPU and float32 on a CPU, or the name of one.
+        trust_remote_code: run code that comes with the model.
+
+    Raises:
+        UserError: it isn't there, or has no head that was trained.
+    """
+
+    def __init__(self, name: str, batch_size: int, dtype: str = "auto", trust_remote_code: bool = False):
+        silence_transformers()
+        self.name, self._compared, self._warned = name, False, False
+        source, own = find_model(name, trust_remote_code)
+        self.tokenizer = source.load_tokenizer()
+        with as_user_error(f"loading `scorer` {name}", also=(AssertionError, IndexError)):
+            model, report = source.load(
+                AutoModelForSequenceClassification, dtype=torch_dtype(dtype), output_loading_info=True,
+                ignore_mismatched_sizes=True, **own,
+            )  # fmt: skip
+        forward = inspect.signature(model.forward).parameters
+        anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in forward.values())
+        self._takes_mask = "attention_mask" in forward or anything
+        self._taken = {"input_ids", "token_type_ids"} & {"input_ids", *forward}
+        self.config, embeddings = model.config, model.get_input_embeddings()
+        self._rows = getattr(embeddings, "num_embeddings", None)
+        missing, other = set(report["missing_keys"]), {key for key, *_ in report["mismatched_keys"]}
+        if source.adapter is not None:
+            missing, other = missing - _saved(source.adapter).keys(), other - _saved(source.adapter).keys()
+            model = add_adapter(model, source.adapter)
+        if missing or other:  # transformers has filled them with random numbers
+            raise UserError(
+                f"`scorer` {name} has no classification head{'' if missing else ' of the size that its config says'} "
+                f"({', '.join(sorted(missing or other)[:3])} {'missing' if missing else 'has another'} in its weights);"
+                " give a reward model, a classifier or an adapter that was saved with the head that it was trained with"
+            )
+        plain, special = (self.tokenizer("a", add_special_tokens=own)["input_ids"] for own in (False, True))
+        where = next((i for i in range(len(special)) if special[i : i + len(plain)] == plain), 0)
+        self._added = special[:where], special[where + len(plain) :]  # in front of a text, and behind it
+        text_config = self.config.get_text_config()
+        if source.adapter is not None and has_tokenizer(source.adapter) and self.tokenizer.pad_token_id is not None:
+            # An adapter is saved without its config, in which RewardTrainer put the pad token of this tokenizer.
+            text_config.pad_token_id = self.tokenizer.pad_token_id
+        pad = getattr(text_config, "pad_token_id", None)
+        self._padding = pad if isinstance(pad, int) and 0 <= pad < (self._rows or pad + 1) else None
+        if self._padding is None and batch_size > 1:
+            logger.warning(
+                "scorer %s: its config names no `pad_token_id`, so it takes one conversation at a time.", name
+            )
+        self._batch_size = 1 if self._padding is None else batch_size
+        self._model = model.to(default_device()).eval()
+        self.window = self._find_window()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which the model runs."""
+        return self._model.dtype
+
+    def _find_window(self) -> int:
+        """The most tokens that the model or its tokenizer takes."""
+        sizes = [
+            int(self.tokenizer.model_max_length),
+            getattr(self.config.get_text_config(), "max_position_embeddings", 0),
+        ]
+        for name, module in self._model.named_modules():  # as in RoBERTa, which counts positions from its pad token on
+            if isinstance(module, nn.Embedding) and name.endswith("position_embeddings"):
+                sizes.append(module.num_embeddings - (-1 if module.padding_idx is None else module.padding_idx) - 1)
+        return min([size for size in sizes if size and size > 0] + [1 << 30])
+
+    def inputs(self, text: str, special: bool) -> tuple[Inputs, int]:
+        """What the model is given for a text; of one that is too long its BOS and its end.
+
+        Args:
+            text: as it is read.
+            special: whether the tokenizer adds its special tokens, as to text that no template rendered; one that the
+                text begins or ends with isn't added again.
+
+        Returns:
+            The row, at most `window` tokens, and how many tokens the text has.
+
+        Raises:
+            InvalidRowError: it gives no token.
+            UserError: the tokenizer gives a token that the model has no row for.
+        """
+        tokenizer = self.tokenizer
+        given = tokenizer(text, add_special_tokens=special, verbose=False)
+        inputs = {key: list(given[key]) for key in sorted(self._taken.intersection(given))}
+        ids = inputs["input_ids"]
+        if not ids:
+            raise InvalidRowError("prompt and completion give no token that a reward model could read")
+        if self._rows is not None and max(ids) >= self._rows:
+            raise UserError(
+                f"`scorer` {self.name}: its tokenizer gives the token {max(ids)} "
+                f"({tokenizer.convert_ids_to_tokens(max(ids))!r}), and the model has {self._rows} rows of embeddings; "
+                "give it the tokenizer that it was trained with"
+            )
+        if special:
+            first, last = (
+                len(set(pair)) == 1 < len(pair) and pair[0] in added and found(tokenizer.convert_ids_to_tokens(pair[0]))
+                for pair, added, found in (
+                    (ids[:2], self._added[0], text.startswith), (ids[-2:], self._added[1], text.endswith),
+                )
+            )  # fmt: skip
+            inputs = {key: values[int(first) : len(values) - int(last)] for key, values in inputs.items()}
+        kept = int(inputs["input_ids"][0] in (tokenizer.bos_token_id, tokenizer.cls_token_id))
+        length = len(inputs["input_ids"])
+        over = max(length - self.window, 0)
+        return {key: values[:kept] + values[kept + over :] for key, values in inputs.items()}, length
+
+    def outputs(self, rows: list[Inputs]) -> torch.Tensor:
+        """float32 logits, (len(rows), n): of each row those that the model gives it alone.
+
+        Raises:
+            UserError: the model gives something else than logits (B, n), other ones in a batch than alone, or nothing.
+        """
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
+        ordered = [rows[i] for i in order]
+        if not self._compared:
+            self._compare(ordered)
+        return self._in_batches(ordered)[torch.tensor(order).argsort()]
+
+    def _compare(self, rows: list[Inputs]) -> None:
+        """Score a few of `rows`, which are sorted by length, alone and in a batch.
+
+        Raises:
+            UserError: they differ, or the model can't be run on any.
+        """
+        few = [rows[i] for i in torch.linspace(0, len(rows) - 1, min(_COMPARED, len(rows))).round().long().tolist()]
+        if len(few[0]["input_ids"]) == len(few[-1]["input_ids"]):
+            return  # nothing would be padded
+        ran, alone, errors = [], [], []
+        for row in few:
+            try:
+                alone.append(self._run([row]))
+                ran.append(row)
+            except Exception as error:
+                if isinstance(error, UserError):
+                    raise
+                errors.append(error)
+        if not ran:
+            raise UserError(
+                f"`scorer` {self.name} can't score a text alone ({type(errors[0]).__name__}: "
+                f"{one_line(errors[0])[:200]}); give another model, or wrap it in a Python function"
+            )
+        own, batched = torch.cat(alone), self._in_batches(ran)
+        differ = (own - batched).abs().amax(1)
+        if not differ.max() <= _TOLERANCE.get(self.dtype, 0.1) * max(float(own.abs().max()), 0.1):
+            row = int(differ.argmax())
+            raise UserError(
+                f"`scorer` {self.name} gives a text {own[row, 0]:.4g} alone and {batched[row, 0]:.4g} beside others in "
+                "a batch, so what it reads depends on the padding; score it with `--batch_size 1`"
+            )
+        self._compared = True
+
+    def _in_batches(self, rows: list[Inputs]) -> torch.Tensor:
+        starts = range(0, len(rows), self._batch_size)
+        return torch.cat([self._batch(rows[start : start + self._batch_size]) for start in starts])
+
+    def _batch(self, rows: list[Inputs]) -> torch.Tensor:
+        try:
+            return self._run(rows)
+        except Exception as error:  # as of BART, where one text holds an EOS more than the others
+            if len(rows) == 1 or isinstance(error, UserError):
+                raise
+            if not self._warned:
+                self._warned = True
+                logger.warning(
+                    "scorer %s: a batch failed (%s); its conversations are scored one by one, here and where it "
+                    "happens again.", self.name, one_line(error)[:200],
+                )  # fmt: skip
+            return torch.cat([self._run([row]) for row in rows])
+
+    @torch.inference_mode()
+    def _run(self, rows: list[Inputs]) -> torch.Tensor:
+        lengths = torch.tensor([len(row["input_ids"]) for row in rows])
+        fillers = {"input_ids": self._padding or 0, "token_type_ids": 0}
+        inputs = {
+            key: torch.tensor([row[key] + [fillers[key]] * (int(lengths.max()) - len(row[key])) for row in rows])
+            for key in rows[0]
+        }
+        if self._takes_mask:
+            inputs["attention_mask"] = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
+        given = self._model(**{key: values.to(self._model.device) for key, values in inputs.items()})
+        logits = getattr(given, "logits", None)
+        if not isinstance(logits, torch.Tensor) or tuple(logits.shape) != (len(rows), self.config.num_labels):
+            if isinstance(logits, torch.Tensor) and logits.shape[:2] == inputs["input_ids"].shape and logits.dim() == 3:
+                refuse_token_rewards(self.name)
+            shape = getattr(logits, "shape", None)
+            what = f"logits of shape {tuple(shape)}" if shape else f"a {type(given).__name__} without `logits`"
+            raise UserError(
+                f"`scorer` {self.name} gives {what} for {len(rows)} texts, and a scorer gives logits of shape "
+                f"{(len(rows), self.config.num_labels)}; wrap the model in a Python function, and give module:function"
+            )
+        return logits.float().cpu()
