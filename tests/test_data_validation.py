@@ -51,7 +51,11 @@ CHAT = {
         (CHAT, {"completions": [CHAT["completions"][0], []]}, r"`completions\[1\]` is \[\], an empty completion"),
         (CHAT, {"prompt": [{"role": "user", "content": None}]}, r"`prompt\[0\].content` is null; it must be text"),
         (CHAT, {"prompt": [{"content": "q"}]}, r"`prompt\[0\]` is .* \(dict\); it must be a message {role, content}"),
-        (CHAT, {"prompt": [{"role": "user", "content": [{"text": "q"}]}]}, r"`prompt\[0\].content` is .* must be text"),
+        (
+            CHAT,
+            {"prompt": [{"role": "user", "content": [{"type": "x"}]}]},
+            r"`prompt\[0\].content` holds a part of .*'x'",
+        ),
         (
             CHAT,
             {"completions": [CHAT["completions"][0], [{"role": "assistant", "content": " "}]]},

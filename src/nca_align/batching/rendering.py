@@ -7,6 +7,9 @@ from typing import Any
 from ..data.cleaning import Prompt, clean_prompt, joined_messages
 from ..errors import InvalidRowError, UserError, one_line
 
+# What chat templates have; few of them name each
+_ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
+
 
 def prompt_ids(tokenizer, row: dict[str, Any]) -> list[int]:
     """Token ids of a row's prompt: text, or messages with the generation prompt, unless they end in an open turn.
@@ -59,7 +62,20 @@ def conversation_text(tokenizer, prompt: Prompt, completion: Any) -> str:
     return _render(tokenizer, prompt, joined_messages(prompt, completion))
 
 
+def _refuse_unknown_role(tokenizer, messages: list[dict[str, Any]]) -> None:
+    """Refuse a role that no chat template need know, where this one doesn't name it: most print whatever they get."""
+    templates = tokenizer.chat_template
+    text = "".join(templates.values()) if isinstance(templates, dict) else templates
+    for role in {str(message.get("role")) for message in messages} - _ROLES:
+        if f"'{role}'" not in text and f'"{role}"' not in text:
+            raise InvalidRowError(
+                f"a message has the role {role!r}, which the chat template does not name, so that the model was never "
+                f"trained on it; use one of {', '.join(sorted(_ROLES))}, or a template that names it"
+            )
+
+
 def _render(tokenizer, prompt: Prompt, messages: list[dict[str, Any]], **opening: bool) -> str:
+    _refuse_unknown_role(tokenizer, messages)
     try:
         return tokenizer.apply_chat_template(
             messages, tools=prompt.tools, tokenize=False, **opening, **prompt.arguments

@@ -19,6 +19,7 @@ from .columns import PEEKED, code_revision, map_columns
 from .formats import FORMATS
 from .formats.completions import rewarded_completions
 from .formats.flat_rows import group_rows, read_groups
+from .message_columns import with_plain_messages
 from .options import DEFAULT_SCORE, DataOptions
 from .schema import NOTES, PROMPT_COLUMNS, REWARD_COLUMNS, DataReport, Format, result_features
 from .validation import Row, RowError, check_row
@@ -73,7 +74,7 @@ def convert_dataset(
     options = options or DataOptions()
     if isinstance(dataset, IterableDataset) or dataset.format["type"] is not None:
         dataset = dataset.with_format(None)
-    dataset = map_columns(dataset, options.columns, name, num_proc)
+    dataset = with_plain_messages(map_columns(dataset, options.columns, name, num_proc), name, num_proc)
     peeked = list(itertools.islice(dataset, PEEKED))
     if not peeked:
         raise UserError(f"`{name}` is empty; it must have at least one row")

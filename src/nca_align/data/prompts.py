@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from datasets import Dataset, Features, Json, List
 
@@ -10,9 +11,10 @@ from .columns import map_columns
 from .conversion import convert_dataset
 from .files import open_plain, refuse_other_text, refuse_utf16, suffix_of
 from .formats import FORMATS
+from .message_columns import with_plain_messages
 from .source import open_dataset
 from .splits import held_out_split, select_split
-from .validation import read_conversation, read_list
+from .validation import read_conversation
 
 # Columns that answer the prompt: `sample` makes new answers, so these don't go along.
 _ANSWERS = re.compile("|".join(["completions|rewards|truncated|score_.*", *(fmt.answers for fmt in FORMATS.values())]))
@@ -41,7 +43,7 @@ def load_raw(name: str, config: str | None = None, split: str = "train", columns
         dataset = select_split(splits, split)
     if len(dataset) == 0:
         raise UserError(f"`dataset_name` {name} has no rows; it must have at least one prompt")
-    return map_columns(dataset, columns, split)
+    return with_plain_messages(map_columns(dataset, columns, split), split)  # type: ignore[return-value]
 
 
 def held_out_split_name(name: str, config: str | None) -> str:
@@ -68,10 +70,12 @@ def load_prompts(name: str, config: str | None, split: str, columns: Sequence[st
             raise UserError(f"row {i}: `prompt` is {prompt!r}; it must be text or a list of messages, and not empty")
     if isinstance(first := dataset[0]["prompt"], str) and isinstance(read_conversation(first, "prompt"), list):
         features = Features({**dataset.features, "prompt": List(Json())})  # a CSV holds messages as text
-        dataset = dataset.map(
-            lambda row: {"prompt": read_list(row["prompt"], "prompt")}, features=features, desc="Reading prompts"
-        )
+        dataset = dataset.map(_read_prompt, features=features, desc="Reading prompts")
     return dataset
+
+
+def _read_prompt(row: dict[str, Any]) -> dict[str, Any]:
+    return {"prompt": read_conversation(row["prompt"], "prompt")}
 
 
 def load_completions(name: str, config: str | None, split: str, columns: Sequence[str] = ()) -> Dataset:

@@ -7,6 +7,7 @@ from decimal import Decimal
 from typing import Any
 
 from ..errors import InvalidRowError
+from .messages import other_part, plain_conversation
 
 MISSING = "missing score"
 DROP = "drop such rows with `--on_invalid drop` (in YAML `on_invalid: drop`)"
@@ -141,7 +142,7 @@ def read_conversation(value: Any, field: str) -> str | list:
             parsed = json.loads(value)
         except json.JSONDecodeError:
             return value  # text may begin with a bracket
-        return parsed if parsed and isinstance(parsed, list) and isinstance(parsed[0], dict) else value
+        return plain_conversation(parsed) if parsed and isinstance(parsed[0], dict) else value
     if not isinstance(value, (str, list)):
         raise _wrong_type(field, value, "text or a list of messages")
     return value
@@ -177,6 +178,12 @@ def _check_messages(messages: list, field: str) -> None:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise _wrong_type(here, message, "a message {role, content}")
         content = message.get("content")
+        if isinstance(content, list) and (kind := other_part(content)) is not None:
+            raise RowError(
+                f"{here}.content",
+                "part that is no text",
+                f"holds a part of the type {kind!r}; only parts of the type 'text' can be trained on",
+            )
         if not isinstance(content, str) and not (content is None and message.get("tool_calls")):
             raise _wrong_type(f"{here}.content", content, "text")
 

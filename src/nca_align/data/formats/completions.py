@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+from ..messages import plain_completions
 from ..options import DEFAULT_SCORE, DataOptions
 from ..schema import data_format
 from ..validation import (
@@ -27,7 +28,8 @@ _SCORE_BUG = "score 10 that should be 1"
 @data_format("own", "prompt, completions, rewards", conversations="prompt|completions")
 def rewarded_completions(row: dict[str, Any], options: DataOptions) -> Row:
     """`prompt, completions, rewards` as they are; only text that holds lists or numbers is read."""
-    given, completions = read_list(row["rewards"], "rewards"), read_list(row["completions"], "completions")
+    given = read_list(row["rewards"], "rewards")
+    completions = plain_completions(read_list(row["completions"], "completions"))
     for k, pair in enumerate(zip(completions, given, strict=False)):
         check_pair(*pair, k)
     rewards = [required_number(item, f"rewards[{k}]") for k, item in enumerate(given)]

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from ..messages import plain_conversation
 from ..options import DataOptions
 from ..schema import data_format
 from ..validation import (
@@ -11,13 +12,11 @@ from ..validation import (
     check_filled,
     read_conversation,
     read_list,
-    read_text,
     required_number,
     user_message,
 )
 
 HARD_REWARDS = (1.0, 0.0)
-_ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
 
 
 @data_format("pairs", "chosen, rejected", answers="chosen|rejected|messages", conversations="prompt|chosen|rejected")
@@ -65,12 +64,5 @@ def _rewards(row: dict[str, Any], options: DataOptions) -> list[float]:
 @data_format("trajectory pairs", "trajectory, chosen, rejected", prompts="trajectory", answers="chosen|rejected")
 def trajectory_pair(row: dict[str, Any], options: DataOptions) -> Row:
     """openbmb/UltraInteract_pair: a trajectory of {from, value} turns, and the two next turns."""
-    prompt = []
-    for j, turn in enumerate(read_list(row["trajectory"], "trajectory")):
-        role = turn.get("from") if isinstance(turn, dict) else None
-        if role not in _ROLES:
-            raise RowError(
-                f"trajectory[{j}]", "wrong type", f"comes from {role!r}; it must come from one of {', '.join(_ROLES)}"
-            )
-        prompt.append({"role": _ROLES[role], "content": read_text(turn.get("value"), f"trajectory[{j}].value")})
+    prompt = plain_conversation(read_list(row["trajectory"], "trajectory"))
     return Row(prompt, [assistant_message(row[name], name) for name in ("chosen", "rejected")], _rewards(row, options))

@@ -1,0 +1,51 @@
+"""Messages by other names, as {role, content}: ShareGPT's `from` and `value`, its makers' roles, content in parts."""
+
+from typing import Any
+
+# ShareGPT's makers and those after them, such as FastChat's and LLaMA-Factory's
+ROLES = {
+    "human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant",
+    "observation": "tool",
+}  # fmt: skip
+_TEXTS = {"text", "input_text", "output_text"}  # OpenAI's types of parts that are text
+
+
+def plain_conversation(value: Any) -> Any:
+    """A conversation with its messages as {role, content}; one message is a list of it. What can't be, is as it was."""
+    if _is_message(value):
+        value = [value]
+    if not isinstance(value, list):
+        return value
+    return [_plain_message(item) if isinstance(item, dict) else item for item in value]
+
+
+def plain_completions(values: Any) -> Any:
+    """A row's `completions`, each as `plain_conversation` has it."""
+    return [plain_conversation(value) for value in values] if isinstance(values, list) else values
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, dict) and ({"role", "content"} <= value.keys() or {"from", "value"} <= value.keys())
+
+
+def _plain_message(message: dict[str, Any]) -> dict[str, Any]:
+    if message.get("role") is None and {"from", "value"} <= message.keys():
+        others = {key: item for key, item in message.items() if key not in ("role", "content", "from", "value")}
+        message = {"role": message["from"], "content": message.get("value"), **others}
+    role, content = message.get("role"), message.get("content")
+    if isinstance(role, str) and role in ROLES:
+        message = message | {"role": ROLES[role]}
+    if isinstance(content, list) and other_part(content) is None:
+        message = message | {"content": "".join(part["text"] for part in content)}
+    return message
+
+
+def other_part(content: list) -> str | None:
+    """The type of the first part of a message that is no text, or what it is; None where all are text."""
+    for part in content:
+        kind = str(part.get("type", "text") if isinstance(part, dict) else type(part).__name__)
+        if kind not in _TEXTS:
+            return kind
+        if not isinstance(part.get("text"), str):
+            return f"{kind} without text"
+    return None
