@@ -2,6 +2,8 @@
 
 import json
 import threading
+import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -22,7 +24,10 @@ def http_server(answer: Callable[[str, Any], tuple[int, dict, Any]]) -> Iterator
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))) or "null")
+            try:
+                body = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))) or "null")
+            except (OSError, ValueError):  # of a client that was killed
+                return
             replied = answer(self.path, body)
             if callable(replied):
                 replied(self)
@@ -186,6 +191,9 @@ FORMS = [
          FINE, 2, (20.0,)),
     Form("OpenAI", "a limit of requests, in milliseconds",
          [(429, {"retry-after-ms": "1500", "Retry-After": "2"}, _error("", "rate_limit")), OK], FINE, 2, (1.5,)),
+    Form("OpenAI", "a prompt above the limit of a minute",
+         (429, {}, _error("Request too large for m on tokens per min (TPM): Limit 30000, Requested 40000.",
+                          "rate_limit_exceeded", type="tokens")), Failed("too long")),
     Form("OpenAI", "no credit",
          (429, {}, _error("You exceeded your current quota", "insufficient_quota", type="insufficient_quota")),
          Stops("has no credit or quota for this key")),
@@ -265,6 +273,65 @@ FORMS = [
                               "body -> seed\n  Extra inputs are not permitted (type=extra_forbidden)"}),
          Stops("by `frequency_penalty`, `seed`: give --extra_body")),
 ]  # fmt: skip
+
+
+class Faulty:
+    """A server of `rows` prompts `Question i` with random delays and faults, for K completions each.
+
+    Args:
+        seed: of the delays and faults.
+        faults: the share of the requests that get one.
+        delay: seconds, at most, to an answer.
+    """
+
+    FAULTS = (
+        (429, {"Retry-After": "0"}, b""), (503, {}, _error("Loading model", 503)), (500, {}, b"x"), (502, {}, _HTML),
+        (200, {}, _HTML), (200, {}, _error("upstream", 502)), (200, {}, {"choices": None}), cut_body, hang_up,
+        message("fi", "abort"),
+    )  # fmt: skip
+
+    def __init__(self, seed: int, faults: float = 0.04, delay: float = 0.02):
+        self.random, self.faults, self.delay = Random(seed), faults, delay
+        self.lock = threading.Lock()
+        self.answered: Counter[int] = Counter()
+        self.faulted, self.under_way, self.most = 0, 0, 0
+
+    @staticmethod
+    def fate(row: int) -> str | None:
+        """What becomes of a row whatever chance does: the cause of its failure, or of one of its completions."""
+        fates = {97: "too long", 101: "content filter", 331: "no answer", 89: "cut before any text"}
+        return next((cause for period, cause in fates.items() if row % period == 3), None)
+
+    def __call__(self, path: str, body: dict | None) -> Any:
+        if body is None:  # of a client that was killed
+            return hang_up
+        row = int(body["messages"][0]["content"].split()[1])
+        with self.lock:
+            self.under_way += 1
+            self.most = max(self.most, self.under_way)
+            fault = self.random.choice(self.FAULTS) if self.random.random() < self.faults else None
+            delay = self.random.random() * self.delay
+            self.faulted += fault is not None
+        time.sleep(delay)
+        with self.lock:
+            self.under_way -= 1
+            fate = self.fate(row)
+            if fault is None and fate in (None, "cut before any text"):
+                self.answered[row] += 1
+        if fault is not None:
+            return fault
+        if fate == "too long":
+            return 400, {}, _error(_LENGTH_VLLM, param="max_tokens")
+        if fate == "content filter":
+            return 400, {}, _error("filtered", "content_filter")
+        if fate == "no answer":
+            return 500, {}, b"a bug on this prompt"
+        choices = [
+            {"message": {"content": f"{row} {body['seed']} {k}"}, "finish_reason": "stop"} for k in range(body["n"])
+        ]
+        if fate:
+            choices[0] = {"message": {"reasoning": "Hm"}, "finish_reason": "length"}
+        return 200, {}, {"choices": choices}
 
 
 _JUNK = [

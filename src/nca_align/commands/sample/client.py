@@ -1,6 +1,7 @@
 """Requests to a server over HTTP, tried again while it is busy or broken, within limits of time and memory."""
 
 import json
+import math
 import os
 import random
 import threading
@@ -8,7 +9,7 @@ import time
 import urllib.request
 from collections.abc import Callable
 from http.client import HTTPException
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
 from ...errors import UserError, one_line
@@ -21,11 +22,17 @@ _LARGEST_ANSWER = 64 * 2**20
 
 
 class NoAnswer(UserError):
-    """All tries of a request failed; `of_server`: by what is no request's fault."""
+    """All tries of a request failed.
 
-    def __init__(self, text: str, of_server: bool):
+    Args:
+        text: the message.
+        of_server: the server is away or busy, which is no request's fault.
+        alone: the server has answered others since the first of these tries failed.
+    """
+
+    def __init__(self, text: str, of_server: bool, alone: bool):
         super().__init__(text)
-        self.of_server = of_server
+        self.of_server, self.alone = of_server, alone
 
 
 class Client:
@@ -39,6 +46,7 @@ class Client:
         self.base_url = api_base_url(options)
         self.timeout, self.retries = options.timeout, options.retries
         self.accepted: set[str] = set()  # keys of the requests that were answered
+        self._answered = 0.0  # when the last one was
         self._ended = threading.Event()
         self._end: BaseException | None = None
 
@@ -56,7 +64,7 @@ class Client:
         """What `read` makes of an answer's JSON object.
 
         A try that failed is followed by another after 0.5, 1, 2 … seconds, at most a minute, half of it by chance; or
-        after as long as the server says.
+        after as long as the server says. While a busy server answers other requests, tries are counted anew.
 
         Args:
             path: of the request, such as `/models`.
@@ -68,7 +76,8 @@ class Client:
             NoAnswer: no try was answered.
         """
         url = _joined(self.base_url, path)
-        for attempt in range(self.retries + 1):
+        failures, first, last = 0, math.inf, math.inf
+        while True:
             self.check()
             try:
                 answer = read(read_reply(self._reply(url, body), url, (body or {}).keys(), self.accepted))
@@ -76,24 +85,25 @@ class Client:
                 failed = error
             else:
                 self.accepted.update(body or ())
+                self._answered = time.monotonic()
                 return answer
+            if failed.of_server and self._answered > last:  # busy with others, of which it has answered some since
+                failures, first = 0, math.inf
+            failures, last = failures + 1, time.monotonic()
+            first = min(first, last)
             if (failed.after or 0) > self.timeout:
                 raise Refused(
                     f"the server at {url} asks to wait {failed.after:.0f} seconds ({failed}), longer than `timeout` "
                     f"{self.timeout:g}; what is done is kept, and the same command goes on"
                 )
-            if attempt < self.retries:
-                pause = min(_LONGEST_PAUSE, 0.5 * 2**attempt) * random.uniform(0.5, 1)
-                self._wait(pause if failed.after is None else failed.after + random.uniform(0, 0.5))
-        self._give_up(url, failed)
-
-    def _give_up(self, url: str, failed: TryAgain) -> NoReturn:
-        tries = f"{self.retries + 1} tries" if self.retries else "1 try"
-        raise NoAnswer(
-            f"the server at {url} does not answer ({failed}, {tries}); what is done is kept, and the same command goes "
-            "on once the server runs",
-            of_server=failed.of_server,
-        )
+            if failures > self.retries:
+                raise NoAnswer(
+                    f"the server at {url} does not answer ({failed}; tries: {failures}); what is done is kept, and the "
+                    "same command goes on once the server runs",
+                    of_server=failed.of_server, alone=self._answered > first,
+                )  # fmt: skip
+            pause = min(_LONGEST_PAUSE, 0.5 * 2 ** (failures - 1)) * random.uniform(0.5, 1)
+            self._wait(pause if failed.after is None else failed.after + random.uniform(0, 0.5))
 
     def _wait(self, seconds: float) -> None:
         self._ended.wait(seconds)

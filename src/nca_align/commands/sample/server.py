@@ -14,7 +14,7 @@ from .answers import FailedRow, Refused, read_models, read_samples
 from .client import Client, NoAnswer
 from .options import Engine, EngineOptions, Sample, SampleOptions
 
-_UNANSWERED = 3  # rows without an answer, one after another, of which the server must be the reason
+_UNANSWERED = 3  # rows without an answer, while no other has one, of which the server must be the reason
 
 
 def resolve_model_name(options: EngineOptions) -> str:
@@ -100,9 +100,9 @@ def server_engine(options: SampleOptions, model: str) -> Engine:
             return error
         except NoAnswer as error:
             with counting:
-                unanswered += 1
-                alone = not error.of_server and unanswered < _UNANSWERED
-            if alone:
+                unanswered += not error.alone
+                away = not error.alone and (error.of_server or unanswered >= _UNANSWERED)
+            if not away:
                 return FailedRow("no answer", str(error))
             client.end(error)
             raise
