@@ -1,12 +1,20 @@
 """Reward models as others save them: a score is what the model gives alone, or one sentence says why there is none."""
 
+import json
+import math
 import random
+import re
 import shutil
 from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
+from datasets import Dataset
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from conftest import build_model, build_tokenizer, reward_rows
+from nca_align.commands.score import main
 from nca_align.errors import UserError
 from nca_align.rewards.scorers import open_scorers
 from reward_set_ups import (
@@ -19,6 +27,8 @@ from reward_set_ups import (
     SetUp,
     alone,
     build_set_up,
+    load,
+    save,
     silence,
 )
 from test_fuzz import SEED
@@ -162,3 +172,152 @@ def kept(tmp_path_factory) -> Path:
 )
 def test_a_score_is_what_the_model_gives_one_conversation_alone(set_up, tmp_path, kept):
     assert check(set_up, tmp_path, kept, [*TEXTS, *TYPED]) == ""
+
+
+# What can't be scored, and the words that say so, before any row is
+REFUSED = {
+    "a head that reads the last position": (SetUp("last"), "--batch_size 1"),
+    "a mean over positions and padding": (SetUp("mean"), "--batch_size 1"),
+    "an encoder that shifts its tokens": (SetUp("MobileBert"), "--batch_size 1"),
+    "several outputs": (SetUp("Llama", outputs=3), "has 3 outputs, where a reward model has one"),
+    "a reward a token": (SetUp("token"), "gives a reward for each token or step"),
+    "logits (B,)": (SetUp("flat"), r"gives logits of shape \(1,\) for 1 texts"),
+    "a tuple": (SetUp("tuple"), "gives a tuple without `logits` for 1 texts"),
+    "nothing": (SetUp("nothing"), "gives a NoneType without `logits`"),
+    "more outputs than it says": (SetUp("two"), r"gives logits of shape \(1, 2\) for 1 texts"),
+    "a forward that raises": (SetUp("raises"), r"can't score a text alone \(KeyError: 'pixel_values'\)"),
+}
+
+
+@pytest.mark.parametrize(("set_up", "words"), REFUSED.values(), ids=REFUSED)
+def test_what_is_refused(set_up, words, tmp_path, kept):
+    assert re.search(words, check(set_up, tmp_path, kept, TEXTS))
+
+
+def edit(file: Path, **changes) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def process_reward_model(model: Path) -> None:
+    """As TRL's PRM trainer saves it: a token classifier, of which the head has the name that a reward model's has."""
+    edit(model / "config.json", architectures=["LlamaForTokenClassification"])
+
+
+def head_of_another_size(model: Path) -> None:
+    edit(model / "config.json", id2label=None, num_labels=1)
+    save(load(model / "model.safetensors") | {"score.weight": torch.ones(2, 32)}, model / "model.safetensors")
+
+
+def too_many_tokens(model: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.add_tokens(["Why"])
+    tokenizer.save_pretrained(model)
+
+
+def adapter_of_a_language_model(model: Path) -> None:
+    edit(model / "adapter_config.json", task_type=None, modules_to_save=None)
+    without_its_head(model)
+
+
+def without_its_head(model: Path) -> None:
+    weights = {key: tensor for key, tensor in load(model / "adapter_model.safetensors").items() if "score" not in key}
+    save(weights, model / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("set_up", "change", "words"),
+    [
+        (SetUp("Llama"), process_reward_model, "gives a reward for each token or step"),
+        (SetUp("Llama"), head_of_another_size, r"no classification head of the size .* \(score.weight has another in"),
+        (SetUp("Llama"), too_many_tokens, r"its tokenizer gives the token 384 \('Why'\), and the model has 384 rows"),
+        (SetUp("Llama"), lambda model: edit(model / "config.json", pad_token_id=384), "Padding_idx must be within"),
+        (SetUp("Llama", adapter="score"), adapter_of_a_language_model, r"no classification head \(score.weight m"),
+        (SetUp("Llama", adapter="score"), without_its_head, "the adapter in .* could not be put on .*score.weight"),
+        (
+            SetUp("Llama", adapter="score"), lambda model: edit(model / "adapter_config.json", task_type="TOKEN_CLS"),
+            "gives a reward for each token or step",
+        ),
+        (
+            SetUp("Llama", adapter="whole"), lambda model: edit(model / "adapter_config.json", r=3),
+            "the adapter in .* could not be put on",
+        ),
+    ],
+)  # fmt: skip
+def test_what_is_refused_of_its_files(set_up, change, words, tmp_path, kept):
+    model, rows = build_set_up(set_up, tmp_path, kept), rows_of(set_up, TEXTS)
+    assert not open_scorers([str(model)]).score_rows(rows).failed  # as it was
+    change(model)
+    with pytest.raises(UserError, match=words):
+        open_scorers([str(model)]).score_rows(rows)
+
+
+def test_conversations_longer_than_the_window(tmp_path, kept, caplog):
+    """They keep their BOS, from which an encoder's score is read, and their end; RoBERTa's window is its own."""
+    set_up = SetUp("Roberta", template=None, adds="<s> $A <|im_end|>")
+    model = build_set_up(set_up, tmp_path, kept)
+    edit(model / "tokenizer_config.json", model_max_length=None)
+    row = {"prompt": "Why? " * 300, "completions": ["Yes.", "No, never at all."]}
+    found = open_scorers([str(model)], batch_size=2).score_rows([row, row | {"prompt": "a"}])
+    assert not found.failed
+    assert "2 of 4 texts, of up to" in caplog.text
+    assert "were cut to their last 511, its window" in caplog.text  # 512 positions, from the pad token's 0 on
+    tokenizer, own = AutoTokenizer.from_pretrained(model), AutoModelForSequenceClassification.from_pretrained(model)
+    for completion, score in zip(row["completions"], found.rows[0]["rewards"], strict=True):
+        ids = tokenizer(row["prompt"] + completion, add_special_tokens=False)["input_ids"]
+        with torch.inference_mode():
+            expected = own.eval()(input_ids=torch.tensor([[1, *ids[-509:], 3]])).logits.item()
+        assert score == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pad_token", [None, "<pad>"])
+@pytest.mark.parametrize("peft", [False, True])
+def test_what_trls_reward_trainer_saves(peft, pad_token, tmp_path):
+    """Trained, saved and scored here, against the trainer's own model on one conversation; EOS ends the template."""
+    from peft import LoraConfig
+    from trl import RewardConfig, RewardTrainer
+
+    tokenizer = build_tokenizer("{% for m in messages %}{{ m['content'] }}<|im_end|>{% endfor %}")
+    tokenizer.pad_token = pad_token
+    language_model = build_model(tokenizer)
+    language_model.config.pad_token_id = None
+    language_model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    data = reward_rows(8, k=2)
+    pairs = [
+        {"prompt": row["prompt"], "chosen": row["completions"][0], "rejected": row["completions"][1]} for row in data
+    ]
+    config = RewardConfig(
+        output_dir=str(tmp_path / "run"), max_steps=2, learning_rate=0.05, report_to="none", bf16=False, use_cpu=True,
+        per_device_train_batch_size=4, save_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
+    lora = LoraConfig(task_type="SEQ_CLS", modules_to_save=["score"], r=2) if peft else None
+    trainer = RewardTrainer(
+        model=str(tmp_path / "base"), args=config, train_dataset=Dataset.from_list(pairs), peft_config=lora
+    )
+    trainer.train()
+    trainer.save_model(str(tmp_path / "reward"))
+    assert (tmp_path / "reward" / "adapter_config.json").exists() == peft
+    shard = open_scorers([str(tmp_path / "reward")]).score_rows(data)
+    model = trainer.model.eval()
+    for row, scored in zip(data, shard.rows, strict=True):
+        for completion, score in zip(row["completions"], scored["rewards"], strict=True):
+            ids = tokenizer.apply_chat_template(row["prompt"] + completion, return_tensors="pt", return_dict=False)
+            with torch.inference_mode():
+                assert score == pytest.approx(model(input_ids=ids).logits.item(), abs=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_ties_by_rounding_are_counted_and_said(dtype, tmp_path, kept, capsys):
+    """Of 80 answers that differ in a letter: bfloat16 has too few numbers for their scores."""
+    model = build_set_up(SetUp("Llama"), tmp_path, kept)
+    answers = [[{"role": "assistant", "content": f"The answer {chr(c)}"}] for c in range(40, 120)]
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": turns("Why?"), "completions": answers}) + "\n")
+    flags = ["--dataset_name", str(tmp_path / "rows.jsonl"), "--output", str(tmp_path / "out.jsonl")]
+    assert main([*flags, "--scorer", str(model), "--dtype", dtype]) == 0
+    said = capsys.readouterr().err
+    scores = json.loads((tmp_path / "out.jsonl").read_text())["rewards"]
+    ties = sum(a == b for i, a in enumerate(scores) for b in scores[:i])
+    assert (ties > 0) == (dtype == "bfloat16")
+    assert f"ties: {ties} of {math.comb(80, 2):,} pairs" in said
+    assert ("models ran in bfloat16, which rounds scores: `--dtype float32`" in said) == (ties > 0)

@@ -14,7 +14,7 @@ from datasets import Features, List, Value
 from ..data.columns import COLUMNS_HELP, parse_columns
 from ..data.prompts import load_completions
 from ..errors import UserError, cli_main
-from ..models.loading import model_fingerprint
+from ..models.loading import model_fingerprint, torch_dtype
 from ..options import Dtype, dtype_option, option, parse, require_at_least_1
 from ..processes import Processes
 from ..rewards.scorers import ScorerSpec, check_weights, column_names, open_scorers
@@ -30,8 +30,8 @@ class ScoreOptions:
     dataset_name: str = option("rows of `prompt` and `completions`, or any format that training reads")
     output: str = option("the file to write, .parquet or .jsonl")
     scorer: list[str] = option(
-        "may repeat. `module:function` (TRL's reward-function signature), `pipeline:MODEL:LABEL`, "
-        "or a reward model's folder or id",
+        "may repeat. `module:function` (TRL's reward-function signature), `pipeline:MODEL:LABEL` for a classifier, "
+        "or a reward model's folder or id, with several outputs `reward:MODEL:LABEL`",
         action="extend",
     )
     scorer_weights: list[float] = option("one a scorer, 1 by default", [], action="extend")
@@ -107,7 +107,10 @@ def score(options: ScoreOptions) -> dict[str, int]:
     if not processes.first:
         return counts
     print(f"{options.output}: {counts['rows']} rows, {counts['completions']} completions", file=sys.stderr)
-    print(summary(_columns(options.output, ["rewards", *names]), counts["failed"]), file=sys.stderr)
+    dtype = torch_dtype(options.dtype)
+    rounded = any(spec.kind != "function" for spec in specs) and dtype.itemsize < 4
+    columns = _columns(options.output, ["rewards", *names])
+    print(summary(columns, counts["failed"], str(dtype).removeprefix("torch.") if rounded else None), file=sys.stderr)
     return counts
 
 
@@ -119,12 +122,13 @@ def _columns(file: str, names: list[str]) -> dict[str, list[list[float | None]]]
     return dict(zip(names, map(list, zip(*rows, strict=True)), strict=True))
 
 
-def summary(columns: dict[str, list[list[float | None]]], failed: int) -> str:
+def summary(columns: dict[str, list[list[float | None]]], failed: int, rounded: str | None = None) -> str:
     """What the rewards of scored rows are like, in a few lines: their mean, spread and ties, and what has no score.
 
     Args:
         columns: `rewards`, and each scorer's scores by its column; K numbers a row.
         failed: rows that are left out, since they couldn't be scored.
+        rounded: the dtype of models that run in fewer than 32 bits, where there are such.
     """
     rows = [np.array(rewards, dtype=float) for rewards in columns["rewards"]]
     several = [rewards for rewards in rows if len(rewards) > 1]
@@ -138,6 +142,8 @@ def summary(columns: dict[str, list[list[float | None]]], failed: int) -> str:
         lines.append(
             f"ties: {_share(ties, pairs, 'pairs')}; all rewards equal: {_share(equal, len(several), 'prompts')}"
         )
+        if ties and rounded:
+            lines.append(f"models ran in {rounded}, which rounds scores: `--dtype float32` tells more of them apart")
     lines.append(f"not scored and left out: {_share(failed, len(rows) + failed, 'rows')}")
     for name, own in columns.items():
         scores = [score for row in own for score in row]

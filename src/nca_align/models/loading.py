@@ -238,7 +238,7 @@ def add_adapter(model: Any, adapter: str) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # PEFT reads an attribute that transformers renames
             policy = load_adapter(model, adapter)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(
