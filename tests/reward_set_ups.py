@@ -26,7 +26,6 @@ DECODERS = [
 ENCODERS = ["Bert", "Roberta", "DebertaV2", "ModernBert", "DistilBert", "Electra"]
 READ_EOS = ["Bart", "UMT5"]  # the head reads the last EOS, and a batch must have as many in each text
 DIFFER = ["XLNet", "MobileBert", "ConvBert"]  # what they make of a text depends on the padding beside it
-HEADS = {"Roberta": "classifier.out_proj", "Electra": "classifier.out_proj", "Bart": "classification_head.out_proj"}
 
 CHAT = "{% for m in messages %}<|im_start|>{{ m['role'] }} {{ m['content'] }}<|im_end|>{% endfor %}"
 # How a template begins and ends a conversation: with BOS or not, in EOS, in EOS and a newline, or in neither.
@@ -146,7 +145,7 @@ def weights_of(family: str, outputs: int, folder: Path) -> Path:
         config |= {"model_type": "own_reward", "architectures": ["OwnReward"], "auto_map": auto}
         (made / "config.json").write_text(json.dumps(config))
         return made
-    own = {"decoder_start_token_id": 0} if family == "UMT5" else {}
+    own = {"decoder_start_token_id": 0} if family in ("T5", "UMT5") else {}
     build(f"{family}ForSequenceClassification", num_labels=outputs, **own).save_pretrained(made)
     return made
 
@@ -186,6 +185,10 @@ def build_set_up(set_up: SetUp, folder: Path, kept: Path) -> Path:
         if set_up.adapter == "score":  # as a language model is, of which RewardTrainer makes a reward model
             weights = folder / "base" / "model.safetensors"
             save({key: tensor for key, tensor in load(weights).items() if not is_head(key)}, weights)
+            config = json.loads((folder / "base" / "config.json").read_text())
+            config = {key: value for key, value in config.items() if key not in ("id2label", "label2id")}
+            config["architectures"] = [f"{set_up.family}ForCausalLM"]
+            (folder / "base" / "config.json").write_text(json.dumps(config))
     tokenizer_of(set_up).save_pretrained(model)
     return model
 
@@ -230,8 +233,9 @@ def read(set_up: SetUp, tokenizer: Any, row: dict, completion: Any) -> list[int]
 
 def alone(set_up: SetUp, folder: Path, rows: list[dict]) -> list[list[float] | None]:
     """What the model itself gives each row's completions; None of a row with one that it raises at."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    own: dict[str, Any] = {"dtype": getattr(torch, set_up.dtype), "trust_remote_code": set_up.family in OWN_FORWARD}
+    trusted = set_up.family in OWN_FORWARD
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted)
+    own: dict[str, Any] = {"dtype": getattr(torch, set_up.dtype), "trust_remote_code": trusted}
     if set_up.adapter is None:
         model = AutoModelForSequenceClassification.from_pretrained(folder, **own)
     else:

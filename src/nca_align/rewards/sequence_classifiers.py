@@ -29,10 +29,10 @@ from ..models.loading import (
 
 logger = logging.getLogger("nca_align")
 
-# How far a score in a batch may be from the same alone, as a share of the largest of a few scores. Rounding alone gives
+# How far a score in a batch may be from the same alone, as a share of the largest of several. Rounding alone gives
 # 1e-6, 0.002 and 0.05; a head that reads another token, about 1.
 _TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.1}
-_COMPARED = 4  # rows that are scored both ways at the start, at most
+_COMPARED = 16  # rows that are scored both ways at the start, at most
 
 Inputs = dict[str, list[int]]  # `input_ids`, and `token_type_ids` of a model that takes them: one row without padding
 
@@ -76,6 +76,14 @@ def _saved(adapter: str) -> dict[str, list[int]]:
         }
 
 
+def _embedding_rows(model: Any) -> int | None:
+    """How many tokens a model knows, where it reads tokens by one table."""
+    try:
+        return getattr(model.get_input_embeddings(), "num_embeddings", None)
+    except NotImplementedError:  # as of CANINE, which reads characters
+        return None
+
+
 class SequenceClassifier:
     """A loaded model and its tokenizer.
 
@@ -103,8 +111,7 @@ class SequenceClassifier:
         anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in forward.values())
         self._takes_mask = "attention_mask" in forward or anything
         self._taken = {"input_ids", "token_type_ids"} & {"input_ids", *forward}
-        self.config, embeddings = model.config, model.get_input_embeddings()
-        self._rows = getattr(embeddings, "num_embeddings", None)
+        self.config, self._rows = model.config, _embedding_rows(model)
         missing, other = set(report["missing_keys"]), {key for key, *_ in report["mismatched_keys"]}
         if source.adapter is not None:
             missing, other = missing - _saved(source.adapter).keys(), other - _saved(source.adapter).keys()
@@ -224,12 +231,13 @@ class SequenceClassifier:
                 f"{one_line(errors[0])[:200]}); give another model, or wrap it in a Python function"
             )
         own, batched = torch.cat(alone), self._in_batches(ran)
-        differ = (own - batched).abs().amax(1)
-        if not differ.max() <= _TOLERANCE.get(self.dtype, 0.1) * max(float(own.abs().max()), 0.1):
-            row = int(differ.argmax())
+        allowed = _TOLERANCE.get(self.dtype, 0.1) * own.abs().amax(0).clamp(min=0.1)  # of each output
+        excess = (own - batched).abs() / allowed
+        if not excess.max() <= 1:
+            row, output = divmod(int(excess.argmax()), excess.shape[1])
             raise UserError(
-                f"`scorer` {self.name} gives a text {own[row, 0]:.4g} alone and {batched[row, 0]:.4g} beside others in "
-                "a batch, so what it reads depends on the padding; score it with `--batch_size 1`"
+                f"`scorer` {self.name} gives a text {own[row, output]:.4g} alone and {batched[row, output]:.4g} beside "
+                "others in a batch, so what it reads depends on the padding; score it with `--batch_size 1`"
             )
         self._compared = True
 
