@@ -682,7 +682,7 @@ def test_a_grid_killed_half_way_and_resumed(config, tmp_path, capfd):
     # nothing is left to do, but the failed cell is tried again; and uninterrupted cells have the same figures
     alone = config | {"output_dir": str(tmp_path / "alone")}
     process = start([*write(alone, tmp_path), "--only", begun[0]])
-    said = process.communicate(timeout=120)[0]
+    said = process.communicate(timeout=600)[0]
     assert process.returncode == 0, said
     assert figures(tmp_path / "alone" / "comparison.csv", begun[0]) == figures(output / "comparison.csv", begun[0])
     assert compare_command.main([*arguments, "--only", "nca-*", "--output_dir", str(output)]) == 0

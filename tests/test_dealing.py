@@ -72,7 +72,7 @@ def test_two_processes_sample_what_one_does_killed_on_the_way_and_gone_on_from_b
         time.sleep(0.05)
     killed = {process for rank, process, _ in lines(made) if rank == "1"}
     os.kill(int(killed.pop()), signal.SIGKILL)
-    said = running.communicate(timeout=120)[0]
+    said = running.communicate(timeout=600)[0]
     assert running.returncode != 0
     assert "src/nca_align" not in said  # torchrun's own traceback alone
     assert {(rank, int(shard) % 2) for rank, _, shard in lines(made)} == {("0", 0), ("1", 1)}
@@ -102,7 +102,7 @@ def test_two_processes_go_on_with_what_one_began_and_one_speaks(scoring, tmp_pat
         score(ScoreOptions(output=str(output), **scoring))
     monkeypatch.setattr(shards, "_write", write)
     running = launch(made, "score", *flags(scoring), "--output", output)
-    said = running.communicate(timeout=120)[0]
+    said = running.communicate(timeout=600)[0]
     assert running.returncode == 0, said
     assert sorted((rank, int(shard)) for rank, _, shard in lines(made)) == [
         ("0", 2), ("0", 4), ("0", 6), ("1", 3), ("1", 5),
@@ -112,7 +112,7 @@ def test_two_processes_go_on_with_what_one_began_and_one_speaks(scoring, tmp_pat
     score(ScoreOptions(output=str(tmp_path / "one.jsonl"), **scoring))
     assert output.read_bytes() == (tmp_path / "one.jsonl").read_bytes()
     refused = launch(made, "score", *flags(scoring | {"shard_size": 3}), "--output", output)
-    said = refused.communicate(timeout=120)[0]
+    said = refused.communicate(timeout=600)[0]
     assert refused.returncode != 0
     assert said.count("nca-align score: error: ") == 1
     assert "of another configuration: `shard_size` 2 there and 3 here" in said

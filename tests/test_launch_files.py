@@ -101,7 +101,7 @@ def train(output: Path, launch: str, **options) -> str:
     arguments = [part for name, value in options.items() for part in (f"--{name}", str(value))]
     command = [*torchrun(processes), "tests/launched_as_on_cards.py", "--output_dir", str(output), *arguments]
     cache = {"HF_DATASETS_CACHE": str(output.parent / f"cache-{launch}")}
-    return run(command, environment(launch, processes) | cache, timeout=240).stdout
+    return run(command, environment(launch, processes) | cache, timeout=600).stdout
 
 
 def of_each_process(checkpoint: Path, launch: str) -> list[Path]:

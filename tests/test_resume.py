@@ -656,7 +656,7 @@ def launch(model_dir, tmp_path):
 
 
 def finish(process: subprocess.Popen, code: int = 0) -> str:
-    said = process.communicate(timeout=180)[0]
+    said = process.communicate(timeout=600)[0]
     assert process.returncode == code, said[-4000:]
     return said
 

@@ -168,11 +168,11 @@ def test_another_run_in_the_folder_is_refused(rounds):
     with open(folder / "busy" / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         process = start("busy")
-        assert re.search(r"another run is at work in \S+busy; wait for it", process.communicate(timeout=60)[0])
+        assert re.search(r"another run is at work in \S+busy; wait for it", process.communicate(timeout=600)[0])
     assert process.returncode == 1
 
 
 def test_an_unknown_reference_is_refused(rounds):
     process = rounds[1]("unknown", REFERENCE="last")
-    assert "REFERENCE is last; it must be first or moving" in process.communicate(timeout=60)[0]
+    assert "REFERENCE is last; it must be first or moving" in process.communicate(timeout=600)[0]
     assert process.returncode == 2

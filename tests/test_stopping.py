@@ -318,7 +318,7 @@ def test_ctrl_c_of_torchrun_is_passed_on_and_all_save(launch, tmp_path):
         if "step " in line and "loss" in line:
             break
     process.send_signal(signal.SIGINT)
-    said = process.communicate(timeout=120)[0]
+    said = process.communicate(timeout=600)[0]
     assert "Ctrl-C: the run saves at the end of this step" in said
     (step,) = whole_checkpoints(tmp_path / "run")
     assert f"Ctrl-C: checkpoint-{step} is written" in said

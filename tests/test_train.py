@@ -244,7 +244,7 @@ def test_the_literal_command_and_two_processes(model_dir, data_file, tmp_path):
         run = subprocess.run(
             [sys.executable, "-m", *launcher, "scripts/train.py", "--config", str(config), "--output_dir", str(output),
              "--learning_rate", "2e-3", *extra],
-            cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False,
+            cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False,
         )  # fmt: skip
         assert run.returncode == 0, run.stderr[-3000:]
         assert run.stdout.count("What moved") == 1

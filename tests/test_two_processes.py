@@ -24,7 +24,7 @@ def folders(model_dir, tmp_path_factory) -> dict[int, Path]:
     folder = tmp_path_factory.mktemp("launched")
     for processes, launcher in ((1, [sys.executable]), (2, torchrun(2))):
         command = [*launcher, "tests/launched_options.py", model_dir, str(folder / str(processes)), *CASES]
-        run(command, {"HF_DATASETS_CACHE": str(folder / f"cache{processes}")}, timeout=240)
+        run(command, {"HF_DATASETS_CACHE": str(folder / f"cache{processes}")}, timeout=600)
     return {processes: folder / str(processes) for processes in (1, 2)}
 
 
