@@ -202,7 +202,7 @@ def test_cards_that_are_not_here_are_planned_in_half_precision(files, capsys):
     assert "it takes cards of" in plan(files, capsys, devices=2)
 
 
-@pytest.mark.parametrize("bfloat16", [False, True])
+@pytest.mark.parametrize("bfloat16", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("own", [{}, {"bf16": "true"}, {"use_cpu": "false"}, {"fp16": "true", "tf32": "true"}])
 def test_a_machine_without_cards_plans_for_cards_where_none_are_named(files, capsys, own, bfloat16, monkeypatch):
     monkeypatch.setattr("nca_align.device.computes_bfloat16", lambda on_cpu: bfloat16)  # whatever its CPU is

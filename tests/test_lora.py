@@ -189,7 +189,9 @@ def subtracted(name: str, folder: Path, model_dir: str, **options):
     return run(folder, model, peft_config=config, save_strategy="steps", save_steps=1, **options)
 
 
-@pytest.mark.parametrize("name", SUBTRACTED)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in ("pissa", "lora_ga") else pytest.mark.slow) for name in SUBTRACTED]
+)
 def test_lora_that_edits_the_base_is_saved_for_the_base_as_it_is(name, model_dir, tmp_path):
     """By PEFT alone, from the run's folder; by us from a checkpoint, too, which holds it as it is trained."""
     nca = subtracted(name, tmp_path, model_dir)

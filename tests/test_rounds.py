@@ -126,7 +126,9 @@ def table(said: str) -> list[str]:
 def whole(rounds) -> tuple[Path, list[str]]:
     """Two rounds without interruption: their folder and table."""
     folder, start = rounds
-    return folder / "whole", table(finish(start("whole")))
+    said = finish(start("whole"))
+    assert "round-2 holds no checkpoint" in said
+    return folder / "whole", table(said)
 
 
 @pytest.mark.slow
@@ -145,7 +147,7 @@ def test_two_rounds_end_in_a_table(whole):
 @pytest.mark.slow
 def test_killed_in_the_middle_of_training_and_started_again(whole, rounds):
     folder, start = rounds
-    process, run = start("killed"), folder / "killed" / "round-1"
+    process, run = start("killed", ROUNDS="1"), folder / "killed" / "round-1"
     while not whole_checkpoints(run):
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.002)
@@ -153,12 +155,13 @@ def test_killed_in_the_middle_of_training_and_started_again(whole, rounds):
     process.communicate()
     assert not (run / "trainer_state.json").exists()
     (run / "checkpoint-999").mkdir()  # as a kill leaves it that comes while a checkpoint is written
-    said = finish(start("killed"))
+    said = finish(start("killed", ROUNDS="1"))
     assert "round-1 holds no checkpoint" not in said
-    assert "round-2 holds no checkpoint" in said
     steps = [line["step"] for line in json.loads((run / "trainer_state.json").read_text())["log_history"]]
     assert steps[-1] == 20
-    assert table(said) == whole[1]
+    of_all = [line.split() for line in whole[1]]
+    assert [line.split() for line in table(said)][:3] == of_all[:3]
+    assert of_all[2][0] == "round-1"
 
 
 @pytest.mark.slow
