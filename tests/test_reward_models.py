@@ -302,6 +302,15 @@ def test_conversations_longer_than_the_window(tmp_path, kept, caplog):
         assert score == pytest.approx(expected, abs=1e-4)
 
 
+def test_scores_that_are_not_finite_are_called_so(tmp_path, kept):
+    model = build_set_up(SetUp("Llama"), tmp_path, kept)
+    weights = load(model / "model.safetensors")
+    save(weights | {"score.weight": weights["score.weight"] * math.nan}, model / "model.safetensors")
+    failed = open_scorers([str(model)]).score_rows(rows_of(SetUp("Llama"), TEXTS)).failed
+    assert all("gave nan for completion 0; a score must be a finite number" in why for why in failed.values())
+    assert len(failed) == 2
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("pad_token", [None, "<pad>"])
 @pytest.mark.parametrize("peft", [False, True])

@@ -232,7 +232,7 @@ class SequenceClassifier:
             )
         own, batched = torch.cat(alone), self._in_batches(ran)
         allowed = _TOLERANCE.get(self.dtype, 0.1) * own.abs().amax(0).clamp(min=0.1)  # of each output
-        excess = (own - batched).abs() / allowed
+        excess = ((own - batched).abs() / allowed).where(own.isfinite(), 0.0)  # a score that is NaN is told later
         if not excess.max() <= 1:
             row, output = divmod(int(excess.argmax()), excess.shape[1])
             raise UserError(
