@@ -227,6 +227,13 @@ def test_what_is_refused(set_up, words, tmp_path, kept):
     assert re.search(words, check(set_up, tmp_path, kept, TEXTS))
 
 
+def test_it_is_refused_as_soon_as_it_is_opened(tmp_path, kept):
+    """As of `eval_scorer`, which scores nothing before the model has been trained for a while."""
+    model = build_set_up(SetUp("last"), tmp_path, kept)
+    with pytest.raises(UserError, match="--batch_size 1"):
+        open_scorers([str(model)], trust_remote_code=True)
+
+
 def edit(file: Path, **changes) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 

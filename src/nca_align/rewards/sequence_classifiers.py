@@ -8,6 +8,7 @@ what it reads in the text alone. The first rows are scored both ways, and a mode
 
 import inspect
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ logger = logging.getLogger("nca_align")
 # 1e-6, 0.002 and 0.05; a head that reads another token, about 1.
 _TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.1}
 _COMPARED = 16  # rows that are scored both ways at the start, at most
+_OWN_TEXTS = ("No.", "A short answer, and its reason.", "A longer answer: first this, then that. " * 4)
 
 Inputs = dict[str, list[int]]  # `input_ids`, and `token_type_ids` of a model that takes them: one row without padding
 
@@ -76,6 +78,33 @@ def _saved(adapter: str) -> dict[str, list[int]]:
         }
 
 
+def _load(name: str, dtype: str, trust_remote_code: bool) -> tuple[Any, Any, Mapping[str, inspect.Parameter]]:
+    """Tokenizer and model, and what the forward of the model, or of an adapter's base, takes."""
+    silence_transformers()
+    source, own = find_model(name, trust_remote_code)
+    tokenizer = source.load_tokenizer()
+    with as_user_error(f"loading `scorer` {name}", also=(AssertionError, IndexError)):
+        model, report = source.load(
+            AutoModelForSequenceClassification, dtype=torch_dtype(dtype), output_loading_info=True,
+            ignore_mismatched_sizes=True, **own,
+        )  # fmt: skip
+    forward = inspect.signature(model.forward).parameters
+    missing, other = set(report["missing_keys"]), {key for key, *_ in report["mismatched_keys"]}
+    if source.adapter is not None:
+        missing, other = missing - _saved(source.adapter).keys(), other - _saved(source.adapter).keys()
+        model = add_adapter(model, source.adapter)
+        if has_tokenizer(source.adapter) and tokenizer.pad_token_id is not None:
+            # An adapter is saved without its config, in which RewardTrainer put the pad token of this tokenizer.
+            model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    if missing or other:  # transformers has filled them with random numbers
+        raise UserError(
+            f"`scorer` {name} has no classification head{'' if missing else ' of the size that its config says'} "
+            f"({', '.join(sorted(missing or other)[:3])} {'missing' if missing else 'has another'} in its weights);"
+            " give a reward model, a classifier or an adapter that was saved with the head that it was trained with"
+        )
+    return tokenizer, model.to(default_device()).eval(), forward
+
+
 def _embedding_rows(model: Any) -> int | None:
     """How many tokens a model knows, where it reads tokens by one table."""
     try:
@@ -98,46 +127,23 @@ class SequenceClassifier:
     """
 
     def __init__(self, name: str, batch_size: int, dtype: str = "auto", trust_remote_code: bool = False):
-        silence_transformers()
         self.name, self._compared, self._warned = name, False, False
-        source, own = find_model(name, trust_remote_code)
-        self.tokenizer = source.load_tokenizer()
-        with as_user_error(f"loading `scorer` {name}", also=(AssertionError, IndexError)):
-            model, report = source.load(
-                AutoModelForSequenceClassification, dtype=torch_dtype(dtype), output_loading_info=True,
-                ignore_mismatched_sizes=True, **own,
-            )  # fmt: skip
-        forward = inspect.signature(model.forward).parameters
+        self.tokenizer, self._model, forward = _load(name, dtype, trust_remote_code)
+        self.config, self._rows = self._model.config, _embedding_rows(self._model)
         anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in forward.values())
         self._takes_mask = "attention_mask" in forward or anything
         self._taken = {"input_ids", "token_type_ids"} & {"input_ids", *forward}
-        self.config, self._rows = model.config, _embedding_rows(model)
-        missing, other = set(report["missing_keys"]), {key for key, *_ in report["mismatched_keys"]}
-        if source.adapter is not None:
-            missing, other = missing - _saved(source.adapter).keys(), other - _saved(source.adapter).keys()
-            model = add_adapter(model, source.adapter)
-        if missing or other:  # transformers has filled them with random numbers
-            raise UserError(
-                f"`scorer` {name} has no classification head{'' if missing else ' of the size that its config says'} "
-                f"({', '.join(sorted(missing or other)[:3])} {'missing' if missing else 'has another'} in its weights);"
-                " give a reward model, a classifier or an adapter that was saved with the head that it was trained with"
-            )
         plain, special = (self.tokenizer("a", add_special_tokens=own)["input_ids"] for own in (False, True))
         where = next((i for i in range(len(special)) if special[i : i + len(plain)] == plain), 0)
         self._added = special[:where], special[where + len(plain) :]  # in front of a text, and behind it
-        text_config = self.config.get_text_config()
-        if source.adapter is not None and has_tokenizer(source.adapter) and self.tokenizer.pad_token_id is not None:
-            # An adapter is saved without its config, in which RewardTrainer put the pad token of this tokenizer.
-            text_config.pad_token_id = self.tokenizer.pad_token_id
-        pad = getattr(text_config, "pad_token_id", None)
+        pad = getattr(self.config.get_text_config(), "pad_token_id", None)
         self._padding = pad if isinstance(pad, int) and 0 <= pad < (self._rows or pad + 1) else None
         if self._padding is None and batch_size > 1:
-            logger.warning(
-                "scorer %s: its config names no `pad_token_id`, so it takes one conversation at a time.", name
-            )
+            logger.warning("scorer %s: its config names no `pad_token_id`: it takes one conversation at a time.", name)
         self._batch_size = 1 if self._padding is None else batch_size
-        self._model = model.to(default_device()).eval()
         self.window = self._find_window()
+        own = [self.inputs(text, special=True)[0] for text in _OWN_TEXTS]
+        self._compare(own, made_up=True)  # before much is computed: the first rows may come after hours of training
 
     @property
     def dtype(self) -> torch.dtype:
@@ -204,18 +210,18 @@ class SequenceClassifier:
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
         ordered = [rows[i] for i in order]
         if not self._compared:
-            self._compare(ordered)
+            self._compared = self._compare(ordered)
         return self._in_batches(ordered)[torch.tensor(order).argsort()]
 
-    def _compare(self, rows: list[Inputs]) -> None:
-        """Score a few of `rows`, which are sorted by length, alone and in a batch.
+    def _compare(self, rows: list[Inputs], made_up: bool = False) -> bool:
+        """Score a few of `rows`, which are sorted by length, alone and in a batch; whether there were any to compare.
 
         Raises:
-            UserError: they differ, or the model can't be run on any.
+            UserError: they differ, or the model raises at each of them, unless they are `made_up`.
         """
         few = [rows[i] for i in torch.linspace(0, len(rows) - 1, min(_COMPARED, len(rows))).round().long().tolist()]
         if len(few[0]["input_ids"]) == len(few[-1]["input_ids"]):
-            return  # nothing would be padded
+            return False  # nothing is padded
         ran, alone, errors = [], [], []
         for row in few:
             try:
@@ -225,6 +231,8 @@ class SequenceClassifier:
                 if isinstance(error, UserError):
                     raise
                 errors.append(error)
+        if not ran and made_up:
+            return False
         if not ran:
             raise UserError(
                 f"`scorer` {self.name} can't score a text alone ({type(errors[0]).__name__}: "
@@ -237,9 +245,9 @@ class SequenceClassifier:
             row, output = divmod(int(excess.argmax()), excess.shape[1])
             raise UserError(
                 f"`scorer` {self.name} gives a text {own[row, output]:.4g} alone and {batched[row, output]:.4g} beside "
-                "others in a batch, so what it reads depends on the padding; score it with `--batch_size 1`"
+                "others in a batch, so what it reads depends on the padding; `nca-align score --batch_size 1` scores it"
             )
-        self._compared = True
+        return True
 
     def _in_batches(self, rows: list[Inputs]) -> torch.Tensor:
         starts = range(0, len(rows), self._batch_size)
