@@ -1,6 +1,8 @@
 """Servers over real sockets that answer as they are told, and as others document that theirs do (docs/servers.md)."""
 
 import json
+import ssl
+import sys
 import threading
 import time
 from collections import Counter
@@ -17,10 +19,20 @@ class _Server(ThreadingHTTPServer):
     request_queue_size = 256
     daemon_threads = True
 
+    def handle_error(self, request, client_address):
+        """A client may hang up; other errors are shown."""
+        if not isinstance(sys.exception(), OSError):
+            super().handle_error(request, client_address)
+
 
 @contextmanager
-def http_server(answer: Callable[[str, Any], tuple[int, dict, Any]]) -> Iterator[str]:
-    """A server whose `answer(path, body)` gives (status, headers, object), or what to do with the handler instead."""
+def http_server(answer: Callable[[str, Any], Any], certificate: str | None = None) -> Iterator[str]:
+    """A server whose `answer(path, body)` gives (status, headers, object), or what to do with the handler instead.
+
+    Args:
+        answer: called in the thread of a request.
+        certificate: a file of it and its key, for HTTPS.
+    """
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
@@ -45,9 +57,13 @@ def http_server(answer: Callable[[str, Any], tuple[int, dict, Any]]) -> Iterator
             pass
 
     with _Server(("127.0.0.1", 0), Handler) as running:
+        if certificate:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(certificate)
+            running.socket = context.wrap_socket(running.socket, server_side=True)
         thread = threading.Thread(target=running.serve_forever, args=(0.01,), daemon=True)
         thread.start()
-        yield f"http://127.0.0.1:{running.server_port}"
+        yield f"http{'s' if certificate else ''}://127.0.0.1:{running.server_port}"
         running.shutdown()
 
 

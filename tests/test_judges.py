@@ -216,6 +216,13 @@ class TestWhatTheModelIsAsked:
         asked = self.ask(options, "mt_bench", chat_template_kwargs='{"enable_thinking": false}')
         assert all(body["chat_template_kwargs"] == {"enable_thinking": False} for body in asked)
 
+    def test_answers_without_text_are_counted(self, options, capsys):
+        """A thought cut at the limit is an answer that says nothing."""
+        reply = {"choices": [{"message": {"reasoning": "Hm"}, "finish_reason": "length"}]}
+        with http_server(lambda path, body: (200, {}, reply)) as url:
+            judge(options("arena_hard", base_url=url, model_name_or_path="m"))
+        assert "2 of 2 answers cut at 8 tokens, 2 without text; docs" in capsys.readouterr().err
+
     def test_the_only_model_of_a_server_gives_the_name(self, options):
         asked: list[dict] = []
         respond = answered(asked)

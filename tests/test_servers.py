@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -36,7 +37,7 @@ from nca_align.errors import UserError
 from nca_align.models import smollm2
 from nca_align.models.sampling import seed_for
 from nca_align.store.provenance import read_provenance
-from stand_ins import FORMS, MODELS, OK, TRIES, Failed, Faulty, Stops, chat_answer, http_server, made_up, message
+from stand_ins import FINE, FORMS, MODELS, OK, TRIES, Failed, Faulty, Stops, chat_answer, http_server, made_up, message
 from test_sampling import PROMPTS, read, write_prompts
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -144,6 +145,25 @@ def test_a_query_stays_behind_the_path(pauses):
 def test_no_address(text, options):
     with pytest.raises(UserError, match="it must begin with http:// or https:// and a host"):
         options(base_url=text)
+
+
+def test_https(tmp_path, monkeypatch):
+    """A certificate that isn't trusted ends the run; one that is, by the way that OpenSSL has for it, does not."""
+    if shutil.which("openssl") is None:
+        pytest.skip("no openssl to make a certificate")
+    made = tmp_path / "both.pem"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-subj",
+         "/CN=x", "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(tmp_path / "key"), "-out", str(made)],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    certificate = made.read_text()
+    made.write_text(certificate + (tmp_path / "key").read_text())
+    with http_server(lambda path, body: OK, certificate=str(made)) as url:
+        with pytest.raises(UserError, match=r"does not answer .*CERTIFICATE_VERIFY_FAILED"):
+            ask(url)
+        monkeypatch.setenv("SSL_CERT_FILE", str(made))
+        assert ask(url) == {0: [Sample(*FINE)]}
 
 
 class TestTries:
@@ -353,6 +373,23 @@ def test_answers_that_failed_are_counted_by_their_cause(options, tmp_path, capsy
     said = capsys.readouterr().err
     assert "3 without text left out (1: content filter, 2: cut before any text)" in said
     assert "could not be completed: 1 (1: no answer)" in said
+
+
+def test_failed_rows_of_a_run_that_stops_are_told_by_their_cause(options):
+    replies = {
+        PROMPTS[1]: (413, {}, b""),
+        PROMPTS[2]: (400, {}, b"filtered by content policy"),
+        PROMPTS[5]: (413, {}, b""),
+    }
+
+    def answer(path, body):
+        return replies.get(body["messages"][0]["content"]) or (200, {}, chat_answer(body, 3))
+
+    said = (
+        r"^row 1 \(and 2 more: 2, 5; of all 2 too long, 1 content filter\): the server at .*; the other 4 rows are done"
+    )
+    with http_server(answer) as url, pytest.raises(UserError, match=said):
+        sample(options(base_url=url))
 
 
 @pytest.mark.parametrize("finish", ["length", "stop"])
@@ -653,6 +690,30 @@ class TestServer:
         with http_server(answer) as url, pytest.raises(KeyboardInterrupt):
             sample(options(base_url=url, model_name_or_path="m", dataset_name=many, concurrency=2, shard_size=50))
         assert len(asked) < 100
+
+    def test_an_interrupt_waits_for_no_answer(self, options):
+        """The requests under way end, at the server too."""
+        asked, ended = threading.Semaphore(0), []
+
+        def slow(handler):
+            asked.release()
+            handler.connection.settimeout(30)
+            ended.append(handler.rfile.read(1))  # nothing more comes, until the client hangs up
+
+        def interrupt():
+            for _ in PROMPTS:
+                asked.acquire(timeout=20)
+            os.kill(os.getpid(), signal.SIGINT)
+
+        start = time.monotonic()
+        threading.Thread(target=interrupt).start()
+        with http_server(lambda path, body: slow) as url:
+            with pytest.raises(KeyboardInterrupt):
+                sample(options(base_url=url, shard_size=1))
+            assert time.monotonic() - start < 10
+            while len(ended) < len(PROMPTS) and time.monotonic() - start < 20:
+                time.sleep(0.01)
+        assert ended == [b""] * len(PROMPTS)
 
     @pytest.mark.parametrize("failure", [(503, {}, b"busy"), (429, {"Retry-After": "3"}, b""), (200, {}, b"{tru")])
     def test_tried_again_while_the_server_is_busy(self, options, failure):

@@ -241,16 +241,20 @@ def _counts(shards: list[Path], drop_failed: bool, rows: int, path: Path) -> dic
     """
     abouts = [_about(shard) for shard in shards]
     failed = {int(row): why for about in abouts for row, why in about["failed"].items()}
+    counts = Counter(failed=len(failed))
+    for about in abouts:
+        counts.update(about["counts"])
     if failed and not drop_failed:
         row, why = next(iter(failed.items()))
-        more = f" (and {len(failed) - 1} more: {first_few(list(failed)[1:])})" if len(failed) > 1 else ""
+        causes = [f"{n} {key.removeprefix('failed: ')}" for key, n in counts.items() if key.startswith("failed: ")]
+        told = [f"and {len(failed) - 1} more: {first_few(list(failed)[1:])}"]
+        if causes:
+            told.append(f"of all {', '.join(causes)}")
+        more = f" ({'; '.join(told)})" if len(failed) > 1 else ""
         raise UserError(
             f"row {row}{more}: {why}; the other {rows - len(failed)} rows are done and kept in {shards[0].parent}: "
             "mend it and run the same command again, or add `--on_error drop` to leave such rows out"
         )
-    counts = Counter(failed=len(failed))
-    for about in abouts:
-        counts.update(about["counts"])
     if not counts["rows"]:
         raise UserError(f"none of the {rows} rows is left for {path} ({dict(counts)}); see {shards[0].parent}")
     return dict(sorted(counts.items()))

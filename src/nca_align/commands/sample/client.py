@@ -1,14 +1,19 @@
 """Requests to a server over HTTP, tried again while it is busy or broken, within limits of time and memory."""
 
+import contextlib
+import functools
 import json
 import math
 import os
 import random
+import socket
+import ssl
 import threading
 import time
 import urllib.request
+import weakref
 from collections.abc import Callable
-from http.client import HTTPException
+from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from typing import Any, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
@@ -47,13 +52,16 @@ class Client:
         self.timeout, self.retries = options.timeout, options.retries
         self.accepted: set[str] = set()  # keys of the requests that were answered
         self._answered = 0.0  # when the last one was
+        self._connections = _Connections()
+        self._opener = urllib.request.build_opener(self._connections, _AnyStatus)
         self._ended = threading.Event()
         self._end: BaseException | None = None
 
     def end(self, error: BaseException) -> None:
-        """End all pauses: no request is tried any more, each raises `error`."""
+        """End all requests and pauses: none is tried any more, each raises `error`."""
         self._end = self._end or error
         self._ended.set()
+        self._connections.shut_down()
 
     def check(self) -> None:
         """Raise the error that ended all requests, where there was one."""
@@ -121,7 +129,7 @@ class Client:
         until = time.monotonic() + self.timeout
         connected = False
         try:
-            with _OPENER.open(urllib.request.Request(url, data, headers), timeout=self.timeout) as response:
+            with self._opener.open(urllib.request.Request(url, data, headers), timeout=self.timeout) as response:
                 connected = True
                 parts, size = [], 0
                 while part := response.read1(2**16):
@@ -149,7 +157,44 @@ class _AnyStatus(urllib.request.HTTPErrorProcessor):
     https_response = http_response
 
 
-_OPENER = urllib.request.build_opener(_AnyStatus)
+class _Connections(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
+    """Opens connections that another thread can shut down: a request may take minutes, which no end should wait for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
+        self._adding = threading.Lock()
+        self._shut = False
+
+    @functools.cached_property
+    def _certificates(self) -> ssl.SSLContext:
+        return ssl.create_default_context()
+
+    def http_open(self, request: Any) -> Any:
+        return self.do_open(self._kept(HTTPConnection), request)
+
+    def https_open(self, request: Any) -> Any:
+        return self.do_open(self._kept(HTTPSConnection), request, context=self._certificates)
+
+    def _kept(self, kind: Any) -> Any:
+        def connect(connection: Any) -> None:
+            kind.connect(connection)
+            with self._adding:
+                self._sockets.add(connection.sock)
+            if self._shut:
+                connection.close()
+                raise ConnectionAbortedError
+
+        return type(kind.__name__, (kind,), {"connect": connect})
+
+    def shut_down(self) -> None:
+        """Shut all connections down, and any that is opened later."""
+        self._shut = True
+        with self._adding:
+            opened = list(self._sockets)
+        for one in opened:
+            with contextlib.suppress(OSError):  # it has ended by itself
+                one.shutdown(socket.SHUT_RDWR)
 
 
 def api_base_url(options: EngineOptions) -> str:

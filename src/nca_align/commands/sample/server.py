@@ -2,7 +2,7 @@
 
 import json
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import partial
 from typing import Any
 
@@ -14,6 +14,7 @@ from .answers import FailedRow, Refused, read_models, read_samples
 from .client import Client, NoAnswer
 from .options import Engine, EngineOptions, Sample, SampleOptions
 
+_GLANCE = 0.5  # seconds from one look at whether the run ends to the next
 _UNANSWERED = 3  # rows without an answer, while no other has one, of which the server must be the reason
 
 
@@ -121,6 +122,8 @@ def server_engine(options: SampleOptions, model: str) -> Engine:
             under_way = {number: pool.submit(complete_row, sampling, number, row) for number, row in rows.items()}
             progress(0)
             for number, future in under_way.items():
+                while not wait([future], _GLANCE).done:
+                    progress(0)  # which raises where the run ends
                 found[number] = future.result()
                 progress(1)
         except BaseException as error:
