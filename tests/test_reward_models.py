@@ -318,6 +318,21 @@ def test_scores_that_are_not_finite_are_called_so(tmp_path, kept):
     assert len(failed) == 2
 
 
+def test_an_adapter_of_the_hub(tmp_path, kept, monkeypatch):
+    """From the cache that a download leaves, without a network."""
+    set_up = SetUp("Llama", adapter="score")
+    model, rows = build_set_up(set_up, tmp_path, kept), rows_of(set_up, TEXTS)
+    cached = tmp_path / "hub" / "models--someone--reward"
+    shutil.copytree(model, cached / "snapshots" / ("a" * 40))
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("a" * 40)
+    for constant in ("huggingface_hub.constants.HF_HUB_CACHE", "transformers.utils.hub.TRANSFORMERS_CACHE"):
+        monkeypatch.setattr(constant, str(tmp_path / "hub"), raising=False)
+    own, hub = (open_scorers([name]).score_rows(rows) for name in (str(model), "someone/reward"))
+    assert [row["rewards"] for row in hub.rows] == [row["rewards"] for row in own.rows]
+    assert "score_reward" in hub.rows[0]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("pad_token", [None, "<pad>"])
 @pytest.mark.parametrize("peft", [False, True])

@@ -74,7 +74,7 @@ def model_scorer(
     the score. A classifier reads the completion's text, and the probability of `label` is the score.
 
     Args:
-        name: a folder or a Hub id of a model, or the folder of an adapter.
+        name: a folder or a Hub id, of a model or an adapter.
         label: of an output; None where there is one alone.
         classifier: whether it is one, or else a reward model.
         batch_size: completions a batch; they are sorted by length.

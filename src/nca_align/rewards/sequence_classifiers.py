@@ -27,6 +27,7 @@ from ..models.loading import (
     silence_transformers,
     torch_dtype,
 )
+from ..store.hub import adapter_folder
 
 logger = logging.getLogger("nca_align")
 
@@ -43,18 +44,21 @@ def find_model(name: str, trust_remote_code: bool = False) -> tuple[ModelSource,
     """Where a scorer is to be loaded from, and what of its config an adapter decides.
 
     Args:
-        name: a folder or a Hub id of a whole model, or the folder of an adapter.
+        name: a folder or a Hub id, of a whole model or an adapter.
         trust_remote_code: run code that comes with the model.
 
     Raises:
         UserError: an adapter that can't be read, or of a model that gives one output a token.
     """
-    source = ModelSource.of(name, key="scorer", trust_remote_code=trust_remote_code)
+    folder = adapter_folder(name) or name
+    source = ModelSource.of(folder, key="scorer", trust_remote_code=trust_remote_code)
     if source.adapter is None:
         return source, {}
-    if str(adapter_config(name).task_type) == "TOKEN_CLS":
+    if str(adapter_config(folder).task_type) == "TOKEN_CLS":
         refuse_token_rewards(name)
-    sizes = [shape[0] for key, shape in _saved(name).items() if key.startswith(("score", "classif")) and len(shape) > 1]
+    sizes = [
+        shape[0] for key, shape in _saved(folder).items() if key.startswith(("score", "classif")) and len(shape) > 1
+    ]
     return source, {"num_labels": sizes[-1]} if sizes else {}
 
 
@@ -117,7 +121,7 @@ class SequenceClassifier:
     """A loaded model and its tokenizer.
 
     Args:
-        name: a folder or a Hub id of a whole model, or an adapter's folder, as PEFT or TRL's RewardTrainer saves it.
+        name: a folder or a Hub id, of a whole model or of an adapter as PEFT or TRL's RewardTrainer saves it.
         batch_size: texts a batch.
         dtype: `auto` for bfloat16 on a GPU and float32 on a CPU, or the name of one.
         trust_remote_code: run code that comes with the model.

@@ -47,6 +47,33 @@ def download_file(repo: str, kind: str, file: str, what: str) -> str:
         ) from error
 
 
+def adapter_folder(name: str) -> str | None:
+    """The folder of the adapter that an id of the Hub names, downloaded or cached; None of any other id or a folder.
+
+    Raises:
+        UserError: it is an adapter, and can't be had.
+    """
+    from huggingface_hub import snapshot_download
+    from transformers.utils import find_adapter_config_file
+
+    if Path(name).exists():
+        return None
+    go_offline_without_network()
+    try:
+        if find_adapter_config_file(name) is None:
+            return None
+    except (OSError, ValueError):  # no such repository, which loading says
+        return None
+    files = ["adapter_*", "*token*", "*.jinja", "vocab.*", "merges.txt", "*.model"]
+    try:
+        return snapshot_download(name, allow_patterns=files, ignore_patterns=["*/*"])
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"the adapter {name} can't be had from the Hugging Face Hub ({one_line(error)[:200]}); give the path of a "
+            "copy"
+        ) from error
+
+
 def push(folder: Path, repository: str) -> bool:
     """Send an exported folder to a repository of the Hub, which is made, private, where there is none.
 
