@@ -46,7 +46,9 @@ OWN_FORWARD = {
     "flat": "return Output(logits=scores[:, -1, 0])",
     "tuple": "return (scores[:, -1],)",
     "nothing": "return None",
-    "two": "return Output(logits=scores[:, -1].repeat(1, 2))",
+    "tokens": "return Output(logits=scores[..., 0])",
+    "two": "return Output(logits=scores[torch.arange(len(scores)), attention_mask.sum(1) - 1].repeat(1, 2))",
+    "unsaid": "return Output(logits=scores[torch.arange(len(scores)), attention_mask.sum(1) - 1])",
     "raises": "raise KeyError('pixel_values')",
 }
 OWN_CODE = """
@@ -104,13 +106,16 @@ class SetUp:
     @property
     def refusal(self) -> str | None:
         """Words of the refusal that is right for it; None where it must be scored."""
-        if self.outputs > 1 and not self.label:
+        if (self.outputs > 1 or self.family == "two") and not self.label:
             return "outputs, where a reward model has one"
         return {
-            "token": "a reward for each token or step", "flat": "gives logits of shape", "two": "gives logits of shape",
-            "tuple": "without `logits`", "nothing": "without `logits`",
+            "token": "a reward for each token or step",
+            "tokens": "a reward for each token or step",
+            "flat": "gives logits of shape",
+            "tuple": "without `logits`",
+            "nothing": "without `logits`",
             "raises": "can't score a text alone (KeyError: 'pixel_values')",
-        }.get(self.family)  # fmt: skip
+        }.get(self.family)
 
     @property
     def may_differ(self) -> bool:
@@ -141,6 +146,8 @@ def weights_of(family: str, outputs: int, folder: Path) -> Path:
         save(state | {"value.bias": torch.ones(1)}, weights)
         (made / "own.py").write_text(OWN_CODE.replace("FORWARD", OWN_FORWARD[family]))
         config = json.loads((made / "config.json").read_text())
+        if family == "unsaid":  # how many outputs there are, for which transformers takes 2
+            config = {key: value for key, value in config.items() if key not in ("id2label", "label2id")}
         auto = {"AutoConfig": "own.OwnConfig", "AutoModelForSequenceClassification": "own.OwnReward"}
         config |= {"model_type": "own_reward", "architectures": ["OwnReward"], "auto_map": auto}
         (made / "config.json").write_text(json.dumps(config))

@@ -199,6 +199,7 @@ def kept(tmp_path_factory) -> Path:
         SetUp("Llama", pad="eos", config_pad="none", adapter="score"),
         SetUp("Qwen3", pad="own", config_pad="own", adapter="whole", dtype="bfloat16"),
         SetUp("mask"),
+        SetUp("unsaid"),
         SetUp("last", batch_size=1),
     ],
     ids=str,
@@ -217,7 +218,8 @@ REFUSED = {
     "logits (B,)": (SetUp("flat"), r"gives logits of shape \(1,\) for 1 texts"),
     "a tuple": (SetUp("tuple"), "gives a tuple without `logits` for 1 texts"),
     "nothing": (SetUp("nothing"), "gives a NoneType without `logits`"),
-    "more outputs than it says": (SetUp("two"), r"gives logits of shape \(1, 2\) for 1 texts"),
+    "logits (B, T)": (SetUp("tokens"), "gives a reward for each token or step"),
+    "more outputs than it says": (SetUp("two"), "has 2 outputs, .* with one of LABEL_0, LABEL_1"),
     "a forward that raises": (SetUp("raises"), r"can't score a text alone \(KeyError: 'pixel_values'\)"),
 }
 

@@ -9,7 +9,8 @@ import torch
 from ..batching.rendering import conversation_text
 from ..data.cleaning import clean_prompt, text_of
 from ..errors import UserError
-from .sequence_classifiers import Inputs, SequenceClassifier, find_model, refuse_token_rewards
+from .classifier_loading import find_model, refuse_token_rewards
+from .sequence_classifiers import Inputs, SequenceClassifier
 
 logger = logging.getLogger("nca_align")
 
@@ -35,16 +36,15 @@ def check_config(name: str, label: str | None, classifier: bool, trust_remote_co
         refuse_token_rewards(name)
     elif not any("ForSequenceClassification" in found for found in classes):
         return  # opening it says why not
-    scored_output(name, label, classifier, config)
+    scored_output(name, label, classifier, list(config.id2label.values()))
 
 
-def scored_output(name: str, label: str | None, classifier: bool, config: Any) -> int:
-    """The number of the output that is the score: the one called `label`, or the only one that there is.
+def scored_output(name: str, label: str | None, classifier: bool, labels: list[str]) -> int:
+    """The place of the output that is the score among `labels`: the one called `label`, or the only one that there is.
 
     Raises:
         UserError: no such label, or none given where there are several.
     """
-    labels = [config.id2label[i] for i in sorted(config.id2label)]
     if label is None and len(labels) > 1 and not classifier:
         raise UserError(
             f"`scorer` {name} has {len(labels)} outputs, where a reward model has one: write pipeline:{name}:LABEL for "
@@ -87,7 +87,7 @@ def model_scorer(
     """
     check_config(name, label, classifier, trust_remote_code)
     model = SequenceClassifier(name, batch_size, dtype, trust_remote_code)
-    output = scored_output(name, label, classifier, model.config)
+    output = scored_output(name, label, classifier, model.labels)
 
     def run(rows: Sequence[dict[str, Any]], completions: Sequence[Any]) -> list[float]:
         if classifier:
@@ -128,6 +128,6 @@ def _probabilities(logits: torch.Tensor, config: Any) -> torch.Tensor:
     """What transformers' text-classification pipeline makes of logits, (B, n)."""
     if config.problem_type == "regression":
         return logits
-    if config.problem_type == "multi_label_classification" or config.num_labels == 1:
+    if config.problem_type == "multi_label_classification" or logits.shape[1] == 1:
         return logits.sigmoid()
     return logits.softmax(-1)

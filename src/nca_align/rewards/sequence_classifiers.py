@@ -6,28 +6,13 @@ So a batch is padded on the right with the config's own pad token, whatever the 
 what it reads in the text alone. The first rows are scored both ways, and a model that differs is refused.
 """
 
-import inspect
 import logging
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import nn
-from transformers import AutoModelForSequenceClassification
 
-from ..errors import InvalidRowError, UserError, as_user_error, one_line
-from ..models.loading import (
-    ModelSource,
-    adapter_config,
-    add_adapter,
-    default_device,
-    has_tokenizer,
-    silence_transformers,
-    torch_dtype,
-)
-from ..store.hub import adapter_folder
+from ..errors import InvalidRowError, UserError, one_line
+from .classifier_loading import embedding_rows, load_classifier, refuse_token_rewards
 
 logger = logging.getLogger("nca_align")
 
@@ -38,83 +23,6 @@ _COMPARED = 16  # rows that are scored both ways at the start, at most
 _OWN_TEXTS = ("No.", "A short answer, and its reason.", "A longer answer: first this, then that. " * 4)
 
 Inputs = dict[str, list[int]]  # `input_ids`, and `token_type_ids` of a model that takes them: one row without padding
-
-
-def find_model(name: str, trust_remote_code: bool = False) -> tuple[ModelSource, dict[str, Any]]:
-    """Where a scorer is to be loaded from, and what of its config an adapter decides.
-
-    Args:
-        name: a folder or a Hub id, of a whole model or an adapter.
-        trust_remote_code: run code that comes with the model.
-
-    Raises:
-        UserError: an adapter that can't be read, or of a model that gives one output a token.
-    """
-    folder = adapter_folder(name) or name
-    source = ModelSource.of(folder, key="scorer", trust_remote_code=trust_remote_code)
-    if source.adapter is None:
-        return source, {}
-    if str(adapter_config(folder).task_type) == "TOKEN_CLS":
-        refuse_token_rewards(name)
-    sizes = [
-        shape[0] for key, shape in _saved(folder).items() if key.startswith(("score", "classif")) and len(shape) > 1
-    ]
-    return source, {"num_labels": sizes[-1]} if sizes else {}
-
-
-def refuse_token_rewards(name: str) -> None:
-    """Raise the UserError of a model that gives rewards per token or step."""
-    raise UserError(
-        f"`scorer` {name} gives a reward for each token or step (a process reward model, or a token classifier), and a "
-        "scorer gives one for a whole completion; reduce its rewards in a Python function, and give module:function"
-    )
-
-
-def _saved(adapter: str) -> dict[str, list[int]]:
-    """Name → shape of what an adapter's folder holds, as the base model calls it; nothing of a pickle."""
-    file = Path(adapter) / "adapter_model.safetensors"
-    if not file.exists():
-        return {}
-    with safe_open(file, "pt") as weights:
-        return {
-            key.removeprefix("base_model.model.").replace(".modules_to_save", ""): weights.get_slice(key).get_shape()
-            for key in sorted(weights.keys())
-        }
-
-
-def _load(name: str, dtype: str, trust_remote_code: bool) -> tuple[Any, Any, Mapping[str, inspect.Parameter]]:
-    """Tokenizer and model, and what the forward of the model, or of an adapter's base, takes."""
-    silence_transformers()
-    source, own = find_model(name, trust_remote_code)
-    tokenizer = source.load_tokenizer()
-    with as_user_error(f"loading `scorer` {name}", also=(AssertionError, IndexError)):
-        model, report = source.load(
-            AutoModelForSequenceClassification, dtype=torch_dtype(dtype), output_loading_info=True,
-            ignore_mismatched_sizes=True, **own,
-        )  # fmt: skip
-    forward = inspect.signature(model.forward).parameters
-    missing, other = set(report["missing_keys"]), {key for key, *_ in report["mismatched_keys"]}
-    if source.adapter is not None:
-        missing, other = missing - _saved(source.adapter).keys(), other - _saved(source.adapter).keys()
-        model = add_adapter(model, source.adapter)
-        if has_tokenizer(source.adapter) and tokenizer.pad_token_id is not None:
-            # An adapter is saved without its config, in which RewardTrainer put the pad token of this tokenizer.
-            model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
-    if missing or other:  # transformers has filled them with random numbers
-        raise UserError(
-            f"`scorer` {name} has no classification head{'' if missing else ' of the size that its config says'} "
-            f"({', '.join(sorted(missing or other)[:3])} {'missing' if missing else 'has another'} in its weights);"
-            " give a reward model, a classifier or an adapter that was saved with the head that it was trained with"
-        )
-    return tokenizer, model.to(default_device()).eval(), forward
-
-
-def _embedding_rows(model: Any) -> int | None:
-    """How many tokens a model knows, where it reads tokens by one table."""
-    try:
-        return getattr(model.get_input_embeddings(), "num_embeddings", None)
-    except NotImplementedError:  # as of CANINE, which reads characters
-        return None
 
 
 class SequenceClassifier:
@@ -132,8 +40,9 @@ class SequenceClassifier:
 
     def __init__(self, name: str, batch_size: int, dtype: str = "auto", trust_remote_code: bool = False):
         self.name, self._compared, self._warned = name, False, False
-        self.tokenizer, self._model, forward = _load(name, dtype, trust_remote_code)
-        self.config, self._rows = self._model.config, _embedding_rows(self._model)
+        self._outputs = 0  # in each of the model's logits, as it is run
+        self.tokenizer, self._model, forward = load_classifier(name, dtype, trust_remote_code)
+        self.config, self._rows = self._model.config, embedding_rows(self._model)
         anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in forward.values())
         self._takes_mask = "attention_mask" in forward or anything
         self._taken = {"input_ids", "token_type_ids"} & {"input_ids", *forward}
@@ -153,6 +62,13 @@ class SequenceClassifier:
     def dtype(self) -> torch.dtype:
         """In which the model runs."""
         return self._model.dtype
+
+    @property
+    def labels(self) -> list[str]:
+        """Of its outputs, by its config; LABEL_0 and on where it says of another number than there is."""
+        count = self._outputs or self.config.num_labels
+        named = self.config.num_labels == count
+        return [self.config.id2label[i] if named else f"LABEL_{i}" for i in range(count)]
 
     def _find_window(self) -> int:
         """The most tokens that the model or its tokenizer takes."""
@@ -283,13 +199,16 @@ class SequenceClassifier:
             inputs["attention_mask"] = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
         given = self._model(**{key: values.to(self._model.device) for key, values in inputs.items()})
         logits = getattr(given, "logits", None)
-        if not isinstance(logits, torch.Tensor) or tuple(logits.shape) != (len(rows), self.config.num_labels):
-            if isinstance(logits, torch.Tensor) and logits.shape[:2] == inputs["input_ids"].shape and logits.dim() == 3:
+        if not isinstance(logits, torch.Tensor) or logits.dim() != 2 or len(logits) != len(rows):
+            if isinstance(logits, torch.Tensor) and logits.shape[:2] == inputs["input_ids"].shape:
                 refuse_token_rewards(self.name)
             shape = getattr(logits, "shape", None)
             what = f"logits of shape {tuple(shape)}" if shape else f"a {type(given).__name__} without `logits`"
             raise UserError(
                 f"`scorer` {self.name} gives {what} for {len(rows)} texts, and a scorer gives logits of shape "
-                f"{(len(rows), self.config.num_labels)}; wrap the model in a Python function, and give module:function"
+                f"({len(rows)}, outputs); wrap the model in a Python function, and give module:function"
             )
+        self._outputs = self._outputs or logits.shape[1]
+        if logits.shape[1] != self._outputs:  # (texts, tokens)
+            refuse_token_rewards(self.name)
         return logits.float().cpu()
