@@ -32,6 +32,7 @@ from torch import Tensor
 
 from ..reward_tensors import below_best, check_rows
 from .attention import Segments
+from .token_ids import check_ids
 
 Batch = dict[str, Any]
 Chunk = dict[str, Any]
@@ -49,12 +50,14 @@ class RewardCollator:
         layout: "padded", "prefix_shared", or "auto", until `training.layout` chooses: padded.
         completions_per_forward: most completions in a chunk; None for all of the batch's in one.
         pad_to_multiple_of: rounds the padded layout's T up.
+        vocabulary: rows of the model's embeddings, beyond which no token may be; None asks for no check.
     """
 
     pad_token_id: int
     layout: str = "padded"
     completions_per_forward: int | None = None
     pad_to_multiple_of: int | None = None
+    vocabulary: int | None = None
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> Batch:
         """The batch of `rows`; here on the CPU its rewards are checked, so that no loss on a GPU has to look.
@@ -83,7 +86,13 @@ class RewardCollator:
         return batch
 
     def chunks(self, rows: Sequence[dict[str, Any]]) -> list[Chunk]:
-        """The chunks alone, for `rows` without rewards."""
+        """The chunks alone, for `rows` without rewards.
+
+        Raises:
+            ValueError: a token is beyond the `vocabulary`.
+        """
+        if self.vocabulary is not None:
+            check_ids(rows, self.vocabulary)
         columns = max(len(row["completion_ids"]) for row in rows)
         conversations = [
             (b, b * columns + k, row["prompt_ids"], completion)

@@ -20,6 +20,7 @@ from ..store.fingerprints import weights_fingerprint
 from .plain_lora import as_plain
 from .shards import holds_shards, model_from_shards
 from .smollm2 import resolve_model
+from .vocabulary import resize_as_saved
 
 
 @dataclass(frozen=True)
@@ -209,7 +210,8 @@ def silence_transformers() -> None:
 def load_adapter(model: Any, adapter: str, **kwargs: Any) -> Any:
     """`model` with the adapter of a folder or Hub id on it.
 
-    Beside it is as "ref" the adapter that its training went on from, if any; a new training makes its own.
+    Beside it is as "ref" the adapter that its training went on from, if any; a new training makes its own. A base whose
+    embeddings its run had resized is resized here: the adapter's folder holds them.
 
     Raises:
         UserError: the folder has its weights as a pickle alone, which can hold any code.
@@ -222,6 +224,7 @@ def load_adapter(model: Any, adapter: str, **kwargs: Any) -> Any:
             "convert it to adapter_model.safetensors where you trust it"
         )
     with as_plain(adapter, getattr(model, "is_quantized", False)) as folder:
+        resize_as_saved(model, folder)
         policy = PeftModel.from_pretrained(model, folder, **kwargs)
         if is_adapter(Path(folder) / "ref") and not kwargs.get("is_trainable"):
             policy.load_adapter(str(Path(folder) / "ref"), adapter_name="ref")

@@ -15,9 +15,11 @@ from transformers.utils import ModelOutput
 
 from ..batching.attention import prefix_sharing_obstacle, share_prefixes
 from ..batching.collator import RewardCollator, batches_by_length
+from ..batching.token_ids import check_ids
 from ..errors import PackingError, UnsupportedError
 from .policy import backbone, base_model
 from .routing import expert_use
+from .vocabulary import token_rows
 
 # Bytes of logits and of their gradient that a forward may keep for its backward; above it the head runs in tiles that
 # the backward computes again. Free at 7B (under 1 % of a step), dear on small models with a large vocabulary, whose
@@ -239,8 +241,12 @@ def token_logps(
 
     Returns:
         For each row K tensors (T,) float32, nats, on the CPU.
+
+    Raises:
+        InvalidRowError: a row has a token that the model has no row of embeddings for.
     """
     base = base_model(model)
+    check_ids(rows, token_rows(model))
     add_token_logps(base)
     packed = prefix_sharing_obstacle(model) is None
     if packed:

@@ -17,8 +17,10 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from ..batching.attention import prefix_sharing_obstacle
+from ..batching.token_ids import check_token
 from ..errors import InvalidRowError, UserError
 from .policy import base_model, refuse_virtual_tokens
+from .vocabulary import token_rows
 
 
 @torch.no_grad()
@@ -46,9 +48,11 @@ def sample_answers(
         For each prompt K answers, the token that ended one included.
 
     Raises:
-        UserError: the probabilities aren't finite; and see `refuse_virtual_tokens`.
+        UserError: the probabilities aren't finite, or a prompt has a token that the model has no row of embeddings for;
+            and see `refuse_virtual_tokens`.
     """
     refuse_virtual_tokens(model)
+    check_token(max(map(max, prompts)), token_rows(model))
     device = next(model.parameters()).device
     rows = [torch.tensor(prompt, device=device) for prompt in prompts]
     ids = pad_sequence(rows, batch_first=True, padding_value=ends[0], padding_side="left")
@@ -126,7 +130,10 @@ def decoding_precision(accelerator: Any) -> AbstractContextManager[None]:
 def end_tokens(model: Any, tokenizer: Any) -> list[int]:
     """Tokens that end an answer: those of the model's generation config, else the tokenizer's EOS."""
     own = base_model(model).generation_config.eos_token_id
-    return own if isinstance(own, list) else [tokenizer.eos_token_id if own is None else own]
+    ends = own if isinstance(own, list) else [tokenizer.eos_token_id if own is None else own]
+    rows = token_rows(model)
+    check_token(min(ends), rows, tokenizer, "the end of an answer")
+    return [token for token in ends if token < rows]  # the others are never drawn
 
 
 def check_room(config: Any, length: int, max_new_tokens: int) -> None:

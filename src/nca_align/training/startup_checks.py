@@ -16,8 +16,10 @@ from transformers import PreTrainedModel
 
 from ..batching.attention import is_peft_model
 from ..batching.collator import Batch, RewardCollator
+from ..batching.token_ids import check_dataset, check_padding
 from ..errors import PackingError, UnsupportedError, UserError, notify
 from ..models.policy import base_model, eval_mode
+from ..models.vocabulary import refuse_unsaved_rows, token_rows
 from .layout import choose_layout
 from .own_logits import Difference, Logps, Row, compare, look_ahead, own_logps, row_beyond_window, sample_rows, subtract
 from .rounding import Rounding, rounding
@@ -27,11 +29,14 @@ _OFF = "`startup_checks: false` trains all the same"
 
 
 class StartupChecks:
-    """What a trainer checks once, under `startup_checks`; it also gives the collator its layout.
+    """What a trainer checks once, under `startup_checks`; it also gives the collator its layout and vocabulary.
 
     Args:
         trainer: an NCATrainer. Used of it are its arguments, model, data, collator, accelerator and log-probabilities.
         models: those that read the batches.
+
+    Raises:
+        UserError: the data or the padding has a token that the models have no row for, or a new row would not be saved.
     """
 
     def __init__(self, trainer: Any, models: list[nn.Module]):
@@ -39,6 +44,11 @@ class StartupChecks:
         self._requested = trainer.data_collator.layout
         self._reason = choose_layout(trainer.data_collator, models)
         self._model_checked = self._reference_checked = False
+        refuse_unsaved_rows(trainer.model)
+        rows = trainer.data_collator.vocabulary = min(map(token_rows, models))
+        check_padding(trainer._tokenizer, rows)
+        for name in ("train", "eval"):
+            check_dataset(getattr(trainer, f"{name}_dataset", None), rows, trainer._tokenizer, name)
 
     # Against the model itself
 

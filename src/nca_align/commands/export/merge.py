@@ -11,6 +11,7 @@ from ...batching.tokenization import tokenize_rows
 from ...data import read_reward_dataset
 from ...errors import UserError, one_line
 from ...models.loading import adapter_config, add_adapter
+from ...models.vocabulary import embeddings, resize_as_saved
 
 # Public-domain prose in three languages, a table of numbers, and code: a first sentence, and what follows it.
 TEXTS = files(__package__).joinpath("merge_check_texts.txt").read_text(encoding="utf-8").strip().split("\n%\n")
@@ -38,6 +39,7 @@ def merge(model: Any, adapter: str) -> Any:
     if getattr(model, "is_quantized", False):
         model = model.dequantize(dtype=torch.float32)
     model = model.float()
+    resize_as_saved(model, adapter)  # while they are tied
     config = model.config.get_text_config()
     if config.tie_word_embeddings and _changes_embeddings(model, adapter):
         head = model.get_output_embeddings()
@@ -58,13 +60,14 @@ def _changes_embeddings(model: Any, adapter: str) -> bool:
     config = adapter_config(adapter)
     if getattr(config, "ensure_weight_tying", False) or getattr(config, "trainable_token_indices", None):
         return False
-    ends = [
-        name.rpartition(".")[2]
-        for name, module in model.named_modules()
-        if module is model.get_input_embeddings() or module is model.get_output_embeddings()
-    ]
+    ends = list(embeddings(model))
+    replaced = set(ends).intersection(getattr(config, "modules_to_save", None) or [])
     with safe_open(Path(adapter) / "adapter_model.safetensors", "pt") as file:
-        return any(end in key.split(".") for key in file.keys() for end in ends)  # noqa: SIM118 (no mapping)
+        keys = [key.split(".") for key in file.keys()]  # noqa: SIM118 (no mapping)
+    # the base's own weights are there, too, where its run had added tokens
+    base = [[end, *owner, "weight"] for end in ends for owner in ([], ["base_layer"], ["original_module"])]
+    own = [key for key in keys if not any(key[-len(ending) :] == ending for ending in base)]
+    return bool(replaced) or any(end in key for key in own for end in ends)
 
 
 def merge_check_rows(tokenizer, dataset_name: str | None = None) -> list[dict[str, Any]]:

@@ -5,16 +5,19 @@ min-p on, it would be no sample of the model that is trained.
 """
 
 import json
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from ...batching.collator import batches_by_length
 from ...batching.rendering import prompt_ids
+from ...batching.token_ids import check_token
 from ...errors import InvalidRowError, UnsupportedError, UserError, one_line
 from ...models.loading import ModelSource, trained_quantization
 from ...models.plain_lora import is_subtracted
 from ...models.sampling import check_room, end_tokens, sample_answers, seed_for
+from ...models.vocabulary import token_rows
 from ...processes import show_own_cards
 from ...store.files import read_json
 from ...store.shards import Progress
@@ -29,13 +32,23 @@ def model_source(options: EngineOptions) -> ModelSource:
     )  # fmt: skip
 
 
-def prompt_reader(options: SampleOptions, tokenizer: Any) -> Callable[[dict], list[int] | InvalidRowError]:
-    """A function of a row: token ids of its prompt, or why the model can't complete it."""
-    config = model_source(options).load_config()
+def prompt_reader(
+    options: SampleOptions, tokenizer: Any, rows: int | None = None
+) -> Callable[[dict], list[int] | InvalidRowError]:
+    """A function of a row: token ids of its prompt, or why the model can't complete it.
+
+    Args:
+        rows: of the loaded model's embeddings; None for those that its configuration names.
+    """
+    source = model_source(options)
+    config = source.load_config()
+    if rows is None:  # a run may have added tokens to an adapter's base, as its folder says
+        rows = config.get_text_config().vocab_size if source.adapter is None else sys.maxsize
 
     def read(row: dict) -> list[int] | InvalidRowError:
         try:
             ids = prompt_ids(tokenizer, row)
+            check_token(max(ids), rows, tokenizer)
             check_room(config, len(ids), options.max_new_tokens)
         except InvalidRowError as error:  # the other rows go on
             return error
@@ -66,8 +79,8 @@ def transformers_engine(options: SampleOptions) -> Engine:
     """
     source = model_source(options)
     tokenizer = source.load_tokenizer()
-    read = prompt_reader(options, tokenizer)
     model = source.load_policy(options.dtype)
+    read = prompt_reader(options, tokenizer, token_rows(model))
     ends = end_tokens(model, tokenizer)
 
     def sampled(ids: list[int], sampling: SampleOptions) -> Sample:
