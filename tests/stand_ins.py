@@ -1,6 +1,7 @@
 """Servers over real sockets that answer as they are told, and as others document that theirs do (docs/servers.md)."""
 
 import json
+import math
 import ssl
 import sys
 import threading
@@ -311,6 +312,7 @@ class Faulty:
         self.lock = threading.Lock()
         self.answered: Counter[int] = Counter()
         self.faulted, self.under_way, self.most = 0, 0, 0
+        self.request_seconds, self.changed, self.began = 0.0, 0.0, math.inf
 
     @staticmethod
     def fate(row: int) -> str | None:
@@ -318,19 +320,30 @@ class Faulty:
         fates = {97: "too long", 101: "content filter", 331: "no answer", 89: "cut before any text"}
         return next((cause for period, cause in fates.items() if row % period == 3), None)
 
+    def _count(self, change: int) -> None:
+        now = time.monotonic()
+        self.began = min(self.began, now)
+        self.request_seconds += self.under_way * (now - self.changed)
+        self.changed, self.under_way = now, self.under_way + change
+        self.most = max(self.most, self.under_way)
+
+    @property
+    def mean_under_way(self) -> float:
+        """Of requests, from the first one's beginning to the last one's end."""
+        return self.request_seconds / (self.changed - self.began)
+
     def __call__(self, path: str, body: dict | None) -> Any:
         if body is None:  # of a client that was killed
             return hang_up
         row = int(body["messages"][0]["content"].split()[1])
         with self.lock:
-            self.under_way += 1
-            self.most = max(self.most, self.under_way)
+            self._count(1)
             fault = self.random.choice(self.FAULTS) if self.random.random() < self.faults else None
             delay = self.random.random() * self.delay
             self.faulted += fault is not None
         time.sleep(delay)
         with self.lock:
-            self.under_way -= 1
+            self._count(-1)
             fate = self.fate(row)
             if fault is None and fate in (None, "cut before any text"):
                 self.answered[row] += 1

@@ -519,6 +519,30 @@ def test_faults_and_five_kills_of_ten_thousand_prompts(tmp_path):
     check_faults_and_kills(tmp_path, rows=10_000, kills=5, concurrency=32, shard_size=16, retries=5)
 
 
+@pytest.mark.long
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux says the memory in KiB")
+def test_a_server_is_kept_full_in_bounded_memory(tmp_path):
+    """256 requests under way, and eight times the prompts in the same memory."""
+    peaks = []
+    for rows in (1000, 8000):
+        prompts = write_prompts(tmp_path / f"{rows}.txt", [f"Question {i}" for i in range(rows)])
+        faulty = Faulty(seed=rows, faults=0.0, delay=2.0)
+        with http_server(faulty) as url:
+            process = subprocess.Popen([
+                sys.executable, "-m", "nca_align", "sample", "--base_url", url, "--model_name_or_path", "m",
+                "--dataset_name", prompts, "--output", str(tmp_path / f"{rows}.jsonl"), "--concurrency", "256",
+                "--on_error", "drop", "--retries", "0",
+            ])  # fmt: skip
+            _, status, usage = os.wait4(process.pid, 0)
+            process.returncode = os.waitstatus_to_exitcode(status)
+        assert process.returncode == 0
+        assert faulty.most == 256
+        peaks.append(usage.ru_maxrss / 1024)
+        print(f"{rows} prompts: {faulty.mean_under_way:.0f} requests under way, {peaks[-1]:.0f} MiB")
+    assert faulty.mean_under_way > 0.85 * 256
+    assert peaks[1] < peaks[0] + 64
+
+
 class TestServer:
     @pytest.mark.parametrize("gives", [1, 2, 3, 5])
     def test_k_completions_whatever_the_server_gives_at_once(self, options, gives):
@@ -596,9 +620,15 @@ class TestServer:
             # cut where the server says so, unless the text had ended before, at a stop string
             assert made["truncated"] == [number % 4 == 1 for number in drawn]
 
-    def test_a_server_that_refuses_n(self, options):
+    @pytest.mark.parametrize(
+        "refusal",
+        [(400, {}, b"only one choice"), (500, {}, {"error": {"message": "Only one completion choice", "code": 500}})],
+    )
+    def test_a_server_that_refuses_n(self, options, refusal):
+        """In its own words; llama.cpp did so by 500."""
+
         def answer(path, body):
-            return (400, {}, b"only one choice") if "n" in body else (200, {}, chat_answer(body, 1))
+            return refusal if "n" in body else (200, {}, chat_answer(body, 1))
 
         with http_server(answer) as url:
             sample(options(base_url=url, model_name_or_path="m"))

@@ -19,7 +19,7 @@ _CUT = {"length", "max_tokens", "model_length", "model_context_window_exceeded"}
 _BROKEN = {"abort", "cancelled", "error", "insufficient_system_resource", "network_error"}
 _NO_CREDIT = {"insufficient_quota", "insufficient_balance", "1113"}
 _FILTERED = re.compile(
-    r"content[\W_]?(filter|policy|management)|moderation|flagged|safety|sensitive|prohibited|blocklist|recitation|\b1301\b",
+    r"content[\W_]?(filter|policy|management)|moderat|flagged|safety|(?<!case-)sensitive|prohibited|blocklist|recitation|\b1301\b",
     re.IGNORECASE,
 )
 _TOO_LONG = re.compile(
@@ -113,7 +113,7 @@ def read_reply(reply: Reply, url: str, sent: Collection[str], accepted: Collecti
         after = retry_after(reply.headers)
         after = next((_seconds(delay) for delay in _values(error, ("retryDelay",))), None) if after is None else after
         raise TryAgain(reason, after, of_server=code in (429, 498, 503, 529))
-    if code in (400, 403, 422, 451) and _FILTERED.search(said):
+    if (code in (400, 422, 451) and _FILTERED.search(said)) or (code == 403 and re.search("flagged|moderat", said)):
         raise FailedRow("content filter", refused)
     if code in (400, 422):
         if _TOO_LONG.search(said):

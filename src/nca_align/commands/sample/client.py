@@ -54,14 +54,16 @@ class Client:
         self._answered = 0.0  # when the last one was
         self._connections = _Connections()
         self._opener = urllib.request.build_opener(self._connections, _AnyStatus)
-        self._ended = threading.Event()
+        self._ended, self._ending = threading.Event(), threading.Lock()
         self._end: BaseException | None = None
 
-    def end(self, error: BaseException) -> None:
-        """End all requests and pauses: none is tried any more, each raises `error`."""
-        self._end = self._end or error
+    def end(self, error: BaseException) -> BaseException:
+        """End all requests and pauses: none is tried any more, each raises what this returns, the first `error`."""
+        with self._ending:
+            self._end = self._end or error
         self._ended.set()
         self._connections.shut_down()
+        return self._end
 
     def check(self) -> None:
         """Raise the error that ended all requests, where there was one."""
@@ -95,6 +97,7 @@ class Client:
                 self.accepted.update(body or ())
                 self._answered = time.monotonic()
                 return answer
+            self.check()  # perhaps it was broken off by the end
             if failed.of_server and self._answered > last:  # busy with others, of which it has answered some since
                 failures, first = 0, math.inf
             failures, last = failures + 1, time.monotonic()
@@ -162,6 +165,7 @@ class _Connections(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
 
     def __init__(self) -> None:
         super().__init__()
+        self._http, self._https = self._kept(HTTPConnection), self._kept(HTTPSConnection)
         self._sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
         self._adding = threading.Lock()
         self._shut = False
@@ -171,10 +175,10 @@ class _Connections(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
         return ssl.create_default_context()
 
     def http_open(self, request: Any) -> Any:
-        return self.do_open(self._kept(HTTPConnection), request)
+        return self.do_open(self._http, request)
 
     def https_open(self, request: Any) -> Any:
-        return self.do_open(self._kept(HTTPSConnection), request, context=self._certificates)
+        return self.do_open(self._https, request, context=self._certificates)
 
     def _kept(self, kind: Any) -> Any:
         def connect(connection: Any) -> None:

@@ -82,8 +82,8 @@ def server_engine(options: SampleOptions, model: str) -> Engine:
                 if "n" not in error.keys:
                     raise
                 refused = True
-            except FailedRow:
-                if takes_n or "n" in extra:
+            except (FailedRow, NoAnswer) as error:
+                if takes_n or "n" in extra or (isinstance(error, NoAnswer) and error.of_server):
                     raise
                 refused = True  # perhaps of `n`; what else it may be, the next request says
         while len(samples) < k:
@@ -105,11 +105,9 @@ def server_engine(options: SampleOptions, model: str) -> Engine:
                 away = not error.alone and (error.of_server or unanswered >= _UNANSWERED)
             if not away:
                 return FailedRow("no answer", str(error))
-            client.end(error)
-            raise
+            raise client.end(error) from None
         except UserError as error:
-            client.end(error)
-            raise
+            raise client.end(error) from None
         with counting:
             unanswered = 0
         return samples
@@ -127,8 +125,7 @@ def server_engine(options: SampleOptions, model: str) -> Engine:
                 found[number] = future.result()
                 progress(1)
         except BaseException as error:
-            client.end(error)
-            raise
+            raise client.end(error) from None
         return found
 
     return complete
