@@ -127,6 +127,7 @@ def test_every_form_stands_in_the_docs():
         ("https://open.bigmodel.cn/api/paas/v4/", "https://open.bigmodel.cn/api/paas/v4"),
         ("https://api.z.ai/api/coding/paas/v4/chat/completions", "https://api.z.ai/api/coding/paas/v4"),
         ("https://openrouter.ai/api/v1", "https://openrouter.ai/api/v1"),
+        ("https://api.perplexity.ai/chat/completions", "https://api.perplexity.ai"),
         ("https://x/openai/deployments/d?api-version=1", "https://x/openai/deployments/d?api-version=1"),
     ],
 )

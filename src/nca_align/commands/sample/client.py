@@ -204,10 +204,10 @@ class _Connections(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
 def api_base_url(options: EngineOptions) -> str:
     """The address that requests begin with: `base_url` as it stands, with /v1 where it names a host alone."""
     parts = urlsplit(str(options.base_url))
-    path = parts.path.rstrip("/")
-    for ending in ("/chat/completions", "/completions", "/models"):
+    path = parts.path.rstrip("/") or "/v1"
+    for ending in ("/chat/completions", "/completions", "/models"):  # an address that was copied whole
         path = path.removesuffix(ending)
-    return urlunsplit(parts._replace(path=path or "/v1"))
+    return urlunsplit(parts._replace(path=path))
 
 
 def _joined(base_url: str, path: str) -> str:

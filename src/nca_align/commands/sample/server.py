@@ -83,7 +83,10 @@ def server_engine(options: SampleOptions, model: str) -> Engine:
                     raise
                 refused = True
             except (FailedRow, NoAnswer) as error:
-                if takes_n or "n" in extra or (isinstance(error, NoAnswer) and error.of_server):
+                known = (
+                    error.of_server if isinstance(error, NoAnswer) else error.cause in ("too long", "content filter")
+                )
+                if known or takes_n or "n" in extra:
                     raise
                 refused = True  # perhaps of `n`; what else it may be, the next request says
         while len(samples) < k:
