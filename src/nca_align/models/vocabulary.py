@@ -14,11 +14,15 @@ from .policy import base_model
 def token_rows(model: Any) -> int:
     """How many tokens a loaded model has: the rows of its input embeddings, or of its head where that has fewer."""
     base = base_model(model)
-    with suppress(NotImplementedError):  # of a class that has no embeddings of its own
-        layers = (base.get_input_embeddings(), base.get_output_embeddings())
-        if rows := [own for layer in layers if (own := _rows(layer)) is not None]:
-            return min(rows)
-    return base.config.get_text_config().vocab_size
+    rows = [own for layer in _layers(base) if (own := _rows(layer)) is not None]
+    return min(rows, default=base.config.get_text_config().vocab_size)
+
+
+def _layers(base: Any) -> list[Any]:
+    """The input embeddings and the head, as far as the model's class says which they are."""
+    with suppress(NotImplementedError):
+        return [layer for layer in (base.get_input_embeddings(), base.get_output_embeddings()) if layer is not None]
+    return []
 
 
 def _rows(layer: Any) -> int | None:
@@ -34,7 +38,7 @@ def _rows(layer: Any) -> int | None:
 
 def embeddings(model: Any) -> dict[str, Any]:
     """A base's input embeddings and head by the last part of their names, such as `embed_tokens` and `lm_head`."""
-    layers = (model.get_input_embeddings(), model.get_output_embeddings())
+    layers = _layers(model)
     found = [(name, own) for name, own in model.named_modules() if any(own is layer for layer in layers)]
     return {name.rpartition(".")[2]: own for name, own in found}
 
