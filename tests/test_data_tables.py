@@ -20,6 +20,7 @@ from nca_align.data import load_reward_dataset
 from nca_align.data.column_guesses import guess_columns
 from nca_align.data.files import kind_of
 from nca_align.data.prompts import load_completions, load_prompts
+from nca_align.data.sample import read_sample
 from nca_align.data.tables import plain_type
 from nca_align.errors import UserError
 
@@ -287,6 +288,16 @@ class TestJson:
             path.write_text(json.dumps(own) if kind == "json" else "".join(json.dumps(row) + "\n" for row in own))
             for streaming in (False, True):
                 assert read(path, streaming) == own
+
+    def test_columns_of_several_types_are_counted_too(self, tmp_path):
+        """A dry run reads the first lines of a stream, which has no types."""
+        beside = [{"note": 1, "big": 1 << 70}, {"note": {"a": ["x"]}, "big": 1}, {"note": "x", "big": 0}]
+        rows = [row | own for row, own in zip(ROWS, beside, strict=True)]
+        rows[1] = rows[1] | {"rewards": ["1.0", "0.5"]}
+        (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        sample = read_sample(str(tmp_path / "rows.jsonl"), "train", 2)
+        assert (sample.read, sample.rows) == (2, 3)
+        assert [{name: row[name] for name in ROWS[0]} for row in sample.dataset] == ROWS[:2]
 
     @pytest.mark.parametrize("table", [
         {"prompt": {"0": "p", "1": "q"}, "completions": {"0": ["a", "b"], "1": ["c", "d"]}},

@@ -10,6 +10,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import pyarrow.feather
 import pytest
 import yaml
 from datasets import Dataset, disable_progress_bars, enable_progress_bars
@@ -111,18 +112,33 @@ def messages(sound: bool, last: str = "assistant"):
     return st.lists(st.fixed_dictionaries({"role": maybe(ROLE, False), "content": maybe(TEXT, False)}), max_size=3)
 
 
-def columns(fmt: str, kind: str, k: int, named: dict[str, str], numbers: str, extra: list[str], sound: bool):
+FORMS = {
+    "plain": dict,
+    "ShareGPT": lambda turn: {"from": NAMES.get(turn["role"], turn["role"]), "value": turn["content"]},
+    "roles": lambda turn: turn | {"role": NAMES.get(turn["role"], turn["role"])},
+    "parts": lambda turn: turn | {"content": [{"type": "text", "text": turn["content"]}]},
+}  # each turn as another tool writes it
+NAMES = {"user": "human", "assistant": "gpt"}
+
+
+def columns(
+    fmt: str, kind: str, k: int, named: dict[str, str], numbers: str, extra: list[str], form: str, sound: bool
+) -> dict[str, Any]:
     """A strategy for each column of a format: values that are sound, or of the right type and anything else."""
     text, number = (FULL, SOUND_FLOAT) if sound else (TEXT, FLOAT)
+
+    def chats(last: str):
+        return messages(sound, last).map(lambda turns: list(map(FORMS[form], turns)))
+
     said, asked = (
-        {"text": text, "messages": messages(sound, last), "JSON": messages(sound, last).map(json.dumps)}[kind]
+        {"text": text, "messages": chats(last), "JSON": chats(last).map(json.dumps)}[kind]
         for last in ("assistant", "user")
     )
     text, said, asked = maybe(text, sound), maybe(said, sound), maybe(asked, sound)
     number = maybe(number if numbers == "numbers" else number.map(str), sound)
     size = {"min_size": k if sound else 0, "max_size": k}
     asked = asked if fmt != "flat scored rows" else st.sampled_from(["Why?", "How?"]).map(FLAT_PROMPTS[kind])
-    in_json = st.lists(messages(sound), **size).map(json.dumps)
+    in_json = st.lists(chats("assistant"), **size).map(json.dumps)
     rating = st.fixed_dictionaries({"Rating": st.sampled_from(["1", "4", "N/A"])})
     bad_json = [] if sound else ["[{", "7"]
     result = {
@@ -202,9 +218,10 @@ def tables(draw) -> Table[dict[str, Any]]:
         "score": draw(st.sampled_from(["reward", "helpfulness"])),
     }
     numbers = draw(st.sampled_from(["numbers", "text"]))
+    form = draw(st.sampled_from(list(FORMS))) if fmt != "ranked answers" else "plain"
     extra = draw(st.lists(st.sampled_from(EXTRA), max_size=2, unique=True).map(lambda names: sum(names, ())))
     sound, other = (
-        st.fixed_dictionaries(columns(fmt, kind, k, named, numbers, extra, sound)) for sound in (True, False)
+        st.fixed_dictionaries(columns(fmt, kind, k, named, numbers, extra, form, sound)) for sound in (True, False)
     )
     rows = draw(st.lists(sound, min_size=1, max_size=5))
     if fmt == "ranked answers":  # all answers of a row have one prompt
@@ -308,7 +325,7 @@ def same(one: Any, other: Any) -> bool:
 def test_a_file_is_read_or_refused_in_one_sentence(draw, folder):
     rows = draw(tables())
     options = draw(data_options(rows))
-    kind = draw(st.sampled_from(["jsonl", "jsonl", "json", "parquet", "csv"]))
+    kind = draw(st.sampled_from(["jsonl", "jsonl", "json", "parquet", "arrow", "csv"]))
     mixed = draw(st.integers(0, 2)) if kind in ("jsonl", "json") else 0
     for _ in range(mixed):  # anything anywhere
         row = rows[draw(st.integers(0, len(rows) - 1))]
@@ -325,6 +342,8 @@ def test_a_file_is_read_or_refused_in_one_sentence(draw, folder):
         file.write_bytes(b"[" + b",".join(lines) + b"]")
     elif kind == "parquet":
         Dataset.from_list(rows).to_parquet(file)
+    elif kind == "arrow":
+        pyarrow.feather.write_feather(Dataset.from_list(rows).data.table, file)
     else:
         write_csv(file, rows)
     try:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 
 from conftest import reward_rows
 from nca_align.training.run_identity import at_start, run_identity
@@ -81,3 +81,14 @@ def test_an_evaluation_of_a_stream_is_that_of_its_rows(tmp_path):
     expected, found = whole.evaluate(), nca.evaluate()
     for name in (name for name in expected if "per_second" not in name and "time" not in name):
         assert found[name] == pytest.approx(expected[name], abs=1e-6), name
+
+
+def test_columns_of_several_types_beside_the_rows_are_no_obstacle(tmp_path):
+    """Lines of JSON have no types, and what is not trained on may be anything."""
+    beside = [{"note": 1}, {"note": {"a": [1]}}, {"note": "x", "number": 1 << 70}, {}]
+    rows = [row | beside[i % 4] for i, row in enumerate(reward_rows(8))]
+    nca = trainer(tmp_path, rows=IterableDataset.from_generator(lambda: iter(rows)), **OPTIONS | {"max_steps": 2})
+    nca.train()
+    whole = trainer(tmp_path, rows=streamed(reward_rows(8)), **OPTIONS | {"max_steps": 2})
+    whole.train()
+    assert logged(nca) == logged(whole)

@@ -29,9 +29,10 @@ def _is_message(value: Any) -> bool:
 
 
 def _plain_message(message: dict[str, Any]) -> dict[str, Any]:
-    if message.get("role") is None and {"from", "value"} <= message.keys():
+    if {"from", "value"} <= message.keys():
+        names = ("from", "value") if message.get("role") is None else ("role", "content")
         others = {key: item for key, item in message.items() if key not in ("role", "content", "from", "value")}
-        message = {"role": message["from"], "content": message.get("value"), **others}
+        message = {"role": message[names[0]], "content": message.get(names[1]), **others}
     role, content = message.get("role"), message.get("content")
     if isinstance(role, str) and role in ROLES:
         message = message | {"role": ROLES[role]}

@@ -6,8 +6,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
-from datasets import Dataset, IterableDataset, load_dataset_builder
+from datasets import Dataset, Features, IterableDataset, Json, load_dataset_builder
 
 from .conversion import convert_dataset
 from .files import kind_of, open_plain
@@ -67,13 +68,27 @@ def read_sample(
     rows = iter(source)
     first = list(islice(rows, most))
     features = source.features if isinstance(source, (Dataset, IterableDataset)) else None
-    table = Dataset.from_list(first, features=features) if first else source
+    table = _table(first, features) if first else source
     dataset, _ = convert_dataset(table, options, name=found, source=path)
     if isinstance(arguments := options.chat_template_kwargs, dict) and arguments:
         dataset = with_template_arguments(dataset, arguments)
     cut = len(splits) == 1 and is_training(found) and not streaming
     total = len(first) if len(first) < most else _count(path, name, found, source, first, rows)
     return Sample(dataset, len(first), total, options.validation_fraction if cut else 0.0)  # type: ignore[arg-type]
+
+
+def _table(rows: list[dict[str, Any]], features: Features | None) -> Dataset:
+    """Rows of a stream, whose types may not be known: a column that Arrow has no one type for is JSON."""
+    if features is not None:
+        return Dataset.from_list(rows, features=features)
+    found = {}
+    for column in dict.fromkeys(name for row in rows for name in row):
+        try:
+            own = Dataset.from_list([{column: row.get(column)} for row in rows], on_mixed_types="use_json")
+            found[column] = own.features[column]
+        except (pa.ArrowException, OverflowError):
+            found[column] = Json()
+    return Dataset.from_list([{column: row.get(column) for column in found} for row in rows], Features(found))
 
 
 def _is_saved(path: str) -> bool:
