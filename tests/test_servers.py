@@ -931,7 +931,7 @@ def test_a_real_server(options, model_dir, tmp_path):
 
 @pytest.mark.long
 def test_llama_cpp_pythons_server(options, tmp_path):
-    """SmolLM2 as GGUF: `n` is ignored, a prompt too long fails alone, and a seed draws the same again."""
+    """SmolLM2 as GGUF: `n` is ignored, a prompt too long fails alone, and in one order seeds repeat."""
     python = os.environ.get("LLAMA_CPP_PYTHON", sys.executable)
     if subprocess.run([python, "-c", "import llama_cpp.server"], stderr=subprocess.DEVNULL).returncode:
         pytest.skip("no llama-cpp-python[server] here; LLAMA_CPP_PYTHON names the Python of an environment that has it")
@@ -956,7 +956,7 @@ def test_llama_cpp_pythons_server(options, tmp_path):
         write_prompts(tmp_path / "few.txt", ["What is the capital of France?", "word " * 500, "Hi"])
         few = {
             "dataset_name": str(tmp_path / "few.txt"), "base_url": url, "model_name_or_path": None,
-            "max_new_tokens": 8, "num_completions": 3, "on_error": "drop",
+            "max_new_tokens": 8, "num_completions": 3, "on_error": "drop", "concurrency": 1,
         }  # fmt: skip
         counts = sample(options(**few))
         assert (counts["failed"], counts["failed: too long"]) == (1, 1)
@@ -964,7 +964,7 @@ def test_llama_cpp_pythons_server(options, tmp_path):
         assert [row["prompt"][0]["content"] for row in rows] == ["What is the capital of France?", "Hi"]
         assert all(len({completion[0]["content"] for completion in row["completions"]}) > 1 for row in rows)
         assert any(any(row["truncated"]) for row in rows)
-        for name in ("again", "third"):  # the first answer of all, before anything is cached there, is another one
+        for name in ("again", "third"):  # what that server has cached changes its numbers: the same requests before
             sample(options(**few, output=str(tmp_path / f"{name}.jsonl")))
         assert read(tmp_path / "again.jsonl") == read(tmp_path / "third.jsonl")
         assert read(tmp_path / "again.jsonl")[1] == rows[1]
