@@ -374,7 +374,7 @@ def test_a_tree_as_deep_as_it_has_leaves():
 def test_token_ids_of_any_vocabulary_stay_apart():
     # a position's key holds two ids
     big = 2**31 - 1
-    chunk = pack_tree([(0, [big, 0], [big]), (1, [big, 0], [0])])
+    chunk = pack_tree([(0, [big, 0], [big], [1]), (1, [big, 0], [0], [1])])
     assert_reconstructs({"chunks": [chunk]}, [row([big, 0], [big], [0])])
 
 

@@ -269,7 +269,7 @@ class Packed(RewardCollator):
         columns = max(len(row["completion_ids"]) for row in rows)
         return [
             pack_tree([
-                (b * columns + k, row["prompt_ids"], completion)
+                (b * columns + k, row["prompt_ids"], completion, [1] * len(completion))
                 for b, row in enumerate(rows) for k, completion in enumerate(row["completion_ids"])
             ])
         ]  # fmt: skip

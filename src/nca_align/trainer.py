@@ -111,7 +111,7 @@ class NCATrainer(DPOTrainer):
                 peft_config=peft_config,
             )
         self._set_up()
-        self._signature_columns = [*sorted(arguments.TOKENISED), "ref_logps", "row_number", args.length_column_name]
+        self._signature_columns = [*arguments.SIGNATURE, args.length_column_name]
         self._guard = StepGuard(self.accelerator, args)
         console.attach(self)
         self._resume = Resume(self)

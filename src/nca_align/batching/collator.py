@@ -2,9 +2,9 @@
 
 A batch holds `rewards` (B, K) float32, each less its prompt's best, which float64 subtracts: an offset of all of them
 takes no digits. `given_rewards` are those of the data, `valid` (B, K) bool (ragged K: False where a prompt has fewer
-completions), `lengths` (B, K) completion tokens, `ref_logps` (B, K) where the rows carry them, `num_tokens` that the
-model reads, padding left out, `row_numbers` where the rows have them, and `chunks`: one forward each, all completions
-in one of them unless `completions_per_forward` asks for fewer. A chunk holds
+completions), `lengths` (B, K) completion tokens that the model wrote, `ref_logps` (B, K) where the rows carry them,
+`num_tokens` that the model reads, padding left out, `row_numbers` where the rows have them, and `chunks`: one forward
+each, all completions in one of them unless `completions_per_forward` asks for fewer. A chunk holds
 
     input_ids                (rows, T)
     attention_mask           (rows, T), or a (1, 1, 1, 1) placeholder beside `segments`
@@ -13,8 +13,9 @@ in one of them unless `completions_per_forward` asks for fewer. A chunk holds
     token_index, target_ids, completion_index  (M,)
 
 and its M *terms* say which prediction counts for what: the one made at flat position `token_index[m]` (over rows · T),
-of token `target_ids[m]`, belongs to completion `completion_index[m]` (b·K + k). Positions may repeat. What the trainer
-does with a batch is the same whatever the layout.
+of token `target_ids[m]`, belongs to completion `completion_index[m]` (b·K + k). Positions may repeat, and a token
+without a term is context: prompts are, and what a `completion_mask` has 0 for, such as a tool's result. What the
+trainer does with a batch is the same whatever the layout.
 
 **padded**: a row a completion, its prompt repeated. **prefix_shared**: the whole chunk is one row without padding: its
 conversations form a tree in which every token that several share, up to where they part, stands once. A prompt's last
@@ -36,14 +37,18 @@ from .token_ids import check_ids
 
 Batch = dict[str, Any]
 Chunk = dict[str, Any]
-Conversation = tuple[int, list[int], list[int]]  # completion index, prompt ids, completion ids
+# Completion index, prompt ids, completion ids, and 1 for each of the latter that has a term
+Conversation = tuple[int, list[int], list[int], list[int]]
 # A fork costs a segment, one more attention call and copy of its path: it isn't worth it where it saves fewer tokens.
 MIN_SHARED_TOKENS = 16
 
 
 @dataclass
 class RewardCollator:
-    """Collates tokenised rows (`prompt_ids`, `completion_ids`, `rewards`, optionally `ref_logps`) into a batch.
+    """Collates tokenised rows (`prompt_ids`, `completion_ids`, `rewards`) into a batch.
+
+    A row may have `completion_mask`, K lists with 1 for each token that the model wrote; None or no column means all.
+    It may have `ref_logps`, K numbers.
 
     Args:
         pad_token_id: id that fills the padded layout; never seen by attention, never scored, so eos will do.
@@ -72,7 +77,7 @@ class RewardCollator:
             "rewards": below_best(given, valid).float(),
             "given_rewards": given.float(),
             "valid": valid,
-            "lengths": padded([list(map(len, row["completion_ids"])) for row in rows], torch.long),
+            "lengths": padded([list(map(sum, masks_of(row))) for row in rows], torch.long),
         }
         if all("row_number" in row for row in rows):
             batch["row_numbers"] = [row["row_number"] for row in rows]  # a list stays where it is
@@ -95,9 +100,9 @@ class RewardCollator:
             check_ids(rows, self.vocabulary)
         columns = max(len(row["completion_ids"]) for row in rows)
         conversations = [
-            (b, b * columns + k, row["prompt_ids"], completion)
+            (b, b * columns + k, row["prompt_ids"], completion, mask)
             for b, row in enumerate(rows)
-            for k, completion in enumerate(row["completion_ids"])
+            for k, (completion, mask) in enumerate(zip(row["completion_ids"], masks_of(row), strict=True))
         ]
         pack = pack_tree if self.layout == "prefix_shared" else self._pad
         return [
@@ -107,13 +112,13 @@ class RewardCollator:
 
     def _pad(self, conversations: Sequence[Conversation]) -> Chunk:
         # A conversation's last token predicts nothing, so it is a target only
-        rows = [(prompt + completion)[:-1] for _, prompt, completion in conversations]
+        rows = [(prompt + completion)[:-1] for _, prompt, completion, _ in conversations]
         length = max(map(len, rows))
         if self.pad_to_multiple_of:
             length = -(-length // self.pad_to_multiple_of) * self.pad_to_multiple_of
         positions = [
             range(i * length + len(prompt) - 1, i * length + len(prompt) - 1 + len(completion))
-            for i, (_, prompt, completion) in enumerate(conversations)
+            for i, (_, prompt, completion, _) in enumerate(conversations)
         ]
         mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows])
         return {
@@ -125,14 +130,14 @@ class RewardCollator:
 
 
 def pack_tree(conversations: Sequence[Conversation]) -> Chunk:
-    """Lay conversations `(completion index, prompt ids, completion ids)` out as one packed row, in depth-first order.
+    """Lay conversations out as one packed row, in depth-first order.
 
     Two conversations share a position where they agree on its token *and* on the next one, so they part one token
     before their difference and each position has a single target. A position is keyed by that pair; the last token of
     a conversation is a target only.
     """
     keys = []
-    for _, prompt, completion in conversations:
+    for _, prompt, completion, _ in conversations:
         ids = prompt + completion
         keys.append([token << 32 | following for token, following in itertools.pairwise(ids)])
     input_ids: list[int] = []
@@ -161,7 +166,7 @@ def pack_tree(conversations: Sequence[Conversation]) -> Chunk:
             grow(branch, depth, path)
 
     fork(list(range(len(keys))), 0, ())
-    positions = [route[len(prompt) - 1 :] for route, (_, prompt, _) in zip(routes, conversations, strict=True)]
+    positions = [route[len(prompt) - 1 :] for route, (_, prompt, *_) in zip(routes, conversations, strict=True)]
     return {
         "input_ids": torch.tensor([input_ids]),
         "position_ids": torch.tensor([position_ids]),
@@ -175,11 +180,20 @@ def pack_tree(conversations: Sequence[Conversation]) -> Chunk:
 
 def _terms(conversations: Sequence[Conversation], positions: Iterable[Iterable[int]]) -> Chunk:
     """A chunk's terms, from the positions at which each conversation's completion is predicted."""
+    parts = [
+        (itertools.compress(own, mask), itertools.compress(completion, mask), itertools.repeat(index, sum(mask)))
+        for own, (index, _, completion, mask) in zip(positions, conversations, strict=True)
+    ]
+    names = ("token_index", "target_ids", "completion_index")
     return {
-        "token_index": torch.tensor(list(itertools.chain.from_iterable(positions))),
-        "target_ids": torch.tensor([token for *_, completion in conversations for token in completion]),
-        "completion_index": torch.tensor([index for index, _, completion in conversations for _ in completion]),
+        name: torch.tensor(list(itertools.chain.from_iterable(values)), dtype=torch.long)
+        for name, values in zip(names, zip(*parts, strict=True), strict=True)
     }
+
+
+def masks_of(row: dict[str, Any]) -> list[list[int]]:
+    """Of each completion of a tokenised row, 1 for each token that the model wrote and 0 for context."""
+    return row.get("completion_mask") or [[1] * len(completion) for completion in row["completion_ids"]]
 
 
 def _branches(keys: list[list[int]], members: list[int], depth: int) -> list[list[int]]:
@@ -206,7 +220,7 @@ def _shared_length(keys: list[list[int]], depth: int) -> int:
 
 
 def split_by_length(conversations: list[Any], size: int | None) -> list[list[Any]]:
-    """Split `(b, index, prompt ids, completion ids)` into as few chunks as `size` allows, near equal in unique tokens.
+    """Split `(b, index, prompt ids, completion ids, …)` into as few chunks as `size` allows, near equal in tokens.
 
     A prompt costs its tokens once a chunk, so its completions go into one, the emptiest with room for them all, or
     where none has into as few as hold them, the longest first, each into the one with the fewest tokens. The largest

@@ -228,14 +228,14 @@ def token_logps(
     batch_size: int,
     progress: Callable[[int], object] = lambda rows: None,
 ) -> list[list[torch.Tensor]]:
-    """log π of every token of every completion, by the collator and the head of training.
+    """log π of every token that the model wrote of every completion, by the collator and the head of training.
 
     Rows are packed where `prefix_sharing_obstacle` finds nothing in the way: the rule of `training.layout`, which also
     compares the two layouts.
 
     Args:
         model: a causal language model in eval mode, with an adapter or without.
-        rows: `prompt_ids`, `completion_ids` (K lists).
+        rows: `prompt_ids`, `completion_ids` (K lists), and `completion_mask` where there is one.
         batch_size: most completions a forward, of rows of like length; a prompt counts once where the model allows it.
         progress: called with the number of rows that are done.
 

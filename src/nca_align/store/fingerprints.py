@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import Dataset
 from datasets.fingerprint import Hasher
 
@@ -104,13 +105,18 @@ def data_fingerprint(rows: Iterable[dict]) -> str:
 
 
 def columns_fingerprint(dataset: Dataset, columns: Iterable[str]) -> str:
-    """A hash of columns of numbers, nested or not, read as Arrow holds them: for token ids, of which there are many."""
+    """A hash of columns of numbers, nested or not, read as Arrow holds them: for token ids, of which there are many.
+
+    Of `columns`, those that the data set has.
+    """
     digest = hashlib.sha256()
-    for batch in dataset.with_format("arrow").select_columns(list(columns)).iter(1000):
+    found = [column for column in columns if column in dataset.column_names]
+    for batch in dataset.with_format("arrow").select_columns(found).iter(1000):
         for column in batch.columns:
             array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
             while pa.types.is_list(array.type) or pa.types.is_large_list(array.type):
-                digest.update(np.asarray(array.value_lengths()).astype("<i8").tobytes())
+                lengths = pc.fill_null(array.value_lengths(), -1)  # a row without a mask
+                digest.update(np.asarray(lengths).astype("<i8").tobytes())
                 array = array.flatten()
             values = np.asarray(array)
             digest.update(values.astype("<i8" if values.dtype.kind in "iu" else "<f8").tobytes())

@@ -34,6 +34,8 @@ _OF_ACCELERATE = (
 # Rows of a stream that are read for an adapter's invocation
 _STREAM_ROWS = 64
 TOKENISED = {"prompt_ids", "completion_ids", "rewards"}
+# Columns that a batch is made of, beside the row's length
+SIGNATURE = (*sorted(TOKENISED), "completion_mask", "ref_logps", "row_number")
 
 
 def check_arguments(

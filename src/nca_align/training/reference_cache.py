@@ -29,8 +29,8 @@ from ..store.files import replacing
 from ..store.fingerprints import columns_fingerprint, derived_fingerprint
 
 ROWS_PER_SHARD = 512
-# The ids of all rows, and so the template, the truncation and the completions behind them
-TOKENS = ("prompt_ids", "completion_ids")
+# The ids of all rows, and so the template, the truncation and the completions behind them; and which the model wrote
+TOKENS = ("prompt_ids", "completion_ids", "completion_mask")
 # A half-written shard this old, in seconds, is a killed run's: writing one takes no time
 _STALE = 3600
 

@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import compress
 from math import isnan
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from ... import progress
-from ...batching.collator import padded
+from ...batching.collator import masks_of, padded
 from ...batching.tokenization import tokenize_dataset
 from ...config import NCAConfig, prompt_limit
 from ...data import DataOptions, held_out_split, read_reward_dataset
@@ -168,15 +169,17 @@ def write_token_scores(
     name: str, tokenizer, rows: Sequence[dict[str, Any]], logratios: Sequence[Sequence[Tensor]], beta: float
 ) -> None:
     """One line a completion: `row`, `completion` (both from 0), `reward`, `implicit_reward`, and for its T tokens
-    `tokens` and `token_rewards`, β (log π − log π_ref), whose sum over a step is that step's score.
+    `tokens` and `token_rewards`, β (log π − log π_ref), whose sum over a step is that step's score. Tokens that the
+    model did not write, such as a tool's result, have none and are left out.
     """
     with replacing(Path(name)) as file:
         for i, (row, ratios) in enumerate(zip(rows, logratios, strict=True)):
-            for k, (ids, tokens) in enumerate(zip(row["completion_ids"], ratios, strict=True)):
+            for k, (ids, mask, tokens) in enumerate(zip(row["completion_ids"], masks_of(row), ratios, strict=True)):
                 values = (beta * tokens.double()).tolist()
+                texts = tokenizer.batch_decode([[token] for token in compress(ids, mask)])
                 line = {
                     "row": i, "completion": k, "reward": row["rewards"][k], "implicit_reward": sum(values),
-                    "tokens": tokenizer.batch_decode([[token] for token in ids]), "token_rewards": values,
+                    "tokens": texts, "token_rewards": values,
                 }  # fmt: skip
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
