@@ -200,6 +200,8 @@ def test_masked_rows_train_alike_in_every_layout_and_from_a_cached_reference(tmp
         {"layout": "prefix_shared", "completions_per_forward": 1},
     ):
         nca = trainer(tmp_path, **own)
+        batch = next(iter(nca.get_train_dataloader()))
+        assert sorted(batch["lengths"].flatten().tolist()) == [0, 5, 9, 13, 27, 43]
         nca.train()
         runs.append([line["loss"] for line in nca.state.log_history if "loss" in line])
     assert runs[0][0] != runs[0][1]

@@ -14,7 +14,8 @@ _ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
 def prompt_ids(tokenizer, row: dict[str, Any]) -> list[int]:
     """Token ids of a row's prompt: text, or messages with the generation prompt, unless they end in an open turn.
 
-    Training has the same ones, as far as each of a row's conversations begins with them.
+    Training has the same ones, as far as each of a row's conversations begins with them; where completions have several
+    turns, another template may render its prompt, see `trajectories`.
 
     Raises:
         UserError: messages, and no chat template.
@@ -24,8 +25,10 @@ def prompt_ids(tokenizer, row: dict[str, Any]) -> list[int]:
     return text_ids(tokenizer, [prompt_text(tokenizer, prompt)], [isinstance(prompt.content, str)])[0]
 
 
-def prompt_text(tokenizer, prompt: Prompt) -> str:
+def prompt_text(tokenizer, prompt: Prompt, template: str | None = None) -> str:
     """The prompt as the model reads it; an assistant's turn at its end stays open, as in TRL's `data_utils`.
+
+    `template` takes the place of the tokenizer's own.
 
     Raises:
         UserError: messages, and no chat template.
@@ -39,7 +42,7 @@ def prompt_text(tokenizer, prompt: Prompt) -> str:
             "`chat_template` to the one that the model was trained with, or give the prompt as text"
         )
     opening = {"add_generation_prompt": not prompt.continues, "continue_final_message": prompt.continues}
-    text = _render(tokenizer, prompt, prompt.content, **opening)
+    text = apply_template(tokenizer, prompt, prompt.content, template, **opening)
     for message in prompt.content:
         content = message.get("content")
         if message.get("role") == "system" and isinstance(content, str) and content.strip() not in text:
@@ -50,7 +53,7 @@ def prompt_text(tokenizer, prompt: Prompt) -> str:
     return text
 
 
-def conversation_text(tokenizer, prompt: Prompt, completion: Any) -> str:
+def conversation_text(tokenizer, prompt: Prompt, completion: Any, template: str | None = None) -> str:
     """Prompt and completion as the model is trained on them: text ends in one EOS, messages as the template ends them.
 
     Raises:
@@ -59,7 +62,7 @@ def conversation_text(tokenizer, prompt: Prompt, completion: Any) -> str:
     if isinstance(prompt.content, str):
         eos = tokenizer.eos_token or ""
         return prompt.content + completion + ("" if completion.endswith(eos) else eos)
-    return _render(tokenizer, prompt, joined_messages(prompt, completion))
+    return apply_template(tokenizer, prompt, joined_messages(prompt, completion), template)
 
 
 def _refuse_unknown_role(tokenizer, messages: list[dict[str, Any]]) -> None:
@@ -74,12 +77,21 @@ def _refuse_unknown_role(tokenizer, messages: list[dict[str, Any]]) -> None:
             )
 
 
-def _render(tokenizer, prompt: Prompt, messages: list[dict[str, Any]], **opening: bool) -> str:
+def apply_template(
+    tokenizer, prompt: Prompt, messages: list[dict[str, Any]], template: str | None = None, **how: Any
+) -> Any:
+    """Messages with the prompt's tools and arguments through `template`, or the tokenizer's own: text.
+
+    Args:
+        **how: further arguments of `apply_chat_template`.
+
+    Raises:
+        InvalidRowError: the template refuses them.
+    """
     _refuse_unknown_role(tokenizer, messages)
+    how = {"tokenize": False} | ({} if template is None else {"chat_template": template}) | how
     try:
-        return tokenizer.apply_chat_template(
-            messages, tools=prompt.tools, tokenize=False, **opening, **prompt.arguments
-        )
+        return tokenizer.apply_chat_template(messages, tools=prompt.tools, **how, **prompt.arguments)
     except Exception as error:  # jinja's own errors, and whatever a template calls
         roles = ", ".join(str(message.get("role")) for message in prompt.content)
         raise InvalidRowError(

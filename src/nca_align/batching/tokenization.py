@@ -1,22 +1,31 @@
-"""Rows of `prompt, completions, rewards` → `prompt_ids, completion_ids, rewards`, a prompt's ids once for all K."""
+"""Rows of `prompt, completions, rewards` → `prompt_ids, completion_ids, rewards`, a prompt's ids once for all K.
+
+Where completions have turns that the model didn't write, `completion_mask` tells which tokens it did.
+"""
 
 import logging
 import sys
 from functools import partial
 from typing import Any
 
-from datasets import Dataset, IterableDataset
+import trl
+from datasets import Dataset, Features, IterableDataset, List, Value
 from transformers import PreTrainedTokenizerBase
 from trl.data_utils import common_prefix_length
 
 from ..config import NCAConfig, prompt_limit
 from ..data.cleaning import clean_prompt
-from ..errors import UserError
+from ..errors import InvalidRowError, UserError
 from ..store.fingerprints import derived_fingerprint
 from .rendering import conversation_text, holds_typed_tokens, prompt_text, text_ids
+from .trajectories import has_context, turn_template, written_mask
 
 logger = logging.getLogger("nca_align")
 
+_TOKENS = {
+    "prompt_ids": List(Value("int64")), "completion_ids": List(List(Value("int64"))),
+    "completion_mask": List(List(Value("int8"))),
+}  # fmt: skip
 # Counts beside the ids, one number a row, which the trainer adds up, reports and drops
 CUT_COLUMNS = ("prompt_cut", "completions_cut", "boundary_tokens", "typed_tokens")
 
@@ -49,17 +58,22 @@ def tokenize_dataset(
     if hasattr(tokenizer, "backend_tokenizer"):  # a hash of what decides the ids, steady from process to process
         # a template is given all special tokens by their names
         special = sorted(tokenizer.special_tokens_map.items())
-        state = (tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, special)
-        options["new_fingerprint"] = derived_fingerprint("nca_align tokens 4", dataset, state, limits)
+        # TRL's, since it may render completions of several turns
+        state = (tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, special, trl.__version__)
+        options["new_fingerprint"] = derived_fingerprint("nca_align tokens 5", dataset, state, limits)
+    numbers = dict.fromkeys((length_column, "row_number", *CUT_COLUMNS), Value("int64"))
     dataset = dataset.map(
         function,
         batched=True,
         batch_size=64,
         with_indices=True,
+        features=Features({**dataset.features, **_TOKENS, **numbers}),
         num_proc=num_proc,
         desc=f"Tokenizing {name}",
         **options,
     )
+    if dataset.data.column("completion_mask").null_count == len(dataset):
+        dataset = dataset.remove_columns("completion_mask")
     cut = {column: sum(dataset[column]) for column in CUT_COLUMNS}
     if training:
         refuse_cutting_all(cut["completions_cut"], sum(map(len, dataset["rewards"])), max_length, name)
@@ -147,48 +161,78 @@ def tokenize_rows(
         name: of the data set, for errors.
 
     Returns:
-        Columns `prompt_ids`, `completion_ids`, `rewards`, `length_column`, `row_number`, and `CUT_COLUMNS`: whether the
-        prompt was cut, how many completions were, how many of the prompt's last tokens were left out because a
-        conversation goes on differently, and whether messages hold special tokens as text.
+        Columns `prompt_ids`, `completion_ids`, `completion_mask` (K lists with 1 for each token that the model wrote;
+        None where it wrote all), `rewards`, `length_column`, `row_number`, and `CUT_COLUMNS`: whether the prompt was
+        cut, how many completions were, how many of the prompt's last tokens were left out because a conversation goes
+        on differently, and whether messages hold special tokens as text.
 
     Raises:
-        ValueError: a template that drops or refuses a system prompt, no token in front of a completion or in it, or an
-            EOS within a completion's messages.
+        ValueError: a template that drops or refuses a system prompt, no token in front of a completion or in it, an
+            EOS within a completion's messages, or a completion of several turns that can't be told apart.
     """
     named = [f"Row {index} of `{name}`" if name else f"Row {index}" for index in indices]
-    texts, plain, typed = [], [], []
+    texts, plain, typed, prompts = [], [], [], []
+    several = [any(map(has_context, completions)) for completions in batch["completions"]]
+    turns = turn_template(tokenizer) if any(several) else None
     for i, completions in enumerate(batch["completions"]):
+        template = turns.template if turns and several[i] else None
         try:
             prompt = clean_prompt({column: values[i] for column, values in batch.items()})
-            texts.append(prompt_text(tokenizer, prompt))
-            texts += [conversation_text(tokenizer, prompt, completion) for completion in completions]
+            prompts.append(prompt)
+            texts.append(prompt_text(tokenizer, prompt, template))
+            texts += [conversation_text(tokenizer, prompt, completion, template) for completion in completions]
             typed.append(holds_typed_tokens(tokenizer, prompt, completions))
         except UserError as error:
             raise UserError(f"{named[i]}: {error}") from error
         plain += [isinstance(prompt.content, str)] * (1 + len(completions))
-    ids = iter(text_ids(tokenizer, texts, plain))
+    ids = iter(zip(texts, text_ids(tokenizer, texts, plain), strict=True))
     tokenized = []
     for i, completions in enumerate(batch["completions"]):
-        whole_prompt, *wholes = [next(ids) for _ in range(1 + len(completions))]
-        boundary = min(common_prefix_length(whole_prompt, whole) for whole in wholes)
+        (_, whole_prompt), *wholes = [next(ids) for _ in range(1 + len(completions))]
+        boundary = min(common_prefix_length(whole_prompt, whole) for _, whole in wholes)
         if boundary == 0:
             raise UserError(
                 f"{named[i]}: `prompt` gives no token in front of the completions, whose first one can't be scored "
                 "then; give a prompt that isn't empty."
             )
-        for k, whole in enumerate(wholes):
+        masks = []
+        for k, (text, whole) in enumerate(wholes):
             if len(whole) == boundary:
                 raise UserError(f"{named[i]}: `completions[{k}]` gives no token after the prompt; leave it out.")
-        completion_ids = [whole[boundary:] for whole in wholes]
+            mask = [1] * (len(whole) - boundary)
+            if turns and has_context(completions[k]):
+                try:
+                    mask = written_mask(tokenizer, turns, prompts[i], completions[k], text, whole, boundary)
+                except InvalidRowError as error:
+                    raise InvalidRowError(f"{named[i]}: `completions[{k}]` {error}") from error
+            masks.append(mask)
+        completion_ids = [whole[boundary:] for _, whole in wholes]
         kept, rests = truncate(whole_prompt[:boundary], completion_ids, max_prompt_length, max_length)
         cut = sum(len(rest) < len(whole) for rest, whole in zip(rests, completion_ids, strict=True))
         tokenized.append({
-            "prompt_ids": kept, "completion_ids": rests, "rewards": batch["rewards"][i],
+            "prompt_ids": kept, "completion_ids": rests, "completion_mask": cut_masks(masks, rests, named[i]),
+            "rewards": batch["rewards"][i],
             length_column: len(kept) + sum(map(len, rests)), "row_number": indices[i],
             "prompt_cut": int(len(kept) < boundary), "completions_cut": cut,
             "boundary_tokens": len(whole_prompt) - boundary, "typed_tokens": int(typed[i]),
         })  # fmt: skip
     return {column: [row[column] for row in tokenized] for column in tokenized[0]}
+
+
+def cut_masks(masks: list[list[int]], rests: list[list[int]], row: str) -> list[list[int]] | None:
+    """The masks of completions that were cut to `rests`; None where the model wrote all that is left.
+
+    Raises:
+        InvalidRowError: it wrote nothing of one; `row` names it.
+    """
+    cut = [mask[: len(rest)] for mask, rest in zip(masks, rests, strict=True)]
+    for k, mask in enumerate(cut):
+        if not any(mask):
+            raise InvalidRowError(
+                f"{row}: `completions[{k}]` has nothing to train on before `max_length` cuts it, only tokens that the "
+                "model didn't write; raise `max_length`, or leave it out"
+            )
+    return None if all(map(all, cut)) else cut
 
 
 def truncate(

@@ -14,7 +14,7 @@ RESERVED = frozenset({
     "tokenize", "tokenizer_kwargs", "tools", "truncation",
 })  # fmt: skip
 # Fields of a message that a template puts before `content`.
-_REASONING = {"reasoning_content", "reasoning", "thinking"}
+REASONING = {"reasoning_content", "reasoning", "thinking"}
 
 
 class Prompt(NamedTuple):
@@ -95,7 +95,7 @@ def joined_messages(prompt: Prompt, completion: list[dict[str, Any]]) -> list[di
     if prompt.continues:
         last, first = messages.pop(), completion[0]
         text = first.get("content", "")
-        if first.get("role") != "assistant" or _REASONING.intersection(first) or not isinstance(text, str):
+        if first.get("role") != "assistant" or REASONING.intersection(first) or not isinstance(text, str):
             raise RowError(
                 "completions",
                 "turn that doesn't continue the prompt's",

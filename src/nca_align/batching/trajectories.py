@@ -1,0 +1,181 @@
+"""Which tokens of a completion of several turns the model wrote: its own turns with their ends, and nothing else.
+
+A tool's result, a user's turn and the header of a later assistant's turn are context. Where a turn begins and ends
+comes from the `{% generation %}` marks of the chat template, or of the training template that TRL has in its place.
+Else it comes from rendering the conversation up to each turn, with and without it, compared on token ids. White space
+that a template writes behind the end token of a turn that others follow is context, too. What follows the last turn
+counts, as it does for a completion of one turn.
+"""
+
+import itertools
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from jinja2 import TemplateError
+from trl.chat_template_utils import get_training_chat_template
+from trl.data_utils import common_prefix_length
+
+from ..data.cleaning import REASONING, Prompt, joined_messages
+from ..errors import InvalidRowError
+from .rendering import apply_template, text_ids
+
+_CONTEXT = {"system", "developer", "user", "tool"}
+_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")  # as transformers looks for it
+_THINK_TAG = re.compile(r"</?think(?:ing)?>")
+
+
+@dataclass(frozen=True)
+class TurnTemplate:
+    """How a tokenizer's conversations with completions of several turns are rendered.
+
+    Args:
+        template: in place of the tokenizer's own; None for that.
+        marked: whether it marks the tokens that the model writes.
+    """
+
+    template: str | None
+    marked: bool
+
+
+def turn_template(tokenizer) -> TurnTemplate:
+    """The tokenizer's own template where it marks its turns, TRL's training template where there is one, else its own.
+
+    A training template renders a turn alike whatever follows, and keeps the reasoning of earlier turns.
+    """
+    if tokenizer.chat_template is None:
+        return TurnTemplate(None, False)
+    own = tokenizer.get_chat_template()
+    if _MARK.search(own):
+        return TurnTemplate(None, tokenizer.is_fast)
+    try:
+        training = get_training_chat_template(tokenizer)
+    except (ValueError, TypeError, TemplateError):  # one that TRL has no training template for
+        return TurnTemplate(None, False)
+    return TurnTemplate(training, tokenizer.is_fast and training is not None and bool(_MARK.search(training)))
+
+
+def has_context(completion: Any) -> bool:
+    """Whether a completion may hold tokens that the model didn't write: several turns, or one that isn't its own."""
+    return isinstance(completion, list) and (len(completion) > 1 or completion[0].get("role") in _CONTEXT)
+
+
+def written_mask(
+    tokenizer, turns: TurnTemplate, prompt: Prompt, completion: list, text: str, ids: list[int], boundary: int
+) -> list[int]:
+    """Of each of `ids` behind the prompt, 1 where the model wrote it, else 0.
+
+    Args:
+        turns: `turn_template` of the tokenizer.
+        prompt, completion: of messages.
+        text, ids: the whole conversation.
+        boundary: tokens of the prompt.
+
+    Raises:
+        InvalidRowError: the template leaves out a part of what the model wrote, or renders a turn in another way once
+            others follow it, or no token is the model's.
+    """
+    messages = joined_messages(prompt, completion)
+    first = len(messages) - len(completion)
+    _refuse_left_out(messages[first:], text)
+    conversation = _Conversation(tokenizer, turns.template, prompt, messages, ids)
+    own = [j for j in range(first, len(messages)) if messages[j].get("role") not in _CONTEXT]
+    starts = [boundary if j == first else conversation.header_end(j) for j in own]
+    if turns.marked:
+        spans = conversation.marked(boundary, starts)
+    else:
+        ends = [len(ids) if j == len(messages) - 1 else conversation.turn_end(j) for j in own]
+        spans = list(zip(starts, ends, strict=True))
+        for j, (start, end), before in zip(own, spans, [boundary, *ends], strict=False):
+            if not before <= start < end:
+                raise _ambiguous(j - first)
+    if spans and messages[-1].get("role") not in _CONTEXT:
+        spans[-1] = (spans[-1][0], len(ids))
+    mask = [0] * len(ids)
+    for start, end in spans:
+        mask[start:end] = [1] * (end - start)
+    if not any(mask[boundary:]):
+        raise InvalidRowError("has no turn of the assistant, so that there is nothing to train on; leave it out")
+    return mask[boundary:]
+
+
+class _Conversation:
+    """One conversation as it is rendered and tokenised: `messages`, whose tokens are `ids`."""
+
+    def __init__(self, tokenizer, template: str | None, prompt: Prompt, messages: list, ids: list[int]):
+        self.tokenizer, self.ids, self.messages = tokenizer, ids, messages
+        self.render = partial(apply_template, tokenizer, prompt, template=template)
+        self.special = {token for token, about in tokenizer.added_tokens_decoder.items() if about.special}
+
+    def _shared(self, j: int, **opening: Any) -> tuple[int, list[int]]:
+        """How many tokens the first `j` messages share with the whole conversation, and those that they don't."""
+        (own,) = text_ids(self.tokenizer, [self.render(self.messages[:j], **opening)], [False])
+        shared = common_prefix_length(own, self.ids)
+        return shared, own[shared:]
+
+    def _is_text(self, ids: Sequence[int]) -> bool:
+        return bool(self.tokenizer.decode([token for token in ids if token not in self.special]).strip())
+
+    def _end(self, end: int) -> int:
+        """Where what ends at `end` ends without the white space that follows an end token."""
+        last = next((i for i in range(end - 1, -1, -1) if self.ids[i] in self.special), None)
+        return end if last is None or self._is_text(self.ids[last + 1 : end]) else last + 1
+
+    def header_end(self, j: int) -> int:
+        """Where the header of turn `j` ends and what the model writes begins."""
+        return self._shared(j, add_generation_prompt=True)[0]
+
+    def turn_end(self, j: int) -> int:
+        """Behind the end token of turn `j`, which others follow; 0 where it is rendered otherwise before they do."""
+        shared, rest = self._shared(j + 1)
+        if self._is_text(rest):
+            return 0
+        end = self._end(shared)
+        # a conversation's last turn may end in another token than the others
+        swapped = rest and rest[0] in self.special and self.ids[end - 1] not in self.special
+        return end + 1 if swapped and self.ids[end] in self.special else end
+
+    def marked(self, boundary: int, headers: Sequence[int]) -> list[tuple[int, int]]:
+        """The stretches behind the prompt that the template marks as generated, without their `headers`."""
+        how: dict[str, Any] = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
+        found = self.render(self.messages, **how)
+        if found["input_ids"] != self.ids:
+            raise InvalidRowError("is tokenised otherwise with its turns marked than without; please report this")
+        marks = [0, *found["assistant_masks"][boundary:], 0]
+        edges = [boundary + i for i, (a, b) in enumerate(itertools.pairwise(marks)) if a != b]
+        closing = self.ids[self._end(len(self.ids)) - 1]
+        spans = []
+        for start, end in zip(edges[::2], edges[1::2], strict=True):
+            if closing in self.special and self.ids[end - 1] != closing and self.ids[end : end + 1] == [closing]:
+                end += 1  # marks may leave out the end token
+            begin = max((header for header in headers if start < header < end), default=start)
+            spans.append((begin, max(begin, self._end(end))))
+        return spans
+
+
+def _ambiguous(turn: int) -> InvalidRowError:
+    return InvalidRowError(
+        f"turn {turn} is rendered by the chat template in another way once other turns follow it, so that where it "
+        "begins or ends can't be told; use a template that renders each turn alike, such as one with "
+        "`{% generation %}` marks"
+    )
+
+
+def _refuse_left_out(messages: Sequence[dict[str, Any]], text: str) -> None:
+    """Refuse a conversation without a part of what the model wrote: what is trained on is what stands in the row."""
+    for j, message in enumerate(messages):
+        if message.get("role") in _CONTEXT:
+            continue
+        parts = {"content": _THINK_TAG.split(message.get("content") or "")}
+        parts |= {name: [message[name]] for name in REASONING if isinstance(message.get(name), str)}
+        calls = [call.get("function") or call for call in message.get("tool_calls") or [] if isinstance(call, dict)]
+        parts["tool_calls"] = [str(call.get("name", "")) for call in calls]
+        for name, values in parts.items():
+            if any(value.strip() not in text for value in values):
+                raise InvalidRowError(
+                    f"turn {j} has `{name}` that the chat template leaves out, as many do with the reasoning of "
+                    "earlier turns, so that the model would be trained on other text than the row's; use a template "
+                    "that keeps it, or take it out of the row"
+                )

@@ -1,0 +1,217 @@
+"""Of a completion of several turns, exactly what the model wrote is trained on, whatever its chat template is."""
+
+import itertools
+import re
+
+import pytest
+import trl.chat_template_utils as trl_templates
+from datasets import Dataset, IterableDataset
+
+from conftest import build_tokenizer, reward_rows
+from nca_align.batching.tokenization import tokenize_dataset, tokenize_rows
+from nca_align.batching.trajectories import TurnTemplate, turn_template
+from nca_align.errors import InvalidRowError
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+    "{% for call in m.tool_calls or [] %}<call>{{ call.function.name }}{{ call.function.arguments | tojson }}</call>"
+    "{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+MARKED = CHATML.replace(
+    "<|im_start|>{{ m.role }}\n{{ m.content }}",
+    "<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}{{ m.content }}",
+).replace(
+    "{% endfor %}<|im_end|>\n{% endfor %}",
+    "{% endfor %}END{% else %}{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}",
+)
+LLAMA3 = (
+    "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content | trim }}"
+    "{% for call in m.tool_calls or [] %}<call>{{ call.function.name }}{{ call.function.arguments | tojson }}</call>"
+    "{% endfor %}<|eot_id|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+)
+BARE = (  # no special token ends a turn
+    "{% for m in messages %}{{ m.role | capitalize }}: {{ m.content }}{% for call in m.tool_calls or [] %}"
+    "<call>{{ call.function.name }}{{ call.function.arguments | tojson }}</call>{% endfor %}\n\n{% endfor %}"
+    "{% if add_generation_prompt %}Assistant:{% endif %}"
+)
+# Drops the reasoning of each turn but the last, as a thinking template of nobody's that TRL knows
+FORGETFUL = CHATML.replace(
+    "{{ m.content }}", "{{ m.content if loop.last or m.role != 'assistant' else m.content.split('</think>')[-1] }}"
+)
+TEMPLATES = {
+    "chatml": (CHATML, "<|im_end|>", "\n"),
+    "marked": (MARKED.replace("END", "<|im_end|>\n{% endgeneration %}"), "<|im_end|>", "\n"),
+    "marked without the end": (MARKED.replace("END", "{% endgeneration %}<|im_end|>\n"), "<|im_end|>", "\n"),
+    "llama3": (LLAMA3, "<|eot_id|>", ""),
+    "bare": (BARE, "\n", ""),
+}
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 17, "b": 25}}}
+PROMPT = [{"role": "user", "content": "What is 17 + 25?"}]
+
+
+def turn(content: str, role: str = "assistant", **more) -> dict:
+    return {"role": role, "content": content, **more}
+
+
+WITH_TOOL = [turn("Let me see.", tool_calls=[CALL]), turn("TOOLRESULT 42", "tool", name="add"), turn("It is 42.")]
+WITH_USER = [turn("It is 43."), turn("Look again.", "user"), turn("Oh."), turn("Go on", "user"), turn("It is 42.")]
+ALONE = [turn("It is 42.")]
+
+
+def tokenizer_of(template: str):
+    tokenizer = build_tokenizer(template)
+    special = sorted(set(re.findall(r"<\|\w+\|>", template)))
+    tokenizer.add_special_tokens({"additional_special_tokens": special})
+    return tokenizer
+
+
+def tokenised(tokenizer, *completions, prompt=PROMPT, max_length=None) -> dict:
+    row = {
+        "prompt": [prompt],
+        "completions": [list(completions)],
+        "rewards": [list(map(float, range(len(completions))))],
+    }
+    return {name: values[0] for name, values in tokenize_rows(row, [0], tokenizer, None, max_length, name="d").items()}
+
+
+def written(tokenizer, row: dict, k: int) -> list[str]:
+    """The text of each stretch that the model wrote."""
+    stretches = itertools.groupby(zip(row["completion_mask"][k], row["completion_ids"][k], strict=True), lambda x: x[0])
+    return [tokenizer.decode([token for _, token in own]) for mask, own in stretches if mask]
+
+
+@pytest.mark.parametrize("kind", TEMPLATES)
+def test_what_the_model_wrote_is_trained_on_and_nothing_else(kind):
+    template, end, rest = TEMPLATES[kind]
+    tokenizer = tokenizer_of(template)
+    assert turn_template(tokenizer) == TurnTemplate(None, kind.startswith("marked"))
+    row = tokenised(tokenizer, WITH_TOOL, WITH_USER, ALONE)
+    opening = " " if kind == "bare" else ""
+    call = 'Let me see.<call>add{"a": 17, "b": 25}</call>'
+    expected = [
+        [call + end, "It is 42." + end + rest],
+        ["It is 43." + end, "Oh." + end, "It is 42." + end + rest],
+        ["It is 42." + end + rest],
+    ]
+    for k, texts in enumerate(expected):
+        assert written(tokenizer, row, k) == [opening + text for text in texts]
+        assert len(row["completion_mask"][k]) == len(row["completion_ids"][k])
+    assert all(row["completion_mask"][2])
+    whole = tokenizer.apply_chat_template(PROMPT + WITH_TOOL, return_dict=True)["input_ids"]
+    assert row["prompt_ids"] + row["completion_ids"][0] == whole
+
+
+def test_data_of_one_turn_has_no_mask_and_streams_have_them_by_row():
+    tokenizer, rows = build_tokenizer(), reward_rows(3)
+    for completions in (row["completions"] for row in rows):
+        assert all(len(completion) == 1 for completion in completions)
+    plain, _ = tokenize_dataset(Dataset.from_list(rows), tokenizer, None, None)
+    assert "completion_mask" not in plain.column_names
+    # in the second batch of 64 alone
+    mixed = [rows[0] | {"completions": [[turn("no")], [turn("yes")]], "rewards": [0.0, 1.0]}] * 70
+    mixed[67] = mixed[67] | {"completions": [[turn("a"), turn("b", "user"), turn("c")], [turn("yes")]]}
+    found, _ = tokenize_dataset(Dataset.from_list(mixed), tokenizer, None, None)
+    streamed, _ = tokenize_dataset(IterableDataset.from_generator(lambda: iter(mixed)), tokenizer, None, None)
+    masks = found["completion_mask"]
+    assert [i for i, mask in enumerate(masks) if mask is not None] == [67]
+    assert [row["completion_mask"] for row in streamed] == list(masks)
+    # to another template, the same rows are other data
+    tokenizer.chat_template = MARKED.replace("END", "{% endgeneration %}<|im_end|>\n")
+    assert tokenize_dataset(Dataset.from_list(mixed), tokenizer, None, None)[0]._fingerprint != found._fingerprint
+
+
+def test_a_cut_keeps_what_fits_of_the_turn_that_it_meets():
+    tokenizer = tokenizer_of(CHATML)
+    whole = tokenised(tokenizer, WITH_TOOL, ALONE)
+    prompt, (mask, _) = len(whole["prompt_ids"]), whole["completion_mask"]
+    for room in (3, mask.index(0) + 2, len(mask) - 4):
+        cut = tokenised(tokenizer, WITH_TOOL, ALONE, max_length=prompt + room)
+        assert cut["completion_ids"][0] == whole["completion_ids"][0][:room]
+        assert (cut["completion_mask"] or [[1] * room])[0] == mask[:room]
+        assert cut["completions_cut"] == 1 + (room < len(whole["completion_ids"][1]))
+
+
+def test_a_completion_with_nothing_to_train_on_is_refused():
+    tokenizer = tokenizer_of(CHATML)
+    given = [turn("Look again, and at each of its digits.", "user"), turn("It is 42.")]
+    with pytest.raises(
+        InvalidRowError, match=r"Row 0 of `d`: `completions\[1\]` has nothing to train on before `max_l"
+    ):
+        tokenised(tokenizer, ALONE, given, max_length=len(tokenised(tokenizer, ALONE)["prompt_ids"]) + 10)
+    with pytest.raises(InvalidRowError, match=r"Row 0 of `d`: `completions\[0\]` has no turn of the assistant"):
+        tokenised(tokenizer, [turn("42", "tool")], ALONE)
+
+
+THOUGHT = [
+    turn("<think>\nCARRY\n</think>\n\nA call."),
+    turn("42", "tool"),
+    turn("<think>\nSURE\n</think>\n\nIt is 42."),
+]
+
+
+def test_reasoning_that_a_template_drops_is_refused_by_its_turn():
+    tokenizer = tokenizer_of(FORGETFUL)
+    with pytest.raises(
+        InvalidRowError, match=r"`completions\[0\]` turn 0 has `content` that the chat template leaves out"
+    ):
+        tokenised(tokenizer, THOUGHT, ALONE)
+    field = [turn("A call.", reasoning_content="CARRY"), *WITH_TOOL[1:]]
+    with pytest.raises(InvalidRowError, match="turn 0 has `reasoning_content` that the chat template leaves out"):
+        tokenised(tokenizer_of(CHATML), field, ALONE)
+    no_tools = CHATML.replace("{% for call in m.tool_calls or [] %}", "{% for call in [] %}")
+    with pytest.raises(InvalidRowError, match="turn 0 has `tool_calls` that the chat template leaves out"):
+        tokenised(tokenizer_of(no_tools), WITH_TOOL, ALONE)
+
+
+def test_a_turn_that_is_rendered_otherwise_once_others_follow_is_refused():
+    marked_last = CHATML.replace("<|im_end|>\n{% endfor %}", "{{ '!' if loop.last }}<|im_end|>\n{% endfor %}")
+    with pytest.raises(
+        InvalidRowError, match=r"`completions\[0\]` turn 0 is rendered by the chat template in another way"
+    ):
+        tokenised(tokenizer_of(marked_last), WITH_TOOL, ALONE)
+
+
+def test_qwen3_keeps_its_reasoning_by_the_training_template_of_trl():
+    """Its own template drops that of turns before a user's."""
+    tokenizer = tokenizer_of(trl_templates.qwen3_chat_template)
+    completion = [THOUGHT[0], turn("Sure?", "user"), THOUGHT[2]]
+    assert "CARRY" not in tokenizer.apply_chat_template(PROMPT + completion, tokenize=False)
+    row = tokenised(tokenizer, completion, ALONE)
+    assert written(tokenizer, row, 0) == [
+        "<think>\nCARRY\n</think>\n\nA call.<|im_end|>", "<think>\nSURE\n</think>\n\nIt is 42.<|im_end|>\n",
+    ]  # fmt: skip
+    assert tokenizer.decode(row["prompt_ids"]).endswith("<|im_start|>assistant\n")
+
+
+def test_a_completion_goes_on_with_the_turn_that_the_prompt_ends_in():
+    tokenizer = tokenizer_of(CHATML)
+    row = tokenised(tokenizer, WITH_TOOL, ALONE, prompt=[*PROMPT, turn("Well: ")])
+    assert written(tokenizer, row, 0)[0].startswith(" Let me see.<call>")  # the prompt's white space is in its token
+    assert tokenizer.decode(row["prompt_ids"]).endswith("assistant\nWell:")
+
+
+FAMILIES = sorted(
+    match[1] for name in vars(trl_templates) if (match := re.fullmatch(r"(\w+)_training_chat_template", name))
+)
+PICTURES = {"get", "idefics3", "llava_next", "smolvlm"}  # take no text alone; and a function
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name not in PICTURES])
+def test_marks_and_rendering_with_and_without_each_turn_agree(family, monkeypatch):
+    """For each family that TRL has a training template of."""
+    tokenizer = tokenizer_of(getattr(trl_templates, f"{family}_chat_template"))
+    turns = turn_template(tokenizer)
+    training = getattr(trl_templates, f"{family}_training_chat_template")
+    assert turns.marked
+    found = []
+    for own in (turns, TurnTemplate(turns.template, marked=False)):
+        monkeypatch.setattr("nca_align.batching.tokenization.turn_template", lambda _, own=own: own)
+        found.append(tokenised(tokenizer, WITH_USER, ALONE))
+    assert (turns.template or tokenizer.chat_template) == training
+    assert found[0] == found[1]
+    texts = written(tokenizer, found[0], 0)
+    assert [
+        text for content, text in zip(("It is 43.", "Oh.", "It is 42."), texts, strict=True) if content not in text
+    ] == []
