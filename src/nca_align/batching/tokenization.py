@@ -201,10 +201,11 @@ def tokenize_rows(
                 raise UserError(f"{named[i]}: `completions[{k}]` gives no token after the prompt; leave it out.")
             mask = [1] * (len(whole) - boundary)
             if turns and has_context(completions[k]):
+                where = f"{named[i]}: `completions[{k}]`"
                 try:
                     mask = written_mask(tokenizer, turns, prompts[i], completions[k], text, whole, boundary)
                 except InvalidRowError as error:
-                    raise InvalidRowError(f"{named[i]}: `completions[{k}]` {error}") from error
+                    raise InvalidRowError(f"{where} {error}") from error
             masks.append(mask)
         completion_ids = [whole[boundary:] for _, whole in wholes]
         kept, rests = truncate(whole_prompt[:boundary], completion_ids, max_prompt_length, max_length)

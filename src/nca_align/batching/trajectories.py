@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any
 
 from jinja2 import TemplateError
-from trl.chat_template_utils import get_training_chat_template
+from trl import get_training_chat_template
 from trl.data_utils import common_prefix_length
 
 from ..data.cleaning import REASONING, Prompt, joined_messages
@@ -90,7 +90,11 @@ def written_mask(
         spans = list(zip(starts, ends, strict=True))
         for j, (start, end), before in zip(own, spans, [boundary, *ends], strict=False):
             if not before <= start < end:
-                raise _ambiguous(j - first)
+                raise InvalidRowError(
+                    f"turn {j - first} is rendered by the chat template in another way once other turns follow it, so "
+                    "that where it begins or ends can't be told; use a template that renders each turn alike, such as "
+                    "one with `{% generation %}` marks"
+                )
     if spans and messages[-1].get("role") not in _CONTEXT:
         spans[-1] = (spans[-1][0], len(ids))
     mask = [0] * len(ids)
@@ -153,14 +157,6 @@ class _Conversation:
             begin = max((header for header in headers if start < header < end), default=start)
             spans.append((begin, max(begin, self._end(end))))
         return spans
-
-
-def _ambiguous(turn: int) -> InvalidRowError:
-    return InvalidRowError(
-        f"turn {turn} is rendered by the chat template in another way once other turns follow it, so that where it "
-        "begins or ends can't be told; use a template that renders each turn alike, such as one with "
-        "`{% generation %}` marks"
-    )
 
 
 def _refuse_left_out(messages: Sequence[dict[str, Any]], text: str) -> None:
