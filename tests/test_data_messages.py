@@ -19,6 +19,7 @@ from nca_align.data.messages import ROLES, other_part, plain_completions, plain_
 from nca_align.data.prompts import load_completions, load_prompts
 from nca_align.errors import InvalidRowError, UserError
 
+SLOW = pytest.mark.slow
 ROWS = [
     {
         "prompt": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": f"p{i}"}],
@@ -85,7 +86,9 @@ def quiet(tmp_path, monkeypatch):
     enable_progress_bars()
 
 
-@pytest.mark.parametrize("kind", ["parquet", "jsonl", "csv"])
+@pytest.mark.parametrize(
+    "kind", ["parquet", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("jsonl", "csv"))]
+)
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_of_every_file(form, kind, tmp_path):
     for alone in (False, True):

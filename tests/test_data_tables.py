@@ -120,7 +120,10 @@ def read(path, streaming=False) -> list[dict]:
 
 
 class TestTypes:
-    @pytest.mark.parametrize("name", ["rows.parquet", "rows.arrow", "stream.arrow", "rows.feather"])
+    @pytest.mark.parametrize("name", [
+        "rows.parquet", *(pytest.param(name, marks=pytest.mark.slow) for name in ("rows.feather", "stream.arrow")),
+        "rows.arrow",
+    ])  # fmt: skip
     @pytest.mark.parametrize("types", TABLES)
     def test_every_type_in_every_file(self, types, name, tmp_path):
         table, rows = TABLES[types]
@@ -166,6 +169,7 @@ class TestTypes:
         assert plain_type(pa.map_(pa.string(), pa.int8())) == Json()
         assert plain_type(pa.list_view(pa.dictionary(pa.int8(), pa.string_view()))) == List(Value("string"))
 
+    @pytest.mark.slow
     def test_a_long_file_is_read_in_order(self, tmp_path):
         many = pa.concat_tables([texts()] * 1000).append_column("i", pa.array(range(3 * 1000))).combine_chunks()
         for name in ("rows.arrow", "stream.arrow"):

@@ -158,8 +158,11 @@ class TestAddedTokens:
 
         return make
 
-    @pytest.mark.parametrize("tied", [False, True])
-    @pytest.mark.parametrize("kind", ["lora", "kept", "kept input", "tokens", "on input", "on head"])
+    @pytest.mark.parametrize("tied", [False, pytest.param(True, marks=pytest.mark.slow)])
+    @pytest.mark.parametrize("kind", [
+        "lora", "kept", "on head",
+        *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("kept input", "tokens", "on input")),
+    ])  # fmt: skip
     def test_policy_reference_and_export_are_those_of_the_run(self, kind, tied, base, tmp_path, capsys):
         torch.manual_seed(0)
         policy = get_peft_model(base(tied), LoraConfig(task_type="CAUSAL_LM", **embeddings_and_more(kind)))

@@ -98,7 +98,8 @@ def run_identity(
     if isinstance(dataset, Dataset):
         identity["data"] = f"{len(dataset)} rows, {columns_fingerprint(dataset, _CONTENT)[:16]}"
     else:
-        first = Dataset.from_list(list(dataset.select_columns(list(_CONTENT)).take(_STREAM_ROWS)))
+        rows = [{name: row[name] for name in _CONTENT if name in row} for row in dataset.take(_STREAM_ROWS)]
+        first = Dataset.from_list(rows)
         identity["data"] = f"stream, {columns_fingerprint(first, _CONTENT)[:16]}"
         # Shards are read side by side by those to whom they are dealt, so the rows of a step depend on these
         if deals_shards(dataset, processes):
