@@ -143,10 +143,20 @@ def test_sharegpts_columns(row, tmp_path):
             assert found["rewards"] == [1.0, 0.0]
 
 
+def test_llama_factorys_system_prompts_come_first(tmp_path):
+    rows = [{"conversations": TURNS, "system": text, **PAIR} for text in ("Be brief.", "", None)]
+    for kind in ("jsonl", "parquet"):
+        path = write(rows, kind, tmp_path)
+        for streaming in (False, True):
+            first, *others = (row["prompt"] for row in read(path, streaming=streaming))
+            assert first == [{"role": "system", "content": "Be brief."}, *PLAIN["prompt"]]
+            assert others == [PLAIN["prompt"]] * 2
+
+
 def test_prompts_alone_keep_their_column(tmp_path):
     """A conversation without answers beside it may end in one: it is not taken for a prompt."""
     path = write([{"conversations": [*TURNS, PAIR["chosen"]]}], "jsonl", tmp_path)
-    with pytest.raises(UserError, match=r"no known format|prompts without completions"):
+    with pytest.raises(UserError, match=r"--columns prompt=conversations"):
         load_prompts(path, None, "train")
     (row,) = load_prompts(path, None, "train", ["prompt=conversations"])
     assert row["prompt"] == [*PLAIN["prompt"], {"role": "assistant", "content": "a"}]
@@ -220,7 +230,18 @@ class TestUnknownRoles:
         tokenizer.chat_template += f"{{% if messages[0].role == {quote}narrator{quote} %}}{{% endif %}}"
         assert len(prompt_ids(tokenizer, NARRATOR)) > len(plain)
 
-    @pytest.mark.parametrize("role", ["system", "developer", "user", "tool"])
+    @pytest.mark.parametrize("role", ["system", "user", "tool"])
     def test_common_roles_need_no_naming(self, role):
         assert role not in build_tokenizer().chat_template
         assert prompt_ids(build_tokenizer(), {"prompt": [{"role": role, "content": "Hi"}]})
+
+    def test_a_developer_is_named_and_printed(self):
+        row = {"prompt": [{"role": "developer", "content": "Rules"}, {"role": "user", "content": "Hi"}]}
+        tokenizer = build_tokenizer()
+        with pytest.raises(InvalidRowError, match="role 'developer', which the chat template does not name"):
+            prompt_ids(tokenizer, row)
+        tokenizer.chat_template += "{% if messages[0].role == 'developer' %}{% endif %}"
+        assert prompt_ids(tokenizer, row)
+        tokenizer.chat_template = "{% for m in messages if m.role != 'developer' %}{{ m.content }}{% endfor %}"
+        with pytest.raises(InvalidRowError, match="leaves out the developer prompt"):
+            prompt_ids(tokenizer, row)

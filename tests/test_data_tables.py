@@ -250,10 +250,9 @@ class TestFolders:
 
     def test_parts_of_other_types_are_put_together(self, tmp_path):
         """Where a part has only nulls, or whole numbers, in a column; or lacks it."""
-        write(
-            texts().append_column("note", pa.nulls(N)).append_column("n", pa.array([1] * N)),
-            tmp_path / "d" / "0.parquet",
-        )
+        first = texts().append_column("note", pa.nulls(N)).append_column("n", pa.array([1] * N))
+        first = first.append_column("tags", pa.array([["a"]] * N)).append_column("own", pa.array([{"b": 1}] * N))
+        write(first, tmp_path / "d" / "0.parquet")
         write(texts().append_column("note", pa.array(["x"] * N)).append_column("n", pa.array([0.5] * N)),
               tmp_path / "d" / "1.parquet")  # fmt: skip
         write(texts(), tmp_path / "d" / "2.parquet")
@@ -261,6 +260,8 @@ class TestFolders:
             rows = read(tmp_path / "d", streaming)
             assert [row["note"] for row in rows] == [None] * N + ["x"] * N + [None] * N
             assert [row["n"] for row in rows] == [1.0] * N + [0.5] * N + [None] * N
+            assert [row["tags"] for row in rows] == [["a"]] * N + [None] * 2 * N
+            assert [row["own"] for row in rows[: N + 1]] == [{"b": 1}] * N + [None]
 
     def test_parts_that_are_no_one_table(self, tmp_path):
         write(texts(), tmp_path / "d" / "0.parquet")
@@ -302,6 +303,11 @@ class TestJson:
         sample = read_sample(str(tmp_path / "rows.jsonl"), "train", 2)
         assert (sample.read, sample.rows) == (2, 3)
         assert [{name: row[name] for name in ROWS[0]} for row in sample.dataset] == ROWS[:2]
+
+    def test_columns_called_columns_and_data_are_no_table(self, tmp_path):
+        row = ROWS[0] | {"columns": ["a"], "data": [["1"]]}
+        (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+        assert read(tmp_path / "rows.jsonl") == [row]
 
     @pytest.mark.parametrize("table", [
         {"prompt": {"0": "p", "1": "q"}, "completions": {"0": ["a", "b"], "1": ["c", "d"]}},

@@ -7,8 +7,8 @@ from typing import Any
 from ..data.cleaning import Prompt, clean_prompt, joined_messages
 from ..errors import InvalidRowError, UserError, one_line
 
-# What chat templates have; few of them name each
-_ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
+# What chat templates have; few of them name each. A `developer` they leave out, or print, unless they name it.
+_ROLES = frozenset({"system", "user", "assistant", "tool"})
 
 
 def prompt_ids(tokenizer, row: dict[str, Any]) -> list[int]:
@@ -45,10 +45,11 @@ def prompt_text(tokenizer, prompt: Prompt, template: str | None = None) -> str:
     text = apply_template(tokenizer, prompt, prompt.content, template, **opening)
     for message in prompt.content:
         content = message.get("content")
-        if message.get("role") == "system" and isinstance(content, str) and content.strip() not in text:
+        role = message.get("role")
+        if role in ("system", "developer") and isinstance(content, str) and content.strip() not in text:
             raise InvalidRowError(
-                "the chat template leaves out the system prompt of `prompt`, so it has no system role; use a template "
-                "that has one, or put the system prompt into the first user turn"
+                f"the chat template leaves out the {role} prompt of `prompt`, so it has no {role} role; use a template "
+                f"that has one, or put the {role} prompt into the first user turn"
             )
     return text
 

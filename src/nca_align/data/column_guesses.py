@@ -7,6 +7,7 @@ from decimal import Decimal
 from typing import Any, NamedTuple
 
 from .columns import paths_of, value_at
+from .messages import resembles_message
 from .validation import RowError, read_list, read_number
 
 # Words of a column's name, the likeliest first, without a plural's s.
@@ -134,7 +135,7 @@ def _kind(value: Any) -> str:
         return "number"
     if not isinstance(value, list) or not value:
         return "other"
-    if all(isinstance(item, dict) and "role" in item for item in value):
+    if all(map(resembles_message, value)):
         return "messages"
     inner = {_kind(item) for item in value if item is not None}
     plurals = {"text": "texts", "number": "numbers", "messages": "conversations"}

@@ -14,6 +14,7 @@ from datasets import Dataset, Features, IterableDataset, Json, LargeList, List, 
 
 from ..errors import UserError, nearest
 from ..store.fingerprints import files_fingerprint
+from .messages import resembles_message
 from .validation import is_absent
 
 PEEKED = 64  # rows looked at before the others are converted
@@ -148,7 +149,7 @@ def paths_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         for row in rows:
             value = _read(row.get(column))
             for item in value if isinstance(value, list) else [value]:
-                if isinstance(item, dict) and "role" not in item:  # a message is no table
+                if isinstance(item, dict) and not resembles_message(item):  # which is no table
                     found |= dict.fromkeys(f"{column}.{key}" for key in item)
     return list(found)
 

@@ -22,7 +22,8 @@ def with_plain_messages(
 ) -> Dataset | IterableDataset:
     """`dataset` with its conversations as `plain_conversation` has them; itself where they are so already.
 
-    `conversations`, ShareGPT's column, becomes `prompt` where answers stand beside it.
+    `conversations`, ShareGPT's column, becomes `prompt` where answers stand beside it, after the text of a column
+    `system`, which LLaMA-Factory's data have.
 
     Args:
         dataset: one split, or a stream.
@@ -31,13 +32,15 @@ def with_plain_messages(
     """
     features = dataset.features
     columns = set(next(iter(dataset), {})) if features is None else set(features)
+    system = False
     if "conversations" in columns and "prompt" not in columns and any(answers <= columns for answers in _ANSWERS):
         dataset = dataset.rename_column("conversations", "prompt")
         columns = columns - {"conversations"} | {"prompt"}
-        features = dataset.features
+        features, system = dataset.features, "system" in columns
     found = [column for column in sorted(columns) if _COLUMNS.fullmatch(column)]
     if features is not None:
-        found = [column for column in found if _may_differ(dataset, features, column)]
+        own = {"prompt"} if system else set()
+        found = [column for column in found if column in own or _may_differ(dataset, features, column)]
         features = Features(dict(features) | {column: _plain_type(features[column], column) for column in found})
     if not found:
         return dataset
@@ -46,14 +49,25 @@ def with_plain_messages(
         _plain_columns,
         batched=True,
         features=features,
-        fn_kwargs={"columns": found, "revision": code_revision()},
+        fn_kwargs={"columns": found, "revision": code_revision(), "system": system},
         **(arguments if isinstance(dataset, Dataset) else {}),
     )
 
 
-def _plain_columns(batch: Mapping[str, list], columns: list[str], revision: str) -> dict[str, list]:
-    plain = {column: plain_completions if column == "completions" else plain_conversation for column in columns}
-    return {column: list(map(plain[column], batch[column])) for column in columns}
+def _plain_columns(batch: Mapping[str, list], columns: list[str], revision: str, system: bool) -> dict[str, list]:
+    made = {
+        column: list(map(plain_completions if column == "completions" else plain_conversation, batch[column]))
+        for column in columns
+    }
+    if system:
+        made["prompt"] = list(map(_after_system, batch["system"], made["prompt"]))
+    return made
+
+
+def _after_system(text: Any, prompt: Any) -> Any:
+    if not text or not isinstance(prompt, list):
+        return prompt
+    return [{"role": "system", "content": text}, *prompt]
 
 
 def _message_type(feature: Any) -> tuple[Any, int]:

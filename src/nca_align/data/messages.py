@@ -28,6 +28,11 @@ def _is_message(value: Any) -> bool:
     return isinstance(value, dict) and ({"role", "content"} <= value.keys() or {"from", "value"} <= value.keys())
 
 
+def resembles_message(value: Any) -> bool:
+    """Whether a value is meant as a message, perhaps an incomplete one."""
+    return isinstance(value, dict) and ("role" in value or {"from", "value"} <= value.keys())
+
+
 def _plain_message(message: dict[str, Any]) -> dict[str, Any]:
     if {"from", "value"} <= message.keys():
         names = ("from", "value") if message.get("role") is None else ("role", "content")

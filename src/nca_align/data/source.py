@@ -212,7 +212,8 @@ def _root(path: str) -> Path:
 def _refuse_columns(path: str, row: dict[str, Any]) -> None:
     """Refuse a table that pandas wrote column by column, which reads as one row."""
     by_index = {frozenset(own) if isinstance(own, dict) else None for own in row.values()}
-    if {"columns", "data"} <= row.keys() or (len(by_index) == 1 and all(map(str.isdigit, by_index.pop() or "-"))):
+    split = {"columns", "data"} <= row.keys() <= {"columns", "data", "index"}
+    if split or (len(by_index) == 1 and all(map(str.isdigit, by_index.pop() or "-"))):
         raise UserError(
             f"`dataset_name` is {path!r}, which holds a table by its columns, as pandas' `to_json` writes it; write it "
             "by rows: `to_json(PATH, orient='records', lines=True)`"

@@ -107,8 +107,10 @@ class _AsWritten:
                 column = table[field.name]
                 plain = Features({"": plain_type(column.type)}).arrow_schema[0].type
                 columns.append(_plain(column, plain))
+            elif field.name in named:
+                columns.append(pa.chunked_array([pa.array([named[field.name]] * len(table), pa.string())]))
             else:
-                columns.append(pa.chunked_array([pa.array([named.get(field.name)] * len(table), pa.string())]))
+                columns.append(pa.chunked_array([pa.nulls(len(table), field.type)]))
         return self._cast_table(pa.Table.from_arrays(columns, schema.names))
 
 
