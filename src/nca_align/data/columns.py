@@ -147,7 +147,7 @@ def paths_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     for column in dict.fromkeys(column for row in rows for column in row):
         found[column] = None
         for row in rows:
-            value = _read(row.get(column))
+            value = read_cell(row.get(column))
             for item in value if isinstance(value, list) else [value]:
                 if isinstance(item, dict) and not resembles_message(item):  # which is no table
                     found |= dict.fromkeys(f"{column}.{key}" for key in item)
@@ -171,7 +171,7 @@ def _find(source: str, rows: Sequence[Mapping[str, Any]]) -> Way | None:
     return None
 
 
-def _read(value: Any) -> Any:
+def read_cell(value: Any) -> Any:
     """`value`, or what stands in it as JSON: a CSV's cell."""
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         with suppress(json.JSONDecodeError):
@@ -182,7 +182,7 @@ def _read(value: Any) -> Any:
 def _reaches(value: Any, path: Way) -> bool:
     if not path:
         return True
-    value = _read(value)
+    value = read_cell(value)
     if isinstance(value, list):
         if path[0].isdigit():
             return int(path[0]) < len(value) and _reaches(value[int(path[0])], path[1:])
@@ -196,7 +196,7 @@ def _follow(value: Any, path: Way) -> Any:
     if not path:
         return value
     if isinstance(value, str):  # text stays text: what is taken from JSON is JSON
-        taken = _follow(read, path) if (read := _read(value)) is not value else None
+        taken = _follow(read, path) if (read := read_cell(value)) is not value else None
         return taken if isinstance(taken, (str, type(None))) else json.dumps(taken)
     if isinstance(value, list):
         if path[0].isdigit():

@@ -22,6 +22,7 @@ from .formats.flat_rows import group_rows, read_groups
 from .message_columns import with_plain_messages
 from .options import DEFAULT_SCORE, DataOptions
 from .schema import NOTES, PROMPT_COLUMNS, REWARD_COLUMNS, DataReport, Format, result_features
+from .several_rewards import column_of, of_split, scale_over_split, scaled, settle_weights
 from .validation import Row, RowError, check_row
 
 logger = logging.getLogger("nca_align")
@@ -79,7 +80,7 @@ def convert_dataset(
     if not peeked:
         raise UserError(f"`{name}` is empty; it must have at least one row")
     fmt = _recognise(peeked, options, name, source)
-    _check_options(fmt, options, peeked, name)
+    options = _check_options(fmt, options, peeked, name)
     if isinstance(dataset, IterableDataset):
         return _convert_stream(dataset, fmt, options, peeked, name), None
 
@@ -88,16 +89,17 @@ def convert_dataset(
     if not fmt.grouped:
         needed = replace(needed, on_invalid="raise")
     if fmt is rewarded_completions:
-        needed = DataOptions(exclude_sources=options.exclude_sources, validation_fraction=0)
+        needed = replace(needed, preference="scores", score_bug="repair", chat_template_kwargs=None)
     arguments: dict[str, Any] = {"fmt": fmt.name, "options": needed, "revision": code_revision()}
     result = None
     if fmt.grouped:
         converted = _convert_groups(dataset, arguments)
     else:
         arguments["chat"] = _is_chat(peeked, fmt, options)
-        types = result_features(dataset.features, fmt, arguments["chat"])
+        types = result_features(dataset.features, fmt, arguments["chat"], _objectives(options))
         read, features = dataset, Features(types | NOTES)
-        if fmt is rewarded_completions and types == dataset.features:  # rows that are only checked
+        own_rewards = DataOptions(exclude_sources=options.exclude_sources, validation_fraction=0)
+        if fmt is rewarded_completions and types == dataset.features and needed == own_rewards:  # rows only checked
             checked = (*REWARD_COLUMNS, *PROMPT_COLUMNS, "source")
             read, features = dataset.select_columns([key for key in dataset.column_names if key in checked]), NOTES
             result = dataset
@@ -115,7 +117,8 @@ def convert_dataset(
     keep, report = schema.read_notes(converted, options, fmt.name, name)
     logger.log(logging.WARNING if report.dropped or report.completions else logging.INFO, "%s", report)
     result = converted.remove_columns(list(NOTES)) if result is None else result
-    return (result if report.kept == report.rows else result.select(keep)), report
+    result = result if report.kept == report.rows else result.select(keep)
+    return (scale_over_split(result, num_proc) if of_split(options) else result), report
 
 
 def _recognise(rows: list[dict[str, Any]], options: DataOptions, name: str, source: str) -> Format:
@@ -152,7 +155,8 @@ def _recognise(rows: list[dict[str, Any]], options: DataOptions, name: str, sour
     raise UserError(f"`{name}` has the columns {', '.join(sorted(found))}, which is no known format{hint}")
 
 
-def _check_options(fmt: Format, options: DataOptions, peeked: list[dict[str, Any]], name: str) -> None:
+def _check_options(fmt: Format, options: DataOptions, peeked: list[dict[str, Any]], name: str) -> DataOptions:
+    """The options, with `reward_weights` by name; those that this data can't have are refused."""
     if options.exclude_sources and "source" not in peeked[0]:
         raise UserError(
             f"`exclude_sources` is {options.exclude_sources}, but `{name}` has no column `source`; leave the option out"
@@ -161,6 +165,13 @@ def _check_options(fmt: Format, options: DataOptions, peeked: list[dict[str, Any
     if options.score != DEFAULT_SCORE and options.score not in known:
         choice = f"choose among {', '.join(sorted(known))}" if known else "leave the option out"
         raise UserError(f"`score` is {options.score!r}, which `{name}` ({fmt.name}) doesn't have; {choice}")
+    names = fmt.objectives(peeked) if fmt.objectives else []
+    return settle_weights(options, fmt.name, names, known if names else (), name)
+
+
+def _objectives(options: DataOptions) -> list[str]:
+    """The columns that hold the objectives of `reward_weights`, beside their sum in `rewards`."""
+    return [column_of(name) for name in options.weights]
 
 
 def _convert_row(row: dict[str, Any], fmt: Format, options: DataOptions) -> Row:
@@ -173,6 +184,8 @@ def _convert_row(row: dict[str, Any], fmt: Format, options: DataOptions) -> Row:
             f"has {left} after some were left out ({causes}); there must be at least two to compare",
         )
     check_row(result.prompt, result.completions, result.rewards)
+    if options.scale_rewards == "group":
+        result.rewards = scaled(result.rewards)
     prompt = clean_prompt(row | {"prompt": result.prompt})
     if prompt.continues:
         for completion in result.completions:
@@ -196,7 +209,8 @@ def _convert_values(row: dict[str, Any], i: int, fmt: str, options: DataOptions,
     """A row's values in the result with its notes; None for what can't be read of an invalid or excluded row."""
     kind = FORMATS[fmt]
     values = {key: value for key, value in row.items() if key != "_index" and not schema.is_replaced(key, kind)}
-    values |= dict.fromkeys(REWARD_COLUMNS) | {"_problem": None, "_cause": None, "_notes": []}
+    values |= dict.fromkeys((*REWARD_COLUMNS, *_objectives(options)))
+    values |= {"_problem": None, "_cause": None, "_notes": []}
     unread = values | {name: None for name in PROMPT_COLUMNS if isinstance(row.get(name), str)}
     source = row["source"][0] if kind.grouped and "source" in row else row.get("source")
     if source in options.exclude_sources:
@@ -235,7 +249,9 @@ def _convert_groups(dataset: Dataset, arguments: dict[str, Any]) -> Dataset:
 
     return Dataset.from_generator(
         generate,
-        features=Features(result_features(dataset.features, fmt, arguments["chat"]) | NOTES),
+        features=Features(
+            result_features(dataset.features, fmt, arguments["chat"], _objectives(arguments["options"])) | NOTES
+        ),
         fingerprint=derived_fingerprint("nca_align groups", dataset, arguments),
     )
 
@@ -248,6 +264,12 @@ def _convert_stream(
             f"`{name}` is a stream of flat scored rows, and putting a prompt's rows together needs all of them; "
             "load it without streaming"
         )
+    if of_split(options):
+        chosen = "batch" if options.scale_rewards == "batch" else "normalize_then_sum"
+        raise UnsupportedError(
+            f"`{name}` is a stream, and {chosen} scales rewards by their spread over the split, which needs all of its "
+            "rows; load it without streaming, or give `scale_rewards: group`"
+        )
     chat = _is_chat(peeked, fmt, options)
     return stream.map(
         _convert_stream_batch,
@@ -255,7 +277,7 @@ def _convert_stream(
         batch_size=_BATCH,
         with_indices=True,
         remove_columns=list(peeked[0]),
-        features=result_features(stream.features, fmt, chat) if stream.features else None,
+        features=result_features(stream.features, fmt, chat, _objectives(options)) if stream.features else None,
         fn_kwargs={"fmt": fmt.name, "options": options, "chat": chat, "name": name},
     )
 

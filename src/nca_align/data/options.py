@@ -1,6 +1,7 @@
 """The options of reading data, as keywords of `load_reward_dataset` and as command-line flags."""
 
 import json
+import math
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -25,6 +26,26 @@ class DataOptions:
         "ratings), an aspect such as `honesty`, or another field of the completion. Flat scored rows: a column "
         "name; by default the first there is of `reward`, `score`, `overall_score`, `helpfulness`.",
         DEFAULT_SCORE,
+    )
+    reward_weights: dict[str, float] | str | list[float] | None = option(
+        "Weights of several rewards, whose sum is the reward, in the place of `score`: a JSON object by name such as "
+        """'{"helpfulness": 0.7, "verbosity": -0.1}', or a list in the data's order.""",
+        None,
+    )
+    scale_rewards: Literal["none", "group", "batch"] = option(
+        "Rewards less their prompt's mean, over their standard deviation within the prompt (`group`) or over the "
+        "split (`batch`), as in GRPO; α is then in this unit.",
+        "none",
+    )
+    multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = option(
+        "Scale the weighted sum by `scale_rewards`, or first each reward within its prompt and then the sum over the "
+        "split (GDPO's), as in GRPO.",
+        "sum_then_normalize",
+    )
+    on_missing: Literal["raise", "leave_out"] = option(
+        "A completion without one of the rewards of `reward_weights` makes its row invalid (`raise`), or this reward "
+        "is left out of the row (`leave_out`), which is counted.",
+        "raise",
     )
     preference: Literal["scores", "hard"] = option(
         "Rewards of a chosen/rejected pair: its scores where it has them (`scores`), or 1 and 0 (`hard`).", "scores"
@@ -70,11 +91,48 @@ class DataOptions:
                 f"`chat_template_kwargs` is {self.chat_template_kwargs!r}; it must be a JSON object such as "
                 """{"enable_thinking": false}"""
             )
+        self._check_weights()
         if not 0 <= self.validation_fraction < 1:
             raise UserError(
                 f"`validation_fraction` is {self.validation_fraction}; it must be at least 0 and less than 1"
             )
 
+    def _check_weights(self) -> None:
+        weights = self.reward_weights
+        if isinstance(weights, str):
+            with suppress(json.JSONDecodeError):  # refused below
+                weights = self.reward_weights = json.loads(weights)
+        if weights is None:
+            if self.multi_objective_aggregation != "sum_then_normalize":
+                raise UserError("`multi_objective_aggregation` is normalize_then_sum, which needs `reward_weights`")
+            return
+        values = list(weights.values()) if isinstance(weights, dict) else weights
+        if not isinstance(values, list) or not all(_is_weight(value) for value in values) or not any(values):
+            raise UserError(
+                f"`reward_weights` is {weights!r}; it must be finite numbers, not all 0: a JSON object by name such as "
+                """{"helpfulness": 0.7, "verbosity": -0.1}, or a list in the data's order"""
+            )
+        if isinstance(weights, dict):
+            self.reward_weights = {str(name): float(weight) for name, weight in weights.items()}
+        if self.score != DEFAULT_SCORE:
+            raise UserError(
+                f"`score` is {self.score!r} and `reward_weights` is {json.dumps(weights)}; give one of them"
+            )
+        if self.multi_objective_aggregation == "normalize_then_sum" and self.scale_rewards != "none":
+            raise UserError(
+                f"`scale_rewards` is {self.scale_rewards}, which has no effect where `multi_objective_aggregation` is "
+                "normalize_then_sum; leave one of them out"
+            )
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """`reward_weights` by name; none for one reward a completion, nor for a list until the data is read."""
+        return self.reward_weights if isinstance(self.reward_weights, dict) else {}
+
     def of_data(self) -> "DataOptions":
         """These fields alone, where a command's options have more: no others may be in the key of what is cached."""
         return DataOptions(**{own.name: getattr(self, own.name) for own in fields(DataOptions)})
+
+
+def _is_weight(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

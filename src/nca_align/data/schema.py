@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -37,7 +37,9 @@ class Format:
         prompts, answers: patterns of the columns that the prompt and its answers are read from. The result replaces
             them and keeps all others; `sample`, which makes new answers, leaves the answers out.
         conversations: a pattern of the columns whose messages the result takes over, with all their fields.
-        scores: the names that `score` may have, from a few rows; None where there is no choice.
+        scores: the names that `score` and a weight of `reward_weights` may have, from a few rows; None where there is
+            no choice.
+        objectives: those that a list of weights is for, in the data's order.
         grouped: True where a row is one completion, and the rows of a prompt are put together first.
         matches: whether a set of columns is this format; None where it is so with all that it needs.
     """
@@ -49,6 +51,7 @@ class Format:
     answers: str = NONE
     conversations: str = NONE
     scores: Callable[[list[dict[str, Any]]], set[str]] | None = None
+    objectives: Callable[[list[dict[str, Any]]], list[str]] | None = None
     grouped: bool = False
     matches: Callable[[set[str], DataOptions], bool] | None = None
 
@@ -63,8 +66,15 @@ def is_replaced(column: str, fmt: Format) -> bool:
     return re.fullmatch(f"{fmt.prompts}|{fmt.answers}", column) is not None
 
 
-def result_features(source: Features, fmt: Format, chat: bool) -> Features:
-    """The types of the result: kept columns as they are, messages with the fields that the source's have."""
+def result_features(source: Features, fmt: Format, chat: bool, objectives: Iterable[str] = ()) -> Features:
+    """The types of the result: kept columns as they are, messages with the fields that the source's have.
+
+    Args:
+        source: the types of the data.
+        fmt: its format.
+        chat: whether prompts are messages.
+        objectives: columns of K numbers that join them, or take the place of others.
+    """
     kept = {
         name: feature for name, feature in source.items() if not is_replaced(name, fmt) and name not in REWARD_COLUMNS
     }
@@ -73,6 +83,7 @@ def result_features(source: Features, fmt: Format, chat: bool) -> Features:
             kept[name] = Json() if _is_text(feature) else feature
         elif fmt.grouped:
             kept[name] = List(feature)
+    kept |= dict.fromkeys(objectives, List(Value("float64")))
     text = List(_message(source, fmt)) if chat else Value("string")
     return Features(kept | {"prompt": text, "completions": List(text), "rewards": List(Value("float64"))})
 

@@ -7,6 +7,15 @@ from typing import Any
 from ..messages import plain_completions
 from ..options import DEFAULT_SCORE, DataOptions
 from ..schema import data_format
+from ..several_rewards import (
+    column_of,
+    combine,
+    completion_values,
+    given_values,
+    names_of_rows,
+    objectives_of_rows,
+    one_reward,
+)
 from ..validation import (
     MISSING,
     Row,
@@ -25,15 +34,41 @@ REPAIRED = "score 10 repaired to 1"
 _SCORE_BUG = "score 10 that should be 1"
 
 
-@data_format("own", "prompt, completions, rewards", conversations="prompt|completions")
+def _has_completions(columns: set[str], options: DataOptions) -> bool:
+    # In the place of `rewards` may be columns that the options name.
+    chosen = () if options.score == DEFAULT_SCORE else (options.score, column_of(options.score))
+    scored = bool(options.reward_weights) or not columns.isdisjoint(("rewards", *chosen))
+    return columns.issuperset(("prompt", "completions")) and scored
+
+
+@data_format(
+    "own",
+    "prompt, completions, rewards",
+    conversations="prompt|completions",
+    scores=names_of_rows,
+    objectives=objectives_of_rows,
+    matches=_has_completions,
+)
 def rewarded_completions(row: dict[str, Any], options: DataOptions) -> Row:
-    """`prompt, completions, rewards` as they are; only text that holds lists or numbers is read."""
-    given = read_list(row["rewards"], "rewards")
+    """`prompt, completions, rewards` as they are; only text that holds lists or numbers is read.
+
+    `rewards` may hold several by name, and so may columns of K numbers: `reward_weights` or `score` says which count.
+    """
+    several = bool(options.weights) or options.score != DEFAULT_SCORE
+    given = [] if several else one_reward(row["rewards"])
     completions = plain_completions(read_list(row["completions"], "completions"))
+    result = Row(read_conversation(row["prompt"], "prompt"), completions, [])
+    if options.weights:
+        found = given_values(row, options.weights, len(completions))
+        return combine(result, [completion_values(own, options) for own in found], options)
+    if several:
+        fields = [own[options.score] for own in given_values(row, [options.score], len(completions))]
+        result.rewards = [required_number(value, field) for field, value in fields]
+        return result
     for k, pair in enumerate(zip(completions, given, strict=False)):
         check_pair(*pair, k)
-    rewards = [required_number(item, f"rewards[{k}]") for k, item in enumerate(given)]
-    return Row(read_conversation(row["prompt"], "prompt"), completions, rewards)
+    result.rewards = [required_number(item, f"rewards[{k}]") for k, item in enumerate(given)]
+    return result
 
 
 def _mean_rating(completion: dict[str, Any]) -> float | None:
@@ -54,13 +89,14 @@ def _is_rated_low(completion: dict[str, Any]) -> bool:
     return mean is not None and mean <= 2
 
 
-def _ultrafeedback_score(completion: dict[str, Any], score: str, here: str) -> float | None:
+def _ultrafeedback_value(completion: dict[str, Any], score: str, here: str) -> tuple[str, Any]:
+    """The field that a score stands in, and its value there."""
     if score == "mean_aspects":
-        return _mean_rating(completion)
+        return f"{here}.annotations", _mean_rating(completion)
     if score in completion:
-        return optional_score(completion[score], f"{here}.{score}")
+        return f"{here}.{score}", completion[score]
     annotation = (completion.get("annotations") or {}).get(score) or {}
-    return optional_score(annotation.get("Rating"), f"{here}.annotations.{score}.Rating")
+    return f"{here}.annotations.{score}.Rating", annotation.get("Rating")
 
 
 def _ultrafeedback_scores(rows: Iterable[dict[str, Any]]) -> set[str]:
@@ -74,7 +110,18 @@ def _ultrafeedback_scores(rows: Iterable[dict[str, Any]]) -> set[str]:
     return names
 
 
-@data_format("raw UltraFeedback", "instruction, completions", prompts="instruction", scores=_ultrafeedback_scores)
+def _ultrafeedback_aspects(rows: Iterable[dict[str, Any]]) -> list[str]:
+    completions = (own for row in rows for own in row["completions"] or () if isinstance(own, dict))
+    return list(dict.fromkeys(name for own in completions for name in own.get("annotations") or ()))
+
+
+@data_format(
+    "raw UltraFeedback",
+    "instruction, completions",
+    prompts="instruction",
+    scores=_ultrafeedback_scores,
+    objectives=_ultrafeedback_aspects,
+)
 def ultrafeedback(row: dict[str, Any], options: DataOptions) -> Row:
     """openbmb/UltraFeedback: a completion without a score is left out.
 
@@ -82,25 +129,32 @@ def ultrafeedback(row: dict[str, Any], options: DataOptions) -> Row:
     one prompt, and was not part of the prompt in the paper's data: it isn't here either.
     """
     result = Row([user_message(row["instruction"], "instruction")], [], [])
-    models = []
+    models, found = [], []
     for k, completion in enumerate(read_list(row["completions"], "completions")):
         here = f"completions[{k}]"
         if not isinstance(completion, dict):
             raise RowError(
                 here, "wrong type", f"is a {type(completion).__name__}; it must be an object with a response"
             )
-        score = _ultrafeedback_score(completion, options.score, here)
-        if score is not None and options.score == DEFAULT_SCORE and score == 10 and _is_rated_low(completion):
-            score, note = (1.0, REPAIRED) if options.score_bug == "repair" else (None, _SCORE_BUG)
-            result.notes.append(note)
-        elif score is None:
+        given = {name: _ultrafeedback_value(completion, name, here) for name in options.weights or [options.score]}
+        scores = [optional_score(value, field) for field, value in given.values()]
+        if scores == [None] * len(scores):
             result.notes.append(MISSING)
-        if score is not None:
-            result.completions.append(assistant_message(completion.get("response"), f"{here}.response"))
-            result.rewards.append(score)
-            models.append(completion.get("model"))
+            continue
+        field, score = given.get(DEFAULT_SCORE, ("", None))
+        if score == 10 and _is_rated_low(completion):
+            result.notes.append(REPAIRED if options.score_bug == "repair" else _SCORE_BUG)
+            if options.score_bug == "drop":
+                continue
+            given[DEFAULT_SCORE] = (field, 1.0)
+        found.append(completion_values(given, options))
+        result.completions.append(assistant_message(completion.get("response"), f"{here}.response"))
+        models.append(completion.get("model"))
     if "models" in row:
         result.extra["models"] = models  # one for each completion that is left
+    if options.weights:
+        return combine(result, found, options)
+    result.rewards = [score for own in found for score in own.values() if score is not None]
     return result
 
 

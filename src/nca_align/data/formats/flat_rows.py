@@ -12,6 +12,7 @@ from datasets import Dataset
 
 from ..options import DEFAULT_SCORE, DataOptions
 from ..schema import PROMPT_COLUMNS, data_format
+from ..several_rewards import combine, completion_values, is_number
 from ..validation import Row, RowError, assistant_message, read_conversation, required_number, user_message
 
 _SCORE_COLUMNS = ("reward", "score", DEFAULT_SCORE, "helpfulness")
@@ -32,12 +33,18 @@ def answer_column(columns: Iterable[str]) -> str | None:
 
 def matches(columns: set[str], options: DataOptions) -> bool:
     default = score_column(columns, DataOptions())  # so that a misspelt `score` is reported as such
-    scored = default is not None or score_column(columns, options) is not None
+    scored = default is not None or score_column(columns, options) is not None or bool(options.reward_weights)
     return "prompt" in columns and answer_column(columns) is not None and scored
 
 
 def score_names(rows: list[dict[str, Any]]) -> set[str]:
     return set().union(*rows) - {"prompt", *_ANSWER_COLUMNS, *PROMPT_COLUMNS}
+
+
+def objective_names(rows: list[dict[str, Any]]) -> list[str]:
+    """The columns of numbers, in the data's order."""
+    names = dict.fromkeys(name for row in rows for name, value in row.items() if is_number(value))
+    return [name for name in names if name in score_names(rows)]
 
 
 def read_groups(dataset: Dataset, order: np.ndarray, starts: np.ndarray) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -79,6 +86,7 @@ def group_rows(dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
     answers="response|completion",
     conversations="prompt|response|completion",
     scores=score_names,
+    objectives=objective_names,
     grouped=True,
     matches=matches,
 )
@@ -87,15 +95,20 @@ def flat_rows(row: dict[str, Any], options: DataOptions) -> Row:
 
     A `response` is a turn of a chat, a `completion` beside a prompt of text continues that text, as in TRL.
     """
-    answers, scores = str(answer_column(row)), str(score_column(row, options))  # `matches` found both
+    answers = str(answer_column(row))  # `matches` found it
+    names = list(options.weights) or [str(score_column(row, options))]
     prompt = read_conversation(row["prompt"], "prompt")
     if isinstance(prompt, str) and answers == "response":
         prompt = _turns(prompt)
     chat = isinstance(prompt, list)
     result = Row(prompt, [], [])
-    for i, text, score in zip(row["_index"], row[answers], row[scores], strict=True):
+    found: list[dict[str, float | None]] = []
+    for i, text, *scores in zip(row["_index"], row[answers], *(row[name] for name in names), strict=True):
+        given = {name: (name, value) for name, value in zip(names, scores, strict=True)}
         try:
-            reward = required_number(score, scores)
+            if not options.weights:
+                required_number(scores[0], names[0])  # NaN is no gap here
+            values = completion_values(given, options)
             completion = assistant_message(text, answers) if chat and not isinstance(text, list) else text
         except RowError as error:
             error.row = i
@@ -104,7 +117,10 @@ def flat_rows(row: dict[str, Any], options: DataOptions) -> Row:
             result.notes.append(error.cause)  # the rows of the prompt that are sound stay
             continue
         result.completions.append(completion)
-        result.rewards.append(reward)
+        found.append(values)
+    if options.weights:
+        return combine(result, found, options)
+    result.rewards = [score for own in found for score in own.values() if score is not None]
     return result
 
 

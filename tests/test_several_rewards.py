@@ -1,0 +1,222 @@
+"""Several rewards a completion: every form of them, their sum, GRPO's scaling, gaps, and what is refused."""
+
+import json
+
+import pytest
+import torch
+from datasets import Dataset
+from trl.trainer.utils import nanstd
+
+from nca_align.data import DataOptions, load_reward_dataset, to_reward_dataset
+from nca_align.losses import targets
+
+HELP, SHORT = [4.0, 1.0, 3.0], [0.5, 2.0, 1.0]
+WEIGHTS = {"help": 0.7, "short": -0.1}
+SUM = [0.7 * h - 0.1 * s for h, s in zip(HELP, SHORT, strict=True)]
+TEXTS = {"prompt": "Why?", "completions": ["one", "two", "three"]}
+BY_NAME = {"help": HELP, "short": SHORT}
+BY_COMPLETION = [{"help": h, "short": s} for h, s in zip(HELP, SHORT, strict=True)]
+
+
+def flat(**columns):
+    return [
+        {"prompt": "Why?", "response": text, **{name: values[k] for name, values in columns.items()}}
+        for k, text in enumerate(TEXTS["completions"])
+    ]
+
+
+def ultrafeedback(overall=(1.0, 2.0, 3.0), help=HELP, short=SHORT):
+    completions = [
+        {"response": text, "overall_score": overall[k],
+         "annotations": {"help": {"Rating": str(help[k])}, "short": {"Rating": str(short[k])}}}
+        for k, text in enumerate(TEXTS["completions"])
+    ]  # fmt: skip
+    return [{"instruction": "Why?", "completions": completions}]
+
+
+def convert(rows, **options):
+    return to_reward_dataset(Dataset.from_list(rows), DataOptions(**options))
+
+
+def rewards(rows, **options):
+    stream = "response" not in rows[0] and options.keys().isdisjoint(("scale_rewards", "multi_objective_aggregation"))
+    dataset = Dataset.from_list(rows)
+    found = to_reward_dataset(dataset.to_iterable_dataset() if stream else dataset, DataOptions(**options))
+    return [row["rewards"] for row in found]
+
+
+FORMS = {
+    "by name": [TEXTS | {"rewards": BY_NAME}],
+    "by completion": [TEXTS | {"rewards": BY_COMPLETION}],
+    "as JSON text": [TEXTS | {"rewards": json.dumps(BY_NAME)}],
+    "as JSON text by completion": [TEXTS | {"rewards": json.dumps(BY_COMPLETION)}],
+    "columns": [TEXTS | BY_NAME],
+    "columns of nca-align score": [TEXTS | {"rewards": [0.0] * 3, "score_help": HELP, "score_short": SHORT}],
+    "flat": flat(**BY_NAME),
+    "flat with a score": flat(**BY_NAME, score=[9, 9, 9]),
+    "UltraFeedback": ultrafeedback(),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_is_combined_and_its_objectives_are_kept(form):
+    (row,) = convert(FORMS[form], reward_weights=WEIGHTS)
+    assert row["rewards"] == pytest.approx(SUM, abs=1e-15)
+    assert (row["score_help"], row["score_short"]) == (HELP, SHORT)
+    assert rewards(FORMS[form], reward_weights=WEIGHTS) == [row["rewards"]]  # also of a stream
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_one_weight_of_1_is_that_score(form):
+    for name in WEIGHTS:
+        assert rewards(FORMS[form], reward_weights={name: 1}) == rewards(FORMS[form], score=name)
+
+
+@pytest.mark.parametrize("form", [form for form in FORMS if form != "flat with a score"])
+def test_a_list_of_weights_is_in_the_order_of_the_data(form):
+    assert rewards(FORMS[form], reward_weights="[0.7, -0.1]") == rewards(FORMS[form], reward_weights=WEIGHTS)
+
+
+def test_the_combination_is_linear_and_alpha_is_in_its_unit():
+    rows = [TEXTS | {"rewards": BY_NAME}]
+
+    def combined(help, short):
+        return torch.tensor(rewards(rows, reward_weights={"help": help, "short": short}), dtype=torch.float64)
+
+    a, b = combined(0.7, -0.1), combined(-0.3, 2)
+    torch.testing.assert_close(combined(2 * 0.7 - 0.3, 2 * -0.1 + 2), 2 * a + b)
+    torch.testing.assert_close(targets(3 * a, 3 * 0.2), targets(a, 0.2))
+    torch.testing.assert_close(targets(combined(2.1, -0.3), 3 * 0.2), targets(a, 0.2))
+
+
+def test_rows_with_their_own_sum_read_it_as_a_reward():
+    rows = [TEXTS | {"rewards": [1.0, 2.0, 3.0], "lengths": [10, 20, 30]}]
+    assert rewards(rows) == [[1.0, 2.0, 3.0]]
+    assert rewards(rows, reward_weights={"rewards": 1, "lengths": -0.01})[0] == pytest.approx([0.9, 1.8, 2.7])
+
+
+def grpo(values, weights, scale_rewards, aggregation):
+    """Advantages as `GRPOTrainer` computes them. values: (B, K, J)."""
+    functions = values.flatten(0, 1)
+    if aggregation == "sum_then_normalize":
+        total = (functions * weights).nansum(1)
+        grouped = total.view(values.shape[:2])
+        spread = nanstd(total) if scale_rewards == "batch" else nanstd(grouped, dim=1)[:, None]
+        return (grouped - grouped.nanmean(1, keepdim=True)) / (spread + 1e-4)
+    scaled = (values - values.nanmean(1, keepdim=True)) / (nanstd(values, dim=1, keepdim=True) + 1e-4)
+    total = (scaled.flatten(0, 1) * weights).nansum(1)
+    return ((total - total.nanmean()) / (nanstd(total) + 1e-4)).view(values.shape[:2])
+
+
+@pytest.mark.parametrize(
+    ("scale_rewards", "aggregation"),
+    [("group", "sum_then_normalize"), ("batch", "sum_then_normalize"), ("none", "normalize_then_sum")],
+)
+def test_scaling_is_that_of_grpo_with_the_split_as_its_batch(scale_rewards, aggregation):
+    values = torch.randn(6, 4, 2, generator=torch.Generator().manual_seed(0)).double()
+    values[1] = values[1, :1]  # no spread
+    values[2, :, 0] = 0.1
+    rows = [
+        {"prompt": f"{b}?", "completions": list("abcd"), "rewards": dict(zip(WEIGHTS, own.T.tolist(), strict=True))}
+        for b, own in enumerate(values)
+    ]
+    given = {"reward_weights": WEIGHTS, "scale_rewards": scale_rewards, "multi_objective_aggregation": aggregation}
+    found = torch.tensor(rewards(rows, **given), dtype=torch.float64)
+    expected = grpo(values, torch.tensor(list(WEIGHTS.values())), scale_rewards, aggregation)
+    torch.testing.assert_close(found, expected.double(), rtol=1e-6, atol=1e-9)
+    assert (found[1] == 0).all()
+    assert (found[0] != 0).all()
+    assert found[2].argmax() == (-values[2, :, 1]).argmax()
+
+
+def test_one_reward_is_scaled_too():
+    rows = [TEXTS | {"rewards": HELP}]
+    spread = torch.tensor(HELP).std().item() + 1e-4
+    assert rewards(rows, scale_rewards="group")[0] == pytest.approx([(h - 8 / 3) / spread for h in HELP])
+    assert rewards(rows, scale_rewards="none") == [HELP]
+
+
+GAPS = {
+    "by name": [TEXTS | {"rewards": {"help": HELP, "short": [0.5, None, 1.0]}}],
+    "by completion": [TEXTS | {"rewards": [BY_COMPLETION[0], {"help": 1.0}, BY_COMPLETION[2]]}],
+    "columns": [TEXTS | {"help": HELP, "score_short": [0.5, float("nan"), 1.0]}],
+    "flat": flat(help=HELP, short=[0.5, None, 1.0]),
+    "UltraFeedback": ultrafeedback(short=[0.5, "N/A", 1.0]),
+}  # fmt: skip
+FIELDS = {
+    "by name": "`rewards.short[1]`", "by completion": "`rewards[1].short`", "columns": "`score_short[1]`",
+    "flat": "`short`", "UltraFeedback": "`completions[1].annotations.short.Rating`",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", GAPS)
+def test_a_missing_value_is_refused_or_its_objective_left_out_of_the_row(form, caplog):
+    whole = {"prompt": "Whole?", "completions": ["a", "b"], "rewards": {"help": [1.0, 2.0], "short": [3.0, 4.0]}}
+    rows = [whole, *GAPS[form]] if form == "by name" else GAPS[form]
+    place = len(rows) - 1 if form != "flat" else 1
+    with pytest.raises(ValueError) as caught:
+        convert(rows, reward_weights=WEIGHTS)
+    for part in (f"row {place}:", FIELDS[form], "a missing score", "`on_missing: leave_out`"):
+        assert part in str(caught.value)
+    left = convert(rows, reward_weights=WEIGHTS, on_missing="leave_out")[-1]
+    assert left["rewards"] == [0.7 * h for h in HELP]
+    assert left["score_short"] == [0.5, None, 1.0]
+    assert "1 short left out of a row" in caplog.text
+    if form == "by name":  # the other rows keep it
+        first = convert(rows, reward_weights=WEIGHTS, on_missing="leave_out")[0]
+        assert first["rewards"] == pytest.approx([0.7 * 1 - 0.3, 0.7 * 2 - 0.4])
+
+
+def test_a_row_is_invalid_that_no_objective_is_whole_in():
+    rows = [TEXTS | {"rewards": {"help": [None, 1.0, 2.0], "short": [1.0, None, 2.0]}}]
+    with pytest.raises(ValueError, match=r"row 0: `rewards` lacks a value of every objective"):
+        convert(rows, reward_weights=WEIGHTS, on_missing="leave_out")
+
+
+def test_ultrafeedbacks_wrong_tens_are_repaired_within_a_sum():
+    rows = ultrafeedback(overall=(10.0, 2.0, 3.0))
+    for own in rows[0]["completions"]:
+        own["annotations"]["honesty"] = {"Rating": "1"}
+    assert rewards(rows, reward_weights={"overall_score": 2, "help": 1}) == [[6.0, 5.0, 9.0]]
+    dropped = convert(rows, reward_weights={"overall_score": 2, "help": 1}, score_bug="drop")[0]
+    assert (dropped["rewards"], dropped["score_help"]) == ([5.0, 9.0], [1.0, 3.0])
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "said"),
+    [
+        (FORMS["by name"], {}, r"row 0: `rewards` holds help, short; say what each weighs by `reward_weights`"),
+        (FORMS["by completion"], {}, r"row 0: `rewards` holds help, short; .*, or take one by `score`"),
+        (FORMS["by name"], {"reward_weights": {"hlp": 1}}, r"`reward_weights` holds `hlp`.*did you mean `help`.*short"),
+        (FORMS["flat"], {"reward_weights": {"help": 1, "kind": 1}}, r"holds `kind`, which `train` \(flat scored row"),
+        (FORMS["UltraFeedback"], {"reward_weights": [1, 2, 3]}, r"3 values, but .* has 2 objectives \(help, short\)"),
+        ([TEXTS | {"rewards": HELP}], {"reward_weights": [1]}, r"doesn't have several rewards a completion"),
+        ([{"prompt": "a", "chosen": "b", "rejected": "c"}], {"reward_weights": [1]}, r"doesn't have several"),
+        (FORMS["by name"], {"reward_weights": WEIGHTS, "score": "help"}, r"`score` is 'help' and `reward_weights` is"),
+        (FORMS["by name"], {"reward_weights": {"help": float("nan")}}, r"it must be finite numbers, not all 0"),
+        (FORMS["by name"], {"reward_weights": "help=1"}, r"`reward_weights` is 'help=1'; it must be finite numbers"),
+        (FORMS["by name"], {"multi_objective_aggregation": "normalize_then_sum"}, r"which needs `reward_weights`"),
+        (FORMS["by name"], {"scale_rewards": "group", "reward_weights": WEIGHTS,
+                            "multi_objective_aggregation": "normalize_then_sum"}, r"`scale_rewards` is group, which"),
+        ([TEXTS | {"rewards": {"help": HELP, "short": [1.0]}}], {"reward_weights": WEIGHTS},
+         r"row 0: `rewards.short` has 1 values for 3 completions"),
+        ([TEXTS | {"rewards": {"help": HELP, "short": [1.0, "x", 2.0]}}], {"reward_weights": WEIGHTS}, r"short\[1\]"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_combined_is_refused_in_one_sentence(rows, options, said):
+    with pytest.raises(ValueError, match=said):
+        convert([{**rows[0], "rewards": json.dumps(rows[0]["rewards"])}] if "x" in str(rows) else rows, **options)
+
+
+def test_a_stream_has_no_spread_over_the_split():
+    stream = Dataset.from_list(FORMS["by name"]).to_iterable_dataset()
+    with pytest.raises(NotImplementedError, match=r"`train` is a stream, and batch scales .* `scale_rewards: group`"):
+        to_reward_dataset(stream, DataOptions(reward_weights=WEIGHTS, scale_rewards="batch"))
+
+
+def test_files_are_read_anew_with_other_weights(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps(FORMS["by name"][0]) + "\n")
+    for weights in (WEIGHTS, {"help": 1.0}, WEIGHTS):
+        (row,) = load_reward_dataset(str(file), split="train", reward_weights=weights, validation_fraction=0)
+        assert row["rewards"] == pytest.approx(SUM if weights is WEIGHTS else HELP)
