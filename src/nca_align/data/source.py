@@ -147,7 +147,7 @@ def _load(path: str, kind: str, files: list[str], streaming: bool, what: tuple, 
     log.setLevel(logging.CRITICAL)  # it logs an error of its own for what is one sentence below
     try:
         if kind == "csv":
-            arguments = arguments | _csv_as_text(files[0])
+            arguments = arguments | _csv_as_text(path, files[0])
         elif kind == "json" and not all(map(is_plain, files)):  # `datasets` would fail late, or not at all
             check_json(files)
         try:
@@ -188,14 +188,17 @@ def _reason(error: Exception) -> str:
     return one_line(error.__cause__ or error)[:300]
 
 
-def _csv_as_text(file: str) -> dict[str, Any]:
+def _csv_as_text(path: str, file: str) -> dict[str, Any]:
     """All columns as text: an answer "12" or "N/A" is text, and the numbers are read where numbers belong."""
     with open_plain(file) as opened, io.TextIOWrapper(opened, "utf-8-sig", newline="") as lines:
         first = lines.readline()
         separator = max(",;\t", key=first.count)  # as spreadsheets of other languages write it
         header, *rows = itertools.islice(csv.reader(itertools.chain([first], lines), delimiter=separator), 2)
     if rows and len(rows[0]) > len(header):  # pandas would take the first cells for an index, and shift the others
-        raise ValueError(f"row 0 has {len(rows[0])} cells for {len(header)} columns")
+        raise UserError(
+            f"`dataset_name` is {path!r}, which can't be read as csv: row 0 has {len(rows[0])} cells for "
+            f"{len(header)} columns"
+        )
     # pandas, which writes its index under no name, reads it under this one
     names = [name or f"Unnamed: {i}" for i, name in enumerate(header)]
     return {"features": Features({name: Value("string") for name in names}), "na_filter": False, "sep": separator}
