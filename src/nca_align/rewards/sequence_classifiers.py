@@ -16,9 +16,10 @@ from .classifier_loading import embedding_rows, load_classifier, refuse_token_re
 
 logger = logging.getLogger("nca_align")
 
-# How far a score in a batch may be from the same alone, as a share of the largest of several. Rounding alone gives
-# 1e-6, 0.002 and 0.05; a head that reads another token, about 1.
-_TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.1}
+# How far a score in a batch may be from the same alone: a share of the spread of several, and one of the largest.
+# Rounding alone gives at most 1e-6, 0.002 and 0.05 of the spread, and about the dtype's eps of a large score. A head
+# that reads another token gives about the spread itself.
+_TOLERANCE = {torch.float32: (1e-3, 1e-4), torch.float16: (0.02, 0.004), torch.bfloat16: (0.1, 0.02)}
 _COMPARED = 16  # rows that are scored both ways at the start, at most
 _OWN_TEXTS = ("No.", "A short answer, and its reason.", "A longer answer: first this, then that. " * 4)
 
@@ -159,13 +160,16 @@ class SequenceClassifier:
                 f"{one_line(errors[0])[:200]}); give another model, or wrap it in a Python function"
             )
         own, batched = torch.cat(alone), self._in_batches(ran)
-        allowed = _TOLERANCE.get(self.dtype, 0.1) * own.abs().amax(0).clamp(min=0.1)  # of each output
+        of_spread, of_largest = _TOLERANCE.get(self.dtype, (0.1, 0.02))
+        spread, largest = own.amax(0) - own.amin(0), own.abs().amax(0).clamp(min=0.1)  # of each output
+        allowed = of_spread * spread + of_largest * largest
         excess = ((own - batched).abs() / allowed).where(own.isfinite(), 0.0)  # a score that is NaN is told later
         if not excess.max() <= 1:
             row, output = divmod(int(excess.argmax()), excess.shape[1])
             raise UserError(
                 f"`scorer` {self.name} gives a text {own[row, output]:.4g} alone and {batched[row, output]:.4g} beside "
-                "others in a batch, so what it reads depends on the padding; `nca-align score --batch_size 1` scores it"
+                "others in a batch, so what it reads depends on the padding; `nca-align score --batch_size 1` scores "
+                "it, and elsewhere a Python function that gives it one text at a time"
             )
         return True
 
