@@ -195,6 +195,62 @@ class TestFigures:
             measured(reward_rows(40), target_effective=4.0)
 
 
+class TestSeveralRewards:
+    def found(self, **weights):
+        """Three rewards of 30 prompts, one of them the length and one with a gap."""
+        random, rows = np.random.default_rng(0), []
+        for b in range(30):
+            k = int(random.integers(2, 6))
+            lengths = random.integers(1, 50, k)
+            help, tone = random.normal(size=(2, k)).tolist()
+            if b == 3:
+                tone[1] = None
+            rows.append({
+                "prompt": f"{b}?", "completions": ["a" * int(n) for n in lengths],
+                "rewards": {"help": help, "tone": tone, "long": (2.0 * lengths).tolist()},
+            })  # fmt: skip
+        given = {"reward_weights": weights, "on_missing": "leave_out"}
+        rows = to_reward_dataset(Dataset.from_list(rows), DataOptions(**given))
+        return rows, inspect(rows, options(**given))
+
+    def test_their_figures_are_those_of_centred_values(self):
+        rows, found = self.found(help=0.7, tone=0.0, long=-0.01)
+        help, tone, long = found.objectives
+        assert [own.name for own in found.objectives] == ["help", "tone", "long"]
+        assert [own.weight for own in found.objectives] == [0.7, 0.0, -0.01]
+        assert (help.missing, tone.missing, long.missing) == (0, 1, 0)
+        assert long.with_length == pytest.approx(1)
+        assert help.with_others[0] == pytest.approx(1)
+        assert help.with_others[2] == pytest.approx(long.with_others[0])
+        centred, among = [], []
+        for row in rows:
+            own = np.array([row["score_help"], row["score_long"], row["rewards"]], float)
+            centred.append(own - own.mean(1, keepdims=True))
+            there = np.array([value is not None for value in row["score_tone"]])
+            pair = np.array([row["score_help"], row["score_tone"]], float)[:, there]
+            among.append(pair - pair.mean(1, keepdims=True))
+        h, n, r = np.concatenate(centred, 1)
+        assert help.with_reward == pytest.approx(np.corrcoef(h, r)[0, 1], abs=1e-6)  # rewards are in float32 there
+        assert help.with_others[1] == pytest.approx(np.corrcoef(*np.concatenate(among, 1))[0, 1])
+        whole = [b for b, row in enumerate(rows) if None not in row["score_tone"]]
+        h, n, r = np.concatenate([centred[b] for b in whole], 1)
+        assert help.share == pytest.approx(0.7 * (h @ r) / (r @ r))
+        assert long.share == pytest.approx(-0.01 * (n @ r) / (r @ r))
+        assert help.share + tone.share + long.share == pytest.approx(1)
+
+    def test_they_are_tables_on_both(self):
+        rows, found = self.found(help=1.0, tone=0.001, long=-0.1)
+        shown = text_of_tables(found)
+        assert max(map(len, shown.splitlines())) <= 80
+        for part in ("Several rewards", "1  help", "2  tone", "3  long", "Their correlations within prompts"):
+            assert part in shown
+        assert any("2% of what sets a prompt's rewards apart comes from `tone`" in line for line in findings(found))
+        page = build_page(found, show_row(rows, 0, found.options))
+        assert "<th>~ length</th>" in page
+        assert "3  long" in page
+        assert "Several rewards" not in text_of_tables(self.found(help=1.0)[1])
+
+
 class TestTerminal:
     @pytest.mark.parametrize("with_tokens", [False, True])
     def test_fits_80_columns_and_says_everything(self, tokenizer, with_tokens):

@@ -16,6 +16,7 @@ from ...data.cleaning import text_of
 from ...errors import UserError
 from ...losses import targets
 from . import reward_stats as stats
+from .objectives import Objective, compare_objectives, read_objectives
 from .options import InspectOptions
 
 
@@ -66,6 +67,7 @@ class Inspection:
         rewards, lengths: (ΣK,) of the completions; lengths in `unit`.
         repeated_prompts: rows whose prompt an earlier row has.
         unfinished: completions that `nca-align sample` cut; None where the data does not say.
+        objectives: the several rewards that `rewards` are the sum of; none where there is one.
         correlation: of rewards and lengths within prompts.
         rank_lengths: mean length by rank, of the commonest K.
         alphas: the α table, with the α that was asked for and the one that is suggested.
@@ -83,6 +85,7 @@ class Inspection:
     unfinished: int | None
     duplicates: stats.Duplicates
     pairs: stats.Pairs
+    objectives: list[Objective]
     correlation: float | None
     rank_lengths: list[float]
     alphas: list[stats.AlphaRow]
@@ -127,7 +130,9 @@ def inspect(dataset: Dataset, options: InspectOptions, tokenizer=None, report: D
         options=options, report=report, counts=k, rewards=r, lengths=lengths,
         unit="characters" if tokens is None else "tokens", repeated_prompts=stats.repeated(prompts),
         unfinished=_count_truncated(dataset), duplicates=stats.find_duplicates(completions, r, k),
-        pairs=stats.compare_pairs(r, lengths, k), correlation=stats.within_correlation(r, lengths, k),
+        pairs=stats.compare_pairs(r, lengths, k),
+        objectives=compare_objectives(read_objectives(dataset), options.weights, r, lengths, k),
+        correlation=stats.within_correlation(r, lengths, k),
         rank_lengths=stats.lengths_by_rank(r, lengths, k), alphas=stats.alpha_table(r, k, sorted(wanted)),
         suggested=suggested, target=target, tokens=tokens,
     )  # fmt: skip

@@ -20,7 +20,12 @@ def write_page(path: Path, found: Inspection, example: Example) -> None:
 def build_page(found: Inspection, example: Example) -> str:
     """The page as HTML."""
     *figures, alphas = sections(found)
-    tables = [card(s.title, pages.table([], [row for row in s.rows if row[0]], words=True)) for s in figures]
+    tables = [
+        card(
+            s.title, pages.table(list(s.header) if any(s.header) else [], [row for row in s.rows if row[0]], words=True)
+        )
+        for s in figures
+    ]
     parts = [
         pages.tiles(_tiles(found)),
         pages.section("Worth knowing", pages.bullets(findings(found))),

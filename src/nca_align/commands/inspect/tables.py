@@ -97,7 +97,7 @@ def sections(found: Inspection) -> list[Section]:
             ("prompts whose longest is best", longest),
             (f"mean by rank, K = {len(found.rank_lengths)}", ranks),
         ]
-    output = [Section("Data", data), Section("Rewards", rewards), Section("Length", length)]
+    output = [Section("Data", data), Section("Rewards", rewards), *_objectives(found), Section("Length", length)]
     if (tokens := found.tokens) is not None:
         rows = [
             ("prompt", quantiles(tokens.prompt_lengths, ",.0f")),
@@ -119,6 +119,33 @@ def sections(found: Inspection) -> list[Section]:
         lines.append((f"{row.alpha:g}", f"{row.effective:.2f}", percent(row.hard), f"{row.best:.2f}", note))
     header = ("α", "effective", "hard", "best", "")
     return [*output, Section("Targets softmax(rewards / α)", lines, header, marked)]
+
+
+def _objectives(found: Inspection) -> list[Section]:
+    """Several rewards, a line each; their correlations with one another in the order of the lines."""
+
+    def correlation(value: float | None) -> str:
+        return "–" if value is None else f"{value:+.2f}"
+
+    labels = [f"{i}  {own.name}" for i, own in enumerate(found.objectives, 1)]
+    rows = [
+        (
+            label,
+            "–" if own.weight is None else f"{own.weight:g}",
+            "–" if own.share is None else f"{own.share:.1%}",
+            f"{own.mean:.3g}",
+            f"{own.missing:,}",
+            correlation(own.with_reward),
+            correlation(own.with_length),
+        )
+        for label, own in zip(labels, found.objectives, strict=True)
+    ]
+    among = [(label, *map(correlation, own.with_others)) for label, own in zip(labels, found.objectives, strict=True)]
+    numbers = [str(i) for i in range(1, len(rows) + 1)]
+    return [
+        Section("Several rewards", rows, ("", "weight", "share", "mean", "missing", "~ reward", "~ length")),
+        Section("Their correlations within prompts", among, ("", *numbers)),
+    ] if rows else []  # fmt: skip
 
 
 def findings(found: Inspection) -> list[str]:
@@ -146,6 +173,13 @@ def findings(found: Inspection) -> list[str]:
         lines.append(
             f"“{bias.capitalize()} is better” orders {percent(right)} of the unequal pairs right: the model can learn "
             f"to answer {bias} instead of better. Compare with that baseline, and watch the length of its answers."
+        )
+    idle = [own.name for own in found.objectives if own.weight and own.share is not None and abs(own.share) < 0.02]
+    if idle:
+        lines.append(
+            f"Less than 2% of what sets a prompt's rewards apart comes from {', '.join(f'`{name}`' for name in idle)}: "
+            "such a weight hardly counts beside the others. Enlarge it, or give all rewards one unit by "
+            "`--multi_objective_aggregation normalize_then_sum`."
         )
     if found.duplicates.completions > 0.01 * len(found.rewards):
         lines.append(
@@ -182,7 +216,8 @@ def print_inspection(found: Inspection, console: Console | None = None) -> None:
     for section in sections(found):
         console.print(Text(section.title, style="bold"))
         if any(section.header):
-            print_rows(section.header, section.rows, 0, ruled=True, marked=section.marked, console=console)
+            words = int(not section.header[0])
+            print_rows(section.header, section.rows, words, ruled=True, marked=section.marked, console=console)
         else:
             labelled = [(Text(f"{label:<32}", style="cyan"), value) for label, value in section.rows]
             print_rows(section.header, labelled, console=console)
