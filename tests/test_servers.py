@@ -19,6 +19,7 @@ from random import Random
 
 import pytest
 
+import nca_align
 from nca_align.commands.sample import command as sample_command
 from nca_align.commands.sample.answers import (
     FailedRow,
@@ -26,11 +27,11 @@ from nca_align.commands.sample.answers import (
     Reply,
     TryAgain,
     read_reply,
-    read_samples,
     retry_after,
 )
 from nca_align.commands.sample.client import Client, api_base_url
 from nca_align.commands.sample.command import sample
+from nca_align.commands.sample.completions import read_samples
 from nca_align.commands.sample.options import Sample, SampleOptions
 from nca_align.commands.sample.server import server_engine
 from nca_align.errors import UserError
@@ -312,6 +313,29 @@ class TestRefusedKeys:
             sample(options(**settings, extra_body='{"n": null}'))
         assert len(asked) == 3 * len(PROMPTS)
 
+    @pytest.mark.parametrize(
+        ("said", "fields", "fix"),
+        [
+            ("max_tokens is too large: 5000. This model supports at most 4096 completion tokens",
+             {"param": "max_tokens"}, "by `max_tokens`: change `max_new_tokens`, which is 9$"),
+            ("`temperature` must be at most 0.5", {}, "by `temperature`: change `temperature`, which is 1.0$"),
+            ("Unsupported value: 'temperature' does not support 0.7 with this model. Only the default (1) value is "
+             "supported.", {"param": "temperature", "code": "unsupported_value"}, "change `temperature`, which is 1"),
+            ("Invalid value for 'min_p'", {}, "by `min_p`: change `min_p` in `extra_body`$"),
+            ("Unknown parameter: 'safety_identifier'.", {}, r'\{"min_p": 2, "safety_identifier": null\}'),
+            ("`seed` is prohibited", {"param": "seed"}, r'"seed": null\}'),
+            ("`top_p` is not supported", {}, r'"top_p": null\}'),
+            ("No such model", {"param": "model"}, "; look at `model_name_or_path`$"),
+        ],
+    )  # fmt: skip
+    def test_a_refused_value_is_not_left_out_but_changed(self, said, fields, fix):
+        """Left out, it would be the server's default, while the record says another."""
+        extra = '{"min_p": 2, "safety_identifier": "x"}'
+        with http_server(lambda path, body: (400, {}, {"error": {"message": said, **fields}})) as url:
+            with pytest.raises(UserError, match=fix) as stopped:
+                ask(url, extra_body=extra)
+        assert "null" in str(stopped.value) or "null" not in fix
+
     def test_a_key_that_was_taken_before_is_no_reason_to_stop(self):
         """One row's value: vLLM names `max_tokens` where a prompt is too long, others a key in other words."""
         asked = []
@@ -331,12 +355,79 @@ class TestRefusedKeys:
         [
             "please stop asking for seeds", "Only one completion choice is allowed", "the temperature outside",
             "Invalid model", "top_predictions", "messages: field required", "Conversation roles must alternate",
+            "Model names are case sensitive",
         ],
     )  # fmt: skip
     def test_words_that_are_no_keys(self, said):
         with http_server(lambda path, body: (400, {}, {"error": {"message": said}})) as url:
             (found,) = ask(url, stop=["x"]).values()
         assert found.cause == "refused by HTTP 400"
+
+    @pytest.mark.parametrize(
+        ("status", "error"),
+        [
+            (403, {"code": "content_policy_violation"}), (403, {"message": "Flagged input"}),
+            (403, {"message": "Your input requires moderation"}), (400, {"message": "Content Exists Risk"}),
+            (400, {"code": "data_inspection_failed"}), (400, {"code": "1301"}), (422, {"type": "content_filter_error"}),
+            (400, {"message": "Your request was rejected as a result of our safety system"}),
+            (451, {"message": "The prompt has sensitive words"}),
+        ],
+    )  # fmt: skip
+    def test_what_is_filtered_fails_alone(self, status, error):
+        with http_server(lambda path, body: (status, {}, {"error": {"message": "no", **error}})) as url:
+            (found,) = ask(url).values()
+        assert found.cause == "content filter"
+
+    @pytest.mark.parametrize("body", [b"error code: 1010", b"<html>Attention Required!</html>"])
+    def test_a_page_that_bars_the_way_is_not_only_the_keys_fault(self, body):
+        with http_server(lambda path, sent: (403, {}, body)) as url:
+            with pytest.raises(UserError, match="no API, but what stands before it: look at `base_url`, and at OPENAI"):
+                ask(url)
+
+    @pytest.mark.parametrize("on_error", ["drop", "stop"])
+    def test_a_server_that_refuses_all_is_not_asked_for_all(self, options, tmp_path, on_error):
+        asked = []
+        many = write_prompts(tmp_path / "many.txt", [f"Question {i}" for i in range(200)])
+        refusal = (400, {}, {"error": {"message": "Invalid model: m"}})
+        with http_server(lambda path, body: asked.append(body) or refusal) as url:
+            with pytest.raises(UserError, match=r"Invalid model: m.*; it has refused 16 rows and answered none$"):
+                sample(options(base_url=url, dataset_name=many, shard_size=64, concurrency=4, on_error=on_error))
+            assert 16 <= len(asked) < 24
+            with pytest.raises(UserError, match=r"none of the 7 rows is left.*; row 0: .*Invalid model: m"):
+                sample(options(base_url=url, on_error="drop"))
+
+    @pytest.mark.parametrize("first", range(3))
+    def test_draws_are_the_same_whichever_row_is_answered_first(self, options, first):
+        """One row's failure says nothing of `n`, also where no other row has been answered yet."""
+        begun = threading.Event()
+
+        def answer(path, body):
+            if body["messages"][0]["content"] == PROMPTS[first]:
+                begun.set()
+                return (400, {}, b"no") if "n" in body else (200, {}, chat_answer(body))
+            begun.wait(10)
+            return 200, {}, chat_answer(body, body.get("n", 1))
+
+        with http_server(answer) as url:
+            sample(options(base_url=url, concurrency=3, on_error="drop"))
+        rows = {row["prompt"][0]["content"]: row["completions"] for row in read(options().output)}
+        assert list(rows) == [prompt for prompt in PROMPTS if prompt != PROMPTS[first]]
+        for i, prompt in enumerate(PROMPTS):
+            if i != first:
+                assert [one[0]["content"] for one in rows[prompt]] == [f"{seed_for(42, i, 0)} {k}" for k in range(3)]
+
+    def test_one_rows_refusal_of_n_is_no_other_rows(self, options):
+        asked = []
+
+        def answer(path, body):
+            asked.append(body.get("n", 1))
+            if body["messages"][0]["content"] == PROMPTS[2] and "n" in body:
+                return 400, {}, {"error": {"message": "too many", "param": "n"}}
+            return 200, {}, chat_answer(body, body.get("n", 1))
+
+        with http_server(answer) as url:
+            sample(options(base_url=url, concurrency=1))
+        assert asked == [3, 3, 3, 1, 1, 1] + [3] * (len(PROMPTS) - 3)
 
     def test_what_is_echoed_of_the_request_is_not_read(self):
         def answer(path, body):
@@ -825,7 +916,9 @@ class TestServer:
         many = write_prompts(tmp_path / "many.txt", [f"Question {i}" for i in range(300)])
         settings = {"dataset_name": many, "model_name_or_path": "m", "concurrency": 2}
         with http_server(lambda path, body: asked.append(body) or (400, {}, b"no seeds")) as url:
-            with pytest.raises(UserError, match=r"^row 0: the server .* \(HTTP 400: no seeds\)$"):
+            with pytest.raises(
+                UserError, match=r"^row 0: the server .* \(HTTP 400: no seeds\); if it takes no `n`, give"
+            ):
                 sample(options(base_url=url, **settings))
         assert len(asked) < 50, len(asked)
         with http_server(lambda path, body: (200, {}, chat_answer(body, 3))) as url:
@@ -879,10 +972,12 @@ class TestServer:
     def test_the_key_goes_along(self, options, monkeypatch):
         monkeypatch.setenv("OPENAI_API_KEY", "k")
         seen = []
-        seen_by = {"reply": lambda handler: seen.append(handler.headers["Authorization"])}
+        seen_by = {
+            "reply": lambda handler: seen.append((handler.headers["Authorization"], handler.headers["User-Agent"]))
+        }
         with http_server(lambda path, body: seen_by["reply"]) as url, pytest.raises(UserError, match="does not answer"):
             sample(options(base_url=url, model_name_or_path=None, retries=0))
-        assert seen == ["Bearer k"]
+        assert seen == [("Bearer k", f"nca-align/{nca_align.__version__}")]
 
 
 @pytest.mark.slow
@@ -971,7 +1066,9 @@ def test_llama_cpp_pythons_server(options, tmp_path):
         greedy = {"num_completions": 1, "temperature": 0.0, "max_new_tokens": 24}
         sample(options(**few | greedy, output=str(tmp_path / "greedy.jsonl")))
         assert "Paris" in read(tmp_path / "greedy.jsonl")[0]["completions"][0][0]["content"]
-        with pytest.raises(UserError, match=r"HTTP 500.*int_parsing.*, by `max_tokens`: give --extra_body"):
+        with pytest.raises(
+            UserError, match=r"HTTP 500.*int_parsing.*, by `max_tokens`: change `max_tokens` in `extra_body`"
+        ):
             sample(options(**few, output=str(tmp_path / "no.jsonl"), extra_body='{"max_tokens": "x"}'))
     finally:
         process.kill()

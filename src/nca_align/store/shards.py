@@ -256,7 +256,8 @@ def _counts(shards: list[Path], drop_failed: bool, rows: int, path: Path) -> dic
             "mend it and run the same command again, or add `--on_error drop` to leave such rows out"
         )
     if not counts["rows"]:
-        raise UserError(f"none of the {rows} rows is left for {path} ({dict(counts)}); see {shards[0].parent}")
+        why = "".join(f"; row {row}: {why}" for row, why in list(failed.items())[:1])
+        raise UserError(f"none of the {rows} rows is left for {path} ({dict(counts)}){why}; see {shards[0].parent}")
     return dict(sorted(counts.items()))
 
 

@@ -1,4 +1,4 @@
-"""What a server's answer means: completions, a pause before another try, a row that failed, or the end of the run.
+"""What a server's answer means: no error, a pause before another try, a row that failed, or the end of the run.
 
 docs/servers.md has the forms that servers give, with their sources.
 """
@@ -11,20 +11,37 @@ from email.utils import parsedate_to_datetime
 from typing import Any, NamedTuple
 
 from ...errors import InvalidRowError, UserError
-from .options import Sample, cut_at_stop
 
 # Keys that hold what the row says: without one it would be another prompt
 _OF_ROW = {"messages", "prompt", "tools", "add_generation_prompt", "continue_final_message"}
-_CUT = {"length", "max_tokens", "model_length", "model_context_window_exceeded"}
-_BROKEN = {"abort", "cancelled", "error", "insufficient_system_resource", "network_error"}
 _NO_CREDIT = {"insufficient_quota", "insufficient_balance", "1113"}
-_FILTERED = re.compile(
-    r"content[\W_]?(filter|policy|management)|moderat|flagged|safety|(?<!case-)sensitive|prohibited|blocklist|recitation|\b1301\b",
+_FILTERED = re.compile(  # whole words: there are keys such as `safety_identifier`, and names are case sensitive
+    r"\bcontent[\W_]?(filter|policy|policies|management|safety)|\bmoderat(ion|ed)|\bflagged\b|policy_?violation|"
+    r"\bsafety (system|filter|polic|settings|reasons|check)|\bcontent exists risk\b|"
+    r"\b(sensitive|inappropriate|prohibited)[\W_](content|words?)\b|\bdata_?inspection|\busage polic|"
+    r"\bblocklist\b|\brecitation\b|敏感",
     re.IGNORECASE,
 )
+_FILTERED_CODE = re.compile(rf"{_FILTERED.pattern}|\b(sensitive|safety|1301)\b", re.IGNORECASE)
 _TOO_LONG = re.compile(
     r"context[\W_]?(length|size|window)|exceed_context|(input|prompt) tokens?\b|token count|too long|too many tokens|"
     r"too large for model|tokens allowed",
+    re.IGNORECASE,
+)
+# Of a key's value; else a refusal may be of the key itself
+_VALUE = re.compile(
+    r"unsupported.value|too (large|big|small|high|low|many)|at (most|least)|(less|greater|more|larger|smaller) than|"
+    r"maximum|minimum|\bm(ust|ay|ight) be\b|should be|between|\brange\b|above|below|exceed|only the default|[≤≥]|[<>]=",
+    re.IGNORECASE,
+)
+_UNKNOWN = re.compile(
+    r"unknown|unsupported|not (be )?(supported|permitted|allowed|recogni[sz]ed|implemented|available)|unrecogni[sz]ed|"
+    r"unexpected|\bextra|cannot find|does not (support|accept|take)|forbidden|prohibited|additional propert",
+    re.IGNORECASE,
+)
+_OF_N = re.compile(  # words for a single completion that don't name `n`
+    r"\b(only (one|a single|1)|multiple|more than (one|1)) (\w+ )?(choice|completion|candidate|sequence)|"
+    r"\bn (must be|has to be|should be|can only be|is not supported)\b|\bn ?(=|==|>) ?1\b",
     re.IGNORECASE,
 )
 _CODES = {
@@ -34,11 +51,17 @@ _CODES = {
 
 
 class Refused(UserError):
-    """The server won't answer any request of this run; `keys` are those of the request that it doesn't take."""
+    """The server won't answer any request of this run.
 
-    def __init__(self, text: str, keys: Collection[str] = ()):
+    Args:
+        text: the message.
+        keys: those of the request that it doesn't take.
+        value: whether it may take them with other values.
+    """
+
+    def __init__(self, text: str, keys: Collection[str] = (), value: bool = False):
         super().__init__(text)
-        self.keys = set(keys)
+        self.keys, self.value = set(keys), value
 
 
 class FailedRow(InvalidRowError):
@@ -47,6 +70,11 @@ class FailedRow(InvalidRowError):
     def __init__(self, cause: str, text: str):
         super().__init__(text)
         self.cause = cause
+
+    @property
+    def refused(self) -> bool:
+        """Whether the server gave no reason that is known to be the row's own."""
+        return self.cause.startswith("refused")
 
 
 class TryAgain(Exception):
@@ -92,10 +120,10 @@ def read_reply(reply: Reply, url: str, sent: Collection[str], accepted: Collecti
     error = _error_of(body)
     if reply.status < 300 and error is None:
         if not isinstance(body, dict):
-            raise TryAgain(f"it answered no JSON object: {_short(reply.body)}")
+            raise TryAgain(f"it answered no JSON object: {short(reply.body)}")
         return body
     code = _code_of(error, reply.status)
-    reason = f"HTTP {reply.status}{'' if code == reply.status else f' with the code {code}'}: {_short(reply.body)}"
+    reason = f"HTTP {reply.status}{'' if code == reply.status else f' with the code {code}'}: {short(reply.body)}"
     if code == 402 or _NO_CREDIT.intersection(map(str, _values(error, ("code", "type")))):
         raise Refused(
             f"the server at {url} has no credit or quota for this key ({reason}); what is done is kept, and the same "
@@ -104,7 +132,7 @@ def read_reply(reply: Reply, url: str, sent: Collection[str], accepted: Collecti
     refused = f"the server at {url} refused the request ({reason})"
     said = "\n".join(map(str, _values(error, ("code", "type", "status", "message", "msg", "detail", "description"))))
     said = said or reply.body[:2000].decode(errors="replace")
-    keys = _named_keys(error, reply.body) & set(sent)
+    keys = (_named_keys(error, reply.body) | ({"n"} if _OF_N.search(said) else set())) & set(sent)
     if code == 500 and keys:  # what a server says of its validator's refusal
         code = 422
     if code == 413 or (code == 429 and "request too large" in said.lower()):  # for the limit of a minute
@@ -113,14 +141,22 @@ def read_reply(reply: Reply, url: str, sent: Collection[str], accepted: Collecti
         after = retry_after(reply.headers)
         after = next((_seconds(delay) for delay in _values(error, ("retryDelay",))), None) if after is None else after
         raise TryAgain(reason, after, of_server=code in (429, 498, 503, 529))
-    if (code in (400, 422, 451) and _FILTERED.search(said)) or (code == 403 and re.search("flagged|moderat", said)):
+    filters = code in (400, 403, 422, 451)
+    if filters and _FILTERED_CODE.search("\n".join(map(str, _values(error, ("code", "type", "status"))))):
         raise FailedRow("content filter", refused)
     if code in (400, 422):
         if _TOO_LONG.search(said):
             raise FailedRow("too long", refused)
         keys = keys or {key for key in sent if key != "model" and _names(said, key)}
-        if keys := keys - _OF_ROW - set(accepted):
-            raise Refused(refused, keys=keys)
+        # what it has taken is refused for one row's value; but `n` for all, whichever row is answered first
+        keys -= _OF_ROW | (set(accepted) - {"n"})
+        if "model" in keys:
+            raise Refused(f"the server at {url} refused the request ({reason}); look at `model_name_or_path`")
+        if keys:
+            raise Refused(refused, keys, value=bool(_VALUE.search(said) or not _UNKNOWN.search(said)))
+    if filters and _FILTERED.search(said):
+        raise FailedRow("content filter", refused)
+    if code in (400, 422):
         raise FailedRow(f"refused by HTTP {code}", refused)
     fix = {
         401: "; set OPENAI_API_KEY to a key that it takes", 403: "; set OPENAI_API_KEY to a key that may do this",
@@ -128,37 +164,9 @@ def read_reply(reply: Reply, url: str, sent: Collection[str], accepted: Collecti
     }.get(code, "")  # fmt: skip
     if 300 <= code < 400:
         fix = f"; it is at {reply.headers.get('location')}: give that address as `base_url`"
+    if code == 403 and error is None:  # as Cloudflare's and proxies' pages do
+        fix = "; perhaps this is no API, but what stands before it: look at `base_url`, and at OPENAI_API_KEY"
     raise Refused(f"the server at {url} refused the request ({reason}){fix}")
-
-
-def read_samples(answer: dict[str, Any], chat: bool, stop: list[str]) -> list[Sample]:
-    """The completions of an answer; those that the server broke off are left out, to be asked for again.
-
-    Args:
-        answer: from `read_reply`.
-        chat: whether a choice holds a message; else a text.
-        stop: strings that end a completion.
-
-    Raises:
-        TryAgain: there is none.
-    """
-    choices = answer.get("choices")
-    read = [_sample(choice, chat, stop) for choice in choices] if isinstance(choices, list) else []
-    if samples := [one for one in read if one is not None]:
-        return samples
-    raise TryAgain(f"it answered something else than completions: {_short(json.dumps(answer).encode())}")
-
-
-def read_models(answer: dict[str, Any]) -> list[str]:
-    """The names of a server's models.
-
-    Raises:
-        Refused: they aren't there.
-    """
-    models = answer.get("data")
-    if isinstance(models, list) and all(isinstance(one, dict) and "id" in one for one in models):
-        return [str(one["id"]) for one in models]
-    raise Refused(f"the server answered something else than its models ({_short(json.dumps(answer).encode())})")
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
@@ -238,51 +246,6 @@ def _names(message: str, key: str) -> bool:
     return re.search(named, message) is not None
 
 
-def _sample(choice: Any, chat: bool, stop: list[str]) -> Sample | None:
-    """A choice as a completion, which may have failed; None where the server broke it off, or it is no choice."""
-    if not isinstance(choice, dict):
-        return None
-    message = choice.get("message") if chat else choice
-    reason = str(choice.get("finish_reason") or "").lower()
-    if not (isinstance(message, dict) or reason) or choice.get("error") or reason in _BROKEN:
-        return None
-    message = message if isinstance(message, dict) else {}
-    content = message.get("content" if chat else "text")
-    text, stopped = cut_at_stop(_text(content), stop)
-    cut = reason in _CUT and not stopped
-    failed = None
-    if _FILTERED.match(reason):
-        failed = "content filter"
-    elif message.get("tool_calls"):
-        failed = "tool call"
-    elif not text.strip() and not stopped:
-        if cut:
-            failed = "cut before any text"
-        elif message.get("refusal"):
-            failed = "refusal"
-        elif not isinstance(content, str):
-            failed = "no text"
-    return Sample("" if failed else text, cut, failed, _has_thought(message, content))
-
-
-def _has_thought(message: dict[str, Any], content: Any) -> bool:
-    parts = content if isinstance(content, list) else []
-    return any(_kind(part) == "thinking" for part in parts) or any(
-        bool(message.get(name)) for name in ("reasoning", "reasoning_content")
-    )
-
-
-def _kind(part: Any) -> Any:
-    return part.get("type", "text") if isinstance(part, dict) else None
-
-
-def _text(content: Any) -> str:
-    """The text of an answer, which may come in parts; half a surrogate pair, which no file can hold, is U+FFFD."""
-    if isinstance(content, list):
-        texts = [part.get("text") for part in content if _kind(part) == "text"]
-        content = "".join(text for text in texts if isinstance(text, str))
-    return (content if isinstance(content, str) else "").encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
-def _short(body: bytes) -> str:
+def short(body: bytes) -> str:
+    """The beginning of a body in one line."""
     return " ".join(body[:2000].decode(errors="replace").split())[:300]

@@ -18,12 +18,14 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
 from ...errors import UserError, one_line
+from ...store.provenance import versions
 from .answers import Refused, Reply, TryAgain, read_reply
 from .options import EngineOptions
 
 _T = TypeVar("_T")
 _LONGEST_PAUSE = 60.0
 _LARGEST_ANSWER = 64 * 2**20
+_AGENT = f"nca-align/{versions().get('nca-align')}"  # hosts behind Cloudflare bar urllib's own
 
 
 class NoAnswer(UserError):
@@ -125,7 +127,7 @@ class Client:
         Raises:
             TryAgain: none came, or it was cut, too slow or too large.
         """
-        headers = {"Content-Type": "application/json"}
+        headers = {"Content-Type": "application/json", "User-Agent": _AGENT}
         if os.environ.get("OPENAI_API_KEY"):
             headers["Authorization"] = f"Bearer {os.environ['OPENAI_API_KEY']}"
         data = None if body is None else json.dumps(body).encode()

@@ -10,12 +10,18 @@ from ...data.cleaning import clean_prompt
 from ...errors import InvalidRowError, UserError
 from ...models.sampling import seed_for
 from ...store.shards import Progress
-from .answers import FailedRow, Refused, read_models, read_samples
+from .answers import FailedRow, Refused
 from .client import Client, NoAnswer
+from .completions import read_models, read_samples
 from .options import Engine, EngineOptions, Sample, SampleOptions
 
 _GLANCE = 0.5  # seconds from one look at whether the run ends to the next
 _UNANSWERED = 3  # rows without an answer, while no other has one, of which the server must be the reason
+_REFUSED = 16  # rows refused without a key's name, while no other is answered, of which the request must be the reason
+_OPTIONS = {
+    "max_tokens": "max_new_tokens", "max_completion_tokens": "max_new_tokens", "temperature": "temperature",
+    "top_p": "top_p", "stop": "stop",
+}  # fmt: skip
 
 
 def resolve_model_name(options: EngineOptions) -> str:
@@ -37,16 +43,16 @@ def resolve_model_name(options: EngineOptions) -> str:
 def server_engine(options: SampleOptions, model: str) -> Engine:
     """`own_concurrency` rows at a time, of one shard or of several that are asked for in threads.
 
-    Completion k of a row is sampled from (seed, row, k).
+    Completion k of a row is sampled from (seed, row, k), whatever becomes of other rows, and when.
 
     The model's own sampling settings are taken back as far as the protocol has words for them: both penalties are 0.
-    Servers differ: one that refuses `n`, or gives fewer than the K asked for, is asked for the others one by one, each
-    with a seed of its own. Where `extra_body` holds null for a key, that key is left out.
+    Servers differ: one that says that it takes no `n`, or gives fewer than the K asked for, is asked for the others one
+    by one, each with a seed of its own. Where `extra_body` holds null for a key, that key is left out.
     """
     extra = json.loads(options.extra_body)
     client = Client(options)
-    takes_n: bool | None = None  # not known yet
-    unanswered, counting = 0, threading.Lock()
+    takes_n = True  # until the server says otherwise, which it says to every row alike
+    unanswered, refused, counting = 0, 0, threading.Lock()
 
     def request(sampling: SampleOptions, row: dict, n: int, seed: int) -> list[Sample]:
         prompt = clean_prompt(row)
@@ -73,35 +79,33 @@ def server_engine(options: SampleOptions, model: str) -> Engine:
         nonlocal takes_n
         k = sampling.num_completions
         samples: list[Sample] = []
-        refused = False
-        if k > 1 and takes_n is not False:
+        if k > 1 and takes_n:
             try:
                 samples = request(sampling, row, k, seed_for(sampling.seed, number, 0))
-                takes_n = True
             except Refused as error:
-                if "n" not in error.keys:
+                if "n" not in error.keys or "n" in extra:
                     raise
-                refused = True
+                takes_n = "n" in client.accepted
             except (FailedRow, NoAnswer) as error:
-                known = (
-                    error.of_server if isinstance(error, NoAnswer) else error.cause in ("too long", "content filter")
-                )
-                if known or takes_n or "n" in extra:
+                if "n" in client.accepted or "n" in extra:
                     raise
-                refused = True  # perhaps of `n`; what else it may be, the next request says
+                raise _perhaps_of_n(error) from error
         while len(samples) < k:
             samples += request(sampling, row, 1, seed_for(sampling.seed, number, len(samples)))
-        if refused:
-            takes_n = False
         return samples
 
     def complete_row(sampling: SampleOptions, number: int, row: dict) -> list[Sample] | InvalidRowError:
-        nonlocal unanswered
+        nonlocal unanswered, refused
         client.check()  # requests that haven't begun are none any more
         try:
             samples = samples_of(sampling, number, row)
         except InvalidRowError as error:  # the other rows go on
-            return error
+            with counting:
+                refused += isinstance(error, FailedRow) and error.refused
+                none = refused >= _REFUSED and not client.accepted
+            if not none:
+                return error
+            raise client.end(Refused(f"{error}; it has refused {_REFUSED} rows and answered none")) from None
         except NoAnswer as error:
             with counting:
                 unanswered += not error.alone
@@ -134,13 +138,28 @@ def server_engine(options: SampleOptions, model: str) -> Engine:
     return complete
 
 
+def _perhaps_of_n(error: FailedRow | NoAnswer) -> FailedRow | NoAnswer:
+    """The failure of a request for several completions, with what to do where `n` is its reason."""
+    text = f"{error}; if it takes no `n`, give --extra_body '{{\"n\": null}}'"
+    if isinstance(error, FailedRow):
+        return FailedRow(error.cause, text) if error.refused else error
+    return error if error.of_server else NoAnswer(text, error.of_server, error.alone)
+
+
 def _with_fix(error: Refused, extra: dict[str, Any], sampling: SampleOptions) -> Refused:
-    """The refusal of a request, and where it names keys, the option that leaves them out."""
+    """The refusal of a request, and where it names keys, what to change: a value, or that they are sent at all."""
     if not error.keys:
         return Refused(str(error))
-    without: dict[str, Any] = extra | dict.fromkeys(sorted(error.keys))
-    if "max_tokens" in error.keys and "max_completion_tokens" not in extra:
-        without["max_completion_tokens"] = sampling.max_new_tokens  # what OpenAI's newer models call it
+    changed = {key for key in error.keys if error.value and (key in extra or key in _OPTIONS)}
+    fixes = [
+        f"change `{key}` in `extra_body`" if key in extra
+        else f"change `{_OPTIONS[key]}`, which is {getattr(sampling, _OPTIONS[key])}"
+        for key in sorted(changed)
+    ]  # fmt: skip
+    if left_out := sorted(error.keys - changed):
+        without: dict[str, Any] = extra | dict.fromkeys(left_out)
+        if "max_tokens" in left_out and "max_completion_tokens" not in extra:
+            without["max_completion_tokens"] = sampling.max_new_tokens  # what OpenAI's newer models call it
+        fixes.append(f"give --extra_body '{json.dumps(without)}' to leave that out")
     names = ", ".join(f"`{key}`" for key in sorted(error.keys))
-    text = f"{error}, by {names}: give --extra_body '{json.dumps(without)}' to leave that out"
-    return Refused(text, keys=error.keys)
+    return Refused(f"{error}, by {names}: {', and '.join(fixes)}", error.keys, error.value)
