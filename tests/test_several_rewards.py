@@ -1,14 +1,20 @@
 """Several rewards a completion: every form of them, their sum, GRPO's scaling, gaps, and what is refused."""
 
 import json
+import math
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
 from trl.trainer.utils import nanstd
 
+from conftest import build_model, build_tokenizer, reward_rows
+from nca_align import NCAConfig, NCATrainer
 from nca_align.data import DataOptions, load_reward_dataset, to_reward_dataset
 from nca_align.losses import targets
+from nca_align.training.metrics import row_metrics
+from nca_align.training.objective_metrics import objective_metrics
 
 HELP, SHORT = [4.0, 1.0, 3.0], [0.5, 2.0, 1.0]
 WEIGHTS = {"help": 0.7, "short": -0.1}
@@ -220,3 +226,72 @@ def test_files_are_read_anew_with_other_weights(tmp_path):
     for weights in (WEIGHTS, {"help": 1.0}, WEIGHTS):
         (row,) = load_reward_dataset(str(file), split="train", reward_weights=weights, validation_fraction=0)
         assert row["rewards"] == pytest.approx(SUM if weights is WEIGHTS else HELP)
+
+
+def test_metrics_of_each_reward_are_those_of_a_loop_over_completions():
+    draw = torch.Generator().manual_seed(0)
+    logps, ref_logps, help = (torch.randn(8, 5, generator=draw, dtype=torch.float64) for _ in range(3))
+    short = torch.randint(0, 3, (8, 5), generator=draw).float()  # with ties
+    short[0, 1], short[1] = torch.nan, 2.0  # a gap, and a prompt without a spread
+    valid = torch.arange(5) < torch.tensor([5, 5, 2, 3, 4, 5, 2, 3]).unsqueeze(1)
+    lengths = torch.randint(1, 30, (8, 5), generator=draw) * valid
+    batch = {"objectives": {"help": help, "short": short}, "valid": valid, "lengths": lengths}
+    found = objective_metrics(logps, ref_logps, batch, 0.1, correlations=True)
+    value, weight = row_metrics(logps, ref_logps, help, valid, 1.0, 0.1)["rewards/accuracies"]
+    torch.testing.assert_close(found["objectives/help/accuracies"], (value, weight))
+    assert found["objectives/short/accuracies"][1].tolist()[:2] == [1, 0]
+    places = [k for k in range(5) if valid[0, k] and k != 1]  # without the gap
+    pairs = [(i, j) for i in places for j in places if short[0, i] > short[0, j]]
+    right = [(logps - ref_logps)[0, i] > (logps - ref_logps)[0, j] for i, j in pairs]
+    assert found["objectives/short/accuracies"][0][0] == pytest.approx(np.mean(right))
+    names = {"help": help, "short": short, "length": lengths}
+    for name, other in (("help", "length"), ("help", "short"), ("short", "length")):
+        values, weights = found[f"objectives/{name}/corr_{other}"]
+        for b in range(8):
+            x, y = (names[own][b][valid[b]].double() for own in (name, other))
+            there = x.isfinite() & y.isfinite()
+            x, y = x[there].numpy(), y[there].numpy()
+            defined = np.ptp(x) > 0 and np.ptp(y) > 0
+            assert bool(weights[b]) == defined
+            assert values[b].item() == pytest.approx(np.corrcoef(x, y)[0, 1] if defined else 0.0, abs=1e-5)
+    assert not objective_metrics(logps, ref_logps, batch | {"objectives": {"help": help}}, 0.1, True)
+
+
+def run(rows, folder, alpha=0.5, **options):
+    tokenizer = build_tokenizer()
+    data = to_reward_dataset(Dataset.from_list(rows), DataOptions(**options))
+    args = NCAConfig(
+        output_dir=str(folder), alpha=alpha, beta=0.1, use_cpu=True, bf16=False, max_steps=2, logging_steps=1,
+        learning_rate=1e-3, save_strategy="no", report_to="none", per_device_train_batch_size=3, disable_tqdm=True,
+        eval_strategy="steps", eval_steps=2,
+    )  # fmt: skip
+    trainer = NCATrainer(
+        build_model(tokenizer), args=args, train_dataset=data, eval_dataset=data, processing_class=tokenizer
+    )
+    trainer.train()
+    return trainer.state.log_history
+
+
+def test_a_run_by_weights_is_that_of_the_column_and_logs_each_reward(tmp_path):
+    rows = reward_rows(6, [4, 2, 3])
+    for row in rows:
+        row["rewards"] = {"help": row["rewards"], "short": [float(i % 2) for i in range(len(row["rewards"]))]}
+    weighed = run(rows, tmp_path, reward_weights={"help": 1, "short": 0})
+    column = run(rows, tmp_path, score="help")
+    thrice = run(rows, tmp_path, alpha=1.5, reward_weights={"help": 3})
+
+    def logged(history, name):
+        return [line[name] for line in history if name in line]
+
+    assert logged(weighed, "loss") == logged(column, "loss")
+    assert logged(weighed, "grad_norm") == logged(column, "grad_norm")
+    assert logged(thrice, "loss") == pytest.approx(logged(column, "loss"), rel=1e-5)
+    for prefix in ("", "eval_"):
+        name = f"{prefix}objectives/help/accuracies"
+        assert logged(weighed, name) == logged(weighed, f"{prefix}rewards/accuracies")
+        assert len(logged(weighed, f"{prefix}objectives/short/accuracies")) == (1 if prefix else 2)
+        assert not logged(column, name)
+    (found,) = logged(weighed, "eval_objectives/help/corr_short")
+    expected = [np.corrcoef(*row["rewards"].values())[0, 1] for row in rows]
+    assert found == pytest.approx(math.fsum(expected) / len(rows), abs=1e-5)
+    assert not logged(weighed, "objectives/help/corr_short")

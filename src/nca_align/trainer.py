@@ -111,7 +111,7 @@ class NCATrainer(DPOTrainer):
                 peft_config=peft_config,
             )
         self._set_up()
-        self._signature_columns = [*arguments.SIGNATURE, args.length_column_name]
+        self._signature_columns = arguments.batch_columns(args, self.train_dataset, self.eval_dataset)
         self._guard = StepGuard(self.accelerator, args)
         console.attach(self)
         self._resume = Resume(self)

@@ -3,8 +3,9 @@
 A batch holds `rewards` (B, K) float32, each less its prompt's best, which float64 subtracts: an offset of all of them
 takes no digits. `given_rewards` are those of the data, `valid` (B, K) bool (ragged K: False where a prompt has fewer
 completions), `lengths` (B, K) completion tokens that the model wrote, `ref_logps` (B, K) where the rows carry them,
-`num_tokens` that the model reads, padding left out, `row_numbers` where the rows have them, and `chunks`: one forward
-each, all completions in one of them unless `completions_per_forward` asks for fewer. A chunk holds
+`objectives` by name, (B, K) with NaN for a gap, where the rows have columns `score_NAME`, `num_tokens` that the model
+reads, padding left out, `row_numbers` where the rows have them, and `chunks`: one forward each, all completions in one
+of them unless `completions_per_forward` asks for fewer. A chunk holds
 
     input_ids                (rows, T)
     attention_mask           (rows, T), or a (1, 1, 1, 1) placeholder beside `segments`
@@ -24,6 +25,7 @@ completions and the earlier turns of multi-turn trees.
 """
 
 import itertools
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..data.several_rewards import objective_columns
 from ..reward_tensors import below_best, check_rows
 from .attention import Segments
 from .token_ids import check_ids
@@ -81,6 +84,14 @@ class RewardCollator:
         }
         if all("row_number" in row for row in rows):
             batch["row_numbers"] = [row["row_number"] for row in rows]  # a list stays where it is
+        shared = set.intersection(*(set(objective_columns(row)) for row in rows))
+        if shared:
+            batch["objectives"] = {
+                column.removeprefix("score_"): padded(
+                    [[math.nan if value is None else value for value in row[column]] for row in rows]
+                ).float()
+                for column in sorted(shared)
+            }
         if all(row.get("ref_logps") is not None for row in rows):
             batch["ref_logps"] = padded([row["ref_logps"] for row in rows], torch.float32)
         batch["chunks"] = self.chunks(rows)

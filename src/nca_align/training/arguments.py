@@ -34,8 +34,8 @@ _OF_ACCELERATE = (
 # Rows of a stream that are read for an adapter's invocation
 _STREAM_ROWS = 64
 TOKENISED = {"prompt_ids", "completion_ids", "rewards"}
-# Columns that a batch is made of, beside the row's length
-SIGNATURE = (*sorted(TOKENISED), "completion_mask", "ref_logps", "row_number")
+# Columns that a batch is made of, beside the row's length and those of several rewards
+_SIGNATURE = (*sorted(TOKENISED), "completion_mask", "ref_logps", "row_number")
 
 
 def check_arguments(
@@ -168,6 +168,13 @@ def reward_rows(dataset: Any, name: str) -> Any:
             "DPOTrainer for images."
         )
     return to_reward_dataset(dataset, _DATA_OPTIONS, name=name)
+
+
+def batch_columns(args: NCAConfig, *datasets: Any) -> list[str]:
+    """The columns of tokenised data sets, or dicts of them, that a batch is made of."""
+    several = [own for dataset in datasets for own in (dataset.values() if isinstance(dataset, dict) else [dataset])]
+    names = {name for dataset in several for name in getattr(dataset, "column_names", None) or ()}
+    return [*_SIGNATURE, args.length_column_name, *sorted(name for name in names if name.startswith("score_"))]
 
 
 def prepare_datasets(args: NCAConfig, model: Any, train_dataset: Any, eval_dataset: Any) -> tuple[Any, Any]:

@@ -12,6 +12,7 @@ from ..batching.collator import Batch
 from ..losses import reward_loss
 from ..reward_tensors import better_pairs, logratios, target_distribution
 from .objective import Objective
+from .objective_metrics import objective_metrics
 
 _BINS = 5
 # what an evaluation logs with its standard error over prompts, as `NAME_error`
@@ -236,6 +237,7 @@ class MetricLog:
             self.tokens += batch["num_tokens"]
         about = (logps, ref_logps, batch["rewards"], batch["valid"], objective.alpha, objective.beta)
         rows = row_metrics(*about) | ({} if training else calibration(*about))
+        rows |= objective_metrics(logps, ref_logps, batch, objective.beta, correlations=not training)
         rows = {name: (values, weights * own) for name, (values, own) in rows.items()}
         if not training:  # there transformers logs the loss
             for name, _, values, own in objective.terms(logps, ref_logps, batch):
