@@ -216,6 +216,15 @@ def reward_rows(n: int, k: int | list[int] = 4, seed: int = 0) -> list[dict]:
     return rows
 
 
+def labelled_rows(n: int, k: int | list[int] = 1, seed: int = 0) -> list[dict]:
+    """`reward_rows` whose rewards are labels: 1, 0, and at times 0.75."""
+    rows = reward_rows(n, k, seed)
+    return [
+        row | {"rewards": [1.0 if reward > 0.4 else 0.75 if reward > 0.1 else 0.0 for reward in row["rewards"]]}
+        for row in rows
+    ]
+
+
 def planned(table: list[dict]) -> dict[tuple, set]:
     """Settings of a comparison's rows → the seeds that any of their method has, as if the grid had these."""
     from nca_align.evaluation.comparison_rows import setting_of

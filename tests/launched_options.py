@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from conftest import require_changed, reward_rows
+from conftest import labelled_rows, require_changed, reward_rows
 from nca_align import NCAConfig, NCATrainer
 from nca_align.processes import leave_launch
 
@@ -64,6 +64,11 @@ def case(name: str, model: str) -> tuple[Any, Any, dict[str, Any]]:
         return train, held_out, {"ref_model": reference}
     if name == "stream":
         return train.to_iterable_dataset(), held_out.to_iterable_dataset(), {}
+    if name.startswith("outcome"):
+        train, held_out = (Dataset.from_list(labelled_rows(n, [1, 3, 1, 2], seed=n)) for n in (9, 5))
+        if name == "outcome stream":
+            train, held_out = train.to_iterable_dataset(), held_out.to_iterable_dataset()
+        return train, held_out, {"options": {"loss_type": "outcome", "alpha": None, "completion_mean": True}}
     assert name == "shards"
     return shards(11, 7, seed=3), shards(3, 2, seed=4), {}
 
@@ -90,11 +95,11 @@ def main(model: str, output: str, *names: str) -> None:
             model=model,
             args=NCAConfig(
                 f"{output}/{name}", bf16=False, use_cpu=True, report_to=[], disable_tqdm=True, save_strategy="no",
-                logging_steps=1, alpha=0.5, beta=0.1, max_length=128, max_steps=6, gradient_checkpointing=False,
+                logging_steps=1, beta=0.1, max_length=128, max_steps=6, gradient_checkpointing=False,
                 # 9 rows in steps of four: the last step of a pass has one row, and one process none
-                **{"gradient_accumulation_steps": 4 // processes} | options, per_device_train_batch_size=1,
-                per_device_eval_batch_size=2, optim="sgd", learning_rate=0.02, lr_scheduler_type="constant",
-                max_grad_norm=1e6,
+                **{"gradient_accumulation_steps": 4 // processes, "alpha": 0.5} | options,
+                per_device_train_batch_size=1, per_device_eval_batch_size=2, optim="sgd", learning_rate=0.02,
+                lr_scheduler_type="constant", max_grad_norm=1e6,
             ),
             train_dataset=train, eval_dataset=held_out, processing_class=AutoTokenizer.from_pretrained(model), **given,
         )  # fmt: skip

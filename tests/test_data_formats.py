@@ -53,6 +53,7 @@ EXAMPLES = {
     "raw UltraFeedback": [ultrafeedback(scored("a", 7.0), scored("b", 3.5))] * 2,
     "ranked answers": [ranked(1.0, 2.0, 0.5, 3.0), ranked(4.0, 1.0, "N/A", "N/A")],
     "generated responses": [{"prompt": "Why?", "all_generated_responses": ["a", "b"], "all_rm_scores": [0.1, 0.2]}],
+    "labelled rollouts": [{"prompt": "Why?", "completions": ["a", "b"], "correctness": [True, False]}],
     "pairs": [{"prompt": "Why?", "chosen": "a", "rejected": "b"}],
     "trajectory pairs": [{"trajectory": [{"from": "user", "value": "Why?"}], "chosen": "a", "rejected": "b"}],
     "flat scored rows": [{"prompt": "Why?", "response": r, "score": s} for r, s in (("a", 1), ("b", 2))],

@@ -190,7 +190,7 @@ def test_the_table_of_alpha_is_what_inspect_prints(monkeypatch, capsys):
 def test_the_table_of_targets_is_softmax():
     import torch
 
-    from nca_align.losses import targets
+    from nca_align.reward_tensors import targets
 
     page = (ROOT / "docs" / "choosing-alpha-and-beta.md").read_text()
     rows = re.findall(r"^\| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", page, re.M)

@@ -119,7 +119,7 @@ def test_every_recipe_has_a_plan(path, tmp_path, capsys, monkeypatch):
     )  # fmt: skip
     layout = re.search(r"^layout: auto +# (\w+)", path.read_text(), re.M)[1]
     assert f"Layout: {layout}, " in text
-    assert f"K {recipes.DATA[recipe['dataset_name']][2]}" in text
+    assert re.search(rf"K (\d(–| to ))?{recipes.DATA[recipe['dataset_name']][2]}", text)
     assert re.search(rf"\(1 × {recipe['gradient_accumulation_steps']} × 8\)", text)
     assert ("in 4 bits" in text) is recipe.get("load_in_4bit", False)
     assert "Launch: 8 processes, FSDP2." in text

@@ -117,7 +117,10 @@ def test_rows_of_a_stream_are_numbered(tmp_path):
 
 
 def guard(**own) -> StepGuard:
-    return StepGuard(Accelerator(cpu=True), SimpleNamespace(**({"nonfinite": "stop", "collapse_nats": 50.0} | own)))
+    return StepGuard(
+        Accelerator(cpu=True),
+        SimpleNamespace(**({"nonfinite": "stop", "collapse_nats": 50.0, "loss_type": ["nca"]} | own)),
+    )
 
 
 def test_rows_without_numbers_say_so():
@@ -280,12 +283,12 @@ class TestCollapse:
     @pytest.mark.parametrize("best", [None, -49.9, 3.0, float("nan")])
     def test_it_is_silent_above(self, best, caplog):
         own = guard()
-        own.watch(best, 1)
+        own.watch({} if best is None else {"logratios/best": best}, 1)
         assert not own.collapse_told
         assert not caplog.records
 
     def test_inf_turns_it_off(self, caplog):
-        guard(collapse_nats=float("inf")).watch(-1e9, 1)
+        guard(collapse_nats=float("inf")).watch({"logratios/best": -1e9}, 1)
         assert not caplog.records
 
     @pytest.mark.parametrize("value", [0.0, -3.0, float("nan")])

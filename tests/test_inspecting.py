@@ -26,12 +26,12 @@ from nca_align.commands.inspect.tables import findings, print_example, print_ins
 from nca_align.config import NCAConfig
 from nca_align.data import DataOptions, to_reward_dataset
 from nca_align.errors import UserError
-from nca_align.losses import targets
 from nca_align.models import smollm2
 from nca_align.models.loading import ModelSource
 from nca_align.options import parse
 from nca_align.pages.charts import bars, number
 from nca_align.pages.html import escape, visible
+from nca_align.reward_tensors import targets
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = "<script>alert('x')</script><img src=x onerror=alert(1)>"

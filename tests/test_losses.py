@@ -8,19 +8,21 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nca_align.losses import LOSSES, SEPARABLE, infonca_loss, loss_name, nca_loss, reward_loss, targets
+from nca_align.losses import LABELS, LOSSES, SEPARABLE, infonca_loss, loss_name, nca_loss, reward_loss
+from nca_align.reward_tensors import targets
 
 ALL = sorted(LOSSES)
+COMPARING = [name for name in ALL if name not in LABELS]
 RANKING = ["all_pairs", "best_vs_rest", "plackett_luce"]
 ALPHA, BETA = 0.5, 0.1
 
 
 def draw(b=6, k=5, seed=0, dtype=torch.float64, ragged=True):
-    """Log-probabilities of the size that 50 tokens have, rewards with ties, and a mask of 2 to k completions a row."""
+    """Log-probabilities of the size that 50 tokens have, rewards in [0, 1] with ties, and a mask of 2 to k a row."""
     generator = torch.Generator().manual_seed(seed)
     ref_logps = -60 + 10 * torch.randn(b, k, generator=generator, dtype=torch.float64)
     pi_logps = ref_logps + 8 * torch.randn(b, k, generator=generator, dtype=torch.float64)
-    rewards = torch.randint(0, 5, (b, k), generator=generator).double() / 2
+    rewards = torch.randint(0, 5, (b, k), generator=generator).double() / 4
     mask = torch.ones(b, k, dtype=torch.bool)
     if ragged:
         mask = torch.rand(b, k, generator=generator) < 0.6
@@ -55,6 +57,9 @@ def loop_loss(name, pi_logps, ref_logps, rewards, alpha, beta):
         return positive - sum(log_sigmoid(-ri) for ri in r) / k
     if name == "infonca":
         return -sum(wi * (ri - log_sum_exp(r)) for wi, ri in zip(w, r, strict=True))
+    if name == "outcome":
+        parts = [y * log_sigmoid(ri) + (1 - y) * log_sigmoid(-ri) for y, ri in zip(rewards, r, strict=True)]
+        return -sum(parts) / k
     if name == "gvpo":
         mean_reward, mean_r = sum(rewards) / k, sum(r) / k
         gaps = [(x - mean_reward) / alpha - (ri - mean_r) for x, ri in zip(rewards, r, strict=True)]
@@ -91,6 +96,7 @@ def test_values_by_hand_at_four_completions():
     ref_logps = torch.tensor([[-10.0, -20.0, -30.0, -40.0]], dtype=torch.float64)
     pi_logps = ref_logps + torch.tensor([[2.0, 0.0, -2.0, 4.0]], dtype=torch.float64)
     rewards = torch.tensor([[2.0, 1.0, 1.0, 0.0]], dtype=torch.float64)
+    labels = torch.tensor([[1.0, 0.0, 0.25, 0.0]], dtype=torch.float64)
     e = math.e
     z = e**2 + 2 * e + 1  # of the target
     w = [e**2 / z, e / z, e / z, 1 / z]
@@ -104,10 +110,11 @@ def test_values_by_hand_at_four_completions():
         "best_vs_rest": (soft[-1] + soft[-2] + soft[1]) / 3,
         "plackett_luce": math.log(partition) - 1 + math.log(1 + e**2) + math.log(1 / e + e**2) + 1,
         "gvpo": ((1 - 0.5) ** 2 + (0 + 0.5) ** 2 + (0 + 1.5) ** 2 + (-1 - 1.5) ** 2) / 6,
+        "outcome": (soft[-1] + soft[0] + 0.25 * soft[1] + 0.75 * soft[-1] + soft[2]) / 4,
     }  # fmt: skip
     assert sorted(expected) == ALL
     for name, value in expected.items():
-        loss = reward_loss(pi_logps, ref_logps, rewards, 1.0, 0.5, name)
+        loss = reward_loss(pi_logps, ref_logps, labels if name in LABELS else rewards, 1.0, 0.5, name)
         assert loss.item() == pytest.approx(value, rel=1e-12), name
 
 
@@ -142,8 +149,8 @@ def test_a_hard_pair_is_trls_loss(name, trl, dtype, tolerance):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_values_before_any_step(k, dtype):
     _, ref_logps, _, _ = draw(b=3, k=k, dtype=dtype, ragged=False)
-    rewards = torch.arange(k, dtype=dtype).expand(3, k)
-    deviations = torch.arange(k, dtype=torch.float64) / ALPHA - (k - 1) / 2 / ALPHA
+    rewards = torch.arange(k, dtype=dtype).expand(3, k) / 8
+    deviations = (torch.arange(k, dtype=torch.float64) - (k - 1) / 2) / 8 / ALPHA
     expected = {
         "nca": 2 * math.log(2),
         "infonca": math.log(k),
@@ -151,6 +158,7 @@ def test_values_before_any_step(k, dtype):
         "best_vs_rest": math.log(2),
         "plackett_luce": math.log(math.factorial(k)),
         "gvpo": deviations.square().sum().item() / (2 * (k - 1)),
+        "outcome": math.log(2),
     }
     assert sorted(expected) == ALL
     for name, value in expected.items():
@@ -166,7 +174,8 @@ def test_gradient_formulas(dtype, tolerance):
     k = mask.sum(1, keepdim=True)
     nca = -w * (1 - r.sigmoid()) + r.sigmoid() / k * mask
     infonca = r.masked_fill(~mask, -math.inf).softmax(1) - w
-    for name, expected in (("nca", nca), ("infonca", infonca)):
+    outcome = (r.sigmoid() - rewards.double()) / k * mask
+    for name, expected in (("nca", nca), ("infonca", infonca), ("outcome", outcome)):
         _, grad = value_and_grad(name, pi_logps, ref_logps, rewards, mask=mask)
         torch.testing.assert_close(grad.double(), BETA * expected, rtol=tolerance, atol=1e-7)
 
@@ -299,7 +308,7 @@ def test_permuting_the_completions_changes_nothing(name, dtype):
         torch.testing.assert_close(moved_grad, grad.gather(1, order), rtol=2**-8, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", COMPARING)
 @pytest.mark.parametrize("alpha", [0.01, 0.5])
 def test_adding_a_constant_to_a_rows_rewards_changes_nothing(name, alpha):
     pi_logps, ref_logps, rewards, mask = draw(dtype=torch.float32)
@@ -331,6 +340,7 @@ def test_ten_thousand_either_way_stays_finite(name, alpha, dtype):
     extreme = torch.tensor([1e4, -1e4, 0.0, 1e4], dtype=dtype)
     pi_logps = torch.stack([extreme, -extreme, extreme * 0])
     for rewards in (extreme.expand(3, 4), -extreme.expand(3, 4), extreme.expand(3, 4) * 0):
+        rewards = rewards.clamp(0, 1) if name in LABELS else rewards
         loss, grad = value_and_grad(name, pi_logps, torch.zeros_like(pi_logps), rewards, alpha=alpha, beta=1.0)
         assert loss.isfinite().all()
         if dtype == torch.float16 and name == "gvpo":  # its gradient, 1e8, is beyond float16's 65,504
@@ -339,7 +349,7 @@ def test_ten_thousand_either_way_stays_finite(name, alpha, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", COMPARING)
 def test_a_row_of_equal_rewards_does_what_the_docstring_says(name, dtype):
     pi_logps, ref_logps, _, _ = draw(b=4, dtype=dtype, ragged=False)
     rewards = torch.full_like(pi_logps, 7.0)
@@ -394,9 +404,10 @@ def test_integer_rewards_are_rewards():
     pi_logps, ref_logps, _, _ = draw(ragged=False)
     rewards = torch.tensor([[5, 1, 3, 3, 2]]).expand(6, 5)
     for name in ALL:
+        own = rewards % 2 if name in LABELS else rewards
         torch.testing.assert_close(
-            reward_loss(pi_logps, ref_logps, rewards, ALPHA, BETA, name),
-            reward_loss(pi_logps, ref_logps, rewards.double(), ALPHA, BETA, name),
+            reward_loss(pi_logps, ref_logps, own, ALPHA, BETA, name),
+            reward_loss(pi_logps, ref_logps, own.double(), ALPHA, BETA, name),
         )
 
 
@@ -471,10 +482,25 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("name", ALL)
-@pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_named(case, name):
-    change, error, message = BAD[case]
+OF_LABELS = {
+    "label above": (
+        {"rewards": torch.tensor([[1.0, 0, 1], [0, 1, 1.5]])},
+        ValueError,
+        "`rewards` of row 1 is [0.0, 1.0, 1.5]; `loss_type` outcome needs labels from 0 (wrong) to 1 (right)",
+    ),
+    "label below": ({"rewards": -ONES}, ValueError, "`rewards` of row 0 is [-1.0, -1.0, -1.0]; `loss_type` outcome"),
+    "nan label": ({"rewards": ONES * math.nan}, ValueError, "`rewards` of row 0 is [nan, nan, nan]; `loss_type`"),
+}
+TAKEN = ("alpha zero", "alpha nan", "K = 1", "one valid", "nan reward")  # by a loss of labels, or told otherwise
+
+
+@pytest.mark.parametrize(
+    ("name", "case"),
+    [(name, case) for name in COMPARING for case in BAD]
+    + [(name, case) for name in LABELS for case in BAD | OF_LABELS if case not in TAKEN],
+)
+def test_bad_input_is_named(name, case):
+    change, error, message = (BAD | OF_LABELS)[case]
     inputs = {"pi_logps": ONES, "ref_logps": ONES, "rewards": ONES, "alpha": ALPHA, "beta": BETA} | change
     with pytest.raises(error, match=re.escape(message)):
         LOSSES[name](**inputs)
@@ -492,3 +518,29 @@ def test_bad_options_are_named():
     for name in set(LOSSES) - {"nca"}:
         with pytest.raises(NotImplementedError, match=f"`negative_weight` is 2.0 with `loss_type` '{name}'"):
             reward_loss(*inputs, loss_type=name, negative_weight=2.0)
+
+
+@pytest.mark.parametrize("name", LABELS)
+def test_a_loss_of_labels_takes_one_completion_booleans_and_no_alpha(name):
+    pi_logps, ref_logps, labels, mask = draw()
+    loss = reward_loss(pi_logps, ref_logps, labels, None, BETA, name, mask)
+    parts = [
+        reward_loss(*(x[mask].unsqueeze(1) for x in (pi_logps, ref_logps, labels)), alpha, BETA, name)
+        for alpha in (None, 0.01, 7.0)
+    ]
+    assert parts[0].tolist() == parts[1].tolist() == parts[2].tolist()  # K = 1: its own completion alone
+    rows = mask.nonzero()[:, 0]
+    torch.testing.assert_close(torch.zeros(6).double().index_add(0, rows, parts[0]) / mask.sum(1), loss)
+    right = labels > 0.5
+    torch.testing.assert_close(
+        reward_loss(pi_logps, ref_logps, right, None, BETA, name, mask),
+        reward_loss(pi_logps, ref_logps, right.double(), None, BETA, name, mask),
+    )
+    r = (labels.clamp(0.1, 0.9)).logit() / BETA  # least where σ(r) is the label
+    _, grad = value_and_grad(name, ref_logps + r, ref_logps, labels.clamp(0.1, 0.9), mask=mask)
+    assert grad.abs().max() < 1e-15
+
+
+def test_a_loss_that_compares_needs_an_alpha():
+    with pytest.raises(ValueError, match="`alpha` is None; it must be a finite number above 0"):
+        nca_loss(ONES, ONES, ONES, None, BETA)

@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 
-from conftest import CHAT_TEMPLATE, build_model, build_tokenizer, reward_rows
+from conftest import CHAT_TEMPLATE, build_model, build_tokenizer, labelled_rows, reward_rows
 from nca_align import NCAConfig
 from nca_align.commands.compare import methods
 from nca_align.commands.compare.methods import METHODS, build_trainer, check_method
@@ -30,7 +30,7 @@ def options(tmp_path, **more) -> NCAConfig:
 
 def trainer_of(method, tokenizer, tmp_path, rows=None, **more):
     strategy = more.pop("strategy", None)
-    rows = rows or reward_rows(6, 4)
+    rows = rows or (labelled_rows if method == "outcome" else reward_rows)(6, 4)
     model = build_model(tokenizer)
     return build_trainer(
         method, model, options(tmp_path, **more), Dataset.from_list(rows), tokenizer, strategy=strategy,

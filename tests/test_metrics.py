@@ -6,7 +6,8 @@ from fractions import Fraction
 import pytest
 import torch
 
-from nca_align.losses import infonca_loss, targets
+from nca_align.losses import infonca_loss
+from nca_align.reward_tensors import targets
 from nca_align.training.metrics import PromptMeans, calibration, row_metrics
 
 ALPHA, BETA = 0.5, 0.1

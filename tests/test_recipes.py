@@ -149,8 +149,17 @@ def binarized(i: int) -> list[dict]:
     return [{"prompt": user["content"], "prompt_id": str(i), **sides, "score_chosen": 8.0, "score_rejected": 7.5}]
 
 
+def rollouts(i: int) -> list[dict]:
+    count = (3, 1, 4, 2)[i % 4]  # a problem may have a single solution
+    steps = [[f"Step {j + 1}: {words(i + j + k, 3)}" for j in range(2)] for k in range(count)]
+    return [{"dataset": "MATH", "prompt": words(i, 8), "reference": str(i), "steps": steps,
+             "completions": ["\n\n".join(own) for own in steps],
+             "correctness": [(i + k) % 2 == 0 for k in range(count)]}]  # fmt: skip
+
+
 # data set: (rows of one prompt, its splits, K after reading)
 DATA = {
+    "Windy0822/ultrainteract_math_rollout": (rollouts, ["train"], 4),
     "openbmb/UltraInteract_pair": (ultrainteract, ["train"], 2),
     "nvidia/HelpSteer2": (helpsteer2, ["train", "validation"], 2),
     "ChenDRAG/ultrafeedback_reward": (ranked, ["train_prefs", "test_prefs"], 4),
@@ -228,9 +237,10 @@ def test_a_recipe_trains_a_tiny_model_of_its_architecture(path, tmp_path, caplog
     assert all(math.isfinite(value) for line in log for value in line.values())
     assert all(line["grad_norm"] > 0 for line in log)
     k = DATA[recipe["dataset_name"]][2]
-    start = {"nca": 2 * math.log(2), "infonca": math.log(k)}[recipe["loss_type"]]
+    start = {"nca": 2 * math.log(2), "infonca": math.log(k), "outcome": math.log(2)}[recipe["loss_type"]]
     assert log[0]["loss"] == pytest.approx(start, abs=5e-3)  # all implicit rewards are 0
-    assert (f"rewards/rank_{k}" in log[0], f"rewards/rank_{k + 1}" in log[0]) == (True, False)
+    ranked = {name for line in log for name in line if "rewards/rank_" in name}
+    assert ranked == {f"rewards/rank_{rank + 1}" for rank in range(k)}
     layout = re.search(r"^layout: auto +# (\w+)", path.read_text(), re.M)[1]
     chosen = {"prefix_shared": "each shared token once", "padded": "has linear-attention layers"}[layout]
     assert re.search(rf"Layout: {layout}.*{chosen}", caplog.text)
@@ -316,7 +326,10 @@ def test_a_recipes_head_values_and_name(path):
         assert line.endswith(f"scripts/train.py --config configs/recipes/{path.name}")
     cards = int(re.search(r"× 1 prompt × (\d+) GPUs = 32 prompts a step", text)[1])
     assert cards * recipe["gradient_accumulation_steps"] == 32
-    if data == "ultrainteract":  # the paper's
+    if loss == "outcome":  # arXiv 2412.01981
+        assert (recipe["beta"], recipe["learning_rate"], recipe["completion_mean"]) == (0.05, 5e-7, True)
+        assert "alpha" not in recipe
+    elif data == "ultrainteract":  # the paper's
         assert (recipe["beta"], recipe["learning_rate"]) == (0.1, 5e-7)
     else:  # arXiv 2502.01237
         assert 1e-4 <= recipe["beta"] <= 1e-3

@@ -22,7 +22,7 @@ from nca_align.commands.inspect.reward_stats import (
     tied_for_best,
     within_correlation,
 )
-from nca_align.losses import targets
+from nca_align.reward_tensors import targets
 
 COUNTS = np.array([4, 2, 3, 6, 2, 3])
 

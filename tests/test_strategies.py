@@ -56,7 +56,7 @@ class TestChoose:
         assert select_indices([1.0, 5.0, 3.0], "first_2", random.Random(0)) == [[0, 1]]
         assert select_indices([1.0, 5.0], "first_3", random.Random(0)) == []
 
-    @pytest.mark.parametrize("name", ["best", "first_1", "first_x", "best_plus_0", None, 3])
+    @pytest.mark.parametrize("name", ["best", "first_0", "first_x", "best_plus_0", None, 3])
     def test_another_name_is_refused_with_the_list(self, name):
         with pytest.raises(ValueError, match="must be one of rewards, first_N, best_plus_N, best_random"):
             check_strategy(name)

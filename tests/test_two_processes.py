@@ -14,7 +14,8 @@ from launched_options import DDP, ROWS
 from test_launch import run, same, torchrun
 
 ALIKE = ("modules_to_save", "dora", "pissa", "p_tuning", "reference", "stream")
-CASES = (*ALIKE, "shards", "ddp")
+LABELLED = ("outcome", "outcome stream")
+CASES = (*ALIKE, *LABELLED, "shards", "ddp")
 pytestmark = pytest.mark.slow
 
 
@@ -32,7 +33,7 @@ def read(folder: Path, case: str) -> tuple[dict, dict[str, torch.Tensor]]:
     return json.loads((folder / case / "result.json").read_text()), load_file(folder / case / "weights.safetensors")
 
 
-@pytest.mark.parametrize("case", ALIKE)
+@pytest.mark.parametrize("case", [*ALIKE, *LABELLED])
 def test_two_processes_train_as_one(case, folders):
     (one, weights), (two, other_weights) = (read(folders[processes], case) for processes in (1, 2))
     assert (one["processes"], two["processes"]) == (1, 2)
@@ -43,8 +44,13 @@ def test_two_processes_train_as_one(case, folders):
     assert weights.keys() == other_weights.keys()
     for name, value in weights.items():
         torch.testing.assert_close(other_weights[name], value, rtol=1e-5, atol=2e-6)
-    times = Counter(map(sum, two["rows"]))  # by the sum of its rewards
     assert one["rows"] == two["rows"]
+    if case in LABELLED:  # rows of one completion have all the same rewards less the best
+        figures = {name.removeprefix("eval_outcome/") for name in two["evaluation"] if "outcome" in name}
+        assert figures == {"accuracy", "auc", "brier", "ece"}
+        assert len({len(row) for row in two["rows"]}) > 1
+        return
+    times = Counter(map(sum, two["rows"]))  # by the sum of its rewards
     assert set(times.values()) == {2}
     assert len(times) == len(ROWS)
 

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from .evaluation.evaluator import GenerationEvaluator
     from .evaluation.frontier import curves_of, reward_at_kl
     from .evaluation.intervals import mean_and_interval
-    from .losses import LOSSES, infonca_loss, nca_loss, reward_loss, targets
+    from .losses import LOSSES, infonca_loss, nca_loss, outcome_loss, reward_loss
+    from .reward_tensors import targets
     from .trainer import NCATrainer
 
 _HOME = {
@@ -41,9 +42,10 @@ _HOME = {
     "load_reward_dataset": "data",
     "mean_and_interval": "evaluation.intervals",
     "nca_loss": "losses",
+    "outcome_loss": "losses",
     "reward_at_kl": "evaluation.frontier",
     "reward_loss": "losses",
-    "targets": "losses",
+    "targets": "reward_tensors",
     "to_preference_pairs": "data.strategies",
     "to_unpaired": "data.strategies",
     "write_report": "commands.report.command",
@@ -51,7 +53,7 @@ _HOME = {
 __all__ = [
     "LOSSES", "GenerationCallback", "GenerationEvaluator", "NCAConfig", "NCATrainer", "RankingCallback",
     "RewardCollator", "curves_of", "infonca_loss", "load_reward_dataset", "mean_and_interval", "nca_loss",
-    "reward_at_kl", "reward_loss", "targets", "to_preference_pairs", "to_unpaired", "write_report",
+    "outcome_loss", "reward_at_kl", "reward_loss", "targets", "to_preference_pairs", "to_unpaired", "write_report",
 ]  # fmt: skip
 
 

@@ -10,10 +10,11 @@ from trl import DPOConfig
 
 from .device import choose_device
 from .errors import UserError, UserTypeError, notify, notify_once
-from .losses import LOSSES, loss_name
+from .losses import LABELS, LOSSES, labels_alone, loss_name
 from .options import is_positive, option, settle_types
 from .unread import CONFIG_RULES, refuse_unsupported_options, sentence, unread
 
+ALPHA = 0.01  # the paper's
 LAYOUTS = ("auto", "prefix_shared", "padded")
 NONFINITE = ("stop", "skip")
 
@@ -33,11 +34,14 @@ class NCAConfig(DPOConfig):
 
     Args:
         alpha: temperature α of the targets softmax(rewards / α), in units of the rewards, > 0. Small is hard (all
-            weight on the best completion); about the spread of a prompt's rewards is soft.
+            weight on the best completion); about the spread of a prompt's rewards is soft. None for 0.01; it stays None
+            with `outcome`, which has no targets.
         beta: β of the implicit rewards β · log(π_θ / π_ref), per nat, > 0. Small lets the model go further.
-        loss_type: `nca`, `infonca`, another of the listwise family, or `sft` on the best completion; a loss of one's
-            own, the function or `module:function` (docs/your-own-loss.md); or a list of them, with `loss_weights`.
+        loss_type: `nca`, `infonca`, another of the listwise family, `outcome` of labels, or `sft` on the best
+            completion; a loss of one's own, the function or `module:function` (docs/your-own-loss.md); or a list of
+            them, with `loss_weights`.
         negative_weight: weight of NCA's second term; 1 is the paper's.
+        completion_mean: of `outcome`: the mean over completions, not over prompts.
         max_prompt_length: tokens kept of a prompt, its end; half of `max_length` by default. Completions are cut at
             `max_length`, prompt included.
         layout: `prefix_shared` computes each shared token once, `padded` a row per completion; `auto` takes the first
@@ -67,7 +71,9 @@ class NCAConfig(DPOConfig):
             there, or a device or precision that this machine doesn't have.
     """
 
-    alpha: float = option("Temperature of the targets softmax(rewards / alpha), > 0.", 0.01)
+    alpha: float | None = option(
+        "Temperature of the targets softmax(rewards / alpha), > 0; by default 0.01. `outcome` has none.", None
+    )
     beta: float = option("Implicit reward per nat of log(pi / pi_ref), > 0.", 0.01)
     loss_type: list[str] = option(
         f"One or several of {', '.join(map(repr, [*LOSSES, 'sft']))}, or `module:function`, combined by "
@@ -75,6 +81,7 @@ class NCAConfig(DPOConfig):
         ["nca"],
     )
     negative_weight: float = option("Weight of NCA's second term; 1 is the paper's.", 1.0)
+    completion_mean: bool = option("Of `outcome`: count each completion once, not each prompt.", False)
     max_prompt_length: int | None = option("Tokens kept of a prompt, its end. By default half of `max_length`.", None)
     layout: str = option(
         "`prefix_shared` computes each shared token once, `padded` a row per completion, `auto` chooses.",
@@ -122,7 +129,7 @@ class NCAConfig(DPOConfig):
         inf, per_forward = float("inf"), self.completions_per_forward
         whole = "leave it out to run all completions of a batch at once"
         for name, holds, must in (
-            ("alpha", is_positive(self.alpha), "a finite number above 0; the paper's is 0.01"),
+            ("alpha", self.alpha is None or is_positive(self.alpha), "a finite number above 0; the paper's is 0.01"),
             ("beta", is_positive(self.beta), "a finite number above 0; the paper's is 0.01"),
             ("negative_weight", 0 <= self.negative_weight < inf, "0 or above; the paper's is 1"),
             ("per_device_train_batch_size", self.per_device_train_batch_size >= 1, "at least 1"),
@@ -143,9 +150,21 @@ class NCAConfig(DPOConfig):
                 f"`negative_weight` is {self.negative_weight}, but `loss_type` is {'+'.join(self.loss_type)}, and only "
                 "nca has a negative term. Leave it out."
             )
+        if self.alpha is not None and labels_alone(self.loss_type):
+            raise UserError(
+                f"`alpha` is {self.alpha}, but `loss_type` is {'+'.join(self.loss_type)}, which has no targets to "
+                "soften. Leave it out."
+            )
+        if self.completion_mean and "outcome" not in self.loss_type:
+            raise UserError(
+                f"`completion_mean` is True, but `loss_type` is {'+'.join(self.loss_type)}, and only outcome may count "
+                "each completion once. Leave it out."
+            )
         refuse_unsupported_options(self)
         self.max_prompt_length = prompt_limit(self.max_prompt_length, self.max_length)
         given = changed_options(self)
+        if self.alpha is None and not labels_alone(self.loss_type):
+            self.alpha = ALPHA
         device = choose_device(self)
         for old in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):
             new = old.replace("gradient", "activation")
@@ -171,6 +190,11 @@ class NCAConfig(DPOConfig):
     def is_unsaid(self, name: str) -> bool:
         """Whether nothing was said of `logging_steps`, `eval_strategy` or `eval_steps`, then or since."""
         return name in self._unsaid and getattr(self, name) == self._unsaid[name]
+
+    @property
+    def min_completions(self) -> int:
+        """Fewest completions of a row: one where all losses read labels, or else two to compare."""
+        return 1 if LABELS.issuperset(self.loss_type) else 2
 
     @classmethod
     def of(cls, args: DPOConfig | None, model: Any) -> "NCAConfig":

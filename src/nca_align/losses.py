@@ -7,6 +7,7 @@ are the same for all of them and stand under `reward_loss`; each adds its formul
 
 A new loss is a function here under `@_checked`, and an entry in `LOSSES` by a name in lower case. Where it reads α,
 `READS_ALPHA` names it too. `SEPARABLE` names it only where a completion's gradient needs no other's log-probability.
+`LABELS` names it where rewards are labels.
 The configuration, `--help` and `nca-align compare` follow these tables. "sft" stands in `training.objective`, since its
 mean is over tokens. A user's own loss, `module:function`, stands in `own_losses`.
 """
@@ -24,41 +25,18 @@ from torch import Tensor
 
 from .errors import UnsupportedError, UserError, UserTypeError
 from .own_losses import OwnLoss
-from .reward_tensors import below_best, better_pairs, check_rows, everywhere, logratios, target_distribution
+from .reward_tensors import below_best, better_pairs, check_rows, everywhere, logratios, loss_inputs, mean_logistic
 from .user_functions import names_a_function
 
 P = ParamSpec("P")
 
 
-def targets(rewards: Tensor, alpha: float, mask: Tensor | None = None) -> Tensor:
-    """The distribution over one prompt's completions that InfoNCA and NCA aim at.
-
-        w = softmax(rewards / α) over the valid completions; adding a constant to a row's rewards changes nothing
-
-    Args:
-        rewards: (B, K), data set scores in any unit, finite where valid.
-        alpha: temperature in the unit of `rewards`, above 0; towards 0 only the best (and its ties) keep weight.
-        mask: (B, K) bool, True where a completion is there; at least two a row. None: everywhere.
-
-    Returns:
-        (B, K), rows sum to 1, 0 where masked; uniform for equal rewards. float32, or float64 where `rewards` is.
-
-    Raises:
-        ValueError: `alpha` not above 0, fewer than two completions in a row, NaN or infinite `rewards`, unequal shapes.
-        TypeError: `mask` is not bool.
-
-    Source: arXiv 2402.05369, and the authors' code, which divides by α as well.
-    """
-    check_rows(rewards, mask, alpha)
-    return target_distribution(rewards, alpha, everywhere(rewards, mask))
-
-
-def _checked(loss: Callable[P, Tensor]) -> Callable[P, Tensor]:
+def _checked(loss: Callable[P, Tensor], labels: bool = False) -> Callable[P, Tensor]:
     """`loss`, which first looks at what it is given. `reward_loss` calls what this wraps."""
 
     @functools.wraps(loss)
     def checked(pi_logps, ref_logps, rewards, alpha, beta, mask=None, *args, **kwargs) -> Tensor:
-        check_rows(rewards, mask, alpha, beta, pi_logps=pi_logps, ref_logps=ref_logps)
+        check_rows(rewards, mask, alpha, beta, labels, 2 - labels, pi_logps=pi_logps, ref_logps=ref_logps)
         return loss(pi_logps, ref_logps, rewards, alpha, beta, mask, *args, **kwargs)  # type: ignore[arg-type]
 
     return checked  # type: ignore[return-value]
@@ -91,7 +69,7 @@ def nca_loss(
         raise UserError(
             f"`negative_weight` is {negative_weight}; it must be a finite number of 0 or more: 1 is the paper's NCA."
         )
-    r, w, mask = _inputs(pi_logps, ref_logps, rewards, alpha, beta, mask)
+    r, w, mask = loss_inputs(pi_logps, ref_logps, rewards, alpha, beta, mask)
     negative = torch.where(mask, F.logsigmoid(-r), 0).sum(1) / mask.sum(1)
     return -(w * F.logsigmoid(r)).sum(1) - negative_weight * negative
 
@@ -109,7 +87,7 @@ def infonca_loss(
 
     Source: arXiv 2402.05369.
     """
-    r, w, mask = _inputs(pi_logps, ref_logps, rewards, alpha, beta, mask)
+    r, w, mask = loss_inputs(pi_logps, ref_logps, rewards, alpha, beta, mask)
     return -(w * torch.where(mask, r.masked_fill(~mask, -math.inf).log_softmax(1), 0)).sum(1)
 
 
@@ -126,8 +104,8 @@ def all_pairs_loss(
 
     Source: arXiv 2402.05369 (its DPO baseline at K = 4); DPO, arXiv 2305.18290.
     """
-    r, _, mask = _inputs(pi_logps, ref_logps, rewards, alpha, beta, mask)
-    return _mean_logistic(r, better_pairs(rewards, mask))
+    r, _, mask = loss_inputs(pi_logps, ref_logps, rewards, alpha, beta, mask)
+    return mean_logistic(r, better_pairs(rewards, mask))
 
 
 @_checked
@@ -143,10 +121,10 @@ def best_vs_rest_loss(
 
     Source: the pairs (best, other) of a ranking in DPO's loss, arXiv 2305.18290.
     """
-    r, _, mask = _inputs(pi_logps, ref_logps, rewards, alpha, beta, mask)
+    r, _, mask = loss_inputs(pi_logps, ref_logps, rewards, alpha, beta, mask)
     pairs = better_pairs(rewards, mask)
     best = ~pairs.any(1)  # (B, K), nobody is better than i
-    return _mean_logistic(r, pairs & best.unsqueeze(2))
+    return mean_logistic(r, pairs & best.unsqueeze(2))
 
 
 @_checked
@@ -163,7 +141,7 @@ def plackett_luce_loss(
 
     Source: DPO under the Plackett–Luce model, arXiv 2305.18290, appendix A.3; sharing a rank is ours.
     """
-    r, _, mask = _inputs(pi_logps, ref_logps, rewards, alpha, beta, mask)
+    r, _, mask = loss_inputs(pi_logps, ref_logps, rewards, alpha, beta, mask)
     rivals = better_pairs(rewards, mask) | torch.eye(r.shape[1], dtype=torch.bool, device=r.device)
     # A masked completion is its own only rival: logsumexp(r_i) − r_i is 0, in value and in gradient.
     return (r.unsqueeze(1).masked_fill(~rivals, -math.inf).logsumexp(2) - r).sum(1)
@@ -182,11 +160,30 @@ def gvpo_loss(
 
     Source: arXiv 2504.19599, and the authors' code (github.com/jszkc/GVPO), with R/β there written rewards/α here.
     """
-    r, _, mask = _inputs(pi_logps, ref_logps, rewards, alpha, beta, mask)
+    r, _, mask = loss_inputs(pi_logps, ref_logps, rewards, alpha, beta, mask)
     gaps = (below_best(rewards, mask) / alpha).to(r.dtype) - r
     count = mask.sum(1, keepdim=True)
     residuals = torch.where(mask, gaps - torch.where(mask, gaps, 0).sum(1, keepdim=True) / count, 0)
     return residuals.square().sum(1) / (2 * (count.squeeze(1) - 1))
+
+
+@functools.partial(_checked, labels=True)
+def outcome_loss(
+    pi_logps: Tensor, ref_logps: Tensor, rewards: Tensor, alpha: float | None, beta: float, mask: Tensor | None = None
+) -> Tensor:
+    """Cross-entropy of σ(r) against each completion's label y, its reward from 0 (wrong) to 1 (right); any K ≥ 1.
+
+        L = −1/K · Σ_i [ y_i logσ(r_i) + (1 − y_i) logσ(−r_i) ]
+        ∂L/∂r_i = (σ(r_i) − y_i) / K,    least at σ(r_i) = y_i
+
+    α isn't read, and may be None. A hard label has no finite optimum: r keeps growing. K counts the valid completions.
+
+    Source: the CE variant of implicit process rewards, arXiv 2412.01981, whose code takes the mean over responses.
+    """
+    mask = everywhere(rewards, mask)
+    r = beta * logratios(pi_logps, ref_logps, mask)
+    y = torch.where(mask, rewards, 0).to(r.dtype)
+    return -torch.where(mask, y * F.logsigmoid(r) + (1 - y) * F.logsigmoid(-r), 0).sum(1) / mask.sum(1)
 
 
 LOSSES: dict[str, Callable[..., Tensor]] = {
@@ -196,18 +193,21 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
     "best_vs_rest": best_vs_rest_loss,
     "plackett_luce": plackett_luce_loss,
     "gvpo": gvpo_loss,
+    "outcome": outcome_loss,
 }
 # A completion's gradient needs its own log-ratio only; every other loss needs the row's K log-probabilities first.
-SEPARABLE = frozenset({"nca"})
+SEPARABLE = frozenset({"nca", "outcome"})
 # Losses in which α counts: of the others only the order of the rewards does, and `compare` makes no cells of α.
 READS_ALPHA = frozenset({"nca", "infonca", "gvpo"})
+# Losses that read the rewards themselves, as labels in [0, 1]: one completion a prompt is enough for them.
+LABELS = frozenset({"outcome"})
 
 
 def reward_loss(
     pi_logps: Tensor,
     ref_logps: Tensor,
     rewards: Tensor,
-    alpha: float,
+    alpha: float | None,
     beta: float,
     loss_type: str | Callable[..., Tensor] = "nca",
     mask: Tensor | None = None,
@@ -222,11 +222,12 @@ def reward_loss(
         pi_logps: (B, K) floating, log π_θ(y|x) in nats, summed over the completion's tokens (EOS included).
         ref_logps: (B, K) floating, the same under the reference model.
         rewards: (B, K), data set scores in any unit, finite where valid; higher is better.
-        alpha: temperature of the target in the unit of `rewards`, above 0.
+        alpha: temperature of the target in the unit of `rewards`, above 0; None for a loss of labels alone.
         beta: scale of the implicit reward, above 0.
         loss_type: a key of `LOSSES`, in any case ("NCA" and "InfoNCA" as the paper writes them); or a loss of one's
             own, the function or `module:function`, which is tried on random tensors at each call that checks.
-        mask: (B, K) bool, True where a completion is there (ragged K), at least two a row. None: everywhere.
+        mask: (B, K) bool, True where a completion is there (ragged K), at least two a row, or one of a loss of labels.
+            None: everywhere.
         negative_weight: weight on NCA's second term, 0 or more; 1 is the paper's.
         check: False for tensors that `RewardCollator` has checked on the CPU: looking at values waits for a GPU.
 
@@ -235,7 +236,7 @@ def reward_loss(
 
     Raises:
         ValueError: unknown `loss_type`, `alpha` or `beta` not above 0, unequal shapes or not (B, K), a row of fewer
-            than two completions, NaN or infinite `rewards`, a negative `negative_weight`.
+            than two completions, NaN or infinite `rewards`, a label outside [0, 1], a negative `negative_weight`.
         TypeError: log-probabilities that are not floating, a `mask` that is not bool, a `loss_type` that is neither a
             string nor a function.
         NotImplementedError: a `negative_weight` other than 1 with a loss other than NCA.
@@ -250,8 +251,9 @@ def reward_loss(
             "which no other loss has: leave it at 1."
         )
     if check:
-        check_rows(rewards, mask, alpha, beta, pi_logps=pi_logps, ref_logps=ref_logps)
-    loss = name if isinstance(name, OwnLoss) else inspect.unwrap(LOSSES[name])
+        labels = name in LABELS
+        check_rows(rewards, mask, alpha, beta, labels, 2 - labels, pi_logps=pi_logps, ref_logps=ref_logps)
+    loss: Callable[..., Tensor] = name if isinstance(name, OwnLoss) else inspect.unwrap(LOSSES[name])
     return loss(pi_logps, ref_logps, rewards, alpha, beta, mask, **options)
 
 
@@ -274,6 +276,11 @@ def loss_name(loss_type: str | Callable[..., Tensor], names: Iterable[str] = LOS
     return name
 
 
+def labels_alone(names: Iterable[str]) -> bool:
+    """Whether rewards are nothing but labels to these losses: none of them has targets or an order."""
+    return not LABELS.isdisjoint(names := {*names}) and names <= {*LABELS, "sft"}
+
+
 def is_separable(name: str) -> bool:
     """Whether a completion's gradient needs its own log-ratio only; a loss of one's own says so itself."""
     return name.separable if isinstance(name, OwnLoss) else name in SEPARABLE
@@ -282,18 +289,3 @@ def is_separable(name: str) -> bool:
 def reads_alpha(name: str) -> bool:
     """Whether α counts in the loss; of one's own it is tried."""
     return name.reads_alpha if isinstance(name, OwnLoss) else name in READS_ALPHA
-
-
-def _inputs(
-    pi_logps: Tensor, ref_logps: Tensor, rewards: Tensor, alpha: float, beta: float, mask: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Implicit rewards (B, K), 0 where masked; targets (B, K) in the same dtype; the mask (B, K)."""
-    mask = everywhere(rewards, mask)
-    implicit_rewards = beta * logratios(pi_logps, ref_logps, mask)
-    return implicit_rewards, target_distribution(rewards, alpha, mask).to(implicit_rewards.dtype), mask
-
-
-def _mean_logistic(implicit_rewards: Tensor, pairs: Tensor) -> Tensor:
-    """Mean of −logσ(r_i − r_j) over the pairs (i, j) of each row, 0 for a row without one."""
-    gaps = implicit_rewards.unsqueeze(2) - implicit_rewards.unsqueeze(1)  # (B, K, K)
-    return torch.where(pairs, -F.logsigmoid(gaps), 0).sum((1, 2)) / pairs.sum((1, 2)).clamp(min=1)

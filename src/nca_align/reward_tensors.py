@@ -3,9 +3,12 @@
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .errors import UserError, UserTypeError
+
+LABEL_FIX = "rescale the rewards, or take `preference: hard` for pairs"
 
 
 def better_pairs(rewards: Tensor, mask: Tensor) -> Tensor:
@@ -20,11 +23,20 @@ def logratios(pi_logps: Tensor, ref_logps: Tensor, mask: Tensor) -> Tensor:
 
 
 def check_rows(
-    rewards: Tensor, mask: Tensor | None = None, alpha: float = 1.0, beta: float = 1.0, **logps: Tensor
+    rewards: Tensor,
+    mask: Tensor | None = None,
+    alpha: float | None = 1.0,
+    beta: float = 1.0,
+    labels: bool = False,
+    least: int = 2,
+    **logps: Tensor,
 ) -> None:
-    """Refuse rows that `reward_loss` can't take, with what it lists under Raises."""
+    """Refuse rows that `reward_loss` can't take, with what it lists under Raises.
+
+    With `labels` the rewards must lie in [0, 1], and nothing reads α. `least` completions must be in each row.
+    """
     for name, value in (("alpha", alpha), ("beta", beta)):
-        if not 0 < value < math.inf:
+        if not (labels and name == "alpha") and not (value is not None and 0 < value < math.inf):
             raise UserError(f"`{name}` is {value}; it must be a finite number above 0: the paper's is 0.01.")
     if rewards.ndim != 2:
         raise UserError(f"`rewards` has shape {tuple(rewards.shape)}; it must be (B, K): add the missing axis.")
@@ -39,20 +51,51 @@ def check_rows(
             )
     if mask.dtype != torch.bool:
         raise UserTypeError(f"`mask` is {mask.dtype}; it must be bool, True where a completion is: use `mask.bool()`.")
-    few, broken = mask.sum(1) < 2, (mask & ~rewards.isfinite()).any(1)  # (B,)
+    few, broken = mask.sum(1) < least, (mask & ~rewards.isfinite()).any(1)  # (B,)
+    if labels:
+        broken = broken | (mask & ~((rewards >= 0) & (rewards <= 1))).any(1)
     if (few | broken).any():  # one synchronisation on CUDA
         row = int((few | broken).int().argmax())
         valid = rewards[row][mask[row]].tolist()
         if few[row]:
+            more = "" if least < 2 else " to compare"
             raise UserError(
-                f"`rewards` of row {row} has {len(valid)} valid completion(s); it must have at least 2 to compare: "
+                f"`rewards` of row {row} has {len(valid)} valid completion(s); it must have at least {least}{more}: "
                 "leave the row out."
+            )
+        if labels:
+            raise UserError(
+                f"`rewards` of row {row} is {valid}; `loss_type` outcome needs labels from 0 (wrong) to 1 (right): "
+                f"{LABEL_FIX}."
             )
         raise UserError(f"`rewards` of row {row} is {valid}; each must be finite: drop or repair it.")
 
 
 def everywhere(rewards: Tensor, mask: Tensor | None) -> Tensor:
     return torch.ones_like(rewards, dtype=torch.bool) if mask is None else mask
+
+
+def targets(rewards: Tensor, alpha: float, mask: Tensor | None = None) -> Tensor:
+    """The distribution over one prompt's completions that InfoNCA and NCA aim at.
+
+        w = softmax(rewards / α) over the valid completions; adding a constant to a row's rewards changes nothing
+
+    Args:
+        rewards: (B, K), data set scores in any unit, finite where valid.
+        alpha: temperature in the unit of `rewards`, above 0; towards 0 only the best (and its ties) keep weight.
+        mask: (B, K) bool, True where a completion is there; at least two a row. None: everywhere.
+
+    Returns:
+        (B, K), rows sum to 1, 0 where masked; uniform for equal rewards. float32, or float64 where `rewards` is.
+
+    Raises:
+        ValueError: `alpha` not above 0, fewer than two completions in a row, NaN or infinite `rewards`, unequal shapes.
+        TypeError: `mask` is not bool.
+
+    Source: arXiv 2402.05369, and the authors' code, which divides by α as well.
+    """
+    check_rows(rewards, mask, alpha)
+    return target_distribution(rewards, alpha, everywhere(rewards, mask))
 
 
 def target_distribution(rewards: Tensor, alpha: float, mask: Tensor) -> Tensor:
@@ -64,3 +107,18 @@ def below_best(rewards: Tensor, mask: Tensor) -> Tensor:
     """(B, K) rewards minus the row's highest, 0 where masked, so that dividing by a small α loses no digits."""
     rewards = rewards.to(torch.promote_types(rewards.dtype, torch.float32)).masked_fill(~mask, -math.inf)
     return (rewards - rewards.amax(1, keepdim=True)).masked_fill(~mask, 0)
+
+
+def mean_logistic(implicit_rewards: Tensor, pairs: Tensor) -> Tensor:
+    """Mean of −logσ(r_i − r_j) over the pairs (i, j) of each row, 0 for a row without one."""
+    gaps = implicit_rewards.unsqueeze(2) - implicit_rewards.unsqueeze(1)  # (B, K, K)
+    return torch.where(pairs, -F.logsigmoid(gaps), 0).sum((1, 2)) / pairs.sum((1, 2)).clamp(min=1)
+
+
+def loss_inputs(
+    pi_logps: Tensor, ref_logps: Tensor, rewards: Tensor, alpha: float, beta: float, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Implicit rewards (B, K), 0 where masked; targets (B, K) in the same dtype; the mask (B, K)."""
+    mask = everywhere(rewards, mask)
+    implicit_rewards = beta * logratios(pi_logps, ref_logps, mask)
+    return implicit_rewards, target_distribution(rewards, alpha, mask).to(implicit_rewards.dtype), mask

@@ -152,7 +152,7 @@ class NCATrainer(DPOTrainer):
         if set(next(iter(dataset))) >= arguments.TOKENISED:
             return dataset
         if self._is_set_up:  # one for `evaluate()`; the constructor converts its own before it loads the model
-            dataset = arguments.reward_rows(dataset, dataset_name)
+            dataset = arguments.reward_rows(dataset, dataset_name, args)
         state = PartialState()
         with state.main_process_first(), state.local_main_process_first():  # a cache may be shared, or each node's own
             dataset, notices = tokenize_dataset(
@@ -193,13 +193,13 @@ class NCATrainer(DPOTrainer):
     # One training step
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
-        """The micro-batches of one step, and what they are averaged over: prompts, and tokens of best completions."""
+        """The micro-batches of one step, and what they are averaged over, `count_prompts`."""
         drop_last = self.args.dataloader_drop_last
         batches = row_weights.weighted_batches(epoch_iterator, num_batches, self.accelerator, drop_last)
         if isinstance(self.train_dataset, IterableDataset):
             batches = streams.fill_window(batches, num_batches, self.accelerator)
             self.control.should_epoch_stop |= not batches  # transformers would ask for all of `max_steps`
-        counts = sum(map(count_prompts, batches), torch.zeros(2, dtype=torch.float64, device=device))
+        counts = sum(map(count_prompts, batches), torch.zeros(3, dtype=torch.float64, device=device))
         return batches, self.accelerator.reduce(counts, "sum")
 
     def training_step(self, model, inputs, num_items_in_batch=None):
@@ -273,7 +273,7 @@ class NCATrainer(DPOTrainer):
     def _objective(self) -> Objective:
         return Objective(
             self.loss_types, self.loss_weights, self.args.alpha, self.beta, self.args.negative_weight,
-            self.router_aux_loss_coef, self.accelerator.num_processes,
+            self.router_aux_loss_coef, self.accelerator.num_processes, self.args.completion_mean,
         )  # fmt: skip
 
     def _record(self, logps, aux_loss, ref_logps, batch: Batch) -> None:
@@ -390,7 +390,7 @@ class NCATrainer(DPOTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.is_in_train and "loss" in logs:  # transformers' own line, which every process comes to
             logs.update(self._log.gather())
-            self._guard.watch(logs.get("logratios/best"), self.state.global_step)
+            self._guard.watch(logs, self.state.global_step)
         if "train_loss" in logs:  # of the whole run, also where it was resumed
             steps = self.state.global_step - self._resume.steps_without_loss
             logs["train_loss"] = self._total_loss_scalar / max(steps, 1)

@@ -59,6 +59,8 @@ class RewardCollator:
         completions_per_forward: most completions in a chunk; None for all of the batch's in one.
         pad_to_multiple_of: rounds the padded layout's T up.
         vocabulary: rows of the model's embeddings, beyond which no token may be; None asks for no check.
+        labels: whether rewards must be labels, from 0 to 1.
+        min_completions: fewest completions of a row.
     """
 
     pad_token_id: int
@@ -66,16 +68,18 @@ class RewardCollator:
     completions_per_forward: int | None = None
     pad_to_multiple_of: int | None = None
     vocabulary: int | None = None
+    labels: bool = False
+    min_completions: int = 2
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> Batch:
         """The batch of `rows`; here on the CPU its rewards are checked, so that no loss on a GPU has to look.
 
         Raises:
-            ValueError: a row has fewer than two completions, or a reward that isn't finite.
+            ValueError: a row has too few completions, or a reward that isn't finite or no label.
         """
         given = padded([row["rewards"] for row in rows])
         valid = padded([[True] * len(row["completion_ids"]) for row in rows], torch.bool)
-        check_rows(given.float(), valid)
+        check_rows(given.float(), valid, labels=self.labels, least=self.min_completions)
         batch: Batch = {
             "rewards": below_best(given, valid).float(),
             "given_rewards": given.float(),

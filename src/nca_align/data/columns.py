@@ -21,8 +21,8 @@ PEEKED = 64  # rows looked at before the others are converted
 # What formats read, but for A0, A1 …, score_A0 … and the columns that the option `score` names.
 _TARGETS = (
     "prompt", "completions", "rewards", "response", "completion", "reward", "score", "chosen", "rejected",
-    "score_chosen", "score_rejected", "instruction", "trajectory", "all_generated_responses", "all_rm_scores", "tools",
-    "chat_template_kwargs", "source",
+    "score_chosen", "score_rejected", "instruction", "trajectory", "all_generated_responses", "all_rm_scores", "steps",
+    "correctness", "label", "tools", "chat_template_kwargs", "source",
 )  # fmt: skip
 _RANKED = re.compile(r"(score_)?A\d+")
 Way = tuple[str, ...]  # a column, and the names and numbers that lead into it

@@ -23,7 +23,7 @@ from .message_columns import with_plain_messages
 from .options import DEFAULT_SCORE, DataOptions
 from .schema import NOTES, PROMPT_COLUMNS, REWARD_COLUMNS, DataReport, Format, result_features
 from .several_rewards import column_of, of_split, scale_over_split, scaled, settle_weights
-from .validation import Row, RowError, check_row
+from .validation import Row, RowError, check_count, check_row
 
 logger = logging.getLogger("nca_align")
 
@@ -176,14 +176,10 @@ def _objectives(options: DataOptions) -> list[str]:
 
 def _convert_row(row: dict[str, Any], fmt: Format, options: DataOptions) -> Row:
     result = fmt.convert(row, options)
-    if len(result.completions) < 2 and result.notes:
-        left, causes = len(result.completions), schema.show_counts(Counter(result.notes))
-        raise RowError(
-            "completions",
-            "fewer than two completions",
-            f"has {left} after some were left out ({causes}); there must be at least two to compare",
-        )
-    check_row(result.prompt, result.completions, result.rewards)
+    if result.notes:
+        causes = schema.show_counts(Counter(result.notes))
+        check_count(len(result.completions), options.min_completions or 2, f" after some were left out ({causes})")
+    check_row(result.prompt, result.completions, result.rewards, options.min_completions or 2)
     if options.scale_rewards == "group":
         result.rewards = scaled(result.rewards)
     prompt = clean_prompt(row | {"prompt": result.prompt})

@@ -24,7 +24,7 @@ class DataOptions:
     score: str = option(
         "Which score is the reward. Raw UltraFeedback: `overall_score`, `mean_aspects` (mean of the aspect "
         "ratings), an aspect such as `honesty`, or another field of the completion. Flat scored rows: a column "
-        "name; by default the first there is of `reward`, `score`, `overall_score`, `helpfulness`.",
+        "name; by default the first there is of `reward`, `score`, `overall_score`, `helpfulness`, `label`.",
         DEFAULT_SCORE,
     )
     reward_weights: dict[str, float] | str | list[float] | None = option(
@@ -68,6 +68,9 @@ class DataOptions:
         """'{"enable_thinking": false}'; what a row's own column `chat_template_kwargs` says comes first.""",
         None,
     )
+    min_completions: int | None = option(
+        "Fewest completions of a row; by default two to compare, or one with `loss_type: outcome`.", None
+    )
     validation_fraction: float = option(
         "Share of the prompts held out as the split `validation` where the data has a training split "
         "alone, rounded down to whole prompts; 0 holds out none. Streams are never cut.",
@@ -92,6 +95,8 @@ class DataOptions:
                 """{"enable_thinking": false}"""
             )
         self._check_weights()
+        if self.min_completions is not None and self.min_completions < 1:
+            raise UserError(f"`min_completions` is {self.min_completions}; it must be at least 1")
         if not 0 <= self.validation_fraction < 1:
             raise UserError(
                 f"`validation_fraction` is {self.validation_fraction}; it must be at least 0 and less than 1"

@@ -12,12 +12,15 @@ from .conversion import convert_dataset
 from .files import open_plain, refuse_other_text, refuse_utf16, suffix_of
 from .formats import FORMATS
 from .message_columns import with_plain_messages
+from .options import DataOptions
 from .source import open_dataset
 from .splits import held_out_split, select_split
 from .validation import read_conversation
 
 # Columns that answer the prompt: `sample` makes new answers, so these don't go along.
 _ANSWERS = re.compile("|".join(["completions|rewards|truncated|score_.*", *(fmt.answers for fmt in FORMATS.values())]))
+
+_ANY_NUMBER = DataOptions(min_completions=1)  # of completions
 
 
 def load_raw(name: str, config: str | None = None, split: str = "train", columns: Sequence[str] = ()) -> Dataset:
@@ -63,7 +66,7 @@ def load_prompts(name: str, config: str | None, split: str, columns: Sequence[st
     dataset = load_raw(name, config, split, columns)
     if "prompt" not in dataset.column_names or {"response", "chosen"} & set(dataset.column_names):
         # it finds the prompt, and puts rows together that share one
-        dataset = convert_dataset(dataset, name=split, source=name)[0]
+        dataset = convert_dataset(dataset, _ANY_NUMBER, name=split, source=name)[0]
     dataset = dataset.remove_columns([name for name in dataset.column_names if _ANSWERS.fullmatch(name)])
     for i, prompt in enumerate(dataset["prompt"]):
         if not prompt or not isinstance(prompt, (str, list)):
@@ -83,7 +86,7 @@ def load_completions(name: str, config: str | None, split: str, columns: Sequenc
     dataset = load_raw(name, config, split, columns)
     own = {"prompt", "completions"} <= set(dataset.column_names)
     if not own or isinstance(dataset[0]["completions"], str):  # a CSV holds lists as text
-        dataset = convert_dataset(dataset, name=split, source=name)[0]
+        dataset = convert_dataset(dataset, _ANY_NUMBER, name=split, source=name)[0]
     for i, completions in enumerate(dataset["completions"]):
         if not isinstance(completions, list) or not completions:
             raise UserError(f"row {i}: `completions` is {completions!r}; it must be a list of at least one")

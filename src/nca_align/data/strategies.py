@@ -25,7 +25,7 @@ def check_strategy(name: str) -> str:
         ValueError: it is none.
     """
     counted = _COUNTED.fullmatch(name) if isinstance(name, str) else None
-    if name in ("rewards", *PAIRS) or (counted and (counted[1] != "first" or int(counted[2]) > 1)):
+    if name in ("rewards", *PAIRS) or counted:
         return name
     raise UserError(
         f"`strategy` is {name!r}; it must be one of {', '.join(STRATEGIES)}, with a number for N: first_2, best_plus_1"

@@ -215,13 +215,26 @@ def _check_completion(completion: str | list, chat: bool, field: str) -> None:
                 check_filled(message["content"], f"{field}[{j}].content")
 
 
-def check_row(prompt: str | list, completions: list, rewards: list) -> None:
+def check_count(count: int, least: int, why: str = "") -> None:
+    """Refuse a row that has fewer than `least` completions; `why` says how it came to that."""
+    if count < least:
+        number = {1: "one", 2: "two"}.get(least, str(least))
+        alone = " to compare (`loss_type: outcome` trains on one, read with `min_completions: 1`)" if least == 2 else ""
+        raise RowError(
+            "completions",
+            f"fewer than {number} completions",
+            f"has {count}{why}; there must be at least {number}{alone}",
+        )
+
+
+def check_row(prompt: str | list, completions: list, rewards: list, least: int = 2) -> None:
     """Refuse what can't be trained on.
 
     Args:
         prompt: text, or a list of messages {role, content}; not empty.
-        completions: K ≥ 2 completions of the prompt's kind, none blank.
+        completions: K completions of the prompt's kind, none blank.
         rewards: K finite numbers.
+        least: fewest completions.
 
     Raises:
         RowError: for the first thing that is wrong.
@@ -234,12 +247,7 @@ def check_row(prompt: str | list, completions: list, rewards: list) -> None:
         raise RowError(
             "rewards", "unequal lengths", f"has {len(rewards)} values for {len(completions)} completions; give one each"
         )
-    if len(completions) < 2:
-        raise RowError(
-            "completions",
-            "fewer than two completions",
-            f"has {len(completions)}; there must be at least two to compare",
-        )
+    check_count(len(completions), least)
     for k, completion in enumerate(completions):
         _check_completion(completion, isinstance(prompt, list), f"completions[{k}]")
     for k, reward in enumerate(rewards):

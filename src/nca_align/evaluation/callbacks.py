@@ -24,7 +24,8 @@ from ..models.policy import (
 )
 from ..models.sampling import decoding_precision
 from ..reward_tensors import check_rows
-from ..training.metrics import WITH_ERRORS, PromptMeans, calibration, row_metrics
+from ..training.metrics import EvaluationMeans, calibration, row_metrics
+from ..training.outcomes import are_labels, label_metrics
 from .evaluator import GenerationEvaluator, Reference, reference_model
 
 
@@ -37,7 +38,7 @@ def log_within_step(trainer: Trainer, values: dict[str, float]) -> None:
 
 
 class _EvaluationCallback(TrainerCallback):
-    """What both have in common: when they run, and how they log; `mark` is a key of each line that they log."""
+    """What both have in common: when they run, and how they log: in each line a key begins with `mark`."""
 
     _draws = False  # whether the model writes answers
 
@@ -81,7 +82,8 @@ class _EvaluationCallback(TrainerCallback):
         """
         trainer = self._trainer
         step, log = trainer.state.global_step, trainer.state.log_history
-        if trainer.is_in_train and any(line["step"] == step and self._mark in line for line in log):
+        here = (line for line in log if line["step"] == step)
+        if trainer.is_in_train and any(key.startswith(self._mark) for line in here for key in line):
             return {}
         model = trainer.accelerator.unwrap_model(trainer.model)
         with decoding_precision(trainer.accelerator) if self._draws else trainer.accelerator.autocast():
@@ -166,7 +168,7 @@ class RankingCallback(_EvaluationCallback):
         trainer: any transformers Trainer.
         datasets: name → rows of `prompt, completions, rewards`; one alone named "" logs `eval_…`.
         tokenizer: the model's.
-        alpha, beta: as in `NCAConfig`.
+        alpha, beta: as in `NCAConfig`, α None for no targets.
         steps, reference, starts_as_reference: as in `GenerationCallback`.
         batch_size: completions at a time.
         max_length: tokens of prompt and completion that are kept; None for all.
@@ -182,7 +184,7 @@ class RankingCallback(_EvaluationCallback):
         datasets: Mapping[str, Dataset],
         tokenizer: Any,
         *,
-        alpha: float,
+        alpha: float | None,
         beta: float,
         steps: Iterable[int] | None = None,
         reference: Reference | None = None,
@@ -190,7 +192,7 @@ class RankingCallback(_EvaluationCallback):
         batch_size: int = 32,
         max_length: int | None = None,
     ):
-        mark = f"{_prefix(next(iter(datasets)))}rewards/rank_1"
+        mark = f"{_prefix(next(iter(datasets)))}logratios/"
         super().__init__(trainer, steps, reference, starts_as_reference, mark)
         if trainer.args.world_size > 1:
             raise UnsupportedError(
@@ -218,9 +220,16 @@ class RankingCallback(_EvaluationCallback):
             rewards = [row["rewards"] for row in rows]
             valid = padded([[True] * len(own) for own in rewards], torch.bool)
             logps, ref_logps, scores = map(padded, (policy, self._reference_logps[name], rewards))
-            check_rows(scores, valid, self._alpha, self._beta)
-            means, about = PromptMeans(WITH_ERRORS), (logps, ref_logps, scores, valid, self._alpha, self._beta)
-            means.add(row_metrics(*about) | calibration(*about))
+            labels = are_labels(scores, valid)
+            check_rows(scores, valid, self._alpha or 1.0, self._beta, least=2 - labels)
+            means, about = EvaluationMeans(), (logps, ref_logps, scores, valid)
+            figures = row_metrics(*about, self._alpha, self._beta)
+            if self._alpha is not None:
+                figures |= calibration(*about, self._alpha, self._beta)
+            if labels:
+                figures |= label_metrics(*about, self._beta)
+                means.outcomes.add(*about, self._beta, valid.any(1))
+            means.add(figures)
             values |= {f"{_prefix(name)}{key}": value for key, value in means.gather().items()}
         return values
 

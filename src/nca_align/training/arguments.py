@@ -15,12 +15,12 @@ from ..config import NCAConfig, changed_options
 from ..data import DataOptions, to_reward_dataset
 from ..device import fsdp_version
 from ..errors import UnsupportedError, UserError, UserTypeError, notify
+from ..losses import LABELS
 from ..own_losses import OwnLoss
+from ..reward_tensors import LABEL_FIX
 from ..unread import Rule, refuse_shared_batches, sentence, unread
 from .run_identity import loss_sources
 
-# chosen and rejected handed to the trainer are rewards 1 and 0, also beside score columns
-_DATA_OPTIONS = DataOptions(preference="hard", validation_fraction=0.0)
 _OF_THE_COLLATOR = (
     Rule("layout completions_per_forward pad_to_multiple_of pad_token", lambda o: False, "`data_collator` left out"),
 )
@@ -149,25 +149,41 @@ def _row_without(tokens: list[int], dataset: Any) -> int | None:
     return None
 
 
-def reward_rows(dataset: Any, name: str) -> Any:
+def reward_rows(dataset: Any, name: str, args: NCAConfig) -> Any:
     """`dataset`, or a dict of them, as rows `prompt, completions, rewards`; None and tokenised rows as they are."""
     if dataset is None:
         return None
     if isinstance(dataset, dict):
-        return {key: reward_rows(own, key) for key, own in dataset.items()}
+        return {key: reward_rows(own, key, args) for key, own in dataset.items()}
     if not isinstance(dataset, (Dataset, IterableDataset)):
         raise UserTypeError(
             f"`{name}` data is a {type(dataset).__name__}, but must be a Dataset or an IterableDataset."
         )
     first: dict[str, Any] = next(iter(dataset), {})
     if set(first) >= TOKENISED:
-        return dataset
+        return _with_labels(dataset, name, args)
     if images := {"image", "images"} & set(first):
         raise UnsupportedError(
             f"`{name}` data has a column `{images.pop()}`, but NCATrainer trains on text alone; use TRL's "
             "DPOTrainer for images."
         )
-    return to_reward_dataset(dataset, _DATA_OPTIONS, name=name)
+    # chosen and rejected handed to the trainer are rewards 1 and 0, also beside score columns
+    options = DataOptions(preference="hard", validation_fraction=0.0, min_completions=args.min_completions)
+    return _with_labels(to_reward_dataset(dataset, options, name=name), name, args)
+
+
+def _with_labels(dataset: Any, name: str, args: NCAConfig) -> Any:
+    """`dataset`, whose rewards are from 0 to 1 where a loss reads them so; the collator looks at those of a stream."""
+    if isinstance(dataset, Dataset) and not LABELS.isdisjoint(args.loss_type):
+        batches = dataset.select_columns("rewards").iter(10_000)
+        for i, rewards in enumerate(row for batch in batches for row in batch["rewards"]):
+            for k, reward in enumerate(rewards):
+                if not 0 <= reward <= 1:
+                    raise UserError(
+                        f"`{name}`, row {i}: `rewards[{k}]` is {reward:g}; `loss_type` outcome needs labels from 0 "
+                        f"(wrong) to 1 (right): {LABEL_FIX}."
+                    )
+    return dataset
 
 
 def batch_columns(args: NCAConfig, *datasets: Any) -> list[str]:
@@ -182,7 +198,9 @@ def prepare_datasets(args: NCAConfig, model: Any, train_dataset: Any, eval_datas
 
     This is before the model is loaded, so that an invalid row costs no waiting.
     """
-    train_dataset, eval_dataset = reward_rows(train_dataset, "train"), reward_rows(eval_dataset, "eval")
+    train_dataset, eval_dataset = (
+        reward_rows(own, name, args) for own, name in ((train_dataset, "train"), (eval_dataset, "eval"))
+    )
     if isinstance(model, str):  # weights out of a pickle could run any code
         args.model_init_kwargs = {"use_safetensors": True} | dict(args.model_init_kwargs or {})  # type: ignore[arg-type]
     for name, needed, why in _OF_ACCELERATE:

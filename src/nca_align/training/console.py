@@ -12,6 +12,7 @@ from .. import progress
 from .log_schedule import LogSchedule
 from .metrics import prefixes
 
+_SIDES = ("best", "worst", "right", "wrong")
 _ROUNDING = 1e-4  # nats; a cached reference differs by so much in float32
 # metric → how it is shown; the log has all of them
 _SHOWN = {
@@ -19,6 +20,9 @@ _SHOWN = {
     "rewards/accuracies": "ranking accuracy {:.0%}",
     "logratios/best": "log-ratio best {:+.2f}",
     "logratios/worst": "worst {:+.2f}",
+    "logratios/right": "log-ratio right {:+.2f}",
+    "logratios/wrong": "wrong {:+.2f}",
+    "outcome/auc": "right above wrong {:.0%}",
     "generation/reward": "own answers' reward {:+.3f}",
     "generation/win_rate": "win rate {:.0%}",
 }
@@ -124,10 +128,11 @@ def _figures(logs: Mapping[str, Any], prefix: str = "") -> list[str]:
     """The metrics of `_SHOWN` that a log has; nothing is ranked where nothing has moved."""
     shown = {name: text for name, text in _SHOWN.items() if prefix + name in logs}
     if not has_moved(logs, prefix):
-        shown.pop("rewards/accuracies", None)
+        shown = {name: text for name, text in shown.items() if name not in ("rewards/accuracies", "outcome/auc")}
     return [text.format(logs[prefix + name]) for name, text in shown.items()]
 
 
 def has_moved(logs: Mapping[str, Any], prefix: str = "") -> bool:
     """Whether the policy differs from its reference in a log by more than rounding, by which chance ranks pairs."""
-    return any(abs(logs.get(f"{prefix}logratios/{name}", 1)) > _ROUNDING for name in ("best", "worst"))
+    ratios = [logs[name] for which in _SIDES if (name := f"{prefix}logratios/{which}") in logs]
+    return not ratios or any(abs(ratio) > _ROUNDING for ratio in ratios)

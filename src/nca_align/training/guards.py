@@ -1,5 +1,6 @@
 """Guards of the numbers: a loss or gradient that isn't finite, and a policy that gives up even the best completions."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from ..config import NCAConfig
 from ..errors import UnsupportedError, UserError, first_few, notify
+from ..losses import LABELS
 
 # As many steps left out one after another mean that the weights are broken, and no row.
 MOST_SKIPPED = 10
@@ -111,14 +113,19 @@ class StepGuard:
         where = f"rows {_list(all_rows)} of the training split" if all_rows else "rows that carry no `row_number`"
         return f"Step {step}: the {'loss' if loss_broken else 'gradient'} of {where} is not finite"
 
-    def watch(self, best: float | None, step: int) -> None:
-        """Warn, once, when the best completions' mean log-ratio since the last log falls below `-collapse_nats`."""
+    def watch(self, logs: Mapping[str, float], step: int) -> None:
+        """Warn, once, when the best completions' mean log-ratio since the last log falls below `-collapse_nats`.
+
+        Of losses that read labels they are the right ones: the best of a prompt may be wrong, and is to fall.
+        """
+        which, of_all = ("right", "completions") if not LABELS.isdisjoint(self.args.loss_type) else ("best", "prompts")
+        best = logs.get(f"logratios/{which}")
         if self.collapse_told or best is None or not best < -self.args.collapse_nats:
             return
         self.collapse_told = True
         notify(
-            f"Step {step}: the best completion's log-ratio is {best:.1f} nats, the mean over prompts, below the "
-            f"-{self.args.collapse_nats:g} of `collapse_nats`: even the best answers become unlikely, and samples "
+            f"Step {step}: the {which} completion's log-ratio is {best:.1f} nats, the mean over {of_all}, below the "
+            f"-{self.args.collapse_nats:g} of `collapse_nats`: even the {which} answers become unlikely, and samples "
             "degrade with them. Look at samples of a checkpoint; lower `learning_rate`, raise `beta`, or hold the best "
             "completion up with `loss_type: [nca, sft]` or, under NCA, `negative_weight` below 1."
         )

@@ -13,12 +13,13 @@ from ..losses import reward_loss
 from ..reward_tensors import better_pairs, logratios, target_distribution
 from .objective import Objective
 from .objective_metrics import objective_metrics
+from .outcomes import Outcomes, label_metrics
 
 _BINS = 5
 # what an evaluation logs with its standard error over prompts, as `NAME_error`
 WITH_ERRORS = ("logratios/best", "rewards/accuracies")
 # a metric that each log of prompts has; others may follow `eval_` themselves, as `eval_aux_loss` does
-_OF_PROMPTS = re.compile(r"(|eval_(?:.*_)?)(?:logratios/best|generation/reward)")
+_OF_PROMPTS = re.compile(r"(|eval_(?:.*_)?)(?:logratios/(?:best|right|wrong)|generation/reward)")
 
 
 def prefixes(names: Iterable[str]) -> dict[str, str]:
@@ -29,7 +30,7 @@ def prefixes(names: Iterable[str]) -> dict[str, str]:
 
 @torch.no_grad()
 def row_metrics(
-    logps: Tensor, ref_logps: Tensor, rewards: Tensor, mask: Tensor, alpha: float, beta: float
+    logps: Tensor, ref_logps: Tensor, rewards: Tensor, mask: Tensor, alpha: float | None, beta: float
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Every metric of the training log as (value, weight), so that means over prompts stay exact however they are cut.
 
@@ -52,7 +53,8 @@ def row_metrics(
     - `rewards/chosen`, `rewards/rejected`, `logps/chosen`, `logps/rejected`: TRL's names, for rows of exactly two
       completions; chosen is the higher reward, the first one of a tie (the one place where the order counts).
 
-    A row whose rewards are all equal has no weight in margins, accuracies, Kendall's τ and top1.
+    A row whose rewards are all equal has no weight in margins, accuracies, Kendall's τ and top1. A row of a single
+    completion, which compares nothing, has no weight in any of them. What needs an α is absent without one.
 
     Args:
         logps, ref_logps, rewards, mask, alpha, beta: as `pi_logps`, `ref_logps` … of `losses.reward_loss`, which looked
@@ -73,35 +75,35 @@ def row_metrics(
     best, worst = mask & ~better.any(1), mask & ~better.any(2)  # (B, K)
     count = mask.sum(1)
 
-    w = target_distribution(rewards, alpha, mask).to(ratios.dtype)
-    entropy = torch.special.entr(w).sum(1)
     higher = better_pairs(implicit, mask)  # (B, K, K), the same for the implicit rewards
     right = better & higher
     top = mask & (implicit == implicit.masked_fill(~mask, -torch.inf).amax(1, keepdim=True))
     tau, tau_defined = _kendall_tau(better, higher)
-    infonca = reward_loss(logps, ref_logps, rewards, alpha, beta, "infonca", mask, check=False)
-    everywhere, unequal = torch.ones_like(pairs), pairs > 0
+    compared, unequal = count > 1, pairs > 0
 
     metrics = {
-        "rewards/best": (_mean(implicit, best), everywhere),
-        "rewards/worst": (_mean(implicit, worst), everywhere),
+        "rewards/best": (_mean(implicit, best), compared),
+        "rewards/worst": (_mean(implicit, worst), compared),
         "rewards/margins": (_mean(implicit, best) - _mean(implicit, mask & ~best), unequal),
         "rewards/accuracies": (right.sum((1, 2)) / pairs.clamp(min=1), unequal),
         "rewards/kendall_tau": (tau, tau_defined),
         "rewards/top1": (_mean(best.to(ratios.dtype), top), unequal),
-        "logps/best": (_mean(logps, best), everywhere),
-        "logratios/best": (_mean(ratios, best), everywhere),
-        "logratios/worst": (_mean(ratios, worst), everywhere),
-        "target/entropy": (entropy, everywhere),
-        "target/effective_completions": (entropy.exp(), everywhere),
-        "kl/target_model": (infonca - entropy, everywhere),
+        "logps/best": (_mean(logps, best), compared),
+        "logratios/best": (_mean(ratios, best), compared),
+        "logratios/worst": (_mean(ratios, worst), compared),
     }
+    if alpha is not None:
+        entropy = torch.special.entr(target_distribution(rewards, alpha, mask).to(ratios.dtype)).sum(1)
+        infonca = reward_loss(logps, ref_logps, rewards, alpha, beta, "infonca", mask, check=False)
+        metrics["target/entropy"] = entropy, compared
+        metrics["target/effective_completions"] = entropy.exp(), compared
+        metrics["kl/target_model"] = infonca - entropy, compared
     above = better.sum(1)  # (B, K), how many have a higher reward
     tied = (mask.unsqueeze(1) & mask.unsqueeze(2) & ~better & ~better.transpose(1, 2)).sum(1)
     for k in range(mask.shape[1]):
         rank = mask & (above <= k) & (k < above + tied)
-        metrics[f"rewards/rank_{k + 1}"] = (_mean(implicit, rank), count > k)
-        metrics[f"logratios/rank_{k + 1}"] = (_mean(ratios, rank), count > k)
+        metrics[f"rewards/rank_{k + 1}"] = (_mean(implicit, rank), compared & (count > k))
+        metrics[f"logratios/rank_{k + 1}"] = (_mean(ratios, rank), compared & (count > k))
 
     scores = rewards.to(torch.promote_types(rewards.dtype, torch.float32)).masked_fill(~mask, -torch.inf)
     first = scores.argmax(1, keepdim=True)  # of a tie
@@ -204,11 +206,27 @@ class PromptMeans:
         return means
 
 
+class EvaluationMeans(PromptMeans):
+    """`PromptMeans`, and beside them the figures of `Outcomes`."""
+
+    def __init__(self) -> None:
+        super().__init__(WITH_ERRORS)
+        self.outcomes = Outcomes()
+
+    def clear(self) -> None:
+        super().clear()
+        self.outcomes.clear()
+
+    def gather(self) -> dict[str, float]:
+        outcomes = self.outcomes.gather()
+        return super().gather() | outcomes
+
+
 class MetricLog:
     """What is logged of the batches: of training since its last line, of evaluation since it began."""
 
     def __init__(self) -> None:
-        self.training, self.evaluation = PromptMeans(), PromptMeans(WITH_ERRORS)
+        self.training, self.evaluation = PromptMeans(), EvaluationMeans()
         self.tokens = 0  # read by the model in training, on this process
 
     @torch.no_grad()
@@ -235,9 +253,16 @@ class MetricLog:
             logps, ref_logps = (values.where(finite.unsqueeze(1), 0.0) for values in (logps, ref_logps))
             weights = weights * finite
             self.tokens += batch["num_tokens"]
-        about = (logps, ref_logps, batch["rewards"], batch["valid"], objective.alpha, objective.beta)
-        rows = row_metrics(*about) | ({} if training else calibration(*about))
+        about, alpha = (logps, ref_logps, batch["rewards"], batch["valid"]), objective.alpha
+        rows = row_metrics(*about, alpha, objective.beta)
+        if not training and alpha is not None:
+            rows |= calibration(*about, alpha, objective.beta)
         rows |= objective_metrics(logps, ref_logps, batch, objective.beta, correlations=not training)
+        if objective.labels:
+            labelled = (logps, ref_logps, batch["given_rewards"], batch["valid"])
+            rows |= label_metrics(*labelled, objective.beta)
+            if not training:
+                self.evaluation.outcomes.add(*labelled, objective.beta, weights > 0)
         rows = {name: (values, weights * own) for name, (values, own) in rows.items()}
         if not training:  # there transformers logs the loss
             for name, _, values, own in objective.terms(logps, ref_logps, batch):

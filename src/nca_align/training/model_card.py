@@ -16,8 +16,9 @@ from ..user_functions import short_name
 
 # options of the run that the card shows, where the run kept them
 _OPTIONS = (
-    "loss_type", "loss_weights", "alpha", "beta", "negative_weight", "learning_rate", "lr_scheduler_type",
-    "num_train_epochs", "max_steps", "global_batch_size", "max_length", "max_prompt_length", "seed",
+    "loss_type", "loss_weights", "alpha", "beta", "negative_weight", "completion_mean", "learning_rate",
+    "lr_scheduler_type", "num_train_epochs", "max_steps", "global_batch_size", "max_length",
+    "max_prompt_length", "seed",
 )  # fmt: skip
 _CHAT_PROMPT = 'prompt = [{"role": "user", "content": "What makes a good day?"}]'
 _TEXT_PROMPT = 'prompt = "What makes a good day is"'
@@ -54,7 +55,7 @@ def model_card(
     if dataset and not Path(dataset).exists():
         metadata["datasets"] = [dataset]
     lines = [f"{key}: {json.dumps(value)}" for key, value in metadata.items()]
-    options = [f"| `{key}` | {_plain(record[key])} |" for key in _OPTIONS if record.get(key) not in (None, -1)]
+    options = [f"| `{key}` | {_plain(record[key])} |" for key in _OPTIONS if record.get(key) not in (None, False, -1)]
     table = "| option | value |\n| --- | --- |\n" + "\n".join(options) + "\n" if options else ""
     sections = [part for part in (data, table) if part]
     training = "\n## Training\n\n" + "\n\n".join(sections) if sections else ""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..batching.collator import Batch
-from ..losses import is_separable, reward_loss
+from ..losses import LABELS, is_separable, reward_loss
 from ..options import require_positive
 from ..own_losses import OwnLoss
 
@@ -21,17 +21,19 @@ class Objective:
             log-likelihood, the mean over the tokens of all best completions, as TRL's.
         weights: one for each.
         alpha, beta, negative_weight: see `losses.reward_loss`.
+        completion_mean: whether "outcome" counts each completion once, not each prompt.
         router_weight: of the load-balancing loss.
         processes: over which gradients are averaged, each of which holds its share of the sum.
     """
 
     loss_types: list[str]
     weights: list[float]
-    alpha: float
+    alpha: float | None
     beta: float
     negative_weight: float = 1.0
     router_weight: float = 0.0
     processes: int = 1
+    completion_mean: bool = False
 
     def __post_init__(self):
         require_positive(self, "alpha", "beta")  # `trainer.beta` may be set at any time
@@ -40,6 +42,15 @@ class Objective:
     def separable(self) -> bool:
         """Whether a completion's gradient needs its own forward alone."""
         return not self.router_weight and all(name == "sft" or is_separable(name) for name in self.loss_types)
+
+    @property
+    def labels(self) -> bool:
+        """Whether a loss reads rewards as labels."""
+        return not LABELS.isdisjoint(self.loss_types)
+
+    def unit(self, name: str) -> int:
+        """Which of `count_prompts` a loss is averaged over."""
+        return 1 if name == "sft" else 2 if name in LABELS and self.completion_mean else 0
 
     def terms(self, logps: Tensor, ref_logps: Tensor, batch: Batch) -> Iterator[tuple]:
         """For each loss: its name, weight, values (B,), and what each value counts in its mean (B,)."""
@@ -50,12 +61,14 @@ class Objective:
                 tokens = batch["lengths"].gather(1, best)[:, 0]
                 yield name, weight, -logps.gather(1, best)[:, 0] / tokens, row_weights * tokens
             else:
-                rewards = batch["given_rewards" if isinstance(name, OwnLoss) else "rewards"]  # ours read differences
+                as_given = isinstance(name, OwnLoss) or name in LABELS  # the others read differences
+                rewards = batch["given_rewards" if as_given else "rewards"]
                 values = reward_loss(
                     logps, ref_logps, rewards, self.alpha, self.beta, name, batch["valid"],
                     negative_weight=self.negative_weight if name == "nca" else 1.0, check=False,
                 )  # fmt: skip
-                yield name, weight, values, row_weights
+                completions = batch["valid"].sum(1) if self.unit(name) == 2 else 1
+                yield name, weight, values, row_weights * completions
 
     def loss_share(
         self, logps: Tensor, aux_loss: Tensor | None, ref_logps: Tensor, batch: Batch, counts: Tensor | None = None
@@ -71,7 +84,7 @@ class Objective:
         """
         loss = logps.new_zeros(())
         for name, weight, values, row_weights in self.terms(logps, ref_logps, batch):
-            total = row_weights.sum() if counts is None else counts[int(name == "sft")].to(values.dtype)
+            total = row_weights.sum() if counts is None else counts[self.unit(name)].to(values.dtype)
             loss = loss + weight * (values * row_weights).sum() / total.clamp_min(1e-9)
         if aux_loss is not None:
             part = 1.0 if counts is None else batch["weights"].sum() / counts[0].to(aux_loss.dtype)
@@ -86,9 +99,10 @@ class Objective:
 
 
 def count_prompts(batch: Batch) -> Tensor:
-    """(2,) float64: the batch's prompts, and the tokens of their best completions, repeated prompts left out."""
+    """(3,) float64: the batch's prompts, the tokens of their best completions, and the completions, none repeated."""
     tokens = batch["lengths"].gather(1, best_column(batch))[:, 0]
-    return torch.stack([batch["weights"].double().sum(), (batch["weights"].double() * tokens).sum()])
+    weights = batch["weights"].double()
+    return torch.stack([(weights * units).sum() for units in (torch.ones_like(weights), tokens, batch["valid"].sum(1))])
 
 
 def best_column(batch: Batch) -> Tensor:

@@ -18,6 +18,7 @@ from ..batching.attention import is_peft_model
 from ..batching.collator import Batch, RewardCollator
 from ..batching.token_ids import check_dataset, check_padding
 from ..errors import PackingError, UnsupportedError, UserError, notify
+from ..losses import LABELS
 from ..models.policy import base_model, eval_mode
 from ..models.vocabulary import refuse_unsaved_rows, token_rows
 from .layout import choose_layout
@@ -29,7 +30,7 @@ _OFF = "`startup_checks: false` trains all the same"
 
 
 class StartupChecks:
-    """What a trainer checks once, under `startup_checks`; it also gives the collator its layout and vocabulary.
+    """What a trainer checks once, under `startup_checks`; it also gives the collator its layout, vocabulary and rows.
 
     Args:
         trainer: an NCATrainer. Used of it are its arguments, model, data, collator, accelerator and log-probabilities.
@@ -45,6 +46,8 @@ class StartupChecks:
         self._reason = choose_layout(trainer.data_collator, models)
         self._model_checked = self._reference_checked = False
         refuse_unsaved_rows(trainer.model)
+        trainer.data_collator.labels = not LABELS.isdisjoint(trainer.args.loss_type)
+        trainer.data_collator.min_completions = trainer.args.min_completions
         rows = trainer.data_collator.vocabulary = min(map(token_rows, models))
         check_padding(trainer._tokenizer, rows)
         for name in ("train", "eval"):

@@ -15,12 +15,11 @@ from ...config import NCAConfig
 from ...data import DataOptions
 from ...errors import UserError, nearest
 from ...evaluation.comparison_rows import SETTINGS
-from ...losses import reads_alpha
-from ...options import parse
+from ...losses import LABELS, labels_alone, reads_alpha
 from ...rewards.scorers import check_weights
 from ...training.run_identity import FREE, loss_sources
 from ..train.checks import name_unread
-from ..train.options import TRAIN_OPTIONS, RunOptions
+from ..train.options import TRAIN_OPTIONS, RunOptions, parse_train
 from .methods import check_method
 
 KEYS = (*SETTINGS, "seed")
@@ -150,7 +149,7 @@ def expand(base: Any, grid: Any, source: str) -> list[Cell]:
 
 def cell_options(path: Path) -> tuple[ScriptArguments, DataOptions, RunOptions, NCAConfig, ModelConfig]:
     """The options of `train` in a cell's YAML file."""
-    return parse(TRAIN_OPTIONS, ["--config", str(path)], "nca-align compare")  # type: ignore[return-value]
+    return parse_train(["--config", str(path)], "nca-align compare")  # type: ignore[return-value]
 
 
 def _check_base(base: Any) -> None:
@@ -193,12 +192,17 @@ def _cell(base: Mapping[str, Any], given: dict[str, Any], path: Path, source: st
         raise UserError(f"`grid` can't be run: {error}") from error
     unread = {name for name, reads in (("alpha", reads_alpha(method)), ("beta", method != "sft")) if not reads}
     count = given.get("num_completions")
-    if count is not None and not (_is_whole(count) and count >= 2):
-        raise UserError(f"`num_completions` in `grid` is {count!r}; it must be a whole number, at least 2")
+    least = 1 if method in LABELS else 2
+    if count is not None and not (_is_whole(count) and count >= least):
+        raise UserError(f"`num_completions` in `grid` is {count!r}; it must be a whole number, at least {least}")
     if not _is_whole(given.get("seed", 0)):
         raise UserError(f"`seed` in `grid` is {given['seed']!r}; it must be a whole number")
     own = {key: value for key, value in given.items() if key not in _NOT_OF_TRAIN and key not in unread}
     options = {**base, **own}
+    if labels_alone([method]):  # it decides which rows are read, and has no α
+        options = {key: value for key, value in options.items() if key != "alpha"} | {"loss_type": method}
+    else:
+        options.pop("completion_mean", None)
     path.write_text(yaml.safe_dump(options))
     try:
         parsed = cell_options(path)

@@ -12,7 +12,7 @@ from ...config import NCAConfig
 from ...data.cleaning import Prompt
 from ...data.strategies import PAIRS, check_strategy, select_completions, to_preference_pairs, to_unpaired
 from ...errors import UserError
-from ...losses import LOSSES, loss_name
+from ...losses import LABELS, LOSSES, labels_alone, loss_name
 from ...trainer import NCATrainer
 from ...training.log_schedule import logging_interval
 
@@ -92,6 +92,9 @@ def build_trainer(
     else:
         rows = select_completions(train_dataset, strategy, args.seed)
         trainer, config, own = NCATrainer, NCAConfig, {"loss_type": [name], "loss_weights": None}
+        own["completion_mean"] = args.completion_mean and name in LABELS
+        if labels_alone([name]):
+            own["alpha"] = None
     steps = _same_steps(args, len(train_dataset), len(rows), whole=name == "kto")
     logs: dict[str, Any] = {}
     if args.is_unsaid("logging_steps"):  # NCATrainer chooses by itself

@@ -36,6 +36,7 @@ METRICS = {
     )},
     "logratio_best": "logratios/best", "logratio_worst": "logratios/worst",
     "accuracy": "rewards/accuracies", "kendall_tau": "rewards/kendall_tau",
+    "auc": "outcome/auc", "brier": "outcome/brier", "ece": "outcome/ece",
 }  # fmt: skip
 COLUMNS = ("cell", *KEYS, "split", "step", *METRICS, "minutes")
 _REPORTED = ("reward", "kl", "win_rate", "tokens", "cut", "distinct_2", "logratio_best", "accuracy")

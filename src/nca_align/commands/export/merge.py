@@ -76,7 +76,9 @@ def merge_check_rows(tokenizer, dataset_name: str | None = None) -> list[dict[st
     A text is one completion: what follows its first sentence, which is the prompt.
     """
     if dataset_name is not None:
-        data = next(iter(read_reward_dataset(dataset_name, validation_fraction=0.0).dataset.values()))
+        data = next(
+            iter(read_reward_dataset(dataset_name, validation_fraction=0.0, min_completions=1).dataset.values())
+        )
         batch = data.select(range(min(16, len(data))))[:]
     else:
         pairs = [text.split("\n", 1) for text in TEXTS]

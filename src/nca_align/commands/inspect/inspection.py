@@ -14,7 +14,7 @@ from ...batching.tokenization import tokenize_dataset, tokenize_rows, truncate
 from ...data import DataReport
 from ...data.cleaning import text_of
 from ...errors import UserError
-from ...losses import targets
+from ...reward_tensors import targets
 from . import reward_stats as stats
 from .objectives import Objective, compare_objectives, read_objectives
 from .options import InspectOptions

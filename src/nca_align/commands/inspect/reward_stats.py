@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ...errors import UserError
-from ...losses import targets
+from ...reward_tensors import targets
 
 # exp(H) up to which a target counts as hard, for each completion that ties for the best: the others share 1 % or so
 HARD = 1.05

@@ -46,6 +46,16 @@ def _run_charts(log: list[dict[str, Any]], prefix: str, name: str) -> list[Chart
          "Share of the pairs with unequal rewards that the implicit reward orders as the reward does (a coin gets 0.5; "
          "equal counts as wrong, which is why step 0 can be lower), and share of the prompts whose best completion is "
          "on top."),
+        ("Log-ratio of right and of wrong completions",
+         {side: f"{prefix}logratios/{side}" for side in ("right", "wrong")}, None,
+         "log(π/π_ref) in nats, the mean over completions: apart where labels are learnt."),
+        ("Right and wrong completions told apart",
+         {"right above wrong (AUC)": f"{prefix}outcome/auc", "sign right": f"{prefix}outcome/accuracy"}, share,
+         "AUC: chance that a right completion, of any prompt, has a higher implicit reward than a wrong one. Sign: "
+         "share of the completions that are right above 0 and wrong below; 0 is half."),
+        ("Calibration of σ(implicit reward)",
+         {"Brier score": f"{prefix}outcome/brier", "calibration error": f"{prefix}outcome/ece"}, None,
+         "As a probability that a completion is right: mean squared error, and mean gap by ten bins. 0 is perfect."),
         ("Distance of the model from its target", {"KL(w || p)": f"{prefix}kl/target_model"}, None,
          "KL(w || softmax(r)) in nats, the mean over prompts: 0 where the model's distribution over the completions is "
          "the target."),

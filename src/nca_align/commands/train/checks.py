@@ -142,7 +142,9 @@ def _is_held_out(data: RewardData, split: str) -> bool:
 
 
 def _metric_is_known(name: str, run: RunOptions) -> bool:
-    known = {"rewards", "logratios", "logps", "target", "kl", "loss"} | ({"generation"} if run.eval_scorer else set())
+    known = {"rewards", "logratios", "logps", "target", "kl", "loss", "outcome"} | (
+        {"generation"} if run.eval_scorer else set()
+    )
     return name.removeprefix("eval_").split("/")[0] in known
 
 

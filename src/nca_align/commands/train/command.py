@@ -20,7 +20,7 @@ from ...errors import UserError, as_user_error, cli_main, notify
 from ...evaluation.training_log import last_evaluation
 from ...models.policy import eval_mode
 from ...models.sampling import decoding_precision
-from ...options import given_options, parse, says_true
+from ...options import given_options, says_true
 from ...progress import LineHandler
 from ...store.checkpoints import explain_write_errors
 from ...store.ownership import own_folder
@@ -36,7 +36,7 @@ from .checks import (
 )
 from .curves import plot_curves, run_title
 from .dry_run import dry_run
-from .options import FIRST_OPTIONS, REQUIRED, TRAIN_OPTIONS, RunOptions
+from .options import FIRST_OPTIONS, REQUIRED, RunOptions, parse_train
 from .policy import model_source, open_policy
 from .summary import summary
 
@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     what = "Align a language model on K rewarded completions per prompt."
     if says_true(argv, "dry_run"):
         return dry_run(argv)
-    options = parse(TRAIN_OPTIONS, argv, "nca-align train", what, first=FIRST_OPTIONS, required=REQUIRED)
+    options = parse_train(argv, "nca-align train", what, first=FIRST_OPTIONS, required=REQUIRED)
     script, _, run, args, model_args = options
     if run.dry_run:  # a plan never trains, whatever the line above has read
         raise UserError(

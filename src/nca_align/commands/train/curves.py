@@ -43,6 +43,13 @@ def draw_curves(log: Log, title: str = "") -> Any:
         for rank, points in by_rank(log, "logratios", prefix).items()
     ]
 
+    if not ratios:  # of single completions
+        ratios = [
+            Series(f"{side}, {name}" if side == "right" else side, *points, thin=evaluated and not prefix)
+            for prefix, name in ((held_out, "held-out"), ("", "training")) for side in ("right", "wrong")
+            if (points := _averaged(logged(log, f"{prefix}logratios/{side}")))[0]
+        ]  # fmt: skip
+
     def both(name: str, training: str, first: int = 0) -> list[Series]:
         shown: list[Series] = []
         for label, metric in (("held-out", f"{held_out}{name}"), ("training", training)):
@@ -58,13 +65,16 @@ def draw_curves(log: Log, title: str = "") -> Any:
     reward = [Series("", steps, rewards, y_bars=error_bars(log, answers))] if steps else []
     # before the first step all implicit rewards are equal, which counts as wrong
     accuracy = both("rewards/accuracies", "rewards/accuracies", first=1)
+    auc = both("outcome/auc", "outcome/auc", first=1)
     panels = [
+        Chart("Right above wrong completions", auc, "step", levels={"chance": _CHANCE}, colours=plain_styles),
         Chart("Pairs ordered as their rewards are", accuracy, "step", levels={"chance": _CHANCE}, colours=plain_styles),
         Chart("Reward of its own answers", reward, "step"),
         Chart("Loss", both("loss", "loss"), "step", colours=plain_styles),
     ]
     panels = [chart for chart in panels if chart.series]
-    main = Chart("Log-ratio log(π/π_ref) by rank, nats", ratios, "step", colours=ordered_styles) if ratios else None
+    by = "by rank" if by_rank(log, "logratios", held_out) or by_rank(log, "logratios", "") else "by label"
+    main = Chart(f"Log-ratio log(π/π_ref) {by}, nats", ratios, "step", colours=ordered_styles) if ratios else None
     if main is None and not panels:
         return None
     return story(main, panels, title, _note(bool(ratios), evaluated, bool(reward), log))

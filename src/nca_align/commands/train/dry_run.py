@@ -19,7 +19,7 @@ from ...data.sample import read_sample
 from ...device import has_accelerator, launched_on_cpu
 from ...errors import UserError, as_user_error
 from ...models.loading import adapter_config, silence_transformers
-from ...options import given_options, given_value, parse, says_true
+from ...options import given_options, given_value, says_true
 from ...progress import without_library_bars
 from ...training.adapters import check_adapter
 from ...training.arguments import check_arguments, check_model, prepare_datasets
@@ -27,7 +27,7 @@ from ...training.card_memory import Quantisation
 from ...training.launch import Launch, alone, read_launch, syncs_each_batch
 from ...training.memory_plan import Planner, Setup
 from .checks import check_options, checkpoint_to_go_on_from, name_unread
-from .options import FIRST_OPTIONS, REQUIRED, TRAIN_OPTIONS, RunOptions
+from .options import FIRST_OPTIONS, REQUIRED, RunOptions, parse_train
 from .plan_text import Lengths, plan_text
 from .policy import model_source, new_adapter
 
@@ -42,8 +42,8 @@ def dry_run(argv: list[str]) -> int:
     if int(environment.get("RANK", 0)):
         return 0
     with alone():
-        options = parse(
-            TRAIN_OPTIONS, _as_on_a_card(argv), "nca-align train", first=FIRST_OPTIONS, required=REQUIRED,
+        options = parse_train(
+            _as_on_a_card(argv), "nca-align train", first=FIRST_OPTIONS, required=REQUIRED,
             without=["ddp_backend"],  # a backend is of a launch's processes, and this one is alone
         )  # fmt: skip
         run: RunOptions = options[2]

@@ -1,12 +1,14 @@
 """The options of `nca-align train`."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from trl import ModelConfig, ScriptArguments
 
 from ...config import NCAConfig
 from ...data import DataOptions
-from ...options import option
+from ...options import option, parse
 
 
 @dataclass
@@ -66,3 +68,12 @@ FIRST_OPTIONS = {
     "resume_from_checkpoint": "`true` goes on from the last checkpoint in `output_dir`.",
     "seed": "Of the order of the data, dropout and new weights.",
 }
+
+
+def parse_train(argv: Sequence[str] | None, prog: str, description: str = "", **more: Any) -> tuple:
+    """`options.parse` of `TRAIN_OPTIONS`; rows of one completion are read where the loss takes them."""
+    options = parse(TRAIN_OPTIONS, argv, prog, description, **more)
+    data, args = options[1], options[3]
+    if data.min_completions is None and args.min_completions == 1:
+        data.min_completions = 1
+    return options

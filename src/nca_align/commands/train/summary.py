@@ -9,6 +9,7 @@ from ...evaluation.training_log import Log, last_evaluation
 from ...training.console import has_moved
 
 _MARGIN = "  ± is a 95% interval over the prompts. It is one run: another seed may end elsewhere."
+_RATIOS = ("logratios/best", "logratios/right", "logratios/wrong")
 _Line = Mapping[str, Any]
 
 
@@ -32,14 +33,18 @@ def summary(
     evaluated = last_evaluation(log, kept_step)
     if evaluated is not None and evaluated["step"] == 0:  # by `eval_on_start` alone: there nothing has moved
         evaluated = None
-    trained = next((line for line in reversed(log) if "logratios/best" in line), None)
+    trained = next((line for line in reversed(log) if any(name in line for name in _RATIOS)), None)
     if (last := evaluated or trained) is None:
         return "Nothing was logged; lower `logging_steps` to see what moves."
     where, prefix = ("held-out prompts", "eval_") if evaluated else ("training prompts", "")
     text = [f"What moved, on {where}, from step 0 to {last['step']}:"]
     text += [
-        f"  {line}" for line in (*_own_answers(log, evaluated, to_evaluate), _best_completion(evaluated, trained or {}))
-    ]
+        f"  {line}"
+        for line in (
+            *_own_answers(log, evaluated, to_evaluate), *_best_completion(evaluated, trained or {}),
+            *_labels(last, prefix)
+        )
+    ]  # fmt: skip
     if f"{prefix}rewards/accuracies" in last and has_moved(last, prefix):
         share = _estimate(last, f"{prefix}rewards/accuracies").interval(_prompts(last)).text(".0%").replace("%", "")
         text.append(f"  Pairs that it orders as their rewards do: {share} %. Chance is 50 %.")
@@ -88,15 +93,33 @@ def _own_answers(log: Log, evaluated: _Line | None, to_evaluate: str) -> list[st
     return [f"{verdict}: {rewards}.", f"{length}."]
 
 
-def _best_completion(evaluated: _Line | None, trained: _Line) -> str:
-    """Whether the best completion stayed likely, on held-out prompts by more than chance."""
+def _labels(last: _Line, prefix: str) -> list[str]:
+    """What became of right and of wrong completions, and how well they are told apart."""
+    sides = [f"{last[name]:+.2f} nats of {side} completions" for side in ("right", "wrong")
+             if (name := f"{prefix}logratios/{side}") in last]  # fmt: skip
+    lines = [f"Log-ratio: {', '.join(sides)}."] if sides else []
+    if f"{prefix}outcome/auc" in last:
+        auc, brier, ece = (last[f"{prefix}outcome/{name}"] for name in ("auc", "brier", "ece"))
+        lines.append(
+            f"A right completion is above a wrong one, of any prompt, {100 * auc:.0f} % of the time (AUC; chance is 50 "
+            f"%). As a probability: Brier score {brier:.3f}, calibration error {ece:.3f}."
+        )
+    return lines
+
+
+def _best_completion(evaluated: _Line | None, trained: _Line) -> list[str]:
+    """Whether the best completion stayed likely, on held-out prompts by more than chance; nothing of single ones."""
+    if "logratios/best" not in trained and "eval_logratios/best" not in (evaluated or {}):
+        return []
     training = ""
     if "logratios/best" in trained:
         training = (
             f"{trained['logratios/best']:+.2f} nats on training prompts (worst {trained['logratios/worst']:+.2f})"
         )
     if evaluated is None:
-        return f"Log-ratio of the best completion: {training}, in the log of step {trained['step']}."
+        return [f"Log-ratio of the best completion: {training}, in the log of step {trained['step']}."]
+    if "eval_logratios/best" not in evaluated:  # single completions are held out
+        return [f"Log-ratio of the best completion: {training}."]
     ratio = _estimate(evaluated, "eval_logratios/best").interval(_prompts(evaluated))
     verdict = {
         1: "The best completion got likelier",
@@ -107,7 +130,7 @@ def _best_completion(evaluated: _Line | None, trained: _Line) -> str:
     held_out = (
         f"log-ratio {ratio.text('+.2f')} nats on held-out prompts (worst {evaluated['eval_logratios/worst']:+.2f})"
     )
-    return f"{verdict}: {held_out}{training and f', {training}'}."
+    return [f"{verdict}: {held_out}{training and f', {training}'}."]
 
 
 def _estimate(line: _Line, metric: str) -> Estimate:

@@ -14,6 +14,7 @@ FORMATS = {  # the first that matches is taken
         completions.ranked_answers,
         pairs.trajectory_pair,
         completions.generated_responses,
+        completions.labelled_rollouts,
         pairs.preference_pair,
         flat_rows.flat_rows,
     )

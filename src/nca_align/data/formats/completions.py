@@ -214,3 +214,35 @@ def generated_responses(row: dict[str, Any], options: DataOptions) -> Row:
         [assistant_message(text, f"all_generated_responses[{k}]") for k, text in enumerate(responses)],
         [required_number(score, f"all_rm_scores[{k}]") for k, score in enumerate(scores)],
     )
+
+
+def _has_labelled_rollouts(columns: set[str], options: DataOptions) -> bool:
+    return columns.issuperset(("prompt", "correctness")) and not columns.isdisjoint(("completions", "steps"))
+
+
+@data_format(
+    "labelled rollouts",
+    "prompt, completions or steps, correctness",
+    answers="completions|correctness",
+    conversations="prompt",
+    matches=_has_labelled_rollouts,
+)
+def labelled_rollouts(row: dict[str, Any], options: DataOptions) -> Row:
+    """Windy0822/ultrainteract_math_rollout: sampled solutions, and whether each is right.
+
+    A solution is its text in `completions`, or else its `steps` with an empty line between. Labels beyond the solutions
+    are left out.
+    """
+    name = "completions" if row.get("completions") is not None else "steps"
+    given, labels = (read_list(row[key], key) for key in (name, "correctness"))
+    texts = ["\n\n".join(read_list(own, f"steps[{k}]")) if name == "steps" else own for k, own in enumerate(given)]
+    if len(labels) < len(texts):
+        raise RowError(
+            "correctness", "unequal lengths", f"has {len(labels)} values for {len(texts)} {name}; give one each"
+        )
+    prompt = read_conversation(row["prompt"], "prompt")
+    return Row(
+        [user_message(prompt, "prompt")] if isinstance(prompt, str) else prompt,
+        [assistant_message(text, f"{name}[{k}]") for k, text in enumerate(texts)],
+        [required_number(label, f"correctness[{k}]") for k, label in enumerate(labels[: len(texts)])],
+    )

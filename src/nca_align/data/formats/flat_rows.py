@@ -15,7 +15,7 @@ from ..schema import PROMPT_COLUMNS, data_format
 from ..several_rewards import combine, completion_values, is_number
 from ..validation import Row, RowError, assistant_message, read_conversation, required_number, user_message
 
-_SCORE_COLUMNS = ("reward", "score", DEFAULT_SCORE, "helpfulness")
+_SCORE_COLUMNS = ("reward", "score", DEFAULT_SCORE, "helpfulness", "label")
 _ANSWER_COLUMNS = ("response", "completion")
 _TURN = re.compile(r"\n?<extra_id_1>(Assistant|User)\n")
 

@@ -1,0 +1,273 @@
+"""Labels: a loss of outcomes, one completion a prompt and more, its means and its figures, by values from loops."""
+
+import math
+import re
+from itertools import chain, product
+from statistics import fmean
+
+import pytest
+import torch
+from datasets import Dataset, IterableDataset
+
+from conftest import build_model, build_tokenizer, labelled_rows
+from nca_align import NCAConfig, load_reward_dataset
+from nca_align.batching.collator import RewardCollator
+from nca_align.commands.compare.methods import build_trainer
+from nca_align.data import DataOptions, to_reward_dataset
+from nca_align.errors import UserError
+from nca_align.training.outcomes import Outcomes, outcome_figures
+from test_loss_options import completion_logps, log_sigmoid
+from test_trainer import logged, trainer
+
+OF_LABELS = {"loss_type": "outcome", "alpha": None}
+# five rows in steps of four: the last step of a pass has one
+SINGLE, RAGGED = labelled_rows(5, 1, seed=3), labelled_rows(5, [1, 3, 2], seed=4)
+HOW = {
+    "padded": {"layout": "padded"},
+    "completions_per_forward": {"completions_per_forward": 1},
+    "cached reference": {"precompute_ref_log_probs": True},
+    "accumulated": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4},
+}
+
+
+def implicit_rewards(rows, beta=0.1, seed=6):
+    """Of each row's completions, from each model's own logits."""
+    models = build_model(build_tokenizer()), build_model(build_tokenizer(), seed=seed)
+    pi, ref = ([completion_logps(model, row, None, 256) for row in rows] for model in models)
+    return [[beta * (a - b) for (a, _), (b, _) in zip(*pair, strict=True)] for pair in zip(pi, ref, strict=True)]
+
+
+def cross_entropy(rows, implicit, completion_mean):
+    terms = [
+        [-y * log_sigmoid(r) - (1 - y) * log_sigmoid(-r) for y, r in zip(row["rewards"], own, strict=True)]
+        for row, own in zip(rows, implicit, strict=True)
+    ]
+    return fmean(chain(*terms)) if completion_mean else fmean(map(fmean, terms))
+
+
+@pytest.fixture(scope="module")
+def expected():
+    """The losses and figures of rows that a run has before its first step."""
+    found = {}
+    for name, rows in (("single", SINGLE), ("ragged", RAGGED)):
+        implicit = implicit_rewards(rows)
+        found[name] = {mean: cross_entropy(rows, implicit, mean) for mean in (False, True)}
+        found[name]["figures"] = [*chain(*implicit)], [y for row in rows for y in row["rewards"]]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("rows", "completion_mean", "how"),
+    [("ragged", mean, how) for mean in (False, True) for how in HOW] + [("single", True, how) for how in HOW],
+)
+def test_a_runs_loss_and_figures_are_what_a_loop_gives(rows, completion_mean, how, expected, tmp_path):
+    given, found = {"single": SINGLE, "ragged": RAGGED}[rows], expected[rows]
+    assert rows == "single" or abs(found[True] - found[False]) > 1e-3, "the mean changes nothing here"
+    batches = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2} | HOW[how]
+    nca = trainer(
+        tmp_path, rows=given, eval_rows=given, ref_model=build_model(build_tokenizer(), seed=6),
+        completion_mean=completion_mean, max_steps=2, learning_rate=0.0, per_device_eval_batch_size=2,
+        eval_strategy="steps", eval_steps=2, **OF_LABELS, **batches,
+    )  # fmt: skip
+    assert nca.args.alpha is None
+    nca.train()
+    weights = [4, 1] if rows == "single" or not completion_mean else None
+    losses = logged(nca)
+    if weights:  # of the steps' rows, each once
+        assert sum(w * loss for w, loss in zip(weights, losses, strict=True)) / 5 == pytest.approx(
+            found[completion_mean], rel=1e-5
+        )
+    assert logged(nca, "eval_loss")[0] == pytest.approx(found[completion_mean], rel=1e-5)
+    for name, value in figures_by_loops(*found["figures"]).items():
+        assert logged(nca, f"eval_outcome/{name}")[0] == pytest.approx(value, rel=1e-5), name
+    names = {name for line in nca.state.log_history for name in line}
+    assert {"logratios/right", "logratios/wrong", "rewards/right"} <= names
+    assert not any(name.split("/")[0] in ("eval_target", "eval_kl", "eval_calibration") for name in names)
+    compared = {name for name in names if re.search("best|worst|rank_|accuracies|margins|top1|tau|chosen", name)}
+    assert bool(compared) == (rows == "ragged")
+
+
+def test_a_step_goes_down_the_gradient_of_the_completion_mean(tmp_path):
+    """Whatever the micro-batches: a step of SGD moves the weights alike, and lowers the loss by rate · g²."""
+    moved = []
+    for batches in ((5, 1), (1, 5), (2, 3)):
+        nca = trainer(
+            tmp_path, rows=RAGGED, eval_rows=RAGGED, ref_model=build_model(build_tokenizer(), seed=6),
+            completion_mean=True, max_steps=1, optim="sgd", learning_rate=1e-3, max_grad_norm=0.0,
+            eval_on_start=True, eval_strategy="steps", per_device_train_batch_size=batches[0],
+            gradient_accumulation_steps=batches[1], **OF_LABELS,
+        )  # fmt: skip
+        nca.train()
+        before, after = logged(nca, "eval_loss")
+        assert logged(nca)[0] == pytest.approx(before, rel=1e-5)
+        assert (before - after) / (1e-3 * logged(nca, "grad_norm")[0] ** 2) == pytest.approx(1, rel=0.2)
+        moved.append(nca.model.lm_head.weight.detach().clone())
+    for other in moved[1:]:
+        torch.testing.assert_close(other, moved[0], rtol=1e-5, atol=1e-7)
+
+
+def figures_by_loops(rewards, labels):
+    """Each figure by its definition, a completion or a pair of completions at a time."""
+    p = [1 / (1 + math.exp(-r)) for r in rewards]
+    pairs = [
+        (a * (1 - b), (r > s) + 0.5 * (r == s))
+        for (r, a), (s, b) in product(zip(rewards, labels, strict=True), repeat=2)
+    ]
+    bins = [[(q, y) for q, y in zip(p, labels, strict=True) if min(int(q * 10), 9) == b] for b in range(10)]
+    return {
+        "accuracy": fmean(0.5 if r == 0 else y if r > 0 else 1 - y for r, y in zip(rewards, labels, strict=True)),
+        "brier": fmean((q - y) ** 2 for q, y in zip(p, labels, strict=True)),
+        "ece": sum(len(b) / len(p) * abs(fmean(q for q, _ in b) - fmean(y for _, y in b)) for b in bins if b),
+        "auc": sum(weight * value for weight, value in pairs) / sum(weight for weight, _ in pairs),
+    }
+
+
+def test_figures_are_their_definitions():
+    generator = torch.Generator().manual_seed(0)
+    rewards = (3 * torch.randn(200, generator=generator)).round(decimals=1).tolist()  # with ties, and zeros
+    labels = (torch.randint(0, 5, (200,), generator=generator) / 4).tolist()
+    assert 0.0 in rewards
+    for y in (labels, [float(y > 0.4) for y in labels]):
+        found = outcome_figures(rewards, y)
+        assert {name.removeprefix("outcome/"): value for name, value in found.items()} == pytest.approx(
+            figures_by_loops(rewards, y), rel=1e-12
+        )
+    assert outcome_figures([40.0, -40.0, 40.0], [1.0, 0.0, 1.0]) == pytest.approx(
+        {"outcome/accuracy": 1, "outcome/auc": 1, "outcome/brier": 0, "outcome/ece": 0}, abs=1e-12
+    )
+    assert "outcome/auc" not in outcome_figures([1.0, -1.0], [1.0, 1.0])
+
+
+def test_figures_of_parts_are_those_of_the_whole_without_what_is_repeated():
+    generator = torch.Generator().manual_seed(1)
+    pi, ref = (torch.randn(8, 3, generator=generator) for _ in range(2))
+    labels = (torch.rand(8, 3, generator=generator) > 0.5).float()
+    mask = torch.arange(3) < torch.tensor([1, 2, 3, 1, 1, 3, 2, 1]).unsqueeze(1)
+    parts, whole, counted = Outcomes(), Outcomes(), torch.ones(8, dtype=torch.bool)
+    whole.add(pi, ref, labels, mask, 0.5, counted)
+    for rows in ([0, 1, 2], [3], [4, 5, 6, 7], [0, 1]):
+        own = counted[rows] if len(rows) != 2 else ~counted[rows]  # the last are repeats
+        parts.add(pi[rows], ref[rows], labels[rows], mask[rows], 0.5, own)
+    assert parts.gather() == pytest.approx(whole.gather())
+    assert parts.gather() == {}
+
+
+# What is refused
+
+REFUSED = {
+    "alpha": ({"alpha": 0.01}, "`alpha` is 0.01, but `loss_type` is outcome, which has no targets to soften"),
+    "alpha beside sft": (
+        {"alpha": 0.5, "loss_type": ["outcome", "sft"]}, "`alpha` is 0.5, but `loss_type` is outcome+sft",
+    ),
+    "mean": ({"loss_type": "nca", "completion_mean": True}, "`completion_mean` is True, but `loss_type` is nca"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_options_that_mean_nothing_are_refused(name):
+    own, message = REFUSED[name]
+    with pytest.raises(UserError, match=re.escape(message)):
+        NCAConfig("x", **{"use_cpu": True} | OF_LABELS | own)
+
+
+def test_alpha_is_none_where_nothing_reads_it_and_the_papers_elsewhere():
+    def alpha(*names):
+        return NCAConfig("x", use_cpu=True, bf16=False, loss_type=list(names)).alpha
+
+    assert [alpha("outcome"), alpha("outcome", "sft")] == [None, None]
+    assert [alpha("nca"), alpha("sft"), alpha("nca", "outcome"), alpha("all_pairs")] == [0.01] * 4
+
+
+@pytest.mark.parametrize("tokenised", [False, True])
+@pytest.mark.parametrize(("value", "shown"), [(1.5, "1.5"), (-0.5, "-0.5")])
+def test_a_label_outside_its_range_is_named_before_the_model_is_read(value, shown, tokenised, tmp_path):
+    rows = labelled_rows(4, [1, 2])
+    rows[3]["rewards"][1] = value
+    if tokenised:
+        ids = {"prompt_ids": [5, 6], "completion_ids": [[7], [8]]}
+        rows = [ids | {"rewards": row["rewards"], "completion_ids": [[7]] * len(row["rewards"])} for row in rows]
+    message = f"`train`, row 3: `rewards[1]` is {shown}; `loss_type` outcome needs labels from 0 (wrong) to 1 (right)"
+    with pytest.raises(UserError, match=re.escape(message)):
+        trainer(tmp_path, "no such model", rows=rows, **OF_LABELS)
+
+
+def test_a_label_of_a_stream_is_named_in_its_batch():
+    collator = RewardCollator(0, labels=True, min_completions=1)
+    row = {"prompt_ids": [5], "completion_ids": [[6]], "rewards": [3.0]}
+    with pytest.raises(UserError, match=re.escape("`rewards` of row 1 is [3.0]; `loss_type` outcome needs labels")):
+        collator([row | {"rewards": [1.0]}, row])
+    with pytest.raises(UserError, match="has 1 valid completion"):
+        RewardCollator(0)([row])
+
+
+@pytest.mark.parametrize("loss", [["nca"], ["outcome", "sft"], ["outcome", "nca"]])
+def test_every_other_loss_refuses_one_completion(loss, tmp_path):
+    message = (
+        "`train`, row 0: `completions` has 1; there must be at least two to compare (`loss_type: outcome` trains on "
+        "one, read with `min_completions: 1`)"
+    )
+    with pytest.raises(UserError, match=re.escape(message)):
+        trainer(tmp_path, "no such model", rows=SINGLE, loss_type=loss, alpha=None)
+
+
+# Data
+
+
+def test_labels_are_read_from_booleans_and_single_completions(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    Dataset.from_list([row | {"rewards": [bool(y) for y in row["rewards"]]} for row in SINGLE]).to_json(file)
+    with pytest.raises(UserError, match="there must be at least two to compare"):
+        load_reward_dataset(str(file), split="train", validation_fraction=0)
+    read = load_reward_dataset(str(file), split="train", validation_fraction=0, min_completions=1)
+    assert read["rewards"][:] == [[float(y > 0)] for row in SINGLE for y in row["rewards"]]
+    dropped = load_reward_dataset(str(file), split="train", validation_fraction=0, min_completions=1, on_invalid="drop")
+    assert len(dropped) == 5
+    with pytest.raises(UserError, match="`min_completions` is 0; it must be at least 1"):
+        DataOptions(min_completions=0)
+    with pytest.raises(UserError, match="`completions` has 1; there must be at least 3"):
+        to_reward_dataset(Dataset.from_list(SINGLE), DataOptions(min_completions=3))
+
+
+def test_a_stream_of_single_completions_trains(tmp_path):
+    stream = Dataset.from_list(SINGLE).to_iterable_dataset()
+    assert isinstance(stream, IterableDataset)
+    nca = trainer(
+        tmp_path, rows=stream, eval_rows=SINGLE, max_steps=3, eval_strategy="steps", eval_steps=3, **OF_LABELS
+    )
+    nca.train()
+    assert logged(nca)[0] == pytest.approx(math.log(2), abs=1e-5)
+    assert logged(nca, "eval_loss")[0] < 0.9 * math.log(2)
+    assert 0 <= logged(nca, "eval_outcome/auc")[0] <= 1
+
+
+def test_in_a_comparison_alpha_belongs_to_the_losses_that_have_one(tmp_path):
+    rows = Dataset.from_list(labelled_rows(4, 2))
+    for given in ({"alpha": 0.3}, {"loss_type": "outcome", "completion_mean": True}):
+        args = NCAConfig(str(tmp_path), use_cpu=True, bf16=False, max_steps=1, report_to="none", **given)
+        for method in ("outcome", "nca"):
+            model, tokenizer = build_model(build_tokenizer()), build_tokenizer()
+            nca = build_trainer(method, model, args, rows, tokenizer)
+            assert nca.args.alpha == (None if method == "outcome" else given.get("alpha", 0.01))
+            assert nca.args.completion_mean == (method == "outcome" and args.completion_mean)
+
+
+@pytest.mark.parametrize("columns", [("completions", "steps"), ("completions",), ("steps",)])
+def test_labelled_rollouts_are_read(columns):
+    steps = [["Step 1: a", "Step 2: b"], ["Step 1: c"]]
+    row = {"prompt": "p", "steps": steps, "completions": ["Step 1: a\n\nStep 2: b", "Step 1: c"], "dataset": "MATH"}
+    row = {name: value for name, value in row.items() if name in ("prompt", "dataset", *columns)}
+    rows = Dataset.from_list([row | {"correctness": [True, False, True]}])  # one more than there are
+    read = to_reward_dataset(rows)[0]
+    assert read["prompt"] == [{"role": "user", "content": "p"}]
+    assert [own[0]["content"] for own in read["completions"]] == ["Step 1: a\n\nStep 2: b", "Step 1: c"]
+    assert read["rewards"] == [1.0, 0.0]
+    assert read.get("steps") == (steps if "steps" in columns else None)
+    assert "correctness" not in read
+    with pytest.raises(UserError, match=f"row 0: `correctness` has 1 values for 2 {columns[0]}"):
+        to_reward_dataset(Dataset.from_list([row | {"correctness": [True]}]))
+
+
+def test_trls_unpaired_rows_are_labels():
+    rows = [{"prompt": "a", "completion": "b", "label": True}, {"prompt": "c", "completion": "d", "label": False}]
+    read = to_reward_dataset(Dataset.from_list(rows), DataOptions(min_completions=1))
+    assert read["rewards"][:] == [[1.0], [0.0]]
