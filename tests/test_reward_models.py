@@ -92,7 +92,8 @@ def check(set_up: SetUp, folder: Path, kept: Path, texts: list[str], may_differ:
     else:
         assert expected is not None, f"not refused: {set_up.refusal}"
         scale = max((abs(score) for scores in expected for score in scores or []), default=0)
-        scale = max(scale, 0.1 if set_up.label != "pipeline" else 1)  # a probability has the rounding of its logits
+        # A probability has the rounding of its logits, and an output that of the largest
+        scale = max(scale, 0.1 if set_up.label != "pipeline" and set_up.outputs == 1 else 1)
         within = {"float32": 1e-4, "float16": 0.02, "bfloat16": 0.1}[set_up.dtype] * scale
         found = iter(shard.rows)
         for i, scores in enumerate(expected):

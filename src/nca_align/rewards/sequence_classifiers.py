@@ -161,7 +161,7 @@ class SequenceClassifier:
             )
         own, batched = torch.cat(alone), self._in_batches(ran)
         of_spread, of_largest = _TOLERANCE.get(self.dtype, (0.1, 0.02))
-        spread, largest = own.amax(0) - own.amin(0), own.abs().amax(0).clamp(min=0.1)  # of each output
+        spread, largest = own.amax(0) - own.amin(0), own.abs().max().clamp(min=0.1)  # outputs share what rounds
         allowed = of_spread * spread + of_largest * largest
         excess = ((own - batched).abs() / allowed).where(own.isfinite(), 0.0)  # a score that is NaN is told later
         if not excess.max() <= 1:
