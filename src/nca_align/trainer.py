@@ -148,8 +148,8 @@ class NCATrainer(DPOTrainer):
     # Data
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
-        """Any known format → `prompt_ids, completion_ids, rewards`; a data set that has them comes back as it is."""
-        if set(next(iter(dataset))) >= arguments.TOKENISED:
+        """Any known format → `prompt_ids, completion_ids, rewards`; what this returned comes back as it is."""
+        if set(next(iter(dataset))) >= {*arguments.TOKENISED, "row_number"}:
             return dataset
         if self._is_set_up:  # one for `evaluate()`; the constructor converts its own before it loads the model
             dataset = arguments.reward_rows(dataset, dataset_name, args)

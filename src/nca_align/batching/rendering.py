@@ -12,7 +12,9 @@ _ROLES = frozenset({"system", "user", "assistant", "tool"})
 
 
 def prompt_ids(tokenizer, row: dict[str, Any]) -> list[int]:
-    """Token ids of a row's prompt: text, or messages with the generation prompt, unless they end in an open turn.
+    """Token ids of a row's prompt: as given, of text, or of messages with the generation prompt.
+
+    Messages that end in an open turn have no generation prompt.
 
     Training has the same ones, as far as each of a row's conversations begins with them; where completions have several
     turns, another template may render its prompt, see `trajectories`.
@@ -22,6 +24,8 @@ def prompt_ids(tokenizer, row: dict[str, Any]) -> list[int]:
         InvalidRowError: the template doesn't render this row.
     """
     prompt = clean_prompt(row)
+    if prompt.kind == "token ids":
+        return list(prompt.content)
     return text_ids(tokenizer, [prompt_text(tokenizer, prompt)], [isinstance(prompt.content, str)])[0]
 
 

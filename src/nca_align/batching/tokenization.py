@@ -152,7 +152,8 @@ def tokenize_rows(
     each completion within `max_length`.
 
     Args:
-        batch: columns `prompt` (text, messages), `completions`, `rewards`, and `tools`, `chat_template_kwargs` if any.
+        batch: columns `prompt` (text, messages, token ids), `completions`, `rewards`, and `tools`,
+            `chat_template_kwargs`, `completion_mask` if any.
         indices: the rows' numbers, for errors, also of the training that follows.
         tokenizer: its chat template renders messages; text gets one EOS at its end, and a BOS where the tokenizer adds
             one and the text doesn't begin with it.
@@ -179,27 +180,35 @@ def tokenize_rows(
         try:
             prompt = clean_prompt({column: values[i] for column, values in batch.items()})
             prompts.append(prompt)
+            if prompt.kind == "token ids":
+                typed.append(False)
+                continue
             texts.append(prompt_text(tokenizer, prompt, template))
             texts += [conversation_text(tokenizer, prompt, completion, template) for completion in completions]
             typed.append(holds_typed_tokens(tokenizer, prompt, completions))
         except UserError as error:
             raise UserError(f"{named[i]}: {error}") from error
-        plain += [isinstance(prompt.content, str)] * (1 + len(completions))
+        plain += [prompt.kind == "text"] * (1 + len(completions))
     ids = iter(zip(texts, text_ids(tokenizer, texts, plain), strict=True))
     tokenized = []
     for i, completions in enumerate(batch["completions"]):
-        (_, whole_prompt), *wholes = [next(ids) for _ in range(1 + len(completions))]
+        if prompts[i].kind == "token ids":
+            whole_prompt = list(prompts[i].content)
+            wholes = [("", whole_prompt + completion) for completion in completions]
+        else:
+            (_, whole_prompt), *wholes = [next(ids) for _ in range(1 + len(completions))]
         boundary = min(common_prefix_length(whole_prompt, whole) for _, whole in wholes)
         if boundary == 0:
             raise UserError(
                 f"{named[i]}: `prompt` gives no token in front of the completions, whose first one can't be scored "
                 "then; give a prompt that isn't empty."
             )
+        given = (batch.get("completion_mask") or [None] * len(prompts))[i]
         masks = []
         for k, (text, whole) in enumerate(wholes):
             if len(whole) == boundary:
                 raise UserError(f"{named[i]}: `completions[{k}]` gives no token after the prompt; leave it out.")
-            mask = [1] * (len(whole) - boundary)
+            mask = list(map(int, given[k])) if given else [1] * (len(whole) - boundary)
             if turns and has_context(completions[k]):
                 where = f"{named[i]}: `completions[{k}]`"
                 try:

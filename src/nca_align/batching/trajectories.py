@@ -19,6 +19,7 @@ from trl import get_training_chat_template
 from trl.data_utils import common_prefix_length
 
 from ..data.cleaning import REASONING, Prompt, joined_messages
+from ..data.messages import content_kind
 from ..errors import InvalidRowError
 from .rendering import apply_template, text_ids
 
@@ -59,7 +60,9 @@ def turn_template(tokenizer) -> TurnTemplate:
 
 def has_context(completion: Any) -> bool:
     """Whether a completion may hold tokens that the model didn't write: several turns, or one that isn't its own."""
-    return isinstance(completion, list) and (len(completion) > 1 or completion[0].get("role") in _CONTEXT)
+    if content_kind(completion) != "messages":
+        return False
+    return len(completion) > 1 or completion[0].get("role") in _CONTEXT
 
 
 def written_mask(

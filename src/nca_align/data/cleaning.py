@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from .messages import content_kind
 from .schema import PROMPT_COLUMNS
 from .validation import RowError
 
@@ -21,7 +22,7 @@ class Prompt(NamedTuple):
     """A row's prompt, and what its messages are rendered with.
 
     Args:
-        content: text, or messages.
+        content: text, messages, or token ids.
         tools: JSON schemas of the tools, or None.
         arguments: further arguments of the chat template.
     """
@@ -33,7 +34,12 @@ class Prompt(NamedTuple):
     @property
     def continues(self) -> bool:
         """Whether it ends in an assistant's turn: a completion is the rest of that turn."""
-        return not isinstance(self.content, str) and self.content[-1].get("role") == "assistant"
+        return self.kind == "messages" and self.content[-1].get("role") == "assistant"
+
+    @property
+    def kind(self) -> str:
+        """`text`, `messages` or `token ids`."""
+        return content_kind(self.content)
 
 
 def clean_prompt(row: Mapping[str, Any]) -> Prompt:
@@ -112,7 +118,9 @@ def completion_of(prompt: str | list[dict[str, Any]], text: str) -> str | list[d
 
 
 def text_of(completion: str | list[dict]) -> str:
-    """A completion's text: itself, or what its messages say."""
+    """A completion's text: itself, what its messages say, or its token ids as numbers."""
     if isinstance(completion, str):
         return completion
+    if content_kind(completion) == "token ids":
+        return " ".join(map(str, completion))
     return "\n".join(message.get("content") or "" for message in completion)

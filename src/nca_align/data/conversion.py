@@ -20,9 +20,11 @@ from .formats import FORMATS
 from .formats.completions import rewarded_completions
 from .formats.flat_rows import group_rows, read_groups
 from .message_columns import with_plain_messages
+from .messages import content_kind
 from .options import DEFAULT_SCORE, DataOptions
 from .schema import NOTES, PROMPT_COLUMNS, REWARD_COLUMNS, DataReport, Format, result_features
 from .several_rewards import column_of, of_split, scale_over_split, scaled, settle_weights
+from .token_ids import MASK, check_masks, with_plain_ids
 from .validation import Row, RowError, check_count, check_row
 
 logger = logging.getLogger("nca_align")
@@ -75,7 +77,8 @@ def convert_dataset(
     options = options or DataOptions()
     if isinstance(dataset, IterableDataset) or dataset.format["type"] is not None:
         dataset = dataset.with_format(None)
-    dataset = with_plain_messages(map_columns(dataset, options.columns, name, num_proc), name, num_proc)
+    dataset = with_plain_ids(map_columns(dataset, options.columns, name, num_proc), name, num_proc)
+    dataset = with_plain_messages(dataset, name, num_proc)
     peeked = list(itertools.islice(dataset, PEEKED))
     if not peeked:
         raise UserError(f"`{name}` is empty; it must have at least one row")
@@ -95,12 +98,12 @@ def convert_dataset(
     if fmt.grouped:
         converted = _convert_groups(dataset, arguments)
     else:
-        arguments["chat"] = _is_chat(peeked, fmt, options)
-        types = result_features(dataset.features, fmt, arguments["chat"], _objectives(options))
+        arguments["kind"] = _kind(peeked, fmt, options)
+        types = result_features(dataset.features, fmt, arguments["kind"], _objectives(options))
         read, features = dataset, Features(types | NOTES)
         own_rewards = DataOptions(exclude_sources=options.exclude_sources, validation_fraction=0)
         if fmt is rewarded_completions and types == dataset.features and needed == own_rewards:  # rows only checked
-            checked = (*REWARD_COLUMNS, *PROMPT_COLUMNS, "source")
+            checked = (*REWARD_COLUMNS, *PROMPT_COLUMNS, MASK, "source")
             read, features = dataset.select_columns([key for key in dataset.column_names if key in checked]), NOTES
             result = dataset
         converted = read.map(
@@ -180,6 +183,7 @@ def _convert_row(row: dict[str, Any], fmt: Format, options: DataOptions) -> Row:
         causes = schema.show_counts(Counter(result.notes))
         check_count(len(result.completions), options.min_completions or 2, f" after some were left out ({causes})")
     check_row(result.prompt, result.completions, result.rewards, options.min_completions or 2)
+    check_masks(result.extra.get(MASK, row.get(MASK)), result.prompt, result.completions)
     if options.scale_rewards == "group":
         result.rewards = scaled(result.rewards)
     prompt = clean_prompt(row | {"prompt": result.prompt})
@@ -191,31 +195,30 @@ def _convert_row(row: dict[str, Any], fmt: Format, options: DataOptions) -> Row:
     return result
 
 
-def _is_chat(rows: Iterable[dict[str, Any]], fmt: Format, options: DataOptions) -> bool:
-    """Whether the first sound row is of messages; all others must be as it is."""
+def _kind(rows: Iterable[dict[str, Any]], fmt: Format, options: DataOptions) -> str:
+    """The `content_kind` of the first sound row; all others must be as it is."""
     for row in rows:
         try:
-            return isinstance(_convert_row(row, fmt, options).prompt, list)
+            return content_kind(_convert_row(row, fmt, options).prompt)
         except RowError:
             continue
-    return False
+    return "text"
 
 
-def _convert_values(row: dict[str, Any], i: int, fmt: str, options: DataOptions, chat: bool, **_: Any) -> dict:
+def _convert_values(row: dict[str, Any], i: int, fmt: str, options: DataOptions, kind: str, **_: Any) -> dict:
     """A row's values in the result with its notes; None for what can't be read of an invalid or excluded row."""
-    kind = FORMATS[fmt]
-    values = {key: value for key, value in row.items() if key != "_index" and not schema.is_replaced(key, kind)}
+    own = FORMATS[fmt]
+    values = {key: value for key, value in row.items() if key != "_index" and not schema.is_replaced(key, own)}
     values |= dict.fromkeys((*REWARD_COLUMNS, *_objectives(options)))
     values |= {"_problem": None, "_cause": None, "_notes": []}
     unread = values | {name: None for name in PROMPT_COLUMNS if isinstance(row.get(name), str)}
-    source = row["source"][0] if kind.grouped and "source" in row else row.get("source")
+    source = row["source"][0] if own.grouped and "source" in row else row.get("source")
     if source in options.exclude_sources:
         return unread | {"_cause": f"source {source}"}
     try:
-        result = _convert_row(row, kind, options)
-        if isinstance(result.prompt, list) != chat:
-            this, others = ("text", "messages") if chat else ("messages", "text")
-            raise RowError("prompt", "text and messages mixed", f"is {this}, but rows before it are {others}; use one")
+        result = _convert_row(row, own, options)
+        if (this := content_kind(result.prompt)) != kind:
+            raise RowError("prompt", "text and messages mixed", f"is {this}, but rows before it are {kind}; use one")
     except RowError as error:
         where = i if error.row is None else error.row
         return unread | {"_problem": f"row {where}: {error}", "_cause": error.cause}
@@ -237,7 +240,7 @@ def _convert_groups(dataset: Dataset, arguments: dict[str, Any]) -> Dataset:
     fmt = FORMATS[arguments["fmt"]]
     order, starts = group_rows(dataset)
     first = itertools.islice(read_groups(dataset, order, starts), PEEKED)
-    arguments["chat"] = _is_chat((row for _, row in first), fmt, arguments["options"])
+    arguments["kind"] = _kind((row for _, row in first), fmt, arguments["options"])
 
     def generate() -> Iterator[dict[str, Any]]:
         for i, row in read_groups(dataset, order, starts):
@@ -246,7 +249,7 @@ def _convert_groups(dataset: Dataset, arguments: dict[str, Any]) -> Dataset:
     return Dataset.from_generator(
         generate,
         features=Features(
-            result_features(dataset.features, fmt, arguments["chat"], _objectives(arguments["options"])) | NOTES
+            result_features(dataset.features, fmt, arguments["kind"], _objectives(arguments["options"])) | NOTES
         ),
         fingerprint=derived_fingerprint("nca_align groups", dataset, arguments),
     )
@@ -266,15 +269,15 @@ def _convert_stream(
             f"`{name}` is a stream, and {chosen} scales rewards by their spread over the split, which needs all of its "
             "rows; load it without streaming, or give `scale_rewards: group`"
         )
-    chat = _is_chat(peeked, fmt, options)
+    kind = _kind(peeked, fmt, options)
     return stream.map(
         _convert_stream_batch,
         batched=True,
         batch_size=_BATCH,
         with_indices=True,
         remove_columns=list(peeked[0]),
-        features=result_features(stream.features, fmt, chat, _objectives(options)) if stream.features else None,
-        fn_kwargs={"fmt": fmt.name, "options": options, "chat": chat, "name": name},
+        features=result_features(stream.features, fmt, kind, _objectives(options)) if stream.features else None,
+        fn_kwargs={"fmt": fmt.name, "options": options, "kind": kind, "name": name},
     )
 
 

@@ -10,6 +10,14 @@ ROLES = {
 _TEXTS = {"text", "input_text", "output_text"}  # OpenAI's types of parts that are text
 
 
+def content_kind(value: Any) -> str:
+    """What a prompt or a completion is: `text`, `token ids`, or else `messages`."""
+    if isinstance(value, str):
+        return "text"
+    ids = isinstance(value, list) and bool(value) and isinstance(value[0], int) and not isinstance(value[0], bool)
+    return "token ids" if ids else "messages"
+
+
 def plain_conversation(value: Any) -> Any:
     """A conversation with its messages as {role, content}; one message is a list of it. What can't be, is as it was."""
     if _is_message(value):

@@ -12,6 +12,7 @@ from .conversion import convert_dataset
 from .files import open_plain, refuse_other_text, refuse_utf16, suffix_of
 from .formats import FORMATS
 from .message_columns import with_plain_messages
+from .messages import content_kind
 from .options import DataOptions
 from .source import open_dataset
 from .splits import held_out_split, select_split
@@ -69,7 +70,7 @@ def load_prompts(name: str, config: str | None, split: str, columns: Sequence[st
         dataset = convert_dataset(dataset, _ANY_NUMBER, name=split, source=name)[0]
     dataset = dataset.remove_columns([name for name in dataset.column_names if _ANSWERS.fullmatch(name)])
     for i, prompt in enumerate(dataset["prompt"]):
-        if not prompt or not isinstance(prompt, (str, list)):
+        if not prompt or not isinstance(prompt, (str, list)) or content_kind(prompt) == "token ids":
             raise UserError(f"row {i}: `prompt` is {prompt!r}; it must be text or a list of messages, and not empty")
     if isinstance(first := dataset[0]["prompt"], str) and isinstance(read_conversation(first, "prompt"), list):
         features = Features({**dataset.features, "prompt": List(Json())})  # a CSV holds messages as text
@@ -90,4 +91,6 @@ def load_completions(name: str, config: str | None, split: str, columns: Sequenc
     for i, completions in enumerate(dataset["completions"]):
         if not isinstance(completions, list) or not completions:
             raise UserError(f"row {i}: `completions` is {completions!r}; it must be a list of at least one")
+        if content_kind(completions[0]) == "token ids":
+            raise UserError(f"row {i}: `completions` are token ids, which can't be read here; give them as text")
     return dataset

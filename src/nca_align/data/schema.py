@@ -66,13 +66,13 @@ def is_replaced(column: str, fmt: Format) -> bool:
     return re.fullmatch(f"{fmt.prompts}|{fmt.answers}", column) is not None
 
 
-def result_features(source: Features, fmt: Format, chat: bool, objectives: Iterable[str] = ()) -> Features:
+def result_features(source: Features, fmt: Format, kind: str, objectives: Iterable[str] = ()) -> Features:
     """The types of the result: kept columns as they are, messages with the fields that the source's have.
 
     Args:
         source: the types of the data.
         fmt: its format.
-        chat: whether prompts are messages.
+        kind: of the prompts, see `messages.content_kind`.
         objectives: columns of K numbers that join them, or take the place of others.
     """
     kept = {
@@ -84,7 +84,7 @@ def result_features(source: Features, fmt: Format, chat: bool, objectives: Itera
         elif fmt.grouped:
             kept[name] = List(feature)
     kept |= dict.fromkeys(objectives, List(Value("float64")))
-    text = List(_message(source, fmt)) if chat else Value("string")
+    text = {"text": Value("string"), "token ids": List(Value("int64"))}.get(kind) or List(_message(source, fmt))
     return Features(kept | {"prompt": text, "completions": List(text), "rewards": List(Value("float64"))})
 
 

@@ -7,11 +7,12 @@ from decimal import Decimal
 from typing import Any
 
 from ..errors import InvalidRowError
-from .messages import other_part, plain_conversation
+from .messages import content_kind, other_part, plain_conversation
 
 MISSING = "missing score"
 DROP = "drop such rows with `--on_invalid drop` (in YAML `on_invalid: drop`)"
 LARGEST = 1e30  # of a reward: training divides them by α in float32, which ends at 3.4e38
+_KINDS = {"text": "text", "messages": "a list of messages", "token ids": "a list of token ids"}
 _NO_NUMBER = {"", "n/a", "na", "none", "null"}
 
 
@@ -194,21 +195,28 @@ def _check_prompt(prompt: str | list) -> None:
     if not (prompt.strip() if isinstance(prompt, str) else prompt):
         raise RowError("prompt", "empty prompt", f"is {_show(prompt)}; it must not be empty")
     if isinstance(prompt, list):
-        _check_messages(prompt, "prompt")
+        (_check_ids if content_kind(prompt) == "token ids" else _check_messages)(prompt, "prompt")
 
 
-def _check_completion(completion: str | list, chat: bool, field: str) -> None:
+def _check_ids(ids: list, field: str) -> None:
+    for j, token in enumerate(ids):
+        if not isinstance(token, int) or isinstance(token, bool) or token < 0:
+            raise RowError(f"{field}[{j}]", "no token id", f"is {_show(token)}; it must be a token id, from 0")
+
+
+def _check_completion(completion: str | list, kind: str, field: str) -> None:
     if not isinstance(completion, (str, list)):
-        raise _wrong_type(field, completion, "a list of messages" if chat else "text")
+        raise _wrong_type(field, completion, _KINDS[kind])
     check_filled(completion, field)
-    if isinstance(completion, list) != chat:
+    if (own := content_kind(completion)) != kind:
         raise RowError(
             field,
             "text and messages mixed",
-            f"is {'text' if chat else 'a list of messages'}, but the prompt is "
-            f"{'a list of messages' if chat else 'text'}; both must be of one kind",
+            f"is {_KINDS[own]}, but the prompt is {_KINDS[kind]}; both must be of one kind",
         )
-    if isinstance(completion, list):
+    if own == "token ids":
+        _check_ids(list(completion), field)
+    elif isinstance(completion, list):
         _check_messages(completion, field)
         for j, message in enumerate(completion):
             if message["role"] != "tool" and not message.get("tool_calls"):
@@ -231,7 +239,7 @@ def check_row(prompt: str | list, completions: list, rewards: list, least: int =
     """Refuse what can't be trained on.
 
     Args:
-        prompt: text, or a list of messages {role, content}; not empty.
+        prompt: text, a list of messages {role, content}, or one of token ids; not empty.
         completions: K completions of the prompt's kind, none blank.
         rewards: K finite numbers.
         least: fewest completions.
@@ -249,6 +257,6 @@ def check_row(prompt: str | list, completions: list, rewards: list, least: int =
         )
     check_count(len(completions), least)
     for k, completion in enumerate(completions):
-        _check_completion(completion, isinstance(prompt, list), f"completions[{k}]")
+        _check_completion(completion, content_kind(prompt), f"completions[{k}]")
     for k, reward in enumerate(rewards):
         required_number(reward, f"rewards[{k}]")

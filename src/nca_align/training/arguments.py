@@ -33,7 +33,7 @@ _OF_ACCELERATE = (
 )
 # Rows of a stream that are read for an adapter's invocation
 _STREAM_ROWS = 64
-TOKENISED = {"prompt_ids", "completion_ids", "rewards"}
+TOKENISED = {"prompt_ids", "completion_ids", "rewards"}  # and `row_number`, once they are checked and cut
 # Columns that a batch is made of, beside the row's length and those of several rewards
 _SIGNATURE = (*sorted(TOKENISED), "completion_mask", "ref_logps", "row_number")
 
@@ -160,7 +160,7 @@ def reward_rows(dataset: Any, name: str, args: NCAConfig) -> Any:
             f"`{name}` data is a {type(dataset).__name__}, but must be a Dataset or an IterableDataset."
         )
     first: dict[str, Any] = next(iter(dataset), {})
-    if set(first) >= TOKENISED:
+    if set(first) >= TOKENISED | {"row_number"}:
         return _with_labels(dataset, name, args)
     if images := {"image", "images"} & set(first):
         raise UnsupportedError(

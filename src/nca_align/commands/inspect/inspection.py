@@ -9,10 +9,11 @@ import torch
 from datasets import Dataset, List, Value
 
 from ... import progress
-from ...batching.collator import RewardCollator
+from ...batching.collator import RewardCollator, masks_of
 from ...batching.tokenization import tokenize_dataset, tokenize_rows, truncate
 from ...data import DataReport
 from ...data.cleaning import text_of
+from ...data.messages import content_kind
 from ...errors import UserError
 from ...reward_tensors import targets
 from . import reward_stats as stats
@@ -26,6 +27,7 @@ class Tokens:
 
     Args:
         prompt_lengths, lengths: (B,) and (ΣK,) before truncation.
+        written: (ΣK,) those of `lengths` that the model wrote, which are trained on.
         kept_prompt_lengths, kept_lengths: after it: a prompt's beginning is cut, and a completion's end.
         padded, unique: positions of the two layouts, one prompt a batch.
         notices: what tokenisation has to say.
@@ -33,6 +35,7 @@ class Tokens:
 
     prompt_lengths: np.ndarray
     lengths: np.ndarray
+    written: np.ndarray
     kept_prompt_lengths: np.ndarray
     kept_lengths: np.ndarray
     padded: int
@@ -120,7 +123,7 @@ def inspect(dataset: Dataset, options: InspectOptions, tokenizer=None, report: D
     k = np.array(counts)
     r = stats.as_training_sees(np.array(rewards, dtype=float), k)
     tokens = None if tokenizer is None else count_tokens(dataset, tokenizer, options)
-    lengths = np.array(characters) if tokens is None else tokens.lengths
+    lengths = np.array(characters) if tokens is None else tokens.written
 
     low, high = stats.effective_range(r, k)
     target = (low + high) / 2 if options.target_effective is None else options.target_effective
@@ -151,18 +154,19 @@ def count_tokens(dataset: Dataset, tokenizer, options: InspectOptions) -> Tokens
     )
     pack = RewardCollator(pad_token_id=0, layout="prefix_shared")
     prompt_lengths: list[tuple[int, int]] = []  # whole and kept
-    lengths: list[tuple[int, int]] = []
+    lengths: list[tuple[int, int, int]] = []  # whole, kept and written
     padded = unique = 0
-    rows = dataset.select_columns(["prompt_ids", "completion_ids", "rewards"])
+    columns = ("prompt_ids", "completion_ids", "completion_mask", "rewards")
+    rows = dataset.select_columns([column for column in columns if column in dataset.column_names])
     for row in progress.bar(len(rows), "row", iterable=rows, desc="Counting tokens", leave=False):
         prompt, completions = row["prompt_ids"], row["completion_ids"]
         kept, short = truncate(prompt, completions, options.max_prompt_length, options.max_length)
         prompt_lengths.append((len(prompt), len(kept)))
-        lengths += zip(map(len, completions), map(len, short), strict=True)
+        lengths += zip(map(len, completions), map(len, short), map(sum, masks_of(row)), strict=True)
         padded += len(short) * (len(kept) + max(map(len, short)) - 1)  # a last token is a target only, and no position
         unique += pack([{"prompt_ids": kept, "completion_ids": short, "rewards": row["rewards"]}])["num_tokens"]
-    (p, kept_p), (n, kept_n) = np.array(prompt_lengths).T, np.array(lengths).T
-    return Tokens(p, n, kept_p, kept_n, padded, unique, notices)
+    (p, kept_p), (n, kept_n, written) = np.array(prompt_lengths).T, np.array(lengths).T
+    return Tokens(p, n, written, kept_p, kept_n, padded, unique, notices)
 
 
 @dataclass(frozen=True)
@@ -212,6 +216,9 @@ def show_row(dataset: Dataset, index: int, options: InspectOptions, tokenizer=No
         remarks.append(f"cut at {options.max_length} tokens: {cut} of {len(row['completions'])} completions")
     if ids["typed_tokens"][0]:
         remarks.append("special tokens of the tokenizer as text within its messages")
+    if mask := ids["completion_mask"][0]:
+        tokens, context = sum(map(len, mask)), sum(own.count(0) for own in mask)
+        remarks.append(f"not written by the model, and so context alone: {context} of the completions' {tokens} tokens")
     prompt, *completions = (token_texts(tokenizer, own) for own in (ids["prompt_ids"][0], *ids["completion_ids"][0]))
     return Example(index, prompt, completions, row["rewards"], weights, remarks)
 
@@ -219,6 +226,8 @@ def show_row(dataset: Dataset, index: int, options: InspectOptions, tokenizer=No
 def _turns(text: str | list[dict[str, Any]]) -> list[str]:
     if isinstance(text, str):
         return [text]
+    if content_kind(text) == "token ids":
+        return [f"{token} " for token in text]
     return [f"{message['role']}: {message['content'] or ''}\n" for message in text]
 
 

@@ -16,6 +16,7 @@ from trl import ModelConfig, ScriptArguments
 from ...batching.rendering import prompt_ids
 from ...config import NCAConfig
 from ...data import DataOptions, RewardData, read_reward_dataset, select_split
+from ...data.messages import content_kind
 from ...errors import UserError, as_user_error, cli_main, notify
 from ...evaluation.training_log import last_evaluation
 from ...models.policy import eval_mode
@@ -141,7 +142,9 @@ def _train(
     after = _answers(trainer, tokenizer, shown, run.answer_tokens)
     if trainer.is_world_process_zero():
         log = trainer.state.log_history
-        answers = list(zip([row["prompt"] for row in shown], before, after, strict=True))
+        asked = [row["prompt"] for row in shown]
+        asked = [tokenizer.decode(own) if content_kind(own) == "token ids" else own for own in asked]
+        answers = list(zip(asked, before, after, strict=True))
         print(summary(log, answers, _kept_step(trainer), to_evaluate))
         where = [f"The {'adapter' if hasattr(trainer.model, 'peft_config') else 'model'} is in {args.output_dir}"]
         title = run_title(model_args.model_name_or_path, args, log)

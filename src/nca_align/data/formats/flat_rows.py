@@ -13,6 +13,7 @@ from datasets import Dataset
 from ..options import DEFAULT_SCORE, DataOptions
 from ..schema import PROMPT_COLUMNS, data_format
 from ..several_rewards import combine, completion_values, is_number
+from ..token_ids import MASK
 from ..validation import Row, RowError, assistant_message, read_conversation, required_number, user_message
 
 _SCORE_COLUMNS = ("reward", "score", DEFAULT_SCORE, "helpfulness", "label")
@@ -103,7 +104,9 @@ def flat_rows(row: dict[str, Any], options: DataOptions) -> Row:
     chat = isinstance(prompt, list)
     result = Row(prompt, [], [])
     found: list[dict[str, float | None]] = []
-    for i, text, *scores in zip(row["_index"], row[answers], *(row[name] for name in names), strict=True):
+    masks = row.get(MASK) or [None] * len(row[answers])
+    kept = []
+    for i, text, mask, *scores in zip(row["_index"], row[answers], masks, *(row[n] for n in names), strict=True):
         given = {name: (name, value) for name, value in zip(names, scores, strict=True)}
         try:
             if not options.weights:
@@ -118,6 +121,9 @@ def flat_rows(row: dict[str, Any], options: DataOptions) -> Row:
             continue
         result.completions.append(completion)
         found.append(values)
+        kept.append(mask)
+    if row.get(MASK):
+        result.extra[MASK] = kept
     if options.weights:
         return combine(result, found, options)
     result.rewards = [score for own in found for score in own.values() if score is not None]

@@ -1,0 +1,134 @@
+"""Rows of token ids: under each name that TRL and verl have for them, with their masks, refused by row and field."""
+
+import json
+
+import pytest
+from datasets import Dataset, IterableDataset
+
+from conftest import build_model, build_tokenizer
+from nca_align import NCATrainer, load_reward_dataset
+from nca_align.batching.tokenization import tokenize_dataset
+from nca_align.commands.inspect.command import main
+from nca_align.commands.inspect.inspection import inspect
+from nca_align.commands.inspect.options import InspectOptions
+from nca_align.data import DataOptions, to_reward_dataset
+from nca_align.errors import UserError
+from test_masks import config
+
+PROMPT, FIRST, SECOND = [5, 6, 7], [10, 11, 12, 13], [20, 21]
+MASKS = [[1, 0, 0, 1], [1, 1]]
+OWN = {"prompt": PROMPT, "completions": [FIRST, SECOND], "rewards": [1.0, 0.0], "completion_mask": MASKS}
+ROW = {"prompt_ids": PROMPT, "completion_ids": [FIRST, SECOND], "rewards": [1.0, 0.0], "completion_mask": MASKS}
+
+
+def flat(prompt: str, completion: str, mask: str, score: str, /, **more) -> list[dict]:
+    """A row a completion."""
+    return [
+        {prompt: PROMPT, completion: FIRST, mask: MASKS[0], score: 1.0, **more},
+        {prompt: PROMPT, completion: SECOND, mask: MASKS[1], score: 0.0, **more},
+    ]
+
+
+LAYOUTS = {
+    "ours": [ROW],
+    "ours, as the columns of text are called": [OWN],
+    "TRL's rollouts, text beside them": flat("prompt_ids", "completion_ids", "env_mask", "reward", prompt="What?"),
+    "TRL's batches": flat("prompt_ids", "completion_ids", "tool_mask", "reward"),
+    "verl's agent loop": flat("prompt_ids", "response_ids", "response_mask", "reward_score"),
+    "verl's batches, padded": [
+        {
+            "prompts": [0, 0, *PROMPT], "responses": [*ids, 0], "response_mask": [*mask, 0],
+            "token_level_scores": scores, "attention_mask": [0, 0, 1, 1, 1, *([1] * len(ids)), 0],
+        }
+        for ids, mask, scores in [(FIRST, MASKS[0], [0.0, 0.25, 0.0, 0.75, 0.0]), (SECOND, MASKS[1], [0.0, 0.0, 0.0])]
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
+def test_each_name_gives_the_same_row(kind):
+    (row,) = to_reward_dataset(Dataset.from_list(LAYOUTS[kind]))
+    assert {name: row[name] for name in OWN} == OWN
+
+
+def test_a_file_a_stream_and_the_trainer_read_them(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(ROW | {"prompt_ids": [5, 6, n]}) + "\n" for n in range(40)))
+    read = load_reward_dataset(str(path), validation_fraction=0.25)
+    assert (len(read["train"]), len(read["validation"])) == (30, 10)
+    streamed = load_reward_dataset(str(path), split="train", streaming=True)
+    assert next(iter(streamed))["completion_mask"] == MASKS
+    tokenizer = build_tokenizer()
+    nca = NCATrainer(
+        build_model(tokenizer), args=config(tmp_path, max_length=6), train_dataset=read["train"],
+        eval_dataset=read["validation"], processing_class=tokenizer,
+    )  # fmt: skip
+    row = nca.train_dataset[0]
+    assert row["completion_ids"] == [FIRST[:3], SECOND]  # cut as any other
+    assert row["completion_mask"] == [[1, 0, 0], [1, 1]]
+    nca.train()
+    assert "eval_loss" in nca.evaluate()
+    direct = NCATrainer(
+        build_model(tokenizer), args=config(tmp_path), train_dataset=Dataset.from_list([ROW] * 2),
+        processing_class=tokenizer,
+    )  # fmt: skip
+    assert next(iter(direct.get_train_dataloader()))["lengths"].tolist() == [[2, 2]] * 2
+
+
+def test_no_mask_means_that_the_model_wrote_all():
+    plain = {name: value for name, value in ROW.items() if name != "completion_mask"}
+    tokenised, _ = tokenize_dataset(to_reward_dataset(Dataset.from_list([plain])), build_tokenizer(), None, None)
+    assert "completion_mask" not in tokenised.column_names
+    assert (tokenised[0]["prompt_ids"], tokenised[0]["completion_ids"]) == (PROMPT, [FIRST, SECOND])
+
+
+BROKEN = {
+    "a mask of another length": (
+        {"completion_mask": [[1, 0], [1, 1]]}, r"`completion_mask\[0\]` has 2 values for 4 tokens of the completion"
+    ),
+    "too few masks": ({"completion_mask": [[1, 0, 0, 1]]}, "`completion_mask` has 1 values for 2 completions"),
+    "nothing to train on": ({"completion_mask": [[1, 1, 1, 1], [0, 0]]}, r"`completion_mask\[1\]` has no 1, so that"),
+    "no mask": ({"completion_mask": [[1, 2, 0, 1], [1, 1]]}, r"`completion_mask\[0\]` must be a list of 0 and 1"),
+    "no token": ({"completion_ids": [[10, -1, 12, 13], SECOND]}, r"`completions\[0\]\[1\]` is -1; it must be a to"),
+    "an empty completion": ({"completion_ids": [FIRST, []]}, r"`completions\[1\]` is \[\], an empty completion"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_row_that_is_wrong_is_refused_by_its_field_or_dropped(kind):
+    change, said = BROKEN[kind]
+    data = Dataset.from_list([ROW, ROW | change])
+    with pytest.raises(UserError, match=rf"`train`, row 1: {said}"):
+        to_reward_dataset(data)
+    assert len(to_reward_dataset(data, DataOptions(on_invalid="drop"))) == 1
+    stream = IterableDataset.from_generator(lambda: iter([ROW, ROW | change]))
+    with pytest.raises(UserError, match=rf"`train`, row 1: {said}"):
+        list(to_reward_dataset(stream))
+
+
+def test_a_mask_beside_text_is_refused():
+    row = {"prompt": "1 + 1 =", "completions": [" 2", " 3"], "rewards": [1.0, 0.0], "completion_mask": [[1], [1]]}
+    with pytest.raises(UserError, match="`completion_mask` stands beside text; it needs `prompt_ids`"):
+        to_reward_dataset(Dataset.from_list([row]))
+
+
+def test_flat_rows_that_are_dropped_take_their_masks_along():
+    rows = [*flat("prompt_ids", "completion_ids", "env_mask", "reward")]
+    rows.insert(0, rows[0] | {"reward": None})
+    (row,) = to_reward_dataset(Dataset.from_list(rows), DataOptions(on_invalid="drop"))
+    assert {name: row[name] for name in OWN} == OWN
+
+
+def test_inspect_counts_what_the_model_wrote(tmp_path, model_dir, capsys):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(ROW | {"prompt_ids": [5, 6, n]}) + "\n" for n in range(4)))
+    found = inspect(
+        load_reward_dataset(str(path), split="train", validation_fraction=0),
+        InspectOptions(dataset_name=str(path)),
+        build_tokenizer(),
+    )
+    assert found.lengths.tolist() == [2, 2] * 4
+    assert found.tokens.lengths.tolist() == [4, 2] * 4
+    for own in ([], ["--model_name_or_path", model_dir], ["--model_name_or_path", model_dir, "--example", "0"]):
+        main(["--dataset_name", str(path), *own])
+    assert "not written by the model, and so context alone: 2 of the completions' 6 tokens" in capsys.readouterr().out
