@@ -95,7 +95,14 @@ def log_line(step: int, split: str = "test", **figures) -> dict:
 
 
 def cell(method: str = "nca", seed: int = 1, **settings) -> Cell:
-    known = {"strategy": "rewards", "alpha": 0.5, "beta": 0.1, "learning_rate": 1e-3, "num_completions": None}
+    known = {
+        "strategy": "rewards",
+        "alpha": 0.5,
+        "beta": 0.1,
+        "learning_rate": 1e-3,
+        "num_completions": None,
+        "reward_weights": None,
+    }
     whole = {"method": method, **known, **settings, "seed": seed}
     return Cell("-".join(map(str, whole.values())), whole, {})
 

@@ -49,12 +49,24 @@ def test_settings_are_whole_and_typed():
     assert tuple(cell.settings) == KEYS
     assert cell.settings == {
         "method": "nca", "strategy": "rewards", "alpha": 0.7, "beta": 3e-4, "learning_rate": 5e-6,
-        "num_completions": None, "seed": 7,
+        "num_completions": None, "reward_weights": None, "seed": 7,
     }  # fmt: skip
     assert cell.name == "nca-beta0.0003-seed7"
     (pairs,) = expand(BASE, {"method": "dpo", "num_completions": 2}, "compare.yaml")
     assert pairs.settings["strategy"] == "best_worst"
     assert pairs.name == "dpo-K2"
+
+
+def test_weights_of_several_rewards_are_an_axis():
+    given = [{"help": 1}, {"help": 0.7, "long": -0.1}, '{"help": 1.0}', [0.5, 2]]
+    cells = expand(BASE, {"method": ["nca", "dpo"], "reward_weights": given}, "compare.yaml")
+    assert [cell.settings["reward_weights"] for cell in cells[:3]] == ["help 1", "help 0.7 long -0.1", "0.5 2"]
+    assert [cell.name for cell in cells[:3]] == ["nca-whelp_1", "nca-whelp_0.7_long_-0.1", "nca-w0.5_2"]
+    assert len(cells) == 6  # those in JSON are the first
+    assert cells[1].options["reward_weights"] == given[1]
+    assert len({repr(sorted(cell.identity().items(), key=str)) for cell in cells}) == 6
+    assert "`reward_weights` is 0.5; it must be" in refusal({"method": "nca", "reward_weights": [0.5, 2]})
+    assert "unknown key `weights` in `grid`" in refusal({"method": "nca", "weights": given})
 
 
 def test_a_name_stays_when_values_join_the_grid():

@@ -69,7 +69,7 @@ def comparison_rows(methods=METHODS, seeds=(1, 2, 3), betas=(0.1, 0.3)):
             for seed in seeds:
                 noise = random.Random(f"{name}{beta}{seed}")
                 own = {"method": name, "strategy": "rewards", "alpha": 0.3, "beta": beta, "learning_rate": 2e-4,
-                       "num_completions": 4, "seed": seed}  # fmt: skip
+                       "num_completions": 4, "reward_weights": None, "seed": seed}  # fmt: skip
                 for split in ("validation", "test"):
                     for step in (0, 30, 60, 90, 120):
                         far = step / 120

@@ -9,9 +9,14 @@ from ..user_functions import short_name
 from .intervals import Interval, mean_and_interval
 
 # What a cell is besides its seed. A comparison's table has these of its columns, or some of them.
-SETTINGS = ("method", "strategy", "alpha", "beta", "learning_rate", "num_completions")
-COMPARED = ("method", "strategy", "num_completions")  # the other settings are chosen for each of these
-_SIGNS = {"alpha": "α ", "beta": "β ", "learning_rate": "lr ", "num_completions": "K "}
+SETTINGS = ("method", "strategy", "alpha", "beta", "learning_rate", "num_completions", "reward_weights")
+COMPARED = (
+    "method",
+    "strategy",
+    "num_completions",
+    "reward_weights",
+)  # the other settings are chosen for each of these
+_SIGNS = {"alpha": "α ", "beta": "β ", "learning_rate": "lr ", "num_completions": "K ", "reward_weights": "w "}
 Setting = tuple[tuple[str, str], ...]
 Row = Mapping[str, Any]
 Runs = Mapping[Any, Sequence[Row]]  # seed → the rows of its run, in the order of steps

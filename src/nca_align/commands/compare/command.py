@@ -35,7 +35,7 @@ class CompareOptions:
     output_dir: str = option("folder of the tables and, in `cells`, of the runs")
     base: dict[str, Any] | str | None = option("in the file: options of `nca-align train` that all cells share", None)
     grid: dict[str, Any] | str | None = option(
-        "in the file: method, strategy, alpha, beta, learning_rate, num_completions, seed, each with "
+        "in the file: method, strategy, alpha, beta, learning_rate, num_completions, reward_weights, seed, each with "
         "its values; or a list of such mappings",
         None,
     )

@@ -25,7 +25,7 @@ from .methods import check_method
 KEYS = (*SETTINGS, "seed")
 _NOT_OF_TRAIN = ("method", "strategy", "num_completions")  # keys of the grid that are no options of `train`
 _OPTIONAL = ("prompts", "validation_steps")  # of `evaluation`: None has a meaning
-_SHORT = {"method": "", "strategy": "", "learning_rate": "lr", "num_completions": "K"}
+_SHORT = {"method": "", "strategy": "", "learning_rate": "lr", "num_completions": "K", "reward_weights": "w"}
 # Options of `train` that a comparison decides itself: for all cells alike, or by another of its keys
 _SET_BY_COMPARE = {
     "output_dir", "loss_type", "loss_weights", "eval_strategy", "eval_steps", "eval_on_start", "eval_delay", "do_eval",
@@ -213,9 +213,18 @@ def _cell(base: Mapping[str, Any], given: dict[str, Any], path: Path, source: st
     settings = {"method": method, "strategy": strategy, "num_completions": count, "seed": args.seed} | {
         key: None if key in unread else float(getattr(args, key)) for key in ("alpha", "beta", "learning_rate")
     }
+    settings["reward_weights"] = _show_weights(parsed[1].reward_weights)
     settings = {key: settings[key] for key in KEYS}
     named = [f"{_SHORT.get(key, key)}{settings[key]}" for key in KEYS if key in given and settings[key] is not None]
     return Cell(re.sub(r"[^\w.+-]", "_", "-".join(named).replace(":", ".")), settings, options)
+
+
+def _show_weights(weights: Any) -> str | None:
+    """`helpfulness 0.7 verbosity -0.1`, as tables have it; None where the data has one reward a completion."""
+    if weights is None:
+        return None
+    pairs = weights.items() if isinstance(weights, dict) else (("", weight) for weight in weights)
+    return " ".join(f"{name} {weight:g}".strip() for name, weight in pairs)
 
 
 def _is_whole(value: Any) -> bool:

@@ -112,7 +112,7 @@ def select(validation: ValidationRows, selection: Selection, seeds: Seeds) -> di
     that diverged, or never came to `at_kl`.
 
     Returns:
-        (method, strategy, num_completions) → `settings`, `values` (one a seed), and `candidates`, the number of
+        a value for each of `COMPARED` → `settings`, `values` (one a seed), and `candidates`, the number of
         settings that there was to choose from.
     """
     chosen = {}
@@ -121,7 +121,7 @@ def select(validation: ValidationRows, selection: Selection, seeds: Seeds) -> di
         known = {setting: values for setting, values in candidates.items() if all(map(math.isfinite, values))}
         if known:
             best = max(known, key=lambda setting: fmean(known[setting]))
-            settings = {name: rows[best][name] for name in SETTINGS}
+            settings = {name: rows[best].get(name) for name in SETTINGS}
             chosen[group] = {"settings": settings, "values": known[best], "candidates": len(known)}
     return chosen
 
