@@ -336,6 +336,17 @@ def test_scores_that_are_not_finite_are_called_so(tmp_path, kept):
     assert len(failed) == 2
 
 
+def test_one_that_is_not_finite_leaves_the_others_compared(tmp_path, kept):
+    model = build_set_up(SetUp("Llama"), tmp_path, kept)
+    weights = load(model / "model.safetensors")
+    weights["model.embed_tokens.weight"][AutoTokenizer.from_pretrained(model).convert_tokens_to_ids("Z")] = math.nan
+    save(weights, model / "model.safetensors")
+    rows = [*rows_of(SetUp("Llama"), TEXTS), *rows_of(SetUp("Llama"), ["A", "ZZ", "B, and more"])]
+    shard = open_scorers([str(model)]).score_rows(rows)
+    assert len(shard.failed) == 1
+    assert len(shard.rows) == len(rows) - 1
+
+
 def test_an_adapter_of_the_hub(tmp_path, kept, monkeypatch):
     """From the cache that a download leaves, without a network."""
     set_up = SetUp("Llama", adapter="score")

@@ -161,9 +161,10 @@ class SequenceClassifier:
             )
         own, batched = torch.cat(alone), self._in_batches(ran)
         of_spread, of_largest = _TOLERANCE.get(self.dtype, (0.1, 0.02))
-        spread, largest = own.amax(0) - own.amin(0), own.abs().max().clamp(min=0.1)  # outputs share what rounds
+        finite = own.where(own.isfinite(), 0.0)  # a score that is NaN is told later
+        spread, largest = finite.amax(0) - finite.amin(0), finite.abs().max().clamp(min=0.1)  # of all outputs
         allowed = of_spread * spread + of_largest * largest
-        excess = ((own - batched).abs() / allowed).where(own.isfinite(), 0.0)  # a score that is NaN is told later
+        excess = ((own - batched).abs() / allowed).where(own.isfinite(), 0.0)
         if not excess.max() <= 1:
             row, output = divmod(int(excess.argmax()), excess.shape[1])
             raise UserError(
