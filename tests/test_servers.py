@@ -1,5 +1,6 @@
 """Servers that others built: each form of their answers over a socket, faults, kills, and answers that are made up."""
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -12,6 +13,7 @@ import threading
 import time
 import urllib.request
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from email.utils import formatdate
 from itertools import count
 from pathlib import Path
@@ -240,23 +242,53 @@ class TestTries:
         assert busy[0] > 8
         assert all(isinstance(own, list) for own in found.values())
 
-    def test_an_answer_that_comes_drop_by_drop_has_an_end(self):
+    @pytest.mark.parametrize("where", ["the first line", "the headers", "the body"])
+    def test_an_answer_that_comes_drop_by_drop_has_an_end(self, where):
+        begin, drop = {
+            "the first line": (b"HTTP/1.1 200 ", b"O"), "the headers": (b"HTTP/1.1 200 OK\r\n", b"X-A: b\r\n"),
+            "the body": (b"HTTP/1.1 200 OK\r\n\r\n", b" "),
+        }[where]  # fmt: skip
+
         def drip(handler):
-            handler.send_response(200)
-            handler.end_headers()
             try:
-                while True:
-                    handler.wfile.write(b" ")
-                    time.sleep(0.02)
+                handler.wfile.write(begin)
+                for _ in range(80):
+                    handler.wfile.write(drop)
+                    time.sleep(0.05)
             except OSError:
                 pass
 
         start = time.monotonic()
         with http_server(lambda path, body: drip) as url:
             (found,) = ask(url, timeout=0.2, retries=1).values()
+            assert time.monotonic() - start < 2
         assert found.cause == "no answer"
         assert "no whole answer in 0.2 seconds" in str(found)
-        assert time.monotonic() - start < 5
+
+    @pytest.mark.parametrize("way", ["answer", "handshake", "connect"])
+    def test_the_end_of_a_run_waits_for_no_connection(self, options, way):
+        """Of a port that accepts and says nothing, over HTTP and HTTPS, and of one that doesn't accept."""
+        if way == "connect" and sys.platform != "linux":
+            pytest.skip("only Linux ends a connection that is being made")
+        with contextlib.ExitStack() as opened:
+            silent = opened.enter_context(socket.socket())
+            silent.bind(("127.0.0.1", 0))
+            silent.listen(0 if way == "connect" else 8)
+            for _ in range(3 * (way == "connect")):  # more than it queues
+                filling = opened.enter_context(socket.socket())
+                filling.setblocking(False)
+                filling.connect_ex(silent.getsockname())
+            scheme = "https" if way == "handshake" else "http"
+            client = Client(options(base_url=f"{scheme}://127.0.0.1:{silent.getsockname()[1]}", timeout=30.0))
+            with ThreadPoolExecutor(1) as pool:
+                asked = pool.submit(client.ask, "/models", None, lambda answer: answer)
+                time.sleep(0.4)
+                assert not asked.done()  # it waits, and for what it says here
+                start = time.monotonic()
+                client.end(UserError("the end"))
+                with pytest.raises(UserError, match="the end"):
+                    asked.result(timeout=20)
+                assert time.monotonic() - start < 5
 
     def test_the_end_of_a_run_ends_its_pauses(self, monkeypatch):
         monkeypatch.undo()

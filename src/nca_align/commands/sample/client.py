@@ -1,25 +1,21 @@
 """Requests to a server over HTTP, tried again while it is busy or broken, within limits of time and memory."""
 
-import contextlib
-import functools
 import json
 import math
 import os
 import random
-import socket
-import ssl
 import threading
 import time
 import urllib.request
-import weakref
 from collections.abc import Callable
-from http.client import HTTPConnection, HTTPException, HTTPSConnection
+from http.client import HTTPException
 from typing import Any, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
 from ...errors import UserError, one_line
 from ...store.provenance import versions
 from .answers import Refused, Reply, TryAgain, read_reply
+from .connections import Connections
 from .options import EngineOptions
 
 _T = TypeVar("_T")
@@ -54,7 +50,7 @@ class Client:
         self.timeout, self.retries = options.timeout, options.retries
         self.accepted: set[str] = set()  # keys of the requests that were answered
         self._answered = 0.0  # when the last one was
-        self._connections = _Connections()
+        self._connections = Connections()
         self._opener = urllib.request.build_opener(self._connections, _AnyStatus)
         self._ended, self._ending = threading.Event(), threading.Lock()
         self._end: BaseException | None = None
@@ -131,7 +127,6 @@ class Client:
         if os.environ.get("OPENAI_API_KEY"):
             headers["Authorization"] = f"Bearer {os.environ['OPENAI_API_KEY']}"
         data = None if body is None else json.dumps(body).encode()
-        until = time.monotonic() + self.timeout
         connected = False
         try:
             with self._opener.open(urllib.request.Request(url, data, headers), timeout=self.timeout) as response:
@@ -142,8 +137,6 @@ class Client:
                     size += len(part)
                     if size > _LARGEST_ANSWER:
                         raise TryAgain(f"it answered more than {_LARGEST_ANSWER // 2**20} MiB")
-                    if time.monotonic() > until:  # whatever comes drop by drop
-                        raise TimeoutError(f"no whole answer in {self.timeout:g} seconds")
                 return Reply(response.status, response.headers, b"".join(parts))
         except (OSError, HTTPException, ValueError) as error:  # no connection, a broken one, or no HTTP
             cause = getattr(error, "reason", error)
@@ -160,47 +153,6 @@ class _AnyStatus(urllib.request.HTTPErrorProcessor):
         return response
 
     https_response = http_response
-
-
-class _Connections(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
-    """Opens connections that another thread can shut down: a request may take minutes, which no end should wait for."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._http, self._https = self._kept(HTTPConnection), self._kept(HTTPSConnection)
-        self._sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
-        self._adding = threading.Lock()
-        self._shut = False
-
-    @functools.cached_property
-    def _certificates(self) -> ssl.SSLContext:
-        return ssl.create_default_context()
-
-    def http_open(self, request: Any) -> Any:
-        return self.do_open(self._http, request)
-
-    def https_open(self, request: Any) -> Any:
-        return self.do_open(self._https, request, context=self._certificates)
-
-    def _kept(self, kind: Any) -> Any:
-        def connect(connection: Any) -> None:
-            kind.connect(connection)
-            with self._adding:
-                self._sockets.add(connection.sock)
-            if self._shut:
-                connection.close()
-                raise ConnectionAbortedError
-
-        return type(kind.__name__, (kind,), {"connect": connect})
-
-    def shut_down(self) -> None:
-        """Shut all connections down, and any that is opened later."""
-        self._shut = True
-        with self._adding:
-            opened = list(self._sockets)
-        for one in opened:
-            with contextlib.suppress(OSError):  # it has ended by itself
-                one.shutdown(socket.SHUT_RDWR)
 
 
 def api_base_url(options: EngineOptions) -> str:
