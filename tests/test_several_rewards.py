@@ -101,6 +101,17 @@ def test_rows_with_their_own_sum_read_it_as_a_reward():
     assert rewards(rows, reward_weights={"rewards": 1, "lengths": -0.01})[0] == pytest.approx([0.9, 1.8, 2.7])
 
 
+def test_rows_of_token_ids_and_of_one_completion_have_several_too():
+    ids = {"prompt_ids": [1, 2, 3], "completion_ids": [[4], [5, 6], [7]], "completion_mask": [[1], [1, 0], [1]]}
+    (row,) = convert([ids | {"rewards": BY_NAME}], reward_weights=WEIGHTS)
+    assert (row["rewards"], row["completion_mask"]) == (pytest.approx(SUM), ids["completion_mask"])
+    with pytest.raises(ValueError, match="doesn't have several rewards"):
+        convert([ids | {"rewards": HELP}], reward_weights={"prompt": 1})
+    one = [{"prompt": "Why?", "completions": ["a"], "rewards": {"help": [0.5], "short": [1.0]}}]
+    assert convert(one, reward_weights=WEIGHTS, min_completions=1)["rewards"][0] == pytest.approx([0.25])
+    assert convert(one, score="help", scale_rewards="group", min_completions=1)["rewards"][0] == [0.0]
+
+
 def grpo(values, weights, scale_rewards, aggregation):
     """Advantages as `GRPOTrainer` computes them. values: (B, K, J)."""
     functions = values.flatten(0, 1)
@@ -257,18 +268,18 @@ def test_metrics_of_each_reward_are_those_of_a_loop_over_completions():
     assert not objective_metrics(logps, ref_logps, batch | {"objectives": {"help": help}}, 0.1, True)
 
 
-def run(rows, folder, alpha=0.5, **options):
+def run(rows, folder, alpha=0.5, resume=None, save="no", **options):
     tokenizer = build_tokenizer()
     data = to_reward_dataset(Dataset.from_list(rows), DataOptions(**options))
     args = NCAConfig(
         output_dir=str(folder), alpha=alpha, beta=0.1, use_cpu=True, bf16=False, max_steps=2, logging_steps=1,
-        learning_rate=1e-3, save_strategy="no", report_to="none", per_device_train_batch_size=3, disable_tqdm=True,
-        eval_strategy="steps", eval_steps=2,
+        learning_rate=1e-3, save_strategy=save, save_steps=1, report_to="none", per_device_train_batch_size=3,
+        disable_tqdm=True, eval_strategy="steps", eval_steps=2,
     )  # fmt: skip
     trainer = NCATrainer(
         build_model(tokenizer), args=args, train_dataset=data, eval_dataset=data, processing_class=tokenizer
     )
-    trainer.train()
+    trainer.train(resume_from_checkpoint=resume)
     return trainer.state.log_history
 
 
@@ -295,3 +306,14 @@ def test_a_run_by_weights_is_that_of_the_column_and_logs_each_reward(tmp_path):
     expected = [np.corrcoef(*row["rewards"].values())[0, 1] for row in rows]
     assert found == pytest.approx(math.fsum(expected) / len(rows), abs=1e-5)
     assert not logged(weighed, "objectives/help/corr_short")
+
+
+def test_a_run_is_not_continued_with_other_weights(tmp_path):
+    rows = [row | {"rewards": {"help": row["rewards"], "short": row["rewards"][::-1]}} for row in reward_rows(6, 2)]
+    first = run(rows, tmp_path, save="steps", reward_weights={"help": 1, "short": 0.5})
+    (tmp_path / "checkpoint-2").rename(tmp_path / "last")
+    step = str(tmp_path / "checkpoint-1")
+    with pytest.raises(UserError, match=r"checkpoint-1 belongs to another run.*`data`"):
+        run(rows, tmp_path, resume=step, reward_weights={"help": 1, "short": 0.6})
+    again = run(rows, tmp_path, resume=step, reward_weights={"help": 2 / 2, "short": 1 / 2})
+    assert [line["loss"] for line in again if "loss" in line] == [line["loss"] for line in first if "loss" in line]

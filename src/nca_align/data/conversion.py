@@ -101,8 +101,8 @@ def convert_dataset(
         arguments["kind"] = _kind(peeked, fmt, options)
         types = result_features(dataset.features, fmt, arguments["kind"], _objectives(options))
         read, features = dataset, Features(types | NOTES)
-        own_rewards = DataOptions(exclude_sources=options.exclude_sources, validation_fraction=0)
-        if fmt is rewarded_completions and types == dataset.features and needed == own_rewards:  # rows only checked
+        as_given = not options.weights and options.score == DEFAULT_SCORE and options.scale_rewards != "group"
+        if fmt is rewarded_completions and types == dataset.features and as_given:  # rows that are only checked
             checked = (*REWARD_COLUMNS, *PROMPT_COLUMNS, MASK, "source")
             read, features = dataset.select_columns([key for key in dataset.column_names if key in checked]), NOTES
             result = dataset

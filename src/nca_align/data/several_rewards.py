@@ -199,7 +199,9 @@ def objectives_of_rows(rows: Iterable[Mapping[str, Any]]) -> list[str]:
 
 def names_of_rows(rows: Sequence[Mapping[str, Any]]) -> set[str]:
     """All names that `score` or a weight may have in rows with `completions`."""
-    columns = {name for row in rows for name, value in row.items() if name != "completions" and _numbers(value)}
+    columns = {
+        name for row in rows for name, value in row.items() if name not in ("prompt", "completions") and _numbers(value)
+    }
     return {*objectives_of_rows(rows), *(columns if columns != {"rewards"} else ())}
 
 
