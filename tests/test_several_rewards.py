@@ -12,6 +12,7 @@ from trl.trainer.utils import nanstd
 from conftest import build_model, build_tokenizer, reward_rows
 from nca_align import NCAConfig, NCATrainer
 from nca_align.data import DataOptions, load_reward_dataset, to_reward_dataset
+from nca_align.errors import UserError
 from nca_align.reward_tensors import targets
 from nca_align.training.metrics import row_metrics
 from nca_align.training.objective_metrics import objective_metrics
