@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
+from ...errors import UserError
 from ..options import DEFAULT_SCORE, DataOptions
 from ..schema import PROMPT_COLUMNS, data_format
 from ..several_rewards import combine, completion_values, is_number
@@ -18,13 +19,22 @@ from ..validation import Row, RowError, assistant_message, read_conversation, re
 
 _SCORE_COLUMNS = ("reward", "score", DEFAULT_SCORE, "helpfulness", "label")
 _ANSWER_COLUMNS = ("response", "completion")
+_OF_LOG = {"step", "prompt", "completion", "advantage"}  # beside a column for each reward: TRL's `log_completions`
 _TURN = re.compile(r"\n?<extra_id_1>(Assistant|User)\n")
 
 
 def score_column(columns: Iterable[str], options: DataOptions) -> str | None:
     """The column that holds the reward, or None."""
     names = _SCORE_COLUMNS if options.score == DEFAULT_SCORE else (options.score,)
-    return next((name for name in names if name in columns), None)
+    found = next((name for name in names if name in columns), None)
+    logged = logged_rewards(columns)
+    return logged[0] if found is None and options.score == DEFAULT_SCORE and len(logged) == 1 else found
+
+
+def logged_rewards(columns: Iterable[str]) -> list[str]:
+    """The columns of TRL's log of completions that may be rewards, named as their functions; [] of other data."""
+    own = {name for name in columns if not name.startswith("_")}
+    return sorted(own - _OF_LOG - {*PROMPT_COLUMNS, "image", "images"}) if own >= _OF_LOG else []
 
 
 def answer_column(columns: Iterable[str]) -> str | None:
@@ -35,6 +45,12 @@ def answer_column(columns: Iterable[str]) -> str | None:
 def matches(columns: set[str], options: DataOptions) -> bool:
     default = score_column(columns, DataOptions())  # so that a misspelt `score` is reported as such
     scored = default is not None or score_column(columns, options) is not None or bool(options.reward_weights)
+    if (logged := logged_rewards(columns)) and not scored and options.score == DEFAULT_SCORE:
+        raise UserError(
+            f"the data is TRL's log of completions with the columns {', '.join(logged)}; say which is the reward by "
+            "`score`, or weigh several by `reward_weights`"
+        )
+    scored = scored or bool(logged)
     return "prompt" in columns and answer_column(columns) is not None and scored
 
 
