@@ -217,11 +217,11 @@ class TestWhatTheModelIsAsked:
         assert all(body["chat_template_kwargs"] == {"enable_thinking": False} for body in asked)
 
     def test_answers_without_text_are_counted(self, options, capsys):
-        """A thought cut at the limit is an answer that says nothing."""
-        reply = {"choices": [{"message": {"reasoning": "Hm"}, "finish_reason": "length"}]}
+        """Those that ended by themselves, and say nothing."""
+        reply = {"choices": [{"message": {"content": ""}, "finish_reason": "stop"}]}
         with http_server(lambda path, body: (200, {}, reply)) as url:
             judge(options("arena_hard", base_url=url, model_name_or_path="m"))
-        assert "2 of 2 answers cut at 8 tokens, 2 without text; docs" in capsys.readouterr().err
+        assert "0 of 2 answers cut at 8 tokens, 2 without text; docs" in capsys.readouterr().err
 
     def test_the_only_model_of_a_server_gives_the_name(self, options):
         asked: list[dict] = []
@@ -233,6 +233,72 @@ class TestWhatTheModelIsAsked:
         with http_server(answer) as url:
             judge(options("alpaca_eval", base_url=url, model_name_or_path=None))
         assert {row["generator"] for row in read(options("alpaca_eval").output)} == {"their-model"}
+
+
+class TestFailures:
+    @pytest.mark.parametrize(
+        ("failure", "cause"),
+        [
+            ((400, {}, {"error": {"message": "no", "code": "content_filter"}}), "content filter"),
+            ((413, {}, b""), "too long"),
+            ((200, {}, {"choices": [{"message": {"content": "fi"}, "finish_reason": "content_filter"}]}),
+             "content filter"),
+            ((200, {}, {"choices": [{"message": {"reasoning": "Hm"}, "finish_reason": "length"}]}),
+             "cut before any text"),
+        ],
+    )  # fmt: skip
+    @pytest.mark.parametrize("turn", [0, 1])
+    def test_a_question_that_failed_has_no_answer_from_there_on_and_is_counted(
+        self, options, capsys, failure, cause, turn
+    ):
+        asked: list[dict] = []
+        respond = answered(asked)
+        hard = QUESTIONS["mt_bench"][5]["turns"]
+
+        def answer(path, body):
+            replied = respond(path, body)
+            return failure if body["messages"][-1]["content"] == hard[turn] else replied
+
+        with http_server(answer) as url:
+            judge(options("mt_bench", base_url=url, model_name_or_path="m"))
+        rows = read(options("mt_bench").output)
+        assert [[bool(answer) for answer in row["choices"][0]["turns"]] for row in rows] == [
+            [True] * len(question["turns"]) for question in QUESTIONS["mt_bench"][:5]
+        ] + [[True] * turn + [False] * (3 - turn)]
+        assert [body["messages"][-1]["content"] for body in asked if body["messages"][0]["content"] == hard[0]] == hard[
+            : turn + 1
+        ]
+        counts = read_provenance(options("mt_bench").output)[-1]["counts"]
+        assert (counts["failed"], counts[f"failed: {cause}"], counts["answers"]) == (1, 1, 9 + turn)
+        assert f"; questions that failed: 1 (1: {cause}), each with an empty answer" in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        ("failure", "told"),
+        [
+            ((413, {}, b""), "row 0: the server at .* refused the request .HTTP 413"),
+            ((200, {}, {"choices": [{"message": {"reasoning": "Hm"}, "finish_reason": "length"}]}),
+             r"the first 3 questions have no answer \(3: cut before any text\); a model that reasons .*: raise it"),
+            ((200, {}, {"choices": [{"message": {}, "finish_reason": "content_filter"}]}),
+             r"the first 3 questions have no answer \(3: content filter\)$"),
+        ],
+    )  # fmt: skip
+    def test_none_answered_is_told_and_not_written(self, options, failure, told):
+        with http_server(lambda path, body: failure) as url, pytest.raises(UserError, match=told):
+            judge(options("alpaca_eval", base_url=url, model_name_or_path="m"))
+        assert not Path(options("alpaca_eval").output).exists()
+
+    def test_reasoning_that_the_server_kept_apart_is_said(self, options, capsys):
+        reply = {"choices": [{"message": {"content": "a", "reasoning": "Hm"}, "finish_reason": "stop"}]}
+        with http_server(lambda path, body: (200, {}, reply)) as url:
+            judge(options("alpaca_eval", base_url=url, model_name_or_path="m"))
+        assert ", 3 without the reasoning that the server gave apart" in capsys.readouterr().err
+
+    def test_a_question_too_long_for_the_model_here(self, options):
+        rows = [*QUESTIONS["alpaca_eval"], {"instruction": "dogs " * 3000}]
+        judge(options("alpaca_eval", rows=rows))
+        assert [bool(row["output"]) for row in read(options("alpaca_eval").output)][3] is False
+        counts = read_provenance(Path(options("alpaca_eval").output).with_suffix(".jsonl"))[-1]["counts"]
+        assert (counts["rows"], counts["failed"], counts["failed: no completion"]) == (4, 1, 1)
 
 
 class TestGoingOn:

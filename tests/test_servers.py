@@ -516,6 +516,14 @@ def test_failed_rows_of_a_run_that_stops_are_told_by_their_cause(options):
         sample(options(base_url=url))
 
 
+@pytest.mark.parametrize(("finish", "advised"), [("content_filter", False), ("length", True)])
+def test_more_tokens_are_advised_only_where_they_may_help(options, finish, advised):
+    with http_server(lambda path, body: message(..., finish)) as url:
+        with pytest.raises(UserError, match="all 3 completions of each of the first 3 prompts are empty") as stopped:
+            sample(options(base_url=url))
+    assert ("`max_new_tokens` 6: raise it" in str(stopped.value)) == advised
+
+
 @pytest.mark.parametrize("finish", ["length", "stop"])
 def test_one_completion_that_failed_is_left_out(options, finish, capsys):
     """For K = 1; an answer without text that ended by itself is an answer."""

@@ -1,6 +1,7 @@
 """`nca-align evaluate --judge`: a judge's questions answered, in the file that the judge's own tool reads."""
 
 import sys
+from collections import Counter
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -16,10 +17,13 @@ from ...store.files import check_writable, write_json
 from ...store.hub import download_file
 from ...store.row_files import read_rows
 from ...store.shards import Progress, Shard, ShardFunction, run_sharded
-from ..sample.command import open_engine, sampling_record
+from ..sample.answers import FailedRow
+from ..sample.command import WITHOUT_REASONING, causes, open_engine, sampling_record, why_no_text
 from ..sample.options import Engine, EngineOptions, SampleOptions, require_json_object
 from ..sample.server import resolve_model_name
 from .judge_formats import JUDGES, gpt4o_encoding
+
+_EMPTY = ", each with an empty answer, which the judge takes as a bad one"
 
 
 @dataclass(kw_only=True)
@@ -112,6 +116,8 @@ def judge(options: JudgeOptions) -> None:
         f"{options.output}: {counts['rows']} questions answered by {name}, {counts.get('truncated', 0)} of "
         f"{counts['answers']} answers cut at {sampling.max_new_tokens} tokens"
         + (f", {counts['empty']} without text" if counts.get("empty") else "")
+        + (f", {counts['thoughts']} {WITHOUT_REASONING}" if counts.get("thoughts") else "")
+        + (f"; questions that failed: {counts['failed']}{causes(counts, 'failed')}{_EMPTY}" if counts["failed"] else "")
         + f"; docs/evaluation.md says how {options.judge} judges it",
         file=sys.stderr,
     )
@@ -159,9 +165,10 @@ def _shard_function(engine: Engine, sampling: SampleOptions, options: JudgeOptio
         asked = [spec.turns(row) for row in rows]
         temperatures = [spec.temperature(row) if options.temperature is None else options.temperature for row in rows]
         said: list[list[dict]] = [[] for _ in rows]
+        failed: dict[int, str | InvalidRowError] = {}  # their causes; such rows are asked for no further turn
         last = max(map(len, asked)) - 1
         for turn in range(last + 1):
-            waiting = [i for i in range(len(rows)) if turn < len(asked[i])]
+            waiting = [i for i in range(len(rows)) if turn < len(asked[i]) and i not in failed]
             for i in waiting:
                 said[i].append({"role": "user", "content": asked[i][turn]})
             for temperature in dict.fromkeys(temperatures[i] for i in waiting):  # a call of an engine has one
@@ -171,16 +178,33 @@ def _shard_function(engine: Engine, sampling: SampleOptions, options: JudgeOptio
                 }
                 found = engine(settings, shard, prompts, progress if turn == last else lambda n: progress(0))
                 for number, samples in found.items():
-                    if isinstance(samples, InvalidRowError):
-                        raise samples.named(number)
-                    (one,) = samples
-                    said[number - first_row].append({"role": "assistant", "content": one.text.strip()})
+                    i = number - first_row
+                    one = samples if isinstance(samples, InvalidRowError) else samples[0]
+                    if isinstance(one, InvalidRowError) or one.failed:
+                        failed[i] = one if isinstance(one, InvalidRowError) else str(one.failed)
+                        continue
+                    said[i].append({"role": "assistant", "content": one.text.strip()})
                     result.counts["answers"] += 1
                     result.counts["truncated"] += one.truncated
-                    if not one.text.strip():
-                        result.counts["empty"] += 1
-        for row, messages in zip(rows, said, strict=True):
-            result.rows.append(spec.record(row, [message["content"] for message in messages[1::2]], name))
+                    result.counts.update(["thoughts"] * one.thought + ["empty"] * (not one.text.strip()))
+            if shard == turn == 0 and 1 < len(rows) == len(failed):
+                _refuse_unanswered(failed, first_row, sampling)
+        for cause in failed.values():
+            result.counts["failed"] += 1
+            known = cause.cause if isinstance(cause, FailedRow) else cause
+            result.counts[f"failed: {'no completion' if isinstance(known, InvalidRowError) else known}"] += 1
+        for row, turns, messages in zip(rows, asked, said, strict=True):
+            answers = [message["content"] for message in messages[1::2]]
+            result.rows.append(spec.record(row, answers + [""] * (len(turns) - len(answers)), name))
         return result
 
     return answer_shard
+
+
+def _refuse_unanswered(failed: dict[int, str | InvalidRowError], first_row: int, sampling: SampleOptions) -> None:
+    """Raise where no question of the first shard was answered, so that not all of them are asked in vain."""
+    for i, why in failed.items():
+        if isinstance(why, InvalidRowError):
+            raise why.named(first_row + i)
+    counts: Counter[str | None] = Counter(map(str, failed.values()))
+    raise UserError(f"the first {len(failed)} questions have no answer{why_no_text(counts, sampling)}")

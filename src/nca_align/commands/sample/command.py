@@ -2,6 +2,7 @@
 
 import sys
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 from datasets import Dataset, Features, List, Value
@@ -21,6 +22,7 @@ from .local_engines import check_prompts, model_source, transformers_engine, vll
 from .options import Engine, Sample, SampleOptions
 from .server import resolve_model_name, server_engine
 
+WITHOUT_REASONING = "without the reasoning that the server gave apart"
 _MESSAGES = List({"role": Value("string"), "content": Value("string")})
 
 
@@ -142,13 +144,8 @@ def _refuse_useless(samples: list[list[Sample]], rows: int, options: SampleOptio
     k = options.num_completions
     failed = Counter(one.failed for own in samples for one in own)
     if not failed[None] or (k > 1 and not any(one.text.strip() for own in samples for one in own)):
-        del failed[None]
-        causes = f" ({', '.join(f'{count}: {cause}' for cause, count in failed.most_common())})" if failed else ""
         raise UserError(
-            f"all {k} completions of each of the first {rows} prompts are empty{causes}; a model that "
-            f"reasons first may have come to no answer within `max_new_tokens` {options.max_new_tokens}: raise it, or "
-            "turn the reasoning off (in most chat templates by a column `chat_template_kwargs` of "
-            """'{"enable_thinking": false}')"""
+            f"all {k} completions of each of the first {rows} prompts are empty{why_no_text(failed, options)}"
         )
     if k > 1 and all(len({one.text for one in own}) == 1 for own in samples):
         raise UserError(
@@ -161,6 +158,25 @@ def _refuse_useless(samples: list[list[Sample]], rows: int, options: SampleOptio
                 else "; raise it, or ask for one completion"
             )
         )
+
+
+def why_no_text(failed: Counter[str | None], options: SampleOptions) -> str:
+    """The causes of completions without text, with their counts, and what helps; None is that of an empty one."""
+    known = {str(cause): count for cause, count in failed.most_common() if cause}
+    told = f" ({', '.join(f'{count}: {cause}' for cause, count in known.items())})" if known else ""
+    if failed[None] or {"cut before any text", "no text"}.intersection(known):
+        told += (
+            "; a model that reasons first may have come to no answer within `max_new_tokens` "
+            f"{options.max_new_tokens}: raise it, or turn the reasoning off (in most chat templates by "
+            """`chat_template_kwargs` of '{"enable_thinking": false}')"""
+        )
+    return told
+
+
+def causes(counts: Mapping[str, int], of: str) -> str:
+    """What was counted of something by cause, in brackets; nothing where it wasn't."""
+    own = {key.removeprefix(f"{of}: "): count for key, count in counts.items() if key.startswith(f"{of}: ")}
+    return f" ({', '.join(f'{count}: {cause}' for cause, count in own.items())})" if own else ""
 
 
 def _kept(samples: list[Sample], options: SampleOptions, counts: Counter) -> list[Sample]:
@@ -176,23 +192,19 @@ def summary(options: SampleOptions, counts: dict[str, int]) -> str:
     """One line on what was written."""
     get = Counter(counts)
 
-    def causes(of: str) -> str:
-        own = {key.removeprefix(f"{of}: "): count for key, count in counts.items() if key.startswith(f"{of}: ")}
-        return f" ({', '.join(f'{count}: {cause}' for cause, count in own.items())})" if own else ""
-
     line = f"{options.output}: {get['rows']} rows, {get['completions']} completions"
     if get["completions"]:
         line += f", {get['truncated'] / get['completions']:.0%} cut at {options.max_new_tokens} tokens"
     line += f", {get['duplicates']} duplicates {'removed' if options.duplicates == 'remove' else 'kept'}"
     if get["empty"]:
-        line += f", {get['empty']} without text left out{causes('empty')}"
+        line += f", {get['empty']} without text left out{causes(counts, 'empty')}"
     if get["thoughts"]:
         line += (
-            f", {get['thoughts']} without the reasoning that the server gave apart: start it without a reasoning "
-            "parser to keep that, or turn the reasoning off"
+            f", {get['thoughts']} {WITHOUT_REASONING}: start it without a reasoning parser to keep that, or turn the "
+            "reasoning off"
         )
     if get["failed"]:
-        line += f"; rows left out that could not be completed: {get['failed']}{causes('failed')}"
+        line += f"; rows left out that could not be completed: {get['failed']}{causes(counts, 'failed')}"
     if get["rows_left_out"]:
         least = "two" if options.num_completions > 1 else "one"
         line += f"; rows left out that kept fewer than {least}: {get['rows_left_out']}"

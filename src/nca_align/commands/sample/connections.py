@@ -10,7 +10,7 @@ import time
 import urllib.request
 import weakref
 from http.client import HTTPConnection, HTTPResponse, HTTPSConnection
-from typing import Any
+from typing import Any, NoReturn
 
 
 class Connections(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
@@ -100,11 +100,12 @@ class _Deadline:
         """
         left = self._until - time.monotonic()
         if left <= 0:
-            raise self.passed()
+            self.end()
         return left
 
-    def passed(self) -> TimeoutError:
-        return TimeoutError(f"no whole answer in {self._seconds:g} seconds")
+    def end(self) -> NoReturn:
+        """Raise what an answer that didn't come in time is."""
+        raise TimeoutError(f"no whole answer in {self._seconds:g} seconds")
 
     def response(self, opened: socket.socket, *arguments: Any, **settings: Any) -> HTTPResponse:
         """The answer that comes on a socket."""
@@ -131,7 +132,7 @@ class _Timed(io.RawIOBase):
         try:
             return self._bytes.readinto(buffer)
         except TimeoutError:
-            raise self._deadline.passed() from None
+            self._deadline.end()
 
     def close(self) -> None:
         self._bytes.close()
