@@ -142,10 +142,11 @@ class TestMapping:
     def test_every_format_can_be_reached(self, name):
         """All its columns by other names, as far as a format reads them."""
         dataset = Dataset.from_list(EXAMPLES[name])
-        expected = to_reward_dataset(dataset).to_list()
+        expected = to_reward_dataset(dataset, DataOptions(min_completions=1)).to_list()
         known = [column for column in dataset.column_names if column in _TARGETS or _RANKED.fullmatch(column)]
         renamed = dataset.rename_columns({column: f"my {column}" for column in known})
-        mapped = to_reward_dataset(renamed, DataOptions(columns={column: f"my {column}" for column in known}))
+        columns = {column: f"my {column}" for column in known}
+        mapped = to_reward_dataset(renamed, DataOptions(columns=columns, min_completions=1))
         assert known
         assert mapped.to_list() == expected
 

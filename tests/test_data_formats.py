@@ -54,6 +54,7 @@ EXAMPLES = {
     "ranked answers": [ranked(1.0, 2.0, 0.5, 3.0), ranked(4.0, 1.0, "N/A", "N/A")],
     "generated responses": [{"prompt": "Why?", "all_generated_responses": ["a", "b"], "all_rm_scores": [0.1, 0.2]}],
     "labelled rollouts": [{"prompt": "Why?", "completions": ["a", "b"], "correctness": [True, False]}],
+    "ProcessBench": [{"problem": "Why?", "steps": ["a", "b"], "label": label} for label in (-1, 1)],
     "pairs": [{"prompt": "Why?", "chosen": "a", "rejected": "b"}],
     "trajectory pairs": [{"trajectory": [{"from": "user", "value": "Why?"}], "chosen": "a", "rejected": "b"}],
     "flat scored rows": [{"prompt": "Why?", "response": r, "score": s} for r, s in (("a", 1), ("b", 2))],
@@ -62,10 +63,10 @@ EXAMPLES = {
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_every_format_is_recognised_and_its_result_comes_back_as_it_is(name):
-    once, report = convert(EXAMPLES[name])
+    once, report = convert(EXAMPLES[name], min_completions=1)
     assert (report.format, report.kept, report.dropped) == (name, len(once), {})
     assert once.features["rewards"] == List(Value("float64"))
-    twice, report = convert_dataset(once, DataOptions(preference="hard"))
+    twice, report = convert_dataset(once, DataOptions(preference="hard", min_completions=1))
     assert report.format == "own"
     assert twice is once
 
@@ -75,15 +76,20 @@ def test_the_prompts_of_every_format_come_without_its_answers(name, tmp_path):
     rows = [row | {"id": i} for i, row in enumerate(EXAMPLES[name])]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = load_prompts(str(tmp_path / "rows.jsonl"), None, "train")
-    assert set(found.column_names) == {"prompt", "id", *({"models", "source", "score"} & set(rows[0]))}
+    assert set(found.column_names) == {
+        "prompt",
+        "id",
+        *({"models", "source", "score", "steps", "label"} & set(rows[0])),
+    }
 
 
 @pytest.mark.parametrize("name", [name for name in EXAMPLES if name != "flat scored rows"])
 def test_a_stream_gives_the_rows_that_the_data_set_gives(name):
     dataset = Dataset.from_list(EXAMPLES[name])
-    stream = to_reward_dataset(dataset.to_iterable_dataset())
+    options = DataOptions(min_completions=1)
+    stream = to_reward_dataset(dataset.to_iterable_dataset(), options)
     assert isinstance(stream, IterableDataset)
-    assert list(stream) == to_reward_dataset(dataset).to_list()
+    assert list(stream) == to_reward_dataset(dataset, options).to_list()
 
 
 def test_an_endless_stream_without_known_types_is_read_lazily():

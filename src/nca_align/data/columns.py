@@ -22,8 +22,8 @@ PEEKED = 64  # rows looked at before the others are converted
 _TARGETS = (
     "prompt", "completions", "rewards", "response", "completion", "reward", "score", "chosen", "rejected",
     "score_chosen", "score_rejected", "instruction", "trajectory", "all_generated_responses", "all_rm_scores", "steps",
-    "correctness", "label", "tools", "chat_template_kwargs", "source", "prompt_ids", "completion_ids",
-    "completion_mask",
+    "correctness", "label", "problem", "tools", "chat_template_kwargs", "source", "prompt_ids",
+    "completion_ids", "completion_mask",
 )  # fmt: skip
 _RANKED = re.compile(r"(score_)?A\d+")
 Way = tuple[str, ...]  # a column, and the names and numbers that lead into it

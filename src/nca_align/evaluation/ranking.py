@@ -173,26 +173,31 @@ def compare_scores(
     by_score = {name: ranking_metrics(values, data) for name, values in scores.items()}
     columns = torch.cat([numbers for found in by_score.values() for numbers, _ in found.values()], 1)
     prompts = len(columns)
-    generator = torch.Generator().manual_seed(seed)
-    means = [columns.mean(0)]  # the data themselves first, then the resamples
-    for _ in range(resamples):
-        means.append(columns[torch.randint(prompts, (prompts,), generator=generator)].mean(0))
-    table, start = torch.stack(means), 0
+    table, start = resampled_means(columns, resamples, seed), 0
     values: dict[str, dict[str, Tensor]] = {name: {} for name in by_score}
     for name, found in by_score.items():
         for figure, (numbers, function) in found.items():
             values[name][figure] = function(table[:, start : start + numbers.shape[1]])
             start += numbers.shape[1]
     return (
-        {name: {figure: _interval(v, prompts) for figure, v in found.items()} for name, found in values.items()},
+        {name: {figure: percentiles(v, prompts) for figure, v in found.items()} for name, found in values.items()},
         {
-            name: {figure: _interval(v - values[baseline][figure], prompts) for figure, v in found.items()}
+            name: {figure: percentiles(v - values[baseline][figure], prompts) for figure, v in found.items()}
             for name, found in values.items()
             if name != baseline
         },
     )
 
 
-def _interval(values: Tensor, prompts: int) -> Interval:
+def resampled_means(columns: Tensor, resamples: int = 2000, seed: int = 0) -> Tensor:
+    """(1 + resamples, m) means of `columns` (B, m): of the data themselves first, then of resamples of the prompts."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = len(columns)
+    drawn = (columns[torch.randint(rows, (rows,), generator=generator)].mean(0) for _ in range(resamples))
+    return torch.stack([columns.mean(0), *drawn])
+
+
+def percentiles(values: Tensor, prompts: int) -> Interval:
+    """The first of `values`, and the 2.5th to 97.5th percentile of the others, the resamples'."""
     low, high = torch.nanquantile(values[1:], torch.tensor([0.025, 0.975], dtype=values.dtype)).tolist()
     return Interval(float(values[0]), low, high, prompts)

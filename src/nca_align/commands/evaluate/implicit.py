@@ -3,14 +3,12 @@
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import compress
-from math import isnan
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from rich.console import Console
 from torch import Tensor, nn
 
 from ... import progress
@@ -18,21 +16,23 @@ from ...batching.collator import masks_of, padded
 from ...batching.tokenization import tokenize_dataset
 from ...config import NCAConfig, prompt_limit
 from ...data import DataOptions, held_out_split, read_reward_dataset
-from ...evaluation.intervals import Interval
-from ...evaluation.ranking import LENGTH_MATCH, Completions, compare_scores, length_residual, pair_kinds
+from ...evaluation.process_rewards import step_rewards
+from ...evaluation.ranking import Completions, compare_scores, length_residual, pair_kinds
 from ...models.loading import ModelSource, run_record
 from ...models.logprobs import differences, token_logps
 from ...models.policy import as_reference
 from ...options import Dtype, dtype_option, option, require_at_least_1, require_positive
-from ...pages.terminal import print_rows
 from ...store.files import check_writable, replacing, write_json
+from ...training.outcomes import are_labels, outcome_figures
+from . import process_rewards as process
+from .implicit_table import ImplicitEvaluation, as_json, print_process, print_ranking
 from .references import check_vocabulary, require_reference
 
 LENGTH = "length"
 
 
 @dataclass(kw_only=True)
-class ImplicitOptions(DataOptions):
+class ImplicitOptions(process.ProcessOptions, DataOptions):
     """Options of `nca-align evaluate --implicit`."""
 
     implicit: bool = option("what chooses this evaluation", True)
@@ -61,30 +61,9 @@ class ImplicitOptions(DataOptions):
         super().__post_init__()
         require_at_least_1(self, "batch_size")
         require_positive(self, "beta")
+        self.check()
+        self.min_completions = self.min_completions or 1
         self.max_prompt_length = prompt_limit(self.max_prompt_length, self.max_length)
-
-
-@dataclass(frozen=True)
-class ImplicitEvaluation:
-    """What `--implicit` found.
-
-    Args:
-        prompts, completions, pairs, like_length: how many; pairs are those with unequal rewards.
-        beta: implicit reward per nat.
-        figures: by score and figure, see `ranking.ranking_metrics`.
-        less_length: each score's figures less those of `length`.
-        random, best: mean reward of a completion chosen at random, and of the best.
-    """
-
-    prompts: int
-    completions: int
-    pairs: int
-    like_length: int
-    beta: float
-    figures: dict[str, dict[str, Interval]]
-    less_length: dict[str, dict[str, Interval]]
-    random: float
-    best: float
 
 
 def load_rows(options: ImplicitOptions) -> Dataset:
@@ -159,18 +138,27 @@ def evaluate_implicit(logratios: Sequence[Sequence[Tensor]], rewards: Sequence[S
     }
     found, less_length = compare_scores(scores, data, LENGTH)
     kinds = pair_kinds(data)
+    outcomes: dict[str, float] = {}
+    if are_labels(data.rewards, data.valid):
+        outcomes = outcome_figures(whole[data.valid].tolist(), data.rewards[data.valid].tolist())
     return ImplicitEvaluation(
         len(rewards), int(data.valid.sum()), int(kinds["pairs"].sum()), int(kinds["like_length"].sum()), beta, found,
-        less_length, float(data.mean_rewards.mean()), float(data.best_rewards.mean()),
+        less_length, float(data.mean_rewards.mean()), float(data.best_rewards.mean()), outcomes,
     )  # fmt: skip
 
 
 def write_token_scores(
-    name: str, tokenizer, rows: Sequence[dict[str, Any]], logratios: Sequence[Sequence[Tensor]], beta: float
+    name: str,
+    tokenizer: Any,
+    rows: Sequence[dict[str, Any]],
+    logratios: Sequence[Sequence[Tensor]],
+    beta: float,
+    steps: Sequence[Sequence[tuple[list[int], int]]] | None = None,
 ) -> None:
     """One line a completion: `row`, `completion` (both from 0), `reward`, `implicit_reward`, and for its T tokens
-    `tokens` and `token_rewards`, β (log π − log π_ref), whose sum over a step is that step's score. Tokens that the
-    model did not write, such as a tool's result, have none and are left out.
+    `tokens` and `token_rewards`, β (log π − log π_ref). Tokens that the model did not write, such as a tool's result,
+    have none and are left out. With `steps` also `token_steps`, the step of each token from 0, and `step_rewards`, the
+    sums over a step's tokens.
     """
     with replacing(Path(name)) as file:
         for i, (row, ratios) in enumerate(zip(rows, logratios, strict=True)):
@@ -181,6 +169,12 @@ def write_token_scores(
                     "row": i, "completion": k, "reward": row["rewards"][k], "implicit_reward": sum(values),
                     "tokens": texts, "token_rewards": values,
                 }  # fmt: skip
+                if steps is not None:
+                    numbers, count = steps[i][k]
+                    line |= {
+                        "token_steps": numbers,
+                        "step_rewards": step_rewards(beta * tokens, numbers, count).tolist(),
+                    }
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
@@ -192,71 +186,40 @@ def implicit(options: ImplicitOptions) -> ImplicitEvaluation:
     for key in ("output", "token_scores"):
         if (name := getattr(options, key)) is not None:
             check_writable(Path(name), key)
-    dataset = load_rows(options)
     source = ModelSource.of(options.model_name_or_path, trust_remote_code=options.trust_remote_code)
     tokenizer = source.load_tokenizer()
-    dataset, notices = tokenize_dataset(dataset, tokenizer, options.max_prompt_length, options.max_length, name="data")
-    for notice in notices:
-        print(notice, file=sys.stderr)
-    rows = list(dataset)
+    solutions, others, chosen_on = _solutions(options, tokenizer), None, "as given"
+    if options.first_error is not None and options.threshold is None:
+        name = options.threshold_dataset or options.dataset_name
+        others = _solutions(replace(options, dataset_name=name, split=options.threshold_split), tokenizer)
+        chosen_on = process.threshold_source(options)
+        process.check_others(solutions, others, chosen_on)
+        chosen_on = f"chosen on {chosen_on}"
+    rows = solutions.rows
     beta = options.beta or run_record(options.model_name_or_path).get("beta") or NCAConfig.beta
-    logratios = token_logratios(options.model_name_or_path, options.reference, rows, options)
+    both = [*rows, *(others.rows if others else ())]
+    logratios = token_logratios(options.model_name_or_path, options.reference, both, options)
+    logratios, other_logratios = logratios[: len(rows)], logratios[len(rows) :]
     found = evaluate_implicit(logratios, [row["rewards"] for row in rows], beta)
+    if options.steps is not None or options.answers is not None:
+        found = replace(found, process=process.evaluate_process(
+            solutions, logratios, beta, options.threshold, others, other_logratios
+        ))  # fmt: skip
     if options.token_scores is not None:
-        write_token_scores(options.token_scores, tokenizer, rows, logratios, beta)
+        write_token_scores(options.token_scores, tokenizer, rows, logratios, beta, solutions.steps)
     if options.output is not None:
-        write_json(Path(options.output), _as_json(found))
+        write_json(Path(options.output), as_json(found))
     print_ranking(found)
+    if found.process is not None:
+        print_process(found.process, chosen_on)
     return found
 
 
-def _as_json(found: ImplicitEvaluation) -> dict[str, Any]:
-    """Intervals by their names, and null for NaN, which JSON has not."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, Interval):
-            ends = {"value": value.mean, "low": value.low, "high": value.high}
-            return {name: None if isnan(end) else end for name, end in ends.items()}
-        return {name: plain(inner) for name, inner in value.items()} if isinstance(value, dict) else value
-
-    return plain(dict(vars(found)))
-
-
-_SHOWN = {  # figure: (what a line of the table is called, format of the value, whether its bounds are shown)
-    "pairs": ("pairs right, %", "{:.1%}", True),
-    "like_length": ("  of like length", "{:.1%}", True),
-    "better_longer": ("  better one longer", "{:.1%}", False),
-    "better_shorter": ("  better one shorter", "{:.1%}", False),
-    "balanced": ("  balanced", "{:.1%}", True),
-    "partial": ("partial corr., %", "{:.1%}", True),
-    "gain": ("best of K: gain, %", "{:.1%}", True),
-    "reward": ("  mean reward", "{:.3f}", False),
-    "tokens": ("  mean tokens", "{:.0f}", False),
-}
-
-
-def print_ranking(found: ImplicitEvaluation) -> None:
-    """Figures by score, shares with their 95 % intervals, for a terminal of 80 columns."""
-    print(
-        f"{found.prompts} prompts, {found.completions} completions, {found.pairs} pairs with unequal rewards,\n"
-        f"{found.like_length} of them of like length (within {LENGTH_MATCH - 1:.0%}); β {found.beta:g}\n"
-        "in brackets: 95 % intervals over prompts\n"
-    )
-    rows = [
-        (label, *(_cell(values[figure], form, bounds) for values in found.figures.values()))
-        for figure, (label, form, bounds) in _SHOWN.items()
-    ]
-    print_rows(("", *found.figures), rows, console=Console(width=120))  # it is narrower, but never cut
-    pairs, gain = (_cell(found.less_length["implicit"][name], "{:+.1%}", True) for name in ("pairs", "gain"))
-    print(
-        f"\nimplicit less length: pairs right {pairs}, best-of-K gain {gain}\n"
-        f"mean reward at random {found.random:.3f}, of the best {found.best:.3f}"
-    )
-
-
-def _cell(interval: Interval, form: str, bounds: bool) -> str:
-    """A value, and its bounds in whole percents."""
-    if isnan(interval.mean):
-        return "–"
-    value = form.format(interval.mean).replace("%", "")
-    return f"{value} [{100 * interval.low:.0f}, {100 * interval.high:.0f}]" if bounds else value
+def _solutions(options: ImplicitOptions, tokenizer: Any) -> process.Solutions:
+    """The rows that the options name, tokenised, with their steps, answers and first errors."""
+    texts = load_rows(options)
+    dataset, notices = tokenize_dataset(texts, tokenizer, options.max_prompt_length, options.max_length, name="data")
+    for notice in notices:
+        print(notice, file=sys.stderr)
+    rows = list(dataset)
+    return process.read_solutions(options, tokenizer, rows, [texts[row["row_number"]] for row in rows])

@@ -15,6 +15,7 @@ FORMATS = {  # the first that matches is taken
         pairs.trajectory_pair,
         completions.generated_responses,
         completions.labelled_rollouts,
+        completions.process_bench,
         pairs.preference_pair,
         flat_rows.flat_rows,
     )

@@ -25,6 +25,7 @@ from ..validation import (
     optional_score,
     read_conversation,
     read_list,
+    read_text,
     required_number,
     user_message,
 )
@@ -245,4 +246,19 @@ def labelled_rollouts(row: dict[str, Any], options: DataOptions) -> Row:
         [user_message(prompt, "prompt")] if isinstance(prompt, str) else prompt,
         [assistant_message(text, f"{name}[{k}]") for k, text in enumerate(texts)],
         [required_number(label, f"correctness[{k}]") for k, label in enumerate(labels[: len(texts)])],
+    )
+
+
+@data_format("ProcessBench", "problem, steps, label", prompts="problem")
+def process_bench(row: dict[str, Any], options: DataOptions) -> Row:
+    """Qwen/ProcessBench: a solution in steps, and the number of its first wrong one from 0, −1 where it is right.
+
+    Its completion is the steps with an empty line between, as its authors ask for; its reward is 1 where it is right.
+    """
+    steps = [read_text(step, f"steps[{j}]") for j, step in enumerate(read_list(row["steps"], "steps"))]
+    right = required_number(row["label"], "label") < 0
+    return Row(
+        [user_message(row["problem"], "problem")],
+        [assistant_message("\n\n".join(steps), "steps")],
+        [float(right)],
     )
