@@ -597,6 +597,28 @@ def test_prompts_with_fewer_completions_than_a_cells_k_are_told(config, tmp_path
 
 
 @pytest.mark.slow
+def test_cells_differ_in_the_weights_of_several_rewards(config, tmp_path):
+    """A weight of 1 gives the figures of that reward alone, and each weighting is chosen for by itself."""
+    for file in (tmp_path / "data").iterdir():
+        rows_ = [row | {"rewards": {"a": row["rewards"], "b": row["rewards"][::-1]}}
+                 for row in map(json.loads, file.read_text().splitlines())]  # fmt: skip
+        file.write_text("\n".join(map(json.dumps, rows_)))
+    base, table = config["base"] | {"max_steps": 2}, []
+    weighed = expand(base, {"method": "nca", "reward_weights": [{"a": 1}, {"a": 0.5, "b": 1}]}, "compare.yaml")
+    alone = expand(base | {"score": "a"}, {"method": "nca"}, "compare.yaml")
+    for output, cells in ((tmp_path / "weighed", weighed), (tmp_path / "alone", alone)):
+        runner.prepare(cells, output, EvaluationSettings(**config["evaluation"] | {"steps": 1}))
+        for own in cells:
+            run_cell(own.folder(output))
+            table.append(rows_of(own, own.folder(output)))
+    one, both, score = ([{key: value for key, value in row.items() if key not in ("cell", "minutes", "reward_weights")}
+                         for row in rows_] for rows_ in table)  # fmt: skip
+    assert one == score != both
+    chosen = selected_rows([*table[0], *table[1]], Selection(), seeds_of(weighed))
+    assert [line["reward_weights"] for line in chosen] == ["a 1", "a 0.5 b 1"]
+
+
+@pytest.mark.slow
 def test_checkpoints_stay_where_they_are_asked_for(config, tmp_path):
     (own,) = expand(config["base"] | {"save_total_limit": 3}, {"method": "sft"}, "compare.yaml")
     runner.prepare([own], tmp_path, EvaluationSettings(**config["evaluation"]))

@@ -196,7 +196,7 @@ class TestFigures:
 
 
 class TestSeveralRewards:
-    def found(self, **weights):
+    def found(self, *listed, **weights):
         """Three rewards of 30 prompts, one of them the length and one with a gap."""
         random, rows = np.random.default_rng(0), []
         for b in range(30):
@@ -209,7 +209,7 @@ class TestSeveralRewards:
                 "prompt": f"{b}?", "completions": ["a" * int(n) for n in lengths],
                 "rewards": {"help": help, "tone": tone, "long": (2.0 * lengths).tolist()},
             })  # fmt: skip
-        given = {"reward_weights": weights, "on_missing": "leave_out"}
+        given = {"reward_weights": list(listed) or weights, "on_missing": "leave_out"}
         rows = to_reward_dataset(Dataset.from_list(rows), DataOptions(**given))
         return rows, inspect(rows, options(**given))
 
@@ -237,6 +237,9 @@ class TestSeveralRewards:
         assert help.share == pytest.approx(0.7 * (h @ r) / (r @ r))
         assert long.share == pytest.approx(-0.01 * (n @ r) / (r @ r))
         assert help.share + tone.share + long.share == pytest.approx(1)
+
+    def test_a_list_of_weights_is_in_the_order_of_the_data(self):
+        assert self.found(0.7, 0.0, -0.01)[1].objectives == self.found(help=0.7, tone=0.0, long=-0.01)[1].objectives
 
     def test_they_are_tables_on_both(self):
         rows, found = self.found(help=1.0, tone=0.001, long=-0.1)

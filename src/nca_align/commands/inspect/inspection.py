@@ -125,6 +125,7 @@ def inspect(dataset: Dataset, options: InspectOptions, tokenizer=None, report: D
     tokens = None if tokenizer is None else count_tokens(dataset, tokenizer, options)
     lengths = np.array(characters) if tokens is None else tokens.written
 
+    weights = options.reward_weights if isinstance(options.reward_weights, list) else options.weights
     low, high = stats.effective_range(r, k)
     target = (low + high) / 2 if options.target_effective is None else options.target_effective
     suggested = None if low == high and options.target_effective is None else stats.suggest_alpha(r, k, target)
@@ -134,7 +135,7 @@ def inspect(dataset: Dataset, options: InspectOptions, tokenizer=None, report: D
         unit="characters" if tokens is None else "tokens", repeated_prompts=stats.repeated(prompts),
         unfinished=_count_truncated(dataset), duplicates=stats.find_duplicates(completions, r, k),
         pairs=stats.compare_pairs(r, lengths, k),
-        objectives=compare_objectives(read_objectives(dataset), options.weights, r, lengths, k),
+        objectives=compare_objectives(read_objectives(dataset), weights, r, lengths, k),
         correlation=stats.within_correlation(r, lengths, k),
         rank_lengths=stats.lengths_by_rank(r, lengths, k), alphas=stats.alpha_table(r, k, sorted(wanted)),
         suggested=suggested, target=target, tokens=tokens,

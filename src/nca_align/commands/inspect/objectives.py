@@ -42,7 +42,7 @@ def read_objectives(dataset: Dataset) -> dict[str, np.ndarray]:
 
 def compare_objectives(
     columns: Mapping[str, np.ndarray],
-    weights: Mapping[str, float],
+    weights: Mapping[str, float] | Sequence[float],
     rewards: np.ndarray,
     lengths: np.ndarray,
     counts: np.ndarray,
@@ -51,13 +51,19 @@ def compare_objectives(
 
     Args:
         columns: `read_objectives`.
-        weights: `reward_weights` by name.
+        weights: `reward_weights` by name, or in the order of the columns.
         rewards, lengths: (ΣK,).
         counts: (B,) K of each prompt.
     """
     if len(columns) < 2:
         return []
-    names = {column: next((own for own in weights if column_of(own) == column), column[6:]) for column in columns}
+    if not isinstance(weights, Mapping):
+        ordered = [column.removeprefix("score_") for column in columns]
+        weights = dict(zip(ordered, weights, strict=True)) if len(weights) == len(ordered) else {}
+    names = {
+        column: next((own for own in weights if column_of(own) == column), column.removeprefix("score_"))
+        for column in columns
+    }
     shares = _shares([(columns[column], weights[name]) for column, name in names.items() if name in weights], counts)
     weighed = dict(zip([name for name in names.values() if name in weights], shares, strict=True))
 
