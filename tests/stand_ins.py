@@ -263,6 +263,11 @@ FORMS = [
          Stops("has no credit or quota for this key")),
     Form("Zhipu", "a parameter that it doesn't take",
          (400, {}, _error("Invalid seed parameter. Please check the documentation", "1214")), Stops(_SEED)),
+    # transformers serve
+    Form("transformers serve", "a parameter that it doesn't know",
+         (422, {}, {"detail": "Unexpected fields in the request: {'seed'}"}), Stops(_SEED)),
+    Form("transformers serve", "another model than its own",
+         (400, {}, {"detail": "Server is pinned to 'x'; requested 'm'."}), Failed("refused by HTTP 400")),
     # DeepSeek
     Form("DeepSeek", "generation that broke off", [message("fi", "insufficient_system_resource"), OK], FINE, 2),
     Form("DeepSeek", "no credit", (402, {}, _error("Insufficient Balance", "invalid_request_error")),

@@ -1,10 +1,10 @@
 """`nca-align score`: completions to `rewards`, from a model, a classifier, a Python function, or several of them."""
 
-import json
 import math
 import sys
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -20,6 +20,7 @@ from ..processes import Processes
 from ..rewards.scorers import ScorerSpec, check_weights, column_names, open_scorers
 from ..store.fingerprints import data_fingerprint
 from ..store.provenance import read_provenance, versions
+from ..store.row_files import read_rows
 from ..store.shards import ShardFunction, run_sharded
 
 
@@ -117,9 +118,8 @@ def score(options: ScoreOptions) -> dict[str, int]:
 def _columns(file: str, names: list[str]) -> dict[str, list[list[float | None]]]:
     if file.endswith(".parquet"):
         return pq.read_table(file, columns=names).to_pydict()
-    with open(file, encoding="utf-8") as lines:
-        rows = [[row[name] for name in names] for row in map(json.loads, lines)]
-    return dict(zip(names, map(list, zip(*rows, strict=True)), strict=True))
+    rows = read_rows(Path(file))
+    return {name: [row[name] for row in rows] for name in names}
 
 
 def summary(columns: dict[str, list[list[float | None]]], failed: int, rounded: str | None = None) -> str:
