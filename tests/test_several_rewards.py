@@ -46,7 +46,9 @@ def convert(rows, **options):
 
 
 def rewards(rows, **options):
-    stream = "response" not in rows[0] and options.keys().isdisjoint(("scale_rewards", "multi_objective_aggregation"))
+    stream = not rows[0].keys() & {"response", "completion"} and options.keys().isdisjoint(
+        ("scale_rewards", "multi_objective_aggregation")
+    )
     dataset = Dataset.from_list(rows)
     found = to_reward_dataset(dataset.to_iterable_dataset() if stream else dataset, DataOptions(**options))
     return [row["rewards"] for row in found]
@@ -111,6 +113,13 @@ def test_rows_of_token_ids_and_of_one_completion_have_several_too():
     one = [{"prompt": "Why?", "completions": ["a"], "rewards": {"help": [0.5], "short": [1.0]}}]
     assert convert(one, reward_weights=WEIGHTS, min_completions=1)["rewards"][0] == pytest.approx([0.25])
     assert convert(one, score="help", scale_rewards="group", min_completions=1)["rewards"][0] == [0.0]
+
+
+def test_a_list_of_weights_for_trls_log_is_that_of_its_reward_functions():
+    log = [own | {"step": 1, "completion": own.pop("response"), "advantage": 0.1} for own in flat(**BY_NAME)]
+    assert (
+        rewards(log, reward_weights=[0.7, -0.1]) == rewards(log, reward_weights=WEIGHTS) != rewards(log, score="help")
+    )
 
 
 def grpo(values, weights, scale_rewards, aggregation):

@@ -23,8 +23,9 @@ class DataOptions:
 
     score: str = option(
         "Which score is the reward. Raw UltraFeedback: `overall_score`, `mean_aspects` (mean of the aspect "
-        "ratings), an aspect such as `honesty`, or another field of the completion. Flat scored rows: a column "
-        "name; by default the first there is of `reward`, `score`, `overall_score`, `helpfulness`, `label`.",
+        "ratings), an aspect such as `honesty`, or another field of the completion. `rewards` with names: one of them. "
+        "Flat scored rows: a column name; by default the first there is of `reward`, `score`, `overall_score`, "
+        "`helpfulness`, `label`.",
         DEFAULT_SCORE,
     )
     reward_weights: dict[str, float] | str | list[float] | None = option(

@@ -61,7 +61,8 @@ def score_names(rows: list[dict[str, Any]]) -> set[str]:
 def objective_names(rows: list[dict[str, Any]]) -> list[str]:
     """The columns of numbers, in the data's order."""
     names = dict.fromkeys(name for row in rows for name, value in row.items() if is_number(value))
-    return [name for name in names if name in score_names(rows)]
+    known = logged_rewards(rows[0]) or score_names(rows)
+    return [name for name in names if name in known]
 
 
 def read_groups(dataset: Dataset, order: np.ndarray, starts: np.ndarray) -> Iterator[tuple[int, dict[str, Any]]]:
