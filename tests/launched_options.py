@@ -7,6 +7,7 @@ A stream of shards is read in another order by two processes: of it the rows tha
 
 import json
 import os
+import random
 import sys
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,19 @@ def shards(*sizes: int, seed: int) -> IterableDataset:
     )
 
 
+def masked(rows: list[dict], seed: int) -> Dataset:
+    """Token ids with masks, and the rewards of `rows`; each completion has a token that the model wrote."""
+    rng = random.Random(seed)
+    found = []
+    for row in rows:
+        completions = [[rng.randrange(4, 384) for _ in range(rng.randint(2, 20))] for _ in row["rewards"]]
+        masks = [[1, *(rng.randint(0, 1) for _ in own[1:])] for own in completions]
+        prompt = [rng.randrange(4, 384) for _ in range(rng.randint(1, 20))]
+        ids = {"prompt_ids": prompt, "completion_ids": completions, "completion_mask": masks}
+        found.append(ids | {"rewards": row["rewards"]})
+    return Dataset.from_list(found)
+
+
 def case(name: str, model: str) -> tuple[Any, Any, dict[str, Any]]:
     """The training and evaluation rows, and what else the trainer is given."""
     train, held_out = Dataset.from_list(ROWS), Dataset.from_list(reward_rows(5, [2, 4], seed=2))
@@ -62,6 +76,9 @@ def case(name: str, model: str) -> tuple[Any, Any, dict[str, Any]]:
         with torch.no_grad():
             reference.lm_head.weight.mul_(1.1)
         return train, held_out, {"ref_model": reference}
+    if name == "masks":
+        options = {"loss_type": ["infonca", "sft"], "precompute_ref_log_probs": True, "completions_per_forward": 3}
+        return masked(ROWS, 0), masked(reward_rows(5, [2, 4], seed=2), 1), {"options": options}
     if name == "stream":
         return train.to_iterable_dataset(), held_out.to_iterable_dataset(), {}
     if name.startswith("outcome"):

@@ -213,6 +213,8 @@ def test_caches_and_resumed_runs_know_data_by_its_masks():
     """And data without masks by the key that it had before there were any."""
     plain = Dataset.from_list([{"prompt_ids": [1], "completion_ids": [[2, 3], [4]]}])
     assert columns_fingerprint(plain, TOKENS) == columns_fingerprint(plain, TOKENS[:2])
+    streamed = Dataset.from_list([{**plain[0], "completion_mask": None}])  # a stream's first rows
+    assert columns_fingerprint(streamed, TOKENS) == columns_fingerprint(plain, TOKENS)
     keys = {columns_fingerprint(plain, TOKENS)}
     for mask in ([[1, 1], [1]], [[1, 0], [1]], [[0, 1], [1]], None):
         masked = [{**plain[0], "completion_mask": mask}, {**plain[0], "completion_mask": [[1, 1], [1]]}]

@@ -18,12 +18,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import Dataset
+from datasets import Dataset, Value
 from datasets.fingerprint import Hasher
 
 from .files import read_json, visible_files
 
 _CHUNK = 1 << 20
+_NULL = Value("null")
 
 # Trainers leave these beside the model: times and the state of training, which say nothing about what it computes.
 _NOT_THE_MODEL = {
@@ -107,10 +108,10 @@ def data_fingerprint(rows: Iterable[dict]) -> str:
 def columns_fingerprint(dataset: Dataset, columns: Iterable[str]) -> str:
     """A hash of columns of numbers, nested or not, read as Arrow holds them: for token ids, of which there are many.
 
-    Of `columns`, those that the data set has.
+    Of `columns`, those that the data set has, and not for nulls alone.
     """
     digest = hashlib.sha256()
-    found = [column for column in columns if column in dataset.column_names]
+    found = [column for column in columns if dataset.features.get(column, _NULL) != _NULL]
     for batch in dataset.with_format("arrow").select_columns(found).iter(1000):
         for column in batch.columns:
             array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
