@@ -353,6 +353,8 @@ class TestRefusedKeys:
         [
             ("max_tokens is too large: 5000. This model supports at most 4096 completion tokens",
              {"param": "max_tokens"}, "by `max_tokens`: change `max_new_tokens`, which is 9$"),
+            ("`max_tokens` must be less than or equal to `8192`, the maximum value for `max_tokens` is less than the "
+             "`context_window` for this model", {"param": "max_tokens"}, "change `max_new_tokens`, which is 9$"),
             ("`temperature` must be at most 0.5", {}, "by `temperature`: change `temperature`, which is 1.0$"),
             ("Unsupported value: 'temperature' does not support 0.7 with this model. Only the default (1) value is "
              "supported.", {"param": "temperature", "code": "unsupported_value"}, "change `temperature`, which is 1"),

@@ -28,6 +28,7 @@ _TOO_LONG = re.compile(
     r"too large for model|tokens allowed",
     re.IGNORECASE,
 )
+_LIMIT = re.compile(r"\bmax_(completion_)?tokens\W{0,3} must be (at most|less than)")  # whatever the prompt is
 # Of a key's value; else a refusal may be of the key itself
 _VALUE = re.compile(
     r"unsupported.value|too (large|big|small|high|low|many)|at (most|least)|(less|greater|more|larger|smaller) than|"
@@ -145,7 +146,7 @@ def read_reply(reply: Reply, url: str, sent: Collection[str], accepted: Collecti
     if filters and _FILTERED_CODE.search("\n".join(map(str, _values(error, ("code", "type", "status"))))):
         raise FailedRow("content filter", refused)
     if code in (400, 422):
-        if _TOO_LONG.search(said):
+        if _TOO_LONG.search(said) and not _LIMIT.search(said):
             raise FailedRow("too long", refused)
         keys = keys or {key for key in sent if key != "model" and _names(said, key)}
         # what it has taken is refused for one row's value; but `n` for all, whichever row is answered first
