@@ -12,6 +12,7 @@ from nca_align.commands.inspect.command import main
 from nca_align.commands.inspect.inspection import inspect
 from nca_align.commands.inspect.options import InspectOptions
 from nca_align.data import DataOptions, to_reward_dataset
+from nca_align.data.strategies import select_completions, to_preference_pairs, to_unpaired
 from nca_align.errors import UserError
 from test_masks import config
 
@@ -132,3 +133,17 @@ def test_inspect_counts_what_the_model_wrote(tmp_path, model_dir, capsys):
     for own in ([], ["--model_name_or_path", model_dir], ["--model_name_or_path", model_dir, "--example", "0"]):
         main(["--dataset_name", str(path), *own])
     assert "not written by the model, and so context alone: 2 of the completions' 6 tokens" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("strategy", ["rewards", "first_2", "best_plus_1", "all_pairs"])
+def test_what_a_strategy_takes_keeps_its_masks(strategy):
+    rows = Dataset.from_list([OWN, OWN | {"completions": [SECOND, FIRST, [30]], "rewards": [0.1, 0.9, 0.5],
+                                          "completion_mask": [[1, 1], [1, 0, 0, 1], [1]]}])  # fmt: skip
+    taken = select_completions(rows, strategy)
+    mask_of = {str(FIRST): MASKS[0], str(SECOND): MASKS[1], "[30]": [1]}
+    assert len(taken) >= 2
+    for row in taken:
+        assert row["completion_mask"] == [mask_of[str(completion)] for completion in row["completions"]]
+    for convert in (to_preference_pairs, to_unpaired):
+        with pytest.raises(UserError, match="`dataset` holds token ids, but TRL's trainers read text"):
+            convert(rows)

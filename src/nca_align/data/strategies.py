@@ -11,7 +11,9 @@ from datasets import Dataset, concatenate_datasets
 from ..errors import UserError, UserTypeError
 from .formats.pairs import HARD_REWARDS
 from .loading import with_template_arguments
+from .messages import content_kind
 from .schema import PROMPT_COLUMNS, REWARD_COLUMNS
+from .token_ids import MASK
 
 PAIRS = ("best_random", "best_worst", "best_each", "all_pairs")
 STRATEGIES = ("rewards", "first_N", "best_plus_N", *PAIRS)
@@ -74,7 +76,8 @@ def select_completions(dataset: Dataset, strategy: str, seed: int = 42) -> Datas
     """Reward rows of what `strategy` takes; preference pairs are K = 2 with rewards 1 and 0.
 
     Args:
-        dataset: `prompt, completions, rewards`, and `tools`, `chat_template_kwargs` if any, which are kept.
+        dataset: `prompt, completions, rewards`, and `tools`, `chat_template_kwargs` if any, which are kept. Of rows of
+            token ids `completion_mask` is, too.
         strategy: one of `STRATEGIES`.
         seed: of the random ones; each row draws from it and its own number, whatever the others are.
 
@@ -85,11 +88,15 @@ def select_completions(dataset: Dataset, strategy: str, seed: int = 42) -> Datas
         ValueError: another strategy, or one by which no row is left.
     """
     if check_strategy(strategy) == "rewards":
-        return dataset.select_columns([*REWARD_COLUMNS, *_prompt_columns(dataset)])
+        masks = [MASK] if MASK in dataset.column_names else []
+        return dataset.select_columns([*REWARD_COLUMNS, *masks, *_prompt_columns(dataset)])
 
     def select(row: dict[str, Any], places: list[int]) -> dict[str, Any]:
         rewards = list(HARD_REWARDS) if strategy in PAIRS else [row["rewards"][i] for i in places]
-        return {"prompt": row["prompt"], "completions": [row["completions"][i] for i in places], "rewards": rewards}
+        taken = {"prompt": row["prompt"], "completions": [row["completions"][i] for i in places], "rewards": rewards}
+        if MASK in row:  # null where the model wrote all
+            taken[MASK] = [row[MASK][i] if row[MASK] else [1] * len(row["completions"][i]) for i in places]
+        return taken
 
     return _make_rows(dataset, strategy, seed, select)
 
@@ -111,6 +118,7 @@ def to_preference_pairs(dataset: Dataset, strategy: str = "best_worst", seed: in
     """
     if strategy not in PAIRS:
         raise UserError(f"`strategy` is {strategy!r}; a preference pair comes from one of {', '.join(PAIRS)}")
+    _refuse_ids(dataset)
 
     def pair(row: dict[str, Any], places: list[int]) -> dict[str, Any]:
         (chosen, rejected), (high, low) = ([row[name][i] for i in places] for name in ("completions", "rewards"))
@@ -136,6 +144,8 @@ def to_unpaired(dataset: Dataset, threshold: float | None = None) -> Dataset:
     Raises:
         ValueError: no completion is left.
     """
+
+    _refuse_ids(dataset)
 
     def border(rewards: list[float]) -> float:
         return sum(rewards) / len(rewards) if threshold is None else threshold
@@ -168,6 +178,14 @@ def _make_rows(dataset: Dataset, strategy: str, seed: int, make, pick=select_ind
     if "chat_template_kwargs" in shared.column_names:
         shared = with_template_arguments(shared, {})  # TRL takes an empty mapping, but no None
     return concatenate_datasets([made, shared], axis=1)
+
+
+def _refuse_ids(dataset: Any) -> None:
+    row = next(iter(dataset), None) if isinstance(dataset, Dataset) else None
+    if row is not None and content_kind(row["prompt"]) == "token ids":
+        raise UserError(
+            "`dataset` holds token ids, but TRL's trainers read text; give its prompts and completions as text"
+        )
 
 
 def _prompt_columns(dataset: Dataset) -> list[str]:
