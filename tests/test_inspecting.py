@@ -241,6 +241,13 @@ class TestSeveralRewards:
     def test_a_list_of_weights_is_in_the_order_of_the_data(self):
         assert self.found(0.7, 0.0, -0.01)[1].objectives == self.found(help=0.7, tone=0.0, long=-0.01)[1].objectives
 
+    def test_those_of_several_scorers_need_no_weights(self):
+        rows, weighed = self.found(help=0.7, tone=0.0, long=-0.01)
+        found = inspect(rows, options())
+        assert [own.weight for own in found.objectives] == [own.share for own in found.objectives] == [None] * 3
+        assert [own.with_others for own in found.objectives] == [own.with_others for own in weighed.objectives]
+        assert "1  help" in text_of_tables(found)
+
     def test_they_are_tables_on_both(self):
         rows, found = self.found(help=1.0, tone=0.001, long=-0.1)
         shown = text_of_tables(found)

@@ -89,10 +89,10 @@ def _within(x: np.ndarray, y: np.ndarray, counts: np.ndarray) -> float | None:
 
 def _shares(weighed: Sequence[tuple[np.ndarray, float]], counts: np.ndarray) -> list[float | None]:
     """Of each term in the variance within prompts of their sum, over prompts that have all of them."""
-    terms = np.array([weight * values for values, weight in weighed]).reshape(len(weighed), -1)
-    row = np.repeat(np.arange(len(counts)), counts)
-    if not len(terms):
+    if not weighed:
         return []
+    terms = np.array([weight * values for values, weight in weighed])
+    row = np.repeat(np.arange(len(counts)), counts)
     centred = terms - np.array([np.bincount(row, own) / counts for own in terms])[:, row]
     centred = centred[:, np.isfinite(centred).all(0)]  # a prompt with a gap is NaN throughout
     total = centred.sum(0)
