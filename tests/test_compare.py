@@ -20,7 +20,7 @@ import yaml
 from datasets import Dataset, DatasetDict, concatenate_datasets
 from transformers import TrainerCallback
 
-from conftest import planned, reward_rows
+from conftest import labelled_rows, planned, reward_rows
 from nca_align.commands.compare import cell as cell_module
 from nca_align.commands.compare import command as compare_command
 from nca_align.commands.compare import runner
@@ -744,3 +744,25 @@ def test_what_is_deaf_to_sigterm_is_not_waited_for(monkeypatch):
     for process in processes:
         process.stdin.close()
         process.stdout.close()
+
+
+@pytest.mark.slow
+def test_a_cell_of_labels_takes_single_completions_and_has_no_alpha(config, tmp_path):
+    """And a base's α and `completion_mean` stay with the methods that have them."""
+    for split in ("train", "validation", "test"):
+        rows_ = labelled_rows(8, [1, 2], seed=len(split))
+        (tmp_path / "data" / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows_)))
+    base = config["base"] | {"alpha": 0.3, "completion_mean": True}
+    (own,) = expand(base, {"method": "outcome", "num_completions": 1}, "compare.yaml")
+    assert (own.settings["alpha"], own.settings["num_completions"]) == (None, 1)
+    assert "alpha" not in own.options
+    (other,) = expand(base, {"method": "nca"}, "compare.yaml")
+    assert (other.settings["alpha"], "completion_mean" in other.options) == (0.3, False)
+    runner.prepare([own], tmp_path, EvaluationSettings(**config["evaluation"] | {"steps": 1}))
+    run_cell(tmp_path / "cells" / own.name)
+    state = next((tmp_path / "cells" / own.name).glob("**/trainer_state.json"))
+    log = json.loads(state.read_text())["log_history"]
+    assert all(0 <= line["eval_test_outcome/auc"] <= 1 for line in log if "eval_test_outcome/auc" in line)
+    assert any("eval_test_outcome/auc" in line for line in log)
+    table = [row for row in rows_of(own, tmp_path / "cells" / own.name) if row["split"] == "test"]
+    assert all(0 <= row["auc"] <= 1 for row in table)

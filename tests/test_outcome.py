@@ -10,9 +10,11 @@ import torch
 from datasets import Dataset, IterableDataset
 
 from conftest import build_model, build_tokenizer, labelled_rows
-from nca_align import NCAConfig, load_reward_dataset
+from nca_align import NCAConfig, load_reward_dataset, write_report
 from nca_align.batching.collator import RewardCollator
 from nca_align.commands.compare.methods import build_trainer
+from nca_align.commands.inspect.command import main as inspect_main
+from nca_align.commands.train.command import main as train_main
 from nca_align.data import DataOptions, to_reward_dataset
 from nca_align.errors import UserError
 from nca_align.training.outcomes import Outcomes, outcome_figures
@@ -271,3 +273,42 @@ def test_trls_unpaired_rows_are_labels():
     rows = [{"prompt": "a", "completion": "b", "label": True}, {"prompt": "c", "completion": "d", "label": False}]
     read = to_reward_dataset(Dataset.from_list(rows), DataOptions(min_completions=1))
     assert read["rewards"][:] == [[1.0], [0.0]]
+
+
+@pytest.mark.parametrize("k", [1, [1, 3, 2]])
+def test_single_completions_are_inspected_as_the_file_of_the_training_says(k, tmp_path, capsys):
+    rows, config = tmp_path / "rows.jsonl", tmp_path / "run.yaml"
+    Dataset.from_list(labelled_rows(12, k)).to_json(rows)
+    config.write_text(f"dataset_name: {rows}\nloss_type: outcome\noutput_dir: {tmp_path}\n")
+    assert inspect_main(["--config", str(config), "--html", str(tmp_path / "page.html")]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    share = 100 if k == 1 else 33
+    assert f"{share}% of the prompts have a single completion, on which `loss_type: outcome` alone trains." in text
+    assert "Its rewards are labels with a mean of 0." in text
+    assert (tmp_path / "page.html").exists()
+    assert inspect_main(["--dataset_name", str(rows)]) == 2
+    assert "read with `min_completions: 1`" in capsys.readouterr().err
+
+
+def test_a_run_of_single_completions_from_the_command_to_its_report(model_dir, tmp_path, capsys):
+    """Its log lines, verdict, plot and page say what there is of labels, and nothing of ranks."""
+    Dataset.from_list(labelled_rows(12, 1, seed=5)).to_json(tmp_path / "train.jsonl")
+    Dataset.from_list(labelled_rows(8, 1, seed=6)).to_json(tmp_path / "test.jsonl")
+    run = tmp_path / "run"
+    options = {
+        "model_name_or_path": model_dir, "dataset_name": tmp_path, "output_dir": run, "loss_type": "outcome",
+        "max_steps": 2, "logging_steps": 1, "beta": 0.1, "learning_rate": 1e-3, "use_cpu": "true",
+        "save_strategy": "no", "report_to": "none", "max_length": 128,
+    }  # fmt: skip
+    assert train_main([part for name, value in options.items() for part in (f"--{name}", str(value))]) == 0
+    text = capsys.readouterr().out
+    assert re.search(r"held-out:  loss 0\.\d+  log-ratio right [+-]\S+  wrong [+-]\S+  right above wrong \d+%", text)
+    assert re.search(r"Log-ratio: [+-]\S+ nats of right completions, [+-]\S+ nats of wrong completions", text)
+    assert re.search(r"A right completion is above a wrong one, of any prompt, \d+ % of the time \(AUC", text)
+    assert "best completion" not in text
+    assert (run / "curves.png").exists()
+    assert "| `loss_type` | outcome |" in (run / "README.md").read_text()
+    assert "| `alpha` |" not in (run / "README.md").read_text()
+    page = write_report([run], tmp_path / "report")[0].read_text()
+    assert "Right and wrong completions told apart" in page
+    assert "Implicit reward by rank" not in page

@@ -12,6 +12,7 @@ _LINES = ("-", "--", ":")
 _METHODS = {
     "nca": "a-", "infonca": "b-", "dpo": "c-", "sft": "d-", "gvpo": "e-", "kto": "f-", "ipo": "g-", "all_pairs": "h-",
     "best_vs_rest": "h--", "plackett_luce": "h:", "nca_pair": "a:", "hinge": "c:", "apo_zero": "e:",
+    "outcome": "f--",
 }  # fmt: skip
 _STEPS = 24  # of the colours between the first and the last curve of an order
 _ENDS = COLOURS["a"], COLOURS["b"]

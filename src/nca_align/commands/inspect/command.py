@@ -1,11 +1,13 @@
 """`nca-align inspect`: a data set before a GPU is spent on it, with a tokenizer or without one."""
 
+import sys
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
 from ...data import read_reward_dataset, select_split
 from ...errors import UserError, as_user_error, cli_main
-from ...options import parse
+from ...options import given_value, parse
 from ...store.files import require_folder_of
 from .options import InspectOptions
 
@@ -17,12 +19,24 @@ def training_options() -> set[str]:
     return {f.name for cls in TRAIN_OPTIONS for f in fields(cls)}
 
 
+def _takes_single_completions(argv: Sequence[str] | None) -> bool:
+    """Whether the file that is training's too names losses that read labels alone."""
+    names = given_value(sys.argv[1:] if argv is None else argv, "loss_type")
+    if names is None:
+        return False
+    from ...losses import LABELS  # loads torch
+
+    return LABELS.issuperset(str(name).lower() for name in (names if isinstance(names, list) else [names]))
+
+
 @cli_main("nca-align inspect", goes_on="nothing of it is kept")
 def main(argv: list[str] | None = None) -> None:
     """Parse the options, and print or write what was found."""
     (options,) = parse(
         [InspectOptions], argv, "nca-align inspect", "a data set, before training on it", ignored=training_options
     )
+    if options.min_completions is None and _takes_single_completions(argv):
+        options.min_completions = 1
     if options.html is not None:
         require_folder_of(options.html, "html")
         if Path(options.html).is_dir():

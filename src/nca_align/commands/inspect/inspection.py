@@ -15,7 +15,7 @@ from ...data import DataReport
 from ...data.cleaning import text_of
 from ...data.messages import content_kind
 from ...errors import UserError
-from ...reward_tensors import targets
+from ...reward_tensors import everywhere, target_distribution
 from . import reward_stats as stats
 from .objectives import Objective, compare_objectives, read_objectives
 from .options import InspectOptions
@@ -204,7 +204,8 @@ def show_row(dataset: Dataset, index: int, options: InspectOptions, tokenizer=No
     if not 0 <= index < len(dataset):
         raise UserError(f"`example` is {index}; it must be a row from 0 to {len(dataset) - 1}")
     row = dataset[index]
-    weights = targets(torch.tensor([row["rewards"]]).double(), options.alpha)[0].tolist()
+    rewards = torch.tensor([row["rewards"]]).double()
+    weights = target_distribution(rewards, options.alpha, everywhere(rewards, None))[0].tolist()
     prompt, *completions = map(_turns, [row["prompt"], *row["completions"]])
     if tokenizer is None:
         return Example(index, prompt, completions, row["rewards"], weights, [])

@@ -59,8 +59,9 @@ def _tiles(found: Inspection) -> list[Tile]:
     tiles = [
         Tile(f"{len(found.counts):,}", "prompts"),
         Tile(f"{min(ks)}" if len(ks) == 1 else f"{min(ks)} to {max(ks)}", "completions a prompt"),
-        Tile(percent(pairs.ties / pairs.pairs), "of pairs tie", pairs.ties > 0.5 * pairs.pairs),
     ]
+    if pairs.pairs:
+        tiles.append(Tile(percent(pairs.ties / pairs.pairs), "of pairs tie", pairs.ties > 0.5 * pairs.pairs))
     if pairs.longer_is_better is not None:
         share = percent(pairs.longer_is_better)
         tiles.append(Tile(share, "of unequal pairs that length alone orders right", pairs.biased))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ...errors import UserError
-from ...reward_tensors import targets
+from ...reward_tensors import everywhere, target_distribution
 
 # exp(H) up to which a target counts as hard, for each completion that ties for the best: the others share 1 % or so
 HARD = 1.05
@@ -66,20 +66,18 @@ def effective_completions(rewards: np.ndarray, counts: np.ndarray, alpha: float)
 
     Args:
         rewards: (ΣK,), finite.
-        counts: (B,), 2 or more each.
+        counts: (B,), 1 or more each.
         alpha: above 0, in the unit of the rewards.
 
     Returns:
         (B,) float64, from the number that tie for the best (α → 0) to K (α → ∞), never falling as α grows.
-
-    Raises:
-        ValueError: as `losses.targets`, which training calls as well.
     """
     return per_prompt(lambda r: torch.special.entr(_weights(r, alpha)).sum(1).exp(), counts, rewards)
 
 
 def _weights(rewards: np.ndarray, alpha: float) -> Tensor:
-    return targets(torch.from_numpy(rewards), alpha)
+    rows = torch.from_numpy(rewards)
+    return target_distribution(rows, alpha, everywhere(rows, None))
 
 
 class AlphaRow(NamedTuple):

@@ -152,7 +152,8 @@ def findings(found: Inspection) -> list[str]:
     """What someone should know before training, in sentences; the worst traps only."""
     prompts, pairs, lines = len(found.counts), found.pairs, []
     here = found.at_given_alpha
-    equal = float((spreads(found.rewards, found.counts) == 0).mean())
+    equal = float(((spreads(found.rewards, found.counts) == 0) & (found.counts > 1)).mean())
+    single = float((found.counts == 1).mean())
     if found.suggested is not None:
         what = f"α = {found.suggested:g} makes a prompt's target spread over {found.target:.2g} completions"
         if here.hard > 0.5:
@@ -162,6 +163,15 @@ def findings(found: Inspection) -> list[str]:
             )
         elif here.effective > 0.97 * found.counts.mean():
             lines.append(f"At α = {here.alpha:g} the targets are nearly uniform: little is learnt. {what}.")
+    if single:
+        low, high = found.rewards.min(), found.rewards.max()
+        what = f"Its rewards are labels with a mean of {found.rewards.mean():.2f}"
+        if low < 0 or high > 1:
+            what = f"Its rewards must be labels from 0 to 1, but are {low:g} to {high:g}"
+        lines.append(
+            f"{percent(single)} of the prompts have a single completion, on which `loss_type: outcome` alone trains. "
+            f"{what}."
+        )
     if equal > 0.05:
         lines.append(
             f"{percent(equal)} of the prompts have equal rewards for all completions: nothing tells them apart, and "
