@@ -197,6 +197,12 @@ FAMILIES = sorted(
 PICTURES = {"get", "idefics3", "llava_next", "smolvlm"}  # take no text alone; and a function
 
 
+KNOW_TOOLS = {
+    "deepseekv3", "glm4moe", "lfm2_v2", "nemotron_3_nano", "nemotron_3_ultra", "qwen2_5", "qwen3", "qwen3_5_nothink",
+    "qwen3_5_think", "qwen3_8", "qwen3_instruct_2507", "qwen3_vl",
+}  # fmt: skip
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name not in PICTURES])
 def test_marks_and_rendering_with_and_without_each_turn_agree(family, monkeypatch):
@@ -205,13 +211,17 @@ def test_marks_and_rendering_with_and_without_each_turn_agree(family, monkeypatc
     turns = turn_template(tokenizer)
     training = getattr(trl_templates, f"{family}_training_chat_template")
     assert turns.marked
-    found = []
-    for own in (turns, TurnTemplate(turns.template, marked=False)):
-        monkeypatch.setattr("nca_align.batching.tokenization.turn_template", lambda _, own=own: own)
-        found.append(tokenised(tokenizer, WITH_USER, ALONE))
     assert (turns.template or tokenizer.chat_template) == training
-    assert found[0] == found[1]
-    texts = written(tokenizer, found[0], 0)
-    assert [
-        text for content, text in zip(("It is 43.", "Oh.", "It is 42."), texts, strict=True) if content not in text
-    ] == []
+    given = {"user": (WITH_USER, ["It is 43.", "Oh.", "It is 42."])}
+    if family in KNOW_TOOLS:
+        given["tool"] = (WITH_TOOL, ["Let me see.", "It is 42."])
+    for completion, contents in given.values():
+        found = []
+        for own in (turns, TurnTemplate(turns.template, marked=False)):
+            monkeypatch.setattr("nca_align.batching.tokenization.turn_template", lambda _, own=own: own)
+            found.append(tokenised(tokenizer, completion, ALONE))
+        assert found[0] == found[1]
+        for content, text in zip(contents, written(tokenizer, found[0], 0), strict=True):
+            assert content in text
+            headers = text.replace("<|user|>", "").replace(" to=user", "")
+            assert not re.search("user|assistant|Look again|TOOLRESULT", headers), text
