@@ -25,8 +25,8 @@ from nca_align.commands.compare import cell as cell_module
 from nca_align.commands.compare import command as compare_command
 from nca_align.commands.compare import runner
 from nca_align.commands.compare.cell import run_cell
-from nca_align.commands.compare.grid import Cell, EvaluationSettings, expand, from_mapping
-from nca_align.commands.compare.splits import three_splits
+from nca_align.commands.compare.grid import Cell, EvaluationSettings, cell_options, expand, from_mapping
+from nca_align.commands.compare.splits import read_splits, three_splits
 from nca_align.commands.compare.tables import (
     COLUMNS,
     Selection,
@@ -594,6 +594,28 @@ def test_prompts_with_fewer_completions_than_a_cells_k_are_told(config, tmp_path
         with caplog.at_level("WARNING", "nca_align"):
             run_cell(tmp_path / "cells" / own.name)
         assert ("4 of 8 training prompts have fewer than 3 completions and are left out of this" in caplog.text) == told
+
+
+def test_all_cells_of_a_grid_see_the_same_rows(config, tmp_path):
+    """A loss of labels alone reads rows of one completion; beside others it reads those that they can read."""
+    lone = [row | {key: row[key][:1] for key in ("completions", "rewards")} for row in reward_rows(3, 2, seed=9)]
+    rows_ = [row | {"rewards": [1.0, 0.0][: len(row["rewards"])]} for row in [*lone, *reward_rows(5, 2)]]
+    (tmp_path / "data" / "train.jsonl").write_text("\n".join(map(json.dumps, rows_)))
+    base = config["base"] | {"on_invalid": "drop"}
+
+    def prompts(cells: list[Cell]) -> dict[str, list]:
+        found = {}
+        for own in cells:
+            (tmp_path / "config.yaml").write_text(yaml.safe_dump(own.options))
+            script, options, _, args, _ = cell_options(tmp_path / "config.yaml")
+            train, _ = read_splits(script, options, args, EvaluationSettings(**config["evaluation"]))
+            found[own.settings["method"]] = train["prompt"][:]
+        return found
+
+    assert {name: len(read) for name, read in prompts(expand(base, {"method": "outcome"}, "f")).items()} == {"outcome": 8}
+    read = prompts(expand(base, {"method": ["outcome", "nca", "kto"]}, "f"))
+    assert len(read["nca"]) == 5
+    assert read["outcome"] == read["nca"] == read["kto"]
 
 
 @pytest.mark.slow

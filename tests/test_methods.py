@@ -123,6 +123,22 @@ def test_trls_trainers_refuse_prompts_that_they_would_not_continue(method, refus
         assert len(trainer_of(method, tokenizer, tmp_path, rows).train_dataset) == 2
 
 
+@pytest.mark.parametrize(("method", "refused"), [("nca", False), ("dpo", True), ("sft", True), ("kto", True)])
+def test_trls_trainers_refuse_completions_with_turns_that_the_model_did_not_write(method, refused, tokenizer, tmp_path):
+    rows = reward_rows(2, 2)
+    rows[1]["completions"][1] += [{"role": "tool", "content": "42"}, {"role": "assistant", "content": "So 42."}]
+    message = rf"row 1: `completions\[1\]` has 3 turns, and `method` {method} of TRL trains on what the model didn't"
+    with pytest.raises(UserError, match=message) if refused else nullcontext():
+        assert len(trainer_of(method, tokenizer, tmp_path, rows).train_dataset) == 2
+
+
+@pytest.mark.parametrize("method", ["dpo", "kto"])
+def test_trls_trainers_refuse_token_ids(method, tokenizer, tmp_path):
+    rows = [{"prompt": [5, 6], "completions": [[7, 8], [9]], "rewards": [1.0, 0.0], "completion_mask": [[0, 1], [1]]}]
+    with pytest.raises(UserError, match="holds token ids, but TRL's trainers read text"):
+        trainer_of(method, tokenizer, tmp_path, rows)
+
+
 def first_loss(trainer) -> float:
     trainer.train()
     return next(line["loss"] for line in trainer.state.log_history if "loss" in line)

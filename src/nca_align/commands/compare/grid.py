@@ -144,6 +144,10 @@ def expand(base: Any, grid: Any, source: str) -> list[Cell]:
         for given in _combinations(grid):
             cell = _cell(base, given, Path(folder) / "config.yaml", source)
             cells.setdefault(repr(cell.settings), cell)
+    of_labels = [cell for cell in cells.values() if labels_alone([cell.settings["method"]])]
+    if len(of_labels) < len(cells):  # all cells see the same rows, also those that could learn from one completion
+        for cell in of_labels:
+            cell.options.setdefault("min_completions", 2)
     return list(cells.values())
 
 
