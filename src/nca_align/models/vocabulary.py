@@ -101,7 +101,7 @@ def refuse_unsaved_rows(model: Any) -> None:
     if not name:
         return
     from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils.other import AuxiliaryTrainingWrapper
+    from peft.utils import AuxiliaryTrainingWrapper
 
     base = base_model(model)
     text = base.config.get_text_config()
