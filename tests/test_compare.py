@@ -612,7 +612,8 @@ def test_all_cells_of_a_grid_see_the_same_rows(config, tmp_path):
             found[own.settings["method"]] = train["prompt"][:]
         return found
 
-    assert {name: len(read) for name, read in prompts(expand(base, {"method": "outcome"}, "f")).items()} == {"outcome": 8}
+    alone = prompts(expand(base, {"method": "outcome"}, "f"))
+    assert {name: len(read) for name, read in alone.items()} == {"outcome": 8}
     read = prompts(expand(base, {"method": ["outcome", "nca", "kto"]}, "f"))
     assert len(read["nca"]) == 5
     assert read["outcome"] == read["nca"] == read["kto"]
