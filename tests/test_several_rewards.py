@@ -235,6 +235,37 @@ def test_what_cannot_be_combined_is_refused_in_one_sentence(rows, options, said)
         convert([{**rows[0], "rewards": json.dumps(rows[0]["rewards"])}] if "x" in str(rows) else rows, **options)
 
 
+@pytest.mark.parametrize("form", ["by name", "by completion"])
+def test_rewards_with_names_and_columns_beside_them_are_weighed_together(form):
+    rows = [FORMS[form][0] | {"length": [3, 5, 7], "score_judge": [0.0, 1.0, 2.0]}]
+    expected = [h + n / 2 + 2 * j for h, n, j in zip(HELP, (3, 5, 7), (0, 1, 2), strict=True)]
+    assert rewards(rows, reward_weights={"help": 1.0, "length": 0.5, "score_judge": 2.0})[0] == pytest.approx(expected)
+    assert rewards(rows, score="length") == [[3.0, 5.0, 7.0]]
+
+
+def write_split(path, split: str, scale: float, prompts: int = 6) -> None:
+    rows = [TEXTS | {"prompt": f"{split} {i}?", "rewards": [scale * (i + own) for own in HELP]} for i in range(prompts)]
+    (path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+
+def test_all_splits_are_scaled_by_the_training_splits_spread(tmp_path):
+    """So that `batch` is another α, also of the held-out loss, and whichever split is read."""
+    for split, scale in (("train", 1.0), ("test", 10.0)):
+        write_split(tmp_path, split, scale)
+    plain = load_reward_dataset(str(tmp_path))
+    scaled = load_reward_dataset(str(tmp_path), scale_rewards="batch")
+    assert [*scaled] == [*plain] == ["train", "test"]
+    spread = np.std(plain["train"]["rewards"][:], ddof=1) + 1e-4
+    for split, rows in plain.items():
+        expected = [(np.array(own) - np.mean(own)) / spread for own in rows["rewards"]]
+        np.testing.assert_allclose(scaled[split]["rewards"][:], expected)
+        alone = load_reward_dataset(str(tmp_path), split=split, scale_rewards="batch")
+        assert alone["rewards"][:] == scaled[split]["rewards"][:]
+    write_split(tmp_path, "train", 5.0)  # what is cached is of the old spread
+    anew = load_reward_dataset(str(tmp_path), split="test", scale_rewards="batch")
+    np.testing.assert_allclose(np.array(anew["rewards"][:]) * 5, scaled["test"]["rewards"][:], rtol=1e-4)
+
+
 def test_a_stream_has_no_spread_over_the_split():
     stream = Dataset.from_list(FORMS["by name"]).to_iterable_dataset()
     with pytest.raises(NotImplementedError, match=r"`train` is a stream, and batch scales .* `scale_rewards: group`"):

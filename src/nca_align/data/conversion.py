@@ -58,7 +58,8 @@ def to_reward_dataset(
         ValueError: an unknown format, an empty data set, or an invalid row, which is named from 0 with its field.
         NotImplementedError: a stream of flat rows, whose prompts can't be put together without seeing them all.
     """
-    return convert_dataset(dataset, options, name=name, num_proc=num_proc)[0]
+    options = options or DataOptions()
+    return scale_over_split(convert_dataset(dataset, options, name=name, num_proc=num_proc)[0], options, num_proc)
 
 
 def convert_dataset(
@@ -69,7 +70,10 @@ def convert_dataset(
     num_proc: int | None = None,
     source: str = "DATA",
 ) -> tuple[Dataset | IterableDataset, DataReport | None]:
-    """`to_reward_dataset`, and beside it the report, which is None for a stream; `source` is the data's name."""
+    """`to_reward_dataset` without `scale_over_split`, and beside it the report, which is None for a stream.
+
+    `source` is the data's name.
+    """
     if not isinstance(dataset, (Dataset, IterableDataset)):
         raise UserTypeError(
             f"`dataset` is a {type(dataset).__name__}; it must be one split, a datasets.Dataset or IterableDataset"
@@ -121,7 +125,7 @@ def convert_dataset(
     logger.log(logging.WARNING if report.dropped or report.completions else logging.INFO, "%s", report)
     result = converted.remove_columns(list(NOTES)) if result is None else result
     result = result if report.kept == report.rows else result.select(keep)
-    return (scale_over_split(result, num_proc) if of_split(options) else result), report
+    return result, report
 
 
 def _recognise(rows: list[dict[str, Any]], options: DataOptions, name: str, source: str) -> Format:

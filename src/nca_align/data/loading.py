@@ -12,6 +12,7 @@ from .cleaning import without_nulls
 from .conversion import convert_dataset
 from .options import DataOptions
 from .schema import DataReport
+from .several_rewards import of_split, scale_over_split
 from .source import open_dataset
 from .splits import find_split, is_training, select_split, split_validation
 
@@ -104,17 +105,24 @@ def read_reward_dataset(
 
     splits: dict[str, Any] = {}
     reports, indices = {}, None
-    for split_name in wanted:
+    # All splits are scaled by the training split's spread, so that α is in one unit; it is read for that.
+    by = next(filter(is_training, _wanted(source)), None) if of_split(options) else None
+    for split_name in dict.fromkeys([*wanted, *([by] if by else [])]):
         splits[split_name], report = convert_dataset(
             source[split_name], options, name=split_name, num_proc=num_proc, source=str(path)
         )
-        if isinstance(arguments := options.chat_template_kwargs, dict) and arguments:
-            splits[split_name] = with_template_arguments(splits[split_name], arguments)
         if report is not None:
             reports[split_name] = report
             if unreadable:  # of files that are one split
                 dropped = report.dropped | {"unreadable line": unreadable}
                 reports[split_name] = replace(report, rows=report.rows + unreadable, dropped=dropped)
+    training_rows = splits.get(by)
+    for split_name in wanted:
+        rows = scale_over_split(splits[split_name], options, num_proc, training_rows)
+        if isinstance(arguments := options.chat_template_kwargs, dict) and arguments:
+            rows = with_template_arguments(rows, arguments)
+        splits[split_name] = rows
+    splits, reports = ({name: own[name] for name in wanted if name in own} for own in (splits, reports))
     if cut:
         (training,) = wanted
         train, validation, held_out = split_validation(

@@ -14,6 +14,7 @@ from .conversion import convert_dataset
 from .files import kind_of, open_plain
 from .loading import with_template_arguments
 from .options import DataOptions
+from .several_rewards import scale_over_split
 from .source import open_dataset
 from .splits import find_split, is_training
 
@@ -69,7 +70,7 @@ def read_sample(
     first = list(islice(rows, most))
     features = source.features if isinstance(source, (Dataset, IterableDataset)) else None
     table = _table(first, features) if first else source
-    dataset, _ = convert_dataset(table, options, name=found, source=path)
+    dataset = scale_over_split(convert_dataset(table, options, name=found, source=path)[0], options)
     if isinstance(arguments := options.chat_template_kwargs, dict) and arguments:
         dataset = with_template_arguments(dataset, arguments)
     cut = len(splits) == 1 and is_training(found) and not streaming

@@ -3,7 +3,7 @@
     rewards_k = Σ_j w_j r_jk   over the objectives j of `reward_weights`
 
 The scaled rewards of a prompt are (r − mean) / (spread + 1e-4), and 0 where the spread is 0. The spread is a sample's
-standard deviation: over the prompt's completions, or over all completions of the split.
+standard deviation: over the prompt's completions, or over all completions of the training split.
 
 Source: `trl/trainer/grpo_trainer.py`, `scale_rewards` and `multi_objective_aggregation`; GDPO, arXiv 2601.05242.
 """
@@ -152,11 +152,20 @@ def of_split(options: DataOptions) -> bool:
     return options.scale_rewards == "batch" or options.multi_objective_aggregation == "normalize_then_sum"
 
 
-def scale_over_split(dataset: Dataset, num_proc: int | None = None) -> Dataset:
-    """Converted rows, with rewards scaled by the spread over all of their completions."""
+def scale_over_split(dataset: Any, options: DataOptions, num_proc: int | None = None, by: Dataset | None = None) -> Any:
+    """Converted rows, with rewards scaled where `of_split` says so, by the spread over all completions.
+
+    Args:
+        dataset: converted, not yet scaled.
+        options: as for its conversion.
+        num_proc: processes to scale with.
+        by: the converted rows whose spread is taken, those of the training split; None for these rows.
+    """
+    if not of_split(options):
+        return dataset
     rewards: list[np.ndarray] = [
         batch["rewards"].combine_chunks().flatten().to_numpy()
-        for batch in dataset.select_columns("rewards").with_format("arrow").iter(10_000)
+        for batch in (dataset if by is None else by).select_columns("rewards").with_format("arrow").iter(10_000)
     ]
     spread = float(np.concatenate(rewards).std(ddof=1))
     return dataset.map(
@@ -213,14 +222,21 @@ def given_values(row: Mapping[str, Any], names: Iterable[str], completions: int)
     """
     found: list[dict[str, tuple[str, Any]]] = [{} for _ in range(completions)]
     rewards = read_cell(row.get("rewards"))
+    one_each = isinstance(rewards, list)
+    parts = [own for own in (rewards if one_each else [rewards]) if isinstance(own, dict)]
     for name in names:
-        if isinstance(rewards, list) and any(isinstance(own, dict) for own in rewards):
-            field, shown = "rewards", "rewards[{k}]." + name
-            values = [own.get(name) if isinstance(own, dict) else own for own in rewards]
+        column = next((own for own in (name, column_of(name)) if own in row), None)
+        if parts and (column is None or any(name in own for own in parts)):
+            field = "rewards" if one_each else f"rewards.{name}"
+            value = rewards if one_each else rewards.get(name)
         else:
-            field = f"rewards.{name}" if isinstance(rewards, dict) else name if name in row else column_of(name)
-            value = rewards.get(name) if isinstance(rewards, dict) else row.get(field)
-            shown, values = field + "[{k}]", read_list(value, field) if value is not None else [None] * completions
+            field = column or column_of(name)
+            value = row.get(field)
+        values = read_list(value, field) if value is not None else [None] * completions
+        shown = field + "[{k}]"
+        if field == "rewards" and parts:
+            shown += f".{name}"
+            values = [own.get(name) if isinstance(own, dict) else own for own in values]
         if len(values) != completions:
             raise RowError(
                 field,
