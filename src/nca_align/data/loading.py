@@ -116,7 +116,7 @@ def read_reward_dataset(
             if unreadable:  # of files that are one split
                 dropped = report.dropped | {"unreadable line": unreadable}
                 reports[split_name] = replace(report, rows=report.rows + unreadable, dropped=dropped)
-    training_rows = splits.get(by)
+    training_rows = splits[by] if by else None
     for split_name in wanted:
         rows = scale_over_split(splits[split_name], options, num_proc, training_rows)
         if isinstance(arguments := options.chat_template_kwargs, dict) and arguments:
