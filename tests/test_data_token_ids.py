@@ -35,6 +35,18 @@ LAYOUTS = {
     "ours, as the columns of text are called": [OWN],
     "TRL's rollouts, text beside them": flat("prompt_ids", "completion_ids", "env_mask", "reward", prompt="What?"),
     "TRL's batches": flat("prompt_ids", "completion_ids", "tool_mask", "reward"),
+    "TRL's batches, padded": [
+        {
+            "prompt_ids": [0, 0, *PROMPT], "prompt_mask": [0, 0, 1, 1, 1], "completion_ids": [*ids, 0, 0],
+            "completion_mask": [*([1] * len(ids)), 0, 0], "tool_mask": [*mask, 1, 1], "reward": score,
+        }
+        for ids, mask, score in [(FIRST, MASKS[0], 1.0), (SECOND, MASKS[1], 0.0)]
+    ],
+    "K of TRL's batches": [
+        ROW | {"prompt_ids": [0, *PROMPT], "prompt_mask": [0, 1, 1, 1], "completion_mask": [[1] * 4, [1] * 2],
+               "tool_mask": MASKS}
+    ],
+    "a mask beside another that is all ones": [ROW | {"response_mask": [[1] * 4, [1] * 2]}],
     "verl's agent loop": flat("prompt_ids", "response_ids", "response_mask", "reward_score"),
     "verl's batches, padded": [
         {
@@ -50,6 +62,17 @@ LAYOUTS = {
 def test_each_name_gives_the_same_row(kind):
     (row,) = to_reward_dataset(Dataset.from_list(LAYOUTS[kind]))
     assert {name: row[name] for name in OWN} == OWN
+
+
+@pytest.mark.parametrize(("more", "said"), [
+    ({"attention_mask": [1] * 4}, "`attention_mask` has 4 values for 7 tokens of prompt and completion; give one each"),
+    ({"prompt_mask": [0, 1]}, "`prompt_mask` has 2 values for 3 tokens of prompt; give one each"),
+    ({"tool_mask": [1]}, r"`completion_mask` has 1 values for 4 tokens of the completion; give one each"),
+])  # fmt: skip
+def test_a_mask_of_padding_or_a_second_mask_has_a_value_for_each_token(more, said):
+    row = {"prompt_ids": PROMPT, "completion_ids": FIRST, "completion_mask": [1] * 4, "reward": 1.0}
+    with pytest.raises(UserError, match=f"`train`, row 0: {said}".replace("mask` has 1", r"mask\[0\]` has 1")):
+        to_reward_dataset(Dataset.from_list([row | more, row | more]))
 
 
 def test_a_file_a_stream_and_the_trainer_read_them(tmp_path):

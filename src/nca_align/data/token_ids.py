@@ -3,23 +3,27 @@
 A row is a prompt with K completions and `rewards`, or one completion with its score, as other flat rows are.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from datasets import Dataset, Features, IterableDataset, LargeList, List, Value
 
+from ..errors import UserError
 from .columns import code_revision
 from .messages import content_kind
 from .validation import RowError
 
 MASK = "completion_mask"
+_LIST = List(Value("int8"))
 # Ours first. TRL: what a rollout function returns, and `GRPOTrainer`'s batches. verl: `AgentLoopOutput` and `DataProto`
 _PROMPTS = ("prompt_ids", "prompts")
 _COMPLETIONS = ("completion_ids", "response_ids", "responses")
 _MASKS = (MASK, "env_mask", "tool_mask", "response_mask")
 _SCORES = ("reward_score",)
 _SCORES_BY_TOKEN = ("rm_scores", "token_level_scores")
-_PADDING = "attention_mask"
+# verl's, of prompt and completion; and TRL's of the prompt, whose batches have a `completion_mask` for the completion's
+_PADDING, _PROMPT_PADDING = "attention_mask", "prompt_mask"
 
 
 def with_plain_ids(
@@ -27,13 +31,17 @@ def with_plain_ids(
 ) -> Dataset | IterableDataset:
     """`dataset` with its token ids as `prompt` and `completions` or `completion`; itself where there are none.
 
-    Text beside them gives way: the ids are what the model read and wrote. verl's padding goes by its `attention_mask`,
-    and its scores by token are summed.
+    Text beside them gives way: the ids are what the model read and wrote. Where a row has several masks, as TRL's
+    batches do (padding in `completion_mask`, tools in `tool_mask`), the model wrote what has 1 in each. Padding goes by
+    verl's `attention_mask` or TRL's `prompt_mask` and `completion_mask`. verl's scores by token are summed.
 
     Args:
         dataset: one split, or a stream.
         name: of the split, for the progress bar.
         num_proc: processes to map with.
+
+    Raises:
+        UserError: a mask of padding has another length than the ids that it is of.
     """
     features = dataset.features
     row: Mapping[str, Any] = next(iter(dataset), {}) if features is None else features
@@ -44,8 +52,10 @@ def with_plain_ids(
     if not (content_kind(row[prompt]) == "token ids" if features is None else _of_ids(features[prompt])):
         return dataset
     names = {prompt: "prompt", completion: "completions" if "rewards" in row else "completion"}
-    if mask := _first(_MASKS, row):
-        names[mask] = MASK
+    masks = [own for own in _MASKS if own in row]
+    others = masks[1:]
+    if masks:
+        names[masks[0]] = MASK
     if score := _first(_SCORES, row):
         names[score] = "reward"
     by_token = None if score or {"reward", "rewards"} & row.keys() else _first(_SCORES_BY_TOKEN, row)
@@ -53,17 +63,23 @@ def with_plain_ids(
         names[by_token] = "reward"
     dataset = dataset.remove_columns([new for old, new in names.items() if new in row and new != old])
     dataset = dataset.rename_columns({old: new for old, new in names.items() if old != new})
-    padded = _PADDING in row and names[completion] == "completion"
-    if not padded and not by_token:
+    paddings = [own for own in (_PADDING, _PROMPT_PADDING) if own in row]
+    if not paddings and not others and not by_token:
         return dataset
     features = dataset.features
     if features is not None and by_token:
         features = Features({**features, "reward": Value("float64")})
+    if features is not None and others:
+        features = Features({**features, MASK: _LIST if names[completion] == "completion" else List(_LIST)})
+    if features is not None:
+        features = Features({own: features[own] for own in features if own not in (*others, *paddings)})
     arguments: dict[str, Any] = {"num_proc": num_proc, "desc": f"Reading the token ids of {name}"}
     return dataset.map(
         _plain,
+        with_indices=True,
         features=features,
-        fn_kwargs={"padded": padded, "by_token": bool(by_token), "revision": code_revision()},
+        remove_columns=[*others, *paddings],
+        fn_kwargs={"others": others, "name": name, "by_token": bool(by_token), "revision": code_revision()},
         **(arguments if isinstance(dataset, Dataset) else {}),
     )
 
@@ -76,17 +92,70 @@ def _first(names: Sequence[str], row: Mapping[str, Any]) -> str | None:
     return next((name for name in names if name in row), None)
 
 
-def _plain(row: dict[str, Any], padded: bool, by_token: bool, revision: str) -> dict[str, Any]:
+def _plain(
+    row: dict[str, Any], index: int, others: list[str], name: str, by_token: bool, revision: str
+) -> dict[str, Any]:
+    key = "completion" if "completion" in row else "completions"
+    columns = {own: row.get(own) for own in (key, MASK, *others, _PADDING)}
+    if key == "completion":  # as K = 1
+        columns = {own: None if value is None else [value] for own, value in columns.items()}
+    prompt, completions, seen = row["prompt"], columns[key] or [], columns[_PADDING]
+    masks: list[Any] = [columns[own] for own in (MASK, *others) if columns[own] is not None]
     found: dict[str, Any] = {"reward": float(sum(row["reward"]))} if by_token else {}
-    prompt, completion, seen = row["prompt"], row["completion"], row.get(_PADDING) or []
-    if padded and len(seen) == len(prompt) + len(completion):
-        places = {"prompt": seen[: len(prompt)], "completion": seen[len(prompt) :]}
-        if row.get(MASK) is not None:
-            places[MASK] = places["completion"]
-        found |= {
-            key: [value for value, own in zip(row[key], real, strict=False) if own] for key, real in places.items()
-        }
+    if not all(isinstance(ids, list) for ids in (prompt, *completions)):
+        return found  # refused as other rows are, and so is what stands here
+    for own in masks:
+        if not isinstance(own, list) or len(own) != len(completions):
+            return found | {MASK: own}
+    real, ends = row.get(_PROMPT_PADDING), bool(others) or _PROMPT_PADDING in row
+    where = f"`{name}`, row {index}"
+    own_prompt = (
+        prompt if real is None else list(itertools.compress(prompt, _checked(real, prompt, _PROMPT_PADDING, where)))
+    )
+    read = []
+    for k, ids in enumerate(completions):
+        own_masks, own_ids = [mask[k] for mask in masks], ids
+        if seen is not None:
+            whole = _checked(seen[k] if k < len(seen) else None, prompt + ids, _PADDING, where)
+            if real is None and k == 0:
+                own_prompt = list(itertools.compress(prompt, whole))
+            kept = whole[len(prompt) :]
+            own_ids = list(itertools.compress(ids, kept))
+            own_masks = [
+                list(itertools.compress(mask, kept)) if len(mask or ()) == len(ids) else mask for mask in own_masks
+            ]
+        read.append(_written(own_ids, own_masks, ends))
+    found |= {"prompt": own_prompt, key: [ids for ids, _ in read]}
+    if masks:
+        found[MASK] = [mask for _, mask in read]
+    if key == "completion":
+        found |= {own: found[own][0] for own in (key, MASK) if own in found}
     return found
+
+
+def _checked(seen: Any, ids: list[int], field: str, where: str) -> list[int]:
+    """`seen`, a mask of padding.
+
+    Raises:
+        UserError: it isn't one value for each of `ids`.
+    """
+    if not isinstance(seen, list) or len(seen) != len(ids):
+        count = len(seen) if isinstance(seen, list) else 0
+        parts = "prompt" if field == _PROMPT_PADDING else "prompt and completion"
+        raise UserError(f"{where}: `{field}` has {count} values for {len(ids)} tokens of {parts}; give one each")
+    return seen
+
+
+def _written(ids: list[int], masks: list[Any], ends: bool) -> tuple[list[int], Any]:
+    """A completion's ids and where its masks are all 1; with `ends` up to the first one's last 1, behind which is
+    padding."""
+    for mask in masks:
+        if not isinstance(mask, list) or len(mask) != len(ids) or any(value not in (0, 1) for value in mask):
+            return ids, mask  # `check_masks` refuses it
+    if not masks:
+        return ids, None
+    end = max((i + 1 for i, value in enumerate(masks[0]) if value), default=len(ids)) if ends else len(ids)
+    return ids[:end], [int(all(values)) for values in zip(*masks, strict=True)][:end]
 
 
 def check_masks(masks: Any, prompt: Any, completions: Sequence[Any]) -> None:
