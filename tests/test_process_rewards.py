@@ -2,6 +2,7 @@
 
 import json
 import re
+import runpy
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
@@ -285,3 +286,11 @@ def test_mistakes_are_told_before_a_model_is_read(name, folder, adapter_dir, tmp
     monkeypatch.setattr("nca_align.commands.evaluate.implicit.token_logratios", None)
     assert run(tmp_path, adapter_dir, *flags) == 2
     assert message in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.slow
+def test_the_example_tells_wrong_steps_that_its_reference_and_frequency_do_not():
+    f1 = runpy.run_path(str(Path(__file__).parents[1] / "examples" / "process_rewards.py"))["main"]()
+    assert f1["implicit reward"] > 0.95
+    assert f1["implicit reward"] > f1["log π"]
+    assert max(f1["log π_ref"], f1["frequency"]) < 0.65
