@@ -280,6 +280,16 @@ class TestCollapse:
         for advice in ("`learning_rate`", "`beta`", "`negative_weight`", "Look at samples"):
             assert advice in told
 
+    @pytest.mark.parametrize(
+        ("loss", "which", "advice"),
+        [(["nca"], "best", "`loss_type: [nca, sft]`"), (["outcome"], "right", "`loss_type: [outcome, sft]`")],
+    )
+    def test_its_advice_is_for_the_loss(self, loss, which, advice, caplog):
+        guard(loss_type=loss).watch({f"logratios/{which}": -60.0}, 1)
+        (told,) = [record.message for record in caplog.records]
+        assert f"hold the {which} completion up with {advice}" in told
+        assert ("negative_weight" in told) == (loss == ["nca"])
+
     @pytest.mark.parametrize("best", [None, -49.9, 3.0, float("nan")])
     def test_it_is_silent_above(self, best, caplog):
         own = guard()

@@ -17,6 +17,7 @@ from nca_align.commands.inspect.command import main as inspect_main
 from nca_align.commands.train.command import main as train_main
 from nca_align.data import DataOptions, to_reward_dataset
 from nca_align.errors import UserError
+from nca_align.training.objective import Objective
 from nca_align.training.outcomes import Outcomes, outcome_figures
 from test_loss_options import completion_logps, log_sigmoid
 from test_trainer import logged, trainer
@@ -87,6 +88,26 @@ def test_a_runs_loss_and_figures_are_what_a_loop_gives(rows, completion_mean, ho
     assert not any(name.split("/")[0] in ("eval_target", "eval_kl", "eval_calibration") for name in names)
     compared = {name for name in names if re.search("best|worst|rank_|accuracies|margins|top1|tau|chosen", name)}
     assert bool(compared) == (rows == "ragged")
+
+
+@pytest.mark.parametrize("labels", [[[0.0, 0.0], [0.0, 1.0], [0.3, 0.0]], [[0.0, 0.0], [0.0, 0.0], [0.0, 0.0]]])
+def test_sft_beside_labels_leaves_out_prompts_without_a_right_completion(labels):
+    given, lengths = torch.tensor(labels), torch.tensor([[3, 4], [5, 6], [7, 8]])
+    logps = (-lengths * torch.tensor([[0.5, 1.0], [1.5, 2.0], [2.5, 3.0]])).requires_grad_()
+    batch = {"rewards": given, "given_rewards": given, "valid": torch.ones_like(given, dtype=torch.bool),
+             "lengths": lengths, "weights": torch.ones(3)}  # fmt: skip
+    right = [(i, row.index(max(row))) for i, row in enumerate(labels) if max(row) > 0]
+    tokens = sum(int(lengths[at]) for at in right)
+    expected = sum(-logps[at].item() for at in right) / tokens if right else 0.0
+    objective = Objective(["outcome", "sft"], [0.0, 1.0], None, 0.1)
+    counts = objective.count_prompts(batch)
+    assert counts.tolist() == [3, tokens, 6]
+    for window in (counts, None):
+        loss = objective.loss_share(logps, None, torch.zeros(3, 2), batch, window)
+        assert loss.item() == pytest.approx(expected)
+    (gradient,) = torch.autograd.grad(loss, logps)
+    assert {tuple(at) for at in gradient.nonzero().tolist()} == {*right}
+    assert Objective(["nca", "sft"], [1, 1], 0.1, 0.1).count_prompts(batch)[1] > tokens
 
 
 def test_a_step_goes_down_the_gradient_of_the_completion_mean(tmp_path):

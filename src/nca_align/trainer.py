@@ -33,7 +33,7 @@ from .training.dropout import disable_functional_dropout
 from .training.guards import StepGuard
 from .training.metrics import MetricLog
 from .training.model_card import write_model_card
-from .training.objective import Objective, count_prompts
+from .training.objective import Objective
 from .training.resume import EvaluationInterrupted, Resume, reads_checkpoint
 from .training.run_identity import at_start
 from .training.saving import may_be_pushed, saving_model
@@ -193,13 +193,13 @@ class NCATrainer(DPOTrainer):
     # One training step
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
-        """The micro-batches of one step, and what they are averaged over, `count_prompts`."""
+        """The micro-batches of one step, and what they are averaged over, `Objective.count_prompts`."""
         drop_last = self.args.dataloader_drop_last
         batches = row_weights.weighted_batches(epoch_iterator, num_batches, self.accelerator, drop_last)
         if isinstance(self.train_dataset, IterableDataset):
             batches = streams.fill_window(batches, num_batches, self.accelerator)
             self.control.should_epoch_stop |= not batches  # transformers would ask for all of `max_steps`
-        counts = sum(map(count_prompts, batches), torch.zeros(3, dtype=torch.float64, device=device))
+        counts = sum(map(self._objective.count_prompts, batches), torch.zeros(3, dtype=torch.float64, device=device))
         return batches, self.accelerator.reduce(counts, "sum")
 
     def training_step(self, model, inputs, num_items_in_batch=None):

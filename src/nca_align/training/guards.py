@@ -118,7 +118,9 @@ class StepGuard:
 
         Of losses that read labels they are the right ones: the best of a prompt may be wrong, and is to fall.
         """
-        which, of_all = ("right", "completions") if not LABELS.isdisjoint(self.args.loss_type) else ("best", "prompts")
+        which, of_all, hold = "best", "prompts", "`loss_type: [nca, sft]` or, under NCA, `negative_weight` below 1"
+        if not LABELS.isdisjoint(self.args.loss_type):
+            which, of_all, hold = "right", "completions", "`loss_type: [outcome, sft]`"
         best = logs.get(f"logratios/{which}")
         if self.collapse_told or best is None or not best < -self.args.collapse_nats:
             return
@@ -126,8 +128,8 @@ class StepGuard:
         notify(
             f"Step {step}: the {which} completion's log-ratio is {best:.1f} nats, the mean over {of_all}, below the "
             f"-{self.args.collapse_nats:g} of `collapse_nats`: even the {which} answers become unlikely, and samples "
-            "degrade with them. Look at samples of a checkpoint; lower `learning_rate`, raise `beta`, or hold the best "
-            "completion up with `loss_type: [nca, sft]` or, under NCA, `negative_weight` below 1."
+            "degrade with them. Look at samples of a checkpoint; lower `learning_rate`, raise `beta`, or hold the "
+            f"{which} completion up with {hold}."
         )
 
 

@@ -18,7 +18,8 @@ class Objective:
 
     Args:
         loss_types: names in `losses.LOSSES`, losses of one's own, or "sft": the best completion's negative
-            log-likelihood, the mean over the tokens of all best completions, as TRL's.
+            log-likelihood, the mean over the tokens of all best completions, as TRL's. Beside labels those of label 0
+            are left out.
         weights: one for each.
         alpha, beta, negative_weight: see `losses.reward_loss`.
         completion_mean: whether "outcome" counts each completion once, not each prompt.
@@ -57,9 +58,8 @@ class Objective:
         row_weights = batch.get("weights", torch.ones(len(logps), device=logps.device))
         for name, weight in zip(self.loss_types, self.weights, strict=True):
             if name == "sft":
-                best = best_column(batch)
-                tokens = batch["lengths"].gather(1, best)[:, 0]
-                yield name, weight, -logps.gather(1, best)[:, 0] / tokens, row_weights * tokens
+                tokens = batch["lengths"].gather(1, best := best_column(batch))[:, 0]
+                yield name, weight, -logps.gather(1, best)[:, 0] / tokens, row_weights * self._sft_tokens(batch)
             else:
                 as_given = isinstance(name, OwnLoss) or name in LABELS  # the others read differences
                 rewards = batch["given_rewards" if as_given else "rewards"]
@@ -69,6 +69,18 @@ class Objective:
                 )  # fmt: skip
                 completions = batch["valid"].sum(1) if self.unit(name) == 2 else 1
                 yield name, weight, values, row_weights * completions
+
+    def _sft_tokens(self, batch: Batch) -> Tensor:
+        """(B,) tokens of each prompt's best completion; 0 where its label says that even this one is wrong."""
+        best = best_column(batch)
+        tokens = batch["lengths"].gather(1, best)[:, 0]
+        return tokens * (batch["given_rewards"].gather(1, best)[:, 0] > 0) if self.labels else tokens
+
+    def count_prompts(self, batch: Batch) -> Tensor:
+        """(3,) float64: the batch's prompts, the tokens that "sft" reads, and the completions, none repeated."""
+        weights = batch["weights"].double()
+        units = (torch.ones_like(weights), self._sft_tokens(batch), batch["valid"].sum(1))
+        return torch.stack([(weights * own).sum() for own in units])
 
     def loss_share(
         self, logps: Tensor, aux_loss: Tensor | None, ref_logps: Tensor, batch: Batch, counts: Tensor | None = None
@@ -93,16 +105,9 @@ class Objective:
 
     def mean(self, means: dict[str, float]) -> float:
         """The loss over an evaluation, from the means of its terms, which are taken out of `means`."""
-        losses = [means.pop(f"loss/{name}") for name in self.loss_types]
+        losses = [means.pop(f"loss/{name}", 0.0) for name in self.loss_types]  # none of sft where all labels are 0
         loss = sum(weight * own for weight, own in zip(self.weights, losses, strict=True))
         return loss + self.router_weight * means.get("aux_loss", 0.0)
-
-
-def count_prompts(batch: Batch) -> Tensor:
-    """(3,) float64: the batch's prompts, the tokens of their best completions, and the completions, none repeated."""
-    tokens = batch["lengths"].gather(1, best_column(batch))[:, 0]
-    weights = batch["weights"].double()
-    return torch.stack([(weights * units).sum() for units in (torch.ones_like(weights), tokens, batch["valid"].sum(1))])
 
 
 def best_column(batch: Batch) -> Tensor:
