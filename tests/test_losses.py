@@ -486,10 +486,10 @@ OF_LABELS = {
     "label above": (
         {"rewards": torch.tensor([[1.0, 0, 1], [0, 1, 1.5]])},
         ValueError,
-        "`rewards` of row 1 is [0.0, 1.0, 1.5]; `loss_type` outcome needs labels from 0 (wrong) to 1 (right)",
+        "`rewards[2]` of row 1 is 1.5; `loss_type` outcome needs labels from 0 (wrong) to 1 (right)",
     ),
-    "label below": ({"rewards": -ONES}, ValueError, "`rewards` of row 0 is [-1.0, -1.0, -1.0]; `loss_type` outcome"),
-    "nan label": ({"rewards": ONES * math.nan}, ValueError, "`rewards` of row 0 is [nan, nan, nan]; `loss_type`"),
+    "label below": ({"rewards": -ONES}, ValueError, "`rewards[0]` of row 0 is -1; `loss_type` outcome"),
+    "nan label": ({"rewards": ONES * math.nan}, ValueError, "`rewards[0]` of row 0 is nan; `loss_type`"),
 }
 TAKEN = ("alpha zero", "alpha nan", "K = 1", "one valid", "nan reward")  # by a loss of labels, or told otherwise
 

@@ -13,6 +13,7 @@ from conftest import build_model, build_tokenizer
 from nca_align import NCAConfig, NCATrainer
 from nca_align.batching.attention import share_prefixes
 from nca_align.batching.collator import RewardCollator
+from nca_align.errors import UserError
 from nca_align.losses import reward_loss
 from nca_align.models.logprobs import add_token_logps, token_logps
 from nca_align.store.fingerprints import columns_fingerprint
@@ -78,7 +79,7 @@ def test_a_mask_takes_terms_away_and_changes_nothing_else(layout, size):
     for seed in range(30):
         given = random_rows(seed)
         for row in given:
-            row["completion_mask"] = [[rng.randint(0, 1) for _ in own] for own in row["completion_ids"]]
+            row["completion_mask"] = [[*(rng.randint(0, 1) for _ in own[1:]), 1] for own in row["completion_ids"]]
         whole = RewardCollator(0, layout, size)([row | {"completion_mask": None} for row in given])
         found = RewardCollator(0, layout, size)(given)
         columns = found["rewards"].shape[1]
@@ -220,3 +221,20 @@ def test_caches_and_resumed_runs_know_data_by_its_masks():
         masked = [{**plain[0], "completion_mask": mask}, {**plain[0], "completion_mask": [[1, 1], [1]]}]
         keys.add(columns_fingerprint(Dataset.from_list(masked), TOKENS))
     assert len(keys) == 5
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("mask", "said"), [
+    ([[1, 0]], r"completion_mask` has 1 values for 2 completions; give one each"),
+    ([[1, 0], [1, 1]], r"completion_mask\[1\]` has 2 values for 3 tokens of the completion; give one each"),
+    ([[1, 1, 1], [1, 1, 1]], r"completion_mask\[0\]` has 3 values for 2 tokens of the completion; give one each"),
+    ([[1, 1], [0, 0, 0]], r"completion_mask\[1\]` has no 1, so that nothing is trained on"),
+    ([[2, 1], [1, 1, 1]], r"completion_mask\[0\]` must be a list of 0 and 1"),
+])  # fmt: skip
+def test_a_batch_takes_no_mask_of_other_tokens(layout, mask, said):
+    row = {"prompt_ids": [5, 6], "completion_ids": [[7, 8], [7, 9, 10]], "rewards": [1.0, 0.0], "row_number": 40}
+    collator = RewardCollator(0, layout)
+    assert collator([row | {"completion_mask": [[1, 0], [0, 1, 1]]}])["lengths"].tolist() == [[1, 2]]
+    for call in (collator, collator.chunks):
+        with pytest.raises(UserError, match=f"row 40: `{said}"):
+            call([row, row | {"completion_mask": mask}])

@@ -216,9 +216,14 @@ def test_a_label_outside_its_range_is_named_before_the_model_is_read(value, show
 
 def test_a_label_of_a_stream_is_named_in_its_batch():
     collator = RewardCollator(0, labels=True, min_completions=1)
+    row = {"prompt_ids": [5], "completion_ids": [[6], [7]], "rewards": [1.0, 3.0]}
+    good, bad = row | {"rewards": [1.0, 0.0], "row_number": 70}, row | {"row_number": 71}
+    message = "`rewards[1]` of row 71 is 3; `loss_type` outcome needs labels"
+    with pytest.raises(UserError, match=re.escape(message)):
+        collator([good, bad])
+    with pytest.raises(UserError, match=re.escape("`rewards` of row 71 is [1.0, inf]; each must be finite")):
+        RewardCollator(0)([good, bad | {"rewards": [1.0, math.inf]}])
     row = {"prompt_ids": [5], "completion_ids": [[6]], "rewards": [3.0]}
-    with pytest.raises(UserError, match=re.escape("`rewards` of row 1 is [3.0]; `loss_type` outcome needs labels")):
-        collator([row | {"rewards": [1.0]}, row])
     with pytest.raises(UserError, match="has 1 valid completion"):
         RewardCollator(0)([row])
 

@@ -1,6 +1,7 @@
 """What losses and metrics compute of (B, K) rewards and log-probabilities, and the refusal of rows they can't take."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -29,11 +30,13 @@ def check_rows(
     beta: float = 1.0,
     labels: bool = False,
     least: int = 2,
+    numbers: Sequence[int] | None = None,
     **logps: Tensor,
 ) -> None:
     """Refuse rows that `reward_loss` can't take, with what it lists under Raises.
 
     With `labels` the rewards must lie in [0, 1], and nothing reads α. `least` completions must be in each row.
+    `numbers` (B,) are what errors call the rows; None: their places.
     """
     for name, value in (("alpha", alpha), ("beta", beta)):
         if not (labels and name == "alpha") and not (value is not None and 0 < value < math.inf):
@@ -57,18 +60,20 @@ def check_rows(
     if (few | broken).any():  # one synchronisation on CUDA
         row = int((few | broken).int().argmax())
         valid = rewards[row][mask[row]].tolist()
+        number = row if numbers is None else numbers[row]
         if few[row]:
             more = "" if least < 2 else " to compare"
             raise UserError(
-                f"`rewards` of row {row} has {len(valid)} valid completion(s); it must have at least {least}{more}: "
+                f"`rewards` of row {number} has {len(valid)} valid completion(s); it must have at least {least}{more}: "
                 "leave the row out."
             )
         if labels:
+            k = int((mask[row] & ~((rewards[row] >= 0) & (rewards[row] <= 1))).int().argmax())
             raise UserError(
-                f"`rewards` of row {row} is {valid}; `loss_type` outcome needs labels from 0 (wrong) to 1 (right): "
-                f"{LABEL_FIX}."
+                f"`rewards[{k}]` of row {number} is {rewards[row, k]:g}; `loss_type` outcome needs labels from 0 "
+                f"(wrong) to 1 (right): {LABEL_FIX}."
             )
-        raise UserError(f"`rewards` of row {row} is {valid}; each must be finite: drop or repair it.")
+        raise UserError(f"`rewards` of row {number} is {valid}; each must be finite: drop or repair it.")
 
 
 def everywhere(rewards: Tensor, mask: Tensor | None) -> Tensor:

@@ -34,6 +34,9 @@ import torch
 from torch import Tensor
 
 from ..data.several_rewards import objective_columns
+from ..data.token_ids import check_masks
+from ..data.validation import RowError
+from ..errors import InvalidRowError
 from ..reward_tensors import below_best, check_rows
 from .attention import Segments
 from .token_ids import check_ids
@@ -75,16 +78,17 @@ class RewardCollator:
         """The batch of `rows`; here on the CPU its rewards are checked, so that no loss on a GPU has to look.
 
         Raises:
-            ValueError: a row has too few completions, or a reward that isn't finite or no label.
+            ValueError: a row has too few completions, a reward that isn't finite or no label, or a mask that is none.
         """
         given = padded([row["rewards"] for row in rows])
         valid = padded([[True] * len(row["completion_ids"]) for row in rows], torch.bool)
-        check_rows(given.float(), valid, labels=self.labels, least=self.min_completions)
+        numbers = [row.get("row_number", i) for i, row in enumerate(rows)]
+        check_rows(given.float(), valid, labels=self.labels, least=self.min_completions, numbers=numbers)
         batch: Batch = {
             "rewards": below_best(given, valid).float(),
             "given_rewards": given.float(),
             "valid": valid,
-            "lengths": padded([list(map(sum, masks_of(row))) for row in rows], torch.long),
+            "lengths": padded([list(map(sum, masks_of(row, i))) for i, row in enumerate(rows)], torch.long),
         }
         if all("row_number" in row for row in rows):
             batch["row_numbers"] = [row["row_number"] for row in rows]  # a list stays where it is
@@ -117,7 +121,7 @@ class RewardCollator:
         conversations = [
             (b, b * columns + k, row["prompt_ids"], completion, mask)
             for b, row in enumerate(rows)
-            for k, (completion, mask) in enumerate(zip(row["completion_ids"], masks_of(row), strict=True))
+            for k, (completion, mask) in enumerate(zip(row["completion_ids"], masks_of(row, b), strict=True))
         ]
         pack = pack_tree if self.layout == "prefix_shared" else self._pad
         return [
@@ -206,9 +210,22 @@ def _terms(conversations: Sequence[Conversation], positions: Iterable[Iterable[i
     }
 
 
-def masks_of(row: dict[str, Any]) -> list[list[int]]:
-    """Of each completion of a tokenised row, 1 for each token that the model wrote and 0 for context."""
-    return row.get("completion_mask") or [[1] * len(completion) for completion in row["completion_ids"]]
+def masks_of(row: dict[str, Any], number: int = 0) -> list[list[int]]:
+    """Of each completion of a tokenised row, 1 for each token that the model wrote and 0 for context.
+
+    Raises:
+        InvalidRowError: a mask isn't 0 or 1 for each token, or 1 for none; it names the row by its `row_number`, or by
+            `number` where it has none.
+    """
+    completions, masks = row["completion_ids"], row.get("completion_mask")
+    if masks is None:
+        return [[1] * len(completion) for completion in completions]
+    where = f"row {row.get('row_number', number)}"
+    try:
+        check_masks(masks, row["prompt_ids"], completions)
+    except RowError as error:
+        raise InvalidRowError(f"{where}: {error}") from error
+    return masks
 
 
 def _branches(keys: list[list[int]], members: list[int], depth: int) -> list[list[int]]:
