@@ -38,6 +38,17 @@ def test_rows_of_a_prompt_are_grouped_wherever_they_lie():
     assert seen == {(r["prompt"], r["response"], float(r["helpfulness"]), r["correctness"]) for r in rows}
 
 
+def test_columns_beside_completions_lose_what_these_lose():
+    """`nca-align evaluate --answers` reads one value a completion."""
+    scores = (1, None, 3)
+    rows = [helpsteer("q", f"a{i}", score) | {"answer": f"{i}", "parts": [f"{i}"]} for i, score in enumerate(scores)]
+    converted, report = convert(rows, on_invalid="drop")
+    assert report.completions == {"missing score": 1}
+    (row,) = converted
+    assert row["completions"] == [said("a0"), said("a2")]
+    assert (row["answer"], row["parts"], row["helpfulness"]) == (["0", "2"], [["0"], ["2"]], [1, 3])
+
+
 def test_helpsteer_turns_become_messages():
     prompt = "Hi\nthere\n<extra_id_1>Assistant\nHello\n<extra_id_1>User\nWhy?"
     converted, _ = convert([helpsteer(prompt, "a", 4), helpsteer(prompt, "b", 1)])

@@ -12,9 +12,8 @@ from datasets import Dataset
 
 from ...errors import UserError
 from ..options import DEFAULT_SCORE, DataOptions
-from ..schema import PROMPT_COLUMNS, data_format
+from ..schema import PROMPT_COLUMNS, REWARD_COLUMNS, data_format
 from ..several_rewards import combine, completion_values, is_number
-from ..token_ids import MASK
 from ..validation import Row, RowError, assistant_message, read_conversation, required_number, user_message
 
 _SCORE_COLUMNS = ("reward", "score", DEFAULT_SCORE, "helpfulness", "label")
@@ -121,9 +120,8 @@ def flat_rows(row: dict[str, Any], options: DataOptions) -> Row:
     chat = isinstance(prompt, list)
     result = Row(prompt, [], [])
     found: list[dict[str, float | None]] = []
-    masks = row.get(MASK) or [None] * len(row[answers])
-    kept = []
-    for i, text, mask, *scores in zip(row["_index"], row[answers], masks, *(row[n] for n in names), strict=True):
+    left = []
+    for k, (i, text, *scores) in enumerate(zip(row["_index"], row[answers], *(row[n] for n in names), strict=True)):
         given = {name: (name, value) for name, value in zip(names, scores, strict=True)}
         try:
             if not options.weights:
@@ -138,9 +136,10 @@ def flat_rows(row: dict[str, Any], options: DataOptions) -> Row:
             continue
         result.completions.append(completion)
         found.append(values)
-        kept.append(mask)
-    if row.get(MASK):
-        result.extra[MASK] = kept
+        left.append(k)
+    if result.notes:  # what stands beside the completions that are left
+        own = ("prompt", "_index", *_ANSWER_COLUMNS, *PROMPT_COLUMNS, *REWARD_COLUMNS)
+        result.extra = {name: [values[k] for k in left] for name, values in row.items() if name not in own}
     if options.weights:
         return combine(result, found, options)
     result.rewards = [score for own in found for score in own.values() if score is not None]
