@@ -10,7 +10,7 @@ from datasets import Dataset, IterableDataset
 from conftest import build_tokenizer, reward_rows
 from nca_align.batching.tokenization import tokenize_dataset, tokenize_rows
 from nca_align.batching.trajectories import TurnTemplate, turn_template
-from nca_align.errors import InvalidRowError
+from nca_align.errors import InvalidRowError, UserError
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
@@ -23,6 +23,19 @@ MARKED = CHATML.replace(
 ).replace(
     "{% endfor %}<|im_end|>\n{% endfor %}",
     "{% endfor %}END{% else %}{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}",
+)
+MARKED_HEADERS = CHATML.replace(
+    "<|im_start|>{{ m.role }}\n{{ m.content }}",
+    "{% if m.role == 'assistant' %}{% generation %}<|im_start|>assistant\n{{ m.content }}",
+).replace(
+    "{% endfor %}<|im_end|>\n{% endfor %}",
+    "{% endfor %}<|im_end|>\n{% endgeneration %}{% else %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
+    "{% endif %}{% endfor %}",
+)
+MARKED_CONTENT = CHATML.replace(
+    "{{ m.content }}",
+    "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}"
+    "{% endif %}",
 )
 LLAMA3 = (
     "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content | trim }}"
@@ -43,6 +56,7 @@ TEMPLATES = {
     "chatml": (CHATML, "<|im_end|>", "\n"),
     "marked": (MARKED.replace("END", "<|im_end|>\n{% endgeneration %}"), "<|im_end|>", "\n"),
     "marked without the end": (MARKED.replace("END", "{% endgeneration %}<|im_end|>\n"), "<|im_end|>", "\n"),
+    "marked with the headers": (MARKED_HEADERS, "<|im_end|>", "\n"),
     "llama3": (LLAMA3, "<|eot_id|>", ""),
     "bare": (BARE, "\n", ""),
 }
@@ -57,6 +71,9 @@ def turn(content: str, role: str = "assistant", **more) -> dict:
 WITH_TOOL = [turn("Let me see.", tool_calls=[CALL]), turn("TOOLRESULT 42", "tool", name="add"), turn("It is 42.")]
 WITH_USER = [turn("It is 43."), turn("Look again.", "user"), turn("Oh."), turn("Go on", "user"), turn("It is 42.")]
 ALONE = [turn("It is 42.")]
+CALL_ALONE = turn("", tool_calls=[CALL])
+CALLS_ALONE = [CALL_ALONE, turn("TOOLRESULT 42", "tool", name="add"), CALL_ALONE]
+IN_A_ROW = [turn("Let me see."), turn("It is 42."), turn("Sure?", "user"), turn("Yes.")]
 
 
 def tokenizer_of(template: str):
@@ -86,13 +103,16 @@ def test_what_the_model_wrote_is_trained_on_and_nothing_else(kind):
     template, end, rest = TEMPLATES[kind]
     tokenizer = tokenizer_of(template)
     assert turn_template(tokenizer) == TurnTemplate(None, kind.startswith("marked"))
-    row = tokenised(tokenizer, WITH_TOOL, WITH_USER, ALONE)
+    row = tokenised(tokenizer, WITH_TOOL, WITH_USER, ALONE, CALLS_ALONE, IN_A_ROW)
     opening = " " if kind == "bare" else ""
-    call = 'Let me see.<call>add{"a": 17, "b": 25}</call>'
+    alone = '<call>add{"a": 17, "b": 25}</call>'
+    call = "Let me see." + alone
     expected = [
         [call + end, "It is 42." + end + rest],
         ["It is 43." + end, "Oh." + end, "It is 42." + end + rest],
         ["It is 42." + end + rest],
+        [alone + end, alone + end + rest],
+        ["Let me see." + end, "It is 42." + end, "Yes." + end + rest],
     ]
     for k, texts in enumerate(expected):
         assert written(tokenizer, row, k) == [opening + text for text in texts]
@@ -164,12 +184,60 @@ def test_reasoning_that_a_template_drops_is_refused_by_its_turn():
         tokenised(tokenizer_of(no_tools), WITH_TOOL, ALONE)
 
 
-def test_a_turn_that_is_rendered_otherwise_once_others_follow_is_refused():
-    marked_last = CHATML.replace("<|im_end|>\n{% endfor %}", "{{ '!' if loop.last }}<|im_end|>\n{% endfor %}")
-    with pytest.raises(
-        InvalidRowError, match=r"`completions\[0\]` turn 0 is rendered by the chat template in another way"
+LEAVES_OUT = r"`completions\[0\]` turn %d has `%s` that the chat template leaves out"
+OTHERWISE = r"`completions\[0\]` turn %d is rendered by the chat template in another way"
+UNMARKED = r"`completions\[0\]` turn %d is not, or not all, within the `{%% generation %%}` marks"
+TEXT_CALL = {"name": "look", "arguments": '{"where": "at its \\"digits\\""}'}
+
+
+@pytest.mark.parametrize(
+    ("template", "completion", "message"),
+    [
+        # a template with no branch for the tool's turns
+        (CHATML.replace("messages %}", "messages if m.role in ('user', 'assistant') %}"), WITH_TOOL,
+         LEAVES_OUT % (1, "content")),
+        (CHATML.replace("{{ call.function.arguments | tojson }}", ""), [
+            turn("", tool_calls=[{"type": "function", "function": TEXT_CALL}]), *WITH_TOOL[1:]
+        ], LEAVES_OUT % (0, "tool_calls")),
+        (CHATML.replace("<|im_end|>\n{% endfor %}", "{{ '!' if loop.last }}<|im_end|>\n{% endfor %}"), WITH_TOOL,
+         OTHERWISE % 0),
+        # a generation prompt that no conversation has
+        (CHATML.replace("generation_prompt %}", "generation_prompt %}</s>"), WITH_USER, OTHERWISE % 2),
+        (CHATML.replace("generation_prompt %}", "generation_prompt %}<|im_end|>### "), WITH_TOOL, OTHERWISE % 2),
+        # marks around content alone: the call isn't in them
+        (MARKED_CONTENT, CALLS_ALONE, UNMARKED % 0),
+        (MARKED_CONTENT, [turn("One more."), turn("Go on", "user"), CALL_ALONE], UNMARKED % 2),
+        (MARKED_CONTENT, WITH_TOOL, UNMARKED % 0),
+    ],
+)  # fmt: skip
+def test_a_template_that_would_train_on_other_than_what_the_model_wrote_is_refused(template, completion, message):
+    with pytest.raises(InvalidRowError, match=message):
+        tokenised(tokenizer_of(template), completion, ALONE)
+
+
+def test_a_tools_result_may_be_rendered_as_json():
+    template = CHATML.replace("{{ m.content }}", "{{ m.content | tojson if m.role == 'tool' else m.content }}")
+    completion = [WITH_TOOL[0], turn('"42"\n', "tool"), WITH_TOOL[2]]
+    tokenizer = tokenizer_of(template)
+    assert len(written(tokenizer, tokenised(tokenizer, completion, ALONE), 0)) == 2
+
+
+def test_marks_tell_where_a_turn_ends_whose_rendering_depends_on_what_follows():
+    """As in Qwen3's own template with marks: the empty thought is in the last turn alone."""
+    thought = MARKED.replace("{% generation %}", "{% generation %}{{ '<think></think>' if loop.last }}")
+    for end in ("<|im_end|>\n{% endgeneration %}", "{% endgeneration %}<|im_end|>\n"):
+        tokenizer = tokenizer_of(thought.replace("END", end))
+        call, answer = written(tokenizer, tokenised(tokenizer, WITH_TOOL, ALONE), 0)
+        assert call == 'Let me see.<call>add{"a": 17, "b": 25}</call><|im_end|>'
+        assert answer == "<think></think>It is 42.<|im_end|>\n"
+    one_stretch = MARKED_HEADERS.replace("assistant\n{{", "assistant\n{{ '<think></think>' if loop.last }}{{")
+    content_alone = MARKED_CONTENT.replace("{% generation %}", "{% generation %}{{ '<think></think>' if loop.last }}")
+    for template, completion, message in (
+        (one_stretch, IN_A_ROW, OTHERWISE % 1),
+        (content_alone, WITH_TOOL, UNMARKED % 0),
     ):
-        tokenised(tokenizer_of(marked_last), WITH_TOOL, ALONE)
+        with pytest.raises(InvalidRowError, match=message):
+            tokenised(tokenizer_of(template), completion, ALONE)
 
 
 def test_qwen3_keeps_its_reasoning_by_the_training_template_of_trl():
@@ -197,31 +265,45 @@ FAMILIES = sorted(
 PICTURES = {"get", "idefics3", "llava_next", "smolvlm"}  # take no text alone; and a function
 
 
-KNOW_TOOLS = {
-    "deepseekv3", "glm4moe", "lfm2_v2", "nemotron_3_nano", "nemotron_3_ultra", "qwen2_5", "qwen3", "qwen3_5_nothink",
-    "qwen3_5_think", "qwen3_8", "qwen3_instruct_2507", "qwen3_vl",
+CONVERSATIONS = {"users": WITH_USER, "tool": WITH_TOOL, "calls alone": CALLS_ALONE, "in a row": IN_A_ROW}
+ALTERNATE = {"cohere", "cohere2", "gemma", "gemma3"}  # user and assistant in turns, nothing else
+NO_TOOLS = ALTERNATE | {"deepseek_r1_distill", "lfm2", "llama3", "phi3", "phi3_5", "qwen2_5_vl"}
+REFUSED = {
+    "users": set(),
+    "tool": NO_TOOLS | {
+        "gptoss", "muse_glimmer",  # leave out what is said before a call
+        "diffusion_gemma",  # renders it behind the tool's result
+    },
+    "calls alone": NO_TOOLS | {"deepseekv3", "diffusion_gemma"},  # have another header for the second call
+    "in a row": ALTERNATE | {"diffusion_gemma"},  # makes one turn of both
 }  # fmt: skip
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name not in PICTURES])
 def test_marks_and_rendering_with_and_without_each_turn_agree(family, monkeypatch):
-    """For each family that TRL has a training template of."""
+    """For each family that TRL has a training template of; or the row is refused."""
     tokenizer = tokenizer_of(getattr(trl_templates, f"{family}_chat_template"))
     turns = turn_template(tokenizer)
-    training = getattr(trl_templates, f"{family}_training_chat_template")
     assert turns.marked
-    assert (turns.template or tokenizer.chat_template) == training
-    given = {"user": (WITH_USER, ["It is 43.", "Oh.", "It is 42."])}
-    if family in KNOW_TOOLS:
-        given["tool"] = (WITH_TOOL, ["Let me see.", "It is 42."])
-    for completion, contents in given.values():
+    assert (turns.template or tokenizer.chat_template) == getattr(trl_templates, f"{family}_training_chat_template")
+    for name, completion in CONVERSATIONS.items():
+        if family in REFUSED[name]:
+            with pytest.raises(UserError):
+                tokenised(tokenizer, completion, ALONE)
+            continue
         found = []
         for own in (turns, TurnTemplate(turns.template, marked=False)):
-            monkeypatch.setattr("nca_align.batching.tokenization.turn_template", lambda _, own=own: own)
-            found.append(tokenised(tokenizer, completion, ALONE))
+            with monkeypatch.context() as patch:
+                patch.setattr("nca_align.batching.tokenization.turn_template", lambda _, own=own: own)
+                found.append(tokenised(tokenizer, completion, ALONE))
         assert found[0] == found[1]
-        for content, text in zip(contents, written(tokenizer, found[0], 0), strict=True):
-            assert content in text
-            headers = text.replace("<|user|>", "").replace(" to=user", "")
+        texts = written(tokenizer, found[0], 0)
+        turned = [message for message in completion if message["role"] == "assistant"]
+        for message, text in zip(turned, texts, strict=True):
+            assert message["content"] in text
+            assert ("add" in text) == ("17" in text) == ("tool_calls" in message)
+            headers = text.replace("<|user|>", "").replace(
+                " to=user", ""
+            )  # what the model writes as its end or address
             assert not re.search("user|assistant|Look again|TOOLRESULT", headers), text

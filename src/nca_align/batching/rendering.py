@@ -116,20 +116,20 @@ def holds_typed_tokens(tokenizer, prompt: Prompt, completions: Sequence[Any]) ->
     special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
     found = re.compile("|".join(map(re.escape, special)) or "(?!)").search
     for k, completion in enumerate(completions):
-        if tokenizer.eos_token and any(tokenizer.eos_token in text for text in _strings_in(completion)):
+        if tokenizer.eos_token and any(tokenizer.eos_token in text for text in strings_in(completion)):
             raise InvalidRowError(
                 f"`completions[{k}]` holds the token {tokenizer.eos_token!r} as text, which ends a text for this "
                 "tokenizer: the model would learn to end in the middle; take it out, the chat template writes its own"
             )
-    return any(map(found, _strings_in([prompt.content, *completions])))
+    return any(map(found, strings_in([prompt.content, *completions])))
 
 
-def _strings_in(value: Any) -> Iterator[str]:
+def strings_in(value: Any) -> Iterator[str]:
     if isinstance(value, str):
         yield value
     elif isinstance(value, (list, dict)):
         for inner in value.values() if isinstance(value, dict) else value:
-            yield from _strings_in(inner)
+            yield from strings_in(inner)
 
 
 def adds_special_tokens(tokenizer, text: str) -> bool:

@@ -8,8 +8,10 @@ counts, as it does for a completion of one turn.
 """
 
 import itertools
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,7 +23,7 @@ from trl.data_utils import common_prefix_length
 from ..data.cleaning import REASONING, Prompt, joined_messages
 from ..data.messages import content_kind
 from ..errors import InvalidRowError
-from .rendering import apply_template, text_ids
+from .rendering import apply_template, strings_in, text_ids
 
 _CONTEXT = {"system", "developer", "user", "tool"}
 _MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")  # as transformers looks for it
@@ -77,29 +79,26 @@ def written_mask(
         boundary: tokens of the prompt.
 
     Raises:
-        InvalidRowError: the template leaves out a part of what the model wrote, or renders a turn in another way once
-            others follow it, or no token is the model's.
+        InvalidRowError: the template leaves out a part of the row, marks only a part of a turn, or renders a turn in
+            another way once others follow it; or no token is the model's.
     """
     messages = joined_messages(prompt, completion)
     first = len(messages) - len(completion)
     _refuse_left_out(messages[first:], text)
-    conversation = _Conversation(tokenizer, turns.template, prompt, messages, ids)
+    conversation = _Conversation(tokenizer, turns.template, prompt, messages, text, ids)
     own = [j for j in range(first, len(messages)) if messages[j].get("role") not in _CONTEXT]
     starts = [boundary if j == first else conversation.header_end(j) for j in own]
-    if turns.marked:
-        spans = conversation.marked(boundary, starts)
-    else:
-        ends = [len(ids) if j == len(messages) - 1 else conversation.turn_end(j) for j in own]
-        spans = list(zip(starts, ends, strict=True))
-        for j, (start, end), before in zip(own, spans, [boundary, *ends], strict=False):
-            if not before <= start < end:
-                raise InvalidRowError(
-                    f"turn {j - first} is rendered by the chat template in another way once other turns follow it, so "
-                    "that where it begins or ends can't be told; use a template that renders each turn alike, such as "
-                    "one with `{% generation %}` marks"
-                )
-    if spans and messages[-1].get("role") not in _CONTEXT:
-        spans[-1] = (spans[-1][0], len(ids))
+    ends = [len(ids) if j == len(messages) - 1 else conversation.turn_end(j) for j in own]
+    for j, start, end, before in zip(own, starts, ends, [boundary, *ends], strict=False):
+        if start < before or (start >= end and not (turns.marked and end == 0)):
+            raise InvalidRowError(
+                f"turn {j - first} is rendered by the chat template in another way once other turns follow it, so "
+                "that where it begins or ends can't be told; use a template that renders each turn alike, such as "
+                "one of TRL's training templates"
+            )
+    spans = list(zip(starts, ends, strict=True))
+    if turns.marked and spans:
+        spans = conversation.marked([j - first for j in own], spans)
     mask = [0] * len(ids)
     for start, end in spans:
         mask[start:end] = [1] * (end - start)
@@ -109,21 +108,24 @@ def written_mask(
 
 
 class _Conversation:
-    """One conversation as it is rendered and tokenised: `messages`, whose tokens are `ids`."""
+    """One conversation as it is rendered and tokenised: `messages`, which are `text`, whose tokens are `ids`."""
 
-    def __init__(self, tokenizer, template: str | None, prompt: Prompt, messages: list, ids: list[int]):
-        self.tokenizer, self.ids, self.messages = tokenizer, ids, messages
+    def __init__(self, tokenizer, template: str | None, prompt: Prompt, messages: list, text: str, ids: list[int]):
+        self.tokenizer, self.messages, self.text, self.ids = tokenizer, messages, text, ids
         self.render = partial(apply_template, tokenizer, prompt, template=template)
         self.special = {token for token, about in tokenizer.added_tokens_decoder.items() if about.special}
 
-    def _shared(self, j: int, **opening: Any) -> tuple[int, list[int]]:
-        """How many tokens the first `j` messages share with the whole conversation, and those that they don't."""
-        (own,) = text_ids(self.tokenizer, [self.render(self.messages[:j], **opening)], [False])
+    def _shared(self, j: int, **opening: Any) -> tuple[str, int, list[int]]:
+        """The first `j` messages' text, how many tokens the whole begins with, and the tokens that it doesn't."""
+        text = self.render(self.messages[:j], **opening)
+        (own,) = text_ids(self.tokenizer, [text], [False])
         shared = common_prefix_length(own, self.ids)
-        return shared, own[shared:]
+        return text, shared, own[shared:]
 
     def _is_text(self, ids: Sequence[int]) -> bool:
-        return bool(self.tokenizer.decode([token for token in ids if token not in self.special]).strip())
+        """Whether there is more than special tokens, white space and the tags around a thought."""
+        text = self.tokenizer.decode([token for token in ids if token not in self.special])
+        return bool(_THINK_TAG.sub("", text).strip())
 
     def _end(self, end: int) -> int:
         """Where what ends at `end` ends without the white space that follows an end token."""
@@ -131,12 +133,14 @@ class _Conversation:
         return end if last is None or self._is_text(self.ids[last + 1 : end]) else last + 1
 
     def header_end(self, j: int) -> int:
-        """Where the header of turn `j` ends and what the model writes begins."""
-        return self._shared(j, add_generation_prompt=True)[0]
+        """Where the header of turn `j` ends and what the model writes begins; -1 where it isn't the prompt's to it."""
+        text, shared, rest = self._shared(j, add_generation_prompt=True)
+        # a token may hold the header's last letter and the turn's first one
+        return shared if self.text.startswith(text) or not self._is_text(rest) else -1
 
     def turn_end(self, j: int) -> int:
         """Behind the end token of turn `j`, which others follow; 0 where it is rendered otherwise before they do."""
-        shared, rest = self._shared(j + 1)
+        _, shared, rest = self._shared(j + 1)
         if self._is_text(rest):
             return 0
         end = self._end(shared)
@@ -144,37 +148,67 @@ class _Conversation:
         swapped = rest and rest[0] in self.special and self.ids[end - 1] not in self.special
         return end + 1 if swapped and self.ids[end] in self.special else end
 
-    def marked(self, boundary: int, headers: Sequence[int]) -> list[tuple[int, int]]:
-        """The stretches behind the prompt that the template marks as generated, without their `headers`."""
+    def marked(self, turns: Sequence[int], spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+        """The `spans` of the `turns` from where the template marks them; an end of 0 becomes that of the mark.
+
+        Raises:
+            InvalidRowError: a turn isn't marked, or not all of it.
+        """
         how: dict[str, Any] = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
         found = self.render(self.messages, **how)
         if found["input_ids"] != self.ids:
             raise InvalidRowError("is tokenised otherwise with its turns marked than without; please report this")
-        marks = [0, *found["assistant_masks"][boundary:], 0]
-        edges = [boundary + i for i, (a, b) in enumerate(itertools.pairwise(marks)) if a != b]
+        marks = found["assistant_masks"]
+        marked = []
+        following = [start for start, _ in spans[1:]] + [len(self.ids) + 1]
+        for turn, (start, end), limit in zip(turns, spans, following, strict=True):
+            end = end or self._mark_end(marks, start, limit)
+            begin = next((i for i in range(start, end) if marks[i]), end)
+            left_out = [self.ids[i] for i in range(start, end) if not marks[i]]
+            if begin == end or self._is_text(left_out):
+                raise InvalidRowError(
+                    f"turn {turn} is not, or not all, within the `{{% generation %}}` marks of the chat template, such "
+                    "as one of a call alone where only the content is marked; put the marks around all that the model "
+                    "writes in a turn"
+                )
+            marked.append((begin, end))
+        return marked
+
+    def _mark_end(self, marks: Sequence[int], start: int, limit: int) -> int:
+        """Behind the last mark that ends between `start` and `limit`, and its end token; `start` if unclear."""
+        edges = (i + 1 for i, (a, b) in enumerate(itertools.pairwise([*marks, 0])) if a and not b)
+        end = self._end(max((edge for edge in edges if start < edge < limit), default=start))
         closing = self.ids[self._end(len(self.ids)) - 1]
-        spans = []
-        for start, end in zip(edges[::2], edges[1::2], strict=True):
-            if closing in self.special and self.ids[end - 1] != closing and self.ids[end : end + 1] == [closing]:
-                end += 1  # marks may leave out the end token
-            begin = max((header for header in headers if start < header < end), default=start)
-            spans.append((begin, max(begin, self._end(end))))
-        return spans
+        if closing not in self.special or self.ids[end - 1] in self.special:
+            return max(start, end)
+        return end + 1 if self.ids[end : end + 1] == [closing] else start
 
 
 def _refuse_left_out(messages: Sequence[dict[str, Any]], text: str) -> None:
-    """Refuse a conversation without a part of what the model wrote: what is trained on is what stands in the row."""
+    """Refuse a conversation without a part of the row's turns: what the model reads and writes is what stands there."""
     for j, message in enumerate(messages):
-        if message.get("role") in _CONTEXT:
-            continue
-        parts = {"content": _THINK_TAG.split(message.get("content") or "")}
-        parts |= {name: [message[name]] for name in REASONING if isinstance(message.get(name), str)}
+        parts = {name: [message[name]] for name in REASONING if isinstance(message.get(name), str)}
+        if isinstance(message.get("content"), str):
+            parts["content"] = _THINK_TAG.split(message["content"])
         calls = [call.get("function") or call for call in message.get("tool_calls") or [] if isinstance(call, dict)]
-        parts["tool_calls"] = [str(call.get("name", "")) for call in calls]
+        parts["tool_calls"] = [
+            value for call in calls for value in (str(call.get("name", "")), *_argument_texts(call.get("arguments")))
+        ]
         for name, values in parts.items():
-            if any(value.strip() not in text for value in values):
-                raise InvalidRowError(
-                    f"turn {j} has `{name}` that the chat template leaves out, as many do with the reasoning of "
-                    "earlier turns, so that the model would be trained on other text than the row's; use a template "
-                    "that keeps it, or take it out of the row"
-                )
+            for value in map(str.strip, values):
+                if value not in text and json.dumps(value, ensure_ascii=False)[1:-1] not in text:
+                    raise InvalidRowError(
+                        f"turn {j} has `{name}` that the chat template leaves out, as many do with the reasoning of "
+                        "earlier turns, so that the model would be trained on other text than the row's; use a "
+                        "template that keeps it, or take it out of the row"
+                    )
+
+
+def _argument_texts(arguments: Any) -> Iterator[str]:
+    """The names and the strings of a call's arguments, which may be JSON as text."""
+    if isinstance(arguments, str):
+        with suppress(ValueError):
+            arguments = json.loads(arguments)
+    if isinstance(arguments, dict):
+        yield from arguments
+    yield from strings_in(arguments)
