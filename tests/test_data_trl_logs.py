@@ -32,6 +32,32 @@ def test_the_steps_of_a_log_are_one_data_set(tmp_path):
     )  # fmt: skip
 
 
+def test_a_generation_that_several_steps_log_counts_once(tmp_path):
+    """TRL's log is a queue that logging doesn't clear; `log_extra` of a reward function adds columns of text."""
+
+    def step(number, *completions):
+        given = {"acc": [float(text == " 2") for text in completions], "answer": [text.strip() for text in completions]}
+        log(tmp_path / "c", number, ["1 + 1 ="] * len(completions), list(completions), **given)
+
+    step(1, " 2", " 9")
+    step(2, " 2", " 9")  # the same generation
+    step(3, " 3", " 9")  # another, of which one completion is as before
+    step(4, " 3", " 9")
+    (row,) = load_reward_dataset(str(tmp_path / "c"), split="train", validation_fraction=0)
+    assert (row["completions"], row["rewards"]) == ([" 2", " 9", " 3", " 9"], [1.0, 0.0, 0.0, 0.0])
+    assert row["answer"] == ["2", "9", "3", "9"]
+
+
+def test_what_is_still_in_the_queue_counts_once(tmp_path):
+    """An evaluation adds fewer completions than the queue holds."""
+    for number, completions in enumerate(([" 2", " 9", " 3", " 4"], [" 3", " 4", " 5", " 9"])):
+        table = {"step": number, "prompt": "1 + 1 =", "completion": completions, "acc": 1.0, "advantage": 0.0}
+        (tmp_path / "c").mkdir(exist_ok=True)
+        pandas.DataFrame(table).to_parquet(tmp_path / "c" / f"completions_{number:05d}.parquet")
+    (row,) = load_reward_dataset(str(tmp_path / "c"), split="train", validation_fraction=0)
+    assert row["completions"] == [" 2", " 9", " 3", " 4", " 5", " 9"]
+
+
 def test_trajectories_and_several_rewards(tmp_path):
     prompt = [{"role": "user", "content": "1 + 1"}]
     given = {"accuracy_reward": [1.0, 0.0], "format_reward": [0.0, 1.0]}

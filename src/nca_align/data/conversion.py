@@ -173,7 +173,7 @@ def _check_options(fmt: Format, options: DataOptions, peeked: list[dict[str, Any
         choice = f"choose among {', '.join(sorted(known))}" if known else "leave the option out"
         raise UserError(f"`score` is {options.score!r}, which `{name}` ({fmt.name}) doesn't have; {choice}")
     names = fmt.objectives(peeked) if fmt.objectives else []
-    return settle_weights(options, fmt.name, names, known if names else (), name)
+    return settle_weights(fmt.settle(peeked, options), fmt.name, names, known if names else (), name)
 
 
 def _objectives(options: DataOptions) -> list[str]:

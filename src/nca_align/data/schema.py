@@ -40,6 +40,7 @@ class Format:
         scores: the names that `score` and a weight of `reward_weights` may have, from a few rows; None where there is
             no choice.
         objectives: those that a list of weights is for, in the data's order.
+        settle: the options with what a few rows decide.
         grouped: True where a row is one completion, and the rows of a prompt are put together first.
         matches: whether a set of columns is this format; None where it is so with all that it needs.
     """
@@ -52,6 +53,7 @@ class Format:
     conversations: str = NONE
     scores: Callable[[list[dict[str, Any]]], set[str]] | None = None
     objectives: Callable[[list[dict[str, Any]]], list[str]] | None = None
+    settle: Callable[[list[dict[str, Any]], DataOptions], DataOptions] = lambda rows, options: options
     grouped: bool = False
     matches: Callable[[set[str], DataOptions], bool] | None = None
 

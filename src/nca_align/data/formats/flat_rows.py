@@ -3,8 +3,10 @@
 import hashlib
 import itertools
 import json
+import logging
 import re
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,18 +18,19 @@ from ..schema import PROMPT_COLUMNS, REWARD_COLUMNS, data_format
 from ..several_rewards import combine, completion_values, is_number
 from ..validation import Row, RowError, assistant_message, read_conversation, required_number, user_message
 
+logger = logging.getLogger("nca_align")
+
 _SCORE_COLUMNS = ("reward", "score", DEFAULT_SCORE, "helpfulness", "label")
 _ANSWER_COLUMNS = ("response", "completion")
 _OF_LOG = {"step", "prompt", "completion", "advantage"}  # beside a column for each reward: TRL's `log_completions`
+_NUMBERS = (int, float, type(None))
 _TURN = re.compile(r"\n?<extra_id_1>(Assistant|User)\n")
 
 
 def score_column(columns: Iterable[str], options: DataOptions) -> str | None:
     """The column that holds the reward, or None."""
     names = _SCORE_COLUMNS if options.score == DEFAULT_SCORE else (options.score,)
-    found = next((name for name in names if name in columns), None)
-    logged = logged_rewards(columns)
-    return logged[0] if found is None and options.score == DEFAULT_SCORE and len(logged) == 1 else found
+    return next((name for name in names if name in columns), None)
 
 
 def logged_rewards(columns: Iterable[str]) -> list[str]:
@@ -44,13 +47,31 @@ def answer_column(columns: Iterable[str]) -> str | None:
 def matches(columns: set[str], options: DataOptions) -> bool:
     default = score_column(columns, DataOptions())  # so that a misspelt `score` is reported as such
     scored = default is not None or score_column(columns, options) is not None or bool(options.reward_weights)
-    if (logged := logged_rewards(columns)) and not scored and options.score == DEFAULT_SCORE:
-        raise UserError(
-            f"the data is TRL's log of completions with the columns {', '.join(logged)}; say which is the reward by "
-            "`score`, or weigh several by `reward_weights`"
-        )
-    scored = scored or bool(logged)
+    scored = scored or bool(logged_rewards(columns))
     return "prompt" in columns and answer_column(columns) is not None and scored
+
+
+def settle_score(rows: list[dict[str, Any]], options: DataOptions) -> DataOptions:
+    """`options` with the reward of TRL's log as its `score`: the only column that isn't text, which is the user's own.
+
+    Raises:
+        UserError: there are several, and nothing says which is meant.
+    """
+    if not logged_rewards(rows[0]) or options.reward_weights or score_column(rows[0], options):
+        return options
+    logged = _without_text(rows)
+    if len(logged) != 1:
+        columns = ", ".join(logged or logged_rewards(rows[0]))
+        raise UserError(
+            f"the data is TRL's log of completions with the columns {columns}; say which is the reward by `score`, or "
+            "weigh several by `reward_weights`"
+        )
+    return replace(options, score=logged[0])
+
+
+def _without_text(rows: list[dict[str, Any]]) -> list[str]:
+    """The columns of TRL's log that may be rewards, without those that `log_extra` wrote text into, such as "42"."""
+    return [name for name in logged_rewards(rows[0]) if all(isinstance(row.get(name), _NUMBERS) for row in rows)]
 
 
 def score_names(rows: list[dict[str, Any]]) -> set[str]:
@@ -60,7 +81,7 @@ def score_names(rows: list[dict[str, Any]]) -> set[str]:
 def objective_names(rows: list[dict[str, Any]]) -> list[str]:
     """The columns of numbers, in the data's order."""
     names = dict.fromkeys(name for row in rows for name, value in row.items() if is_number(value))
-    known = logged_rewards(rows[0]) or score_names(rows)
+    known = _without_text(rows) or score_names(rows)
     return [name for name in names if name in known]
 
 
@@ -81,7 +102,8 @@ def group_rows(dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
 
     Returns:
         `order`, all row numbers with those of a prompt together, and `starts`, where in it each prompt begins, with
-        the end as a last entry. Memory is that of one digest a prompt.
+        the end as a last entry. Memory is that of one digest a prompt; of a row in TRL's log, of which rows that an
+        earlier step logged as well are left out.
     """
     keys = ["prompt", *(name for name in PROMPT_COLUMNS if name in dataset.column_names)]
     numbers: dict[bytes, int] = {}
@@ -89,12 +111,43 @@ def group_rows(dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
     i = 0
     for batch in dataset.select_columns(keys).iter(1000):
         for values in zip(*(batch[key] for key in keys), strict=True):
-            text = json.dumps(values, sort_keys=True, default=str)
-            digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
-            groups[i] = numbers.setdefault(digest, len(numbers))
+            groups[i] = numbers.setdefault(_digest(values), len(numbers))
             i += 1
     order = np.argsort(groups, kind="stable")
+    if _OF_LOG.issubset(dataset.column_names):
+        order = order[_logged_first(dataset)[order]]
     return order, np.searchsorted(groups[order], np.arange(len(numbers) + 1))
+
+
+def _digest(values: Any) -> bytes:
+    text = json.dumps(values, sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+
+
+def _logged_first(dataset: Dataset) -> np.ndarray:
+    """(rows,) bool, False for a row of TRL's log that the step before it logged as well.
+
+    The log is a queue of the last generations, and each step writes all of it: a step begins with the rows that ended
+    the one before, as many as are still in the queue.
+    """
+    names = [name for name in dataset.column_names if name not in ("step", "image", "images")]
+    rows = [
+        _digest(values)
+        for batch in dataset.select_columns(names).iter(1000)
+        for values in zip(*batch.values(), strict=True)
+    ]
+    fresh = np.ones(len(rows), bool)
+    before: list[bytes] = []
+    start = 0
+    for _, stretch in itertools.groupby(dataset["step"]):
+        own = rows[start : start + sum(1 for _ in stretch)]
+        longest = min(len(before), len(own))
+        again = next((n for n in range(longest, 0, -1) if before[-n:] == own[:n]), 0)
+        fresh[start : start + again] = False
+        before, start = own, start + len(own)
+    if not fresh.all():
+        logger.warning("TRL's log: %d of %d rows are left out, which a step logged again.", (~fresh).sum(), len(rows))
+    return fresh
 
 
 @data_format(
@@ -104,6 +157,7 @@ def group_rows(dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
     conversations="prompt|response|completion",
     scores=score_names,
     objectives=objective_names,
+    settle=settle_score,
     grouped=True,
     matches=matches,
 )
