@@ -99,6 +99,23 @@ def test_a_file_a_stream_and_the_trainer_read_them(tmp_path):
     assert next(iter(direct.get_train_dataloader()))["lengths"].tolist() == [[2, 2]] * 2
 
 
+def test_a_row_number_of_the_users_spares_no_check(tmp_path):
+    tokenizer = build_tokenizer()
+    row = ROW | {"row_number": 7}
+    nca = NCATrainer(
+        build_model(tokenizer), args=config(tmp_path, max_length=6), train_dataset=Dataset.from_list([row] * 2),
+        processing_class=tokenizer,
+    )  # fmt: skip
+    own = nca.train_dataset
+    assert own[1]["completion_ids"] == [FIRST[:3], SECOND]
+    assert nca._prepare_dataset(own, tokenizer, nca.args, "eval") is own
+    with pytest.raises(UserError, match=r"`train`, row 0: `completion_mask\[0\]` has 2 values for 4 tokens"):
+        NCATrainer(
+            "no such model", args=config(tmp_path), processing_class=tokenizer,
+            train_dataset=Dataset.from_list([row | {"completion_mask": [[1, 1], [1, 1]]}] * 2),
+        )  # fmt: skip
+
+
 def test_no_mask_means_that_the_model_wrote_all():
     plain = {name: value for name, value in ROW.items() if name != "completion_mask"}
     tokenised, _ = tokenize_dataset(to_reward_dataset(Dataset.from_list([plain])), build_tokenizer(), None, None)

@@ -69,6 +69,7 @@ class TestTraining:
     def test_a_row_of_a_stream_further_on(self, tmp_path):
         """And data for `evaluate()`: where a batch is made, on the CPU."""
         tokens = {"prompt_ids": [5, 6], "completion_ids": [[7], [8, 400]], "rewards": [1.0, 0.0], "row_number": 100}
+        tokens["length"] = 5  # as a trainer's own rows
         collator = RewardCollator(0, vocabulary=384)
         with pytest.raises(UserError, match=f"row 100 has the token of id 400, {SAID}"):
             collator([tokens])

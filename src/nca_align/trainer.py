@@ -149,7 +149,7 @@ class NCATrainer(DPOTrainer):
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
         """Any known format → `prompt_ids, completion_ids, rewards`; what this returned comes back as it is."""
-        if set(next(iter(dataset))) >= {*arguments.TOKENISED, "row_number"}:
+        if arguments.is_prepared(next(iter(dataset)), args):
             return dataset
         if self._is_set_up:  # one for `evaluate()`; the constructor converts its own before it loads the model
             dataset = arguments.reward_rows(dataset, dataset_name, args)

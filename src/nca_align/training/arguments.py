@@ -33,9 +33,9 @@ _OF_ACCELERATE = (
 )
 # Rows of a stream that are read for an adapter's invocation
 _STREAM_ROWS = 64
-TOKENISED = {"prompt_ids", "completion_ids", "rewards"}  # and `row_number`, once they are checked and cut
+_TOKENS = {"prompt_ids", "completion_ids", "rewards"}
 # Columns that a batch is made of, beside the row's length and those of several rewards
-_SIGNATURE = (*sorted(TOKENISED), "completion_mask", "ref_logps", "row_number")
+_SIGNATURE = (*sorted(_TOKENS), "completion_mask", "ref_logps", "row_number")
 
 
 def check_arguments(
@@ -149,6 +149,11 @@ def _row_without(tokens: list[int], dataset: Any) -> int | None:
     return None
 
 
+def is_prepared(row: Mapping[str, Any], args: NCAConfig) -> bool:
+    """Whether `tokenize_dataset` made `row`: checked, cut and counted. A row of the user's with ids is none of it."""
+    return row.keys() >= {*_TOKENS, "row_number", args.length_column_name}
+
+
 def reward_rows(dataset: Any, name: str, args: NCAConfig) -> Any:
     """`dataset`, or a dict of them, as rows `prompt, completions, rewards`; None and tokenised rows as they are."""
     if dataset is None:
@@ -160,7 +165,7 @@ def reward_rows(dataset: Any, name: str, args: NCAConfig) -> Any:
             f"`{name}` data is a {type(dataset).__name__}, but must be a Dataset or an IterableDataset."
         )
     first: dict[str, Any] = next(iter(dataset), {})
-    if set(first) >= TOKENISED | {"row_number"}:
+    if is_prepared(first, args):
         return _with_labels(dataset, name, args)
     if images := {"image", "images"} & set(first):
         raise UnsupportedError(
