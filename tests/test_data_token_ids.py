@@ -75,6 +75,18 @@ def test_a_mask_of_padding_or_a_second_mask_has_a_value_for_each_token(more, sai
         to_reward_dataset(Dataset.from_list([row | more, row | more]))
 
 
+def test_padding_that_nothing_tells_of_is_said(caplog, recwarn):
+    rows = [{"prompts": [0, 0, 0, 5], "responses": [9, 8, 0, 0, 0], "reward_score": 1.0},
+            {"prompts": [4, 3, 2, 5], "responses": [9, 8, 7, 6, 5], "reward_score": 0.0}]  # fmt: skip
+    told = [f"`{field}` looks padded by the id 0" for field in ("prompts", "responses")]
+    for data, expected in ((rows, told), ([row | {"attention_mask": [1] * 9} for row in rows], [])):
+        caplog.clear()
+        recwarn.clear()
+        to_reward_dataset(Dataset.from_list([*data, *[row | {"reward_score": 0.5} for row in data]]))
+        said = caplog.text + "".join(str(own.message) for own in recwarn)
+        assert [text for text in told if text in said] == expected
+
+
 def test_a_file_a_stream_and_the_trainer_read_them(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(ROW | {"prompt_ids": [5, 6, n]}) + "\n" for n in range(40)))

@@ -9,13 +9,14 @@ from typing import Any
 
 from datasets import Dataset, Features, IterableDataset, LargeList, List, Value
 
-from ..errors import UserError
+from ..errors import UserError, notify
 from .columns import code_revision
 from .messages import content_kind
 from .validation import RowError
 
 MASK = "completion_mask"
 _LIST = List(Value("int8"))
+_RUN = 3  # tokens alike that look like padding
 # Ours first. TRL: what a rollout function returns, and `GRPOTrainer`'s batches. verl: `AgentLoopOutput` and `DataProto`
 _PROMPTS = ("prompt_ids", "prompts")
 _COMPLETIONS = ("completion_ids", "response_ids", "responses")
@@ -64,6 +65,10 @@ def with_plain_ids(
     dataset = dataset.remove_columns([new for old, new in names.items() if new in row and new != old])
     dataset = dataset.rename_columns({old: new for old, new in names.items() if old != new})
     paddings = [own for own in (_PADDING, _PROMPT_PADDING) if own in row]
+    if not paddings and "rewards" not in row:
+        _tell_of_padding(dataset, name, prompt, 1)
+        if not masks:
+            _tell_of_padding(dataset, name, completion, -1)
     if not paddings and not others and not by_token:
         return dataset
     features = dataset.features
@@ -82,6 +87,18 @@ def with_plain_ids(
         fn_kwargs={"others": others, "name": name, "by_token": bool(by_token), "revision": code_revision()},
         **(arguments if isinstance(dataset, Dataset) else {}),
     )
+
+
+def _tell_of_padding(dataset: Dataset | IterableDataset, name: str, field: str, step: int) -> None:
+    """Notify where ids look padded at their beginning (`step` 1) or end (-1), of which no column tells."""
+    key = "prompt" if step == 1 else "completion"
+    rows = [own[key][::step] for own in itertools.islice(dataset, 64) if isinstance(own[key], list)]
+    runs = [ids[0] for ids in rows if len(ids) >= _RUN and len({*ids[:_RUN]}) == 1]
+    if len({*map(len, rows)}) == 1 and 0 < len(runs) < len(rows) and len({*runs}) == 1:
+        notify(
+            f"`{name}`: `{field}` looks padded by the id {runs[0]}: all rows are of one length. Nothing tells padding "
+            "from text here, so it is read as text; take it out, or give an `attention_mask` of prompt and completion."
+        )
 
 
 def _of_ids(feature: Any) -> bool:
