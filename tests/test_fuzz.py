@@ -162,6 +162,12 @@ def columns(
             "all_generated_responses": st.lists(text, **size),
             "all_rm_scores": st.lists(number, **size),
         },
+        "labelled rollouts": {
+            "prompt": asked, "completions": st.lists(text, **size), "correctness": st.lists(st.booleans(), **size)
+        },
+        "ProcessBench": {
+            "problem": text, "steps": st.lists(text, min_size=int(sound), max_size=k), "label": st.integers(-1, k)
+        },
         "flat scored rows": {
             "prompt": asked, named["answer"]: text if kind == "JSON" else said, named["score"]: number
         },
@@ -249,6 +255,7 @@ def data_options(draw, rows: list[dict[str, Any]]) -> DataOptions:
         score_bug=draw(st.sampled_from(["repair", "drop"])),
         exclude_sources=draw(st.sampled_from([[], ["a"]])) if "source" in rows[0] or not fits else [],
         validation_fraction=draw(st.sampled_from([0.0, 0.4])),
+        min_completions=1 if "label" in rows[0] else None,  # ProcessBench has one
     )
 
 
@@ -277,6 +284,8 @@ def source_prompts(rows: list[dict], fmt: str) -> int:
 def source_completions(row: dict, fmt: str) -> int:
     if fmt == "ranked answers":
         return sum(1 for name in row if name.startswith("A") and name[1:].isdigit())
+    if fmt == "ProcessBench":
+        return 1
     value = row.get("all_generated_responses", row.get("completions"))
     value = json.loads(value) if isinstance(value, str) else value
     return len(value) if isinstance(value, list) else 2
@@ -288,7 +297,7 @@ def check_accounts(rows: list[dict], result: Dataset, report, unreadable: int = 
     assert report.kept + sum(report.dropped.values()) == report.rows
     assert len(result) == report.kept
     for row in result:
-        check_row(row["prompt"], row["completions"], row["rewards"])
+        check_row(row["prompt"], row["completions"], row["rewards"], least=1 if report.format == "ProcessBench" else 2)
     if not report.dropped:
         out = sum(len(row["completions"]) for row in result)
         left_out = sum(count for cause, count in report.completions.items() if cause != REPAIRED)
@@ -308,7 +317,9 @@ def test_a_table_becomes_valid_rows_and_each_is_accounted_for(draw, folder):
         check_refusal(error, expected=not must_be_read(rows, options))
         return
     check_accounts(rows, result, report)
-    again = to_reward_dataset(result, options if report.format == "own" else DataOptions())
+    again = to_reward_dataset(
+        result, options if report.format == "own" else DataOptions(min_completions=options.min_completions)
+    )
     assert same(list(again), list(result))
     assert again.features == result.features
     if not FORMATS[report.format].grouped:
