@@ -33,13 +33,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..data.several_rewards import objective_columns
-from ..data.token_ids import check_masks
-from ..data.validation import RowError
-from ..errors import InvalidRowError
 from ..reward_tensors import below_best, check_rows
 from .attention import Segments
 from .token_ids import check_ids
+from .tokenized_rows import masks_of, objective_columns
 
 Batch = dict[str, Any]
 Chunk = dict[str, Any]
@@ -208,24 +205,6 @@ def _terms(conversations: Sequence[Conversation], positions: Iterable[Iterable[i
         name: torch.tensor(list(itertools.chain.from_iterable(values)), dtype=torch.long)
         for name, values in zip(names, zip(*parts, strict=True), strict=True)
     }
-
-
-def masks_of(row: dict[str, Any], number: int = 0) -> list[list[int]]:
-    """Of each completion of a tokenised row, 1 for each token that the model wrote and 0 for context.
-
-    Raises:
-        InvalidRowError: a mask isn't 0 or 1 for each token, or 1 for none; it names the row by its `row_number`, or by
-            `number` where it has none.
-    """
-    completions, masks = row["completion_ids"], row.get("completion_mask")
-    if masks is None:
-        return [[1] * len(completion) for completion in completions]
-    where = f"row {row.get('row_number', number)}"
-    try:
-        check_masks(masks, row["prompt_ids"], completions)
-    except RowError as error:
-        raise InvalidRowError(f"{where}: {error}") from error
-    return masks
 
 
 def _branches(keys: list[list[int]], members: list[int], depth: int) -> list[list[int]]:

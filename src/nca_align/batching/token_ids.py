@@ -4,9 +4,6 @@ from collections.abc import Iterable
 from itertools import islice
 from typing import Any
 
-import pyarrow.compute as pc
-from datasets import Dataset, IterableDataset
-
 from ..errors import InvalidRowError
 
 _FIRST_ROWS = 64  # of a stream
@@ -58,6 +55,8 @@ def check_padding(tokenizer: Any, rows: int) -> None:
 
 def check_dataset(dataset: Any, limit: int, tokenizer: Any, name: str) -> None:
     """`check_ids` of all that is tokenised, or of each of a dict; of a stream's first rows alone."""
+    from datasets import Dataset, IterableDataset  # late: a batch and its check need neither
+
     if isinstance(dataset, dict):
         for key, own in dataset.items():
             check_dataset(own, limit, tokenizer, key)
@@ -70,6 +69,8 @@ def check_dataset(dataset: Any, limit: int, tokenizer: Any, name: str) -> None:
 
 
 def _largest(ids: Any) -> int:
+    import pyarrow.compute as pc
+
     while hasattr(ids.type, "value_type"):
         ids = pc.list_flatten(ids)
     return pc.max(ids).as_py() or 0

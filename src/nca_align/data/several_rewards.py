@@ -34,18 +34,6 @@ def column_of(name: str) -> str:
     return name if name.startswith("score_") else f"score_{name}"
 
 
-def objective_columns(row: Mapping[str, Any]) -> list[str]:
-    """The columns of a row `prompt, completions, rewards` that hold an objective each."""
-    return [
-        column
-        for column, values in row.items()
-        if column.startswith("score_")
-        and isinstance(values, list)
-        and len(values) == len(row["rewards"])
-        and all(value is None or (isinstance(value, (int, float)) and not isinstance(value, bool)) for value in values)
-    ]
-
-
 def settle_weights(
     options: DataOptions, fmt: str, names: Sequence[str], known: Iterable[str], data: str
 ) -> DataOptions:

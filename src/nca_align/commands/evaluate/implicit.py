@@ -12,8 +12,9 @@ from datasets import Dataset
 from torch import Tensor, nn
 
 from ... import progress
-from ...batching.collator import masks_of, padded
+from ...batching.collator import padded
 from ...batching.tokenization import tokenize_dataset
+from ...batching.tokenized_rows import masks_of
 from ...config import NCAConfig, prompt_limit
 from ...data import DataOptions, held_out_split, read_reward_dataset
 from ...evaluation.process_rewards import step_rewards

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ...batching.collator import masks_of
+from ...batching.tokenized_rows import masks_of
 from ...data.cleaning import text_of
 from ...errors import InvalidRowError, UserError
 from ...evaluation.intervals import Interval

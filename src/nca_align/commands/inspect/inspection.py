@@ -9,8 +9,9 @@ import torch
 from datasets import Dataset, List, Value
 
 from ... import progress
-from ...batching.collator import RewardCollator, masks_of
+from ...batching.collator import RewardCollator
 from ...batching.tokenization import tokenize_dataset, tokenize_rows, truncate
+from ...batching.tokenized_rows import masks_of
 from ...data import DataReport
 from ...data.cleaning import text_of
 from ...data.messages import content_kind

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 from datasets import Dataset
 
-from ...data.several_rewards import column_of, objective_columns
+from ...batching.tokenized_rows import objective_columns
+from ...data.several_rewards import column_of
 from .reward_stats import within_correlation
 
 
