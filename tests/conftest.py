@@ -233,3 +233,14 @@ def planned(table: list[dict]) -> dict[tuple, set]:
     for row in table:
         seeds.setdefault(row["method"], set()).add(row["seed"])
     return {setting_of(row): seeds[row["method"]] for row in table}
+
+
+@pytest.fixture
+def own_datasets_cache(tmp_path, monkeypatch):
+    """`datasets` without bars, and with a cache of this test alone."""
+    import datasets
+
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    datasets.disable_progress_bars()
+    yield
+    datasets.enable_progress_bars()

@@ -6,7 +6,7 @@ import json
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from datasets import Dataset, Json, List, Value, disable_progress_bars, enable_progress_bars
+from datasets import Dataset, Json, List, Value
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,6 +19,7 @@ from nca_align.data.messages import ROLES, other_part, plain_completions, plain_
 from nca_align.data.prompts import load_completions, load_prompts
 from nca_align.errors import InvalidRowError, UserError
 
+pytestmark = pytest.mark.usefixtures("own_datasets_cache")
 SLOW = pytest.mark.slow
 ROWS = [
     {
@@ -76,14 +77,6 @@ def write(rows: list[dict], kind: str, folder) -> str:
 
 def read(path: str, **options) -> list[dict]:
     return list(load_reward_dataset(path, split="train", validation_fraction=0, **options))
-
-
-@pytest.fixture(autouse=True)
-def quiet(tmp_path, monkeypatch):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    disable_progress_bars()
-    yield
-    enable_progress_bars()
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.feather
 import pyarrow.parquet as pq
 import pytest
-from datasets import Features, Json, List, Value, disable_progress_bars, enable_progress_bars
+from datasets import Features, Json, List, Value
 
 import frames
 from nca_align.data import load_reward_dataset
@@ -24,6 +24,7 @@ from nca_align.data.sample import read_sample
 from nca_align.data.tables import plain_type
 from nca_align.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("own_datasets_cache")
 N = 3
 PROMPTS = [f"p{i}" for i in range(N)]
 COMPLETIONS = [[f"a{i}", f"b{i}"] for i in range(N)]
@@ -92,14 +93,6 @@ TABLES = {
     "messages as maps": (chats(pa.map_(pa.string(), pa.string()), read=lambda turn: list(turn.items())), CHATS),
     **{name: (number(name), ROWS) for name in NUMBERS},
 }  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def quiet(tmp_path, monkeypatch):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    disable_progress_bars()
-    yield
-    enable_progress_bars()
 
 
 def write(table: pa.Table, path) -> str:

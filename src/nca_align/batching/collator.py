@@ -85,8 +85,10 @@ class RewardCollator:
             "rewards": below_best(given, valid).float(),
             "given_rewards": given.float(),
             "valid": valid,
-            "lengths": padded([list(map(sum, masks_of(row, i))) for i, row in enumerate(rows)], torch.long),
+            "chunks": (chunks := self.chunks(rows)),
         }
+        terms = torch.cat([chunk["completion_index"] for chunk in chunks])
+        batch["lengths"] = terms.bincount(minlength=valid.numel()).view(valid.shape)
         if all("row_number" in row for row in rows):
             batch["row_numbers"] = [row["row_number"] for row in rows]  # a list stays where it is
         shared = set.intersection(*(set(objective_columns(row)) for row in rows))
@@ -99,10 +101,9 @@ class RewardCollator:
             }
         if all(row.get("ref_logps") is not None for row in rows):
             batch["ref_logps"] = padded([row["ref_logps"] for row in rows], torch.float32)
-        batch["chunks"] = self.chunks(rows)
         batch["num_tokens"] = sum(
             chunk["input_ids"].numel() if "segments" in chunk else int(chunk["attention_mask"].sum())
-            for chunk in batch["chunks"]
+            for chunk in chunks
         )
         return batch
 

@@ -124,8 +124,7 @@ def convert_dataset(
     keep, report = schema.read_notes(converted, options, fmt.name, name)
     logger.log(logging.WARNING if report.dropped or report.completions else logging.INFO, "%s", report)
     result = converted.remove_columns(list(NOTES)) if result is None else result
-    result = result if report.kept == report.rows else result.select(keep)
-    return result, report
+    return (result if report.kept == report.rows else result.select(keep)), report
 
 
 def _recognise(rows: list[dict[str, Any]], options: DataOptions, name: str, source: str) -> Format:

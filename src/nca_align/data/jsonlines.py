@@ -69,7 +69,7 @@ def read_lines(files: list[str], drop: bool) -> Iterator[dict[str, Any]]:
                 raise row
 
 
-def read_rows(files: list[str]) -> Iterator[dict[str, Any]]:
+def read_files(files: list[str]) -> Iterator[dict[str, Any]]:
     """The rows of JSON files, of lists and of lines."""
     for file in files:
         if not is_list(file):

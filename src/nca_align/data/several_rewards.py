@@ -17,7 +17,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, List, Value
+from datasets import Dataset
 
 from ..errors import UserError, nearest
 from .columns import code_revision, read_cell
@@ -25,7 +25,6 @@ from .options import DataOptions
 from .validation import MISSING, Row, RowError, is_absent, optional_score, read_list, read_number
 
 _EPSILON = 1e-4  # GRPO's
-OBJECTIVE = List(Value("float64"))
 Given = Mapping[str, tuple[str, Any]]  # an objective → the field it stands in, and its value there
 
 

@@ -41,7 +41,7 @@ from .files import (
     suffix_of,
     unpacked,
 )
-from .jsonlines import UnreadableLine, check_json, copy_sound_lines, is_list, is_plain, read_lines, read_rows
+from .jsonlines import UnreadableLine, check_json, copy_sound_lines, is_list, is_plain, read_files, read_lines
 from .tables import BUILDERS, folder_columns, load_tables
 
 
@@ -234,11 +234,11 @@ def _read_as(features: Features, what: tuple, arguments: dict, streaming: bool) 
     for name, files in load_dataset_builder(*what, **arguments).config.data_files.items():
         own = {"files": list(files)}
         if streaming:
-            found[name] = IterableDataset.from_generator(read_rows, features, own)
+            found[name] = IterableDataset.from_generator(read_files, features, own)
             continue
         state = [(file, (stat := os.stat(file)).st_size, stat.st_mtime_ns) for file in files]
         key = Hasher.hash(("nca_align texts", code_revision(), state, str(features)))
-        found[name] = Dataset.from_generator(read_rows, features, gen_kwargs=own, fingerprint=key)
+        found[name] = Dataset.from_generator(read_files, features, gen_kwargs=own, fingerprint=key)
     return found
 
 

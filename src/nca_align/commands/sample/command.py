@@ -191,7 +191,6 @@ def _kept(samples: list[Sample], options: SampleOptions, counts: Counter) -> lis
 def summary(options: SampleOptions, counts: dict[str, int]) -> str:
     """One line on what was written."""
     get = Counter(counts)
-
     line = f"{options.output}: {get['rows']} rows, {get['completions']} completions"
     if get["completions"]:
         line += f", {get['truncated'] / get['completions']:.0%} cut at {options.max_new_tokens} tokens"

@@ -209,11 +209,16 @@ def generated_responses(row: dict[str, Any], options: DataOptions) -> Row:
             "unequal lengths",
             f"has {len(scores)} values for {len(responses)} responses; give one each",
         )
-    prompt = read_conversation(row["prompt"], "prompt")
+    return _answered(row["prompt"], "all_generated_responses", responses, "all_rm_scores", scores)
+
+
+def _answered(prompt: Any, answers: str, texts: list, rewards: str, scores: list) -> Row:
+    """A row of answers as text and their scores, from the columns `answers` and `rewards`."""
+    prompt = read_conversation(prompt, "prompt")
     return Row(
         [user_message(prompt, "prompt")] if isinstance(prompt, str) else prompt,
-        [assistant_message(text, f"all_generated_responses[{k}]") for k, text in enumerate(responses)],
-        [required_number(score, f"all_rm_scores[{k}]") for k, score in enumerate(scores)],
+        [assistant_message(text, f"{answers}[{k}]") for k, text in enumerate(texts)],
+        [required_number(score, f"{rewards}[{k}]") for k, score in enumerate(scores)],
     )
 
 
@@ -241,12 +246,7 @@ def labelled_rollouts(row: dict[str, Any], options: DataOptions) -> Row:
         raise RowError(
             "correctness", "unequal lengths", f"has {len(labels)} values for {len(texts)} {name}; give one each"
         )
-    prompt = read_conversation(row["prompt"], "prompt")
-    return Row(
-        [user_message(prompt, "prompt")] if isinstance(prompt, str) else prompt,
-        [assistant_message(text, f"{name}[{k}]") for k, text in enumerate(texts)],
-        [required_number(label, f"correctness[{k}]") for k, label in enumerate(labels[: len(texts)])],
-    )
+    return _answered(row["prompt"], name, texts, "correctness", labels[: len(texts)])
 
 
 @data_format("ProcessBench", "problem, steps, label", prompts="problem")
