@@ -1,8 +1,10 @@
 """Rows of token ids: under each name that TRL and verl have for them, with their masks, refused by row and field."""
 
 import json
+from pathlib import Path
 
 import pytest
+import trl
 from datasets import Dataset, IterableDataset
 
 from conftest import build_model, build_tokenizer
@@ -62,6 +64,12 @@ LAYOUTS = {
 def test_each_name_gives_the_same_row(kind):
     (row,) = to_reward_dataset(Dataset.from_list(LAYOUTS[kind]))
     assert {name: row[name] for name in OWN} == OWN
+
+
+def test_trl_still_has_these_names():
+    code = (Path(trl.__file__).parent / "trainer" / "grpo_trainer.py").read_text()
+    names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "tool_mask", "env_mask")
+    assert [name for name in names if f'"{name}"' not in code] == []
 
 
 @pytest.mark.parametrize(("more", "said"), [

@@ -17,7 +17,8 @@ from .validation import RowError
 MASK = "completion_mask"
 _LIST = List(Value("int8"))
 _RUN = 3  # tokens alike that look like padding
-# Ours first. TRL: what a rollout function returns, and `GRPOTrainer`'s batches. verl: `AgentLoopOutput` and `DataProto`
+# Ours first. TRL 1.16: what a rollout function returns, and `GRPOTrainer`'s batches. verl: `AgentLoopOutput` of
+# verl/experimental/agent_loop/agent_loop.py, and the `DataProto` that it becomes
 _PROMPTS = ("prompt_ids", "prompts")
 _COMPLETIONS = ("completion_ids", "response_ids", "responses")
 _MASKS = (MASK, "env_mask", "tool_mask", "response_mask")
