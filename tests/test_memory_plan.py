@@ -17,13 +17,14 @@ from transformers import BitsAndBytesConfig, TrainingArguments
 from conftest import build_model, build_tokenizer
 from nca_align.batching.attention import share_prefixes
 from nca_align.batching.collator import RewardCollator
+from nca_align.errors import InvalidRowError
 from nca_align.models.logprobs import add_token_logps, forward_chunk
 from nca_align.models.memory import count_kept, head_bytes
 from nca_align.models.policy import base_model
 from nca_align.training.card_memory import Quantisation, Training, held, optimizer_bytes, quantised_weights
 from nca_align.training.launch import Launch
 from nca_align.training.memory_plan import MARGIN, Planner, Setup
-from nca_align.training.plan_changes import changes_that_fit
+from nca_align.training.plan_changes import Change, _with_shorter_rows, changes_that_fit
 
 VOCABULARY = 384
 TOKENIZER = build_tokenizer()
@@ -151,6 +152,26 @@ def test_checkpointing_keeps_inputs_and_one_layer():
     assert plain == (kept.layers + kept.outside, kept.head)
     assert checkpointed[0] == kept.inputs + kept.outside + 1.5 * kept.largest
     assert sum(checkpointed) < sum(plain)
+
+
+@pytest.mark.parametrize("layout", ["padded", "prefix_shared"])
+def test_context_within_completions_has_no_logits(layout):
+    """Nor its hidden states: a trajectory takes what its terms take, in a forward as long as of any other row."""
+    (row,) = rows()
+    masks = [[int(t % 4 == 3) for t in range(len(ids))] for ids in row["completion_ids"]]
+    plan = planner(rows=[row | {"completion_mask": masks}], layout=layout)
+    kept, whole = plan.kept(setup()), planner(layout=layout).kept(setup())
+    assert kept.head == 8 * VOCABULARY * sum(map(sum, masks)) < whole.head / 3
+    model = build_model(TOKENIZER).train()
+    add_token_logps(model)
+    if layout == "prefix_shared":
+        share_prefixes(model)
+    (chunk,) = RewardCollator(0, layout).chunks(plan.rows)
+    assert kept.layers + kept.outside == kept_really(model, chunk, False) < whole.layers + whole.outside
+    with pytest.raises(InvalidRowError, match=r"row 0: `completions\[0\]` has nothing to train on before `max_length`"):
+        plan.kept(setup(max_length=62))
+    assert [own.options for own in _with_shorter_rows(plan, Change(setup(max_length=125), plan.memory(setup())))] == []
+    assert [own.options for own in _with_shorter_rows(plan, Change(setup(max_length=198), plan.memory(setup())))] != []
 
 
 class _Copies(TorchDispatchMode):

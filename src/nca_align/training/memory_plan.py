@@ -11,7 +11,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from ..batching.collator import RewardCollator
-from ..batching.tokenization import truncate
+from ..batching.tokenization import cut_masks, truncate
+from ..batching.tokenized_rows import masks_of
 from ..models.logprobs import add_token_logps
 from ..models.memory import Kept, count_kept
 from ..models.policy import base_model
@@ -132,13 +133,18 @@ class Planner:
         return sorted(self.cut_rows(setup), key=lambda row: -self.tokens(row))[: setup.batch_size]
 
     def cut_rows(self, setup: Setup) -> list[dict[str, Any]]:
-        """The rows, cut as the options say."""
+        """The rows, cut as the options say, with the masks of what the model wrote.
+
+        Raises:
+            InvalidRowError: nothing that it wrote is left of a completion.
+        """
         cut = []
-        for row in self.rows:
+        for i, row in enumerate(self.rows):
             prompt, completions = truncate(
                 row["prompt_ids"], row["completion_ids"], setup.max_prompt_length, setup.max_length
             )
-            cut.append({"prompt_ids": prompt, "completion_ids": completions})
+            masks = cut_masks(masks_of(row), completions, f"row {row.get('row_number', i)}")
+            cut.append({"prompt_ids": prompt, "completion_ids": completions, "completion_mask": masks})
         return cut
 
     def at_the_limits(self, setup: Setup) -> "Planner | None":

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from ..errors import InvalidRowError
 from .card_memory import Quantisation
 from .launch import Launch
 from .memory_plan import Memory, Planner, Setup
@@ -86,7 +87,7 @@ def _of_effect(planner: Planner, change: Change) -> Iterator[Change]:
 
 
 def _with_shorter_rows(planner: Planner, change: Change) -> Iterator[Change]:
-    """Half of both limits, where the run takes them: some completion still ends within them."""
+    """Half of both limits, where the run takes them: some completion ends within them, and each has a term."""
     setup = change.setup
     if setup.max_length is None:
         return
@@ -94,7 +95,10 @@ def _with_shorter_rows(planner: Planner, change: Change) -> Iterator[Change]:
     fields: dict[str, Any] = {"max_length": setup.max_length // 2, "max_prompt_length": prompt}
     if fields["max_length"] <= (prompt or 0):
         return
-    pairs = zip(planner.rows, planner.cut_rows(replace(setup, **fields)), strict=True)
+    try:
+        pairs = zip(planner.rows, planner.cut_rows(replace(setup, **fields)), strict=True)
+    except InvalidRowError:  # only context would be left of a completion
+        return
     if all(
         len(a) > len(b) for row, cut in pairs for a, b in zip(row["completion_ids"], cut["completion_ids"], strict=True)
     ):
