@@ -102,9 +102,15 @@ def test_what_has_no_packed_row_is_padded(tokenizer, model_dir, tmp_path):
             assert value == pytest.approx(float(logits.gather(1, torch.tensor(ids)[:, None]).sum()), abs=1e-3)
 
 
-def test_implicit_rewards_are_those_of_the_trainers_log(model_dir, adapter_dir, tokenizer, data_file, tmp_path):
-    """`rewards/accuracies` and the mean implicit reward, as NCATrainer evaluates the same adapter on the same rows."""
-    rows = [json.loads(line) for line in Path(data_file).read_text().splitlines()]
+def test_implicit_rewards_are_those_of_the_trainers_log(model_dir, adapter_dir, tokenizer, tmp_path, capsys):
+    """`rewards/accuracies`, the mean implicit reward and each of several rewards, as NCATrainer evaluates the same
+    adapter on the same rows."""
+    rows = reward_rows(6, [3, 2, 4])
+    for i, row in enumerate(rows):  # a gap, and a row without one of the rewards
+        own = [None, *row["rewards"][1:]] if i == 2 else None if i == 0 else [-r for r in row["rewards"]]
+        row |= {"score_help": row["rewards"], "score_short": own}
+    data_file = str(tmp_path / "rows.jsonl")
+    Path(data_file).write_text("".join(json.dumps(row) + "\n" for row in rows))
     args = NCAConfig(str(tmp_path), beta=0.2, alpha=0.5, report_to="none", use_cpu=True, bf16=False)
     dataset = Dataset.from_list(rows)
     trainer = NCATrainer(
@@ -114,6 +120,13 @@ def test_implicit_rewards_are_those_of_the_trainers_log(model_dir, adapter_dir, 
     set_peft_model_state_dict(trainer.model, load_file(Path(adapter_dir) / "adapter_model.safetensors"))
     log = trainer.evaluate()
     found = implicit(options(data_file, adapter_dir, beta=0.2))
+    logged = {name.removeprefix("eval_"): value for name, value in log.items() if "objectives/" in name}
+    figures = "help/accuracies", "help/corr_length", "help/corr_short", "short/accuracies", "short/corr_length"
+    assert [*found.objectives] == [*logged] == [f"objectives/{name}" for name in figures]
+    assert {name: interval.mean for name, interval in found.objectives.items()} == pytest.approx(logged, abs=1e-5)
+    assert [interval.n for name, interval in found.objectives.items() if "accuracies" in name] == [6, 5]
+    shown = f"{100 * logged['objectives/short/accuracies']:.1f}"
+    assert re.search(rf"pairs right, % .*\nhelp .*\nshort +{shown} \[\d+, \d+\] ", capsys.readouterr().out)
     assert found.figures["implicit"]["pairs"].mean == pytest.approx(log["eval_rewards/accuracies"], abs=1e-6)
     logratios = token_logratios(adapter_dir, None, tokenised(tokenizer, rows), options(data_file, adapter_dir))
     best = [

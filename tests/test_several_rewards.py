@@ -11,6 +11,8 @@ from trl.trainer.utils import nanstd
 
 from conftest import build_model, build_tokenizer, reward_rows
 from nca_align import NCAConfig, NCATrainer
+from nca_align.batching.collator import objective_tensors
+from nca_align.commands.inspect.objectives import read_objectives
 from nca_align.data import DataOptions, load_reward_dataset, to_reward_dataset
 from nca_align.errors import UserError
 from nca_align.reward_tensors import targets
@@ -307,6 +309,15 @@ def test_metrics_of_each_reward_are_those_of_a_loop_over_completions():
             assert bool(weights[b]) == defined
             assert values[b].item() == pytest.approx(np.corrcoef(x, y)[0, 1] if defined else 0.0, abs=1e-5)
     assert not objective_metrics(logps, ref_logps, batch | {"objectives": {"help": help}}, 0.1, True)
+
+
+def test_a_row_without_one_of_the_rewards_is_a_gap_wherever_it_stands():
+    rows = [{"rewards": [1.0, 0.0], "score_help": own, "score_short": [2.0, 3.0]} for own in (None, [4.0, None])]
+    found = read_objectives(Dataset.from_list(rows))
+    assert found["score_short"].tolist() == [2, 3, 2, 3]
+    assert np.array_equal(found["score_help"], [math.nan, math.nan, 4, math.nan], equal_nan=True)
+    assert [*objective_tensors(rows)] == ["help", "short"]
+    assert torch.equal(objective_tensors(rows)["help"].isnan(), torch.tensor([[True, True], [False, True]]))
 
 
 def run(rows, folder, alpha=0.5, resume=None, save="no", **options):

@@ -3,7 +3,7 @@
 A batch holds `rewards` (B, K) float32, each less its prompt's best, which float64 subtracts: an offset of all of them
 takes no digits. `given_rewards` are those of the data, `valid` (B, K) bool (ragged K: False where a prompt has fewer
 completions), `lengths` (B, K) completion tokens that the model wrote, `ref_logps` (B, K) where the rows carry them,
-`objectives` by name, (B, K) with NaN for a gap, where the rows have columns `score_NAME`, `num_tokens` that the model
+`objectives` by name, (B, K) with NaN for a gap, where some row has columns `score_NAME`, `num_tokens` that the model
 reads, padding left out, `row_numbers` where the rows have them, and `chunks`: one forward each, all completions in one
 of them unless `completions_per_forward` asks for fewer. A chunk holds
 
@@ -25,7 +25,6 @@ completions and the earlier turns of multi-turn trees.
 """
 
 import itertools
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -36,7 +35,7 @@ from torch import Tensor
 from ..reward_tensors import below_best, check_rows
 from .attention import Segments
 from .token_ids import check_ids
-from .tokenized_rows import masks_of, objective_columns
+from .tokenized_rows import masks_of, objective_values
 
 Batch = dict[str, Any]
 Chunk = dict[str, Any]
@@ -91,14 +90,8 @@ class RewardCollator:
         batch["lengths"] = terms.bincount(minlength=valid.numel()).view(valid.shape)
         if all("row_number" in row for row in rows):
             batch["row_numbers"] = [row["row_number"] for row in rows]  # a list stays where it is
-        shared = set.intersection(*(set(objective_columns(row)) for row in rows))
-        if shared:
-            batch["objectives"] = {
-                column.removeprefix("score_"): padded(
-                    [[math.nan if value is None else value for value in row[column]] for row in rows]
-                ).float()
-                for column in sorted(shared)
-            }
+        if objectives := objective_tensors(rows):
+            batch["objectives"] = objectives
         if all(row.get("ref_logps") is not None for row in rows):
             batch["ref_logps"] = padded([row["ref_logps"] for row in rows], torch.float32)
         batch["num_tokens"] = sum(
@@ -264,6 +257,14 @@ def batches_by_length(lengths: Sequence[int], size: int) -> list[list[int]]:
     """The places of `lengths` in batches of `size`, the shortest first, so that a batch's are alike."""
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
     return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+def objective_tensors(rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+    """The several rewards of rows by name, in the order of the names: (B, K) float32, NaN for a gap; {} without any."""
+    return {
+        column.removeprefix("score_"): padded(values).float()
+        for column, values in sorted(objective_values(rows).items())
+    }
 
 
 def padded(rows: Sequence[Sequence[float]], dtype: torch.dtype = torch.float64) -> Tensor:

@@ -1,6 +1,7 @@
 """What a tokenised row has beside its ids: the masks of what the model wrote, and its several rewards."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ..errors import InvalidRowError
@@ -37,3 +38,18 @@ def objective_columns(row: Mapping[str, Any]) -> list[str]:
         and len(values) == len(row["rewards"])
         and all(value is None or (isinstance(value, (int, float)) and not isinstance(value, bool)) for value in values)
     ]
+
+
+def objective_values(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[list[float]]]:
+    """The columns of rows that hold an objective each: of each row K numbers, NaN where a completion has none."""
+    rows = list(rows)
+    own = [objective_columns(row) for row in rows]
+    return {
+        column: [
+            [math.nan if value is None else value for value in row[column]]
+            if column in columns
+            else [math.nan] * len(row["rewards"])
+            for row, columns in zip(rows, own, strict=True)
+        ]
+        for column in dict.fromkeys(column for columns in own for column in columns)
+    }

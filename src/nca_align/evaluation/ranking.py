@@ -189,6 +189,15 @@ def compare_scores(
     )
 
 
+def ratio_intervals(numbers: Mapping[str, Tensor], resamples: int = 2000, seed: int = 0) -> dict[str, Interval]:
+    """Σ a / Σ b over prompts of each (B, 2) of `numbers`, with the interval of `compare_scores`."""
+    if not numbers:
+        return {}
+    counts = [int((own[:, 1] > 0).sum()) for own in numbers.values()]
+    table = resampled_means(torch.cat([own.double() for own in numbers.values()], 1), resamples, seed)
+    return {name: percentiles(_ratio(table[:, 2 * i : 2 * i + 2]), counts[i]) for i, name in enumerate(numbers)}
+
+
 def resampled_means(columns: Tensor, resamples: int = 2000, seed: int = 0) -> Tensor:
     """(1 + resamples, m) means of `columns` (B, m): of the data themselves first, then of resamples of the prompts."""
     generator = torch.Generator().manual_seed(seed)

@@ -2,28 +2,31 @@
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import compress
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
 from torch import Tensor, nn
 
 from ... import progress
-from ...batching.collator import padded
+from ...batching.collator import objective_tensors, padded
 from ...batching.tokenization import tokenize_dataset
 from ...batching.tokenized_rows import masks_of
 from ...config import NCAConfig, prompt_limit
 from ...data import DataOptions, held_out_split, read_reward_dataset
+from ...evaluation.intervals import Interval
 from ...evaluation.process_rewards import step_rewards
-from ...evaluation.ranking import Completions, compare_scores, length_residual, pair_kinds
+from ...evaluation.ranking import Completions, compare_scores, length_residual, pair_kinds, ratio_intervals
 from ...models.loading import ModelSource, run_record
 from ...models.logprobs import differences, token_logps
 from ...models.policy import as_reference
 from ...options import Dtype, dtype_option, option, require_at_least_1, require_positive
 from ...store.files import check_writable, replacing, write_json
+from ...training.objective_metrics import objective_metrics
 from ...training.outcomes import are_labels, outcome_figures
 from . import process_rewards as process
 from .implicit_table import ImplicitEvaluation, as_json, print_process, print_ranking
@@ -114,7 +117,12 @@ def token_logratios(
     return differences(pi, ref)
 
 
-def evaluate_implicit(logratios: Sequence[Sequence[Tensor]], rewards: Sequence[Sequence[float]], beta: float):
+def evaluate_implicit(
+    logratios: Sequence[Sequence[Tensor]],
+    rewards: Sequence[Sequence[float]],
+    beta: float,
+    objectives: Mapping[str, Tensor] | None = None,
+) -> ImplicitEvaluation:
     """How well implicit rewards order completions, and how much of that is length.
 
     Four scores of a completion of T tokens, r = β Σ_t (log π − log π_ref): `implicit` is r, `per token` r / T,
@@ -124,9 +132,7 @@ def evaluate_implicit(logratios: Sequence[Sequence[Tensor]], rewards: Sequence[S
         logratios: for each of B prompts K tensors (T,), nats.
         rewards: for each prompt K rewards.
         beta: implicit reward per nat.
-
-    Returns:
-        An `ImplicitEvaluation`.
+        objectives: of several rewards each by name, (B, K) with NaN for a gap; see `objective_metrics`.
     """
     lengths = [[len(tokens) for tokens in row] for row in logratios]
     data = Completions.of(rewards, lengths)
@@ -145,7 +151,17 @@ def evaluate_implicit(logratios: Sequence[Sequence[Tensor]], rewards: Sequence[S
     return ImplicitEvaluation(
         len(rewards), int(data.valid.sum()), int(kinds["pairs"].sum()), int(kinds["like_length"].sum()), beta, found,
         less_length, float(data.mean_rewards.mean()), float(data.best_rewards.mean()), outcomes,
+        _by_objective(whole, data, beta, objectives or {}),
     )  # fmt: skip
+
+
+def _by_objective(
+    whole: Tensor, data: Completions, beta: float, objectives: Mapping[str, Tensor]
+) -> dict[str, Interval]:
+    """The `objective_metrics` of training's evaluations, with intervals over the prompts that each counts."""
+    batch = {"objectives": objectives, "valid": data.valid, "lengths": data.lengths}
+    rows = objective_metrics(whole / beta, torch.zeros_like(whole), batch, beta, correlations=True)
+    return ratio_intervals({name: torch.stack([value * weight, weight], 1) for name, (value, weight) in rows.items()})
 
 
 def write_token_scores(
@@ -201,7 +217,7 @@ def implicit(options: ImplicitOptions) -> ImplicitEvaluation:
     both = [*rows, *(others.rows if others else ())]
     logratios = token_logratios(options.model_name_or_path, options.reference, both, options)
     logratios, other_logratios = logratios[: len(rows)], logratios[len(rows) :]
-    found = evaluate_implicit(logratios, [row["rewards"] for row in rows], beta)
+    found = evaluate_implicit(logratios, [row["rewards"] for row in rows], beta, objective_tensors(rows))
     if options.steps is not None or options.answers is not None:
         found = replace(found, process=process.evaluate_process(
             solutions, logratios, beta, options.threshold, others, other_logratios

@@ -1,5 +1,6 @@
 """What `nca-align evaluate --implicit` found, as a table for a terminal and as JSON."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, is_dataclass
 from math import isnan, nan
 from typing import Any
@@ -23,6 +24,7 @@ class ImplicitEvaluation:
         less_length: each score's figures less those of `length`.
         random, best: mean reward of a completion chosen at random, and of the best.
         outcomes: `outcome_figures` of rewards from 0 to 1, which are read as labels; empty of others.
+        objectives: `objective_metrics` by its names, where there are several rewards.
         process: what `steps` and `answers` give, or None.
     """
 
@@ -36,6 +38,7 @@ class ImplicitEvaluation:
     random: float
     best: float
     outcomes: dict[str, float] = field(default_factory=dict)
+    objectives: dict[str, Interval] = field(default_factory=dict)
     process: ProcessEvaluation | None = None
 
 
@@ -98,6 +101,21 @@ def print_ranking(found: ImplicitEvaluation) -> None:
             f"as labels: AUC {_percent(auc)}, sign right {_percent(accuracy)},\n"
             f"Brier score {brier:.3f}, calibration error {ece:.3f}"
         )
+    if found.objectives:
+        _print_objectives(found.objectives)
+
+
+def _print_objectives(found: Mapping[str, Interval]) -> None:
+    """By each of several rewards the pairs that `implicit` orders right, and how the reward goes with length."""
+    print("\nimplicit by each reward; equal scores are wrong here, as in the training log\n")
+    names = [
+        own.removeprefix("objectives/").removesuffix("/accuracies") for own in found if own.endswith("/accuracies")
+    ]
+    rows = []
+    for name in names:
+        right, length = (found[f"objectives/{name}/{figure}"] for figure in ("accuracies", "corr_length"))
+        rows.append((name, _cell(right, "{:.1%}", True), _cell(length, "{:+.1%}", True)))
+    print_rows(("", "pairs right, %", "corr. with length, %"), rows, console=Console(width=120))
 
 
 def _cell(interval: Interval, form: str, bounds: bool) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from datasets import Dataset
 
-from ...batching.tokenized_rows import objective_columns
+from ...batching.tokenized_rows import objective_values
 from ...data.several_rewards import column_of
 from .reward_stats import within_correlation
 
@@ -37,8 +37,9 @@ class Objective:
 
 def read_objectives(dataset: Dataset) -> dict[str, np.ndarray]:
     """The columns `score_NAME` of converted rows by name, (ΣK,) each, NaN for a gap."""
-    columns = objective_columns(dataset[0])
-    return {column: np.array([value for row in dataset[column] for value in row], dtype=float) for column in columns}
+    columns = [column for column in dataset.column_names if column.startswith("score_")]
+    values = objective_values(dataset.select_columns([*columns, "rewards"])) if columns else {}
+    return {column: np.array([value for row in own for value in row], dtype=float) for column, own in values.items()}
 
 
 def compare_objectives(
