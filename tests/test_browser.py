@@ -31,6 +31,7 @@ def inspect_page(model_dir, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("page")
     rows = reward_rows(40, [4, 2, 6])
     rows[0]["completions"][0][0]["content"] = f"</span></div>{SCRIPT} {'x' * 4000}\x00"
+    rows[0]["completions"][0] += [{"role": "user", "content": "<b>Go on"}, {"role": "assistant", "content": "Done."}]
     rows[0]["completions"][1][0]["content"] = "日本語 😀 \u202e " + "long words " * 500
     data = folder / "rows-with-quite-a-long-name-as-data-sets-have-them<b>.jsonl"
     data.write_text("\n".join(map(json.dumps, rows)))
@@ -80,6 +81,7 @@ def test_text_stands_out_from_what_is_behind_it(chromium, inspect_page, dark):
     for selector in (
         "h1", "p.soft", "li", "figcaption", ".tile b", ".warn b", "svg text", "th", "tr.mark td", ".words td",
         ".prompt span:nth-child(2)", ".completion span:nth-child(1)", ".completion span:nth-child(2)",
+        ".completion span.context",
     ):  # fmt: skip
         assert page.evaluate(contrast, selector) >= 4.5, selector
     page.close()

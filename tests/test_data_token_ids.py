@@ -192,7 +192,13 @@ def test_inspect_counts_what_the_model_wrote(tmp_path, model_dir, capsys):
     assert found.tokens.lengths.tolist() == [4, 2] * 4
     for own in ([], ["--model_name_or_path", model_dir], ["--model_name_or_path", model_dir, "--example", "0"]):
         main(["--dataset_name", str(path), *own])
-    assert "not written by the model, and so context alone: 2 of the completions' 6 tokens" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "context 2 of 4" in said
+    assert "no token of it is trained on; 2 of the completions' 6 tokens" in " ".join(said.split())
+    path.write_text("".join(json.dumps(ROW | {"completion_mask": [[0, 0, n, 1], [1, 1]]}) + "\n" for n in (0, 1)))
+    for limit, known in (("4", "leaves only context of 2 completions"), ("5", "leaves only context of 1 completions")):
+        main(["--dataset_name", str(path), "--model_name_or_path", model_dir, "--max_length", limit])
+        assert f"`max_length` {limit} {known}" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize("strategy", ["rewards", "first_2", "best_plus_1", "all_pairs"])

@@ -19,13 +19,15 @@ from conftest import SOURCES, build_tokenizer, reward_rows, scored_rows
 from nca_align.batching.collator import RewardCollator
 from nca_align.batching.tokenization import tokenize_rows
 from nca_align.commands.inspect.command import main, training_options
-from nca_align.commands.inspect.inspection import inspect, show_row, token_texts
+from nca_align.commands.inspect.example import show_row
+from nca_align.commands.inspect.inspection import inspect
 from nca_align.commands.inspect.options import InspectOptions
 from nca_align.commands.inspect.page import build_page
 from nca_align.commands.inspect.tables import findings, print_example, print_inspection, sections, sparkline
 from nca_align.config import NCAConfig
 from nca_align.data import DataOptions, to_reward_dataset
 from nca_align.errors import UserError
+from nca_align.evaluation.process_rewards import token_texts
 from nca_align.models import smollm2
 from nca_align.models.loading import ModelSource
 from nca_align.options import parse
@@ -319,11 +321,51 @@ class TestTerminal:
 
     def test_characters_of_several_tokens_are_one_piece(self, tokenizer):
         text = "é 😀 日本 ok"
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        pieces = token_texts(tokenizer, ids)
-        assert "".join(pieces) == text
-        assert not any("�" in piece for piece in pieces)
-        assert "".join(token_texts(tokenizer, ids[:1])) == "�"  # half a character stays visible
+        example = show_row(Dataset.from_list([{"prompt": text, "completions": ["a", "b"], "rewards": [0, 1]}]), 0,
+                           options(), tokenizer)  # fmt: skip
+        assert "".join(example.prompt) == text
+        assert not any("�" in piece or not piece for piece in example.prompt)
+
+    @pytest.mark.parametrize("kind", ["messages", "messages without a tokenizer", "token ids", "ids without one"])
+    def test_context_is_marked_counted_and_explained(self, kind, tokenizer):
+        turns = [{"role": "assistant", "content": "One."}, {"role": "user", "content": "More."}]
+        answers = [[*turns, {"role": "assistant", "content": "Two."}], [{"role": "assistant", "content": "Three."}]]
+        row = {"prompt": [{"role": "user", "content": "Go on"}], "completions": answers, "rewards": [1.0, 0.5]}
+        own = tokenizer if "without" not in kind else None
+        if "ids" in kind:
+            ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("Go on", "One. More. Two.", "3")]
+            masks = [[int(i % 5 > 2) for i in range(len(text))] if i == 1 else [1] * len(text) for i, text in
+                     enumerate(ids)]  # fmt: skip
+            row |= {"prompt": ids[0], "completions": ids[1:], "completion_mask": masks[1:]}
+        example = show_row(Dataset.from_list([row]), 0, options(alpha=1.0), own)
+        (title, pieces, _), (other, whole, _) = example.ranked(1.0)
+        shown, context = ("".join(text for text, marked in pieces if marked is own) for own in (False, True))
+        if kind.startswith("messages"):
+            words = "One.", "More.", "Two."
+            assert [word in shown for word in words] == [True, False, True]
+            assert [word in context for word in words] == [False, True, False]
+            assert (context.count("⟦"), context.count("⟧")) == (1, 1)
+        assert "⟦" not in "".join(text for text, _ in whole)
+        assert "context" not in other
+        flags = [marked for marks in example.context for marked in marks]
+        assert {*flags} == {True, False}
+        out = io.StringIO()
+        print_example(example, 1.0, Console(file=out, width=80))
+        assert "• ⟦…⟧ is context: the model reads it but did not write it" in out.getvalue()
+        if kind == "messages without a tokenizer":
+            assert "context" not in title
+        else:  # the model's header between turns is context, too
+            tokens, counted = example.counts[0]
+            assert counted in range(1, tokens)
+            assert title.endswith(f", context {counted} of {tokens}")
+            assert f", context {counted} of {tokens} ─" in out.getvalue()
+            assert f"{counted} of the completions' {sum(own for own, _ in example.counts)} tokens" in out.getvalue()
+        if kind == "token ids":
+            assert counted == masks[1].count(0)
+            assert shown == "".join(t for t, m in zip(token_texts(tokenizer, ids[1]), masks[1], strict=True) if m)
+        page = build_page(inspect(Dataset.from_list([row] * 2), options(), own), example)
+        assert page.count("<span class=context>") == sum(flags)
+        assert "⟦…⟧ is context" in page
 
     def test_escape_sequences_of_the_data_do_not_reach_the_terminal(self):
         rows = [{"prompt": "\x1b[31mred\x9b0m", "completions": ["[bold]a[/bold]\x07", "b"], "rewards": [0.0, 1.0]}]

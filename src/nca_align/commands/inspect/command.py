@@ -54,7 +54,8 @@ def main(argv: list[str] | None = None) -> None:
     )  # fmt: skip
     dataset = select_split(data.dataset, options.dataset_train_split)
 
-    from .inspection import inspect, show_row
+    from .example import show_row
+    from .inspection import inspect
     from .tables import print_example, print_inspection
 
     if options.example is not None:

@@ -1,22 +1,16 @@
-"""What `nca-align inspect` measures of a split, and one of its rows as training sees it."""
+"""What `nca-align inspect` measures of a split."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import torch
 from datasets import Dataset, List, Value
 
 from ... import progress
 from ...batching.collator import RewardCollator
-from ...batching.tokenization import tokenize_dataset, tokenize_rows, truncate
+from ...batching.tokenization import tokenize_dataset, truncate
 from ...batching.tokenized_rows import masks_of
 from ...data import DataReport
 from ...data.cleaning import text_of
-from ...data.messages import content_kind
-from ...errors import UserError
-from ...reward_tensors import everywhere, target_distribution
 from . import reward_stats as stats
 from .objectives import Objective, compare_objectives, read_objectives
 from .options import InspectOptions
@@ -157,90 +151,22 @@ def count_tokens(dataset: Dataset, tokenizer, options: InspectOptions) -> Tokens
     pack = RewardCollator(pad_token_id=0, layout="prefix_shared")
     prompt_lengths: list[tuple[int, int]] = []  # whole and kept
     lengths: list[tuple[int, int, int]] = []  # whole, kept and written
-    padded = unique = 0
+    padded = unique = untrained = 0
     columns = ("prompt_ids", "completion_ids", "completion_mask", "rewards")
     rows = dataset.select_columns([column for column in columns if column in dataset.column_names])
     for row in progress.bar(len(rows), "row", iterable=rows, desc="Counting tokens", leave=False):
         prompt, completions = row["prompt_ids"], row["completion_ids"]
         kept, short = truncate(prompt, completions, options.max_prompt_length, options.max_length)
         prompt_lengths.append((len(prompt), len(kept)))
-        lengths += zip(map(len, completions), map(len, short), map(sum, masks_of(row)), strict=True)
+        masks = masks_of(row)
+        lengths += zip(map(len, completions), map(len, short), map(sum, masks), strict=True)
+        untrained += sum(not any(mask[: len(own)]) for mask, own in zip(masks, short, strict=True))
         padded += len(short) * (len(kept) + max(map(len, short)) - 1)  # a last token is a target only, and no position
         unique += pack([{"prompt_ids": kept, "completion_ids": short, "rewards": row["rewards"]}])["num_tokens"]
+    if untrained:
+        notices.append(
+            f"`max_length` {options.max_length} leaves only context of {untrained} completions, such as a tool's "
+            "result: training refuses their rows."
+        )
     (p, kept_p), (n, kept_n, written) = np.array(prompt_lengths).T, np.array(lengths).T
     return Tokens(p, n, written, kept_p, kept_n, padded, unique, notices)
-
-
-@dataclass(frozen=True)
-class Example:
-    """One row as training sees it.
-
-    Args:
-        row: its number.
-        prompt, completions: the text in pieces, one a token, or one a message without a tokenizer.
-        rewards, targets: one a completion.
-        remarks: what was cut, and what may not be meant.
-    """
-
-    row: int
-    prompt: list[str]
-    completions: list[list[str]]
-    rewards: list[float]
-    targets: list[float]
-    remarks: list[str]
-
-    def ranked(self, alpha: float) -> Iterator[tuple[str, list[str], float]]:
-        """What is said of each completion, its pieces and its target, from the best."""
-        for k in np.argsort(-np.array(self.rewards), kind="stable").tolist():
-            title = f"completion {k}: reward {self.rewards[k]:g}, target {self.targets[k]:.3f} at α = {alpha:g}"
-            yield title, self.completions[k], self.targets[k]
-
-
-def show_row(dataset: Dataset, index: int, options: InspectOptions, tokenizer=None) -> Example:
-    """Row `index` with its chat template applied, cut as training cuts it, and its target weights at `options.alpha`.
-
-    Raises:
-        UserError: there is no such row.
-    """
-    if not 0 <= index < len(dataset):
-        raise UserError(f"`example` is {index}; it must be a row from 0 to {len(dataset) - 1}")
-    row = dataset[index]
-    rewards = torch.tensor([row["rewards"]]).double()
-    weights = target_distribution(rewards, options.alpha, everywhere(rewards, None))[0].tolist()
-    prompt, *completions = map(_turns, [row["prompt"], *row["completions"]])
-    if tokenizer is None:
-        return Example(index, prompt, completions, row["rewards"], weights, [])
-    limits: dict[str, Any] = {"max_prompt_length": options.max_prompt_length, "max_length": options.max_length}
-    ids = tokenize_rows({key: [value] for key, value in row.items()}, [index], tokenizer, **limits)
-    remarks = []
-    if ids["prompt_cut"][0]:
-        remarks.append(f"cut to its last {options.max_prompt_length} tokens: the prompt")
-    if cut := ids["completions_cut"][0]:
-        remarks.append(f"cut at {options.max_length} tokens: {cut} of {len(row['completions'])} completions")
-    if ids["typed_tokens"][0]:
-        remarks.append("special tokens of the tokenizer as text within its messages")
-    if mask := ids["completion_mask"][0]:
-        tokens, context = sum(map(len, mask)), sum(own.count(0) for own in mask)
-        remarks.append(f"not written by the model, and so context alone: {context} of the completions' {tokens} tokens")
-    prompt, *completions = (token_texts(tokenizer, own) for own in (ids["prompt_ids"][0], *ids["completion_ids"][0]))
-    return Example(index, prompt, completions, row["rewards"], weights, remarks)
-
-
-def _turns(text: str | list[dict[str, Any]]) -> list[str]:
-    if isinstance(text, str):
-        return [text]
-    if content_kind(text) == "token ids":
-        return [f"{token} " for token in text]
-    return [f"{message['role']}: {message['content'] or ''}\n" for message in text]
-
-
-def token_texts(tokenizer, ids: list[int]) -> list[str]:
-    """The text of each token; those that make up one character between them are one piece."""
-    pieces, waiting = [], []
-    for token in ids:
-        waiting.append(token)
-        text = tokenizer.decode(waiting, clean_up_tokenization_spaces=False)
-        if not text.endswith("�") or len(waiting) == 4:  # no character has more bytes
-            pieces.append(text)
-            waiting = []
-    return pieces + ([tokenizer.decode(waiting)] if waiting else [])

@@ -7,7 +7,8 @@ import numpy as np
 from ...pages import html as pages
 from ...pages.charts import Chart, Series, bars, chart_card, histogram
 from ...pages.html import Tile, card
-from .inspection import Example, Inspection, Tokens
+from .example import Example
+from .inspection import Inspection, Tokens
 from .reward_stats import alpha_table, binned, spreads
 from .tables import Section, findings, k_distribution, percent, sections
 
@@ -38,7 +39,7 @@ def build_page(found: Inspection, example: Example) -> str:
         pages.section("Tokens", *_token_charts(found, found.tokens), grid="grid") if found.tokens is not None else "",
         pages.section(
             f"Row {example.row}, as training sees it",
-            card("Prompt", _pieces(example.prompt, "prompt"), "; ".join(example.remarks)),
+            card("Prompt", _pieces([(own, False) for own in example.prompt], "prompt"), "; ".join(example.remarks)),
             *(card(title, _pieces(pieces, "completion")) for title, pieces, _ in example.ranked(found.options.alpha)),
             grid="grid wide",
         ),
@@ -158,6 +159,9 @@ def _token_charts(found: Inspection, tokens: Tokens) -> list[str]:
     ]  # fmt: skip
 
 
-def _pieces(pieces: list[str], kind: str) -> str:
-    spans = "".join(f"<span>{pages.escape(piece)}</span>" for piece in pieces)
+def _pieces(pieces: list[tuple[str, bool]], kind: str) -> str:
+    """Text in pieces, each with whether it is context."""
+    spans = "".join(
+        f"<span{' class=context' if context else ''}>{pages.escape(piece)}</span>" for piece, context in pieces
+    )
     return f'<div class="text {kind}" tabindex="0">{spans}</div>'

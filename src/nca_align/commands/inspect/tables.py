@@ -11,7 +11,8 @@ from rich.text import Text
 from ...data.schema import show_counts
 from ...pages.html import visible
 from ...pages.terminal import print_rows
-from .inspection import Example, Inspection
+from .example import Example
+from .inspection import Inspection
 from .reward_stats import HARD, binned, spreads, tied_for_best
 
 _BLOCKS = " ▁▂▃▄▅▆▇█"
@@ -240,9 +241,10 @@ def print_inspection(found: Inspection, console: Console | None = None) -> None:
 
 
 def print_example(example: Example, alpha: float, console: Console | None = None) -> None:
-    """One row, its tokens in alternating shades: the prompt in cyan, completions in green."""
+    """One row, its tokens in alternating shades: the prompt in cyan, completions in green, context in yellow."""
     console = console or Console()
-    console.print(Panel(_shaded(example.prompt, "cyan"), title=f"row {example.row}: prompt", title_align="left"))
+    prompt = _shaded([(piece, False) for piece in example.prompt], "cyan")
+    console.print(Panel(prompt, title=f"row {example.row}: prompt", title_align="left"))
     for title, pieces, target in example.ranked(alpha):
         bar = Text("█" * round(target * 40) or "▏", style="magenta")
         console.print(Panel(Group(_shaded(pieces, "green"), bar), title=title, title_align="left"))
@@ -250,8 +252,9 @@ def print_example(example: Example, alpha: float, console: Console | None = None
         console.print(Text(f"• {remark}"))
 
 
-def _shaded(pieces: list[str], colour: str) -> Text:
+def _shaded(pieces: list[tuple[str, bool]], colour: str) -> Text:
     text = Text()
-    for i, piece in enumerate(pieces):
-        text.append(visible(piece), style=colour if i % 2 else f"dim {colour}")
+    for i, (piece, context) in enumerate(pieces):
+        own = "yellow" if context else colour
+        text.append(visible(piece), style=own if i % 2 else f"dim {own}")
     return text
