@@ -6,12 +6,15 @@ import math
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
+from trl import ScriptArguments
 from trl.trainer.utils import nanstd
 
 from conftest import build_model, build_tokenizer, reward_rows
 from nca_align import NCAConfig, NCATrainer
 from nca_align.batching.collator import objective_tensors
+from nca_align.commands.compare.grid import EvaluationSettings
+from nca_align.commands.compare.splits import read_splits
 from nca_align.commands.inspect.objectives import read_objectives
 from nca_align.data import DataOptions, load_reward_dataset, to_reward_dataset
 from nca_align.errors import UserError
@@ -266,6 +269,50 @@ def test_all_splits_are_scaled_by_the_training_splits_spread(tmp_path):
     write_split(tmp_path, "train", 5.0)  # what is cached is of the old spread
     anew = load_reward_dataset(str(tmp_path), split="test", scale_rewards="batch")
     np.testing.assert_allclose(np.array(anew["rewards"][:]) * 5, scaled["test"]["rewards"][:], rtol=1e-4)
+
+
+def test_the_training_split_may_have_any_name(tmp_path, recwarn, caplog):
+    """It is the one that the caller names, in commands `dataset_train_split`; nothing is scaled by a guess."""
+    rows = {
+        split: [TEXTS | {"prompt": f"{split} {i}?", "rewards": [scale * (i + own) for own in HELP]} for i in range(6)]
+        for split, scale in (("rollouts", 1.0), ("others", 3.0), ("test", 10.0))
+    }
+    both = DatasetDict({split: Dataset.from_list(own) for split, own in rows.items()})
+    both.save_to_disk(tmp_path / "data")
+    path = str(tmp_path / "data")
+    spread = {split: np.std([own["rewards"] for own in rows[split]], ddof=1) + 1e-4 for split in rows}
+
+    def unit(data, split: str) -> float:
+        first = rows[split][0]["rewards"]
+        return (max(first) - min(first)) / (max(data["rewards"][0]) - min(data["rewards"][0]))
+
+    for training in ("rollouts", "others"):
+        read = load_reward_dataset(path, scale_rewards="batch", train_split=training)
+        for split, data in read.items():
+            assert unit(data, split) == pytest.approx(spread[training])
+        alone = load_reward_dataset(path, split="test", scale_rewards="batch", train_split=training)
+        assert unit(alone, "test") == pytest.approx(spread[training])
+    with pytest.raises(
+        UserError, match=r"the splits rollouts, others, test, and none is called train, .* `train_split`"
+    ):
+        load_reward_dataset(path, split="test", scale_rewards="batch")
+    with pytest.raises(UserError, match="the split `rollout` is not in the data set"):
+        load_reward_dataset(path, scale_rewards="batch", train_split="rollout")
+    assert unit(load_reward_dataset(path, split="test"), "test") == 1  # unscaled, no split need be named
+
+    script = ScriptArguments(dataset_name=path, dataset_train_split="others")
+    args = NCAConfig(str(tmp_path), use_cpu=True, bf16=False)
+    evaluation = EvaluationSettings(["length"], validation="test", test="test")
+    options = DataOptions(scale_rewards="batch", validation_fraction=0.5)
+    compared = dict(zip(("others", "test"), read_splits(script, options, args, evaluation), strict=True))
+    compared["test"] = compared["test"]["test"]
+    for split, data in compared.items():
+        assert unit(data, split) == pytest.approx(spread["others"])
+
+    DatasetDict(train=both["others"], rollouts=both["rollouts"]).save_to_disk(tmp_path / "beside")
+    own = load_reward_dataset(str(tmp_path / "beside"), split="rollouts", scale_rewards="batch")
+    assert unit(own, "rollouts") == pytest.approx(spread["others"])
+    assert "give `train_split='rollouts'`" in caplog.text + "".join(str(warning.message) for warning in recwarn)
 
 
 def test_a_stream_has_no_spread_over_the_split():

@@ -7,14 +7,14 @@ from typing import Any
 
 from datasets import Dataset, DatasetDict, Features, IterableDataset, IterableDatasetDict, Json
 
-from ..errors import notify_once
+from ..errors import UserError, notify_once
 from .cleaning import without_nulls
 from .conversion import convert_dataset
 from .options import DataOptions
 from .schema import DataReport
 from .several_rewards import of_split, scale_over_split
 from .source import open_dataset
-from .splits import find_split, is_training, select_split, split_validation
+from .splits import find_split, is_held_out, is_training, select_split, split_validation, training_split
 
 logger = logging.getLogger("nca_align")
 
@@ -71,6 +71,7 @@ def read_reward_dataset(
     name: str | None = None,
     streaming: bool = False,
     num_proc: int | None = None,
+    train_split: str | None = None,
     options: DataOptions | None = None,
     **fields: Any,
 ) -> RewardData:
@@ -84,13 +85,16 @@ def read_reward_dataset(
         name: the configuration of a Hub data set that has several.
         streaming: read lazily, for data that is larger than the disk; nothing is held out then.
         num_proc: processes to convert with.
+        train_split: the split to train on, by whose spread `scale_rewards: batch` scales all splits; None takes `train`
+            or `train_prefs`, or the only split.
         options: see `DataOptions`; a command's own fields beside them don't count.
         **fields: fields of `DataOptions`, which override `options`.
 
     Raises:
         FileNotFoundError: no such file.
         ConnectionError: a Hub data set that can't be had.
-        ValueError: an unreadable file, an unknown format or split, an invalid row (named from 0, with its field).
+        ValueError: an unreadable file, an unknown format or split, an invalid row (named from 0, with its field), or
+            scaling over a training split that nothing names.
         NotImplementedError: a stream of flat rows.
     """
     options = replace(options or DataOptions(), **fields).of_data()
@@ -106,7 +110,7 @@ def read_reward_dataset(
     splits: dict[str, Any] = {}
     reports, indices = {}, None
     # All splits are scaled by the training split's spread, so that α is in one unit; it is read for that.
-    by = next(filter(is_training, _wanted(source)), None) if of_split(options) else None
+    by = _scaling_split(path, _wanted(source), split, train_split) if of_split(options) and not streaming else None
     for split_name in dict.fromkeys([*wanted, *([by] if by else [])]):
         splits[split_name], report = convert_dataset(
             source[split_name], options, name=split_name, num_proc=num_proc, source=str(path)
@@ -136,6 +140,27 @@ def read_reward_dataset(
     if split is not None:
         splits = {split: select_split(splits, split)}
     return RewardData((IterableDatasetDict if streaming else DatasetDict)(splits), reports, indices)
+
+
+def _scaling_split(path: str, names: list[str], split: str | None, train_split: str | None) -> str:
+    """The split whose spread scales rewards, with a notice where it may not be the one that is meant.
+
+    Raises:
+        UserError: it can't be known.
+    """
+    by = training_split(names, train_split)
+    if by is None:
+        raise UserError(
+            f"`{path}` has the splits {', '.join(names)}, and none is called train, but `scale_rewards: batch` and "
+            "`normalize_then_sum` scale by the spread of the split that is trained on; name it by `train_split` (of "
+            "commands `dataset_train_split`), or leave scaling out where nothing is trained"
+        )
+    if train_split is None and split not in (None, by, VALIDATION) and not is_held_out(str(split)):
+        notify_once(
+            f"`{split}` of `{path}` is scaled by the spread of `{by}`. Where `{split}` is trained on, give "
+            f"`train_split='{split}'`."
+        )
+    return by
 
 
 def with_template_arguments(dataset: Dataset | IterableDataset, arguments: dict[str, Any]) -> Any:

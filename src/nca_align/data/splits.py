@@ -62,6 +62,22 @@ def is_training(name: str) -> bool:
     return name in _TRAINING
 
 
+def is_held_out(name: str) -> bool:
+    """Whether a split of this name is one to evaluate on."""
+    return name in _HELD_OUT
+
+
+def training_split(names: list[str], given: str | None = None) -> str | None:
+    """The split that is trained on: the one `given`, or one called so, or the only one; None where none of it says.
+
+    Raises:
+        ValueError: there is none of the name `given`.
+    """
+    if given is not None:
+        return find_split(names, given)
+    return next(filter(is_training, names), names[0] if len(names) == 1 else None)
+
+
 def find_split(names: Mapping[str, Any] | list[str], name: str) -> str:
     """The split called `name`, or else the only one that has the same purpose (`train` for `train_prefs`, and so on).
 

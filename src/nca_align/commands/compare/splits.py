@@ -21,8 +21,9 @@ def read_splits(
 ) -> tuple[Dataset, dict[str, Dataset]]:
     """`three_splits` of the data that a cell's options name."""
     data = read_reward_dataset(
-        str(script.dataset_name), name=script.dataset_config, num_proc=args.dataset_num_proc, options=options
-    )
+        str(script.dataset_name), name=script.dataset_config, num_proc=args.dataset_num_proc,
+        train_split=script.dataset_train_split, options=options,
+    )  # fmt: skip
     return three_splits(data, script.dataset_train_split, evaluation, options)
 
 

@@ -6,6 +6,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from ...data import read_reward_dataset, select_split
+from ...data.splits import is_held_out
 from ...errors import UserError, as_user_error, cli_main
 from ...options import given_value, parse
 from ...store.files import require_folder_of
@@ -48,11 +49,12 @@ def main(argv: list[str] | None = None) -> None:
         tokenizer = ModelSource.of(
             options.model_name_or_path, revision=options.model_revision, trust_remote_code=options.trust_remote_code
         ).load_tokenizer()
+    split = options.dataset_train_split
     data = read_reward_dataset(
-        options.dataset_name, split=options.dataset_train_split, name=options.dataset_config,
-        num_proc=options.dataset_num_proc, options=options,
+        options.dataset_name, split=split, name=options.dataset_config, num_proc=options.dataset_num_proc,
+        train_split=None if is_held_out(split) else split, options=options,
     )  # fmt: skip
-    dataset = select_split(data.dataset, options.dataset_train_split)
+    dataset = select_split(data.dataset, split)
 
     from .example import show_row
     from .inspection import inspect

@@ -92,6 +92,7 @@ def _train(
             name=script.dataset_config,
             streaming=script.dataset_streaming,
             num_proc=args.dataset_num_proc,
+            train_split=script.dataset_train_split,
             options=data_options,
         )
     if "validation_fraction" in given and data_options.validation_fraction and data.validation_indices is None:
