@@ -44,6 +44,8 @@ CALLED = {
 }  # fmt: skip
 # Values of theirs that are read or set: what holds each after a run, and a text of theirs that uses it.
 VALUES = {
+    "_can_checkpoint_with_cache": (lambda nca: nca.model.model.layers[0], "modeling_layers"),
+    "_gradient_checkpointing_func": (lambda nca: nca.model.model.layers[0], "modeling_layers"),
     "_attn_implementation": (lambda nca: nca.model.config, "modeling_utils"),
     "_globalstep_last_logged": (lambda nca: nca, "trainer"),
     "_is_stateful": (lambda nca: nca.model, "modeling_utils"),
@@ -74,7 +76,7 @@ IMPORTED = {
 REPLACED = {"trl.trainer.dpo_trainer": {"BaseTunerLayer": 1, "create_model_from_path": 2, "prepare_fsdp": 1}}
 NEEDS_DEEPSPEED = {"trl.models.prepare_deepspeed"}  # called by `make test-deepspeed`
 # Where private names may stand.
-ALLOWED = ("trainer.py", "training/", "batching/attention.py")
+ALLOWED = ("trainer.py", "training/", "batching/attention.py", "batching/recurrent.py")
 # Modules that the libraries document; a model's own module is one.
 PUBLIC = (
     r"(accelerate|transformers|trl|peft)(\.utils)?", r"trl\.data_utils", r"transformers\.models\..*",
@@ -200,7 +202,7 @@ def test_every_value_that_is_read_is_there_and_the_librarys_own(trained):
         "accelerator": inspect.getsource(import_module("accelerate.accelerator")),
     } | {
         name: inspect.getsource(import_module(f"transformers.{name}"))
-        for name in ("trainer", "training_args", "modeling_utils", "configuration_utils")
+        for name in ("trainer", "training_args", "modeling_utils", "modeling_layers", "configuration_utils")
     }
     for name, (holder, text) in VALUES.items():
         assert hasattr(holder(trained), name), name

@@ -193,6 +193,10 @@ OWN: dict[str, dict[str, Any]] = {
     "hunyuan_v1_dense": {"head_dim": 8},
     "hunyuan_v1_moe": {"head_dim": 8},
     "hunyuan_vl_text": {"head_dim": 8} | _MROPE,
+    "inkling2_loop_text": {
+        "layer_types": ["hybrid_sliding", "hybrid", "hybrid_sliding"], "num_hidden_layers": 3,
+        "loop_layer_index_start": 1, "loop_layer_index_end": 2, "loop_num_passes": 2, "n_layers_per_attn_res_block": 1,
+    },
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "longcat_flash": {"qk_head_dim": 16, "head_dim": 8},
     "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 1},
