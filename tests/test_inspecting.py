@@ -487,11 +487,19 @@ class TestCommand:
         assert main(["--dataset_name", data_file, "--validation_fraction", "0.25"]) == 0
         assert "prompts                           15" in capsys.readouterr().out
 
-    def test_what_reading_dropped(self, data_file, capsys):
+    def test_what_reading_dropped(self, data_file, model_dir, capsys, caplog):
         with open(data_file, "a") as file:
             file.write("\n" + json.dumps({**reward_rows(1)[0], "rewards": [1.0]}))
-        assert main(["--dataset_name", data_file, "--on_invalid", "drop"]) == 0
-        assert "1 unequal lengths" in capsys.readouterr().out
+            no_turn = {"completions": [[{"role": "tool", "content": "4"}]] * 4}
+            file.write("\n" + json.dumps({**reward_rows(1)[0], **no_turn}))
+        flags = ["--dataset_name", data_file, "--on_invalid", "drop"]
+        assert main(flags) == 0
+        said = capsys.readouterr().out
+        assert "1 unequal lengths" in said
+        assert "prompts                           21" in said
+        assert main([*flags, "--model_name_or_path", model_dir]) == 0
+        assert "prompts                           20" in capsys.readouterr().out
+        assert "20 of 21 rows kept as they became tokens; dropped: 1 nothing to train on" in caplog.text
 
     @pytest.mark.parametrize("name", MISTAKES)
     def test_mistakes_in_options(self, name):

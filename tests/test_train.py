@@ -173,7 +173,7 @@ def test_a_users_mistake_is_one_sentence(what, model_dir, data_file, tmp_path, c
     assert len(error) < 600
 
 
-def test_missing_names_and_bad_rows_are_one_sentence(model_dir, tmp_path, capsys):
+def test_missing_names_and_bad_rows_are_one_sentence(model_dir, tmp_path, capsys, caplog):
     assert main(flags(model_name_or_path=model_dir, output_dir=tmp_path)) == 2
     assert "`dataset_name` is missing" in capsys.readouterr().err
     assert main(flags(dataset_name="x", output_dir=tmp_path)) == 2
@@ -186,7 +186,10 @@ def test_missing_names_and_bad_rows_are_one_sentence(model_dir, tmp_path, capsys
     error = capsys.readouterr().err
     assert "ow 2" in error
     assert "`rewards" in error
+    rows[3]["completions"][0] = [{"role": "tool", "content": "4"}]  # is refused as it becomes tokens
+    path.write_text("\n".join(map(json.dumps, rows)))
     assert main(flags(model_name_or_path=model_dir, dataset_name=path, output_dir=tmp_path, on_invalid="drop")) == 0
+    assert "2 of 3 rows kept as they became tokens; dropped: 1 nothing to train on" in caplog.text
 
 
 def test_a_scorer_under_a_sharded_launch_is_refused_before_anything_is_read(tmp_path, monkeypatch, capsys):

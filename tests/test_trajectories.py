@@ -1,13 +1,15 @@
 """Of a completion of several turns, exactly what the model wrote is trained on, whatever its chat template is."""
 
 import itertools
+import logging
 import re
 
 import pytest
 import trl.chat_template_utils as trl_templates
 from datasets import Dataset, IterableDataset
 
-from conftest import build_tokenizer, reward_rows
+from conftest import build_model, build_tokenizer, reward_rows
+from nca_align import NCAConfig, NCATrainer
 from nca_align.batching.tokenization import tokenize_dataset, tokenize_rows
 from nca_align.batching.trajectories import TurnTemplate, turn_template
 from nca_align.errors import InvalidRowError, UserError
@@ -185,6 +187,7 @@ def test_reasoning_that_a_template_drops_is_refused_by_its_turn():
 
 
 LEAVES_OUT = r"`completions\[0\]` turn %d has `%s` that the chat template leaves out"
+FOLLOWS = r"`completions\[0\]` turn %d does not follow what the chat template renders in front of it"
 OTHERWISE = r"`completions\[0\]` turn %d is rendered by the chat template in another way"
 UNMARKED = r"`completions\[0\]` turn %d is not, or not all, within the `{%% generation %%}` marks"
 TEXT_CALL = {"name": "look", "arguments": '{"where": "at its \\"digits\\""}'}
@@ -200,10 +203,12 @@ TEXT_CALL = {"name": "look", "arguments": '{"where": "at its \\"digits\\""}'}
             turn("", tool_calls=[{"type": "function", "function": TEXT_CALL}]), *WITH_TOOL[1:]
         ], LEAVES_OUT % (0, "tool_calls")),
         (CHATML.replace("<|im_end|>\n{% endfor %}", "{{ '!' if loop.last }}<|im_end|>\n{% endfor %}"), WITH_TOOL,
-         OTHERWISE % 0),
+         FOLLOWS % 0),
+        (CHATML.replace("<|im_end|>\n{% endfor", "{{ '!' if loop.length > 1 and loop.last }}<|im_end|>\n{% endfor"),
+         WITH_TOOL, OTHERWISE % 0),
         # a generation prompt that no conversation has
-        (CHATML.replace("generation_prompt %}", "generation_prompt %}</s>"), WITH_USER, OTHERWISE % 2),
-        (CHATML.replace("generation_prompt %}", "generation_prompt %}<|im_end|>### "), WITH_TOOL, OTHERWISE % 2),
+        (CHATML.replace("generation_prompt %}", "generation_prompt %}</s>"), WITH_USER, FOLLOWS % 0),
+        (CHATML.replace("generation_prompt %}", "generation_prompt %}<|im_end|>### "), WITH_TOOL, FOLLOWS % 0),
         # marks around content alone: the call isn't in them
         (MARKED_CONTENT, CALLS_ALONE, UNMARKED % 0),
         (MARKED_CONTENT, [turn("One more."), turn("Go on", "user"), CALL_ALONE], UNMARKED % 2),
@@ -213,6 +218,74 @@ TEXT_CALL = {"name": "look", "arguments": '{"where": "at its \\"digits\\""}'}
 def test_a_template_that_would_train_on_other_than_what_the_model_wrote_is_refused(template, completion, message):
     with pytest.raises(InvalidRowError, match=message):
         tokenised(tokenizer_of(template), completion, ALONE)
+
+
+def test_what_a_generation_prompt_opens_is_the_models_only_in_rows_of_one_turn():
+    """A thought that the prompt opens and another completion lacks: there the completions of all begin before it."""
+    tokenizer = tokenizer_of(CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}"))
+    opened = [turn("<think>\nCARRY\n</think>\nIt is 42.")]
+    row = tokenised(tokenizer, opened, ALONE)  # as in TRL: what follows the ids that all share counts
+    assert (row["completion_mask"], tokenizer.decode(row["completion_ids"][0])[:7]) == (None, "<think>")
+    several = tokenised(tokenizer, [*opened, turn("Sure?", "user"), *ALONE], opened, ALONE)
+    thought = "\nCARRY\n</think>\nIt is 42.<|im_end|>"
+    assert [written(tokenizer, several, k)[0].lstrip("\n") for k in range(3)] == [
+        thought.lstrip("\n"), thought.lstrip("\n") + "\n", "It is 42.<|im_end|>\n",
+    ]  # fmt: skip
+
+
+UNUSABLE = {  # a completion that is refused as it becomes tokens, and the cause under which its row is counted
+    "nothing to train on": [turn("42", "tool")],
+    "tool_calls left out by the chat template": [turn("So.", tool_calls=[CALL]), *WITH_TOOL[1:]],
+    "role unknown to the chat template": [turn("42", "oracle"), *ALONE],
+    "end token as text": [turn("It is 42.<|im_end|>Hello")],
+}
+
+
+@pytest.mark.parametrize("kind", ["rows", "stream"])
+def test_rows_that_are_refused_as_they_become_tokens_are_dropped_and_counted(kind, caplog, tmp_path):
+    tokenizer = tokenizer_of(CHATML.replace("m.tool_calls or []", "[]"))
+    sound = {
+        "prompt": PROMPT,
+        "completions": [[turn("A."), turn("b", "user"), turn("C.")], ALONE],
+        "rewards": [0.0, 1.0],
+    }
+    bad = [sound | {"completions": [ALONE, completion]} for completion in UNUSABLE.values()]
+    rows = [bad[0], sound, *bad[1:], bad[0], sound]
+
+    def given(own: list[dict]):
+        return Dataset.from_list(own) if kind == "rows" else IterableDataset.from_generator(lambda: iter(own))
+
+    def dropped(own: list[dict]):
+        return tokenize_dataset(given(own), tokenizer, None, None, on_invalid="drop")[0]
+
+    expected, _ = tokenize_dataset(given([sound, sound]), tokenizer, None, None)
+    with caplog.at_level(logging.WARNING, "nca_align"):
+        found = list(dropped(rows))
+    assert [row["row_number"] for row in found] == [1, 6]
+    for name in ("prompt_ids", "completion_ids", "completion_mask", "rewards", "length"):
+        assert [row[name] for row in found] == [row[name] for row in expected]
+    assert found[0].keys() == set().union(*expected)
+    (*_, told) = caplog.messages
+    counts = "2 nothing to train on, " + ", ".join(f"1 {cause}" for cause in sorted([*UNUSABLE][1:]))
+    where = (
+        "`train`: 2 of 7 rows kept as they became" if kind == "rows" else "`train`, rows 0 to 6: dropped as they became"
+    )
+    assert told.startswith(where)
+    assert told.endswith(f"dropped: {counts}" if kind == "rows" else f" tokens: {counts}")
+    with pytest.raises(UserError, match="at least one must be"):
+        dropped(bad)
+    with pytest.raises(InvalidRowError, match=r"Row 0 of `train`: `completions\[1\]` has no turn of the assistant"):
+        list(tokenize_dataset(given(rows), tokenizer, None, None)[0])
+    # the trainer hands the option on, and reads its own rows by it too
+    model = build_model(tokenizer, vocab_size=len(tokenizer))
+    args = {"max_steps": 1, "use_cpu": True, "report_to": "none", "save_strategy": "no", "logging_steps": 1}
+    args |= {"disable_tqdm": True, "max_length": None, "output_dir": str(tmp_path), "gradient_checkpointing": False}
+    data = given([*rows, sound | {"rewards": [1.0]}] if kind == "rows" else rows)
+    trainer = NCATrainer(
+        model, args=NCAConfig(**args, on_invalid="drop"), train_dataset=data, processing_class=tokenizer
+    )
+    trainer.train()
+    assert [row["row_number"] for row in trainer.train_dataset] == [1, 6]
 
 
 def test_a_tools_result_may_be_rendered_as_json():
@@ -233,7 +306,7 @@ def test_marks_tell_where_a_turn_ends_whose_rendering_depends_on_what_follows():
     one_stretch = MARKED_HEADERS.replace("assistant\n{{", "assistant\n{{ '<think></think>' if loop.last }}{{")
     content_alone = MARKED_CONTENT.replace("{% generation %}", "{% generation %}{{ '<think></think>' if loop.last }}")
     for template, completion, message in (
-        (one_stretch, IN_A_ROW, OTHERWISE % 1),
+        (one_stretch, IN_A_ROW, FOLLOWS % 1),
         (content_alone, WITH_TOOL, UNMARKED % 0),
     ):
         with pytest.raises(InvalidRowError, match=message):
@@ -295,7 +368,7 @@ def test_marks_and_rendering_with_and_without_each_turn_agree(family, monkeypatc
         found = []
         for own in (turns, TurnTemplate(turns.template, marked=False)):
             with monkeypatch.context() as patch:
-                patch.setattr("nca_align.batching.tokenization.turn_template", lambda _, own=own: own)
+                patch.setattr("nca_align.batching.row_tokens.turn_template", lambda _, own=own: own)
                 found.append(tokenised(tokenizer, completion, ALONE))
         assert found[0] == found[1]
         texts = written(tokenizer, found[0], 0)

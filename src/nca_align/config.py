@@ -17,6 +17,7 @@ from .unread import CONFIG_RULES, refuse_unsupported_options, sentence, unread
 ALPHA = 0.01  # the paper's
 LAYOUTS = ("auto", "prefix_shared", "padded")
 NONFINITE = ("stop", "skip")
+ON_INVALID = ("raise", "drop")
 
 # DPOConfig's own losses, as its help names them, and what to use instead of those that are here by another name
 _TRL_LOSSES = re.findall(r"`'(\w+)'`", DPOConfig.__dataclass_fields__["loss_type"].metadata["help"])
@@ -58,6 +59,8 @@ class NCAConfig(DPOConfig):
         logging_steps: steps between two log lines; below 1 a share of all steps. None for every tenth step, or more
             often where a run would have fewer than ten lines. The last step is logged in any case.
         eval_strategy: `no`, `steps` or `epoch`; None for the end of the run alone, where there is an `eval_dataset`.
+        on_invalid: `drop` leaves out rows that can't be trained on, as they are read and as they become tokens, and
+            counts them by cause; `raise` stops at the first.
         resume_changed: options (and `data`, `model` …) that may differ from those of the checkpoint that the run goes
             on from, by the names that a refusal shows.
         use_cpu, bf16: None for what the machine has: the CPU where there is no accelerator, and bfloat16 mixed
@@ -102,6 +105,11 @@ class NCAConfig(DPOConfig):
     startup_checks: bool = option(
         "Check log-probabilities against the model's own logits, and the policy against its reference.", True
     )
+    on_invalid: str = option(
+        "A row that can't be trained on stops the run (`raise`), or is dropped and counted by cause (`drop`).",
+        "raise",
+        choices=list(ON_INVALID),
+    )
     resume_changed: list[str] = option("What may differ from the checkpoint that the run goes on from, by name.", [])
     # None tells "nothing said" from false
     bf16: bool | None = option(  # type: ignore[assignment]
@@ -141,6 +149,7 @@ class NCAConfig(DPOConfig):
             ("layout", self.layout in LAYOUTS, f"one of {', '.join(map(repr, LAYOUTS))}"),
             ("completions_per_forward", per_forward is None or per_forward >= 1, f"at least 1; {whole}"),
             ("nonfinite", self.nonfinite in NONFINITE, "one of 'stop', 'skip'"),
+            ("on_invalid", self.on_invalid in ON_INVALID, "one of 'raise', 'drop'"),
             ("collapse_nats", self.collapse_nats > 0, "above 0; `inf` turns it off"),
         ):
             if not holds:

@@ -38,7 +38,11 @@ class PackingError(UnsupportedError):
 
 
 class InvalidRowError(UserError):
-    """One row that can't be used, whatever the others are."""
+    """One row that can't be used, whatever the others are; `cause` is a few words under which such rows are counted."""
+
+    def __init__(self, text: str, cause: str = "unusable row"):
+        super().__init__(text)
+        self.cause = cause
 
     def named(self, row: int) -> UserError:
         """The error of a run that stops at this row of the data set."""

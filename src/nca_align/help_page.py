@@ -77,9 +77,14 @@ def help_page(
 
 
 def _groups(dataclass_types: Iterable[type]) -> Iterator[tuple[str, list[str]]]:
-    """A title for each class that brings options, with their names: a class before those that it inherits from."""
+    """A title for each class that brings options, with their names: a class before those that it inherits from.
+
+    An option that several of `dataclass_types` have is the first one's.
+    """
+    seen: set[str] = set()
     for given in dataclass_types:
-        names = [f.name for f in fields(given) if f.init]
+        names = [f.name for f in fields(given) if f.init and f.name not in seen]
+        seen.update(names)
         home = {name: next(cls for cls in reversed(given.__mro__) if name in get_annotations(cls)) for name in names}
         for cls in given.__mro__:
             if own := [name for name in names if home[name] is cls]:

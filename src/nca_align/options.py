@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import MISSING, field
+from dataclasses import MISSING, field, fields
 from numbers import Integral, Real
 from typing import Any, Literal, cast, get_args, get_type_hints
 
@@ -132,7 +132,7 @@ def parse(
     """Instances of `dataclass_types` from `--config FILE.yaml` and flags; a flag overrides the file.
 
     Args:
-        dataclass_types: dataclasses whose fields are the options.
+        dataclass_types: dataclasses whose fields are the options; one that several have goes to each of them.
         argv: the arguments; None takes those of the process.
         prog: the command's name in `--help`.
         description: the line under it.
@@ -150,8 +150,9 @@ def parse(
             missing or no YAML mapping, and whatever the dataclasses themselves refuse; always one sentence.
     """
     parser = _Parser(
-        cast(Any, list(dataclass_types)), prog=prog, description=description or None, allow_abbrev=False, add_help=False
-    )
+        cast(Any, list(dataclass_types)), prog=prog, description=description or None, allow_abbrev=False,
+        add_help=False, conflict_handler="resolve",
+    )  # fmt: skip
     if (topic := help_topic(sys.argv[1:] if argv is None else argv)) is not None:
         print(help_page(parser, dataclass_types, topic, first or {}))
         parser.exit()
@@ -199,7 +200,7 @@ def parse(
         if not getattr(values, name):
             raise UserError(f"`{name}` is missing; give {what}, in the YAML file or as --{name}")
     try:
-        *options, _ = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)  # the last holds `config`
+        options = [cls(**{f.name: getattr(values, f.name) for f in fields(cls) if f.init}) for cls in dataclass_types]
     except (ValueError, TypeError, NotImplementedError, ImportError, OSError) as error:  # of a dataclass
         raise UserError(one_line(error)) from error
     return tuple(options)

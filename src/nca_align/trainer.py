@@ -149,7 +149,7 @@ class NCATrainer(DPOTrainer):
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
         """Any known format → `prompt_ids, completion_ids, rewards`; what this returned comes back as it is."""
-        if arguments.is_prepared(next(iter(dataset)), args):
+        if arguments.is_prepared(next(iter(dataset), {}), args):
             return dataset
         if self._is_set_up:  # one for `evaluate()`; the constructor converts its own before it loads the model
             dataset = arguments.reward_rows(dataset, dataset_name, args)
@@ -157,7 +157,7 @@ class NCATrainer(DPOTrainer):
         with state.main_process_first(), state.local_main_process_first():  # a cache may be shared, or each node's own
             dataset, notices = tokenize_dataset(
                 dataset, self._tokenizer, args.max_prompt_length, args.max_length, args.length_column_name,
-                num_proc=args.dataset_num_proc, name=dataset_name, training=dataset_name == "train",
+                args.dataset_num_proc, dataset_name, training=dataset_name == "train", on_invalid=args.on_invalid,
             )  # fmt: skip
         for notice in notices:
             notify(notice)

@@ -53,7 +53,8 @@ def prompt_text(tokenizer, prompt: Prompt, template: str | None = None) -> str:
         if role in ("system", "developer") and isinstance(content, str) and content.strip() not in text:
             raise InvalidRowError(
                 f"the chat template leaves out the {role} prompt of `prompt`, so it has no {role} role; use a template "
-                f"that has one, or put the {role} prompt into the first user turn"
+                f"that has one, or put the {role} prompt into the first user turn",
+                f"{role} prompt left out by the chat template",
             )
     return text
 
@@ -78,7 +79,8 @@ def _refuse_unknown_role(tokenizer, messages: list[dict[str, Any]]) -> None:
         if f"'{role}'" not in text and f'"{role}"' not in text:
             raise InvalidRowError(
                 f"a message has the role {role!r}, which the chat template does not name, so that the model was never "
-                f"trained on it; use one of {', '.join(sorted(_ROLES))}, or a template that names it"
+                f"trained on it; use one of {', '.join(sorted(_ROLES))}, or a template that names it",
+                "role unknown to the chat template",
             )
 
 
@@ -101,7 +103,8 @@ def apply_template(
         roles = ", ".join(str(message.get("role")) for message in prompt.content)
         raise InvalidRowError(
             f"the chat template can't render `prompt` ({roles}): {one_line(error)[:300]}; use "
-            "a template that can, or leave those turns out of the data"
+            "a template that can, or leave those turns out of the data",
+            "refused by the chat template",
         ) from error
 
 
@@ -119,7 +122,8 @@ def holds_typed_tokens(tokenizer, prompt: Prompt, completions: Sequence[Any]) ->
         if tokenizer.eos_token and any(tokenizer.eos_token in text for text in strings_in(completion)):
             raise InvalidRowError(
                 f"`completions[{k}]` holds the token {tokenizer.eos_token!r} as text, which ends a text for this "
-                "tokenizer: the model would learn to end in the middle; take it out, the chat template writes its own"
+                "tokenizer: the model would learn to end in the middle; take it out, the chat template writes its own",
+                "end token as text",
             )
     return any(map(found, strings_in([prompt.content, *completions])))
 

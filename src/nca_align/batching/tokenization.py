@@ -5,20 +5,19 @@ Where completions have turns that the model didn't write, `completion_mask` tell
 
 import logging
 import sys
+from collections import Counter
 from functools import partial
 from typing import Any
 
 import trl
 from datasets import Dataset, Features, IterableDataset, List, Value
 from transformers import PreTrainedTokenizerBase
-from trl.data_utils import common_prefix_length
 
 from ..config import NCAConfig, prompt_limit
-from ..data.cleaning import clean_prompt
-from ..errors import InvalidRowError, UserError
+from ..data.schema import show_counts
+from ..errors import InvalidRowError, UserError, notify
 from ..store.fingerprints import derived_fingerprint
-from .rendering import conversation_text, holds_typed_tokens, prompt_text, text_ids
-from .trajectories import has_context, turn_template, written_mask
+from .row_tokens import rows_or_errors
 
 logger = logging.getLogger("nca_align")
 
@@ -28,6 +27,8 @@ _TOKENS = {
 }  # fmt: skip
 # Counts beside the ids, one number a row, which the trainer adds up, reports and drops
 CUT_COLUMNS = ("prompt_cut", "completions_cut", "boundary_tokens", "typed_tokens")
+# Beside a row that is to be dropped: a few words under which it is counted, and the error
+_NOTES = Features({"_cause": Value("string"), "_problem": Value("string")})
 
 
 def tokenize_dataset(
@@ -39,20 +40,31 @@ def tokenize_dataset(
     num_proc: int | None = None,
     name: str = "train",
     training: bool = False,
+    on_invalid: str = "raise",
 ) -> tuple[Dataset | IterableDataset, list[str]]:
     """`tokenize_rows` over a data set, cached on disk where its rows are; and a sentence on each thing that was cut.
 
+    With `on_invalid` `drop`, a row that `tokenize_rows` refuses is left out, and the log counts such rows by cause: of
+    a stream as it is read.
+
     Raises:
-        ValueError: what `tokenize_rows` refuses; and in `training`, rows without one completion that is whole.
+        ValueError: what `tokenize_rows` refuses; no row is left; and in `training`, rows without one completion that is
+            whole.
     """
     if max_prompt_length is not None:
         prompt_limit(max_prompt_length, max_length)  # the config's own check may have seen other values
     limits: dict[str, Any] = {
         "max_prompt_length": max_prompt_length, "max_length": max_length, "length_column": length_column,
     }  # fmt: skip
-    function = partial(tokenize_rows, tokenizer=tokenizer, **limits, name=name)
+    drops = on_invalid == "drop"
+    function = partial(_noted_rows if drops else tokenize_rows, tokenizer=tokenizer, **limits, name=name)
     if isinstance(dataset, IterableDataset):
         dataset = dataset.map(function, batched=True, batch_size=64, with_indices=True)
+        if drops:
+            dataset = dataset.map(partial(_sound_rows, name=name), batched=True, batch_size=64)
+            dataset = dataset.remove_columns(list(_NOTES))
+            if next(iter(dataset), None) is None:
+                raise UserError(f"`{name}`: no row of the stream is left, as the log says; at least one must be")
         return dataset.remove_columns(list(CUT_COLUMNS)), []
     options: dict[str, Any] = {}
     if hasattr(tokenizer, "backend_tokenizer"):  # a hash of what decides the ids, steady from process to process
@@ -60,20 +72,22 @@ def tokenize_dataset(
         special = sorted(tokenizer.special_tokens_map.items())
         # TRL's, since it may render completions of several turns
         state = (tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, special, trl.__version__)
-        options["new_fingerprint"] = derived_fingerprint("nca_align tokens 5", dataset, state, limits)
+        options["new_fingerprint"] = derived_fingerprint("nca_align tokens 6", dataset, state, limits, drops)
     numbers = dict.fromkeys((length_column, "row_number", *CUT_COLUMNS), Value("int64"))
     dataset = dataset.map(
         function,
         batched=True,
         batch_size=64,
         with_indices=True,
-        features=Features({**dataset.features, **_TOKENS, **numbers}),
+        features=Features({**dataset.features, **_TOKENS, **numbers, **(_NOTES if drops else {})}),
         num_proc=num_proc,
         desc=f"Tokenizing {name}",
         **options,
     )
     if dataset.data.column("completion_mask").null_count == len(dataset):
         dataset = dataset.remove_columns("completion_mask")
+    if drops:
+        dataset = _without_invalid(dataset, name)
     cut = {column: sum(dataset[column]) for column in CUT_COLUMNS}
     if training:
         refuse_cutting_all(cut["completions_cut"], sum(map(len, dataset["rewards"])), max_length, name)
@@ -117,10 +131,12 @@ def rows_that_fit(
         ValueError: there is none.
     """
     limits = prompt_limit(args.max_prompt_length, args.max_length), args.max_length
-    whole: Any = tokenize_dataset(dataset, tokenizer, None, None, name=name)[0]
+    whole: Any = tokenize_dataset(dataset, tokenizer, None, None, name=name, on_invalid=args.on_invalid)[0]
     most_of_prompt, most = (limit if limit is not None else sys.maxsize for limit in limits)
     kept = [
-        i for i, (prompt, completions) in enumerate(zip(whole["prompt_ids"], whole["completion_ids"], strict=True))
+        i for i, prompt, completions in zip(
+            whole["row_number"], whole["prompt_ids"], whole["completion_ids"], strict=True
+        )
         if len(prompt) <= most_of_prompt and len(prompt) + max(map(len, completions)) <= most
     ]  # fmt: skip
     if not kept:
@@ -128,12 +144,22 @@ def rows_that_fit(
             f"every prompt of `{name}` is longer than `max_prompt_length` {limits[0]}, or with a completion than "
             f"`max_length` {limits[1]}; raise them"
         )
-    if len(kept) < len(dataset):
+    if len(kept) < len(whole):
         logger.warning(
             "%d of %d prompts of `%s` are left out, for every method alike: they are longer than `max_prompt_length` "
-            "%s, or with a completion than `max_length` %s.", len(dataset) - len(kept), len(dataset), name, *limits,
+            "%s, or with a completion than `max_length` %s.", len(whole) - len(kept), len(whole), name, *limits,
         )  # fmt: skip
     return dataset.select(kept)
+
+
+def rows_that_become_tokens(dataset: Dataset, *arguments: Any, **more: Any) -> Dataset:
+    """`dataset` without the rows that `tokenize_dataset` drops, whose arguments these are.
+
+    Raises:
+        ValueError: as it does.
+    """
+    kept: Any = tokenize_dataset(dataset, *arguments, **more)[0]["row_number"]
+    return dataset if len(kept) == len(dataset) else dataset.select(kept)
 
 
 def tokenize_rows(
@@ -168,87 +194,73 @@ def tokenize_rows(
         on differently, and whether messages hold special tokens as text.
 
     Raises:
-        ValueError: a template that drops or refuses a system prompt, no token in front of a completion or in it, an
-            EOS within a completion's messages, or a completion of several turns that can't be told apart.
+        InvalidRowError: a template that drops or refuses a system prompt, no token in front of a completion or in it,
+            an EOS within a completion's messages, or a completion of several turns that can't be told apart.
+        UserError: messages, and no chat template.
     """
-    named = [f"Row {index} of `{name}`" if name else f"Row {index}" for index in indices]
-    texts, plain, typed, prompts = [], [], [], []
-    several = [any(map(has_context, completions)) for completions in batch["completions"]]
-    turns = turn_template(tokenizer) if any(several) else None
-    for i, completions in enumerate(batch["completions"]):
-        template = turns.template if turns and several[i] else None
-        try:
-            prompt = clean_prompt({column: values[i] for column, values in batch.items()})
-            prompts.append(prompt)
-            if prompt.kind == "token ids":
-                typed.append(False)
-                continue
-            texts.append(prompt_text(tokenizer, prompt, template))
-            texts += [conversation_text(tokenizer, prompt, completion, template) for completion in completions]
-            typed.append(holds_typed_tokens(tokenizer, prompt, completions))
-        except UserError as error:
-            raise UserError(f"{named[i]}: {error}") from error
-        plain += [prompt.kind == "text"] * (1 + len(completions))
-    ids = iter(zip(texts, text_ids(tokenizer, texts, plain), strict=True))
-    tokenized = []
-    for i, completions in enumerate(batch["completions"]):
-        if prompts[i].kind == "token ids":
-            whole_prompt = list(prompts[i].content)
-            wholes = [("", whole_prompt + completion) for completion in completions]
-        else:
-            (_, whole_prompt), *wholes = [next(ids) for _ in range(1 + len(completions))]
-        boundary = min(common_prefix_length(whole_prompt, whole) for _, whole in wholes)
-        if boundary == 0:
-            raise UserError(
-                f"{named[i]}: `prompt` gives no token in front of the completions, whose first one can't be scored "
-                "then; give a prompt that isn't empty."
-            )
-        given = (batch.get("completion_mask") or [None] * len(prompts))[i]
-        masks = []
-        for k, (text, whole) in enumerate(wholes):
-            if len(whole) == boundary:
-                raise UserError(f"{named[i]}: `completions[{k}]` gives no token after the prompt; leave it out.")
-            mask = list(map(int, given[k])) if given else [1] * (len(whole) - boundary)
-            if turns and has_context(completions[k]):
-                where = f"{named[i]}: `completions[{k}]`"
-                try:
-                    mask = written_mask(tokenizer, turns, prompts[i], completions[k], text, whole, boundary)
-                except InvalidRowError as error:
-                    raise InvalidRowError(f"{where} {error}") from error
-            masks.append(mask)
-        completion_ids = [whole[boundary:] for _, whole in wholes]
-        kept, rests = truncate(whole_prompt[:boundary], completion_ids, max_prompt_length, max_length)
-        cut = sum(len(rest) < len(whole) for rest, whole in zip(rests, completion_ids, strict=True))
-        tokenized.append({
-            "prompt_ids": kept, "completion_ids": rests, "completion_mask": cut_masks(masks, rests, named[i]),
-            "rewards": batch["rewards"][i],
-            length_column: len(kept) + sum(map(len, rests)), "row_number": indices[i],
-            "prompt_cut": int(len(kept) < boundary), "completions_cut": cut,
-            "boundary_tokens": len(whole_prompt) - boundary, "typed_tokens": int(typed[i]),
-        })  # fmt: skip
-    return {column: [row[column] for row in tokenized] for column in tokenized[0]}
+    rows = rows_or_errors(batch, indices, tokenizer, max_prompt_length, max_length, length_column)
+    for row, index in zip(rows, indices, strict=True):
+        if isinstance(row, UserError):
+            raise _named(row, index, name) from row
+    return {column: [row[column] for row in rows] for column in rows[0]}
 
 
-def cut_masks(masks: list[list[int]], rests: list[list[int]], row: str) -> list[list[int]] | None:
-    """The masks of completions that were cut to `rests`; None where the model wrote all that is left.
+def _named(error: UserError, index: int, name: str | None) -> UserError:
+    text = f"Row {index}{f' of `{name}`' if name else ''}: {error}"
+    return InvalidRowError(text, error.cause) if isinstance(error, InvalidRowError) else UserError(text)
+
+
+def _noted_rows(
+    batch: dict[str, list],
+    indices: list[int],
+    tokenizer: PreTrainedTokenizerBase,
+    max_prompt_length: int | None,
+    max_length: int | None,
+    length_column: str,
+    name: str,
+) -> dict[str, list]:
+    """`tokenize_rows` with the columns of `_NOTES`, which are null for a sound row; another has no ids."""
+    rows = rows_or_errors(batch, indices, tokenizer, max_prompt_length, max_length, length_column)
+    noted = []
+    for i, row in enumerate(rows):
+        notes: dict[str, Any] = dict.fromkeys(_NOTES)
+        if isinstance(row, InvalidRowError):
+            notes = {"_cause": row.cause, "_problem": f"row {indices[i]}: {row}"}
+            row = dict.fromkeys(_TOKENS) | dict.fromkeys((length_column, *CUT_COLUMNS), 0)
+            row |= {"rewards": batch["rewards"][i], "row_number": indices[i]}
+        elif isinstance(row, UserError):  # what is wrong with all rows
+            raise _named(row, indices[i], name) from row
+        noted.append(row | notes)
+    return {column: [row[column] for row in noted] for column in noted[0]}
+
+
+def _without_invalid(dataset: Dataset, name: str) -> Dataset:
+    """The sound rows of those that `_noted_rows` made, without its notes; the log counts the others by cause.
 
     Raises:
-        InvalidRowError: it wrote nothing of one; `row` names it.
+        UserError: there is none.
     """
-    cut = [mask[: len(rest)] for mask, rest in zip(masks, rests, strict=True)]
-    for k, mask in enumerate(cut):
-        if not any(mask):
-            raise InvalidRowError(
-                f"{row}: `completions[{k}]` has nothing to train on before `max_length` cuts it, only tokens that the "
-                "model didn't write; raise `max_length`, or leave it out"
-            )
-    return None if all(map(all, cut)) else cut
+    causes = dataset["_cause"][:]
+    sound = [i for i, cause in enumerate(causes) if cause is None]
+    if len(sound) < len(dataset):
+        dropped = show_counts(Counter(filter(None, causes)))
+        told = f"`{name}`: {len(sound)} of {len(dataset)} rows kept as they became tokens; dropped: {dropped}"
+        if not sound:
+            raise UserError(f"{told}; at least one must be left ({dataset[0]['_problem']})")
+        notify(told)
+        dataset = dataset.select(sound)
+    return dataset.remove_columns(list(_NOTES))
 
 
-def truncate(
-    prompt: list[int], completions: list[list[int]], max_prompt_length: int | None, max_length: int | None
-) -> tuple[list[int], list[list[int]]]:
-    """A prompt's end within `max_prompt_length`, and each completion's beginning that fits `max_length` behind it."""
-    kept = prompt[-max_prompt_length:] if max_prompt_length else prompt
-    room = None if max_length is None else max_length - len(kept)
-    return kept, [completion[:room] for completion in completions]
+def _sound_rows(batch: dict[str, list], name: str) -> dict[str, list]:
+    """`_without_invalid` of a stream's batch, whose other rows the log counts."""
+    causes = batch["_cause"]
+    if dropped := Counter(filter(None, causes)):
+        first, last = batch["row_number"][0], batch["row_number"][-1]
+        logger.warning(
+            "`%s`, rows %d to %d: dropped as they became tokens: %s", name, first, last, show_counts(dropped)
+        )
+    return {
+        column: [value for value, cause in zip(values, causes, strict=True) if cause is None]
+        for column, values in batch.items()
+    }

@@ -87,14 +87,24 @@ def written_mask(
     _refuse_left_out(messages[first:], text)
     conversation = _Conversation(tokenizer, turns.template, prompt, messages, text, ids)
     own = [j for j in range(first, len(messages)) if messages[j].get("role") not in _CONTEXT]
-    starts = [boundary if j == first else conversation.header_end(j) for j in own]
+    # the prompt ends within the first turn, or the marks tell where that one begins
+    opened = prompt.continues or turns.marked
+    starts = [boundary if j == first and opened else conversation.header_end(j) for j in own]
     ends = [len(ids) if j == len(messages) - 1 else conversation.turn_end(j) for j in own]
     for j, start, end, before in zip(own, starts, ends, [boundary, *ends], strict=False):
+        if start < 0:
+            raise InvalidRowError(
+                f"turn {j - first} does not follow what the chat template renders in front of it, the generation "
+                "prompt at its end, so that where the model's words begin can't be told; use a template whose turns of "
+                "the assistant begin with its generation prompt, such as one of TRL's training templates",
+                "turn that can't be told apart",
+            )
         if start < before or (start >= end and not (turns.marked and end == 0)):
             raise InvalidRowError(
                 f"turn {j - first} is rendered by the chat template in another way once other turns follow it, so "
                 "that where it begins or ends can't be told; use a template that renders each turn alike, such as "
-                "one of TRL's training templates"
+                "one of TRL's training templates",
+                "turn that can't be told apart",
             )
     spans = list(zip(starts, ends, strict=True))
     if turns.marked and spans:
@@ -103,7 +113,9 @@ def written_mask(
     for start, end in spans:
         mask[start:end] = [1] * (end - start)
     if not any(mask[boundary:]):
-        raise InvalidRowError("has no turn of the assistant, so that there is nothing to train on; leave it out")
+        raise InvalidRowError(
+            "has no turn of the assistant, so that there is nothing to train on; leave it out", "nothing to train on"
+        )
     return mask[boundary:]
 
 
@@ -157,7 +169,10 @@ class _Conversation:
         how: dict[str, Any] = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
         found = self.render(self.messages, **how)
         if found["input_ids"] != self.ids:
-            raise InvalidRowError("is tokenised otherwise with its turns marked than without; please report this")
+            raise InvalidRowError(
+                "is tokenised otherwise with its turns marked than without; please report this",
+                "turn that can't be told apart",
+            )
         marks = found["assistant_masks"]
         marked = []
         following = [start for start, _ in spans[1:]] + [len(self.ids) + 1]
@@ -169,7 +184,8 @@ class _Conversation:
                 raise InvalidRowError(
                     f"turn {turn} is not, or not all, within the `{{% generation %}}` marks of the chat template, such "
                     "as one of a call alone where only the content is marked; put the marks around all that the model "
-                    "writes in a turn"
+                    "writes in a turn",
+                    "turn outside of the marks",
                 )
             marked.append((begin, end))
         return marked
@@ -200,7 +216,8 @@ def _refuse_left_out(messages: Sequence[dict[str, Any]], text: str) -> None:
                     raise InvalidRowError(
                         f"turn {j} has `{name}` that the chat template leaves out, as many do with the reasoning of "
                         "earlier turns, so that the model would be trained on other text than the row's; use a "
-                        "template that keeps it, or take it out of the row"
+                        "template that keeps it, or take it out of the row",
+                        f"{name} left out by the chat template",
                     )
 
 

@@ -49,8 +49,8 @@ class RowError(InvalidRowError):
     row: int | None = None
 
     def __init__(self, field: str, cause: str, detail: str):
-        super().__init__(f"`{field}` {detail}")
-        self.field, self.cause = field, cause
+        super().__init__(f"`{field}` {detail}", cause)
+        self.field = field
 
 
 def _show(value: Any) -> str:

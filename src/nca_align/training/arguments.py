@@ -173,7 +173,10 @@ def reward_rows(dataset: Any, name: str, args: NCAConfig) -> Any:
             "DPOTrainer for images."
         )
     # chosen and rejected handed to the trainer are rewards 1 and 0, also beside score columns
-    options = DataOptions(preference="hard", validation_fraction=0.0, min_completions=args.min_completions)
+    options = DataOptions(
+        preference="hard", validation_fraction=0.0, min_completions=args.min_completions,
+        on_invalid=args.on_invalid,  # type: ignore[arg-type]
+    )  # fmt: skip
     return _with_labels(to_reward_dataset(dataset, options, name=name), name, args)
 
 

@@ -11,8 +11,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from ..batching.collator import RewardCollator
-from ..batching.tokenization import cut_masks, truncate
+from ..batching.row_tokens import cut_masks, truncate
 from ..batching.tokenized_rows import masks_of
+from ..errors import InvalidRowError
 from ..models.logprobs import add_token_logps
 from ..models.memory import Kept, count_kept
 from ..models.policy import base_model
@@ -143,7 +144,10 @@ class Planner:
             prompt, completions = truncate(
                 row["prompt_ids"], row["completion_ids"], setup.max_prompt_length, setup.max_length
             )
-            masks = cut_masks(masks_of(row), completions, f"row {row.get('row_number', i)}")
+            try:
+                masks = cut_masks(masks_of(row), completions)
+            except InvalidRowError as error:
+                raise InvalidRowError(f"row {row.get('row_number', i)}: {error}", error.cause) from error
             cut.append({"prompt_ids": prompt, "completion_ids": completions, "completion_mask": masks})
         return cut
 

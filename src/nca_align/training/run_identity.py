@@ -32,6 +32,7 @@ FREE = {
     "save_total_limit", "save_on_each_node", "save_only_model", "push_to_hub", "hub_token", "hub_private_repo",
     "hub_model_id", "hub_strategy", "hub_always_push", "hub_revision", "do_train", "do_eval", "do_predict",
     "resume_from_checkpoint", "resume_changed", "nonfinite", "collapse_nats", "startup_checks",
+    "on_invalid",  # the rows that are left tell it
     # how the work is dealt out: processes, kernels, memory, loading
     "per_device_train_batch_size", "gradient_accumulation_steps", "auto_find_batch_size",
     "average_tokens_across_devices", "layout", "completions_per_forward", "gradient_checkpointing",

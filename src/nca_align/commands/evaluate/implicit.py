@@ -235,7 +235,8 @@ def implicit(options: ImplicitOptions) -> ImplicitEvaluation:
 def _solutions(options: ImplicitOptions, tokenizer: Any) -> process.Solutions:
     """The rows that the options name, tokenised, with their steps, answers and first errors."""
     texts = load_rows(options)
-    dataset, notices = tokenize_dataset(texts, tokenizer, options.max_prompt_length, options.max_length, name="data")
+    limits = options.max_prompt_length, options.max_length
+    dataset, notices = tokenize_dataset(texts, tokenizer, *limits, name="data", on_invalid=options.on_invalid)
     for notice in notices:
         print(notice, file=sys.stderr)
     rows = list(dataset)

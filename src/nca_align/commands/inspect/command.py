@@ -57,9 +57,11 @@ def main(argv: list[str] | None = None) -> None:
     dataset = select_split(data.dataset, split)
 
     from .example import show_row
-    from .inspection import inspect
+    from .inspection import inspect, trained_rows
     from .tables import print_example, print_inspection
 
+    if tokenizer is not None and options.on_invalid == "drop":
+        dataset = trained_rows(dataset, tokenizer, options)
     if options.example is not None:
         print_example(show_row(dataset, options.example, options, tokenizer), options.alpha)
         if options.html is None:

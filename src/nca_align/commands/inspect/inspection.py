@@ -7,7 +7,8 @@ from datasets import Dataset, List, Value
 
 from ... import progress
 from ...batching.collator import RewardCollator
-from ...batching.tokenization import tokenize_dataset, truncate
+from ...batching.row_tokens import truncate
+from ...batching.tokenization import rows_that_become_tokens, tokenize_dataset
 from ...batching.tokenized_rows import masks_of
 from ...data import DataReport
 from ...data.cleaning import text_of
@@ -141,6 +142,14 @@ def _count_truncated(dataset: Dataset) -> int | None:
     if dataset.features.get("truncated") != List(Value("bool")):
         return None
     return sum(sum(row or []) for row in dataset["truncated"])
+
+
+def trained_rows(dataset: Dataset, tokenizer, options: InspectOptions) -> Dataset:
+    """The rows that training doesn't drop as they become tokens."""
+    return rows_that_become_tokens(
+        dataset, tokenizer, max_prompt_length=options.max_prompt_length, max_length=options.max_length,
+        num_proc=options.dataset_num_proc, name=options.dataset_train_split, on_invalid=options.on_invalid,
+    )  # fmt: skip
 
 
 def count_tokens(dataset: Dataset, tokenizer, options: InspectOptions) -> Tokens:

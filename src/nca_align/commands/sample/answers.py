@@ -69,8 +69,7 @@ class FailedRow(InvalidRowError):
     """A row that the server doesn't answer, whatever it does with others; by `cause` such rows are counted."""
 
     def __init__(self, cause: str, text: str):
-        super().__init__(text)
-        self.cause = cause
+        super().__init__(text, cause)
 
     @property
     def refused(self) -> bool:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from trl import ModelConfig, ScriptArguments
 
 from ...batching.rendering import prompt_ids
@@ -118,6 +119,9 @@ def _train(
         trainer = NCATrainer(
             args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, processing_class=tokenizer, **policy
         )
+        evaluated_rows: Any = trainer.eval_dataset
+        if isinstance(eval_dataset, Dataset) and len(evaluated_rows) < len(eval_dataset):  # some are no tokens
+            eval_dataset = eval_dataset.select(evaluated_rows["row_number"])
         if scorers is not None and eval_dataset is not None:
             answered = eval_dataset if run.eval_prompts is None else eval_dataset.take(run.eval_prompts)
             evaluator = GenerationEvaluator(

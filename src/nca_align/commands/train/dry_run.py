@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from trl import ModelConfig, ScriptArguments, get_peft_config
 
-from ...batching.tokenization import tokenize_dataset
+from ...batching.tokenization import rows_that_become_tokens, tokenize_dataset
 from ...config import NCAConfig
 from ...data import DataOptions
 from ...data.sample import read_sample
@@ -99,7 +99,11 @@ def _plan(
     )  # fmt: skip
     check_arguments(args, None, None, sample.dataset)
     prepare_datasets(args, None, sample.dataset, None)
-    tokenised: Any = tokenize_dataset(sample.dataset, tokenizer, None, None, args.length_column_name)[0]
+    limits = args.max_prompt_length, args.max_length
+    rows = sample.dataset
+    if args.on_invalid == "drop":
+        rows = rows_that_become_tokens(rows, tokenizer, *limits, on_invalid=args.on_invalid)
+    tokenised: Any = tokenize_dataset(rows, tokenizer, None, None, args.length_column_name)[0]
     on_cpu = bool(args.use_cpu) and argv == _as_on_a_card(argv)
     launch = Launch.of(environment, args)
     adapter = adapter_config(source.adapter) if source.adapter else new_adapter(model_args)

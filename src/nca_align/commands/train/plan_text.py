@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from ...batching.tokenization import refuse_cutting_all, truncate
+from ...batching.row_tokens import truncate
+from ...batching.tokenization import refuse_cutting_all
 from ...config import NCAConfig
 from ...data.sample import Sample
 from ...models.memory import GIB
