@@ -169,6 +169,8 @@ def assert_close(found: Found, expected: Found) -> None:
 
 def model_of(name: str, **own):
     """A tiny model in training mode, where layers are checkpointed, without dropout."""
+    if not hasattr(transformers, name):
+        pytest.skip(f"transformers {transformers.__version__} has no {name}")
     model = build(name, **own).train()
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
@@ -186,10 +188,20 @@ def test_pieces_give_each_conversation_alone(name):
     for checkpointed in (False, True):
         if checkpointed:
             model.gradient_checkpointing_enable()
-            with pytest.raises(PackingError, match="do not hand the states"):  # the cache is taken from the layers
-                run(model, [text(5, 0)], None, 0, with_checkpoints=False)[1].states()
         for case, own in zip(cases, expected, strict=True):
             assert_close(in_pieces(model, *case), own)
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
+def test_a_cache_that_is_taken_from_checkpointed_layers_shows():
+    """As transformers does, with a warning alone; the first piece's numbers don't show it."""
+    model = model_of("Qwen3_5ForCausalLM")
+    model.gradient_checkpointing_enable()
+    cache = run(model, [text(5, 0)], None, 0, with_checkpoints=False)[1]
+    with pytest.raises(PackingError, match="do not hand the states"):
+        cache.states()
+    assert run(model, [text(5, 0)], None, 0)[1].states()
+    assert not any("_can_checkpoint_with_cache" in vars(module) for module in model.modules())  # left as it was
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")

@@ -226,14 +226,14 @@ def cached_checkpointing(model: nn.Module) -> Iterator[None]:
     if reason := _reentrant(model):
         raise PackingError(reason)
     layers = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
-    before = [layer._can_checkpoint_with_cache for layer in layers]
+    layers = [layer for layer in layers if not layer._can_checkpoint_with_cache]
     for layer in layers:
         layer._can_checkpoint_with_cache = True
     try:
         yield
     finally:
-        for layer, value in zip(layers, before, strict=True):
-            layer._can_checkpoint_with_cache = value
+        for layer in layers:
+            del layer._can_checkpoint_with_cache  # of the object: its class has it as it was
 
 
 def recurrent_obstacle(model: Any) -> str | None:
