@@ -49,6 +49,25 @@ def test_columns_beside_completions_lose_what_these_lose():
     assert (row["answer"], row["parts"], row["helpfulness"]) == (["0", "2"], [["0"], ["2"]], [1, 3])
 
 
+@pytest.mark.parametrize("steps", [3, "1. Think", ["1. Think", "2. Answer"], None])
+def test_a_column_of_steps_makes_no_other_format_of_them(steps):
+    """`correctness` beside `steps` are labelled rollouts only where it has a label for each of several solutions."""
+    rows = [helpsteer("q", f"a{i}", i, 4 - i) | {"steps": steps} for i in range(2)]
+    others = [{}] if isinstance(steps, list) else [{}, {"problem": "q", "label": True}]  # ProcessBench has these two
+    for more in others:
+        converted, report = convert([row | more for row in rows], score="helpfulness")
+        assert report.format == "flat scored rows"
+        assert converted[0]["rewards"] == [0.0, 1.0]
+
+
+def test_grades_by_completion_are_no_labels():
+    row = {"prompt": "q", "completions": ["a", "b"], "correctness": [4, 1], "verbosity": [2, 3]}
+    with pytest.raises(ValueError, match=r"a number for each \(correctness, verbosity\); take one by `score`"):
+        convert([row])
+    assert convert([row], score="correctness")[0][0]["rewards"] == [4.0, 1.0]
+    assert convert([row | {"correctness": [1, 0]}])[1].format == "labelled rollouts"
+
+
 def test_helpsteer_turns_become_messages():
     prompt = "Hi\nthere\n<extra_id_1>Assistant\nHello\n<extra_id_1>User\nWhy?"
     converted, _ = convert([helpsteer(prompt, "a", 4), helpsteer(prompt, "b", 1)])

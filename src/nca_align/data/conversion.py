@@ -2,7 +2,6 @@
 
 import itertools
 import logging
-import shlex
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -14,7 +13,6 @@ from ..errors import UnsupportedError, UserError, UserTypeError
 from ..store.fingerprints import derived_fingerprint
 from . import schema
 from .cleaning import clean_prompt, joined_messages
-from .column_guesses import guess_columns
 from .columns import PEEKED, code_revision, map_columns
 from .formats import FORMATS
 from .formats.completions import rewarded_completions
@@ -22,6 +20,7 @@ from .formats.flat_rows import group_rows, read_groups
 from .message_columns import with_plain_messages
 from .messages import content_kind
 from .options import DEFAULT_SCORE, DataOptions
+from .recognition import recognise
 from .schema import NOTES, PROMPT_COLUMNS, REWARD_COLUMNS, DataReport, Format, result_features
 from .several_rewards import column_of, of_split, scale_over_split, scaled, settle_weights
 from .token_ids import MASK, check_masks, with_plain_ids
@@ -86,7 +85,7 @@ def convert_dataset(
     peeked = list(itertools.islice(dataset, PEEKED))
     if not peeked:
         raise UserError(f"`{name}` is empty; it must have at least one row")
-    fmt = _recognise(peeked, options, name, source)
+    fmt = recognise(peeked, options, name, source)
     options = _check_options(fmt, options, peeked, name)
     if isinstance(dataset, IterableDataset):
         return _convert_stream(dataset, fmt, options, peeked, name), None
@@ -125,40 +124,6 @@ def convert_dataset(
     logger.log(logging.WARNING if report.dropped or report.completions else logging.INFO, "%s", report)
     result = converted.remove_columns(list(NOTES)) if result is None else result
     return (result if report.kept == report.rows else result.select(keep)), report
-
-
-def _recognise(rows: list[dict[str, Any]], options: DataOptions, name: str, source: str) -> Format:
-    """The format that a data set with these first rows is in.
-
-    Raises:
-        ValueError: for no known format; lists the columns that were found and those that are known, with a guess which
-            of the found are meant.
-    """
-    found = set(rows[0])
-    for fmt in FORMATS.values():
-        if fmt.matches(found, options) if fmt.matches else found.issuperset(fmt.needs.split(", ")):
-            return fmt
-    guess = guess_columns(rows)
-    renamed = f" --columns {guess.flags}" if guess.flags else ""
-    if guess.prompts_only:
-        raise UserError(
-            f"`{name}` has the columns {', '.join(sorted(found))}, prompts without completions; draw some by "
-            f"`nca-align sample --dataset_name {shlex.quote(source)}{renamed} --model_name_or_path MODEL --output "
-            "samples.jsonl`, and reward them by `nca-align score`"
-        )
-    missing = min(({*REWARD_COLUMNS} - found, {"prompt", "chosen", "rejected"} - found), key=len)
-    hint = f", only `{next(iter(missing))}` is missing" if len(missing) == 1 else ""
-    if guess.flags and not guess.unscored:
-        hint += f"; it looks like `--columns {guess.flags}`"
-    if guess.unscored:
-        raise UserError(
-            f"`{name}` has the columns {', '.join(sorted(found))}, completions without rewards; reward them by "
-            f"`nca-align score --dataset_name {shlex.quote(source)}{renamed} --scorer SCORER --output scored.jsonl`, "
-            "where SCORER is a reward model or a function"
-        )
-    if not guess.flags:
-        hint += "; known are " + "; ".join(f"{fmt.needs} ({fmt.name})" for fmt in FORMATS.values())
-    raise UserError(f"`{name}` has the columns {', '.join(sorted(found))}, which is no known format{hint}")
 
 
 def _check_options(fmt: Format, options: DataOptions, peeked: list[dict[str, Any]], name: str) -> DataOptions:

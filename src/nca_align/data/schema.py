@@ -42,7 +42,7 @@ class Format:
         objectives: those that a list of weights is for, in the data's order.
         settle: the options with what a few rows decide.
         grouped: True where a row is one completion, and the rows of a prompt are put together first.
-        matches: whether a set of columns is this format; None where it is so with all that it needs.
+        matches: whether a few rows are of this format; None where they are so with all columns that it needs.
     """
 
     name: str
@@ -55,7 +55,7 @@ class Format:
     objectives: Callable[[list[dict[str, Any]]], list[str]] | None = None
     settle: Callable[[list[dict[str, Any]], DataOptions], DataOptions] = lambda rows, options: options
     grouped: bool = False
-    matches: Callable[[set[str], DataOptions], bool] | None = None
+    matches: Callable[[list[dict[str, Any]], DataOptions], bool] | None = None
 
 
 def data_format(name: str, needs: str, **more: Any) -> Callable[[Convert], Format]:

@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+from ..columns import read_cell
 from ..messages import plain_completions
 from ..options import DEFAULT_SCORE, DataOptions
 from ..schema import data_format
@@ -35,7 +36,8 @@ REPAIRED = "score 10 repaired to 1"
 _SCORE_BUG = "score 10 that should be 1"
 
 
-def _has_completions(columns: set[str], options: DataOptions) -> bool:
+def _has_completions(rows: list[dict[str, Any]], options: DataOptions) -> bool:
+    columns = set(rows[0])
     # In the place of `rewards` may be columns that the options name.
     chosen = () if options.score == DEFAULT_SCORE else (options.score, column_of(options.score))
     scored = bool(options.reward_weights) or not columns.isdisjoint(("rewards", *chosen))
@@ -186,7 +188,8 @@ def ranked_answers(row: dict[str, Any], options: DataOptions) -> Row:
     return result
 
 
-def _has_generated_responses(columns: set[str], options: DataOptions) -> bool:
+def _has_generated_responses(rows: list[dict[str, Any]], options: DataOptions) -> bool:
+    columns = set(rows[0])
     # Beside the list stands a pair of its best and worst: less to learn from, unless hard preferences are asked for.
     pair = options.preference == "hard" and columns.issuperset(("chosen", "rejected"))
     return columns.issuperset(("prompt", "all_generated_responses", "all_rm_scores")) and not pair
@@ -222,8 +225,18 @@ def _answered(prompt: Any, answers: str, texts: list, rewards: str, scores: list
     )
 
 
-def _has_labelled_rollouts(columns: set[str], options: DataOptions) -> bool:
-    return columns.issuperset(("prompt", "correctness")) and not columns.isdisjoint(("completions", "steps"))
+def _has_labelled_rollouts(rows: list[dict[str, Any]], options: DataOptions) -> bool:
+    """Whether `correctness` holds labels of several solutions: HelpSteer2 has a grade of one answer by that name."""
+    columns = set(rows[0])
+    if not columns.issuperset(("prompt", "correctness")) or columns.isdisjoint(("completions", "steps")):
+        return False
+    labels = [read_cell(row["correctness"]) for row in rows]
+    steps = [read_cell(row.get("steps")) for row in rows if row.get("completions") is None]
+    return (
+        any(isinstance(own, list) for own in labels)
+        and all(label in (0, 1, None) for own in labels if isinstance(own, list) for label in own)
+        and all(isinstance(own, list) and all(isinstance(read_cell(one), list) for one in own) for own in steps)
+    )
 
 
 @data_format(
@@ -249,7 +262,14 @@ def labelled_rollouts(row: dict[str, Any], options: DataOptions) -> Row:
     return _answered(row["prompt"], name, texts, "correctness", labels[: len(texts)])
 
 
-@data_format("ProcessBench", "problem, steps, label", prompts="problem")
+def _is_process_bench(rows: list[dict[str, Any]], options: DataOptions) -> bool:
+    columns = set(rows[0])
+    return columns.issuperset(("problem", "steps", "label")) and any(
+        isinstance(read_cell(row["steps"]), list) for row in rows
+    )
+
+
+@data_format("ProcessBench", "problem, steps, label", prompts="problem", matches=_is_process_bench)
 def process_bench(row: dict[str, Any], options: DataOptions) -> Row:
     """Qwen/ProcessBench: a solution in steps, and the number of its first wrong one from 0, −1 where it is right.
 

@@ -44,7 +44,8 @@ def answer_column(columns: Iterable[str]) -> str | None:
     return next((name for name in _ANSWER_COLUMNS if name in columns), None)
 
 
-def matches(columns: set[str], options: DataOptions) -> bool:
+def matches(rows: list[dict[str, Any]], options: DataOptions) -> bool:
+    columns = set(rows[0])
     default = score_column(columns, DataOptions())  # so that a misspelt `score` is reported as such
     scored = default is not None or score_column(columns, options) is not None or bool(options.reward_weights)
     scored = scored or bool(logged_rewards(columns))
