@@ -90,13 +90,13 @@ def test_a_runs_loss_and_figures_are_what_a_loop_gives(rows, completion_mean, ho
     assert bool(compared) == (rows == "ragged")
 
 
-@pytest.mark.parametrize("labels", [[[0.0, 0.0], [0.0, 1.0], [0.3, 0.0]], [[0.0, 0.0], [0.0, 0.0], [0.0, 0.0]]])
+@pytest.mark.parametrize("labels", [[[0.0, 0.3], [0.0, 1.0], [0.6, 0.0]], [[0.0, 0.0], [0.5, 0.5], [0.3, 0.0]]])
 def test_sft_beside_labels_leaves_out_prompts_without_a_right_completion(labels):
     given, lengths = torch.tensor(labels), torch.tensor([[3, 4], [5, 6], [7, 8]])
     logps = (-lengths * torch.tensor([[0.5, 1.0], [1.5, 2.0], [2.5, 3.0]])).requires_grad_()
     batch = {"rewards": given, "given_rewards": given, "valid": torch.ones_like(given, dtype=torch.bool),
              "lengths": lengths, "weights": torch.ones(3)}  # fmt: skip
-    right = [(i, row.index(max(row))) for i, row in enumerate(labels) if max(row) > 0]
+    right = [(i, row.index(max(row))) for i, row in enumerate(labels) if max(row) > 0.5]
     tokens = sum(int(lengths[at]) for at in right)
     expected = sum(-logps[at].item() for at in right) / tokens if right else 0.0
     objective = Objective(["outcome", "sft"], [0.0, 1.0], None, 0.1)

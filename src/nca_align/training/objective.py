@@ -18,8 +18,8 @@ class Objective:
 
     Args:
         loss_types: names in `losses.LOSSES`, losses of one's own, or "sft": the best completion's negative
-            log-likelihood, the mean over the tokens of all best completions, as TRL's. Beside labels those of label 0
-            are left out.
+            log-likelihood, the mean over the tokens of all best completions, as TRL's. Beside labels those are left
+            out that are not more likely right than wrong, of a label up to 1/2.
         weights: one for each.
         alpha, beta, negative_weight: see `losses.reward_loss`.
         completion_mean: whether "outcome" counts each completion once, not each prompt.
@@ -71,10 +71,10 @@ class Objective:
                 yield name, weight, values, row_weights * completions
 
     def _sft_tokens(self, batch: Batch) -> Tensor:
-        """(B,) tokens of each prompt's best completion; 0 where its label says that even this one is wrong."""
+        """(B,) tokens of each prompt's best completion; 0 where its label doesn't say that it is likelier right."""
         best = best_column(batch)
         tokens = batch["lengths"].gather(1, best)[:, 0]
-        return tokens * (batch["given_rewards"].gather(1, best)[:, 0] > 0) if self.labels else tokens
+        return tokens * (batch["given_rewards"].gather(1, best)[:, 0] > 0.5) if self.labels else tokens
 
     def count_prompts(self, batch: Batch) -> Tensor:
         """(3,) float64: the batch's prompts, the tokens that "sft" reads, and the completions, none repeated."""
@@ -105,7 +105,7 @@ class Objective:
 
     def mean(self, means: dict[str, float]) -> float:
         """The loss over an evaluation, from the means of its terms, which are taken out of `means`."""
-        losses = [means.pop(f"loss/{name}", 0.0) for name in self.loss_types]  # none of sft where all labels are 0
+        losses = [means.pop(f"loss/{name}", 0.0) for name in self.loss_types]  # none of sft where no label is above 1/2
         loss = sum(weight * own for weight, own in zip(self.weights, losses, strict=True))
         return loss + self.router_weight * means.get("aux_loss", 0.0)
 
