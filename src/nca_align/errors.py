@@ -40,7 +40,7 @@ class PackingError(UnsupportedError):
 class InvalidRowError(UserError):
     """One row that can't be used, whatever the others are; `cause` is a few words under which such rows are counted."""
 
-    def __init__(self, text: str, cause: str = "unusable row"):
+    def __init__(self, text: str, *, cause: str = "unusable row"):
         super().__init__(text)
         self.cause = cause
 

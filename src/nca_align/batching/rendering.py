@@ -54,7 +54,7 @@ def prompt_text(tokenizer, prompt: Prompt, template: str | None = None) -> str:
             raise InvalidRowError(
                 f"the chat template leaves out the {role} prompt of `prompt`, so it has no {role} role; use a template "
                 f"that has one, or put the {role} prompt into the first user turn",
-                f"{role} prompt left out by the chat template",
+                cause=f"{role} prompt left out by the chat template",
             )
     return text
 
@@ -80,7 +80,7 @@ def _refuse_unknown_role(tokenizer, messages: list[dict[str, Any]]) -> None:
             raise InvalidRowError(
                 f"a message has the role {role!r}, which the chat template does not name, so that the model was never "
                 f"trained on it; use one of {', '.join(sorted(_ROLES))}, or a template that names it",
-                "role unknown to the chat template",
+                cause="role unknown to the chat template",
             )
 
 
@@ -104,7 +104,7 @@ def apply_template(
         raise InvalidRowError(
             f"the chat template can't render `prompt` ({roles}): {one_line(error)[:300]}; use "
             "a template that can, or leave those turns out of the data",
-            "refused by the chat template",
+            cause="refused by the chat template",
         ) from error
 
 
@@ -123,7 +123,7 @@ def holds_typed_tokens(tokenizer, prompt: Prompt, completions: Sequence[Any]) ->
             raise InvalidRowError(
                 f"`completions[{k}]` holds the token {tokenizer.eos_token!r} as text, which ends a text for this "
                 "tokenizer: the model would learn to end in the middle; take it out, the chat template writes its own",
-                "end token as text",
+                cause="end token as text",
             )
     return any(map(found, strings_in([prompt.content, *completions])))
 

@@ -86,20 +86,21 @@ def _masks(
         raise InvalidRowError(
             "`prompt` gives no token in front of the completions, whose first one can't be scored then; give a prompt "
             "that isn't empty.",
-            "prompt without a token",
+            cause="prompt without a token",
         )
     masks = []
     for k, (text, whole) in enumerate(wholes):
+        where = f"`completions[{k}]`"
         if len(whole) == boundary:
             raise InvalidRowError(
-                f"`completions[{k}]` gives no token after the prompt; leave it out.", "completion without a token"
+                f"`completions[{k}]` gives no token after the prompt; leave it out.", cause="completion without a token"
             )
         mask = list(map(int, given[k])) if given else [1] * (len(whole) - boundary)
         if turns is not None:  # of all K, so that they are compared alike
             try:
                 mask = written_mask(tokenizer, turns, prompt, completions[k], text, whole, boundary)
             except InvalidRowError as error:
-                raise InvalidRowError(f"`completions[{k}]` {error}", error.cause) from error
+                raise InvalidRowError(f"{where} {error}", cause=error.cause) from error
         masks.append(mask)
     return masks
 
@@ -116,7 +117,7 @@ def cut_masks(masks: list[list[int]], rests: list[list[int]]) -> list[list[int]]
             raise InvalidRowError(
                 f"`completions[{k}]` has nothing to train on before `max_length` cuts it, only tokens that the model "
                 "didn't write; raise `max_length`, or leave it out",
-                "nothing to train on",
+                cause="nothing to train on",
             )
     return None if all(map(all, cut)) else cut
 

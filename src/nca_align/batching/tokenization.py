@@ -207,7 +207,7 @@ def tokenize_rows(
 
 def _named(error: UserError, index: int, name: str | None) -> UserError:
     text = f"Row {index}{f' of `{name}`' if name else ''}: {error}"
-    return InvalidRowError(text, error.cause) if isinstance(error, InvalidRowError) else UserError(text)
+    return InvalidRowError(text, cause=error.cause) if isinstance(error, InvalidRowError) else UserError(text)
 
 
 def _noted_rows(

@@ -97,14 +97,14 @@ def written_mask(
                 f"turn {j - first} does not follow what the chat template renders in front of it, the generation "
                 "prompt at its end, so that where the model's words begin can't be told; use a template whose turns of "
                 "the assistant begin with its generation prompt, such as one of TRL's training templates",
-                "turn that can't be told apart",
+                cause="turn that can't be told apart",
             )
         if start < before or (start >= end and not (turns.marked and end == 0)):
             raise InvalidRowError(
                 f"turn {j - first} is rendered by the chat template in another way once other turns follow it, so "
                 "that where it begins or ends can't be told; use a template that renders each turn alike, such as "
                 "one of TRL's training templates",
-                "turn that can't be told apart",
+                cause="turn that can't be told apart",
             )
     spans = list(zip(starts, ends, strict=True))
     if turns.marked and spans:
@@ -114,7 +114,8 @@ def written_mask(
         mask[start:end] = [1] * (end - start)
     if not any(mask[boundary:]):
         raise InvalidRowError(
-            "has no turn of the assistant, so that there is nothing to train on; leave it out", "nothing to train on"
+            "has no turn of the assistant, so that there is nothing to train on; leave it out",
+            cause="nothing to train on",
         )
     return mask[boundary:]
 
@@ -171,7 +172,7 @@ class _Conversation:
         if found["input_ids"] != self.ids:
             raise InvalidRowError(
                 "is tokenised otherwise with its turns marked than without; please report this",
-                "turn that can't be told apart",
+                cause="turn that can't be told apart",
             )
         marks = found["assistant_masks"]
         marked = []
@@ -185,7 +186,7 @@ class _Conversation:
                     f"turn {turn} is not, or not all, within the `{{% generation %}}` marks of the chat template, such "
                     "as one of a call alone where only the content is marked; put the marks around all that the model "
                     "writes in a turn",
-                    "turn outside of the marks",
+                    cause="turn outside of the marks",
                 )
             marked.append((begin, end))
         return marked
@@ -217,7 +218,7 @@ def _refuse_left_out(messages: Sequence[dict[str, Any]], text: str) -> None:
                         f"turn {j} has `{name}` that the chat template leaves out, as many do with the reasoning of "
                         "earlier turns, so that the model would be trained on other text than the row's; use a "
                         "template that keeps it, or take it out of the row",
-                        f"{name} left out by the chat template",
+                        cause=f"{name} left out by the chat template",
                     )
 
 

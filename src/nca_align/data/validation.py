@@ -49,7 +49,7 @@ class RowError(InvalidRowError):
     row: int | None = None
 
     def __init__(self, field: str, cause: str, detail: str):
-        super().__init__(f"`{field}` {detail}", cause)
+        super().__init__(f"`{field}` {detail}", cause=cause)
         self.field = field
 
 

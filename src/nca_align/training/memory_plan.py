@@ -147,7 +147,8 @@ class Planner:
             try:
                 masks = cut_masks(masks_of(row), completions)
             except InvalidRowError as error:
-                raise InvalidRowError(f"row {row.get('row_number', i)}: {error}", error.cause) from error
+                where = f"row {row.get('row_number', i)}"
+                raise InvalidRowError(f"{where}: {error}", cause=error.cause) from error
             cut.append({"prompt_ids": prompt, "completion_ids": completions, "completion_mask": masks})
         return cut
 

@@ -69,7 +69,7 @@ class FailedRow(InvalidRowError):
     """A row that the server doesn't answer, whatever it does with others; by `cause` such rows are counted."""
 
     def __init__(self, cause: str, text: str):
-        super().__init__(text, cause)
+        super().__init__(text, cause=cause)
 
     @property
     def refused(self) -> bool:
