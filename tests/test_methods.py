@@ -127,7 +127,7 @@ def test_trls_trainers_refuse_prompts_that_they_would_not_continue(method, refus
 def test_trls_trainers_refuse_completions_with_turns_that_the_model_did_not_write(method, refused, tokenizer, tmp_path):
     rows = reward_rows(2, 2)
     rows[1]["completions"][1] += [{"role": "tool", "content": "42"}, {"role": "assistant", "content": "So 42."}]
-    message = rf"row 1: `completions\[1\]` has 3 turns, and `method` {method} of TRL trains on what the model didn't"
+    message = r"row 1: `completions\[1\]` is not one turn of the assistant, and TRL's trainers train on all that stands"
     with pytest.raises(UserError, match=message) if refused else nullcontext():
         assert len(trainer_of(method, tokenizer, tmp_path, rows).train_dataset) == 2
 

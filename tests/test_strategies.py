@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from nca_align import to_preference_pairs, to_unpaired
 from nca_align.data.strategies import PAIRS, check_strategy, select_completions, select_indices
+from nca_align.errors import UserError
 
 REWARDS = st.lists(st.sampled_from([-1.0, 0.0, 0.5, 2.0]), min_size=2, max_size=7)
 
@@ -113,6 +114,23 @@ class TestRows:
     def test_splits_are_given_one_at_a_time(self, convert):
         with pytest.raises(TypeError, match="`dataset` is a DatasetDict, but must be a Dataset: give one split"):
             convert(DatasetDict(train=rows([1.0, 2.0])))
+
+    @pytest.mark.parametrize("convert", [to_preference_pairs, to_unpaired])
+    @pytest.mark.parametrize("role", ["tool", "assistant"])
+    def test_turns_that_trl_would_train_on_all_of_are_refused(self, convert, role):
+        """TRL's trainers make a completion's mask by its length."""
+        answer, other = ({"role": own, "content": "a"} for own in ("assistant", role))
+        sound = {
+            "prompt": [{"role": "user", "content": "q"}],
+            "completions": [[answer], [answer]],
+            "rewards": [0.0, 1.0],
+        }
+        assert len(convert(Dataset.from_list([sound]))) > 0
+        given = Dataset.from_list([sound, sound | {"completions": [[answer], [answer, other, answer]]}])
+        with pytest.raises(
+            UserError, match=r"row 1: `completions\[1\]` is not one turn of the assistant, and TRL's trainers"
+        ):
+            convert(given)
 
     @pytest.mark.parametrize("convert", [to_preference_pairs, to_unpaired])
     def test_equal_rewards_everywhere_leave_no_row_and_say_so(self, convert):

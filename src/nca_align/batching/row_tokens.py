@@ -6,9 +6,10 @@ from transformers import PreTrainedTokenizerBase
 from trl.data_utils import common_prefix_length
 
 from ..data.cleaning import Prompt, clean_prompt
+from ..data.messages import has_context
 from ..errors import InvalidRowError, UserError
 from .rendering import conversation_text, holds_typed_tokens, prompt_text, text_ids
-from .trajectories import TurnTemplate, has_context, turn_template, written_mask
+from .trajectories import TurnTemplate, turn_template, written_mask
 
 
 def rows_or_errors(

@@ -21,11 +21,10 @@ from trl import get_training_chat_template
 from trl.data_utils import common_prefix_length
 
 from ..data.cleaning import REASONING, Prompt, joined_messages
-from ..data.messages import content_kind
+from ..data.messages import CONTEXT
 from ..errors import InvalidRowError
 from .rendering import apply_template, strings_in, text_ids
 
-_CONTEXT = {"system", "developer", "user", "tool"}
 _MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")  # as transformers looks for it
 _THINK_TAG = re.compile(r"</?think(?:ing)?>")
 
@@ -60,13 +59,6 @@ def turn_template(tokenizer) -> TurnTemplate:
     return TurnTemplate(training, tokenizer.is_fast and training is not None and bool(_MARK.search(training)))
 
 
-def has_context(completion: Any) -> bool:
-    """Whether a completion may hold tokens that the model didn't write: several turns, or one that isn't its own."""
-    if content_kind(completion) != "messages":
-        return False
-    return len(completion) > 1 or completion[0].get("role") in _CONTEXT
-
-
 def written_mask(
     tokenizer, turns: TurnTemplate, prompt: Prompt, completion: list, text: str, ids: list[int], boundary: int
 ) -> list[int]:
@@ -86,7 +78,7 @@ def written_mask(
     first = len(messages) - len(completion)
     _refuse_left_out(messages[first:], text)
     conversation = _Conversation(tokenizer, turns.template, prompt, messages, text, ids)
-    own = [j for j in range(first, len(messages)) if messages[j].get("role") not in _CONTEXT]
+    own = [j for j in range(first, len(messages)) if messages[j].get("role") not in CONTEXT]
     # the prompt ends within the first turn, or the marks tell where that one begins
     opened = prompt.continues or turns.marked
     starts = [boundary if j == first and opened else conversation.header_end(j) for j in own]

@@ -7,6 +7,7 @@ ROLES = {
     "human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant",
     "observation": "tool",
 }  # fmt: skip
+CONTEXT = {"system", "developer", "user", "tool"}  # roles of turns that the model doesn't write
 _TEXTS = {"text", "input_text", "output_text"}  # OpenAI's types of parts that are text
 
 
@@ -16,6 +17,13 @@ def content_kind(value: Any) -> str:
         return "text"
     ids = isinstance(value, list) and bool(value) and isinstance(value[0], int) and not isinstance(value[0], bool)
     return "token ids" if ids else "messages"
+
+
+def has_context(completion: Any) -> bool:
+    """Whether a completion may hold tokens that the model didn't write: several turns, or one that isn't its own."""
+    if content_kind(completion) != "messages":
+        return False
+    return len(completion) > 1 or completion[0].get("role") in CONTEXT
 
 
 def plain_conversation(value: Any) -> Any:

@@ -11,7 +11,7 @@ from datasets import Dataset, concatenate_datasets
 from ..errors import UserError, UserTypeError
 from .formats.pairs import HARD_REWARDS
 from .loading import with_template_arguments
-from .messages import content_kind
+from .messages import content_kind, has_context
 from .schema import PROMPT_COLUMNS, REWARD_COLUMNS
 from .token_ids import MASK
 
@@ -114,11 +114,11 @@ def to_preference_pairs(dataset: Dataset, strategy: str = "best_worst", seed: in
         A prompt whose rewards are all equal makes no pair.
 
     Raises:
-        ValueError: another strategy, or no pair at all.
+        ValueError: another strategy, no pair at all, or a completion of which the model didn't write all.
     """
     if strategy not in PAIRS:
         raise UserError(f"`strategy` is {strategy!r}; a preference pair comes from one of {', '.join(PAIRS)}")
-    _refuse_ids(dataset)
+    refuse_masked(dataset)
 
     def pair(row: dict[str, Any], places: list[int]) -> dict[str, Any]:
         (chosen, rejected), (high, low) = ([row[name][i] for i in places] for name in ("completions", "rewards"))
@@ -142,10 +142,9 @@ def to_unpaired(dataset: Dataset, threshold: float | None = None) -> Dataset:
         `prompt, completion, label`, a row a completion.
 
     Raises:
-        ValueError: no completion is left.
+        ValueError: no completion is left, or the model didn't write all of one.
     """
-
-    _refuse_ids(dataset)
+    refuse_masked(dataset)
 
     def border(rewards: list[float]) -> float:
         return sum(rewards) / len(rewards) if threshold is None else threshold
@@ -180,12 +179,29 @@ def _make_rows(dataset: Dataset, strategy: str, seed: int, make, pick=select_ind
     return concatenate_datasets([made, shared], axis=1)
 
 
-def _refuse_ids(dataset: Any) -> None:
+def refuse_masked(dataset: Any) -> None:
+    """Refuse rows that TRL's trainers can't take as they are: token ids, and what the model didn't write all of.
+
+    They tokenise by themselves, and make the masks of completions by their lengths, so that no row can hold one.
+
+    Raises:
+        UserError: it names the first row.
+    """
     row = next(iter(dataset), None) if isinstance(dataset, Dataset) else None
-    if row is not None and content_kind(row["prompt"]) == "token ids":
+    if row is None or content_kind(row["prompt"]) == "text":
+        return
+    if content_kind(row["prompt"]) == "token ids":
         raise UserError(
             "`dataset` holds token ids, but TRL's trainers read text; give its prompts and completions as text"
         )
+    for i, completions in enumerate(dataset["completions"]):
+        for k, completion in enumerate(completions):
+            if has_context(completion):
+                raise UserError(
+                    f"row {i}: `completions[{k}]` is not one turn of the assistant, and TRL's trainers train on all "
+                    "that stands in it, such as a tool's result; leave such rows out, or train by NCATrainer, which "
+                    "takes that as context"
+                )
 
 
 def _prompt_columns(dataset: Dataset) -> list[str]:

@@ -10,8 +10,14 @@ from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 
 from ...config import NCAConfig
 from ...data.cleaning import Prompt
-from ...data.messages import content_kind
-from ...data.strategies import PAIRS, check_strategy, select_completions, to_preference_pairs, to_unpaired
+from ...data.strategies import (
+    PAIRS,
+    check_strategy,
+    refuse_masked,
+    select_completions,
+    to_preference_pairs,
+    to_unpaired,
+)
 from ...errors import UserError
 from ...losses import LABELS, LOSSES, labels_alone, loss_name
 from ...trainer import NCATrainer
@@ -107,16 +113,10 @@ def build_trainer(
 def _require_whole_turns(dataset: Dataset, method: str) -> None:
     """Refuse rows of which TRL's trainers would train on other tokens than NCATrainer.
 
-    They open another turn behind a prompt that ends in an assistant's, which NCATrainer continues. They train on all of
-    a completion, and so on tools' results and the headers of later turns. Token ids are refused with the pairs.
+    They open another turn behind a prompt that ends in an assistant's, which NCATrainer continues.
     """
-    for i, (prompt, completions) in enumerate(zip(dataset["prompt"], dataset["completions"], strict=True)):
-        k = next((k for k, own in enumerate(completions) if content_kind(own) == "messages" and len(own) > 1), None)
-        if k is not None:
-            raise UserError(
-                f"row {i}: `completions[{k}]` has {len(completions[k])} turns, and `method` {method} of TRL trains on "
-                "what the model didn't write in them; leave such rows out, or compare NCATrainer's losses alone"
-            )
+    refuse_masked(dataset)
+    for i, prompt in enumerate(dataset["prompt"]):
         if Prompt(prompt, None, {}).continues:
             raise UserError(
                 f"row {i}: `prompt` ends in an assistant's turn, which `method` {method} of TRL doesn't continue as "
