@@ -6,6 +6,7 @@ import pytest
 from datasets import Dataset
 
 from nca_align.data import DataOptions, convert_dataset, to_reward_dataset
+from nca_align.errors import UserError
 
 
 def helpsteer(prompt, response, helpfulness, correctness=0):
@@ -125,6 +126,28 @@ def test_a_source_is_excluded_for_the_whole_prompt():
 def test_a_stream_of_flat_rows_is_refused():
     stream = Dataset.from_list([helpsteer("q", "a", 4), helpsteer("q", "b", 1)]).to_iterable_dataset()
     with pytest.raises(
-        NotImplementedError, match=r"`train` is a stream of flat scored rows.*load it without streaming"
+        NotImplementedError,
+        match=r"`train` is a stream of flat scored rows.*load it without streaming, or give `min_com",
     ):
         to_reward_dataset(stream)
+    logged = {"step": 1, "prompt": "q", "completion": "a", "advantage": 0.0, "own": 1.0}
+    with pytest.raises(
+        NotImplementedError, match=r"what a step logged again needs all of them; load it without streaming$"
+    ):
+        to_reward_dataset(Dataset.from_list([logged]).to_iterable_dataset(), DataOptions(min_completions=1))
+
+
+def test_a_stream_of_flat_rows_for_labels_is_a_row_a_completion(caplog):
+    rows = [helpsteer(f"q{i}", f"a{i}", i % 2) | {"source": "web", "tools": f'[{{"n": {i}}}]'} for i in range(5)]
+    whole = to_reward_dataset(Dataset.from_list(rows), DataOptions(min_completions=1))
+    stream = Dataset.from_list(rows).to_iterable_dataset()
+    read = list(to_reward_dataset(stream, DataOptions(min_completions=1)))
+    assert read == whole.to_list()
+    assert [len(row["completions"]) for row in read] == [1] * 5
+    assert "each is a row of one completion, and those of a prompt aren't put together" in caplog.text
+    rows[3]["helpfulness"] = None
+    stream = Dataset.from_list(rows).to_iterable_dataset()
+    with pytest.raises(UserError, match="`train`, row 3: `helpfulness` is null, a missing score"):
+        list(to_reward_dataset(stream, DataOptions(min_completions=1)))
+    kept = list(to_reward_dataset(stream, DataOptions(min_completions=1, on_invalid="drop")))
+    assert kept == [row for i, row in enumerate(read) if i != 3]

@@ -9,14 +9,14 @@ from typing import Any
 
 from datasets import Dataset, Features, IterableDataset
 
-from ..errors import UnsupportedError, UserError, UserTypeError
+from ..errors import UnsupportedError, UserError, UserTypeError, notify
 from ..store.fingerprints import derived_fingerprint
 from . import schema
 from .cleaning import clean_prompt, joined_messages
 from .columns import PEEKED, code_revision, map_columns
 from .formats import FORMATS
 from .formats.completions import rewarded_completions
-from .formats.flat_rows import group_rows, read_groups
+from .formats.flat_rows import alone, group_rows, logged_rewards, read_groups
 from .message_columns import with_plain_messages
 from .messages import content_kind
 from .options import DEFAULT_SCORE, DataOptions
@@ -55,7 +55,8 @@ def to_reward_dataset(
     Raises:
         TypeError: `dataset` is no `Dataset` or `IterableDataset`.
         ValueError: an unknown format, an empty data set, or an invalid row, which is named from 0 with its field.
-        NotImplementedError: a stream of flat rows, whose prompts can't be put together without seeing them all.
+        NotImplementedError: a stream of flat rows, whose prompts can't be put together without seeing them all; with
+            `min_completions` 1 each of them is a row.
     """
     options = options or DataOptions()
     return scale_over_split(convert_dataset(dataset, options, name=name, num_proc=num_proc)[0], options, num_proc)
@@ -195,7 +196,10 @@ def _convert_values(row: dict[str, Any], i: int, fmt: str, options: DataOptions,
 
 
 def _convert_rows(batch: dict[str, list], indices: list[int], arguments: dict[str, Any]) -> list[dict[str, Any]]:
+    rows: Iterable[dict[str, Any]]
     rows = (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
+    if FORMATS[arguments["fmt"]].grouped:  # of a stream
+        rows = map(alone, indices, rows)
     return [_convert_values(row, i, **arguments) for row, i in zip(rows, indices, strict=True)]
 
 
@@ -226,18 +230,28 @@ def _convert_groups(dataset: Dataset, arguments: dict[str, Any]) -> Dataset:
 def _convert_stream(
     stream: IterableDataset, fmt: Format, options: DataOptions, peeked: list[dict[str, Any]], name: str
 ) -> IterableDataset:
+    first = peeked
     if fmt.grouped:
-        raise UnsupportedError(
-            f"`{name}` is a stream of flat scored rows, and putting a prompt's rows together needs all of them; "
-            "load it without streaming"
+        logged = bool(logged_rewards(peeked[0]))
+        if logged or (options.min_completions or 2) > 1:
+            what = "leaving out what a step logged again" if logged else "putting a prompt's rows together"
+            single = "" if logged else ", or give `min_completions: 1` where each row is a prompt of its own"
+            raise UnsupportedError(
+                f"`{name}` is a stream of flat scored rows, and {what} needs all of them; load it without streaming"
+                f"{single}"
+            )
+        notify(
+            f"`{name}` is a stream of flat scored rows: each is a row of one completion, and those of a prompt aren't "
+            "put together."
         )
+        first = list(map(alone, itertools.count(), peeked))
     if of_split(options):
         chosen = "batch" if options.scale_rewards == "batch" else "normalize_then_sum"
         raise UnsupportedError(
             f"`{name}` is a stream, and {chosen} scales rewards by their spread over the split, which needs all of its "
             "rows; load it without streaming, or give `scale_rewards: group`"
         )
-    kind = _kind(peeked, fmt, options)
+    kind = _kind(first, fmt, options)
     return stream.map(
         _convert_stream_batch,
         batched=True,

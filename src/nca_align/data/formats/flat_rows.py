@@ -98,6 +98,13 @@ def read_groups(dataset: Dataset, order: np.ndarray, starts: np.ndarray) -> Iter
             yield int(indices[a]), row | {"_index": indices[a:b].tolist()}
 
 
+def alone(i: int, row: dict[str, Any]) -> dict[str, Any]:
+    """Row `i` as `read_groups` gives the rows of a prompt that has no other."""
+    return {key: value if key in ("prompt", *PROMPT_COLUMNS) else [value] for key, value in row.items()} | {
+        "_index": [i]
+    }
+
+
 def group_rows(dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
     """The rows of each prompt, wherever they lie, prompts in the order of their first row.
 
