@@ -14,6 +14,7 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from conftest import reward_rows
+from nca_align.cli import main
 from nca_align.commands.inspect.command import main as inspect
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -229,6 +230,28 @@ def test_the_tutorials_commands_run(model_dir, tmp_path):
     assert "3 rows, 12 completions" in sampled
     assert "tutorial-model" in evaluated
     assert (tmp_path / "runs" / "tutorial-model" / "model.safetensors").exists()
+
+
+FORMATS = (ROOT / "docs" / "data-formats.md").read_text()
+BEGIN = FORMATS[FORMATS.index("## Where to begin") : FORMATS.index("## What is recognised")]
+# what is in bold, the first code behind it, and the row
+KINDS = {name: row for name, *row in re.findall(r"\*\*(.+?)\*\*[^`]*`([^`]+)`.*?```json\n(.*?)```", BEGIN, re.S)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_kind_of_data_trains_by_its_row_and_line_of_config(kind, model_dir, tmp_path, monkeypatch, capsys):
+    (config,) = re.findall(r"```yaml\n(.*?)```", BEGIN, re.S)
+    commands = re.findall(r"^nca-align ([^#\n]+)", BEGIN, re.M)
+    assert (len(KINDS), len(commands)) == (5, 3)
+    more, row = KINDS[kind]
+    (tmp_path / "run.yaml").write_text(config.replace("smollm2-135m-instruct", model_dir) + more + "\n")
+    (tmp_path / "rows.jsonl").write_text(json.dumps(json.loads(row)) + "\n")
+    monkeypatch.chdir(tmp_path)
+    for command in [*commands, f"{commands[0]} --example 0"]:
+        assert main(command.split()) == 0, capsys.readouterr()
+    assert ("⟦…⟧ is context" in capsys.readouterr().out) is kind.startswith("Trajectories")
+    assert (tmp_path / "runs" / "mine" / "adapter_model.safetensors").exists()
 
 
 # examples/trl_script.py

@@ -302,10 +302,11 @@ def test_trls_unpaired_rows_are_labels():
 
 
 @pytest.mark.parametrize("k", [1, [1, 3, 2]])
-def test_single_completions_are_inspected_as_the_file_of_the_training_says(k, tmp_path, capsys):
+def test_single_completions_are_inspected_as_the_file_of_the_training_says(k, model_dir, tmp_path, capsys):
     rows, config = tmp_path / "rows.jsonl", tmp_path / "run.yaml"
     Dataset.from_list(labelled_rows(12, k)).to_json(rows)
-    config.write_text(f"dataset_name: {rows}\nloss_type: outcome\noutput_dir: {tmp_path}\n")
+    model = f"model_name_or_path: {model_dir}"
+    config.write_text(f"dataset_name: {rows}\nloss_type: outcome\noutput_dir: {tmp_path}\n{model}\n")
     assert inspect_main(["--config", str(config), "--html", str(tmp_path / "page.html")]) == 0
     text = " ".join(capsys.readouterr().out.split())
     share = 100 if k == 1 else 33

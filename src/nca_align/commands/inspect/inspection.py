@@ -161,7 +161,7 @@ def count_tokens(dataset: Dataset, tokenizer, options: InspectOptions) -> Tokens
     prompt_lengths: list[tuple[int, int]] = []  # whole and kept
     lengths: list[tuple[int, int, int]] = []  # whole, kept and written
     padded = unique = untrained = 0
-    columns = ("prompt_ids", "completion_ids", "completion_mask", "rewards")
+    columns = ("prompt_ids", "completion_ids", "completion_mask")
     rows = dataset.select_columns([column for column in columns if column in dataset.column_names])
     for row in progress.bar(len(rows), "row", iterable=rows, desc="Counting tokens", leave=False):
         prompt, completions = row["prompt_ids"], row["completion_ids"]
@@ -171,11 +171,12 @@ def count_tokens(dataset: Dataset, tokenizer, options: InspectOptions) -> Tokens
         lengths += zip(map(len, completions), map(len, short), map(sum, masks), strict=True)
         untrained += sum(not any(mask[: len(own)]) for mask, own in zip(masks, short, strict=True))
         padded += len(short) * (len(kept) + max(map(len, short)) - 1)  # a last token is a target only, and no position
-        unique += pack([{"prompt_ids": kept, "completion_ids": short, "rewards": row["rewards"]}])["num_tokens"]
+        (chunk,) = pack.chunks([{"prompt_ids": kept, "completion_ids": short}])
+        unique += chunk["input_ids"].numel()
     if untrained:
         notices.append(
             f"`max_length` {options.max_length} leaves only context of {untrained} completions, such as a tool's "
-            "result: training refuses their rows."
+            "result: training refuses their rows, or drops them with `on_invalid: drop`."
         )
     (p, kept_p), (n, kept_n, written) = np.array(prompt_lengths).T, np.array(lengths).T
     return Tokens(p, n, written, kept_p, kept_n, padded, unique, notices)
