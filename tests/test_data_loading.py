@@ -104,6 +104,21 @@ def test_whole_numbers_that_turn_to_fractions_far_into_a_file(tmp_path):
     row = GOOD | {"prompt": "q" * 11_000_000, "rewards": [1, 2]}
     path = write(tmp_path / "rows.jsonl", [row, GOOD | {"rewards": [0.5, 2]}])
     assert whole(path)["rewards"][:] == [[1.0, 2.0], [0.5, 2.0]]
+    ids = {"prompt_ids": [5], "completion_ids": [[6, 7], [8]], "completion_mask": [[0, 1], [1]]}
+    path = write(tmp_path / "ids.jsonl", [row | ids, GOOD | ids | {"rewards": [0.5, 2]}])
+    assert whole(path)["completions"][:] == [ids["completion_ids"]] * 2
+
+
+@pytest.mark.parametrize("lists", [False, True])
+def test_gaps_among_whole_numbers_before_fractions(lists, tmp_path):
+    """Which Arrow's reader of JSON miscounts."""
+    given = [[None, 2], [1.5, 2], [3, None]]
+    rows = [GOOD | {"rewards": {"a": [1, 0], "b": own}} for own in given]
+    path = tmp_path / ("rows.json" if lists else "rows.jsonl")
+    path.write_text(json.dumps(rows) if lists else "\n".join(map(json.dumps, rows)))
+    read = whole(path, reward_weights={"a": 1, "b": 2}, on_missing="leave_out")
+    assert read["score_b"][:] == given
+    assert read["rewards"][:] == [[1.0, 0.0], [4.0, 4.0], [1.0, 0.0]]
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ _SCORES = ("reward_score",)
 _SCORES_BY_TOKEN = ("rm_scores", "token_level_scores")
 # verl's, of prompt and completion; and TRL's of the prompt, whose batches have a `completion_mask` for the completion's
 _PADDING, _PROMPT_PADDING = "attention_mask", "prompt_mask"
+ID_COLUMNS = {"prompt", "completion", "completions", *_PROMPTS, *_COMPLETIONS, *_MASKS, _PADDING, _PROMPT_PADDING}
 
 
 def with_plain_ids(
