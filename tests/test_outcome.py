@@ -14,6 +14,7 @@ from nca_align import NCAConfig, load_reward_dataset, write_report
 from nca_align.batching.collator import RewardCollator
 from nca_align.commands.compare.methods import build_trainer
 from nca_align.commands.inspect.command import main as inspect_main
+from nca_align.commands.inspect.tables import percent
 from nca_align.commands.train.command import main as train_main
 from nca_align.data import DataOptions, to_reward_dataset
 from nca_align.errors import UserError
@@ -311,8 +312,18 @@ def test_single_completions_are_inspected_as_the_file_of_the_training_says(k, mo
     text = " ".join(capsys.readouterr().out.split())
     share = 100 if k == 1 else 33
     assert f"{share}% of the prompts have a single completion, on which `loss_type: outcome` alone trains." in text
-    assert "Its rewards are labels with a mean of 0." in text
-    assert (tmp_path / "page.html").exists()
+    right = [[y > 0.5 for y in row["rewards"]] for row in labelled_rows(12, k)]
+    known = [percent(sum(map(own, right)) / 12) for own in (lambda row: not any(row), all)]
+    assert re.search(rf"labels with a mean of 0.*: {known[0]}.* no right completion, and {known[1]} right ones", text)
+    assert "α" not in text
+    assert "α" not in re.sub("<style>.*</style>", "", (tmp_path / "page.html").read_text(), flags=re.S)
+    assert inspect_main(["--config", str(config), "--example", "0"]) == 0
+    text = capsys.readouterr().out
+    assert re.search(r"completion 0: label (0|1|0\.\d+) ", text)
+    assert "target" not in text
+    config.write_text(config.read_text().replace("outcome", "nca"))
+    assert inspect_main(["--config", str(config), "--min_completions", "1"]) == 0
+    assert "Targets softmax(rewards / α)" in capsys.readouterr().out
     assert inspect_main(["--dataset_name", str(rows)]) == 2
     assert "read with `min_completions: 1`" in capsys.readouterr().err
 

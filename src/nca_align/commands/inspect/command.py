@@ -20,14 +20,18 @@ def training_options() -> set[str]:
     return {f.name for cls in TRAIN_OPTIONS for f in fields(cls)}
 
 
-def _takes_single_completions(argv: Sequence[str] | None) -> bool:
-    """Whether the file that is training's too names losses that read labels alone."""
-    names = given_value(sys.argv[1:] if argv is None else argv, "loss_type")
-    if names is None:
-        return False
-    from ...losses import LABELS  # loads torch
+def _set_by_losses(options: InspectOptions, argv: Sequence[str] | None) -> None:
+    """Set what follows from the losses that the file, which is training's too, names: labels have no α."""
+    given = given_value(sys.argv[1:] if argv is None else argv, "loss_type")
+    if given is None:
+        return
+    from ...losses import LABELS, labels_alone  # loads torch
 
-    return LABELS.issuperset(str(name).lower() for name in (names if isinstance(names, list) else [names]))
+    names = [str(name).lower() for name in (given if isinstance(given, list) else [given])]
+    if options.min_completions is None and LABELS.issuperset(names):
+        options.min_completions = 1
+    if labels_alone(names):
+        options.alpha = None
 
 
 @cli_main("nca-align inspect", goes_on="nothing of it is kept")
@@ -36,8 +40,7 @@ def main(argv: list[str] | None = None) -> None:
     (options,) = parse(
         [InspectOptions], argv, "nca-align inspect", "a data set, before training on it", ignored=training_options
     )
-    if options.min_completions is None and _takes_single_completions(argv):
-        options.min_completions = 1
+    _set_by_losses(options, argv)
     if options.html is not None:
         require_folder_of(options.html, "html")
         if Path(options.html).is_dir():

@@ -28,7 +28,7 @@ class Example:
         prompt, completions: the text in pieces, one a token, or one a message without a tokenizer.
         context: of each piece of the completions, whether the model didn't write it.
         counts: of each completion its tokens and how many of them are context; none where they aren't known.
-        rewards, targets: one a completion.
+        rewards, targets: one a completion; no targets without an α.
         remarks: what was cut, what may not be meant, and what marks context.
     """
 
@@ -41,13 +41,15 @@ class Example:
     targets: list[float]
     remarks: list[str]
 
-    def ranked(self, alpha: float) -> Iterator[tuple[str, list[tuple[str, bool]], float]]:
+    def ranked(self, alpha: float | None) -> Iterator[tuple[str, list[tuple[str, bool]], float | None]]:
         """What is said of each completion, its pieces and whether each is context, and its target, from the best."""
         for k in np.argsort(-np.array(self.rewards), kind="stable").tolist():
-            title = f"completion {k}: reward {self.rewards[k]:g}, target {self.targets[k]:.3f} at α = {alpha:g}"
+            title = f"completion {k}: {'label' if alpha is None else 'reward'} {self.rewards[k]:g}"
+            target = None if alpha is None else self.targets[k]
+            title += "" if target is None else f", target {target:.3f} at α = {alpha:g}"
             if self.counts and self.counts[k][1]:
                 title += f", context {self.counts[k][1]} of {self.counts[k][0]}"
-            yield title, list(_bracketed(self.completions[k], self.context[k])), self.targets[k]
+            yield title, list(_bracketed(self.completions[k], self.context[k])), target
 
 
 def _bracketed(pieces: Iterable[str], context: Iterable[bool]) -> Iterator[tuple[str, bool]]:
@@ -70,8 +72,9 @@ def show_row(dataset: Dataset, index: int, options: InspectOptions, tokenizer=No
     if not 0 <= index < len(dataset):
         raise UserError(f"`example` is {index}; it must be a row from 0 to {len(dataset) - 1}")
     row = dataset[index]
-    rewards = torch.tensor([row["rewards"]]).double()
-    weights = target_distribution(rewards, options.alpha, everywhere(rewards, None))[0].tolist()
+    rewards, weights = torch.tensor([row["rewards"]]).double(), []
+    if options.alpha is not None:
+        weights = target_distribution(rewards, options.alpha, everywhere(rewards, None))[0].tolist()
     remarks: list[str] = []
     counts: list[tuple[int, int]] = []
     if tokenizer is None:

@@ -69,7 +69,7 @@ class Inspection:
         objectives: the several rewards that `rewards` are the sum of; none where there is one.
         correlation: of rewards and lengths within prompts.
         rank_lengths: mean length by rank, of the commonest K.
-        alphas: the α table, with the α that was asked for and the one that is suggested.
+        alphas: the α table, with the α that was asked for and the one that is suggested; empty of labels.
         suggested: None where no α makes a difference.
         target: the effective number that the suggestion comes to.
     """
@@ -93,9 +93,9 @@ class Inspection:
     tokens: Tokens | None
 
     @property
-    def at_given_alpha(self) -> stats.AlphaRow:
-        """What the α that was asked for makes of the rewards."""
-        return next(row for row in self.alphas if row.alpha == self.options.alpha)
+    def at_given_alpha(self) -> stats.AlphaRow | None:
+        """What the α that was asked for makes of the rewards; None of labels."""
+        return next((row for row in self.alphas if row.alpha == self.options.alpha), None)
 
 
 def inspect(dataset: Dataset, options: InspectOptions, tokenizer=None, report: DataReport | None = None) -> Inspection:
@@ -124,8 +124,10 @@ def inspect(dataset: Dataset, options: InspectOptions, tokenizer=None, report: D
     weights = options.reward_weights if isinstance(options.reward_weights, list) else options.weights
     low, high = stats.effective_range(r, k)
     target = (low + high) / 2 if options.target_effective is None else options.target_effective
-    suggested = None if low == high and options.target_effective is None else stats.suggest_alpha(r, k, target)
-    wanted = {options.alpha, *([suggested] if suggested else []), *stats.alpha_grid(r, k)}
+    suggested, wanted = None, set[float]()
+    if options.alpha is not None:
+        suggested = None if low == high and options.target_effective is None else stats.suggest_alpha(r, k, target)
+        wanted = {options.alpha, *([suggested] if suggested else []), *stats.alpha_grid(r, k)}
     return Inspection(
         options=options, report=report, counts=k, rewards=r, lengths=lengths,
         unit="characters" if tokens is None else "tokens", repeated_prompts=stats.repeated(prompts),

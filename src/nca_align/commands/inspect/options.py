@@ -27,7 +27,7 @@ class InspectOptions(DataOptions):
     max_prompt_length: int | None = option(
         "training's: tokens kept of a prompt, its end; half of max_length by default", None
     )
-    alpha: float = option("training's α, which the α table marks", 0.01)
+    alpha: float | None = option("training's α, which the α table marks; `loss_type: outcome` has none", 0.01)
     target_effective: float | None = option(
         "suggest the α at which a prompt's target spreads over so many completions, in the mean; by "
         "default half-way between a hard and a uniform target",
@@ -38,5 +38,6 @@ class InspectOptions(DataOptions):
 
     def __post_init__(self):
         super().__post_init__()
+        self.alpha = 0.01 if self.alpha is None else self.alpha  # training's, too
         require_positive(self, "alpha")
         self.max_prompt_length = prompt_limit(self.max_prompt_length, self.max_length)

@@ -20,7 +20,8 @@ def write_page(path: Path, found: Inspection, example: Example) -> None:
 
 def build_page(found: Inspection, example: Example) -> str:
     """The page as HTML."""
-    *figures, alphas = sections(found)
+    figures = sections(found)
+    alphas = figures.pop() if found.alphas else None
     tables = [
         card(
             s.title, pages.table(list(s.header) if any(s.header) else [], [row for row in s.rows if row[0]], words=True)
@@ -34,7 +35,7 @@ def build_page(found: Inspection, example: Example) -> str:
         pages.section(
             "Targets: how α reads the rewards", *_target_charts(found),
             card(alphas.title, _alpha_table(alphas), "Best: the weight of the best completion."), grid="grid",
-        ),
+        ) if alphas is not None else "",
         pages.section("Length", *_length_charts(found), grid="grid"),
         pages.section("Tokens", *_token_charts(found, found.tokens), grid="grid") if found.tokens is not None else "",
         pages.section(
@@ -66,10 +67,11 @@ def _tiles(found: Inspection) -> list[Tile]:
     if pairs.longer_is_better is not None:
         share = percent(pairs.longer_is_better)
         tiles.append(Tile(share, "of unequal pairs that length alone orders right", pairs.biased))
-    tiles.append(
-        Tile(f"{here.effective:.2f}", f"effective completions at α = {found.options.alpha:g}, where "
-             f"{percent(here.hard)} of targets are hard", here.hard > 0.5)
-    )  # fmt: skip
+    if here is not None:
+        tiles.append(
+            Tile(f"{here.effective:.2f}", f"effective completions at α = {here.alpha:g}, where "
+                 f"{percent(here.hard)} of targets are hard", here.hard > 0.5)
+        )  # fmt: skip
     if found.suggested is not None:
         tiles.append(Tile(f"{found.suggested:g}", f"suggested α, for {found.target:.2g} effective completions"))
     if found.tokens is not None:
@@ -100,7 +102,7 @@ def _target_charts(found: Inspection) -> list[str]:
     xs = [row.alpha for row in found.alphas]
     alphas = np.geomspace(min(xs), max(xs), 60).tolist()
     rows = alpha_table(found.rewards, found.counts, alphas)
-    marks = {"your α": found.options.alpha} | ({"suggested": found.suggested} if found.suggested else {})
+    marks = {name: alpha for name, alpha in (("your α", found.options.alpha), ("suggested", found.suggested)) if alpha}
     most = float(found.counts.mean())
     effective = Series("mean over prompts", alphas, [row.effective for row in rows])
     hard = Series("share of hard targets", alphas, [row.hard for row in rows])

@@ -57,7 +57,7 @@ def k_distribution(found: Inspection) -> dict[int, int]:
 
 
 def sections(found: Inspection) -> list[Section]:
-    """All figures, as text; the α table last."""
+    """All figures, as text; the α table last, where there is an α."""
     prompts, completions, pairs = len(found.counts), len(found.rewards), found.pairs
     spread, ties = spreads(found.rewards, found.counts), tied_for_best(found.rewards, found.counts)
     ks = ", ".join(f"{k} ({percent(n / prompts)})" for k, n in k_distribution(found).items())
@@ -119,7 +119,7 @@ def sections(found: Inspection) -> list[Section]:
             note = ", ".join(filter(None, ("yours", note)))
         lines.append((f"{row.alpha:g}", f"{row.effective:.2f}", percent(row.hard), f"{row.best:.2f}", note))
     header = ("α", "effective", "hard", "best", "")
-    return [*output, Section("Targets softmax(rewards / α)", lines, header, marked)]
+    return output + ([Section("Targets softmax(rewards / α)", lines, header, marked)] if lines else [])
 
 
 def _objectives(found: Inspection) -> list[Section]:
@@ -155,7 +155,7 @@ def findings(found: Inspection) -> list[str]:
     here = found.at_given_alpha
     equal = float(((spreads(found.rewards, found.counts) == 0) & (found.counts > 1)).mean())
     single = float((found.counts == 1).mean())
-    if found.suggested is not None:
+    if here is not None and found.suggested is not None:
         what = f"α = {found.suggested:g} makes a prompt's target spread over {found.target:.2g} completions"
         if here.hard > 0.5:
             lines.append(
@@ -165,15 +165,12 @@ def findings(found: Inspection) -> list[str]:
         elif here.effective > 0.97 * found.counts.mean():
             lines.append(f"At α = {here.alpha:g} the targets are nearly uniform: little is learnt. {what}.")
     if single:
-        low, high = found.rewards.min(), found.rewards.max()
-        what = f"Its rewards are labels with a mean of {found.rewards.mean():.2f}"
-        if low < 0 or high > 1:
-            what = f"Its rewards must be labels from 0 to 1, but are {low:g} to {high:g}"
         lines.append(
-            f"{percent(single)} of the prompts have a single completion, on which `loss_type: outcome` alone trains. "
-            f"{what}."
+            f"{percent(single)} of the prompts have a single completion, on which `loss_type: outcome` alone trains."
         )
-    if equal > 0.05:
+    if single or here is None:
+        lines.append(_labels(found))
+    if equal > 0.05 and here is not None:
         lines.append(
             f"{percent(equal)} of the prompts have equal rewards for all completions: nothing tells them apart, and "
             "both losses draw them together."
@@ -221,6 +218,19 @@ def findings(found: Inspection) -> list[str]:
     return lines or ["Nothing stands out."]
 
 
+def _labels(found: Inspection) -> str:
+    """What the rewards are as labels."""
+    low, high = found.rewards.min(), found.rewards.max()
+    if low < 0 or high > 1:
+        return f"Its rewards must be labels from 0 to 1, but are {low:g} to {high:g}."
+    starts = np.cumsum(found.counts) - found.counts
+    right = np.add.reduceat(found.rewards > 0.5, starts, dtype=int)
+    return (
+        f"Its rewards are labels with a mean of {found.rewards.mean():.2f}: {percent((right == 0).mean())} of the "
+        f"prompts have no right completion, and {percent((right == found.counts).mean())} right ones alone."
+    )
+
+
 def print_inspection(found: Inspection, console: Console | None = None) -> None:
     """Tables for a terminal of 80 columns."""
     console = console or Console()
@@ -233,21 +243,28 @@ def print_inspection(found: Inspection, console: Console | None = None) -> None:
             labelled = [(Text(f"{label:<32}", style="cyan"), value) for label, value in section.rows]
             print_rows(section.header, labelled, console=console)
             console.print()
-    what = f"effective: exp(H); hard: under {HARD} × the number tied for best; best: its weight\n"
-    console.print(what, style="dim")
+    what = (
+        ""
+        if not found.alphas
+        else f"effective: exp(H); hard: under {HARD} × the number tied for best; best: its weight\n"
+    )
+    if what:
+        console.print(what, style="dim")
     console.print(Text("Worth knowing", style="bold"))
     for line in findings(found):
         console.print(Text(f"• {line}"))
 
 
-def print_example(example: Example, alpha: float, console: Console | None = None) -> None:
+def print_example(example: Example, alpha: float | None, console: Console | None = None) -> None:
     """One row, its tokens in alternating shades: the prompt in cyan, completions in green, context in yellow."""
     console = console or Console()
     prompt = _shaded([(piece, False) for piece in example.prompt], "cyan")
     console.print(Panel(prompt, title=f"row {example.row}: prompt", title_align="left"))
     for title, pieces, target in example.ranked(alpha):
-        bar = Text("█" * round(target * 40) or "▏", style="magenta")
-        console.print(Panel(Group(_shaded(pieces, "green"), bar), title=title, title_align="left"))
+        parts = [_shaded(pieces, "green")]
+        if target is not None:
+            parts.append(Text("█" * round(target * 40) or "▏", style="magenta"))
+        console.print(Panel(Group(*parts), title=title, title_align="left"))
     for remark in example.remarks:
         console.print(Text(f"• {remark}"))
 
