@@ -9,10 +9,11 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
-from datasets import Dataset, DatasetDict, IterableDataset
+from datasets import Dataset, DatasetDict, Features, IterableDataset, List, Value
 
 from conftest import SOURCES, pair_rows, reward_rows, scored_rows
 from nca_align.data import DataOptions, load_reward_dataset, read_reward_dataset
+from nca_align.data.source import _with_fractions
 
 GOOD = {"prompt": "q", "completions": ["a", "b"], "rewards": [1.0, 0.0]}
 
@@ -104,9 +105,15 @@ def test_whole_numbers_that_turn_to_fractions_far_into_a_file(tmp_path):
     row = GOOD | {"prompt": "q" * 11_000_000, "rewards": [1, 2]}
     path = write(tmp_path / "rows.jsonl", [row, GOOD | {"rewards": [0.5, 2]}])
     assert whole(path)["rewards"][:] == [[1.0, 2.0], [0.5, 2.0]]
-    ids = {"prompt_ids": [5], "completion_ids": [[6, 7], [8]], "completion_mask": [[0, 1], [1]]}
-    path = write(tmp_path / "ids.jsonl", [row | ids, GOOD | ids | {"rewards": [0.5, 2]}])
-    assert whole(path)["completions"][:] == [ids["completion_ids"]] * 2
+
+
+def test_token_ids_are_no_fractions():
+    """Wherever others become some: raw UltraFeedback's `completions` hold numbers, and rows of ids hold them alone."""
+    ids, whole, fraction = List(List(Value("int64"))), Value("int64"), Value("float64")
+    given = {"completion_ids": ids, "completion_mask": ids, "completions": ids, "rewards": List(whole)}
+    assert _with_fractions(Features(given)) == Features(given | {"rewards": List(fraction)})
+    raw = Features({"completions": List({"overall_score": whole})})
+    assert _with_fractions(raw) == Features({"completions": List({"overall_score": fraction})})
 
 
 @pytest.mark.parametrize("lists", [False, True])

@@ -245,9 +245,15 @@ def _types_of(files: list[str]) -> Features:
 
 def _with_fractions(features: Features) -> Features:
     """The types with all whole numbers as fractions, but for token ids and their masks."""
-    return Features({
-        name: own if name in ID_COLUMNS else _retyped(own, "int64", "float64") for name, own in features.items()
-    })  # fmt: skip
+    return Features(
+        {name: own if _holds_ids(name, own) else _retyped(own, "int64", "float64") for name, own in features.items()}
+    )
+
+
+def _holds_ids(name: str, feature: Any) -> bool:
+    while isinstance(feature, (List, LargeList)):
+        feature = feature.feature
+    return name in ID_COLUMNS and isinstance(feature, Value)
 
 
 def _read_as(features: Features, what: tuple, arguments: dict, streaming: bool) -> dict[str, Any]:
