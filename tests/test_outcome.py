@@ -1,5 +1,6 @@
 """Labels: a loss of outcomes, one completion a prompt and more, its means and its figures, by values from loops."""
 
+import json
 import math
 import re
 from itertools import chain, product
@@ -12,6 +13,7 @@ from datasets import Dataset, IterableDataset
 from conftest import build_model, build_tokenizer, labelled_rows
 from nca_align import NCAConfig, load_reward_dataset, write_report
 from nca_align.batching.collator import RewardCollator
+from nca_align.commands.compare.grid import expand
 from nca_align.commands.compare.methods import build_trainer
 from nca_align.commands.inspect.command import main as inspect_main
 from nca_align.commands.inspect.tables import percent
@@ -239,7 +241,55 @@ def test_every_other_loss_refuses_one_completion(loss, tmp_path):
         trainer(tmp_path, "no such model", rows=SINGLE, loss_type=loss, alpha=None)
 
 
+SCALING = {
+    "scale_rewards": {"scale_rewards": "group"},
+    "multi_objective_aggregation": {"multi_objective_aggregation": "normalize_then_sum", "reward_weights": [1, 2]},
+    "on_missing": {"on_missing": "leave_out"},
+}
+
+
+@pytest.mark.parametrize("name", SCALING)
+def test_options_that_change_labels_are_refused_before_anything_is_read(name, tmp_path, capsys):
+    config, message = tmp_path / "run.yaml", f"`{name}` is {SCALING[name][name]}, but the rewards are labels"
+    given = {"dataset_name": "no such data", "model_name_or_path": "no such model", **SCALING[name]}
+    config.write_text(json.dumps({**given, "loss_type": "outcome", "output_dir": str(tmp_path), "use_cpu": True}))
+    for main in (train_main, inspect_main):
+        assert main(["--config", str(config)]) == 2
+        assert message in capsys.readouterr().err
+    expand({**given, "use_cpu": True}, {"method": ["nca", "infonca"]}, "a.yaml")
+    with pytest.raises(UserError, match=re.escape(message)):
+        expand({**given, "use_cpu": True}, {"method": ["nca", "outcome"]}, "a.yaml")
+
+
+def test_labels_that_are_all_alike_are_told(tmp_path, caplog):
+    """Scaled beforehand they are 0 wherever a prompt has no spread, and each one a label still."""
+    rows, told = tmp_path / "rows.jsonl", "every label is 0, so every completion counts as wrong"
+    Dataset.from_list(SINGLE).to_json(rows)
+    for scale, said in (("none", False), ("group", True)):
+        read = load_reward_dataset(
+            str(rows), split="train", min_completions=1, scale_rewards=scale, validation_fraction=0
+        )
+        trainer(tmp_path, rows=read, **OF_LABELS)
+        assert (told in caplog.text) is said
+
+
 # Data
+
+
+def test_an_invalid_label_is_named_by_its_row_of_the_file_or_dropped(tmp_path):
+    """Whatever rows are held out before it."""
+    rows = labelled_rows(40, 1, seed=3)
+    rows[39]["rewards"] = [2.0]
+    Dataset.from_list(rows).to_json(tmp_path / "rows.jsonl")
+    path, options = str(tmp_path / "rows.jsonl"), {"validation_fraction": 0.25, "labels": True, "min_completions": 1}
+    with pytest.raises(UserError, match=re.escape("`train`, row 39: `rewards[0]` is 2; `loss_type` outcome needs")):
+        load_reward_dataset(path, **options)
+    read = load_reward_dataset(path, **options, on_invalid="drop")
+    assert sum(map(len, read.values())) == 39
+    assert len(read["train"]) < 39
+    read = to_reward_dataset(Dataset.from_list(rows), DataOptions(min_completions=1))
+    dropped = trainer(tmp_path, rows=read, on_invalid="drop", **OF_LABELS)
+    assert len(dropped.train_dataset) == 39
 
 
 def test_labels_are_read_from_booleans_and_single_completions(tmp_path):

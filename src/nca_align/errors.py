@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 from .progress import between_bars, closing_bars, without_library_bars
 
+LABEL_FIX = "give the data's own, without `scale_rewards`, or take `preference: hard` for pairs"
 _PATIENCE = 3.0  # seconds that a process waits for the first of its launch to say what is wrong
 
 

@@ -7,9 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .errors import UserError, UserTypeError
-
-LABEL_FIX = "rescale the rewards, or take `preference: hard` for pairs"
+from .errors import LABEL_FIX, UserError, UserTypeError
 
 
 def better_pairs(rewards: Tensor, mask: Tensor) -> Tensor:

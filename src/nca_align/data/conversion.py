@@ -24,7 +24,7 @@ from .recognition import recognise
 from .schema import NOTES, PROMPT_COLUMNS, REWARD_COLUMNS, DataReport, Format, result_features
 from .several_rewards import column_of, of_split, scale_over_split, scaled, settle_weights
 from .token_ids import MASK, check_masks, with_plain_ids
-from .validation import Row, RowError, check_count, check_row
+from .validation import Row, RowError, check_count, check_labels, check_row
 
 logger = logging.getLogger("nca_align")
 
@@ -153,6 +153,8 @@ def _convert_row(row: dict[str, Any], fmt: Format, options: DataOptions) -> Row:
         check_count(len(result.completions), options.min_completions or 2, f" after some were left out ({causes})")
     check_row(result.prompt, result.completions, result.rewards, options.min_completions or 2)
     check_masks(result.extra.get(MASK, row.get(MASK)), result.prompt, result.completions)
+    if options.labels:
+        check_labels(result.rewards)
     if options.scale_rewards == "group":
         result.rewards = scaled(result.rewards)
     prompt = clean_prompt(row | {"prompt": result.prompt})

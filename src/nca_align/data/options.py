@@ -2,9 +2,10 @@
 
 import json
 import math
+from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass, fields
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
 from ..errors import UserError
 from ..options import option
@@ -72,6 +73,9 @@ class DataOptions:
     min_completions: int | None = option(
         "Fewest completions of a row; by default two to compare, or one with `loss_type: outcome`.", None
     )
+    labels: bool = option(
+        "Rewards are labels from 0 (wrong) to 1 (right), and others are invalid; so with `loss_type: outcome`.", False
+    )
     validation_fraction: float = option(
         "Share of the prompts held out as the split `validation` where the data has a training split "
         "alone, rounded down to whole prompts; 0 holds out none. Streams are never cut.",
@@ -96,6 +100,11 @@ class DataOptions:
                 """{"enable_thinking": false}"""
             )
         self._check_weights()
+        if self.labels and (name := self.rescales) is not None:
+            raise UserError(
+                f"`{name}` is {getattr(self, name)}, but the rewards are labels from 0 to 1 (`loss_type: outcome` or "
+                "`labels`), which it would change, so that right completions could count as wrong; leave it out"
+            )
         if self.min_completions is not None and self.min_completions < 1:
             raise UserError(f"`min_completions` is {self.min_completions}; it must be at least 1")
         if not 0 <= self.validation_fraction < 1:
@@ -129,6 +138,24 @@ class DataOptions:
                 f"`scale_rewards` is {self.scale_rewards}, which has no effect where `multi_objective_aggregation` is "
                 "normalize_then_sum; leave one of them out"
             )
+
+    def for_losses(self, names: Iterable[str]) -> Self:
+        """These options for a training by losses of these names, which may read rewards as labels, of one completion.
+
+        Raises:
+            UserError: they would change the labels.
+        """
+        from ..losses import LABELS  # late: loads torch
+
+        names = {str(name).lower() for name in names}
+        least = 1 if names <= LABELS and self.min_completions is None else self.min_completions
+        return replace(self, labels=self.labels or not LABELS.isdisjoint(names), min_completions=least)
+
+    @property
+    def rescales(self) -> str | None:
+        """The option by which rewards are no longer the data's own or their weighted sum; None without one."""
+        usual = {"scale_rewards": "none", "multi_objective_aggregation": "sum_then_normalize", "on_missing": "raise"}
+        return next((name for name, value in usual.items() if getattr(self, name) != value), None)
 
     @property
     def weights(self) -> dict[str, float]:

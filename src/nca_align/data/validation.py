@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any
 
-from ..errors import InvalidRowError
+from ..errors import LABEL_FIX, InvalidRowError
 from .messages import content_kind, other_part, plain_conversation
 
 MISSING = "missing score"
@@ -233,6 +233,17 @@ def check_count(count: int, least: int, why: str = "") -> None:
             f"fewer than {number} completions",
             f"has {count}{why}; there must be at least {number}{alone}",
         )
+
+
+def check_labels(rewards: list[float]) -> None:
+    """Refuse rewards outside [0, 1]."""
+    for k, reward in enumerate(rewards):
+        if not 0 <= reward <= 1:
+            raise RowError(
+                f"rewards[{k}]",
+                "no label from 0 to 1",
+                f"is {reward:g}; `loss_type` outcome needs labels from 0 (wrong) to 1 (right): {LABEL_FIX}",
+            )
 
 
 def check_row(prompt: str | list, completions: list, rewards: list, least: int = 2) -> None:

@@ -6,6 +6,7 @@ from itertools import islice
 from typing import Any
 from unittest.mock import patch
 
+import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel
 from trl.trainer import dpo_trainer
@@ -17,7 +18,6 @@ from ..device import fsdp_version
 from ..errors import UnsupportedError, UserError, UserTypeError, notify
 from ..losses import LABELS
 from ..own_losses import OwnLoss
-from ..reward_tensors import LABEL_FIX
 from ..unread import Rule, refuse_shared_batches, sentence, unread
 from .run_identity import loss_sources
 
@@ -166,7 +166,7 @@ def reward_rows(dataset: Any, name: str, args: NCAConfig) -> Any:
         )
     first: dict[str, Any] = next(iter(dataset), {})
     if is_prepared(first, args):
-        return _with_labels(dataset, name, args)
+        return dataset  # the collator looks at its rewards
     if images := {"image", "images"} & set(first):
         raise UnsupportedError(
             f"`{name}` data has a column `{images.pop()}`, but NCATrainer trains on text alone; use TRL's "
@@ -174,24 +174,21 @@ def reward_rows(dataset: Any, name: str, args: NCAConfig) -> Any:
         )
     # chosen and rejected handed to the trainer are rewards 1 and 0, also beside score columns
     options = DataOptions(
-        preference="hard", validation_fraction=0.0, min_completions=args.min_completions,
-        on_invalid=args.on_invalid,  # type: ignore[arg-type]
-    )  # fmt: skip
-    return _with_labels(to_reward_dataset(dataset, options, name=name), name, args)
+        preference="hard", validation_fraction=0.0, on_invalid=args.on_invalid,  # type: ignore[arg-type]
+    ).for_losses(args.loss_type)  # fmt: skip
+    return to_reward_dataset(dataset, options, name=name)
 
 
-def _with_labels(dataset: Any, name: str, args: NCAConfig) -> Any:
-    """`dataset`, whose rewards are from 0 to 1 where a loss reads them so; the collator looks at those of a stream."""
-    if isinstance(dataset, Dataset) and not LABELS.isdisjoint(args.loss_type):
-        batches = dataset.select_columns("rewards").iter(10_000)
-        for i, rewards in enumerate(row for batch in batches for row in batch["rewards"]):
-            for k, reward in enumerate(rewards):
-                if not 0 <= reward <= 1:
-                    raise UserError(
-                        f"`{name}`, row {i}: `rewards[{k}]` is {reward:g}; `loss_type` outcome needs labels from 0 "
-                        f"(wrong) to 1 (right): {LABEL_FIX}."
-                    )
-    return dataset
+def _tell_equal_labels(dataset: Dataset) -> None:
+    """Say so where all labels to train on are 0, or all 1."""
+    batches = dataset.select_columns("rewards").with_format("arrow").iter(10_000)
+    ends = [pc.min_max(pc.list_flatten(batch["rewards"])).as_py() for batch in batches]
+    least, most = min(own["min"] for own in ends), max(own["max"] for own in ends)
+    if least == most and least in (0, 1):
+        notify(
+            f"`train`: every label is {least:g}, so every completion counts as {'right' if least else 'wrong'}, and "
+            "nothing tells right from wrong. Check how the rewards were made."
+        )
 
 
 def batch_columns(args: NCAConfig, *datasets: Any) -> list[str]:
@@ -209,6 +206,8 @@ def prepare_datasets(args: NCAConfig, model: Any, train_dataset: Any, eval_datas
     train_dataset, eval_dataset = (
         reward_rows(own, name, args) for own, name in ((train_dataset, "train"), (eval_dataset, "eval"))
     )
+    if isinstance(train_dataset, Dataset) and not LABELS.isdisjoint(args.loss_type):
+        _tell_equal_labels(train_dataset)
     if isinstance(model, str):  # weights out of a pickle could run any code
         args.model_init_kwargs = {"use_safetensors": True} | dict(args.model_init_kwargs or {})  # type: ignore[arg-type]
     for name, needed, why in _OF_ACCELERATE:

@@ -148,6 +148,9 @@ def expand(base: Any, grid: Any, source: str) -> list[Cell]:
     if len(of_labels) < len(cells):  # all cells see the same rows, also those that could learn from one completion
         for cell in of_labels:
             cell.options.setdefault("min_completions", 2)
+    if of_labels and base.get("on_invalid") == "drop":  # rows that are dropped as no labels
+        for cell in cells.values():
+            cell.options["labels"] = True
     return list(cells.values())
 
 

@@ -218,6 +218,8 @@ def implicit(options: ImplicitOptions) -> ImplicitEvaluation:
     logratios = token_logratios(options.model_name_or_path, options.reference, both, options)
     logratios, other_logratios = logratios[: len(rows)], logratios[len(rows) :]
     found = evaluate_implicit(logratios, [row["rewards"] for row in rows], beta, objective_tensors(rows))
+    if options.rescales is not None:  # of labels, scaled ones are no more than 0 at times
+        found = replace(found, outcomes={})
     if options.steps is not None or options.answers is not None:
         found = replace(found, process=process.evaluate_process(
             solutions, logratios, beta, options.threshold, others, other_logratios

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 from ...data import read_reward_dataset, select_split
@@ -20,18 +20,16 @@ def training_options() -> set[str]:
     return {f.name for cls in TRAIN_OPTIONS for f in fields(cls)}
 
 
-def _set_by_losses(options: InspectOptions, argv: Sequence[str] | None) -> None:
-    """Set what follows from the losses that the file, which is training's too, names: labels have no α."""
+def _for_losses(options: InspectOptions, argv: Sequence[str] | None) -> InspectOptions:
+    """`options` with what follows from the losses that the file, which is training's too, names: labels have no α."""
     given = given_value(sys.argv[1:] if argv is None else argv, "loss_type")
     if given is None:
-        return
-    from ...losses import LABELS, labels_alone  # loads torch
+        return options
+    from ...losses import labels_alone  # loads torch
 
     names = [str(name).lower() for name in (given if isinstance(given, list) else [given])]
-    if options.min_completions is None and LABELS.issuperset(names):
-        options.min_completions = 1
-    if labels_alone(names):
-        options.alpha = None
+    options = options.for_losses(names)
+    return replace(options, alpha=None) if labels_alone(names) else options
 
 
 @cli_main("nca-align inspect", goes_on="nothing of it is kept")
@@ -40,7 +38,7 @@ def main(argv: list[str] | None = None) -> None:
     (options,) = parse(
         [InspectOptions], argv, "nca-align inspect", "a data set, before training on it", ignored=training_options
     )
-    _set_by_losses(options, argv)
+    options = _for_losses(options, argv)
     if options.html is not None:
         require_folder_of(options.html, "html")
         if Path(options.html).is_dir():

@@ -71,9 +71,6 @@ FIRST_OPTIONS = {
 
 
 def parse_train(argv: Sequence[str] | None, prog: str, description: str = "", **more: Any) -> tuple:
-    """`options.parse` of `TRAIN_OPTIONS`; rows of one completion are read where the loss takes them."""
-    options = parse(TRAIN_OPTIONS, argv, prog, description, **more)
-    data, args = options[1], options[3]
-    if data.min_completions is None and args.min_completions == 1:
-        data.min_completions = 1
-    return options
+    """`options.parse` of `TRAIN_OPTIONS`, where rows are read as the loss takes them: see `DataOptions.for_losses`."""
+    script, data, run, args, model = parse(TRAIN_OPTIONS, argv, prog, description, **more)
+    return script, data.for_losses(args.loss_type), run, args, model
