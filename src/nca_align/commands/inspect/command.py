@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 
 from ...data import read_reward_dataset, select_split
@@ -29,7 +29,9 @@ def _for_losses(options: InspectOptions, argv: Sequence[str] | None) -> InspectO
 
     names = [str(name).lower() for name in (given if isinstance(given, list) else [given])]
     options = options.for_losses(names)
-    return replace(options, alpha=None) if labels_alone(names) else options
+    if labels_alone(names):
+        options.alpha = None
+    return options
 
 
 @cli_main("nca-align inspect", goes_on="nothing of it is kept")
