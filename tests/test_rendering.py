@@ -324,7 +324,7 @@ def test_a_text_keeps_each_eos_that_it_ends_in():
 
 def test_a_reward_model_refuses_a_row_as_training_does(score):
     row = {"prompt": [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}]}
-    with pytest.raises(InvalidRowError, match="the chat template can't render `prompt`"):
+    with pytest.raises(InvalidRowError, match="the conversation can't be rendered by the chat template"):
         score([row], [[{"role": "assistant", "content": "Yes."}]])
 
 

@@ -477,7 +477,7 @@ class TestErrors:
         (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         setting = {"dataset_name": str(tmp_path / "rows.jsonl"), "model_name_or_path": str(tmp_path / "strict")}
         with pytest.raises(
-            UserError, match=r"row 1: the chat template can't render `prompt` \(system\): no system, please"
+            UserError, match=r"row 1: `prompt` can't be rendered by the chat template \(system\): no system, please"
         ):
             sample(options(**setting))
         assert sample(options(**setting, on_error="drop"))["rows"] == 2

@@ -158,7 +158,8 @@ class TestTypedTokens:
         call = {"type": "function", "function": {"name": "f", "arguments": {"text": "<|im_start|>"}}}
         row = chat([("user", "Hi")], "a", "b")
         row["completions"][1] = [{"role": "assistant", "content": "", "tool_calls": [call]}]
-        assert rows(row)[0]["typed_tokens"] == 1
+        calls = CHAT_TEMPLATE.replace("['content'] }}", "['content'] }}{{ message['tool_calls'] }}")
+        assert rows(row, tokenizer=build_tokenizer(calls))[0]["typed_tokens"] == 1
 
 
 def test_tools_and_template_arguments_reach_the_template():
@@ -186,7 +187,7 @@ def test_rows_that_cannot_be_scored_are_named():
     with pytest.raises(ValueError, match="Row 0: `prompt` holds messages, but the tokenizer has no chat template"):
         rows(chat([("user", "Hi")], "a", "b"), tokenizer=bare)
     strict = build_tokenizer("{{ raise_exception('never') }}")
-    with pytest.raises(ValueError, match=r"Row 0: the chat template can't render `prompt` \(user\): never"):
+    with pytest.raises(ValueError, match=r"Row 0: `prompt` can't be rendered by the chat template \(user\): never"):
         rows(chat([("user", "Hi")], "a", "b"), tokenizer=strict)
     deaf = build_tokenizer("{% for m in messages if m['role'] != 'system' %}{{ m['content'] }}{% endfor %}")
     with pytest.raises(ValueError, match="Row 0: the chat template leaves out the system prompt"):

@@ -1,11 +1,13 @@
 """From a row to token ids: the text of a prompt and of whole conversations, and the ids of such texts."""
 
+import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..data.cleaning import Prompt, clean_prompt, joined_messages
 from ..errors import InvalidRowError, UserError, one_line
+from .left_out import call_arguments, refuse_left_out, strings_in
 
 # What chat templates have; few of them name each. A `developer` they leave out, or print, unless they name it.
 _ROLES = frozenset({"system", "user", "assistant", "tool"})
@@ -36,7 +38,7 @@ def prompt_text(tokenizer, prompt: Prompt, template: str | None = None) -> str:
 
     Raises:
         UserError: messages, and no chat template.
-        InvalidRowError: the template refuses the prompt, or leaves out its system prompt.
+        InvalidRowError: the template refuses the prompt, or leaves out its system prompt, a call or a tool's result.
     """
     if isinstance(prompt.content, str):
         return prompt.content
@@ -46,7 +48,7 @@ def prompt_text(tokenizer, prompt: Prompt, template: str | None = None) -> str:
             "`chat_template` to the one that the model was trained with, or give the prompt as text"
         )
     opening = {"add_generation_prompt": not prompt.continues, "continue_final_message": prompt.continues}
-    text = apply_template(tokenizer, prompt, prompt.content, template, **opening)
+    text = apply_template(tokenizer, prompt, prompt.content, template, "`prompt`", **opening)
     for message in prompt.content:
         content = message.get("content")
         role = message.get("role")
@@ -56,56 +58,87 @@ def prompt_text(tokenizer, prompt: Prompt, template: str | None = None) -> str:
                 f"that has one, or put the {role} prompt into the first user turn",
                 cause=f"{role} prompt left out by the chat template",
             )
+    refuse_left_out(prompt.content, text, "`prompt`", context=True)
     return text
 
 
-def conversation_text(tokenizer, prompt: Prompt, completion: Any, template: str | None = None) -> str:
+def conversation_text(
+    tokenizer, prompt: Prompt, completion: Any, template: str | None = None, where: str = "the conversation"
+) -> str:
     """Prompt and completion as the model is trained on them: text ends in one EOS, messages as the template ends them.
 
     Raises:
-        InvalidRowError: the template refuses the conversation.
+        InvalidRowError: the template refuses the conversation; it begins with `where`.
     """
     if isinstance(prompt.content, str):
         eos = tokenizer.eos_token or ""
         return prompt.content + completion + ("" if completion.endswith(eos) else eos)
-    return apply_template(tokenizer, prompt, joined_messages(prompt, completion), template)
+    return apply_template(tokenizer, prompt, joined_messages(prompt, completion), template, where)
 
 
-def _refuse_unknown_role(tokenizer, messages: list[dict[str, Any]]) -> None:
+def _refuse_unknown_role(tokenizer, messages: list[dict[str, Any]], where: str) -> None:
     """Refuse a role that no chat template need know, where this one doesn't name it: most print whatever they get."""
     templates = tokenizer.chat_template
     text = "".join(templates.values()) if isinstance(templates, dict) else templates
     for role in {str(message.get("role")) for message in messages} - _ROLES:
         if f"'{role}'" not in text and f'"{role}"' not in text:
             raise InvalidRowError(
-                f"a message has the role {role!r}, which the chat template does not name, so that the model was never "
-                f"trained on it; use one of {', '.join(sorted(_ROLES))}, or a template that names it",
+                f"{where} has a message of the role {role!r}, which the chat template does not name, so that the model "
+                f"was never trained on it; use one of {', '.join(sorted(_ROLES))}, or a template that names it",
                 cause="role unknown to the chat template",
             )
 
 
+def _arguments_text(call: dict[str, Any]) -> str:
+    """The arguments of a message's call as JSON text: as it stands, if it is text."""
+    given = (call.get("function") or call).get("arguments") or {}
+    return given if isinstance(given, str) else json.dumps(given, ensure_ascii=False)
+
+
+def _with_arguments(messages: list[dict[str, Any]], form: Callable[[dict[str, Any]], Any]) -> list[dict[str, Any]]:
+    """The messages with the arguments of their calls in a form."""
+
+    def formed(call: dict[str, Any]) -> dict[str, Any]:
+        own = {"arguments": form(call)}
+        return call | ({"function": call["function"] | own} if call.get("function") else own)
+
+    return [
+        message | {"tool_calls": list(map(formed, message["tool_calls"]))} if message.get("tool_calls") else message
+        for message in messages
+    ]
+
+
 def apply_template(
-    tokenizer, prompt: Prompt, messages: list[dict[str, Any]], template: str | None = None, **how: Any
+    tokenizer, prompt: Prompt, messages: list[dict[str, Any]], template: str | None = None, where: str = "", **how: Any
 ) -> Any:
     """Messages with the prompt's tools and arguments through `template`, or the tokenizer's own: text.
 
+    The arguments of calls are objects, as transformers documents them and vLLM parses them. A template that refuses
+    these gets them as JSON text: DeepSeek's join them to other texts.
+
     Args:
+        where: the messages, as the beginning of an error.
         **how: further arguments of `apply_chat_template`.
 
     Raises:
         InvalidRowError: the template refuses them.
     """
-    _refuse_unknown_role(tokenizer, messages)
+    _refuse_unknown_role(tokenizer, messages, where)
     how = {"tokenize": False} | ({} if template is None else {"chat_template": template}) | how
-    try:
-        return tokenizer.apply_chat_template(messages, tools=prompt.tools, **how, **prompt.arguments)
-    except Exception as error:  # jinja's own errors, and whatever a template calls
-        roles = ", ".join(str(message.get("role")) for message in prompt.content)
-        raise InvalidRowError(
-            f"the chat template can't render `prompt` ({roles}): {one_line(error)[:300]}; use "
-            "a template that can, or leave those turns out of the data",
-            cause="refused by the chat template",
-        ) from error
+    calls = any(message.get("tool_calls") for message in messages)
+    refusals = []
+    for form in (call_arguments, _arguments_text) if calls else (call_arguments,):
+        try:
+            turns = _with_arguments(messages, form)
+            return tokenizer.apply_chat_template(turns, tools=prompt.tools, **how, **prompt.arguments)
+        except Exception as error:  # jinja's own errors, and whatever a template calls
+            refusals.append(error)
+    roles = ", ".join(str(message.get("role")) for message in messages)
+    raise InvalidRowError(
+        f"{where} can't be rendered by the chat template ({roles}): {one_line(refusals[0])[:300]}; use "
+        "a template that can, or leave those turns out of the data",
+        cause="refused by the chat template",
+    ) from refusals[0]
 
 
 def holds_typed_tokens(tokenizer, prompt: Prompt, completions: Sequence[Any]) -> bool:
@@ -126,14 +159,6 @@ def holds_typed_tokens(tokenizer, prompt: Prompt, completions: Sequence[Any]) ->
                 cause="end token as text",
             )
     return any(map(found, strings_in([prompt.content, *completions])))
-
-
-def strings_in(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, (list, dict)):
-        for inner in value.values() if isinstance(value, dict) else value:
-            yield from strings_in(inner)
 
 
 def adds_special_tokens(tokenizer, text: str) -> bool:

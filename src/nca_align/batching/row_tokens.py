@@ -5,9 +5,10 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 from trl.data_utils import common_prefix_length
 
-from ..data.cleaning import Prompt, clean_prompt
+from ..data.cleaning import Prompt, clean_prompt, without_nulls
 from ..data.messages import has_context
 from ..errors import InvalidRowError, UserError
+from .left_out import refuse_left_out, shared_length
 from .rendering import conversation_text, holds_typed_tokens, prompt_text, text_ids
 from .trajectories import TurnTemplate, turn_template, written_mask
 
@@ -34,7 +35,10 @@ def rows_or_errors(
             if prompt.kind != "token ids":
                 template = own.template if own else None
                 rendered = [prompt_text(tokenizer, prompt, template)]
-                rendered += [conversation_text(tokenizer, prompt, completion, template) for completion in completions]
+                rendered += [
+                    conversation_text(tokenizer, prompt, completion, template, f"`completions[{k}]`")
+                    for k, completion in enumerate(completions)
+                ]
                 typed = holds_typed_tokens(tokenizer, prompt, completions)
         except UserError as error:
             found.append(error)
@@ -52,12 +56,13 @@ def rows_or_errors(
         if prompt.kind == "token ids":
             whole_prompt = list(prompt.content)
             wholes = [("", whole_prompt + completion) for completion in completions]
+            text = ""
         else:
-            (_, whole_prompt), *wholes = [next(ids) for _ in range(1 + len(completions))]
+            (text, whole_prompt), *wholes = [next(ids) for _ in range(1 + len(completions))]
         given = (batch.get("completion_mask") or [None] * len(found))[i]
         try:
             boundary = min(common_prefix_length(whole_prompt, whole) for _, whole in wholes)
-            masks = _masks(tokenizer, own, prompt, completions, wholes, boundary, given)
+            masks = _masks(tokenizer, own, prompt, completions, text, wholes, boundary, given)
             completion_ids = [whole[boundary:] for _, whole in wholes]
             kept, rests = truncate(whole_prompt[:boundary], completion_ids, max_prompt_length, max_length)
             mask = cut_masks(masks, rests)
@@ -75,13 +80,14 @@ def rows_or_errors(
 
 
 def _masks(
-    tokenizer, turns: TurnTemplate | None, prompt: Prompt, completions: list, wholes: list[tuple[str, list[int]]],
-    boundary: int, given: list | None,
+    tokenizer, turns: TurnTemplate | None, prompt: Prompt, completions: list, opening: str,
+    wholes: list[tuple[str, list[int]]], boundary: int, given: list | None,
 ) -> list[list[int]]:  # fmt: skip
     """Of each completion's ids behind `boundary`, 1 where the model wrote it: by its turns, as `given`, or all.
 
     Raises:
-        InvalidRowError: no token in front of the completions, or in one; and see `written_mask`.
+        InvalidRowError: no token in front of the completions, or in one; a part of one that the template leaves out;
+            and see `written_mask`.
     """
     if boundary == 0:
         raise InvalidRowError(
@@ -94,14 +100,17 @@ def _masks(
         where = f"`completions[{k}]`"
         if len(whole) == boundary:
             raise InvalidRowError(
-                f"`completions[{k}]` gives no token after the prompt; leave it out.", cause="completion without a token"
+                f"{where} gives no token after the prompt; leave it out.", cause="completion without a token"
             )
         mask = list(map(int, given[k])) if given else [1] * (len(whole) - boundary)
+        if prompt.kind == "messages":
+            own = without_nulls(completions[k])
+            refuse_left_out(own, text[shared_length(opening, text) :], where)
         if turns is not None:  # of all K, so that they are compared alike
             try:
                 mask = written_mask(tokenizer, turns, prompt, completions[k], text, whole, boundary)
             except InvalidRowError as error:
-                raise InvalidRowError(f"{where} {error}", cause=error.cause) from error
+                raise InvalidRowError(f"{where} {str(error).lstrip()}", cause=error.cause) from error
         masks.append(mask)
     return masks
 

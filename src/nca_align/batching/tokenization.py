@@ -72,7 +72,7 @@ def tokenize_dataset(
         special = sorted(tokenizer.special_tokens_map.items())
         # TRL's, since it may render completions of several turns
         state = (tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, special, trl.__version__)
-        options["new_fingerprint"] = derived_fingerprint("nca_align tokens 6", dataset, state, limits, drops)
+        options["new_fingerprint"] = derived_fingerprint("nca_align tokens 7", dataset, state, limits, drops)
     numbers = dict.fromkeys((length_column, "row_number", *CUT_COLUMNS), Value("int64"))
     dataset = dataset.map(
         function,
@@ -194,7 +194,7 @@ def tokenize_rows(
         on differently, and whether messages hold special tokens as text.
 
     Raises:
-        InvalidRowError: a template that drops or refuses a system prompt, no token in front of a completion or in it,
+        InvalidRowError: a template that drops or refuses a part of the row, no token in front of a completion or in it,
             an EOS within a completion's messages, or a completion of several turns that can't be told apart.
         UserError: messages, and no chat template.
     """

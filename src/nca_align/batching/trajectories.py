@@ -8,10 +8,8 @@ counts, as it does for a completion of one turn.
 """
 
 import itertools
-import json
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,13 +18,13 @@ from jinja2 import TemplateError
 from trl import get_training_chat_template
 from trl.data_utils import common_prefix_length
 
-from ..data.cleaning import REASONING, Prompt, joined_messages
+from ..data.cleaning import Prompt, joined_messages
 from ..data.messages import CONTEXT
 from ..errors import InvalidRowError
-from .rendering import apply_template, strings_in, text_ids
+from .left_out import THINK_TAG
+from .rendering import apply_template, text_ids
 
 _MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")  # as transformers looks for it
-_THINK_TAG = re.compile(r"</?think(?:ing)?>")
 
 
 @dataclass(frozen=True)
@@ -71,12 +69,11 @@ def written_mask(
         boundary: tokens of the prompt.
 
     Raises:
-        InvalidRowError: the template leaves out a part of the row, marks only a part of a turn, or renders a turn in
-            another way once others follow it; or no token is the model's.
+        InvalidRowError: the template marks only a part of a turn, or renders a turn in another way once others follow
+            it; or no token is the model's.
     """
     messages = joined_messages(prompt, completion)
     first = len(messages) - len(completion)
-    _refuse_left_out(messages[first:], text)
     conversation = _Conversation(tokenizer, turns.template, prompt, messages, text, ids)
     own = [j for j in range(first, len(messages)) if messages[j].get("role") not in CONTEXT]
     # the prompt ends within the first turn, or the marks tell where that one begins
@@ -130,7 +127,7 @@ class _Conversation:
     def _is_text(self, ids: Sequence[int]) -> bool:
         """Whether there is more than special tokens, white space and the tags around a thought."""
         text = self.tokenizer.decode([token for token in ids if token not in self.special])
-        return bool(_THINK_TAG.sub("", text).strip())
+        return bool(THINK_TAG.sub("", text).strip())
 
     def _end(self, end: int) -> int:
         """Where what ends at `end` ends without the white space that follows an end token."""
@@ -191,34 +188,3 @@ class _Conversation:
         if closing not in self.special or self.ids[end - 1] in self.special:
             return max(start, end)
         return end + 1 if self.ids[end : end + 1] == [closing] else start
-
-
-def _refuse_left_out(messages: Sequence[dict[str, Any]], text: str) -> None:
-    """Refuse a conversation without a part of the row's turns: what the model reads and writes is what stands there."""
-    for j, message in enumerate(messages):
-        parts = {name: [message[name]] for name in REASONING if isinstance(message.get(name), str)}
-        if isinstance(message.get("content"), str):
-            parts["content"] = _THINK_TAG.split(message["content"])
-        calls = [call.get("function") or call for call in message.get("tool_calls") or [] if isinstance(call, dict)]
-        parts["tool_calls"] = [
-            value for call in calls for value in (str(call.get("name", "")), *_argument_texts(call.get("arguments")))
-        ]
-        for name, values in parts.items():
-            for value in map(str.strip, values):
-                if value not in text and json.dumps(value, ensure_ascii=False)[1:-1] not in text:
-                    raise InvalidRowError(
-                        f"turn {j} has `{name}` that the chat template leaves out, as many do with the reasoning of "
-                        "earlier turns, so that the model would be trained on other text than the row's; use a "
-                        "template that keeps it, or take it out of the row",
-                        cause=f"{name} left out by the chat template",
-                    )
-
-
-def _argument_texts(arguments: Any) -> Iterator[str]:
-    """The names and the strings of a call's arguments, which may be JSON as text."""
-    if isinstance(arguments, str):
-        with suppress(ValueError):
-            arguments = json.loads(arguments)
-    if isinstance(arguments, dict):
-        yield from arguments
-    yield from strings_in(arguments)

@@ -1,0 +1,95 @@
+"""What a row's messages hold, and what of it a chat template leaves out."""
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from typing import Any
+
+from ..data.cleaning import REASONING
+from ..errors import InvalidRowError
+
+THINK_TAG = re.compile(r"</?think(?:ing)?>")
+
+
+def call_arguments(call: dict[str, Any]) -> Any:
+    """The arguments of a message's call as an object, also where they are JSON text, as in OpenAI's protocol.
+
+    Without any it is an empty one. What is no object stays as it is.
+    """
+    given: Any = (call.get("function") or call).get("arguments") or {}
+    with suppress(TypeError, ValueError):
+        parsed = json.loads(given)
+        return parsed if isinstance(parsed, dict) else given
+    return given
+
+
+def refuse_left_out(messages: Sequence[dict[str, Any]], text: str, where: str, context: bool = False) -> None:
+    """Refuse a text without a part of its messages: what is trained on is what stands in the row.
+
+    Args:
+        messages: of text.
+        text: what the chat template makes of them.
+        where: the messages, as the beginning of an error.
+        context: look for calls and for the results of tools alone, since templates may leave out earlier reasoning.
+
+    Raises:
+        InvalidRowError: it names the turn and the field.
+    """
+    for j, message in enumerate(messages):
+        if context:
+            kept = ("content", "tool_calls") if message.get("role") == "tool" else ("tool_calls",)
+            message = {name: message[name] for name in kept if name in message}
+        parts: dict[str, list] = {name: [message[name]] for name in REASONING if isinstance(message.get(name), str)}
+        if isinstance(message.get("content"), str):
+            parts["content"] = THINK_TAG.split(message["content"])
+        calls = [call for call in message.get("tool_calls") or [] if isinstance(call, dict)]
+        parts["tool_calls"] = [value for call in calls for value in _call_values(call)]
+        for name, values in parts.items():
+            if not all(_stands_in(text, value) for value in values):
+                raise InvalidRowError(
+                    f"{where} turn {j} has `{name}` that the chat template leaves out, as many do with the reasoning "
+                    "of earlier turns, so that the model would see other text than the row's; use a template that "
+                    "keeps it, or take it out of the row",
+                    cause=f"{name} left out by the chat template",
+                )
+
+
+def _stands_in(text: str, value: str | float) -> bool:
+    """Whether the text holds a value, as it is or as JSON or Python has it; a number not as a part of another."""
+    if not isinstance(value, str):
+        return re.search(rf"(?<![\d.]){re.escape(str(value))}(?!\.?\d)", text) is not None
+    value = value.strip()
+    escaped = (json.dumps(value, ensure_ascii=False), json.dumps(value), repr(value))
+    return value in text or any(own[1:-1] in text for own in escaped)
+
+
+def _call_values(call: dict[str, Any]) -> Iterator[str | float]:
+    """A call's name, and the names, the strings and the numbers of its arguments."""
+    arguments = call_arguments(call)
+    yield str((call.get("function") or call).get("name", ""))
+    if isinstance(arguments, dict):
+        yield from map(str, arguments)
+    yield from (leaf for leaf in _leaves(arguments) if not isinstance(leaf, (bool, type(None))))
+
+
+def strings_in(value: Any) -> Iterator[str]:
+    """Each text in a value of JSON, however deep, but for the names of an object."""
+    return (leaf for leaf in _leaves(value) if isinstance(leaf, str))
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    if isinstance(value, (list, dict)):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _leaves(inner)
+    else:
+        yield value
+
+
+def shared_length(a: str, b: str) -> int:
+    """How many characters two texts begin with alike."""
+    low, high = 0, min(len(a), len(b))
+    while low < high:  # by halves, since Python compares texts faster than characters
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if a[low:middle] == b[low:middle] else (low, middle - 1)
+    return low

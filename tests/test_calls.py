@@ -1,0 +1,98 @@
+"""Calls of tools: their arguments as an object or as JSON text are the same row, and none is left out unsaid."""
+
+import json
+import re
+from functools import partial
+
+import pytest
+import trl.chat_template_utils as trl_templates
+
+from nca_align.errors import UserError
+from test_trajectories import ALONE, CHATML, PROMPT, tokenised, tokenizer_of, turn
+
+TEMPLATES = {
+    match[1]: template
+    for name, template in vars(trl_templates).items()
+    if (match := re.fullmatch(r"(\w+)_chat_template", name)) and isinstance(template, str)
+}
+
+
+def calling(arguments, content: str = "", **more) -> dict:
+    call = {"type": "function", "function": {"name": "add", "arguments": arguments}}
+    return turn(content, tool_calls=[call], **more)
+
+
+def outcome(template: str, prompt: list, *completions) -> dict | str:
+    """The row's tokens, or why it is refused."""
+    try:
+        return tokenised(tokenizer_of(template), *completions, prompt=prompt)
+    except UserError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("family", [
+    "qwen2_5", "llama3_1", "glm4moe", "gptoss", "deepseekv3",
+    pytest.param("all", marks=pytest.mark.slow),
+])  # fmt: skip
+def test_arguments_as_json_text_are_those_as_an_object(family):
+    """A template may write text as one quoted string, join it, or refuse it."""
+    arguments = {"a": 17, "say": 'a "b"\nc', "é": "ü"}
+    asked = [*PROMPT, calling(arguments), turn("42", "tool", name="add")]
+    for template in TEMPLATES.values() if family == "all" else [TEMPLATES[family]]:
+        for prompt in (PROMPT, asked):
+            found = []
+            for form in (dict, partial(json.dumps, ensure_ascii=False)):
+                own = [turn | calling(form(arguments)) if "tool_calls" in turn else turn for turn in prompt]
+                found.append(outcome(template, own, [calling(form({"a": 17, "say": 'a "b"\nc'}))], ALONE))
+            if family != "all":
+                assert "17" in tokenizer_of(template).decode(found[0]["completion_ids"][0])
+            assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("given", [None, "", "{}", {}])
+def test_a_call_without_arguments_has_an_empty_object(given):
+    assert outcome(CHATML, PROMPT, [calling(given)], ALONE) == outcome(CHATML, PROMPT, [calling({})], ALONE)
+    assert "add{}" in tokenizer_of(CHATML).decode(outcome(CHATML, PROMPT, [calling(given)], ALONE)["completion_ids"][0])
+
+
+def test_a_null_argument_stays_in_json_text():
+    """A table gives each object the keys of all with nulls in them, so that nulls of an object are left out."""
+    row = outcome(CHATML, PROMPT, [calling('{"a": null}')], ALONE)
+    assert 'add{"a": null}' in tokenizer_of(CHATML).decode(row["completion_ids"][0])
+
+
+NO_CALLS = CHATML.replace("m.tool_calls or []", "[]")
+NO_NUMBERS = CHATML.replace("call.function.arguments | tojson", "call.function.arguments | list")
+NO_RESULTS = CHATML.replace("messages %}", "messages if m.role != 'tool' %}")
+LEFT_OUT = "`completions[0]` turn 0 has `%s` that the chat template leaves out"
+ASKED = [*PROMPT, calling({"a": 0}), turn("TOOLRESULT", "tool")]
+
+
+@pytest.mark.parametrize(("template", "prompt", "completion", "said"), [
+    (NO_CALLS, PROMPT, calling({"a": 17}), LEFT_OUT % "tool_calls"),
+    # what the prompt says is no part of the completion
+    (NO_CALLS, [turn("Please add 17 to a.", "user")], calling({"a": 17}), LEFT_OUT % "tool_calls"),
+    (NO_NUMBERS, PROMPT, calling({"a": 17}), LEFT_OUT % "tool_calls"),
+    (NO_NUMBERS, PROMPT, calling({"a": 17}, "Not 170, 1.17 or 17.5."), LEFT_OUT % "tool_calls"),
+    (CHATML, PROMPT, turn("It is 42.", reasoning_content="CARRY"), LEFT_OUT % "reasoning_content"),
+    (CHATML.replace("m.content }}", "m.content.split('</think>')[-1] }}"), PROMPT,
+     turn("<think>CARRY</think>It is 42."), LEFT_OUT % "content"),
+    (CHATML.replace("{{ m.content }}", ""), PROMPT, turn("It is 42."), "turn 0 has `content` that"),
+    (NO_CALLS, ASKED, turn("It is 42."), "`prompt` turn 1 has `tool_calls` that the chat template leaves out"),
+    (NO_RESULTS, ASKED, turn("It is 42."), "`prompt` turn 2 has `content` that the chat template leaves out"),
+    (CHATML.replace("{{ m.role }}", "{{ m.role }}{{ raise_exception('no!') if m.reasoning }}"), PROMPT,
+     turn("It is 42.", reasoning="CARRY"), "`completions[0]` can't be rendered by the chat template (user, assistant)"),
+])  # fmt: skip
+def test_a_completion_of_one_turn_of_which_the_template_leaves_out_a_part_is_refused(
+    template, prompt, completion, said
+):
+    """Else two completions might be the same tokens with two rewards."""
+    assert said in outcome(template, prompt, [completion], ALONE)
+
+
+@pytest.mark.parametrize("value", [17, 2.5, -3, 1e-7, 1e10, True, [1, 2], 'é\n"x"', "C:\\x", {"in": [0.1]}])
+@pytest.mark.parametrize("family", ["qwen2_5", "lfm2_v2", "deepseekv3"])
+def test_what_the_template_writes_of_arguments_is_found_there(family, value):
+    assert isinstance(outcome(TEMPLATES[family], PROMPT, [calling({"v": value})], ALONE), dict)
+    prompt = [*PROMPT, turn("I add ")]
+    assert isinstance(outcome(CHATML, prompt, [calling({"v": value}, "17 to 25.")], ALONE), dict)
