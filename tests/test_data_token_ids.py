@@ -143,6 +143,41 @@ def test_no_mask_means_that_the_model_wrote_all():
     assert (tokenised[0]["prompt_ids"], tokenised[0]["completion_ids"]) == (PROMPT, [FIRST, SECOND])
 
 
+@pytest.mark.parametrize(
+    "values", [MASKS, [[True, False, False, True], [True, True]], [[1.0, 0.0, 0.0, 1.0], [1.0] * 2]]
+)
+@pytest.mark.parametrize("kind", ["flat", "K", "stream"])
+def test_a_mask_by_another_name_is_refused_and_read_where_it_is_mapped(values, kind):
+    rows = flat("prompt_ids", "response_ids", "loss_mask", "reward")
+    rows = [row | {"loss_mask": own} for row, own in zip(rows, values, strict=True)]
+    if kind != "flat":
+        rows = [{name: value for name, value in ROW.items() if name != "completion_mask"} | {"loss_mask": values}]
+    data = IterableDataset.from_generator(lambda: iter(rows)) if kind == "stream" else Dataset.from_list(rows)
+    with pytest.raises(
+        UserError, match="`train`: `loss_mask` looks like a mask of the tokens of the completion, and is"
+    ):
+        to_reward_dataset(data)
+    (row,) = to_reward_dataset(data, DataOptions(columns={"completion_mask": "loss_mask"}))
+    assert row["completion_mask"] == MASKS
+
+
+@pytest.mark.parametrize(("column", "said"), [
+    ({"assistant_masks": [[0, 0, 0, 1, 0, 0, 1], [0, 0, 0, 1, 1]]},
+     "`assistant_masks` looks like a mask of the tokens of prompt and completion, and is .*; give the completion's part"),
+    ({"advantages": [[0.0, 0.0, 0.0, 1.0], [0.0, 1.0]]}, None),  # of tokens as well, but no mask
+    ({"log_probs": [[-1, -2, 0, 1], [0, 1]]}, None),
+    ({"steps": [[0, 1], [1]]}, None),
+    ({"seen": [1, 0]}, None),
+])  # fmt: skip
+def test_other_columns_beside_token_ids_are_no_masks(column, said):
+    rows = [{name: value for name, value in ROW.items() if name != "completion_mask"} | column]
+    if said:
+        with pytest.raises(UserError, match=said):
+            to_reward_dataset(Dataset.from_list(rows))
+    else:
+        assert len(to_reward_dataset(Dataset.from_list(rows))) == 1
+
+
 BROKEN = {
     "a mask of another length": (
         {"completion_mask": [[1, 0], [1, 1]]}, r"`completion_mask\[0\]` has 2 values for 4 tokens of the completion"

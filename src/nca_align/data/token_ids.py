@@ -16,6 +16,7 @@ from .validation import RowError
 
 MASK = "completion_mask"
 _LIST = List(Value("int8"))
+_FIRST_ROWS = 64  # that are looked at
 _RUN = 3  # tokens alike that look like padding
 # Ours first. TRL 1.16: what a rollout function returns, and `GRPOTrainer`'s batches. verl: `AgentLoopOutput` of
 # verl/experimental/agent_loop/agent_loop.py, and the `DataProto` that it becomes
@@ -44,7 +45,8 @@ def with_plain_ids(
         num_proc: processes to map with.
 
     Raises:
-        UserError: a mask of padding has another length than the ids that it is of.
+        UserError: a mask of padding has another length than the ids that it is of; or no mask is there by a known name,
+            but a column looks like one.
     """
     features = dataset.features
     row: Mapping[str, Any] = next(iter(dataset), {}) if features is None else features
@@ -56,6 +58,8 @@ def with_plain_ids(
         return dataset
     names = {prompt: "prompt", completion: "completions" if "rewards" in row else "completion"}
     masks = [own for own in _MASKS if own in row]
+    if not masks:
+        _refuse_other_masks(dataset, name, prompt, completion)
     others = masks[1:]
     if masks:
         names[masks[0]] = MASK
@@ -91,10 +95,42 @@ def with_plain_ids(
     )
 
 
+def _refuse_other_masks(dataset: Dataset | IterableDataset, name: str, prompt: str, completion: str) -> None:
+    """Refuse a column that looks like a mask by another name: without it, all tokens would be trained on."""
+    rows = [row for row in itertools.islice(dataset, _FIRST_ROWS) if row.get(prompt) and row.get(completion)]
+    known = {prompt, completion, _PADDING, _PROMPT_PADDING, *_SCORES_BY_TOKEN}
+    for own in dict.fromkeys(column for row in rows for column in row if column not in known):
+        parts = {_masked(row[own], row[prompt], row[completion], "mask" in own) for row in rows if row.get(own)}
+        if parts == {"the completion"}:
+            fix = f"map it by `--columns {MASK}={own}`"
+        elif parts == {"prompt and completion"}:
+            fix = f"give the completion's part of it as `{MASK}`"
+        else:
+            continue
+        raise UserError(
+            f"`{name}`: `{own}` looks like a mask of the tokens of {parts.pop()}, and is not known by this name, so "
+            f"that all tokens would be trained on; {fix}, or take the column out"
+        )
+
+
+def _masked(values: Any, prompt: Any, completion: Any, named: bool) -> str | None:
+    """What `values` might mask of a row, or of each of its K completions. Fractions do so only if `named` a mask."""
+    if completion and isinstance(completion[0], list):
+        if not isinstance(values, list) or len(values) != len(completion):
+            return None
+        parts = {_masked(own, prompt, ids, named) for own, ids in zip(values, completion, strict=True)}
+        return parts.pop() if len(parts) == 1 else None
+    kinds = (bool, int, float) if named else (bool, int)
+    if not isinstance(values, list) or not all(isinstance(value, kinds) and value in (0, 1) for value in values):
+        return None
+    lengths = {len(prompt) + len(completion): "prompt and completion", len(completion): "the completion"}
+    return lengths.get(len(values))
+
+
 def _tell_of_padding(dataset: Dataset | IterableDataset, name: str, field: str, step: int) -> None:
     """Notify where ids look padded at their beginning (`step` 1) or end (-1), of which no column tells."""
     key = "prompt" if step == 1 else "completion"
-    rows = [own[key][::step] for own in itertools.islice(dataset, 64) if isinstance(own[key], list)]
+    rows = [own[key][::step] for own in itertools.islice(dataset, _FIRST_ROWS) if isinstance(own[key], list)]
     runs = [ids[0] for ids in rows if len(ids) >= _RUN and len({*ids[:_RUN]}) == 1]
     if len({*map(len, rows)}) == 1 and 0 < len(runs) < len(rows) and len({*runs}) == 1:
         notify(
