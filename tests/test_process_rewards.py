@@ -4,17 +4,21 @@ import json
 import re
 import runpy
 from fractions import Fraction
-from itertools import pairwise
+from itertools import compress, pairwise
 from pathlib import Path
 from statistics import fmean
 
 import pytest
 import torch
+import trl.chat_template_utils as trl_templates
 from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
 from conftest import build_tokenizer, labelled_rows
+from nca_align.batching.tokenization import tokenize_dataset
+from nca_align.batching.tokenized_rows import masks_of
 from nca_align.commands.evaluate.command import main
+from nca_align.commands.evaluate.process_rewards import ProcessOptions, read_solutions
 from nca_align.data import DataOptions, to_reward_dataset
 from nca_align.errors import InvalidRowError
 from nca_align.evaluation.process_rewards import (
@@ -31,6 +35,7 @@ from nca_align.evaluation.process_rewards import (
     vote,
 )
 from test_implicit import save_adapter
+from test_trajectories import CALLS_ALONE, PROMPT, WITH_TOOL, WITH_USER, tokenizer_of, turn
 
 TEXTS = [
     "Step one.\nStep two: 2 + 2 = 4.\n\n  Step three.",
@@ -71,6 +76,51 @@ def test_steps_by_a_marker_and_as_given():
     ):  # fmt: skip
         with pytest.raises(InvalidRowError, match=re.escape(message)):
             given_starts(text, given, "steps[0]")
+
+
+def test_a_tag_alone_is_no_step():
+    """It belongs to the step that it opens or closes, and white space behind it to the step before."""
+    text = "<think>\n\n</think>\n\nA\n<call>\n{1}\n</call>\n<b>B</b>\nC <d>\n<think>"
+    starts = marked_starts(text, "\n")
+    assert [text[a:b] for a, b in pairwise([*starts, len(text)])] == [
+        "A\n", "<call>\n{1}\n</call>\n", "<b>B</b>\n", "C <d>\n<think>",
+    ]  # fmt: skip
+    assert marked_starts("<think>\n</think>", "\n") == [0]
+    assert marked_starts("<think>ки1 ки", "ки") == [0]
+
+
+ROWS = {
+    "lines": ([turn("A 1.\nB 2.\n\nC 3.")], ["A 1.", "B 2.", "C 3."]),
+    "thought": ([turn("<think>\nA 1.\nB 2.\n</think>\n\nC 3.")], ["A 1.", "B 2.", "C 3."]),
+    "tool": (WITH_TOOL, ["Let me see.", "17", "It is 42."]),
+    "calls alone": ([*CALLS_ALONE, *WITH_TOOL[1:]], ["17", "17", "It is 42."]),
+    "user": (WITH_USER, ["It is 43.", "Oh.", "It is 42."]),
+}
+
+
+def whole_text(text: str) -> str:
+    return text
+
+
+@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("as_ids", [False, True])
+def test_steps_and_answers_are_those_of_what_the_model_wrote(name, as_ids):
+    """Whatever a template writes around it: an empty thought, the tags of calls, headers; and of token ids too."""
+    tokenizer = tokenizer_of(trl_templates.qwen3_chat_template)
+    completion, expected = ROWS[name]
+    text = {"prompt": PROMPT, "completions": [completion], "rewards": [1.0]}
+    row = next(iter(tokenize_dataset(Dataset.from_list([text]), tokenizer, None, None)[0]))
+    if as_ids:
+        text = {"prompt": row["prompt_ids"], "completions": row["completion_ids"], "rewards": [1.0]}
+    options = ProcessOptions(steps="newline", answers="test_process_rewards:whole_text")
+    found = read_solutions(options, tokenizer, [row], [text])
+    (((numbers, count),),), ((answer,),) = found.steps, found.answers
+    ids = list(compress(row["completion_ids"][0], masks_of(row)[0]))
+    steps = ["".join(tokenizer.decode([t]) for t, s in zip(ids, numbers, strict=True) if s == j) for j in range(count)]
+    assert len(steps) == len(expected), steps
+    assert all(words in step for words, step in zip(expected, steps, strict=True)), steps
+    assert expected[-1] in answer
+    assert not re.search("TOOLRESULT|Look again", answer)
 
 
 def test_a_token_belongs_to_the_step_of_its_first_visible_character():

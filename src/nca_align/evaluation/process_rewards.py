@@ -2,9 +2,9 @@
 
 import re
 from bisect import bisect_right
-from collections.abc import Collection, Hashable, Sequence
+from collections.abc import Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from math import exp
 from statistics import fmean
 from typing import Any
@@ -15,6 +15,8 @@ from torch import Tensor
 from ..errors import InvalidRowError
 from .intervals import Interval, mean_and_interval
 from .ranking import percentiles, resampled_means
+
+_TAG = re.compile(r"</?[^\W\d][\w:|-]*>")
 
 
 def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
@@ -36,9 +38,35 @@ def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
 
 
 def marked_starts(text: str, marker: str) -> list[int]:
-    """The characters at which steps begin that end in `marker`, "\\n" for lines: a step is never blank."""
-    found = [match.end() for match in re.finditer(rf"\A\s*(?=\S)|(?:{re.escape(marker)}\s*)+(?=\S)", text)]
-    return found or [0]
+    """The characters at which steps begin that end in `marker`, "\\n" for lines.
+
+    A step is never blank, nor a tag alone, such as those that templates put around a thought or a call: an opening one
+    begins the step after it, a closing one ends the step before.
+    """
+    starts, opened = [], None
+    ends = [match.end() for match in re.finditer(re.escape(marker), text)]
+    for begin, end in pairwise([0, *ends, len(text)]):
+        words = text[begin:end].replace(marker, " " * len(marker))
+        if not words.strip():
+            continue
+        place = begin + len(words) - len(words.lstrip())
+        if not _TAG.sub("", words).strip():
+            closes = _TAG.findall(words)[-1].startswith("</")
+            opened = None if closes else place if opened is None else opened
+            continue
+        starts.append(place if opened is None else opened)
+        opened = None
+    return starts or [0]
+
+
+def marked_starts_of_turns(turns: Iterable[str], marker: str) -> list[int]:
+    """`marked_starts` of the texts of turns, one after another: each that isn't blank begins a step."""
+    starts, place = [], 0
+    for text in turns:
+        if text.strip():
+            starts += [place, *(place + start for start in marked_starts(text, marker)[1:])]
+        place += len(text)
+    return starts or [0]
 
 
 def given_starts(text: str, steps: Sequence[str], field: str) -> list[int]:

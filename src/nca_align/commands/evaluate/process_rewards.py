@@ -2,8 +2,9 @@
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from itertools import compress
+from itertools import chain, groupby
 from math import nan
+from operator import itemgetter
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from ...batching.tokenized_rows import masks_of
 from ...data.cleaning import text_of
+from ...data.messages import CONTEXT, content_kind
 from ...errors import InvalidRowError, UserError
 from ...evaluation.intervals import Interval
 from ...evaluation.process_rewards import (
@@ -20,7 +22,7 @@ from ...evaluation.process_rewards import (
     choose_answers,
     f1_of_first_errors,
     given_starts,
-    marked_starts,
+    marked_starts_of_turns,
     step_rewards,
     steps_of_tokens,
     token_texts,
@@ -39,7 +41,7 @@ class ProcessOptions:
         "what ends a step: `newline`, a text such as `ки`, or `column:NAME`, which holds each completion's steps", None
     )
     answers: str | None = option(
-        "the answers to vote on: a column of one a completion, or `module:function` of a completion's text", None
+        "the answers to vote on: a column of one a completion, or `module:function` of what the model wrote", None
     )
     first_error: str | None = option(
         "a column with each completion's first wrong step, from 0, or -1 for none; for ProcessBench's F1", None
@@ -127,7 +129,7 @@ def read_solutions(
         UserError: the row, and what is wrong with it.
     """
     steps = None if options.steps is None else _steps(options.steps, tokenizer, rows, texts)
-    answers = None if options.answers is None else _answers(options.answers, rows, texts)
+    answers = None if options.answers is None else _answers(options.answers, tokenizer, rows, texts)
     errors = None
     if options.first_error is not None and steps is not None:
         errors = _first_errors(options.first_error, rows, texts, steps)
@@ -141,20 +143,37 @@ def _steps(how: str, tokenizer: Any, rows: list, texts: Sequence[dict[str, Any]]
         given = None if column is None else _of_completions(text, column, "steps", row, lists=True)
         own = []
         for k, (whole_ids, mask) in enumerate(zip(row["completion_ids"], masks_of(row), strict=True)):
-            ids = list(compress(whole_ids, mask))
-            pieces = token_texts(tokenizer, ids)
-            pieces = ["" if token in special else piece for token, piece in zip(ids, pieces, strict=True)]
-            whole = "".join(pieces)
+            turns = [
+                [
+                    "" if token in special else piece
+                    for token, piece in zip(ids, token_texts(tokenizer, ids), strict=True)
+                ]
+                for ids in _turns(whole_ids, mask)
+            ]
             try:
                 if given is None:
-                    starts = marked_starts(whole, "\n" if how == NEWLINE else how)
+                    starts = marked_starts_of_turns(map("".join, turns), "\n" if how == NEWLINE else how)
                 else:
-                    starts = given_starts(whole, given[k], f"{column}[{k}]")
+                    starts = given_starts("".join(chain(*turns)), given[k], f"{column}[{k}]")
             except InvalidRowError as error:
                 raise UserError(f"row {row['row_number']}: its steps aren't found, {error}") from error
-            own.append((steps_of_tokens(pieces, starts), len(starts)))
+            own.append((steps_of_tokens([*chain(*turns)], starts), len(starts)))
         found.append(own)
     return found
+
+
+def _turns(ids: Sequence[int], mask: Sequence[int]) -> list[list[int]]:
+    """The stretches of a completion's tokens that the model wrote."""
+    stretches = groupby(zip(mask, ids, strict=True), key=itemgetter(0))
+    return [[token for _, token in own] for written, own in stretches if written]
+
+
+def _written_text(tokenizer: Any, completion: Any, ids: Sequence[int], mask: Sequence[int]) -> str:
+    """What the model wrote of a completion, as text: of token ids those that were kept."""
+    kind = content_kind(completion)
+    if kind == "token ids":
+        return "\n".join(tokenizer.decode(own, skip_special_tokens=True) for own in _turns(ids, mask))
+    return text_of(completion if kind == "text" else [own for own in completion if own.get("role") not in CONTEXT])
 
 
 def _of_completions(
@@ -173,15 +192,19 @@ def _of_completions(
     return values
 
 
-def _answers(how: str, rows: Sequence[dict[str, Any]], texts: Sequence[dict[str, Any]]) -> list[list[Hashable]]:
+def _answers(
+    how: str, tokenizer: Any, rows: Sequence[dict[str, Any]], texts: Sequence[dict[str, Any]]
+) -> list[list[Hashable]]:
     """Each completion's answer, None where it has none."""
     if not names_a_function(how):
         found = [_of_completions(text, how, "answers", row) for row, text in zip(rows, texts, strict=True)]
     else:
         function, found = find_function(how, "answers"), []
         for row, text in zip(rows, texts, strict=True):
+            completions = zip(text["completions"], row["completion_ids"], masks_of(row), strict=True)
+            written = [_written_text(tokenizer, *completion) for completion in completions]
             try:
-                found.append([function(text_of(completion)) for completion in text["completions"]])
+                found.append(list(map(function, written)))
             except Exception as error:  # the user's code runs here, which may raise anything
                 raise UserError(f"`answers` {how} fails in row {row['row_number']}: {cause(error)}") from error
     for row, own in zip(rows, found, strict=True):
