@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers import LlamaForSequenceClassification
 
 from conftest import build_model, build_tokenizer
 from nca_align import GenerationEvaluator
@@ -119,6 +120,29 @@ class TestFigures:
         assert figures.reward.mean == 1.0
         assert figures.win_rate.mean == 0.5
 
+    @pytest.mark.parametrize("kind", ["function", "reward model"])
+    def test_scorers_read_prompts_of_token_ids_as_text(self, kind, tokenizer, policy, tmp_path):
+        texts = ["Hello? ", "What is the best way? ", "And then "]
+        ids = [tokenizer(text)["input_ids"] for text in texts]
+        read, found = [tokenizer.decode(own) for own in ids], []
+
+        def scores(prompts, completions, **kwargs):
+            assert {*prompts} <= {*read}
+            return [float(len(prompt + completion)) for prompt, completion in zip(prompts, completions, strict=True)]
+
+        if kind == "reward model":
+            torch.manual_seed(2)
+            config = build_model(tokenizer).config
+            config.num_labels = 1
+            LlamaForSequenceClassification(config).save_pretrained(tmp_path)
+            tokenizer.save_pretrained(tmp_path)
+        for prompts in (read, ids):
+            rows = [{"prompt": own, "completion_mask": [[1]], "rewards": [1.0]} for own in prompts]
+            given = scores if kind == "function" else str(tmp_path)
+            found.append(GenerationEvaluator(rows, tokenizer, given, max_new_tokens=4)(policy))
+        assert [tokenizer(text)["input_ids"] for text in read] == ids
+        assert found[0] == found[1]
+
     def test_scorers_may_be_the_functions_themselves(self, tokenizer, policy):
         named = evaluator(tokenizer)(policy)
         for given in (length_of, [length_of], "test_generation:length_of"):
@@ -150,7 +174,7 @@ class TestFigures:
             evaluator(tokenizer, max_new_tokens=room)(policy)
 
     def test_a_prompt_that_the_template_does_not_take_is_refused(self):
-        with pytest.raises(UserError, match="a prompt to be answered can't be rendered: the chat template can't"):
+        with pytest.raises(UserError, match="a prompt to be answered can't be rendered: `prompt` can't be"):
             evaluator(build_tokenizer("{{ raise_exception('no') }}"))
 
     def test_an_answer_without_a_score_is_refused(self, tokenizer, policy):

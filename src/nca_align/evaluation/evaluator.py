@@ -16,6 +16,7 @@ from torch import nn
 from ..batching.collator import batches_by_length
 from ..batching.rendering import prompt_ids
 from ..data.cleaning import completion_of
+from ..data.messages import content_kind
 from ..errors import InvalidRowError, UserError
 from ..models.logprobs import completion_logps, differences
 from ..models.policy import adapter_merged, as_reference, base_model, eval_mode
@@ -92,7 +93,7 @@ class GenerationEvaluator:
     The reference's answers are sampled and scored at the first call, and kept: one evaluator is for one reference.
 
     Args:
-        dataset: rows of `prompt` (text or messages), and any columns that the scorers read.
+        dataset: rows of `prompt`, and any columns that the scorers read. Token ids are text to these, as they decode.
         tokenizer: the model's.
         scorers: one or several, as `nca-align score --scorer` or as Python functions of TRL's reward-function
             signature; or what `rewards.scorers.open_scorers` made of them, for several evaluators.
@@ -124,7 +125,7 @@ class GenerationEvaluator:
         require_at_least_1(self, "num_completions", "max_new_tokens", "batch_size")
         if not scorers:
             raise UserError("`scorers` is empty; give what rewards the answers, as in `nca-align score`")
-        answered = ("completions", "rewards", "truncated")
+        answered = ("completions", "completion_mask", "rewards", "truncated")
         self._rows = [{name: value for name, value in row.items() if name not in answered} for row in dataset]
         if not self._rows:
             raise UserError("`dataset` is empty; give prompts that the model is to answer")
@@ -132,6 +133,9 @@ class GenerationEvaluator:
             self._prompts = [prompt_ids(tokenizer, row) for row in self._rows]
         except InvalidRowError as error:
             raise UserError(f"a prompt to be answered can't be rendered: {error}") from error
+        for row in self._rows:  # scorers read text
+            if content_kind(row["prompt"]) == "token ids":
+                row["prompt"] = tokenizer.decode(row["prompt"])
         if not isinstance(scorers, Scorers):
             scorers = [scorers] if isinstance(scorers, str) or callable(scorers) else scorers
             scorers = open_scorers(scorers, scorer_weights)
