@@ -14,6 +14,9 @@ from nca_align.errors import UserError
 LIMITS = {"max_prompt_length": None, "max_length": None, "length_column": "length"}
 
 
+CALLS = CHAT_TEMPLATE.replace("['content'] }}", "['content'] }}{{ (message['tool_calls'] or '') | tojson }}")
+
+
 def rows(*given: dict, tokenizer=None, **limits) -> list[dict]:
     columns = {name: [row.get(name) for row in given] for row in given for name in row}
     out = tokenize_rows(columns, list(range(len(given))), tokenizer or build_tokenizer(), **(LIMITS | limits))
@@ -158,8 +161,32 @@ class TestTypedTokens:
         call = {"type": "function", "function": {"name": "f", "arguments": {"text": "<|im_start|>"}}}
         row = chat([("user", "Hi")], "a", "b")
         row["completions"][1] = [{"role": "assistant", "content": "", "tool_calls": [call]}]
-        calls = CHAT_TEMPLATE.replace("['content'] }}", "['content'] }}{{ message['tool_calls'] }}")
-        assert rows(row, tokenizer=build_tokenizer(calls))[0]["typed_tokens"] == 1
+        assert rows(row, tokenizer=build_tokenizer(CALLS))[0]["typed_tokens"] == 1
+
+
+def test_the_notice_of_cuts_counts_completions_that_they_make_alike():
+    answers = (" one two three", " one two four", " one two one", " no")
+    given = [text("Hi", *answers), text("Hi", " one two three", " one two four")]
+    given[1]["rewards"] = [1.0, 1.0]  # alike, with the same reward
+    prompt = len(rows(given[0])[0]["prompt_ids"])
+    shared = len(build_tokenizer()(" one two", add_special_tokens=False)["input_ids"])
+    for room, alike in ((shared, 3), (shared + 1, 0), (100, 0)):
+        cut = rows(*given, max_length=prompt + room)
+        assert [row["cut_alike"] for row in cut] == [alike, 0]
+        _, notices = tokenize_dataset(Dataset.from_list(given), build_tokenizer(), None, prompt + room)
+        said = "`train`: 3 of the completions that are cut are now the same tokens as another of"
+        assert [own.startswith(said) for own in notices[1:]] == [True] * bool(alike)
+
+
+def test_calls_of_tools_that_the_prompt_does_not_name_are_told():
+    tokenizer = build_tokenizer(CALLS)
+    call = {"type": "function", "function": {"name": "f", "arguments": {}}}
+    calling = chat([("user", "Hi")], "a", "b")
+    calling["completions"][1] = [{"role": "assistant", "content": "", "tool_calls": [call]}]
+    tools = json.dumps([{"type": "function", "function": {"name": "f"}}])
+    data = Dataset.from_list([calling | {"tools": own} for own in (None, tools, None)])
+    (notice,) = tokenize_dataset(data, tokenizer, None, None)[1]
+    assert notice.startswith("`train`: completions of 2 of 3 rows call tools, but the rows have no `tools`")
 
 
 def test_tools_and_template_arguments_reach_the_template():

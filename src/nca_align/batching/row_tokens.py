@@ -69,12 +69,16 @@ def rows_or_errors(
         except InvalidRowError as error:
             tokenized.append(error)
             continue
-        cut = sum(len(rest) < len(whole) for rest, whole in zip(rests, completion_ids, strict=True))
+        cut = [k for k, (rest, whole) in enumerate(zip(rests, completion_ids, strict=True)) if len(rest) < len(whole)]
+        scored = list(zip(rests, batch["rewards"][i], strict=True))
+        alike = [k for k in cut if any(own == rests[k] and reward != scored[k][1] for own, reward in scored)]
+        calls = prompt.kind == "messages" and any(own.get("tool_calls") for turns in completions for own in turns)
         tokenized.append({
             "prompt_ids": kept, "completion_ids": rests, "completion_mask": mask, "rewards": batch["rewards"][i],
             length_column: len(kept) + sum(map(len, rests)), "row_number": indices[i],
-            "prompt_cut": int(len(kept) < boundary), "completions_cut": cut,
+            "prompt_cut": int(len(kept) < boundary), "completions_cut": len(cut), "cut_alike": len(alike),
             "boundary_tokens": len(whole_prompt) - boundary, "typed_tokens": int(typed),
+            "unnamed_tools": int(calls and not prompt.tools),
         })  # fmt: skip
     return tokenized
 

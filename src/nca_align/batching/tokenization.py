@@ -26,7 +26,7 @@ _TOKENS = {
     "completion_mask": List(List(Value("int8"))),
 }  # fmt: skip
 # Counts beside the ids, one number a row, which the trainer adds up, reports and drops
-CUT_COLUMNS = ("prompt_cut", "completions_cut", "boundary_tokens", "typed_tokens")
+CUT_COLUMNS = ("prompt_cut", "completions_cut", "cut_alike", "boundary_tokens", "typed_tokens", "unnamed_tools")
 # Beside a row that is to be dropped: a few words under which it is counted, and the error
 _NOTES = Features({"_cause": Value("string"), "_problem": Value("string")})
 
@@ -72,7 +72,7 @@ def tokenize_dataset(
         special = sorted(tokenizer.special_tokens_map.items())
         # TRL's, since it may render completions of several turns
         state = (tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, special, trl.__version__)
-        options["new_fingerprint"] = derived_fingerprint("nca_align tokens 7", dataset, state, limits, drops)
+        options["new_fingerprint"] = derived_fingerprint("nca_align tokens 8", dataset, state, limits, drops)
     numbers = dict.fromkeys((length_column, "row_number", *CUT_COLUMNS), Value("int64"))
     dataset = dataset.map(
         function,
@@ -107,6 +107,16 @@ def tokenize_dataset(
         notices.append(
             f"`{name}`: {cut['prompt_cut']} of {len(dataset)} prompts cut to their last {max_prompt_length} tokens "
             f"(`max_prompt_length`), {cut['completions_cut']} completions at {max_length} (`max_length`)."
+        )
+    if cut["cut_alike"]:
+        notices.append(
+            f"`{name}`: {cut['cut_alike']} of the completions that are cut are now the same tokens as another of their "
+            f"prompt, with another reward, so that their difference teaches nothing; raise `max_length` {max_length}."
+        )
+    if cut["unnamed_tools"]:
+        notices.append(
+            f"`{name}`: completions of {cut['unnamed_tools']} of {len(dataset)} rows call tools, but the rows have no "
+            "`tools` for the chat template. Add this column, a list of JSON schemas, if the model had read them."
         )
     return dataset.remove_columns(list(CUT_COLUMNS)), notices
 
@@ -190,8 +200,9 @@ def tokenize_rows(
     Returns:
         Columns `prompt_ids`, `completion_ids`, `completion_mask` (K lists with 1 for each token that the model wrote;
         None where it wrote all), `rewards`, `length_column`, `row_number`, and `CUT_COLUMNS`: whether the prompt was
-        cut, how many completions were, how many of the prompt's last tokens were left out because a conversation goes
-        on differently, and whether messages hold special tokens as text.
+        cut, how many completions were, how many of these became the same as another of another reward, how many of the
+        prompt's last tokens were left out because a conversation goes on differently, whether messages hold special
+        tokens as text, and whether completions call tools that the row doesn't have.
 
     Raises:
         InvalidRowError: a template that drops or refuses a part of the row, no token in front of a completion or in it,
