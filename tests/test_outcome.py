@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset, IterableDataset
 
 from conftest import build_model, build_tokenizer, labelled_rows
-from nca_align import NCAConfig, load_reward_dataset, write_report
+from nca_align import NCAConfig, NCATrainer, load_reward_dataset, write_report
 from nca_align.batching.collator import RewardCollator
 from nca_align.commands.compare.grid import expand
 from nca_align.commands.compare.methods import build_trainer
@@ -20,6 +20,7 @@ from nca_align.commands.inspect.tables import percent
 from nca_align.commands.train.command import main as train_main
 from nca_align.data import DataOptions, to_reward_dataset
 from nca_align.errors import UserError
+from nca_align.training.best_metric import check_best_metric, evaluated_names
 from nca_align.training.objective import Objective
 from nca_align.training.outcomes import Outcomes, outcome_figures
 from test_loss_options import completion_logps, log_sigmoid
@@ -271,6 +272,53 @@ def test_labels_that_are_all_alike_are_told(tmp_path, caplog):
         )
         trainer(tmp_path, rows=read, **OF_LABELS)
         assert (told in caplog.text) is said
+
+
+def alike(rows):
+    return [row | {"rewards": [1.0] * len(row["rewards"])} for row in rows]
+
+
+BEST = {
+    "single": ("rewards/accuracies", SINGLE, "gives, each of a single completion; use loss, or one of"),
+    "spelling": ("rewards/acuracies", RAGGED, "gives (did you mean `rewards/accuracies`?); use loss, or one of"),
+    "labels alike": ("eval_outcome/auc", alike(RAGGED), "use loss, or one of"),
+    "one of several": ("eval_b_rewards/best", {"a": RAGGED, "b": SINGLE}, ", each of a single completion"),
+    "several": ("eval_a_rewards/best", {"a": RAGGED, "b": SINGLE}, None),
+    "by a later row": ("rewards/rank_3", [*SINGLE * 60, *RAGGED], None),
+    "of labels": ("outcome/auc", SINGLE, None),
+    "of one label": ("rewards/wrong", alike(SINGLE), "use loss, or one of"),
+    "callback's": ("mine/figure", SINGLE, None),
+}
+
+
+@pytest.mark.parametrize("name", BEST)
+def test_a_best_metric_that_these_rows_cannot_give_is_refused_before_the_model_is_read(name, tmp_path):
+    metric, rows, message = BEST[name]
+    several = isinstance(rows, dict)
+    rows = {key: Dataset.from_list(own) for key, own in rows.items()} if several else Dataset.from_list(rows)
+    own = {"eval_strategy": "steps", "metric_for_best_model": metric, "loss_type": "outcome"}
+    args = NCAConfig(str(tmp_path), use_cpu=True, bf16=False, **own)
+    if message is None:
+        return check_best_metric(args, rows)
+    with pytest.raises(UserError, match=re.escape(f"`metric_for_best_model` is {metric}, which no evaluation")) as told:
+        NCATrainer("no such model", args=args, train_dataset=Dataset.from_list(SINGLE), eval_dataset=rows)
+    assert message in str(told.value)
+
+
+def test_the_names_that_are_foreseen_are_those_that_an_evaluation_logs(tmp_path):
+    nca = trainer(tmp_path, rows=RAGGED, eval_rows=RAGGED, beta=0.1, **OF_LABELS)
+    metrics = {name.removeprefix("eval_") for name in nca.evaluate() if "/" in name}
+    foreseen = evaluated_names(nca.args, Dataset.from_list(RAGGED), "none")
+    assert metrics == foreseen - {"rewards/kendall_tau"}  # not before the first step, where all rewards are equal
+
+
+def test_a_best_metric_that_an_evaluation_does_not_give_is_one_sentence(tmp_path):
+    options = {"eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "rewardz/best", "max_steps": 1}
+    nca = trainer(tmp_path, rows=RAGGED, eval_rows=RAGGED, **options, **OF_LABELS)
+    with pytest.raises(
+        UserError, match=r"is rewardz/best, which this evaluation doesn't give \(did you mean `rewards/best"
+    ):
+        nca.train()
 
 
 # Data

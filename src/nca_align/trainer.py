@@ -346,11 +346,11 @@ class NCATrainer(DPOTrainer):
 
     # Evaluation
 
-    def _evaluate(self, trial, ignore_keys_for_eval, skip_scheduler=False):
+    def _evaluate(self, trial, ignore_keys, skip_scheduler=False):
         if skip_scheduler and self.state.global_step:  # `eval_on_start` of a run that is resumed
             return {}
         try:
-            return super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
+            return arguments.with_best_metric(self, super()._evaluate(trial, ignore_keys, skip_scheduler))
         except EvaluationInterrupted:
             self._resume.leave(owing_evaluation=True)
 

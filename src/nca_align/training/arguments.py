@@ -15,10 +15,11 @@ from ..batching.collator import RewardCollator
 from ..config import NCAConfig, changed_options
 from ..data import DataOptions, to_reward_dataset
 from ..device import fsdp_version
-from ..errors import UnsupportedError, UserError, UserTypeError, notify
+from ..errors import UnsupportedError, UserError, UserTypeError, nearest, notify
 from ..losses import LABELS
 from ..own_losses import OwnLoss
 from ..unread import Rule, refuse_shared_batches, sentence, unread
+from .best_metric import check_best_metric
 from .run_identity import loss_sources
 
 _OF_THE_COLLATOR = (
@@ -191,6 +192,22 @@ def _tell_equal_labels(dataset: Dataset) -> None:
         )
 
 
+def with_best_metric(trainer: Any, metrics: dict[str, float]) -> dict[str, float]:
+    """The `metrics` of an evaluation within a run, by which transformers then chooses the best model.
+
+    Raises:
+        UserError: `metric_for_best_model` isn't among them; before the first step nothing is chosen yet.
+    """
+    name = trainer.args.metric_for_best_model
+    if name is not None and trainer.state.global_step and f"eval_{name.removeprefix('eval_')}" not in metrics:
+        found = [own.removeprefix("eval_") for own in metrics]
+        raise UserError(
+            f"`metric_for_best_model` is {name}, which this evaluation doesn't give{nearest(name, found)}; use one of "
+            f"{', '.join(found)}"
+        )
+    return metrics
+
+
 def batch_columns(args: NCAConfig, *datasets: Any) -> list[str]:
     """The columns of tokenised data sets, or dicts of them, that a batch is made of."""
     several = [own for dataset in datasets for own in (dataset.values() if isinstance(dataset, dict) else [dataset])]
@@ -206,6 +223,7 @@ def prepare_datasets(args: NCAConfig, model: Any, train_dataset: Any, eval_datas
     train_dataset, eval_dataset = (
         reward_rows(own, name, args) for own, name in ((train_dataset, "train"), (eval_dataset, "eval"))
     )
+    check_best_metric(args, eval_dataset)
     if isinstance(train_dataset, Dataset) and not LABELS.isdisjoint(args.loss_type):
         _tell_equal_labels(train_dataset)
     if isinstance(model, str):  # weights out of a pickle could run any code

@@ -14,6 +14,7 @@ from ...device import launched_sharded
 from ...errors import UnsupportedError, UserError, notify, notify_once
 from ...models.loading import adapter_config, is_adapter
 from ...store.checkpoints import how_to_go_on, last_common_checkpoint
+from ...training.best_metric import FAMILIES
 from ...unread import CONFIG_RULES, LORA, NO, OF_HELD_OUT, TRAIN_RULES, sentence, unread
 from .options import RunOptions
 
@@ -142,9 +143,7 @@ def _is_held_out(data: RewardData, split: str) -> bool:
 
 
 def _metric_is_known(name: str, run: RunOptions) -> bool:
-    known = {"rewards", "logratios", "logps", "target", "kl", "loss", "outcome"} | (
-        {"generation"} if run.eval_scorer else set()
-    )
+    known = FAMILIES | {"loss"} | ({"generation"} if run.eval_scorer else set())
     return name.removeprefix("eval_").split("/")[0] in known
 
 
