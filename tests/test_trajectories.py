@@ -124,6 +124,33 @@ def test_what_the_model_wrote_is_trained_on_and_nothing_else(kind):
     assert row["prompt_ids"] + row["completion_ids"][0] == whole
 
 
+@pytest.mark.parametrize("kind", TEMPLATES)
+def test_a_tokenizer_that_does_not_tell_where_tokens_end_gives_the_same(kind, monkeypatch):
+    tokenizer = tokenizer_of(TEMPLATES[kind][0])
+    given = [WITH_TOOL, WITH_USER, ALONE, CALLS_ALONE, IN_A_ROW]
+    row = tokenised(tokenizer, *given)
+    monkeypatch.setattr(type(tokenizer), "is_fast", False)
+    assert turn_template(tokenizer) == TurnTemplate(None, marked=False)
+    assert tokenised(tokenizer, *given) == row
+
+
+@pytest.mark.parametrize("kind", ["llama3", "marked"])
+def test_what_is_tokenised_grows_as_the_turns_do(kind, monkeypatch):
+    tokenizer, read = tokenizer_of(TEMPLATES[kind][0]), []
+    encode = type(tokenizer).__call__
+
+    def spied(self, texts, *given, **how):
+        read.extend([texts] if isinstance(texts, str) else texts)
+        return encode(self, texts, *given, **how)
+
+    monkeypatch.setattr(type(tokenizer), "__call__", spied)
+    for turns in (1, 8):
+        read.clear()
+        tokenised(tokenizer, WITH_TOOL[:2] * turns + ALONE)
+        whole = max(map(len, read))
+        assert sum(map(len, read)) < 5 * whole  # the prompt, the whole, where its tokens end, and its marks
+
+
 def test_data_of_one_turn_has_no_mask_and_streams_have_them_by_row():
     tokenizer, rows = build_tokenizer(), reward_rows(3)
     for completions in (row["completions"] for row in rows):

@@ -2,13 +2,14 @@
 
 A tool's result, a user's turn and the header of a later assistant's turn are context. Where a turn begins and ends
 comes from the `{% generation %}` marks of the chat template, or of the training template that TRL has in its place.
-Else it comes from rendering the conversation up to each turn, with and without it, compared on token ids. White space
-that a template writes behind the end token of a turn that others follow is context, too. What follows the last turn
-counts, as it does for a completion of one turn.
+Else it comes from rendering the conversation up to each turn, with and without it, compared where tokens end. White
+space that a template writes behind the end token of a turn that others follow is context, too. What follows the last
+turn counts, as it does for a completion of one turn.
 """
 
 import itertools
 import re
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +22,7 @@ from trl.data_utils import common_prefix_length
 from ..data.cleaning import Prompt, joined_messages
 from ..data.messages import CONTEXT
 from ..errors import InvalidRowError
-from .left_out import THINK_TAG
+from .left_out import THINK_TAG, shared_length
 from .rendering import apply_template, text_ids
 
 _MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")  # as transformers looks for it
@@ -115,24 +116,34 @@ class _Conversation:
     def __init__(self, tokenizer, template: str | None, prompt: Prompt, messages: list, text: str, ids: list[int]):
         self.tokenizer, self.messages, self.text, self.ids = tokenizer, messages, text, ids
         self.render = partial(apply_template, tokenizer, prompt, template=template)
-        self.special = {token for token, about in tokenizer.added_tokens_decoder.items() if about.special}
+        special = {token: str(about) for token, about in tokenizer.added_tokens_decoder.items() if about.special}
+        self.special = set(special)
+        self.special_text = re.compile("|".join(map(re.escape, special.values())) or "(?!)")
+        # where each token ends in the text: tokenising each beginning would take time by the square of the turns
+        self.token_ends: list[int] | None = None
+        if tokenizer.is_fast:
+            found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+            self.token_ends = [end for _, end in found["offset_mapping"]]
 
-    def _shared(self, j: int, **opening: Any) -> tuple[str, int, list[int]]:
-        """The first `j` messages' text, how many tokens the whole begins with, and the tokens that it doesn't."""
+    def _shared(self, j: int, **opening: Any) -> tuple[str, int, str]:
+        """The first `j` messages' text, with how many tokens of it the whole begins, and the text behind these."""
         text = self.render(self.messages[:j], **opening)
-        (own,) = text_ids(self.tokenizer, [text], [False])
-        shared = common_prefix_length(own, self.ids)
-        return text, shared, own[shared:]
+        if self.token_ends is None:
+            (own,) = text_ids(self.tokenizer, [text], [False])
+            shared = common_prefix_length(own, self.ids)
+            return text, shared, self.tokenizer.decode(own[shared:])
+        shared = bisect_right(self.token_ends, shared_length(text, self.text))
+        return text, shared, text[self.token_ends[shared - 1] if shared else 0 :]
 
-    def _is_text(self, ids: Sequence[int]) -> bool:
+    def _is_text(self, text: str) -> bool:
         """Whether there is more than special tokens, white space and the tags around a thought."""
-        text = self.tokenizer.decode([token for token in ids if token not in self.special])
-        return bool(THINK_TAG.sub("", text).strip())
+        return bool(THINK_TAG.sub("", self.special_text.sub("", text)).strip())
 
     def _end(self, end: int) -> int:
         """Where what ends at `end` ends without the white space that follows an end token."""
         last = next((i for i in range(end - 1, -1, -1) if self.ids[i] in self.special), None)
-        return end if last is None or self._is_text(self.ids[last + 1 : end]) else last + 1
+        behind = self.ids[end if last is None else last + 1 : end]
+        return end if last is None or self._is_text(self.tokenizer.decode(behind)) else last + 1
 
     def header_end(self, j: int) -> int:
         """Where the header of turn `j` ends and what the model writes begins; -1 where it isn't the prompt's to it."""
@@ -147,7 +158,7 @@ class _Conversation:
             return 0
         end = self._end(shared)
         # a conversation's last turn may end in another token than the others
-        swapped = rest and rest[0] in self.special and self.ids[end - 1] not in self.special
+        swapped = self.special_text.match(rest) and self.ids[end - 1] not in self.special
         return end + 1 if swapped and self.ids[end] in self.special else end
 
     def marked(self, turns: Sequence[int], spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -170,7 +181,7 @@ class _Conversation:
             end = end or self._mark_end(marks, start, limit)
             begin = next((i for i in range(start, end) if marks[i]), end)
             left_out = [self.ids[i] for i in range(start, end) if not marks[i]]
-            if begin == end or self._is_text(left_out):
+            if begin == end or self._is_text(self.tokenizer.decode(left_out)):
                 raise InvalidRowError(
                     f"turn {turn} is not, or not all, within the `{{% generation %}}` marks of the chat template, such "
                     "as one of a call alone where only the content is marked; put the marks around all that the model "
