@@ -3,6 +3,7 @@
 import csv
 import json
 import logging
+import re
 import subprocess
 import sys
 from dataclasses import fields
@@ -14,6 +15,7 @@ from datasets import Dataset, DatasetDict, Features, IterableDataset, List, Valu
 from conftest import SOURCES, pair_rows, reward_rows, scored_rows
 from nca_align.data import DataOptions, load_reward_dataset, read_reward_dataset
 from nca_align.data.source import _with_fractions
+from nca_align.errors import InvalidRowError
 
 GOOD = {"prompt": "q", "completions": ["a", "b"], "rewards": [1.0, 0.0]}
 
@@ -218,6 +220,20 @@ def test_hub_data_sets_are_read_by_name_and_configuration(monkeypatch):
         ValueError, match=r"`dataset_name` 'who/what' can't be read: BuilderConfig 'wrong' not found. Av"
     ):
         load_reward_dataset("who/what", name="wrong")
+
+
+def test_a_refused_row_of_a_split_is_named_by_its_row_of_the_data(tmp_path):
+    rows = reward_rows(40)
+    data = read_reward_dataset(write(tmp_path / "rows.jsonl", rows), validation_fraction=0.3)
+    for split, name in (("train", "train"), ("validation", "eval")):
+        for i, prompt in enumerate(data.dataset[split]["prompt"]):
+            with pytest.raises(InvalidRowError) as told, data.naming_source_rows():
+                raise InvalidRowError(f"Row {i}: no", place=(name, i))
+            number = int(re.fullmatch(rf"Row {i}: no \(row (\d+) of the data before.*", str(told.value))[1])
+            assert rows[number]["prompt"] == prompt
+    whole = read_reward_dataset(write(tmp_path / "rows.jsonl", rows), validation_fraction=0)
+    with pytest.raises(InvalidRowError, match=r"^Row 3: no$"), whole.naming_source_rows():
+        raise InvalidRowError("Row 3: no", place=("train", 3))
 
 
 def test_the_validation_split_is_cut_once_and_its_rows_are_told(tmp_path):

@@ -3,6 +3,7 @@
 import ctypes
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -160,6 +161,16 @@ MISTAKES = {
     "split": (["--dataset_train_split", "trian"], "train"),
     "checkpoint": (["--resume_from_checkpoint", "/nowhere"], "`resume_from_checkpoint` is /nowhere"),
 }
+
+
+def test_a_row_that_is_refused_as_it_becomes_tokens_is_named_by_its_row_of_the_file(model_dir, tmp_path, capsys):
+    rows = reward_rows(40)
+    rows[39]["completions"][0] = [{"role": "user", "content": "hm"}]
+    Dataset.from_list(rows).to_json(tmp_path / "rows.jsonl")
+    given = flags(model_name_or_path=model_dir, dataset_name=tmp_path / "rows.jsonl", output_dir=tmp_path / "run")
+    assert main([*given, "--validation_fraction", "0.2"]) == 2
+    error = capsys.readouterr().err
+    assert re.search(r"Row 3[0-2] of `train`: `completions\[0\]` has no turn.*\(row 39 of the data before rows", error)
 
 
 @pytest.mark.parametrize("what", MISTAKES)

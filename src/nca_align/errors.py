@@ -39,11 +39,17 @@ class PackingError(UnsupportedError):
 
 
 class InvalidRowError(UserError):
-    """One row that can't be used, whatever the others are; `cause` is a few words under which such rows are counted."""
+    """One row that can't be used, whatever the others are.
 
-    def __init__(self, text: str, *, cause: str = "unusable row"):
+    Args:
+        text: the whole message.
+        cause: a few words under which such rows are counted.
+        place: the split's name, and the row's number in it, from 0; None where the text doesn't name them.
+    """
+
+    def __init__(self, text: str, *, cause: str = "unusable row", place: tuple[str, int] | None = None):
         super().__init__(text)
-        self.cause = cause
+        self.cause, self.place = cause, place
 
     def named(self, row: int) -> UserError:
         """The error of a run that stops at this row of the data set."""

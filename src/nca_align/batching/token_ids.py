@@ -37,7 +37,11 @@ def check_ids(rows: Iterable[dict[str, Any]], limit: int, tokenizer: Any = None,
         largest = max(max(ids, default=0) for ids in (row["prompt_ids"], *row["completion_ids"]))
         if largest >= limit:
             number = row.get("row_number", i)
-            check_token(largest, limit, tokenizer, f"row {number}" if name is None else f"row {number} of `{name}`")
+            try:
+                check_token(largest, limit, tokenizer, f"row {number}" if name is None else f"row {number} of `{name}`")
+            except InvalidRowError as error:
+                error.place = None if name is None else (name, number)
+                raise
 
 
 def check_padding(tokenizer: Any, rows: int) -> None:

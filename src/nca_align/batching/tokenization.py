@@ -218,7 +218,9 @@ def tokenize_rows(
 
 def _named(error: UserError, index: int, name: str | None) -> UserError:
     text = f"Row {index}{f' of `{name}`' if name else ''}: {error}"
-    return InvalidRowError(text, cause=error.cause) if isinstance(error, InvalidRowError) else UserError(text)
+    if isinstance(error, InvalidRowError):
+        return InvalidRowError(text, cause=error.cause, place=None if name is None else (name, index))
+    return UserError(text)
 
 
 def _noted_rows(

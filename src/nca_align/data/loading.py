@@ -1,13 +1,15 @@
 """Data sets by name: the Hub, files, folders."""
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 from datasets import Dataset, DatasetDict, Features, IterableDataset, IterableDatasetDict, Json
 
-from ..errors import UserError, notify_once
+from ..errors import InvalidRowError, UserError, notify_once
 from .cleaning import without_nulls
 from .conversion import convert_dataset
 from .options import DataOptions
@@ -35,6 +37,28 @@ class RewardData:
     dataset: DatasetDict | IterableDatasetDict
     reports: dict[str, DataReport] = field(default_factory=dict)
     validation_indices: list[int] | None = None
+
+    @contextmanager
+    def naming_source_rows(self) -> Iterator[None]:
+        """Around what refuses rows of the splits, as `train` and `eval`: their numbers before any were held out, too.
+
+        Raises:
+            InvalidRowError: what was raised, with that number.
+        """
+        try:
+            yield
+        except InvalidRowError as error:
+            if error.place is None or self.validation_indices is None:
+                raise
+            split, row = error.place
+            if split != "train":
+                source = self.validation_indices[row]
+            else:
+                source = row
+                for held_out in self.validation_indices:
+                    source += held_out <= source
+            text = f"{error} (row {source} of the data before rows were held out)"
+            raise InvalidRowError(text, cause=error.cause, place=error.place) from error
 
 
 def load_reward_dataset(

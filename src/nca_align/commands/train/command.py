@@ -112,7 +112,7 @@ def _train(
     from ...rewards.scorers import open_scorers
     from ...trainer import NCATrainer  # late: what can be wrong above is said before seconds of imports
 
-    with as_user_error("setting up the training"):
+    with as_user_error("setting up the training"), data.naming_source_rows():
         # a scorer that can't be had is told before the model is read
         scorers = open_scorers(run.eval_scorer, trust_remote_code=args.trust_remote_code) if run.eval_scorer else None
         policy = open_policy(source, model_args, args)
