@@ -76,6 +76,16 @@ def test_helpsteer_turns_become_messages():
     assert converted[0]["completions"] == [said("a"), said("b")]
 
 
+@pytest.mark.parametrize("texts", [("True", "False"), ("true", "false"), ("TRUE", " FALSE ")])
+def test_truth_values_of_a_csv_are_labels_and_no_objectives(texts):
+    rows = [
+        {"prompt": "q", "completion": f"a{i}", "label": own, "help": str(i), "checked": own}
+        for i, own in enumerate(texts)
+    ]
+    assert convert(rows, labels=True)[0][0]["rewards"] == [1.0, 0.0]
+    assert convert(rows, reward_weights=[2.0])[0][0]["rewards"] == [0.0, 2.0]
+
+
 def test_the_score_column_is_chosen_or_known():
     rows = [helpsteer("q", "a", 4, 1), helpsteer("q", "b", 1, 2)]
     assert convert(rows)[0][0]["rewards"] == [4.0, 1.0]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from conftest import build_tokenizer
 from nca_align.batching.rendering import prompt_ids
-from nca_align.batching.tokenization import tokenize_rows
+from nca_align.batching.tokenization import tokenize_dataset, tokenize_rows
 from nca_align.data import load_reward_dataset, to_reward_dataset
 from nca_align.data.message_columns import with_plain_messages
 from nca_align.data.messages import ROLES, other_part, plain_completions, plain_conversation
@@ -198,6 +198,17 @@ def test_what_is_plain_stays_and_nothing_is_lost(messages):
         assert new["role"] == (ROLES.get(role, role) if isinstance(role, str) else role)
         sound = isinstance(content, list) and other_part(content) is None
         assert new["content"] == ("".join(part["text"] for part in content) if sound else content)
+
+
+@pytest.mark.parametrize("role", ["ipython", "function", "observation"])
+def test_a_tool_by_another_role_is_no_turn_of_the_model(role):
+    turns = [{"role": "assistant", "content": "a()"}, {"role": role, "content": "42"}, *ROWS[0]["completions"][0]]
+    rows = [ROWS[0] | {"completions": [own, ROWS[0]["completions"][1]]} for own in
+            (turns, [turns[0], turns[1] | {"role": "tool"}, turns[2]])]  # fmt: skip
+    found = [to_reward_dataset(Dataset.from_list([row])) for row in rows]
+    named, plain = (tokenize_dataset(own, build_tokenizer(), None, None)[0][0] for own in found)
+    assert named["completion_mask"] == plain["completion_mask"] is not None
+    assert named["completion_ids"] == plain["completion_ids"]
 
 
 NARRATOR = ROWS[0] | {"prompt": [{"role": "narrator", "content": "Hi"}]}

@@ -136,6 +136,21 @@ def test_a_row_number_of_the_users_spares_no_check(tmp_path):
         )  # fmt: skip
 
 
+@pytest.mark.parametrize("rows", [
+    [ROW | {"completion_mask": [MASKS[0], None]}],
+    [ROW | {"completion_mask": [[1] * 4, None], "tool_mask": MASKS}],
+    [own | {"env_mask": mask} for own, mask in zip(
+        flat("prompt_ids", "completion_ids", "env_mask", "reward"), [MASKS[0], None], strict=True
+    )],
+])  # fmt: skip
+def test_a_null_mask_is_of_a_completion_that_the_model_wrote_all_of(rows):
+    read = to_reward_dataset(Dataset.from_list(rows))
+    found, _ = tokenize_dataset(read, build_tokenizer(), None, None)
+    assert (found[0]["completion_mask"], found[0]["completion_ids"]) == (MASKS, [FIRST, SECOND])
+    taken, _ = tokenize_dataset(select_completions(read, "first_2"), build_tokenizer(), None, None)
+    assert taken[0]["completion_mask"] == MASKS
+
+
 def test_no_mask_means_that_the_model_wrote_all():
     plain = {name: value for name, value in ROW.items() if name != "completion_mask"}
     tokenised, _ = tokenize_dataset(to_reward_dataset(Dataset.from_list([plain])), build_tokenizer(), None, None)

@@ -161,6 +161,12 @@ def test_scaling_is_that_of_grpo_with_the_split_as_its_batch(scale_rewards, aggr
     assert found[2].argmax() == (-values[2, :, 1]).argmax()
 
 
+def test_a_split_of_one_completion_has_no_spread(recwarn):
+    rows = [{"prompt": "q", "completions": ["a"], "rewards": [3.0]}]
+    assert rewards(rows, scale_rewards="batch", min_completions=1) == [[0.0]]
+    assert not [own for own in recwarn if issubclass(own.category, RuntimeWarning)]
+
+
 def test_one_reward_is_scaled_too():
     rows = [TEXTS | {"rewards": HELP}]
     spread = torch.tensor(HELP).std().item() + 1e-4

@@ -78,6 +78,11 @@ class TestTraining:
         with pytest.raises(UserError, match="row 100 has the token of id 400"):
             trainer.evaluate(Dataset.from_list([tokens]))
 
+    def test_an_id_that_the_tokenizer_has_no_token_for(self, tmp_path):
+        rows = [{"prompt_ids": [5, 6], "completion_ids": [[7], [8, 9999]], "rewards": [1.0, 0.0]}]
+        with pytest.raises(UserError, match="row 0 of `train` has the token of id 9999, but the model has"):
+            train(build_tokenizer(), tmp_path, Dataset.from_list(rows))
+
     def test_more_tokens_that_no_row_has_are_no_obstacle(self, tmp_path):
         for data in (ROWS, ROWS.to_iterable_dataset()):
             train(longer_tokenizer(), tmp_path, data).train()

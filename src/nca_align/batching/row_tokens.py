@@ -106,7 +106,7 @@ def _masks(
             raise InvalidRowError(
                 f"{where} gives no token after the prompt; leave it out.", cause="completion without a token"
             )
-        mask = list(map(int, given[k])) if given else [1] * (len(whole) - boundary)
+        mask = list(map(int, given[k])) if given and given[k] is not None else [1] * (len(whole) - boundary)
         if prompt.kind == "messages":
             own = without_nulls(completions[k])
             refuse_left_out(own, text[shared_length(opening, text) :], where)

@@ -20,7 +20,8 @@ def check_token(
         InvalidRowError: it names the token, `where` it stands, and the `fix`.
     """
     if token >= rows:
-        name = "" if tokenizer is None else f" {tokenizer.convert_ids_to_tokens(token)!r}"
+        known = None if tokenizer is None else tokenizer.convert_ids_to_tokens(token)
+        name = "" if known is None else f" {known!r}"
         raise InvalidRowError(
             f"{where} has the token{name} of id {token}, but the model has {rows} rows of embeddings, for ids to "
             f"{rows - 1}; {fix}"

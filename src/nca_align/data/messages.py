@@ -2,10 +2,10 @@
 
 from typing import Any
 
-# ShareGPT's makers and those after them, such as FastChat's and LLaMA-Factory's
+# ShareGPT's makers and those after them, such as FastChat's and LLaMA-Factory's; Llama 3's and OpenAI's first for tools
 ROLES = {
     "human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant",
-    "observation": "tool",
+    "observation": "tool", "ipython": "tool", "function": "tool",
 }  # fmt: skip
 CONTEXT = {"system", "developer", "user", "tool"}  # roles of turns that the model doesn't write
 _TEXTS = {"text", "input_text", "output_text"}  # OpenAI's types of parts that are text

@@ -22,7 +22,7 @@ from datasets import Dataset
 from ..errors import UserError, nearest
 from .columns import code_revision, read_cell
 from .options import DataOptions
-from .validation import MISSING, Row, RowError, is_absent, optional_score, read_list, read_number
+from .validation import MISSING, Row, RowError, is_absent, is_truth, optional_score, read_list, read_number
 
 _EPSILON = 1e-4  # GRPO's
 Given = Mapping[str, tuple[str, Any]]  # an objective → the field it stands in, and its value there
@@ -154,7 +154,8 @@ def scale_over_split(dataset: Any, options: DataOptions, num_proc: int | None = 
         batch["rewards"].combine_chunks().flatten().to_numpy()
         for batch in (dataset if by is None else by).select_columns("rewards").with_format("arrow").iter(10_000)
     ]
-    spread = float(np.concatenate(rewards).std(ddof=1))
+    found = np.concatenate(rewards)
+    spread = float(found.std(ddof=1)) if len(found) > 1 else 0.0
     return dataset.map(
         _scale_batch,
         batched=True,
@@ -266,5 +267,5 @@ def _numbers(value: Any) -> bool:
 def is_number(value: Any) -> bool:
     """Whether it reads as a finite number; truth values don't."""
     with suppress(RowError):
-        return not isinstance(value, bool) and read_number(value, "") is not None
+        return not is_truth(value) and read_number(value, "") is not None
     return False

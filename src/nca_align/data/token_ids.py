@@ -204,6 +204,7 @@ def _checked(seen: Any, ids: list[int], field: str, where: str) -> list[int]:
 def _written(ids: list[int], masks: list[Any], ends: bool) -> tuple[list[int], Any]:
     """A completion's ids and where its masks are all 1; with `ends` up to the first one's last 1, behind which is
     padding."""
+    masks = [[1] * len(ids) if mask is None else mask for mask in masks]
     for mask in masks:
         if not isinstance(mask, list) or len(mask) != len(ids) or any(value not in (0, 1) for value in mask):
             return ids, mask  # `check_masks` refuses it
@@ -216,6 +217,8 @@ def _written(ids: list[int], masks: list[Any], ends: bool) -> tuple[list[int], A
 def check_masks(masks: Any, prompt: Any, completions: Sequence[Any]) -> None:
     """Refuse a `completion_mask` that isn't K lists of 0 and 1, as long as the token ids that it stands beside.
 
+    None in the place of one, or of all, is a completion that the model wrote all of.
+
     Raises:
         RowError: for the first thing that is wrong.
     """
@@ -227,6 +230,8 @@ def check_masks(masks: Any, prompt: Any, completions: Sequence[Any]) -> None:
         count = len(masks) if isinstance(masks, list) else 0
         raise RowError(MASK, "unequal lengths", f"has {count} values for {len(completions)} completions; give one each")
     for k, (mask, completion) in enumerate(zip(masks, completions, strict=True)):
+        if mask is None:
+            continue
         here = f"{MASK}[{k}]"
         if not isinstance(mask, list) or any(value not in (0, 1) for value in mask):
             raise RowError(here, "wrong type", "must be a list of 0 and 1, with 1 for each token that the model wrote")

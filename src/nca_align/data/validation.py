@@ -14,6 +14,7 @@ DROP = "drop such rows with `--on_invalid drop` (in YAML `on_invalid: drop`)"
 LARGEST = 1e30  # of a reward: training divides them by α in float32, which ends at 3.4e38
 _KINDS = {"text": "text", "messages": "a list of messages", "token ids": "a list of token ids"}
 _NO_NUMBER = {"", "n/a", "na", "none", "null"}
+_TRUTH = {"true": 1.0, "false": 0.0}
 
 
 @dataclass
@@ -64,8 +65,15 @@ def _wrong_type(field: str, value: Any, required: str) -> RowError:
     return RowError(field, "wrong type", f"is {_show(value)} ({type(value).__name__}); it must be {required}")
 
 
+def is_truth(value: Any) -> bool:
+    """Whether it is True or False, or their text, as a CSV has them."""
+    return isinstance(value, bool) or (isinstance(value, str) and value.strip().lower() in _TRUTH)
+
+
 def read_number(value: Any, field: str) -> float | None:
     """`value` as a finite float, from a number or its text; None where it is missing (null, "N/A", empty).
+
+    True is 1, and False 0.
 
     Raises:
         RowError: text that is no number, another type, NaN or infinity.
@@ -74,6 +82,8 @@ def read_number(value: Any, field: str) -> float | None:
         return None
     if not isinstance(value, (int, float, str, Decimal)):
         raise _wrong_type(field, value, "a number")
+    if isinstance(value, str) and is_truth(value):
+        return _TRUTH[value.strip().lower()]
     try:
         number = float(value)
     except ValueError:
