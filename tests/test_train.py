@@ -170,7 +170,7 @@ def test_a_row_that_is_refused_as_it_becomes_tokens_is_named_by_its_row_of_the_f
     given = flags(model_name_or_path=model_dir, dataset_name=tmp_path / "rows.jsonl", output_dir=tmp_path / "run")
     assert main([*given, "--validation_fraction", "0.2"]) == 2
     error = capsys.readouterr().err
-    assert re.search(r"Row 3[0-2] of `train`: `completions\[0\]` has no turn.*\(row 39 of the data before rows", error)
+    assert re.search(r"Row [1-7] of `eval`: `completions\[0\]` has no turn.*\(row 39 of the data before rows", error)
 
 
 @pytest.mark.parametrize("what", MISTAKES)
