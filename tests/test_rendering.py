@@ -270,6 +270,8 @@ def test_a_server_is_asked_for_the_same_prompt(kind, monkeypatch):
     engine(options, 0, {0: row}, lambda done: None)
     (body,) = bodies
     content = expected["content"]
+    if isinstance(content, list):  # OpenAI's protocol has arguments as JSON text
+        content = json.loads(json.dumps(content).replace('{"city": "Rome"}', json.dumps('{"city": "Rome"}')))
     assert body.get("messages" if isinstance(content, list) else "prompt") == content
     rest = not isinstance(content, str) and content[-1]["role"] == "assistant"
     named = {"tools": expected["tools"], "chat_template_kwargs": expected["arguments"]}

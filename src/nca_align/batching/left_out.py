@@ -47,10 +47,10 @@ def refuse_left_out(messages: Sequence[dict[str, Any]], text: str, where: str, c
         parts["tool_calls"] = [value for call in calls for value in _call_values(call)]
         for name, values in parts.items():
             if not all(_stands_in(text, value) for value in values):
+                usual = "one without tools does" if name == "tool_calls" else "many do with reasoning in earlier turns"
                 raise InvalidRowError(
-                    f"{where} turn {j} has `{name}` that the chat template leaves out, as many do with the reasoning "
-                    "of earlier turns, so that the model would see other text than the row's; use a template that "
-                    "keeps it, or take it out of the row",
+                    f"{where} turn {j} has `{name}` that the chat template leaves out, as {usual}, so that the model "
+                    "would see other text than the row's; use a template that keeps it, or take it out of the row",
                     cause=f"{name} left out by the chat template",
                 )
 

@@ -108,6 +108,11 @@ def _with_arguments(messages: list[dict[str, Any]], form: Callable[[dict[str, An
     ]
 
 
+def protocol_messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The messages as OpenAI's protocol has them: the arguments of calls as JSON text."""
+    return _with_arguments(messages, _arguments_text)
+
+
 def apply_template(
     tokenizer, prompt: Prompt, messages: list[dict[str, Any]], template: str | None = None, where: str = "", **how: Any
 ) -> Any:

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from functools import partial
 from typing import Any
 
+from ...batching.rendering import protocol_messages
 from ...data.cleaning import clean_prompt
 from ...errors import InvalidRowError, UserError
 from ...models.sampling import seed_for
@@ -58,9 +59,9 @@ def server_engine(options: SampleOptions, model: str) -> Engine:
         prompt = clean_prompt(row)
         chat = not isinstance(prompt.content, str)
         body = {
-            "model": model, "messages" if chat else "prompt": prompt.content, "seed": seed,
-            "max_tokens": sampling.max_new_tokens, "temperature": sampling.temperature, "top_p": sampling.top_p,
-            "frequency_penalty": 0, "presence_penalty": 0,
+            "model": model, **({"messages": protocol_messages(prompt.content)} if chat else {"prompt": prompt.content}),
+            "seed": seed, "max_tokens": sampling.max_new_tokens, "temperature": sampling.temperature,
+            "top_p": sampling.top_p, "frequency_penalty": 0, "presence_penalty": 0,
         }  # fmt: skip
         given: dict[str, Any] = {"n": n if n > 1 else None, "stop": sampling.stop}
         if chat:
