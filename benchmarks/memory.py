@@ -77,7 +77,7 @@ def measure_steps(full: bool, smoke: bool) -> dict[str, Any]:
     from timed import EVERY, ROWS, tokens
 
     model_name = "tiny" if smoke else "mistral-60m"
-    wanted = {4: ["prefix_shared_cached", "baseline"], 32: ["prefix_shared_chunked", "prefix_shared_cached"]}
+    wanted = {4: ["prefix_shared_cached", "baseline"], 32: ["prefix_shared_pieces", "prefix_shared_cached"]}
     if full:
         wanted = {4: list(EVERY), 16: list(EVERY), 32: list(ROWS)}
     rows: dict[str, Any] = {}
@@ -93,7 +93,7 @@ def measure_steps(full: bool, smoke: bool) -> dict[str, Any]:
                     continue
             rows[label] = _in_own_process("step", model_name, str(k), name, str(int(smoke)))
             print(f"  {label}: {_gigabytes(rows[label])}", flush=True)
-    for k, name in ((4, "prefix_shared_cached"), (32, "prefix_shared_chunked")):
+    for k, name in ((4, "prefix_shared_cached"), (32, "prefix_shared_pieces")):
         label = f"K = {k}, {name}, glibc's default"
         rows[label] = _in_own_process("step", model_name, str(k), name, str(int(smoke)), default_malloc=True)
         print(f"  {label}: {_gigabytes(rows[label])}", flush=True)

@@ -55,7 +55,7 @@ def planner(name: str, layout: str = "prefix_shared", dtype: torch.dtype = torch
 def setup(launch: Launch = ALONE, **own: Any) -> Setup:
     """One prompt a forward, 32 a step, as the recipes have it."""
     given = {
-        "batch_size": 1, "accumulation": max(1, 32 // launch.processes), "completions_per_forward": None,
+        "batch_size": 1, "accumulation": max(1, 32 // launch.processes), "tokens_per_forward": None,
         "max_length": None, "checkpointing": True, "optim": "adamw_torch_fused", "use_peft": False,
         "quantisation": None, "precomputes": True, "syncs_each_batch": True,
     }  # fmt: skip
@@ -100,19 +100,19 @@ def held_table() -> Iterator[str]:
 
 
 def batch_table() -> Iterator[str]:
-    yield "| bf16, gradient checkpointing | K = 2 | K = 4 | K = 16 | K = 16, `completions_per_forward: 4` |"
+    yield "| bf16, gradient checkpointing | K = 2 | K = 4 | K = 16 | K = 16, `tokens_per_forward: 2048` |"
     yield "| --- | --- | --- | --- | --- |"
     for name in MODELS:
         for layout in ("padded", "prefix_shared"):
             cells = [_gib(batch(name, layout, k)) for k in (2, 4, 16)]
-            yield f"| {name}, {layout} | {' | '.join([*cells, _gib(batch(name, layout, 16, 4))])} |"
+            yield f"| {name}, {layout} | {' | '.join([*cells, _gib(batch(name, layout, 16, 2048))])} |"
 
 
 def batch(name: str, layout: str, k: int, per_forward: int | None = None) -> float:
     """Bytes of one prompt's forward and backward, of a model that is sharded and computes in bf16."""
     plan = planner(name, layout)
     plan.rows = [example(k)]
-    return sum(plan.kept(setup(Launch(8, "FSDP2"), completions_per_forward=per_forward)).peak(True))
+    return sum(plan.kept(setup(Launch(8, "FSDP2"), tokens_per_forward=per_forward)).peak(True))
 
 
 def machine_table() -> Iterator[str]:

@@ -8,7 +8,7 @@ fp32, no gradient checkpointing. Every way is a `Step`, called with `part=True` 
     trl, trl_cached        TRL's DPOTrainer.training_step on pairs, the best completion with each other one
     padded, …_cached       NCATrainer.training_step, a row per completion
     prefix_shared, …       NCATrainer.training_step, the prompt once
-    …_chunked              the same with the reference cached, `completions_per_forward: 4`
+    …_pieces               the same with the reference cached, `tokens_per_forward: 1280`
     limit                  language modelling on the same unique tokens: packed, each piece (prompt, completion) its own
                            causal sequence, LM head at the completions' tokens only
 """
@@ -32,12 +32,12 @@ from shapes import Example
 ALPHA, BETA = 0.3, 0.1
 ROWS = (
     "baseline", "trl", "trl_cached", "padded", "padded_cached", "prefix_shared", "prefix_shared_cached",
-    "prefix_shared_chunked", "limit",
+    "prefix_shared_pieces", "limit",
 )  # fmt: skip
 # whose losses, and gradients, must be equal
-EQUAL = ("baseline", "padded", "padded_cached", "prefix_shared", "prefix_shared_cached", "prefix_shared_chunked")
+EQUAL = ("baseline", "padded", "padded_cached", "prefix_shared", "prefix_shared_cached", "prefix_shared_pieces")
 LIVE_REFERENCE = ("baseline", "trl", "trl_cached", "padded", "prefix_shared")  # trl_cached computes its cache from it
-COMPLETIONS_PER_FORWARD = 4
+TOKENS_PER_FORWARD = 1280
 
 Step = Callable[[bool], torch.Tensor]
 
@@ -67,8 +67,8 @@ def build_steps(
         if any(name.startswith(layout) for name in names):
             own_policy, own_reference = _same_weights(policy), _same_weights(reference)
             steps |= ours(layout, own_policy, own_reference, batches)
-            if f"{layout}_chunked" in names:
-                steps |= ours(layout, own_policy, own_reference, batches, COMPLETIONS_PER_FORWARD)
+            if f"{layout}_pieces" in names:
+                steps |= ours(layout, own_policy, own_reference, batches, TOKENS_PER_FORWARD)
     return {name: steps[name] for name in names}
 
 
@@ -149,11 +149,11 @@ def ours(
     policy: PreTrainedModel,
     reference: PreTrainedModel | None,
     batches: dict[bool, list[dict]],
-    completions_per_forward: int | None = None,
+    tokens_per_forward: int | None = None,
 ) -> dict[str, Step]:
     # the stored reference is not that of these weights, which the check at the start would find
     args = _options(NCAConfig, loss_type="nca", alpha=ALPHA, layout=layout, startup_checks=False)
-    args.completions_per_forward = completions_per_forward
+    args.tokens_per_forward = tokens_per_forward
     trainer = NCATrainer(
         policy, reference, args, train_dataset=Dataset.from_list(batches[True] + batches[False]),
         processing_class=build_tokenizer(),
@@ -170,8 +170,8 @@ def ours(
         (batch,), counts = trainer.get_batch_samples(iter([collated]), 1, trainer.accelerator.device)
         return trainer.training_step(trainer.model, batch, counts)
 
-    if completions_per_forward is not None:
-        return {f"{layout}_chunked": lambda part: step(part, True)}
+    if tokens_per_forward is not None:
+        return {f"{layout}_pieces": lambda part: step(part, True)}
     return {layout: lambda part: step(part, False), f"{layout}_cached": lambda part: step(part, True)}
 
 

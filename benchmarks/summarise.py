@@ -89,14 +89,14 @@ def targets(results: Results) -> Iterator[Target]:
         yield Target(f"cached, R² of time against unique tokens, K = 4 to 32, {way}", 0.99, straight, True, "")
     memory = results.get("memory", {}).get("rows", {})
     for malloc in ("", ", glibc's default"):
-        chunked, small = (
+        in_pieces, small = (
             memory.get(f"{row}{malloc}", {}).get("peak_bytes")
-            for row in ("K = 32, prefix_shared_chunked", "K = 4, prefix_shared_cached")
+            for row in ("K = 32, prefix_shared_pieces", "K = 4, prefix_shared_cached")
         )
-        times = chunked / small if chunked and small else None
-        yield Target(f"memory of K = 32, 4 completions a forward, over that of K = 4{malloc}", 1.2, times)
-    chunked = ratio(32, "prefix_shared_chunked", "prefix_shared_cached")
-    yield Target("time of K = 32, 4 completions a forward, over that of all at once", 1.25, chunked)
+        times = in_pieces / small if in_pieces and small else None
+        yield Target(f"memory of K = 32, 1,280 tokens a forward, over that of K = 4{malloc}", 1.2, times)
+    in_pieces = ratio(32, "prefix_shared_pieces", "prefix_shared_cached")
+    yield Target("time of K = 32, 1,280 tokens a forward, over that of all at once", 1.25, in_pieces)
     yield Target("`import nca_align` after TRL's", 0.3, _median(results, "import", IMPORT), unit="s")
     cards = [
         (f"7B on {result['card']}, {row}, memory", figures["reserved_with_optimizer_bytes"] / 1e9)

@@ -19,9 +19,9 @@ import torch
 
 from machine import RESULTS, free_memory, peak_memory, provenance, refusal, write_result
 from shapes import Example, build_model, real_example, spread_example, tiny_example
-from steps import COMPLETIONS_PER_FORWARD, EQUAL, ROWS, Step, build_steps
+from steps import EQUAL, ROWS, TOKENS_PER_FORWARD, Step, build_steps
 
-EVERY = tuple(name for name in ROWS if name != "prefix_shared_chunked")
+EVERY = tuple(name for name in ROWS if name != "prefix_shared_pieces")
 
 
 def _without(*names: str) -> tuple[str, ...]:
@@ -29,7 +29,7 @@ def _without(*names: str) -> tuple[str, ...]:
 
 
 REAL = _without("trl", "trl_cached", "padded")
-CHUNKING = ("prefix_shared_cached", "prefix_shared_chunked", "limit")
+IN_PIECES = ("prefix_shared_cached", "prefix_shared_pieces", "limit")
 LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-4, 1e-3
 
 
@@ -58,7 +58,7 @@ CONFIGURATIONS = {
     "mistral-60m-k8": Configuration("mistral-60m", _spread(8), ()),
     "mistral-60m-k16": Configuration("mistral-60m", _spread(16), _without("trl", "trl_cached")),
     "mistral-60m-k32": Configuration(
-        "mistral-60m", _spread(32), ("prefix_shared_cached", "prefix_shared_chunked", "limit"), ROWS
+        "mistral-60m", _spread(32), ("prefix_shared_cached", "prefix_shared_pieces", "limit"), ROWS
     ),
     "mistral-60m-real-k2": Configuration("mistral-60m", lambda: real_example("ultrafeedback", 2), REAL),
     "mistral-60m-real-k4": Configuration("mistral-60m", lambda: real_example("vicuna", 1), REAL),
@@ -110,8 +110,8 @@ def tokens(row: str, example: Example) -> float:
         return example.padded_tokens * 2 * (k - 1) / k
     if row in ("baseline", "padded", "padded_cached"):
         return example.padded_tokens
-    if row == "prefix_shared_chunked":
-        return example.unique_tokens * min(1.0, COMPLETIONS_PER_FORWARD / k)
+    if row == "prefix_shared_pieces":
+        return min(example.unique_tokens, TOKENS_PER_FORWARD)
     return example.unique_tokens
 
 

@@ -34,7 +34,7 @@ FACTORS: dict[str, tuple] = {
     "weights": ("full", "lora", "nf4"),
     "reference": ("live", "cached"),
     "layout": ("padded", "prefix_shared"),
-    "per_forward": (None, 3),
+    "per_forward": (None, 40),
     "k": ("four", "ragged"),
     "rows": (16, 17),
     "loss": ("nca", "plackett_luce"),  # chunk by chunk, the second takes two passes
@@ -121,7 +121,7 @@ def train(case: dict[str, Any], launch: str, model: str, output: Path) -> dict[s
     args = NCAConfig(
         str(output), bf16=False, use_cpu=True, report_to=[], disable_tqdm=True, save_strategy="no", logging_steps=1,
         alpha=0.5, beta=0.1, loss_type=case["loss"], layout=case["layout"], max_length=128, num_train_epochs=2,
-        precompute_ref_log_probs=case["reference"] == "cached", completions_per_forward=case["per_forward"],
+        precompute_ref_log_probs=case["reference"] == "cached", tokens_per_forward=case["per_forward"],
         per_device_train_batch_size=2, gradient_accumulation_steps=4 // PROCESSES[launch],
         # plain descent shows a wrong scale of the gradients, which Adam and clipping would hide
         optim="sgd", learning_rate=0.02, lr_scheduler_type="constant", max_grad_norm=1e6,

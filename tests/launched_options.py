@@ -77,7 +77,7 @@ def case(name: str, model: str) -> tuple[Any, Any, dict[str, Any]]:
             reference.lm_head.weight.mul_(1.1)
         return train, held_out, {"ref_model": reference}
     if name == "masks":
-        options = {"loss_type": ["infonca", "sft"], "precompute_ref_log_probs": True, "completions_per_forward": 3}
+        options = {"loss_type": ["infonca", "sft"], "precompute_ref_log_probs": True, "tokens_per_forward": 40}
         return masked(ROWS, 0), masked(reward_rows(5, [2, 4], seed=2), 1), {"options": options}
     if name == "stream":
         return train.to_iterable_dataset(), held_out.to_iterable_dataset(), {}

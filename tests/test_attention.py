@@ -255,15 +255,6 @@ def test_generation_after_training_is_that_of_an_unpatched_model_with_the_same_w
     assert generate(model.eval()).tolist() == generate(plain).tolist() != untrained.tolist()
 
 
-@pytest.mark.parametrize("layout", ["padded", "prefix_shared"])
-@pytest.mark.parametrize("family", ["Llama", "Gemma2"])
-def test_chunks_add_up_to_the_batch(family, layout):
-    model = case(family).model
-    whole = with_gradients(model, together(model, layout))
-    for size in (1, 4):
-        assert_same(with_gradients(model, together(model, layout, completions_per_forward=size)), whole)
-
-
 class LargestTensor(TorchDispatchMode):
     """Elements of the largest tensor that any operation gives."""
 

@@ -7,9 +7,10 @@ from itertools import pairwise
 import pytest
 import torch
 
-from nca_align.batching import collator
-from nca_align.batching.attention import Segments
-from nca_align.batching.collator import MIN_SHARED_TOKENS, RewardCollator, pack_tree, split_by_length
+from nca_align.batching import prefix_tree
+from nca_align.batching.collator import RewardCollator, pack, split_by_length
+from nca_align.batching.prefix_tree import MIN_SHARED_TOKENS
+from nca_align.batching.segments import Segments
 from nca_align.errors import UserError
 from nca_align.losses import LABELS, LOSSES
 from nca_align.own_losses import OwnLoss
@@ -116,8 +117,7 @@ def trie_forks(items: list[tuple[list[int], list[int]]]) -> int:
     return sum(len(x) > 1 for x in nexts.values())
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("size", [None, 3])
+@pytest.mark.parametrize(("layout", "size"), [("padded", None), ("padded", 60), ("prefix_shared", None)])
 def test_every_term_sees_its_own_conversation(layout, size):
     for seed in range(100):
         rows = random_rows(seed)
@@ -143,7 +143,7 @@ def test_segments_fill_the_row_and_paths_lead_from_a_root_to_the_segments_end():
 
 
 def test_an_unlimited_trie_holds_each_token_once(monkeypatch):
-    monkeypatch.setattr(collator, "MIN_SHARED_TOKENS", 1)
+    monkeypatch.setattr(prefix_tree, "MIN_SHARED_TOKENS", 1)
     for seed in range(80):
         rows = random_rows(seed)
         batch = RewardCollator(PAD, "prefix_shared")(rows)
@@ -286,77 +286,34 @@ def items(rng: random.Random, prompts: int) -> list[tuple]:
     return found
 
 
-def load(chunk: list[tuple]) -> int:
-    """Unique tokens, a prompt once."""
-    return sum(len(c) for *_, c in chunk) + sum(len(p) for p in {b: p for b, _, p, _ in chunk}.values())
+def padded_tokens(chunk: list[tuple]) -> int:
+    return len(chunk) * max(len(prompt) + len(completion) - 1 for _, prompt, completion in chunk)
 
 
-def test_chunks_hold_each_completion_once_and_are_as_few_as_their_size_allows():
+def test_padded_chunks_hold_each_completion_once_within_the_bound():
     rng = random.Random(0)
     for _ in range(200):
-        batch = items(rng, rng.randint(1, 6))
-        size = rng.randint(1, 12)
-        chunks = split_by_length(batch, size)
-        assert len(chunks) == -(-len(batch) // size)
-        assert all(1 <= len(chunk) <= size for chunk in chunks)
-        assert sorted(c[1] for chunk in chunks for c in chunk) == sorted(c[1] for c in batch)
-        loads = [load(chunk) for chunk in chunks]
-        assert loads == sorted(loads, reverse=True)
+        batch = [own[1:] for own in items(rng, rng.randint(1, 6))]
+        bound = rng.randint(1, 4000)
+        chunks = split_by_length(batch, bound)
+        assert sorted(c[0] for chunk in chunks for c in chunk) == sorted(c[0] for c in batch)
+        assert all(len(chunk) == 1 or padded_tokens(chunk) <= bound for chunk in chunks)
+        loads = [padded_tokens(chunk) for chunk in chunks]
+        assert loads[0] == max(loads)
     assert split_by_length(batch, None) == [batch]
-    assert split_by_length(batch, len(batch)) == [batch]
-
-
-def test_chunks_are_balanced():
-    rng = random.Random(1)
-    spreads = []
-    for _ in range(200):
-        batch = items(rng, 1)
-        size = rng.randint(2, 4)
-        loads = [load(chunk) for chunk in split_by_length(batch, size)]
-        in_order = [load(batch[i : i + size]) for i in range(0, len(batch), size)]
-        spreads.append((max(loads), max(in_order)))
-        # the last one that the heaviest chunk took fitted nowhere better
-        assert max(loads) <= sum(loads) / len(loads) + max(len(c) + len(p) for _, _, p, c in batch)
-    assert sum(a for a, _ in spreads) < 0.9 * sum(b for _, b in spreads)
-
-
-def test_the_completions_of_a_prompt_stay_together_where_they_fit():
-    batch = [(b, 4 * b + k, [b] * 100, [k] * (50 + b)) for b in range(3) for k in range(4)]
-    for size, expected in ((4, [{2}, {1}, {0}]), (6, [{2, 0}, {1, 0}]), (8, [{1, 0}, {2}])):
-        assert [{c[0] for c in chunk} for chunk in split_by_length(batch, size)] == expected
-    # the emptier chunk has room for one of the last prompt's two
-    sizes = [(2, 500), (4, 25), (2, 20)]
-    batch = [(b, 4 * b + k, [b] * 10, [k] * length) for b, (count, length) in enumerate(sizes) for k in range(count)]
-    assert [{c[0] for c in chunk} for chunk in split_by_length(batch, 5)] == [{0, 2}, {1}]
-    rng = random.Random(2)
-    for _ in range(100):
-        batch = items(rng, rng.randint(2, 5))
-        size = rng.randint(1, 12)
-        for b in {c[0] for c in batch}:
-            count = sum(c[0] == b for c in batch)
-            homes = sum(any(c[0] == b for c in chunk) for chunk in split_by_length(batch, size))
-            assert homes <= -(-count // size) + 2
-
-
-def test_equal_completions_are_split_evenly():
-    batch = [(0, k, [0] * 100, [k] * 50) for k in range(16)]
-    assert [load(chunk) for chunk in split_by_length(batch, 4)] == [300] * 4
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_chunks_of_a_batch_hold_its_terms(layout):
     rows = random_rows(3)
-    count = sum(len(r["completion_ids"]) for r in rows)
     whole = RewardCollator(PAD, layout)(rows)
-    for size in range(1, count + 1):
-        batch = RewardCollator(PAD, layout, size)(rows)
-        assert len(batch["chunks"]) == -(-count // size)
-        assert_reconstructs(batch, rows)
+    for bound in (*range(4, 40), 100, 1000):
+        batch = RewardCollator(PAD, layout, bound)(rows)
+        assert batch["num_tokens"] == whole["num_tokens"]
         if layout == "padded":
-            assert batch["num_tokens"] == whole["num_tokens"]
-        else:
-            assert batch["num_tokens"] == sum(chunk["input_ids"].numel() for chunk in batch["chunks"])
-            assert batch["num_tokens"] >= whole["num_tokens"]
+            assert_reconstructs(batch, rows)
+        else:  # `test_pieces` runs them one after the other
+            assert max(chunk["input_ids"].numel() for chunk in batch["chunks"]) <= bound
         for name in ("rewards", "valid", "lengths"):
             assert batch[name].tolist() == whole[name].tolist()
 
@@ -374,7 +331,7 @@ def test_a_tree_as_deep_as_it_has_leaves():
 def test_token_ids_of_any_vocabulary_stay_apart():
     # a position's key holds two ids
     big = 2**31 - 1
-    chunk = pack_tree([(0, [big, 0], [big], [1]), (1, [big, 0], [0], [1])])
+    (chunk,) = pack([(0, [big, 0], [big], [1]), (1, [big, 0], [0], [1])])
     assert_reconstructs({"chunks": [chunk]}, [row([big, 0], [big], [0])])
 
 

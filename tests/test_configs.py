@@ -83,8 +83,8 @@ def test_config_refuses_what_no_loss_reads(tmp_path):
         NCAConfig(**own, negative_weight=-1)
     with pytest.raises(ValueError, match="`layout` is 'dense'"):
         NCAConfig(**own, layout="dense")
-    with pytest.raises(ValueError, match="`completions_per_forward` is 0"):
-        NCAConfig(**own, completions_per_forward=0)
+    with pytest.raises(ValueError, match="`tokens_per_forward` is 0"):
+        NCAConfig(**own, tokens_per_forward=0)
     with pytest.raises(ValueError, match="`max_prompt_length` is 0"):
         NCAConfig(**own, max_prompt_length=0)
     with pytest.raises(ValueError, match="leaves no room for completions"):

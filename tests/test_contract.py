@@ -161,7 +161,7 @@ def train(tmp_path_factory, resume: bool = False, **own) -> NCATrainer:
         "output_dir": str(tmp_path_factory.mktemp("run")), "max_steps": 2, "logging_steps": 1, "eval_strategy": "steps",
         "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "precompute_ref_log_probs": True,
         "report_to": "none", "use_cpu": True, "per_device_train_batch_size": 2, "loss_type": "infonca",
-        "completions_per_forward": 3, "save_total_limit": 2, "bf16": False,
+        "tokens_per_forward": 40, "save_total_limit": 2, "bf16": False,
     } | own  # fmt: skip
     for checkpoint in (None, f"{args['output_dir']}/checkpoint-1")[: 1 + resume]:
         trainer = Recorded(

@@ -283,7 +283,7 @@ def test_the_verdict_flips_at_the_bound_and_each_line_of_it_fits():
     text = verdict(plan, start, memory, memory.needed - 1)
     assert text.startswith("Verdict: does not fit ")
     assert "`gradient_checkpointing: true`" in text
-    assert "`completions_per_forward: 4`" in text
+    assert "`tokens_per_forward: " in text
     assert "`use_peft: true`" in text
     assert verdict(plan, start, memory, 1).endswith("take a larger card or a smaller model.")
     assert "`--device_memory 24GB`" in verdict(plan, start, memory, None)

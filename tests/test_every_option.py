@@ -307,7 +307,7 @@ def test_a_launch_proves_that_it_has_another_value(name, entry):
 # Tests of the table's own
 
 
-@pytest.mark.parametrize("own", [{}, {"completions_per_forward": 2}])
+@pytest.mark.parametrize("own", [{}, {"tokens_per_forward": 40}])
 def test_memory_is_given_back_after_each_micro_batch(own, tmp_path, monkeypatch):
     """Of every second step, by transformers' function and by ours of a few completions at a time."""
     emptied = []
@@ -366,8 +366,8 @@ def test_what_a_collator_that_was_given_decides_is_idle(tmp_path, caplog):
         return told(caplog)
 
     assert make() == []
-    (line,) = make(layout="padded", completions_per_forward=2, pad_to_multiple_of=8)
-    names = "`layout`, `completions_per_forward`, `pad_to_multiple_of`"
+    (line,) = make(layout="padded", tokens_per_forward=40, pad_to_multiple_of=8)
+    names = "`layout`, `tokens_per_forward`, `pad_to_multiple_of`"
     assert line == f"Without effect in this run: {names} (needs `data_collator` left out)."
 
 
@@ -393,7 +393,7 @@ def test_a_reference_is_not_cached_and_moved():
         NCAConfig("x", use_cpu=True, sync_ref_model=True, precompute_ref_log_probs=True)
 
 
-@pytest.mark.parametrize("several", [{"gradient_accumulation_steps": 2}, {"completions_per_forward": 1}])
+@pytest.mark.parametrize("several", [{"gradient_accumulation_steps": 2}, {"tokens_per_forward": 40}])
 def test_a_static_graph_has_one_backward_a_step(several):
     with pytest.raises(UserError, match="`ddp_static_graph` is True, but PyTorch fails there with several backwards"):
         NCAConfig("x", use_cpu=True, ddp_static_graph=True, **several)

@@ -394,7 +394,7 @@ def write_csv(file: Path, rows: list[dict]) -> None:
 
 
 FIELDS = ["alpha", "beta", "loss_type", "loss_weights", "negative_weight", "max_length", "max_prompt_length", "layout",
-          "completions_per_forward", "precompute_ref_log_probs", "learning_rate", "per_device_train_batch_size", "bf16",
+          "tokens_per_forward", "precompute_ref_log_probs", "learning_rate", "per_device_train_batch_size", "bf16",
           "save_strategy", "eval_strategy", "num_train_epochs", "lr_scheduler_type", "lr_scheduler_kwargs", "report_to",
           "label_smoothing", "padding_free", "gradient_checkpointing", "optim", "max_steps", "seed", "score",
           "preference", "on_invalid", "exclude_sources", "validation_fraction", "nothing", "alhpa"]  # fmt: skip

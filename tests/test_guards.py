@@ -59,7 +59,7 @@ class Weights(TrainerCallback):
 OPTIONS = {"train_sampling_strategy": "sequential", "gradient_accumulation_steps": 2, "max_steps": 4}
 
 
-@pytest.mark.parametrize("own", [{}, {"layout": "padded"}, {"completions_per_forward": 2}])
+@pytest.mark.parametrize("own", [{}, {"layout": "padded"}, {"tokens_per_forward": 40}])
 def test_a_loss_that_is_not_finite_stops_before_the_weights_change_and_names_the_rows(own, tmp_path):
     """Two prompts a micro-batch and two of them a step: rows 9 and 11 are in both micro-batches of step 3."""
     weights = Weights()
@@ -216,7 +216,7 @@ def test_a_micro_batch_costs_no_synchronisation():
     assert NCAConfig("x", bf16=False).logging_nan_inf_filter is False  # transformers' test of every micro-batch
 
 
-@pytest.mark.parametrize("own", [{"loss_type": "infonca"}, {"completions_per_forward": 1}])
+@pytest.mark.parametrize("own", [{"loss_type": "infonca"}, {"tokens_per_forward": 40}])
 def test_a_training_step_reads_no_value(own, tmp_path):
     """The collator has checked the rows on the CPU; each look at them would wait for a GPU."""
     nca = trainer(
@@ -232,7 +232,7 @@ def test_a_training_step_reads_no_value(own, tmp_path):
 
 
 @pytest.mark.parametrize("layers", [2, 5])
-@pytest.mark.parametrize("own", [{"layout": "padded"}, {}, {"varlen": True}, {"completions_per_forward": 1}])
+@pytest.mark.parametrize("own", [{"layout": "padded"}, {}, {"varlen": True}, {"tokens_per_forward": 40}])
 def test_a_step_waits_for_the_device_once_and_no_layer_does(own, layers, tmp_path, monkeypatch):
     """From the batches to the update, of two micro-batches; batches are made before, on the CPU.
 

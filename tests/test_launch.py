@@ -36,7 +36,7 @@ TRAIN = {
     "report_to": "none", "gradient_checkpointing": "false", "max_length": 128, "beta": 0.1, "alpha": 0.5,
     "num_train_epochs": 1, "eval_strategy": "epoch", "validation_fraction": 0.22, "disable_tqdm": "true",
     "per_device_train_batch_size": 2, "per_device_eval_batch_size": 2, "lr_scheduler_type": "constant",
-    "loss_type": "plackett_luce", "completions_per_forward": 3, "use_peft": "true", "lora_r": 4,
+    "loss_type": "plackett_luce", "tokens_per_forward": 40, "use_peft": "true", "lora_r": 4,
     "lora_target_modules": "all-linear",
 }  # fmt: skip
 # Values in the order of FACTORS. NF4 is for whole copies: its packed weights are not sharded here.

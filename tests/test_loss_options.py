@@ -35,7 +35,7 @@ CHANGED = {
 # Options that change how it is computed, and not what it is
 UNCHANGED = {
     "padded": {"layout": "padded"},
-    "completions_per_forward": {"completions_per_forward": 2},
+    "tokens_per_forward": {"tokens_per_forward": 40},
     "cached reference": {"precompute_ref_log_probs": True},
     "one batch": {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1},
 }

@@ -72,7 +72,7 @@ def plain_logps(model, given: list[dict]) -> torch.Tensor:
     return table
 
 
-@pytest.mark.parametrize("size", [None, 3])
+@pytest.mark.parametrize("size", [None, 9])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_mask_takes_terms_away_and_changes_nothing_else(layout, size):
     rng = random.Random(0)
@@ -83,8 +83,9 @@ def test_a_mask_takes_terms_away_and_changes_nothing_else(layout, size):
         whole = RewardCollator(0, layout, size)([row | {"completion_mask": None} for row in given])
         found = RewardCollator(0, layout, size)(given)
         columns = found["rewards"].shape[1]
+        seen = dict.fromkeys(range(whole["valid"].numel()), 0)
         for chunk, before in zip(found["chunks"], whole["chunks"], strict=True):
-            written, seen = [], dict.fromkeys(before["completion_index"].tolist(), 0)
+            written = []
             for index in before["completion_index"].tolist():
                 b, k = divmod(index, columns)
                 written.append(bool(given[b]["completion_mask"][k][seen[index]]))
@@ -167,8 +168,8 @@ def test_gradients_are_those_of_finite_differences_in_float64(loss, tmp_path):
         return reward_loss(logps, reference, rewards.double(), ALPHA, BETA, "nca", valid).mean()
 
     found = {}
-    for layout, size in [("padded", None), ("prefix_shared", None), ("prefix_shared", 2)]:
-        nca = trainer(tmp_path, gpt2(), loss_type=loss, layout=layout, completions_per_forward=size)
+    for layout, size in [("padded", None), ("prefix_shared", None), ("prefix_shared", 20)]:
+        nca = trainer(tmp_path, gpt2(), loss_type=loss, layout=layout, tokens_per_forward=size)
         batch = nca.data_collator(list(nca.train_dataset)) | {"ref_logps": reference.float(), "weights": torch.ones(2)}
         counts = torch.tensor([2.0, 36.0], dtype=torch.float64)
         nca.model.zero_grad()
@@ -198,7 +199,7 @@ def test_masked_rows_train_alike_in_every_layout_and_from_a_cached_reference(tmp
     for own in (
         {"layout": "padded"},
         {"layout": "prefix_shared", "precompute_ref_log_probs": True},
-        {"layout": "prefix_shared", "completions_per_forward": 1},
+        {"layout": "prefix_shared", "tokens_per_forward": 40},
     ):
         nca = trainer(tmp_path, **own)
         batch = next(iter(nca.get_train_dataloader()))

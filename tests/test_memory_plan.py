@@ -38,7 +38,7 @@ def rows(k: int = 4, prompt: int = 60, completion: int = 40) -> list[dict]:
 
 def setup(launch: Launch = Launch(), **own) -> Setup:  # noqa: B008 (frozen)
     given = {
-        "batch_size": 1, "accumulation": 1, "completions_per_forward": None, "max_length": None,
+        "batch_size": 1, "accumulation": 1, "tokens_per_forward": None, "max_length": None,
         "checkpointing": False, "optim": "adamw_torch", "use_peft": False, "quantisation": None, "precomputes": True,
     }  # fmt: skip
     return Setup(launch, **given | own)
@@ -137,12 +137,12 @@ OWN = {
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_shared_prompts_fewer_completions_at_a_time_and_shorter_rows_take_less(checkpointing):
+def test_shared_prompts_fewer_tokens_at_a_time_and_shorter_rows_take_less(checkpointing):
     def peak(layout="padded", **own):
         return sum(planner(layout=layout, rows=rows(8)).kept(setup(**own)).peak(checkpointing))
 
     assert peak("prefix_shared") < peak()
-    assert peak(completions_per_forward=2) < peak() == peak(completions_per_forward=8)
+    assert peak(tokens_per_forward=220) < peak() == peak(tokens_per_forward=800)
     assert peak(max_length=80) < peak()
 
 
@@ -311,7 +311,7 @@ def test_under_fsdp_gradients_stay_whole_between_backwards():
     count = plan.model(setup(), torch.float32).num_parameters()
     fsdp = Launch(4, "FSDP2")
     sharded = plan.held(setup(fsdp))["gradients"]
-    for own in ({"accumulation": 2}, {"completions_per_forward": 2}):
+    for own in ({"accumulation": 2}, {"tokens_per_forward": 40}):
         assert plan.held(setup(fsdp, **own))["gradients"] == sharded + 2 * count
         assert plan.held(setup(fsdp, syncs_each_batch=True, **own))["gradients"] == sharded
 
@@ -365,7 +365,7 @@ def test_changes_fit_as_they_are_counted_and_change_one_thing_first():
 
 def test_several_changes_together_where_one_is_not_enough():
     plan, start = planner(rows=rows(8, completion=200)), setup(precomputes=False)
-    least = replace(start, checkpointing=True, precomputes=True, completions_per_forward=1)
+    least = replace(start, checkpointing=True, precomputes=True, tokens_per_forward=256)
     size = plan.memory(least).needed
     first = changes_that_fit(plan, start, size)[0]
     assert (first.setup, set(first.options)) == (least, {"checkpointing", "reference", "forward"})
@@ -374,7 +374,7 @@ def test_several_changes_together_where_one_is_not_enough():
 @pytest.mark.parametrize("mixed", [None, torch.bfloat16])
 @pytest.mark.parametrize(
     "own",
-    [{}, {"accumulation": 32}, {"accumulation": 6}, {"batch_size": 2, "completions_per_forward": 1},
+    [{}, {"accumulation": 32}, {"accumulation": 6}, {"batch_size": 2, "tokens_per_forward": 40},
      {"use_peft": True, "quantisation": Quantisation(8)}],
 )  # fmt: skip
 def test_more_cards_fit_as_their_words_say(own, mixed):
@@ -397,7 +397,7 @@ def test_more_cards_fit_as_their_words_say(own, mixed):
 
 def test_both_limits_of_length_are_halved_together():
     plan = planner(rows=[*rows(4, 60, 200), *rows(4, 20, 10)])
-    start = setup(max_length=256, max_prompt_length=128, checkpointing=True, completions_per_forward=1)
+    start = setup(max_length=256, max_prompt_length=128, checkpointing=True, tokens_per_forward=40)
     shorter = replace(start, max_length=128, max_prompt_length=64)
     found = changes_that_fit(plan, start, plan.memory(shorter).needed)
     (change,) = (change for change in found if "length" in change.options)

@@ -31,7 +31,7 @@ OF_LABELS = {"loss_type": "outcome", "alpha": None}
 SINGLE, RAGGED = labelled_rows(5, 1, seed=3), labelled_rows(5, [1, 3, 2], seed=4)
 HOW = {
     "padded": {"layout": "padded"},
-    "completions_per_forward": {"completions_per_forward": 1},
+    "tokens_per_forward": {"tokens_per_forward": 40},
     "cached reference": {"precompute_ref_log_probs": True},
     "accumulated": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4},
 }

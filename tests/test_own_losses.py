@@ -388,11 +388,12 @@ def test_a_copy_of_nca_trains_as_nca_does(own, passes, layout, tmp_path):
     whole = trainer(tmp_path, rows=rows, loss_type=own, **options)
     assert torch.equal(weights_after(whole), expected)
     assert [line.get("loss") for line in whole.state.log_history] == [x.get("loss") for x in nca.state.log_history]
-    chunked = trainer(tmp_path, rows=rows, loss_type=own, completions_per_forward=3, **options)
+    chunked = trainer(tmp_path, rows=rows, loss_type=own, tokens_per_forward=40, **options)
     assert chunked._objective.separable == (passes == 1)
     counted = Forwards().attach(chunked)
     torch.testing.assert_close(weights_after(chunked), expected, rtol=1e-5, atol=1e-6)
-    assert counted.without_grad == counted.with_grad * passes > 0  # one for the reference
+    again = counted.without_grad - counted.with_grad * passes  # one for the reference
+    assert again == 0 if layout == "padded" else 0 < again < counted.with_grad  # of what later pieces read
     assert logged(chunked) == pytest.approx(logged(nca), abs=1e-5)
 
 
@@ -433,7 +434,7 @@ def test_two_processes_train_with_it_as_with_ours(tmp_path, write, model_dir):
     """DDP, a cached reference, ragged K and a few completions at a time, and rows that don't divide."""
     write("import inspect\nfrom nca_align.losses import plackett_luce_loss as ours\n\n\n"
           "def copied(*arguments):\n    return inspect.unwrap(ours)(*arguments)\n")  # fmt: skip
-    case = {"weights": "lora", "reference": "cached", "layout": "padded", "per_forward": 3, "k": "ragged", "rows": 17}
+    case = {"weights": "lora", "reference": "cached", "layout": "padded", "per_forward": 40, "k": "ragged", "rows": 17}
     cases = {name: case | {"loss": loss} for name, loss in (("ours", "plackett_luce"), ("own", "my_losses:copied"))}
     Path("cases.json").write_text(json.dumps({"model": model_dir, "launch": "ddp", "cases": cases}))
     command = ["-m", "torch.distributed.run", "--nproc_per_node", "2", str(ROOT / "tests" / "launched.py")]
@@ -677,7 +678,7 @@ def test_the_pages_configurations_train(own, tmp_path, model_dir, write):
         "model_name_or_path": model_dir, "dataset_name": str(tmp_path / "data.jsonl"), "output_dir": "run",
         "bf16": False, "use_cpu": True, "report_to": "none", "max_steps": 3, "logging_steps": 1, "learning_rate": 1e-3,
         "per_device_train_batch_size": 4, "validation_fraction": 0, "disable_tqdm": True, "save_steps": 3,
-        "gradient_checkpointing": False, "completions_per_forward": 3,
+        "gradient_checkpointing": False, "tokens_per_forward": 40,
     }  # fmt: skip
     Path("train.yaml").write_text(yaml.safe_dump(options))
     assert train(["--config", "train.yaml"]) == 0

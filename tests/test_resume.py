@@ -86,7 +86,7 @@ def whole_run(folder, **own):
 
 EXACT = {
     "steps": {"eval_strategy": "steps", "eval_steps": 3, "eval_on_start": True, "max_steps": 11},
-    "epochs": {"eval_strategy": "epoch", "logging_strategy": "epoch", "completions_per_forward": 3},
+    "epochs": {"eval_strategy": "epoch", "logging_strategy": "epoch", "tokens_per_forward": 40},
     "by length": {"train_sampling_strategy": "group_by_length", "save_total_limit": 1},
     "rebalanced": {"train_sampling_strategy": "batch_rebalance", "peft_config": None, "precompute_ref_log_probs": True},
 }
@@ -444,7 +444,7 @@ class TestChanges:
         """Logging, saving, evaluation, memory, and how the prompts of a step are dealt out."""
         self.resume(
             run, logging_steps=3, save_total_limit=2, eval_strategy="steps", eval_steps=2, layout="padded",
-            completions_per_forward=2, gradient_checkpointing=True, per_device_train_batch_size=2, run_name="other",
+            tokens_per_forward=40, gradient_checkpointing=True, per_device_train_batch_size=2, run_name="other",
             gradient_accumulation_steps=1, precompute_ref_log_probs=True, collapse_nats=9.0, nonfinite="skip",
         )  # fmt: skip
         assert "`global_batch_size` 2 → 4" in self.refused(run, gradient_accumulation_steps=4)

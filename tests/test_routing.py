@@ -12,6 +12,7 @@ from nca_align import NCAConfig, NCATrainer
 from nca_align.batching.attention import share_prefixes
 from nca_align.batching.collator import RewardCollator
 from nca_align.models.logprobs import add_token_logps, forward_chunk
+from nca_align.models.passes import passes
 from nca_align.models.routing import load_balancing_loss
 
 TINY = {
@@ -34,7 +35,7 @@ ROWS = [
     }
     for b in range(3)
 ]
-CUTS = [("padded", None), ("prefix_shared", None), ("padded", 3), ("prefix_shared", 3), ("prefix_shared", 1)]
+CUTS = [("padded", None), ("prefix_shared", None), ("padded", 80), ("prefix_shared", 30), ("prefix_shared", 16)]
 
 
 def build(family: str, vocabulary: int = 64, **own):
@@ -49,8 +50,9 @@ def prepare(model):
 
 
 def use_of(model, layout: str, size: int | None):
-    chunks = RewardCollator(0, layout, completions_per_forward=size)(ROWS)["chunks"]
-    return sum(forward_chunk(model, chunk, with_experts=True).expert_use for chunk in chunks)
+    chunks = RewardCollator(0, layout, tokens_per_forward=size)(ROWS)["chunks"]
+    forwards = passes(chunks, scores_all=True, trains=False)
+    return sum(forward_chunk(model, one.chunk, with_experts=True).expert_use for one in forwards)
 
 
 def by_hand(model, top_k: int = 2) -> float:
@@ -115,7 +117,7 @@ def weights_after_a_step(tmp_path, loss_type: str, layout: str, size: int | None
     args = NCAConfig(
         str(tmp_path), bf16=False, use_cpu=True, max_steps=1, logging_steps=1, per_device_train_batch_size=4,
         learning_rate=0.1, optim="sgd", max_grad_norm=1e6, save_strategy="no", report_to="none", disable_tqdm=True,
-        gradient_checkpointing=False, loss_type=loss_type, layout=layout, completions_per_forward=size, beta=0.1,
+        gradient_checkpointing=False, loss_type=loss_type, layout=layout, tokens_per_forward=size, beta=0.1,
         alpha=0.5, max_length=256, lr_scheduler_type="constant", router_aux_loss_coef=coefficient,
     )  # fmt: skip
     nca = NCATrainer(model, args=args, train_dataset=Dataset.from_list(reward_rows(4)), processing_class=tokenizer)

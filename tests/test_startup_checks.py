@@ -14,7 +14,7 @@ from conftest import build_model, build_tokenizer, reward_rows
 from nca_align import NCAConfig, NCATrainer
 from nca_align.batching import attention
 from nca_align.batching.attention import share_prefixes
-from nca_align.batching.collator import RewardCollator, pack_tree
+from nca_align.batching.collator import RewardCollator, pack
 from nca_align.errors import UnsupportedError, UserError
 from nca_align.models.logprobs import TokenLogps, add_token_logps
 from nca_align.training import adapters, own_logits, startup_checks
@@ -140,11 +140,11 @@ def test_within_unpatched_the_model_has_its_own_forward_and_attention(model):
 
 
 @pytest.mark.parametrize("layout", ["padded", "prefix_shared"])
-@pytest.mark.parametrize("per_forward", [None, 2])
+@pytest.mark.parametrize("per_forward", [None, 20])
 def test_a_model_agrees_with_itself_in_log_probabilities_and_gradients(layout, per_forward, model):
     add_token_logps(model)
     share_prefixes(model)
-    token, completion, gradient = compared(model, RewardCollator(0, layout, completions_per_forward=per_forward))
+    token, completion, gradient = compared(model, RewardCollator(0, layout, tokens_per_forward=per_forward))
     assert token < 1e-5
     assert completion < 1e-5
     assert 0 < gradient < 1e-4
@@ -171,11 +171,9 @@ def test_without_gradients_no_graph_is_kept(model, monkeypatch):
     assert enabled == [False]
 
 
-def test_convolutions_show_in_the_gradients(monkeypatch):
-    """LFM2 mixes neighbours of the row outside attention: forced through, its gradients tell most."""
+def test_convolutions_show_in_the_gradients():
+    """LFM2 mixes neighbours of the row outside attention: as one packed row, its gradients tell most."""
     model = tiny("lfm2", layer_types=["conv", "full_attention"], initializer_range=0.1)
-    assert attention.prefix_sharing_obstacle(model) is not None
-    monkeypatch.setattr(attention, "prefix_sharing_obstacle", lambda model: None)
     add_token_logps(model)
     share_prefixes(model)
     token, _, gradient = compared(model, RewardCollator(0, "prefix_shared"))
@@ -267,12 +265,10 @@ class Packed(RewardCollator):
 
     def chunks(self, rows):
         columns = max(len(row["completion_ids"]) for row in rows)
-        return [
-            pack_tree([
-                (b * columns + k, row["prompt_ids"], completion, [1] * len(completion))
-                for b, row in enumerate(rows) for k, completion in enumerate(row["completion_ids"])
-            ])
-        ]  # fmt: skip
+        return pack([
+            (b * columns + k, row["prompt_ids"], completion, [1] * len(completion))
+            for b, row in enumerate(rows) for k, completion in enumerate(row["completion_ids"])
+        ])  # fmt: skip
 
 
 def test_a_packed_collator_that_leaks_future_tokens_is_refused(tmp_path):

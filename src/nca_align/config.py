@@ -47,8 +47,9 @@ class NCAConfig(DPOConfig):
             `max_length`, prompt included.
         layout: `prefix_shared` computes each shared token once, `padded` a row per completion; `auto` takes the first
             where the model allows it and the two agree on the first batch.
-        completions_per_forward: completions in a forward and backward, which bounds activations whatever K is; None
-            for all of the batch's at once.
+        tokens_per_forward: most tokens in a forward and backward; it bounds activations whatever K and the lengths are,
+            and gradients stay exact. None for all of the batch at once. A packed row is cut into pieces, of which later
+            ones read the keys and values of earlier ones; padded conversations are run whole, one at least.
         nonfinite: what happens where a step's loss or gradient isn't finite: `stop` ends the run and names the rows,
             `skip` leaves the step out and says so, at most nine times one after another.
         collapse_nats: a warning, once, where the best completions' mean log-ratio, as logged, is below minus this many
@@ -91,8 +92,8 @@ class NCAConfig(DPOConfig):
         "auto",
         choices=list(LAYOUTS),
     )
-    completions_per_forward: int | None = option(
-        "Most completions in a forward and backward; bounds activations whatever K is.", None
+    tokens_per_forward: int | None = option(
+        "Most tokens in a forward and backward; bounds activations whatever K and lengths are.", None
     )
     nonfinite: str = option(
         "Where a loss or gradient isn't finite: `stop` names the rows, `skip` leaves the step out.",
@@ -134,8 +135,8 @@ class NCAConfig(DPOConfig):
             raise UserError(
                 f"`loss_type` is {names}, but must name at least one loss, and each once; `loss_weights` weighs them."
             )
-        inf, per_forward = float("inf"), self.completions_per_forward
-        whole = "leave it out to run all completions of a batch at once"
+        inf, per_forward = float("inf"), self.tokens_per_forward
+        whole = "leave it out to run a batch at once"
         for name, holds, must in (
             ("alpha", self.alpha is None or is_positive(self.alpha), "a finite number above 0; the paper's is 0.01"),
             ("beta", is_positive(self.beta), "a finite number above 0; the paper's is 0.01"),
@@ -147,7 +148,7 @@ class NCAConfig(DPOConfig):
             ("num_train_epochs", self.num_train_epochs > 0 or self.max_steps > 0, "above 0"),
             ("learning_rate", 0 <= self.learning_rate < inf, "a finite number, 0 or above"),
             ("layout", self.layout in LAYOUTS, f"one of {', '.join(map(repr, LAYOUTS))}"),
-            ("completions_per_forward", per_forward is None or per_forward >= 1, f"at least 1; {whole}"),
+            ("tokens_per_forward", per_forward is None or per_forward >= 16, f"at least 16; {whole}"),
             ("nonfinite", self.nonfinite in NONFINITE, "one of 'stop', 'skip'"),
             ("on_invalid", self.on_invalid in ON_INVALID, "one of 'raise', 'drop'"),
             ("collapse_nats", self.collapse_nats > 0, "above 0; `inf` turns it off"),

@@ -25,7 +25,6 @@ from .errors import notify
 from .models.loading import disable_nf4_repacking
 from .models.logprobs import add_token_logps, forward_chunk, sum_by_completion
 from .models.policy import base_model
-from .models.routing import load_balancing_loss
 from .progress import closing_bars, without_library_bars
 from .store.checkpoints import explain_read_errors
 from .training import adapters, arguments, console, gradients, reference, reference_cache, row_weights, sharded, streams
@@ -138,7 +137,7 @@ class NCATrainer(DPOTrainer):
         if not isinstance(self.data_collator, RewardCollator):  # TRL's
             args = self.args
             self.data_collator = RewardCollator(
-                self._tokenizer.pad_token_id, args.layout, args.completions_per_forward, args.pad_to_multiple_of
+                self._tokenizer.pad_token_id, args.layout, args.tokens_per_forward, args.pad_to_multiple_of
             )
         self._start = at_start(self.model)
         self._checks = StartupChecks(self, models)
@@ -203,9 +202,9 @@ class NCATrainer(DPOTrainer):
         return batches, self.accelerator.reduce(counts, "sum")
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        """One micro-batch, all completions at once, or `completions_per_forward` at a time with a backward each."""
+        """One micro-batch, in one forward, or in several of at most `tokens_per_forward` with a backward each."""
         self._checks.check_reference(model)
-        if self.data_collator.completions_per_forward is None:
+        if not self.data_collator.in_pieces:
             loss = super().training_step(model, inputs, num_items_in_batch)
         else:
             model.train()
@@ -223,7 +222,7 @@ class NCATrainer(DPOTrainer):
         forward = partial(self._chunk_logps, model, batch=batch)
         loss = partial(objective.loss_share, ref_logps=ref_logps, batch=batch, counts=counts)
         logps, aux_loss = gradients.backward_by_chunk(
-            batch, self._chunks(batch), forward, loss, objective.separable, self.accelerator, model
+            batch, forward, loss, objective.separable, self.accelerator, model, self._in_step
         )
         self._record(logps, aux_loss, ref_logps, batch)
         return loss(logps, aux_loss)
@@ -238,11 +237,8 @@ class NCATrainer(DPOTrainer):
 
     def _batch_logps(self, model: nn.Module, batch: Batch, with_aux_loss: bool = True) -> tuple[Tensor, Tensor | None]:
         """(B, K) log-probabilities of a batch, nats, chunk after chunk, and its load-balancing loss."""
-        logps, use = torch.zeros_like(batch["rewards"]), None
-        for chunk, factor in self._chunks(batch):
-            own, part = self._chunk_logps(model, chunk, batch, with_aux_loss)
-            logps, use = logps + factor * own, gradients.sum_of(use, part, factor)
-        return logps, None if use is None else load_balancing_loss(use)
+        forward = partial(self._chunk_logps, model, batch=batch, with_aux_loss=with_aux_loss)
+        return gradients.logps_by_chunk(batch, forward, self._in_step)
 
     def _chunk_logps(
         self, model: nn.Module, chunk: Chunk, batch: Batch, with_aux_loss: bool = True
@@ -253,10 +249,10 @@ class NCATrainer(DPOTrainer):
         use = outputs.expert_use
         return logps.to(self.accelerator.device), None if use is None else use.to(self.accelerator.device)
 
-    def _chunks(self, batch: Batch) -> list[tuple[Chunk, float]]:
-        """A batch's chunks, one forward each, with a factor: 0 for one that only keeps sharded processes in step."""
-        in_step = self.data_collator.completions_per_forward and (self.is_fsdp_enabled or self.is_deepspeed_enabled)
-        return gradients.pad_chunks_across_processes(batch["chunks"], bool(in_step))
+    @property
+    def _in_step(self) -> bool:
+        """Whether all processes must come to each of a batch's forwards together."""
+        return self.data_collator.in_pieces and (self.is_fsdp_enabled or self.is_deepspeed_enabled)
 
     def _reference_logps(self, batch: Batch) -> Tensor:
         if "ref_logps" in batch:

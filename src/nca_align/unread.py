@@ -177,10 +177,15 @@ def refuse_unsupported_options(options: Any) -> None:
             f"`ddp_backend` is {options.ddp_backend!r}, but no launcher started this process, and one process has no "
             "backend. Leave it out."
         )
-    if options.ddp_static_graph and (options.gradient_accumulation_steps > 1 or options.completions_per_forward):
+    if options.ddp_static_graph and (options.gradient_accumulation_steps > 1 or options.tokens_per_forward):
         raise UserError(
             "`ddp_static_graph` is True, but PyTorch fails there with several backwards a step, as with "
-            "`gradient_accumulation_steps` above 1 and `completions_per_forward`. Leave it out."
+            "`gradient_accumulation_steps` above 1 and `tokens_per_forward`. Leave it out."
+        )
+    if options.torch_compile and options.tokens_per_forward:
+        raise UserError(
+            "`torch_compile` is True, but `tokens_per_forward` cuts a batch into pieces of many lengths, each of which "
+            "would be compiled anew. Leave one of them out."
         )
     optim = _optimizer(options)
     if "lomo" in optim or optim.endswith("_layerwise"):

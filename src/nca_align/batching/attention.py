@@ -9,7 +9,6 @@ the model's own implementation, mask function included.
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -21,6 +20,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..errors import PackingError
+from .recurrent import recurrent_layers, recurrent_obstacle
+from .segments import Segments, Stretch
 
 _PREFIX = "prefix_shared_over_"
 # Kinds of layers that a config names: those whose attention can be replaced, and those that mix no tokens at all
@@ -28,49 +29,6 @@ _SUPPORTED_LAYERS = {"full_attention", "sliding_attention", "attention", "moe", 
 # Model types whose window stands in the mask alone, which the attention of a packed row never sees
 _WINDOW_IN_MASK = {"doge", "paligemma", "phimoe", "qwen2_moe"}
 _HALF = (torch.float16, torch.bfloat16)
-
-
-@dataclass(frozen=True, eq=False)
-class Segments:
-    """Where the segments of one packed row stand, and which stretches of the row each of them sees.
-
-    Args:
-        queries: `(start, end)` of each of the S segments, in the row's order, which they fill without a gap.
-        paths: for each segment, the `(start, end)` stretches from its root to its own end, in order of depth; the last
-            one ends where the segment does.
-    """
-
-    queries: tuple[tuple[int, int], ...]
-    paths: tuple[tuple[tuple[int, int], ...], ...]
-    _cache: dict[Any, Any] = field(default_factory=dict, repr=False)
-
-    def causal_mask(self, q: int, k: int, window: int | None, like: Tensor) -> Tensor | None:
-        """Additive lower-right causal mask (q, k) of one segment, kept for all layers; None where `is_causal` says it.
-
-        `window` counts the query itself, as transformers' `sliding_window` does.
-        """
-        if window is not None and window >= k:
-            window = None
-        if q == k and window is None:
-            return None
-        key = (q, k, window, like.dtype, like.device)
-        if key not in self._cache:
-            seen = torch.ones(q, k, dtype=torch.bool, device=like.device).tril(k - q)
-            if window is not None:
-                seen = seen.triu(k - q - window + 1)
-            self._cache[key] = torch.zeros(q, k, dtype=like.dtype, device=like.device).masked_fill_(~seen, -torch.inf)
-        return self._cache[key]
-
-    def varlen(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor, int, int]:
-        """What variable-length kernels take: `kv_index`, `cu_seqlens_q`, `cu_seqlens_k` (int32), and both maxima."""
-        key = ("varlen", device)
-        if key not in self._cache:
-            kv = [torch.arange(start, end) for path in self.paths for start, end in path]
-            q_lengths = [end - start for start, end in self.queries]
-            k_lengths = [sum(end - start for start, end in path) for path in self.paths]
-            cumulative = [torch.tensor([0, *lengths]).cumsum(0).int().to(device) for lengths in (q_lengths, k_lengths)]
-            self._cache[key] = (torch.cat(kv).to(device), *cumulative, max(q_lengths), max(k_lengths))
-        return self._cache[key]
 
 
 def is_peft_model(model: Any) -> bool:
@@ -88,12 +46,16 @@ def prefix_sharing_obstacle(model: Any) -> str | None:
     model = model.get_base_model() if is_peft_model(model) else model
     config = model.config.get_text_config()
     name = type(model).__name__
+    if reason := recurrent_obstacle(model):
+        return reason
+    recurrent = recurrent_layers(model.config)
     layer_types = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or []
-    foreign = sorted(kind.replace("_", "-") for kind in set(layer_types) - _SUPPORTED_LAYERS)
-    if foreign or model._is_stateful:
-        kinds = ", ".join(foreign) or "recurrent"
-        return f"{name} has {kinds} layers, and a packed row needs full or sliding-window attention in all"
-    if not (model._supports_attention_backend and model._can_set_attn_implementation()):
+    kinds = {kind for i, kind in enumerate(layer_types) if i not in recurrent}
+    if foreign := sorted(kind.replace("_", "-") for kind in kinds - _SUPPORTED_LAYERS):
+        return f"{name} has {', '.join(foreign)} layers, which a packed row does not go through"
+    # Hybrids' attention goes through it, though most of their classes don't say so; one that doesn't fails as it runs
+    declared = model._supports_attention_backend or bool(recurrent)
+    if not (declared and model._can_set_attn_implementation()):
         return f"{name} does not declare that its attention goes through transformers' AttentionInterface"
     if getattr(config, "sliding_window", None) and model.config.model_type in _WINDOW_IN_MASK:
         return f"{name} does not hand its `sliding_window` to its attention"
@@ -150,7 +112,7 @@ def segment_attention(
         NotImplementedError: the mask is a packed row's placeholder, but its segments did not arrive.
     """
     if segments is not None:
-        return attend_segments(query, key, value, segments, **kwargs), None
+        return attend_segments(query, key, value, segments, module=module, **kwargs), None
     if attention_mask is not None and attention_mask.numel() == 1 < key.shape[2]:
         raise PackingError(f"the model's layers do not hand its forward's arguments on to {type(module).__name__}")
     if own == "eager":  # each modeling file has its own
@@ -171,21 +133,23 @@ def attend_segments(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     position_bias: Tensor | None = None,
+    module: nn.Module | None = None,
     **kwargs,
 ) -> Tensor:
-    """Causal attention of one packed row of T tokens, each segment over its own path from the root.
+    """Causal attention of packed rows of T tokens, each segment over its own path from the root.
 
     Args:
-        query: (1, heads, T, D).
-        key, value: (1, key-value heads, T, D).
-        segments: the row's segments.
+        query: (R, heads, T, D).
+        key, value: (R, key-value heads, T, D).
+        segments: those of the rows, counted one behind the other.
         scaling: factor of the scores; D ** -0.5 by default.
         sliding_window: tokens that a query sees, itself included, where the layer has a window.
         softcap: bound of the scores (Gemma 2).
         s_aux: (heads,) attention sinks (GPT-OSS).
+        module: the layer, by which keys are kept.
 
     Returns:
-        (1, T, heads, D).
+        (R, T, heads, D).
 
     Raises:
         NotImplementedError: the layer adds a bias to its scores.
@@ -194,14 +158,19 @@ def attend_segments(
         raise PackingError("the model adds a position bias to its attention's scores")
     if torch.is_autocast_enabled(query.device.type):  # normed queries and keys (Qwen3) come in float32
         query, key, value = (x.to(torch.get_autocast_dtype(query.device.type)) for x in (query, key, value))
+    rows = query.shape[0]
+    if rows > 1:
+        query, key, value = (x.transpose(0, 1).flatten(1, 2)[None] for x in (query, key, value))
+    if segments.kept is not None and module is not None:
+        key, value = segments.kept.extend(module, key, value, segments.past, segments.read)
     window = sliding_window or None
     explicit = softcap is not None or s_aux is not None
     if not explicit and dropout == 0.0 and _varlen_takes(query, key, value):
-        return _varlen_attention(query, key, value, segments, scaling, window)
+        return _varlen_attention(query, key, value, segments, scaling, window).unflatten(1, (rows, -1))[0]
     outputs = []
-    for (start, end), path in zip(segments.queries, segments.paths, strict=True):
+    for (start, end), path in segments.calls():
         q, k, v = query[:, :, start:end], _stretches(key, path), _stretches(value, path)
-        mask = segments.causal_mask(q.shape[2], k.shape[2], window, q)
+        mask = segments.mask((start, end), path, window, q)
         if explicit:
             output = _explicit_attention(q, k, v, mask, scaling, dropout, softcap, s_aux)
         else:
@@ -212,10 +181,10 @@ def attend_segments(
                 q, k, v, mask, dropout, is_causal=mask is None, scale=scaling, enable_gqa=grouped
             )
         outputs.append(output)
-    return torch.cat(outputs, 2).transpose(1, 2).contiguous()
+    return torch.cat(outputs, 2).transpose(1, 2).contiguous().unflatten(1, (rows, -1))[0]
 
 
-def _stretches(x: Tensor, path: tuple[tuple[int, int], ...]) -> Tensor:
+def _stretches(x: Tensor, path: tuple[Stretch, ...]) -> Tensor:
     # Slices, not an index: gathering by a tensor made a step of K = 16 12 % slower on CPU, all of it in the backward
     slices = [x[:, :, start:end] for start, end in path]
     return slices[0] if len(slices) == 1 else torch.cat(slices, 2)

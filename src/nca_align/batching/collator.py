@@ -5,7 +5,7 @@ takes no digits. `given_rewards` are those of the data, `valid` (B, K) bool (rag
 completions), `lengths` (B, K) completion tokens that the model wrote, `ref_logps` (B, K) where the rows carry them,
 `objectives` by name, (B, K) with NaN for a gap, where some row has columns `score_NAME`, `num_tokens` that the model
 reads, padding left out, `row_numbers` where the rows have them, and `chunks`: one forward each, all completions in one
-of them unless `completions_per_forward` asks for fewer. A chunk holds
+of them unless `tokens_per_forward` asks for fewer. A chunk holds
 
     input_ids                (rows, T)
     attention_mask           (rows, T), or a (1, 1, 1, 1) placeholder beside `segments`
@@ -21,7 +21,8 @@ trainer does with a batch is the same whatever the layout.
 **padded**: a row a completion, its prompt repeated. **prefix_shared**: the whole chunk is one row without padding: its
 conversations form a tree in which every token that several share, up to where they part, stands once. A prompt's last
 token opens each branch, so that a position has one next token; the same rule shares the common beginnings of
-completions and the earlier turns of multi-turn trees.
+completions and the earlier turns of multi-turn trees. Under `tokens_per_forward` the row is cut into pieces, a chunk
+each, of which later ones read the keys and values of earlier ones: see `batching.pieces`.
 """
 
 import itertools
@@ -32,8 +33,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import UserError
 from ..reward_tensors import below_best, check_rows
-from .attention import Segments
+from .pieces import LEAST_TOKENS, cut
+from .prefix_tree import PrefixTree
+from .recurrent import MIN_TOKENS
+from .segments import Segments
 from .token_ids import check_ids
 from .tokenized_rows import masks_of, objective_values
 
@@ -41,8 +46,6 @@ Batch = dict[str, Any]
 Chunk = dict[str, Any]
 # Completion index, prompt ids, completion ids, and 1 for each of the latter that has a term
 Conversation = tuple[int, list[int], list[int], list[int]]
-# A fork costs a segment, one more attention call and copy of its path: it isn't worth it where it saves fewer tokens.
-MIN_SHARED_TOKENS = 16
 
 
 @dataclass
@@ -55,20 +58,31 @@ class RewardCollator:
     Args:
         pad_token_id: id that fills the padded layout; never seen by attention, never scored, so eos will do.
         layout: "padded", "prefix_shared", or "auto", until `training.layout` chooses: padded.
-        completions_per_forward: most completions in a chunk; None for all of the batch's in one.
+        tokens_per_forward: most tokens in a chunk, a padded conversation at least; None for all of the batch's in one.
         pad_to_multiple_of: rounds the padded layout's T up.
         vocabulary: rows of the model's embeddings, beyond which no token may be; None asks for no check.
         labels: whether rewards must be labels, from 0 to 1.
         min_completions: fewest completions of a row.
+        recurrent: whether the model has layers with a state, whose packed rows are one conversation's.
     """
 
     pad_token_id: int
     layout: str = "padded"
-    completions_per_forward: int | None = None
+    tokens_per_forward: int | None = None
     pad_to_multiple_of: int | None = None
     vocabulary: int | None = None
     labels: bool = False
     min_completions: int = 2
+    recurrent: bool = False
+
+    def __post_init__(self):
+        if self.tokens_per_forward is not None and self.tokens_per_forward < LEAST_TOKENS:
+            raise UserError(f"`tokens_per_forward` is {self.tokens_per_forward}, but must be at least {LEAST_TOKENS}.")
+
+    @property
+    def in_pieces(self) -> bool:
+        """Whether a batch may be several chunks."""
+        return self.tokens_per_forward is not None or (self.recurrent and self.layout == "prefix_shared")
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> Batch:
         """The batch of `rows`; here on the CPU its rewards are checked, so that no loss on a GPU has to look.
@@ -94,10 +108,7 @@ class RewardCollator:
             batch["objectives"] = objectives
         if all(row.get("ref_logps") is not None for row in rows):
             batch["ref_logps"] = padded([row["ref_logps"] for row in rows], torch.float32)
-        batch["num_tokens"] = sum(
-            chunk["input_ids"].numel() if "segments" in chunk else int(chunk["attention_mask"].sum())
-            for chunk in chunks
-        )
+        batch["num_tokens"] = sum(int((chunk["token_counts"] > 0).sum()) for chunk in chunks)
         return batch
 
     def chunks(self, rows: Sequence[dict[str, Any]]) -> list[Chunk]:
@@ -110,15 +121,13 @@ class RewardCollator:
             check_ids(rows, self.vocabulary)
         columns = max(len(row["completion_ids"]) for row in rows)
         conversations = [
-            (b, b * columns + k, row["prompt_ids"], completion, mask)
+            (b * columns + k, row["prompt_ids"], completion, mask)
             for b, row in enumerate(rows)
             for k, (completion, mask) in enumerate(zip(row["completion_ids"], masks_of(row, b), strict=True))
         ]
-        pack = pack_tree if self.layout == "prefix_shared" else self._pad
-        return [
-            pack([conversation[1:] for conversation in chunk])
-            for chunk in split_by_length(conversations, self.completions_per_forward)
-        ]
+        if self.layout == "prefix_shared":
+            return pack(conversations, self.tokens_per_forward, self.recurrent)
+        return [self._pad(chunk) for chunk in split_by_length(conversations, self.tokens_per_forward)]
 
     def _pad(self, conversations: Sequence[Conversation]) -> Chunk:
         # A conversation's last token predicts nothing, so it is a target only
@@ -139,53 +148,34 @@ class RewardCollator:
         }
 
 
-def pack_tree(conversations: Sequence[Conversation]) -> Chunk:
-    """Lay conversations out as one packed row, in depth-first order.
-
-    Two conversations share a position where they agree on its token *and* on the next one, so they part one token
-    before their difference and each position has a single target. A position is keyed by that pair; the last token of
-    a conversation is a target only.
-    """
-    keys = []
-    for _, prompt, completion, _ in conversations:
-        ids = prompt + completion
-        keys.append([token << 32 | following for token, following in itertools.pairwise(ids)])
-    input_ids: list[int] = []
-    position_ids: list[int] = []
-    token_counts: list[int] = []
-    queries: list[tuple[int, int]] = []
-    paths: list[tuple[tuple[int, int], ...]] = []
-    routes: list[list[int]] = [[] for _ in keys]  # conversation → row position of each of its tokens
-
-    def grow(members: list[int], depth: int, path: tuple[tuple[int, int], ...]) -> None:
-        end = depth + _shared_length([keys[i] for i in members], depth)
-        start = len(input_ids)
-        input_ids.extend(key >> 32 for key in keys[members[0]][depth:end])
-        position_ids.extend(range(depth, end))
-        token_counts.extend([len(members)] * (end - depth))
-        stretch = (start, len(input_ids))
-        queries.append(stretch)
-        path = (*path[:-1], (path[-1][0], stretch[1])) if path and path[-1][1] == start else (*path, stretch)
-        paths.append(path)
-        for i in members:
-            routes[i].extend(range(*stretch))
-        fork([i for i in members if len(keys[i]) > end], end, path)
-
-    def fork(members: list[int], depth: int, path: tuple[tuple[int, int], ...]) -> None:
-        for branch in _branches(keys, members, depth):
-            grow(branch, depth, path)
-
-    fork(list(range(len(keys))), 0, ())
-    positions = [route[len(prompt) - 1 :] for route, (_, prompt, *_) in zip(routes, conversations, strict=True)]
-    return {
-        "input_ids": torch.tensor([input_ids]),
-        "position_ids": torch.tensor([position_ids]),
-        "token_counts": torch.tensor([token_counts]),
-        # transformers takes a 4-D mask as it stands, so none of the row's length squared is built
-        "attention_mask": torch.ones(1, 1, 1, 1),
-        "segments": Segments(tuple(queries), tuple(paths)),
-        **_terms(conversations, positions),
-    }
+def pack(
+    conversations: Sequence[Conversation], tokens_per_forward: int | None = None, recurrent: bool = False
+) -> list[Chunk]:
+    """The pieces of the conversations' tree, each a packed row; for recurrent layers rows of one past."""
+    tree = PrefixTree.of(
+        [prompt + completion for _, prompt, completion, _ in conversations], least=MIN_TOKENS if recurrent else 1
+    )
+    positions = [route[len(prompt) - 1 :] for route, (_, prompt, *_) in zip(tree.routes, conversations, strict=True)]
+    terms = _terms(conversations, positions)
+    input_ids, depths, counts = map(torch.tensor, (tree.input_ids, tree.depths, tree.counts))
+    chunks = []
+    for piece in cut(tree, tokens_per_forward, recurrent):
+        grid = torch.tensor(piece.grid)
+        filled = grid.flatten() >= 0
+        places = torch.full((len(tree.input_ids),), -1)
+        places[grid.flatten()[filled]] = torch.arange(grid.numel())[filled]
+        own = places[terms["token_index"]]
+        chunks.append({
+            "input_ids": input_ids[grid.clamp_min(0)],
+            "position_ids": depths[grid.clamp_min(0)],
+            "token_counts": counts[grid.clamp_min(0)] * (grid >= 0),
+            # transformers takes a 4-D mask as it stands, so none of the row's length squared is built
+            "attention_mask": torch.ones(1, 1, 1, 1),
+            "segments": piece.segments(tree),
+            **{name: values[own >= 0] for name, values in terms.items()},
+            "token_index": own[own >= 0],
+        })  # fmt: skip
+    return chunks
 
 
 def _terms(conversations: Sequence[Conversation], positions: Iterable[Iterable[int]]) -> Chunk:
@@ -201,56 +191,33 @@ def _terms(conversations: Sequence[Conversation], positions: Iterable[Iterable[i
     }
 
 
-def _branches(keys: list[list[int]], members: list[int], depth: int) -> list[list[int]]:
-    """Those of `members` that share a segment from `depth` on: all that agree there, if it saves enough tokens."""
-    if len(members) < 2:
-        return [members] if members else []
-    shared = _shared_length([keys[i] for i in members], depth)
-    if shared >= MIN_SHARED_TOKENS:
-        return [members]
-    groups: dict[tuple[int, ...], list[int]] = {}
-    for i in members:  # by what follows; nothing does for those that end here
-        groups.setdefault(tuple(keys[i][depth + shared : depth + shared + 1]), []).append(i)
-    if len(groups) == 1:
-        return [members]
-    branches = [branch for group in groups.values() for branch in _branches(keys, group, depth)]
-    return [members] if shared * (len(branches) - 1) >= MIN_SHARED_TOKENS else branches
+def idle_chunk(like: Chunk) -> Chunk:
+    """A chunk of one token and no term, for a process that others wait for; in the layout of `like`."""
+    names = ("input_ids", "token_counts", "position_ids", "token_index", "target_ids", "completion_index")
+    chunk = {name: like[name][:1, :1] if like[name].dim() == 2 else like[name][:0] for name in names if name in like}
+    chunk["token_counts"] = torch.zeros_like(chunk["token_counts"])
+    if "segments" in like:
+        return chunk | {"attention_mask": like["attention_mask"], "segments": Segments(((0, 1),), (((0, 1),),))}
+    return chunk | {"attention_mask": torch.ones_like(chunk["input_ids"])}
 
 
-def _shared_length(keys: list[list[int]], depth: int) -> int:
-    """How many positions from `depth` on all of these share: as many as the smallest and the largest do."""
-    tails = [key[depth:] for key in keys]
-    smallest, largest = min(tails), max(tails)
-    return next((n for n, (a, b) in enumerate(zip(smallest, largest, strict=False)) if a != b), len(smallest))
+def split_by_length(conversations: Sequence[Conversation], tokens: int | None) -> list[list[Conversation]]:
+    """Chunks of conversations of like length, of at most `tokens` once padded, or of one alone; the largest first.
 
-
-def split_by_length(conversations: list[Any], size: int | None) -> list[list[Any]]:
-    """Split `(b, index, prompt ids, completion ids, …)` into as few chunks as `size` allows, near equal in tokens.
-
-    A prompt costs its tokens once a chunk, so its completions go into one, the emptiest with room for them all, or
-    where none has into as few as hold them, the longest first, each into the one with the fewest tokens. The largest
-    chunk comes first: if memory runs out, then at once, and what it took is room for the others.
+    If memory runs out, then at once, and what the largest took is room for the others.
     """
-    if size is None or len(conversations) <= size:
-        return [conversations]
-    groups: dict[int, list[Any]] = {}
-    for conversation in sorted(conversations, key=lambda c: -len(c[3])):
-        groups.setdefault(conversation[0], []).append(conversation)
-    chunks: list[list[Any]] = [[] for _ in range(-(-len(conversations) // size))]
-    loads = [0] * len(chunks)
-    for group in sorted(groups.values(), key=lambda g: -len(g[0][2]) - sum(len(c[3]) for c in g)):
-        room = [size - len(chunk) for chunk in chunks]
-        ranking = sorted(range(len(chunks)), key=lambda j: (-min(room[j], len(group)), loads[j]))
-        homes: list[int] = []
-        while sum(room[j] for j in homes) < len(group):
-            homes.append(ranking[len(homes)])
-        for j in homes:
-            loads[j] += len(group[0][2])
-        for conversation in group:
-            j = min((j for j in homes if len(chunks[j]) < size), key=loads.__getitem__)
-            loads[j] += len(conversation[3])
-            chunks[j].append(conversation)
-    return [chunks[j] for j in sorted(range(len(chunks)), key=lambda j: -loads[j])]
+
+    def length(conversation: Conversation) -> int:
+        return len(conversation[1]) + len(conversation[2]) - 1
+
+    if tokens is None:
+        return [list(conversations)]
+    chunks: list[list[Conversation]] = []
+    for conversation in sorted(conversations, key=length, reverse=True):
+        if not chunks or (len(chunks[-1]) + 1) * length(chunks[-1][0]) > tokens:
+            chunks.append([])
+        chunks[-1].append(conversation)
+    return sorted(chunks, key=lambda chunk: len(chunk) * length(chunk[0]), reverse=True)
 
 
 def batches_by_length(lengths: Sequence[int], size: int) -> list[list[int]]:

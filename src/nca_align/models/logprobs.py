@@ -15,8 +15,10 @@ from transformers.utils import ModelOutput
 
 from ..batching.attention import prefix_sharing_obstacle, share_prefixes
 from ..batching.collator import RewardCollator, batches_by_length
+from ..batching.recurrent import recurrent_layers
 from ..batching.token_ids import check_ids
 from ..errors import PackingError, UnsupportedError
+from .passes import passes
 from .policy import backbone, base_model
 from .routing import expert_use
 from .vocabulary import token_rows
@@ -173,7 +175,12 @@ def add_token_logps(model: PreTrainedModel) -> None:
         kwargs |= {"use_cache": False} | ({} if token_counts is None else {"output_router_logits": True})
         if self.config.model_type in _TOKEN_KINDS:
             kwargs[_TOKEN_KINDS[self.config.model_type]] = torch.zeros_like(kwargs["input_ids"])
-        outputs = backbone(self)(*args, **kwargs)
+        segments = kwargs.get("segments")
+        if segments is None or segments.kept is None:
+            outputs = backbone(self)(*args, **kwargs)
+        else:
+            with segments.kept.states(backbone(self), segments.past, len(kwargs["input_ids"])) as states:
+                outputs = backbone(self)(*args, **kwargs, **states)
         hidden = outputs.last_hidden_state
         if row_length is not None:
             hidden = hidden[:, -row_length:]
@@ -236,7 +243,7 @@ def token_logps(
     Args:
         model: a causal language model in eval mode, with an adapter or without.
         rows: `prompt_ids`, `completion_ids` (K lists), and `completion_mask` where there is one.
-        batch_size: most completions a forward, of rows of like length; a prompt counts once where the model allows it.
+        batch_size: a forward has at most as many tokens as so many of the longest completions with their prompts.
         progress: called with the number of rows that are done.
 
     Returns:
@@ -251,13 +258,15 @@ def token_logps(
     packed = prefix_sharing_obstacle(model) is None
     if packed:
         share_prefixes(base)
-    collator = RewardCollator(0, "prefix_shared" if packed else "padded", completions_per_forward=batch_size)
+    recurrent = packed and bool(recurrent_layers(base.config))
+    collator = RewardCollator(0, "prefix_shared" if packed else "padded", recurrent=recurrent)
     device = next(model.parameters()).device
     values: list[list[torch.Tensor]] = [[] for _ in rows]
     lengths = [len(row["prompt_ids"]) + max(map(len, row["completion_ids"])) for row in rows]
     most = max((len(row["completion_ids"]) for row in rows), default=1)
     for batch in batches_by_length(lengths, max(1, batch_size // most)):
         columns = max(len(rows[i]["completion_ids"]) for i in batch)
+        collator.tokens_per_forward = batch_size * max(lengths[i] for i in batch)
         read = functools.partial(_by_completion, model, collator, [rows[i] for i in batch], device)
         try:
             found = read()
@@ -274,16 +283,13 @@ def _by_completion(
     model: nn.Module, collator: RewardCollator, rows: Sequence[dict[str, Any]], device: torch.device
 ) -> dict[int, torch.Tensor]:
     """Of each completion, b · K + k, the log-probabilities of its tokens (T,) float32, nats, on the CPU."""
-    found: dict[int, torch.Tensor] = {}
-    for chunk in send_to_device(collator.chunks(rows), device):
-        found |= split_by_completion(
-            forward_chunk(model, chunk).token_logps.float().cpu(), chunk["completion_index"].cpu()
-        )
-    return found
+    chunks = send_to_device(collator.chunks(rows), device)
+    parts = [forward_chunk(model, one.chunk).token_logps.float().cpu() for one in passes(chunks, True, trains=False)]
+    return split_by_completion(torch.cat(parts), torch.cat([chunk["completion_index"] for chunk in chunks]).cpu())
 
 
 def split_by_completion(token_logps: torch.Tensor, completion_index: torch.Tensor) -> dict[int, torch.Tensor]:
-    """Of each completion in a chunk, b · K + k, the log-probabilities of its tokens (T,), of the chunk's terms (M,)."""
+    """Of each completion, b · K + k, the log-probabilities of its tokens (T,), from those of terms in order (M,)."""
     return {place: token_logps[completion_index == place] for place in completion_index.unique().tolist()}
 
 

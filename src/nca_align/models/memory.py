@@ -8,7 +8,7 @@ alike run once and count as often as they are there.
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from ..batching.kept_path import KeptPath
 from .logprobs import forward_chunk, logits_budget, rows_at_once
 from .policy import base_model
 
@@ -38,6 +39,7 @@ class Kept:
         outside: of what comes before and after the layers, without the logits.
         copies: of trained weights in the precision that is computed in, which the forward holds to its end.
         head: the logits of the labelled positions and their gradient.
+        keys: the keys and values of a piece's past and its own, and the gradients of those of the past.
     """
 
     inputs: int = 0
@@ -46,6 +48,7 @@ class Kept:
     outside: int = 0
     copies: int = 0
     head: int = 0
+    keys: int = 0
 
     def peak(self, checkpointing: bool) -> tuple[float, int]:
         """The most that a forward and backward hold at a time: without the head, and what the head adds to it.
@@ -54,8 +57,8 @@ class Kept:
             checkpointing: whether each layer keeps its input alone, and is computed again in the backward.
         """
         if not checkpointing:
-            return self.layers + self.outside, self.head
-        beside = self.inputs + self.outside
+            return self.layers + self.outside + self.keys, self.head
+        beside = self.inputs + self.outside + self.keys
         again = max(self.copies, _RECOMPUTED * self.largest)
         return beside + again, max(0, int(self.copies + self.head - again))
 
@@ -94,15 +97,21 @@ def count_kept(
             for name, value in chunk.items()
         }
         record.leave_out(value for value in inputs.values() if isinstance(value, Tensor))
+        keys = None
+        if "segments" in chunk and chunk["segments"].past:
+            keys = KeptPath(chunk["segments"].end, chunk["segments"].past)
+            inputs["segments"] = replace(chunk["segments"], kept=keys)
         mixed = nullcontext() if autocast is None else torch.autocast("cpu", autocast)
         if "segments" in chunk:  # whose masks all layers share
             with torch.no_grad(), record, mixed:
                 forward_chunk(model, inputs)
             record.parts.clear()
             record.place = "outside"
+            record.leave_out([] if keys is None else keys.places.values())
         with saved_tensors_hooks(record.keep, lambda tensor: tensor), record, mixed:
             forward_chunk(model, inputs)
     own = {key: part for key, part in record.parts.items() if key in times}
+    of_layer = {part: layer for layer in times for part in layer.modules()}
     outside, head = record.parts.get("outside", _Part()), record.parts.get("head", _Part())
     return Kept(
         inputs=sum(times[key] * part.input for key, part in own.items()),
@@ -112,6 +121,9 @@ def count_kept(
         copies=sum(times[key] * part.trained_copies for key, part in own.items())
         + outside.trained_copies + head.trained_copies,
         head=head_bytes(len(chunk["target_ids"]), base.config.get_text_config().vocab_size, logits_budget(device)),
+        keys=0 if keys is None else sum(
+            times[of_layer[module]] * keys.bytes(place) for (module, _), place in keys.places.items()
+        ),
     )  # fmt: skip
 
 

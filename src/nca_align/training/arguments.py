@@ -23,7 +23,7 @@ from .best_metric import check_best_metric
 from .run_identity import loss_sources
 
 _OF_THE_COLLATOR = (
-    Rule("layout completions_per_forward pad_to_multiple_of pad_token", lambda o: False, "`data_collator` left out"),
+    Rule("layout tokens_per_forward pad_to_multiple_of pad_token", lambda o: False, "`data_collator` left out"),
 )
 # Fields of `accelerator_config`: what they must be, and why
 _OF_ACCELERATE = (

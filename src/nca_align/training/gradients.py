@@ -5,10 +5,12 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, gather_object
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
 from ..batching.collator import Batch, Chunk
+from ..errors import UnsupportedError
+from ..models.passes import passes
 from ..models.routing import load_balancing_loss
 
 # (B, K) log-probabilities of a chunk's completions, zeros for all others, and the use of its experts, if any
@@ -21,14 +23,35 @@ def empty_cache(every: int | None, step: int) -> None:
         torch.accelerator.empty_cache()
 
 
+def logps_by_chunk(batch: Batch, forward: Forward, in_step: bool) -> tuple[Tensor, Tensor | None]:
+    """What `backward_by_chunk` returns, without a backward.
+
+    Args:
+        batch, forward, in_step: see there. Gradients may be on where the batch is one chunk.
+
+    Raises:
+        NotImplementedError: gradients are on, and of several chunks some need those that others leave.
+    """
+    if torch.is_grad_enabled() and any(getattr(chunk.get("segments"), "read", False) for chunk in batch["chunks"]):
+        raise UnsupportedError(
+            "`compute_loss` was called with gradients on a batch in pieces (`tokens_per_forward`), whose gradients "
+            "`training_step` computes: call that, or leave `tokens_per_forward` out."
+        )
+    logps, use = torch.zeros_like(batch["rewards"]), None
+    for one in passes(batch["chunks"], scores_all=True, trains=False, in_step=in_step):
+        own, own_use = forward(one.chunk)
+        logps, use = logps + own, sum_of(use, own_use)
+    return logps, None if use is None else load_balancing_loss(use)
+
+
 def backward_by_chunk(
     batch: Batch,
-    chunks: list[tuple[Chunk, float]],
     forward: Forward,
     loss: Callable[[Tensor, Tensor | None], Tensor],
     separable: bool,
     accelerator: Accelerator,
     model: nn.Module,
+    in_step: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Leave d loss / d logp_i · d logp_i on the parameters, chunk by chunk.
 
@@ -37,58 +60,32 @@ def backward_by_chunk(
 
     Args:
         batch: see `batching.collator`.
-        chunks: see `pad_chunks_across_processes`.
         forward: a pass of the model over one chunk.
         loss: of the batch's (B, K) log-probabilities and its load-balancing loss.
         separable: see `Objective.separable`.
         accelerator, model: the trainer's; the model as accelerate wrapped it.
+        in_step: see `models.passes`.
 
     Returns:
         What `loss` takes, of the whole batch, without gradients.
     """
-    shape, device, own = batch["rewards"].shape, accelerator.device, len(batch["chunks"])
-    logps, use = torch.zeros(shape, device=device), None
-    states: list[tuple | None] = [None] * len(chunks)
-    if not separable:
-        with torch.no_grad():
-            for i, (chunk, factor) in enumerate(chunks):
-                states[i] = _random_state(device)
-                own_logps, own_use = forward(chunk)
-                logps += factor * own_logps
-                use = sum_of(use, own_use, factor)
-    aux_loss = None if use is None else load_balancing_loss(use)
-    for chunk, factor in chunks[own:]:
-        with _gradient_sync(accelerator, model, last=False):
-            _backward(accelerator, factor * forward(chunk)[0].sum())
-    for i, (chunk, _) in enumerate(chunks[:own]):
-        mine = torch.zeros(shape.numel(), dtype=torch.bool, device=device)
-        mine = mine.index_fill(0, chunk["completion_index"], True).view(shape)
-        with _gradient_sync(accelerator, model, last=i == own - 1):
-            _restore(states[i], device)  # both passes over a chunk have the same dropout
-            live, own_use = forward(chunk)
-            live_aux_loss = aux_loss
-            if use is not None and own_use is not None:
-                live_aux_loss = load_balancing_loss(use + own_use - own_use.detach())
-            _backward(accelerator, loss(torch.where(mine, live, logps), live_aux_loss))
-        logps = torch.where(mine, live.detach(), logps)
-    return logps, aux_loss
+    chunks = batch["chunks"]
+    logps, use = torch.zeros(batch["rewards"].shape, device=accelerator.device), None
+    for one in passes(chunks, scores_all=not separable and len(chunks) > 1, trains=True, in_step=in_step):
+        with torch.set_grad_enabled(one.trains), _gradient_sync(accelerator, model, last=one.last):
+            own, own_use = forward(one.chunk)
+            if one.first:
+                logps, use = logps + own.detach(), sum_of(use, None if own_use is None else own_use.detach())
+            if one.trains:
+                live = use if use is None or own_use is None else use + (own_use - own_use.detach())
+                aux_loss = None if live is None else load_balancing_loss(live)
+                _backward(accelerator, one.root(loss(logps + (own - own.detach()), aux_loss)))
+    return logps, None if use is None else load_balancing_loss(use)
 
 
-def sum_of(total: Tensor | None, part: Tensor | None, factor: float) -> Tensor | None:
-    """`total` and `factor` times `part`; None where neither is there."""
-    if part is None:
-        return total
-    return factor * part if total is None else total + factor * part
-
-
-def pad_chunks_across_processes(chunks: list[Chunk], sharded: bool) -> list[tuple[Chunk, float]]:
-    """The chunks, which count 1, and the last one again, which counts 0, as often as another process has more.
-
-    Args:
-        sharded: whether each forward gathers weights, which all processes must come to.
-    """
-    waiting = max(gather_object([len(chunks)])) - len(chunks) if sharded else 0
-    return [(chunk, 1.0) for chunk in chunks] + [(chunks[-1], 0.0)] * waiting
+def sum_of(total: Tensor | None, part: Tensor | None) -> Tensor | None:
+    """`total` and `part`; None where neither is there."""
+    return part if total is None else total if part is None else total + part
 
 
 def _backward(accelerator: Accelerator, loss: Tensor) -> None:
@@ -102,8 +99,9 @@ def _gradient_sync(accelerator: Accelerator, model: nn.Module, last: bool) -> It
     """Around the forward and backward of a chunk: only the last one's gradients are synchronised.
 
     The forward belongs inside: DDP sends its buffers round in each that is to be synchronised, and processes may have
-    unequal numbers of chunks. DeepSpeed's backward steps the engine where gradients are synchronised. FSDP has equal
-    numbers, and `sync_each_batch` reduces after each, so that no card holds whole gradients.
+    unequal numbers of chunks. A piece without a term reaches every parameter too, as DDP needs. DeepSpeed's backward
+    steps the engine where gradients are synchronised. FSDP has equal numbers, and `sync_each_batch` reduces after each,
+    so that no card holds whole gradients.
     """
     before, kind = accelerator.sync_gradients, accelerator.distributed_type
     each = kind == DistributedType.FSDP and accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False)
@@ -113,14 +111,3 @@ def _gradient_sync(accelerator: Accelerator, model: nn.Module, last: bool) -> It
             yield
     finally:
         accelerator.sync_gradients = before
-
-
-def _random_state(device: torch.device) -> tuple:
-    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-
-
-def _restore(state: tuple | None, device: torch.device) -> None:
-    if state is not None:
-        torch.set_rng_state(state[0])
-        if state[1] is not None:
-            torch.cuda.set_rng_state(state[1], device)

@@ -8,23 +8,27 @@ from torch import nn
 
 from ..batching.attention import prefix_sharing_obstacle, share_prefixes
 from ..batching.collator import RewardCollator
+from ..batching.recurrent import recurrent_layers
 from ..errors import PackingError
 from ..models.policy import base_model
 
 
-def obstacle(models: list[nn.Module], pad_to_multiple_of: int | None) -> str | None:
+def obstacle(models: list[nn.Module], pad_to_multiple_of: int | None, compiled: bool = False) -> str | None:
     """Why a packed row can't be used, in words that end a sentence; None where it can."""
     if pad_to_multiple_of:
         return f"`pad_to_multiple_of` {pad_to_multiple_of} asks for padding"
+    if compiled and any(recurrent_layers(base_model(model).config) for model in models):
+        return "`torch_compile` would compile the pieces of a model with recurrent layers anew for each length"
     return next(filter(None, map(prefix_sharing_obstacle, models)), None)
 
 
-def choose_layout(collator: RewardCollator, models: list[nn.Module]) -> str:
+def choose_layout(collator: RewardCollator, models: list[nn.Module], compiled: bool = False) -> str:
     """Give the collator the layout that it asks for, or under "auto" the one that the models allow.
 
     Args:
         collator: with `layout` "auto", "prefix_shared" or "padded".
         models: those that read the batches, with their adapters; they are prepared for packed rows.
+        compiled: whether they run under `torch_compile`.
 
     Returns:
         Why it is this one, in words that follow its name.
@@ -33,7 +37,7 @@ def choose_layout(collator: RewardCollator, models: list[nn.Module]) -> str:
         NotImplementedError: "prefix_shared", and something is in its way.
     """
     requested = collator.layout
-    reason = None if requested == "padded" else obstacle(models, collator.pad_to_multiple_of)
+    reason = None if requested == "padded" else obstacle(models, collator.pad_to_multiple_of, compiled)
     if reason and requested == "prefix_shared":
         raise PackingError(reason)
     if requested == "padded" or reason:
@@ -42,4 +46,5 @@ def choose_layout(collator: RewardCollator, models: list[nn.Module]) -> str:
     for model in models:
         share_prefixes(base_model(model))
     collator.layout = "prefix_shared"
+    collator.recurrent = any(recurrent_layers(base_model(model).config) for model in models)
     return "each shared token once"

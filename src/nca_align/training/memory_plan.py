@@ -32,7 +32,7 @@ class Setup:
     launch: Launch
     batch_size: int
     accumulation: int
-    completions_per_forward: int | None
+    tokens_per_forward: int | None
     max_length: int | None
     checkpointing: bool
     optim: str
@@ -44,7 +44,7 @@ class Setup:
 
     def training(self, mixed: bool) -> Training:
         """What `card_memory.held` needs of it."""
-        whole = (self.accumulation > 1 or self.completions_per_forward is not None) and not self.syncs_each_batch
+        whole = (self.accumulation > 1 or self.tokens_per_forward is not None) and not self.syncs_each_batch
         return Training(self.optim, mixed, self.quantisation, whole, not (self.use_peft or self.precomputes))
 
 
@@ -62,6 +62,11 @@ class Memory:
     def needed(self) -> float:
         """With what isn't counted."""
         return MARGIN * self.total
+
+
+def past_of(chunk: dict[str, Any]) -> int:
+    """Tokens whose keys and values a piece reads beside its own."""
+    return chunk["segments"].past if "segments" in chunk else 0
 
 
 @dataclass
@@ -116,7 +121,8 @@ class Planner:
         """What the longest forward keeps."""
         cast = setup.launch.sharding != "" and self.mixed is not None  # FSDP and DeepSpeed compute in it as a whole
         chunk = self.longest_chunk(setup)
-        key = (setup.use_peft, setup.quantisation, cast, chunk["input_ids"].shape, len(chunk["target_ids"]))
+        size = (chunk["input_ids"].shape, past_of(chunk), len(chunk["target_ids"]))
+        key = (setup.use_peft, setup.quantisation, cast, *size)
         if key not in self._kept:
             model = self.model(setup, torch.bfloat16 if cast else self.dtype, everything=cast)
             self._kept[key] = count_kept(model, chunk, None if cast else self.mixed, self.device)
@@ -126,8 +132,8 @@ class Planner:
         """Of the batch of the longest rows the largest forward, in the layout that the model allows."""
         self.model(setup, self.dtype)
         rows = self.longest_rows(setup)
-        collator = RewardCollator(0, self.layout, setup.completions_per_forward, self.pad_to_multiple_of)
-        return max(collator.chunks(rows), key=lambda chunk: chunk["input_ids"].numel())
+        collator = RewardCollator(0, self.layout, setup.tokens_per_forward, self.pad_to_multiple_of)
+        return max(collator.chunks(rows), key=lambda chunk: (chunk["input_ids"].numel(), past_of(chunk)))
 
     def longest_rows(self, setup: Setup) -> list[dict[str, Any]]:
         """As many as a batch has, those of most tokens."""

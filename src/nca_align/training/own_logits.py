@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from ..batching.attention import own_attention
 from ..batching.collator import Batch, RewardCollator
 from ..errors import UnsupportedError, one_line
 from ..models.logprobs import forward_chunk, split_by_completion
+from ..models.passes import passes
 
 Row = dict[str, Any]
 Difference = tuple[float, float, float]  # see `compare`
@@ -122,16 +124,15 @@ def compare(
     worst = torch.zeros(3, dtype=torch.float64)
     for rows, (expected, gradients) in zip(batches, own, strict=True):
         of_batch = parameters if gradients else ()
-        batch = send_to_device(collator(rows), device)
-        with torch.set_grad_enabled(bool(of_batch)):
-            found = _by_completion(model, batch)
+        batch = send_to_device(_in_several_pieces(collator, rows)(rows), device)
+        found, found_gradients = _by_completion(model, batch, of_batch)
         if {i: len(logps) for i, logps in found.items()} != {i: len(logps) for i, logps in expected.items()}:
             return (float("inf"), float("inf"), 0.0)
         for i, logps in expected.items():
-            difference = subtract(found[i].detach(), logps).cpu()
+            difference = subtract(found[i], logps).cpu()
             here = torch.stack([difference.abs().max(), difference.sum().abs() / len(logps) ** 0.5, worst[2]])
             worst = torch.maximum(worst, here)  # which hands a NaN on
-        pairs = list(zip(gradients, _gradients(found, of_batch), strict=True))
+        pairs = list(zip(gradients, found_gradients, strict=True))
         if pairs:
             norm = sum(float(a.float().square().sum()) for a, _ in pairs)
             off = sum(float((a.float() - b.float()).square().sum()) for a, b in pairs)
@@ -237,18 +238,45 @@ def unpatched(base: PreTrainedModel) -> Iterator[None]:
             base.__dict__["forward"] = patched
 
 
-def _by_completion(model: nn.Module, batch: Batch) -> Logps:
-    """The trainer's log-probabilities of each completion's tokens, in the order of their chunk's terms."""
-    found: Logps = {}
-    for chunk in batch["chunks"]:
-        index = chunk["completion_index"]
-        found |= split_by_completion(forward_chunk(model, chunk).token_logps.to(index.device), index)
-    return dict(sorted(found.items()))
+def _in_several_pieces(collator: RewardCollator, rows: Sequence[Row]) -> RewardCollator:
+    """`collator`, which cuts also these rows into pieces where it cuts any: prompts and completions."""
+    if collator.tokens_per_forward is None:
+        return collator
+    third = max(len(row["prompt_ids"]) + len(ids) for row in rows for ids in row["completion_ids"]) // 3
+    return replace(collator, tokens_per_forward=min(collator.tokens_per_forward, max(4, third)))
+
+
+def _by_completion(
+    model: nn.Module, batch: Batch, parameters: Sequence[nn.Parameter]
+) -> tuple[Logps, Sequence[Tensor]]:
+    """As `own_logps`, by the trainer's forwards and backwards."""
+    chunks = batch["chunks"]
+    index = torch.cat([chunk["completion_index"] for chunk in chunks])
+    weights = _weights(len(index), index.device)[index.argsort(stable=True).argsort()]
+    shares = weights.split([len(chunk["completion_index"]) for chunk in chunks])
+    logps: dict[int | None, Tensor] = {}
+    gradients = [torch.zeros_like(parameter) for parameter in parameters]
+    for one in passes(chunks, scores_all=not parameters, trains=bool(parameters)):
+        with torch.set_grad_enabled(one.trains):
+            own = forward_chunk(model, one.chunk).token_logps.to(index.device)
+            logps[one.number] = own.detach()
+            if one.trains and one.number is not None:
+                loss = one.root((shares[one.number] * own).sum())
+                for total, part in zip(
+                    gradients, torch.autograd.grad(loss, parameters, materialize_grads=True), strict=True
+                ):
+                    total += part
+    found = split_by_completion(torch.cat([logps[number] for number in range(len(chunks))]), index)
+    return dict(sorted(found.items())), gradients
 
 
 def _gradients(logps: Logps, parameters: Sequence[nn.Parameter]) -> Sequence[Tensor]:
     if not parameters:
         return ()
     tokens = torch.cat(list(logps.values()))
-    weights = torch.linspace(0.5, 1.5, len(tokens), device=tokens.device)
-    return torch.autograd.grad((weights * tokens).sum(), parameters, materialize_grads=True)
+    weighted = (_weights(len(tokens), tokens.device) * tokens).sum()
+    return torch.autograd.grad(weighted, parameters, materialize_grads=True)
+
+
+def _weights(tokens: int, device: torch.device) -> Tensor:
+    return torch.linspace(0.5, 1.5, tokens, device=device)

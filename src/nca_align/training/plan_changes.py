@@ -11,6 +11,9 @@ from .memory_plan import Memory, Planner, Setup
 
 _SYNC = "`accelerator_config: {gradient_accumulation_kwargs: {sync_each_batch: true}}`"
 
+# in a forward: fewer make the matrix products small
+_TOKENS = (16384, 8192, 4096, 2048, 1024, 512, 256)
+
 
 @dataclass(frozen=True)
 class Change:
@@ -65,10 +68,9 @@ def _of_cost(planner: Planner, change: Change) -> Iterator[Change]:
         steps = setup.accumulation * setup.batch_size
         text = f"`per_device_train_batch_size: 1` with `gradient_accumulation_steps: {steps}`"
         yield add(planner, "batch", text, batch_size=1, accumulation=steps)
-    completions = sum(len(row["completion_ids"]) for row in planner.longest_rows(setup))
-    now = min(setup.completions_per_forward or completions, completions)
-    for fewer in (fewer for fewer in (4, 2, 1) if fewer < now):
-        yield add(planner, "forward", f"`completions_per_forward: {fewer}`", completions_per_forward=fewer)
+    longest = planner.longest_chunk(setup)["input_ids"].numel()
+    for fewer in (fewer for fewer in _TOKENS if fewer < longest):
+        yield add(planner, "forward", f"`tokens_per_forward: {fewer}`", tokens_per_forward=fewer)
 
 
 def _of_effect(planner: Planner, change: Change) -> Iterator[Change]:

@@ -105,12 +105,12 @@ def add_reference_logps(
         dataset: tokenised rows.
         key: what changes the log-probabilities beside the rows' tokens.
         compute: a batch to its (B, K) reference log-probabilities.
-        collator: of training; since no activations are kept, four times as many completions go into a forward.
+        collator: of training; since no activations are kept, four times as many tokens go into a forward.
         batch_size: prompts in a batch.
         name: of the data set, for the progress bar.
     """
-    per_forward = collator.completions_per_forward
-    collator = replace(collator, completions_per_forward=per_forward and 4 * per_forward)
+    per_forward = collator.tokens_per_forward
+    collator = replace(collator, tokens_per_forward=per_forward and 4 * per_forward)
     whole_key = [(*key, columns_fingerprint(dataset, TOKENS))]
     broadcast_object_list(whole_key, from_process=0)  # a sharded model hashes differently on each process
     cache = ReferenceCache(whole_key[0], len(dataset))

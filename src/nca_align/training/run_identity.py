@@ -35,7 +35,7 @@ FREE = {
     "on_invalid",  # the rows that are left tell it
     # how the work is dealt out: processes, kernels, memory, loading
     "per_device_train_batch_size", "gradient_accumulation_steps", "auto_find_batch_size",
-    "average_tokens_across_devices", "layout", "completions_per_forward", "gradient_checkpointing",
+    "average_tokens_across_devices", "layout", "tokens_per_forward", "gradient_checkpointing",
     "gradient_checkpointing_kwargs", "activation_checkpointing", "activation_checkpointing_kwargs",
     "activation_offloading", "torch_empty_cache_steps", "torch_compile", "torch_compile_backend",
     "torch_compile_mode", "use_liger_kernel", "liger_kernel_config", "use_cache", "pad_to_multiple_of",

@@ -128,7 +128,7 @@ def _plan(
         launch,
         batch_size=args.per_device_train_batch_size,
         accumulation=args.gradient_accumulation_steps,
-        completions_per_forward=args.completions_per_forward,
+        tokens_per_forward=args.tokens_per_forward,
         max_length=args.max_length,
         checkpointing=args.gradient_checkpointing,
         optim=str(getattr(args.optim, "value", args.optim)),
