@@ -199,7 +199,8 @@ def test_a_missing_value_is_refused_or_its_objective_left_out_of_the_row(form, c
     left = convert(rows, reward_weights=WEIGHTS, on_missing="leave_out")[-1]
     assert left["rewards"] == [0.7 * h for h in HELP]
     assert left["score_short"] == [0.5, None, 1.0]
-    assert "1 short left out of a row" in caplog.text
+    assert "prompts with a reward left out: 1 short" in caplog.text
+    assert "completions left out" not in caplog.text
     if form == "by name":  # the other rows keep it
         first = convert(rows, reward_weights=WEIGHTS, on_missing="leave_out")[0]
         assert first["rewards"] == pytest.approx([0.7 * 1 - 0.3, 0.7 * 2 - 0.4])

@@ -122,7 +122,7 @@ def convert_dataset(
             desc=f"Reading {name}",
         )
     keep, report = schema.read_notes(converted, options, fmt.name, name)
-    logger.log(logging.WARNING if report.dropped or report.completions else logging.INFO, "%s", report)
+    logger.log(logging.WARNING if report.dropped or report.completions or report.gaps else logging.INFO, "%s", report)
     result = converted.remove_columns(list(NOTES)) if result is None else result
     return (result if report.kept == report.rows else result.select(keep)), report
 
@@ -181,7 +181,7 @@ def _convert_values(row: dict[str, Any], i: int, fmt: str, options: DataOptions,
     own = FORMATS[fmt]
     values = {key: value for key, value in row.items() if key != "_index" and not schema.is_replaced(key, own)}
     values |= dict.fromkeys((*REWARD_COLUMNS, *_objectives(options)))
-    values |= {"_problem": None, "_cause": None, "_notes": []}
+    values |= {"_problem": None, "_cause": None, "_notes": [], "_gaps": []}
     unread = values | {name: None for name in PROMPT_COLUMNS if isinstance(row.get(name), str)}
     source = row["source"][0] if own.grouped and "source" in row else row.get("source")
     if source in options.exclude_sources:
@@ -194,7 +194,7 @@ def _convert_values(row: dict[str, Any], i: int, fmt: str, options: DataOptions,
         where = i if error.row is None else error.row
         return unread | {"_problem": f"row {where}: {error}", "_cause": error.cause}
     values |= {"prompt": result.prompt, "completions": result.completions, "rewards": result.rewards}
-    return values | result.extra | {"_notes": result.notes}
+    return values | result.extra | {"_notes": result.notes, "_gaps": result.gaps}
 
 
 def _convert_rows(batch: dict[str, list], indices: list[int], arguments: dict[str, Any]) -> list[dict[str, Any]]:
@@ -273,8 +273,8 @@ def _convert_stream_batch(batch: dict[str, list], indices: list[int], **argument
         raise UserError(f"`{name}`, {problem}; {schema.FIX}")
     kept = [row for row in rows if row["_cause"] is None]
     dropped = Counter(row["_cause"] for row in rows if row["_cause"])
-    notes = Counter(note for row in kept for note in row["_notes"])
-    if dropped or notes:
+    notes, gaps = (Counter(note for row in kept for note in row[name]) for name in ("_notes", "_gaps"))
+    if dropped or notes or gaps:
         where = f"{name}, rows {indices[0]} to {indices[-1]}"
-        logger.warning("%s", DataReport(where, arguments["fmt"], len(rows), len(kept), dropped, notes))
+        logger.warning("%s", DataReport(where, arguments["fmt"], len(rows), len(kept), dropped, notes, gaps))
     return {key: [row[key] for row in kept] for key in rows[0] if key not in NOTES}

@@ -21,8 +21,11 @@ NONE = r"(?!)"  # a pattern that matches nothing
 Convert = Callable[[dict[str, Any], DataOptions], Row]
 _MESSAGE = {"role": Value("string"), "content": Value("string")}
 # Columns beside each row while it is converted, so that a cached conversion still knows what it met: what is wrong
-# with an invalid row, why a row is dropped, and what befell its completions.
-NOTES = Features({"_problem": Value("string"), "_cause": Value("string"), "_notes": List(Value("string"))})
+# with an invalid row, why a row is dropped, what befell its completions, and which of several rewards it lacks.
+NOTES = Features({
+    "_problem": Value("string"), "_cause": Value("string"), "_notes": List(Value("string")),
+    "_gaps": List(Value("string")),
+})  # fmt: skip
 FIX = f"mend the row, or {DROP}"
 
 
@@ -123,6 +126,7 @@ class DataReport:
         kept: prompts after it.
         dropped: prompts by cause.
         completions: completions of the kept prompts that were left out or repaired, by cause.
+        gaps: kept prompts that one of several rewards is left out of, by its name.
     """
 
     name: str
@@ -131,6 +135,7 @@ class DataReport:
     kept: int
     dropped: dict[str, int] = field(default_factory=dict)
     completions: dict[str, int] = field(default_factory=dict)
+    gaps: dict[str, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
         text = f"`{self.name}` ({self.format}): {self.kept} of {self.rows} prompts kept"
@@ -138,6 +143,8 @@ class DataReport:
             text += f"; dropped: {show_counts(self.dropped)}"
         if self.completions:
             text += f"; single completions left out or repaired: {show_counts(self.completions)}"
+        if self.gaps:
+            text += f"; prompts with a reward left out: {show_counts(self.gaps)}"
         return text
 
 
@@ -154,12 +161,14 @@ def read_notes(converted: Dataset, options: DataOptions, fmt: str, name: str) ->
     """
     dropped: Counter[str] = Counter()
     completions: Counter[str] = Counter()
+    gaps: Counter[str] = Counter()
     keep, problems, first = [], 0, ""
     for batch in converted.select_columns(list(NOTES)).with_format("arrow").iter(100_000):
         sound = pc.is_null(batch["_cause"])
         keep.append(sound.to_numpy())
         dropped.update(_tally(batch["_cause"]))
         completions.update(_tally(pc.list_flatten(batch["_notes"].filter(sound))))
+        gaps.update(_tally(pc.list_flatten(batch["_gaps"].filter(sound))))
         found = batch["_problem"].drop_null()
         problems += len(found)
         first = first or (found[0].as_py() if len(found) else "")
@@ -167,7 +176,7 @@ def read_notes(converted: Dataset, options: DataOptions, fmt: str, name: str) ->
         more = f" ({problems - 1} more rows are invalid)" if problems > 1 else ""
         raise UserError(f"`{name}`, {first}{more}; {FIX}")
     indices = np.flatnonzero(np.concatenate(keep))
-    report = DataReport(name, fmt, len(converted), len(indices), dict(dropped), dict(completions))
+    report = DataReport(name, fmt, len(converted), len(indices), dict(dropped), dict(completions), dict(gaps))
     if not len(indices):
         raise UserError(f"{report}; at least one must be left" + (f" ({first})" if first else ""))
     return indices, report

@@ -96,7 +96,7 @@ def completion_values(given: Given, options: DataOptions) -> dict[str, float | N
 
 
 def combine(row: Row, values: Sequence[Mapping[str, float | None]], options: DataOptions) -> Row:
-    """`row` with its rewards, the objectives beside them, and a note on each objective that is left out of it.
+    """`row` with its rewards, the objectives beside them, and in `gaps` each objective that is left out of it.
 
     Args:
         row: of the K completions.
@@ -112,7 +112,7 @@ def combine(row: Row, values: Sequence[Mapping[str, float | None]], options: Dat
         row.extra[column_of(name)] = found
         whole = [value for value in found if value is not None]
         if len(whole) < len(found):
-            row.notes.append(f"{name} left out of a row")
+            row.gaps.append(name)
             continue
         if options.multi_objective_aggregation == "normalize_then_sum":
             whole = scaled(whole)

@@ -26,6 +26,7 @@ class Row:
         completions: K completions of the same kind.
         rewards: K floats.
         notes: a few words for each completion that was left out or repaired.
+        gaps: the objectives of `reward_weights` that are left out, for all completions.
         extra: values that replace kept columns of the same name.
     """
 
@@ -33,6 +34,7 @@ class Row:
     completions: list
     rewards: list[float]
     notes: list[str] = field(default_factory=list)
+    gaps: list[str] = field(default_factory=list)
     extra: dict[str, Any] = field(default_factory=dict)
 
 
