@@ -103,6 +103,27 @@ def test_held_out_prompts_are_thick_training_thin_and_chance_is_marked():
     assert bars.lines[2][0].get_segments()[0][:, 1] == pytest.approx([0.3, 0.7])
 
 
+@pytest.mark.parametrize("evaluated", [False, True])
+def test_single_completions_stand_by_label_as_others_do_by_rank(evaluated):
+    log = [
+        {"step": step, f"{prefix}logratios/right": step / 9, f"{prefix}logratios/wrong": -step / 9}
+        for step in range(8, 97, 8) for prefix in (["", "eval_"] if evaluated else [""])
+    ]  # fmt: skip
+    figure = draw_curves(log)
+    shown = panels(figure)[RATIOS.replace("rank", "label")]
+    assert ends(shown) == ["right", "wrong"]
+    (note,) = [text.get_text() for text in figure.texts if "prompts" in text.get_text()]
+    assert note.startswith("Thick: held-out prompts. Thin: training" if evaluated else "Training prompts.")
+    assert note.endswith("Right: completions of label 1. Above 0 they are likelier than before training.")
+    curves = [line for line in shown.lines if len(line.get_xdata()) > 2]
+    lines = {(line.get_ydata()[-1] > 0, line.get_linewidth()): line.get_color() for line in curves}
+    thick = max(width for _, width in lines)
+    assert lines[True, thick] != lines[False, thick]
+    if evaluated:
+        assert len(lines) == 4
+        assert all(colour == lines[above, thick] for (above, _), colour in lines.items())
+
+
 def test_without_held_out_prompts_training_is_thick():
     shown = panels(draw_curves(run_log()))
     assert min(widths(shown[RATIOS])) == 2

@@ -35,20 +35,15 @@ def draw_curves(log: Log, title: str = "") -> Any:
     from ...pages.pictures import story
     from ...pages.styles import ordered_styles, plain_styles
 
-    held_out = _held_out(log, "rewards/accuracies")
-    evaluated = bool(logged(log, f"{held_out}rewards/accuracies")[0])
+    held_out = _held_out(log, "rewards/accuracies", "logratios/right", "logratios/wrong")
+    ranked = bool(by_rank(log, "logratios", held_out) or by_rank(log, "logratios"))
+    curves = {prefix: _ratios(log, prefix, ranked) for prefix in (held_out, "")}  # the first, thick ones are named
+    evaluated = bool(curves[held_out])
     ratios = [
-        Series(rank_name(rank), *(points if prefix else _averaged(points)), thin=evaluated and not prefix)
-        for prefix in (held_out, "")  # the thick ones are named
-        for rank, points in by_rank(log, "logratios", prefix).items()
+        Series(name, *(points if prefix else _averaged(points)), thin=evaluated and not prefix)
+        for prefix, own in curves.items()
+        for name, points in own.items()
     ]
-
-    if not ratios:  # of single completions
-        ratios = [
-            Series(f"{side}, {name}" if side == "right" else side, *points, thin=evaluated and not prefix)
-            for prefix, name in ((held_out, "held-out"), ("", "training")) for side in ("right", "wrong")
-            if (points := _averaged(logged(log, f"{prefix}logratios/{side}")))[0]
-        ]  # fmt: skip
 
     def both(name: str, training: str, first: int = 0) -> list[Series]:
         shown: list[Series] = []
@@ -73,11 +68,11 @@ def draw_curves(log: Log, title: str = "") -> Any:
         Chart("Loss", both("loss", "loss"), "step", colours=plain_styles),
     ]
     panels = [chart for chart in panels if chart.series]
-    by = "by rank" if by_rank(log, "logratios", held_out) or by_rank(log, "logratios", "") else "by label"
-    main = Chart(f"Log-ratio log(π/π_ref) {by}, nats", ratios, "step", colours=ordered_styles) if ratios else None
+    by = "rank" if ranked else "label"
+    main = Chart(f"Log-ratio log(π/π_ref) by {by}, nats", ratios, "step", colours=ordered_styles) if ratios else None
     if main is None and not panels:
         return None
-    return story(main, panels, title, _note(bool(ratios), evaluated, bool(reward), log))
+    return story(main, panels, title, _note(by if ratios else "", evaluated, bool(reward), log))
 
 
 def run_title(model: Any, args: NCAConfig, log: Log) -> str:
@@ -92,9 +87,17 @@ def run_title(model: Any, args: NCAConfig, log: Log) -> str:
     return f"{Path(str(model)).name}: {', '.join(parts)}"
 
 
-def _held_out(log: Log, metric: str) -> str:
-    """The prefix of the first held-out prompts that have the metric."""
-    found = [prefix for prefix in prefixes(log) if prefix and logged(log, f"{prefix}{metric}")[0]]
+def _ratios(log: Log, prefix: str, ranked: bool) -> dict[str, Curve]:
+    """Log-ratios by rank, or of single completions by label: a line's name → its points."""
+    if ranked:
+        return {rank_name(rank): points for rank, points in by_rank(log, "logratios", prefix).items()}
+    curves = {side: logged(log, f"{prefix}logratios/{side}") for side in ("right", "wrong")}
+    return {side: points for side, points in curves.items() if points[0]}
+
+
+def _held_out(log: Log, *metrics: str) -> str:
+    """The prefix of the first held-out prompts that have one of the metrics."""
+    found = [own for own in prefixes(log) if own and any(logged(log, f"{own}{metric}")[0] for metric in metrics)]
     return found[0] if found else "eval_"
 
 
@@ -106,12 +109,17 @@ def _averaged(points: Curve) -> Curve:
     return [steps[min(i + size, len(steps)) - 1] for i in starts], [fmean(values[i : i + size]) for i in starts]
 
 
-def _note(ratios: bool, evaluated: bool, answered: bool, log: Log) -> str:
-    """What lines and bars are."""
+_LINES = {
+    "rank": "Best: the completion with the highest reward. Above 0 it is likelier than before training.",
+    "label": "Right: completions of label 1. Above 0 they are likelier than before training.",
+}
+
+
+def _note(by: str, evaluated: bool, answered: bool, log: Log) -> str:
+    """What lines and bars are; `by` is what log-ratios stand by, "" where there are none."""
     points = max(len(logged(log, "logratios/best")[0]), len(logged(log, "loss")[0]))
     size = -(-points // _MOST_POINTS)
     smooth = f", means of {size} logs" if size > 1 else ""
     lines = f"Thick: held-out prompts. Thin: training prompts{smooth}." if evaluated else f"Training prompts{smooth}."
-    best = "Best: the completion with the highest reward. Above 0 it is likelier than before training."
     bars = "Bars: two standard errors over prompts."
-    return "\n".join([f"{lines} {bars}" if answered else lines, *([best] if ratios else [])])
+    return "\n".join([f"{lines} {bars}" if answered else lines, *([_LINES[by]] if by else [])])
