@@ -304,6 +304,18 @@ def test_answers_of_a_function_and_a_threshold_that_is_given(folder, adapter_dir
     assert re.search(r"majority +0\.\d{3}", text)
 
 
+def test_single_completions_have_no_table_of_what_is_compared_or_chosen(adapter_dir, tmp_path, capsys):
+    rows = solutions(6, 1, 3)
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert run(tmp_path, adapter_dir, "--steps", "newline", "--first_error", "first_error", "--threshold", "0") == 0
+    text = capsys.readouterr().out
+    mean = fmean(row["rewards"][0] for row in rows)
+    assert text.startswith(f"6 prompts with one completion each; β 0.5, mean reward {mean:.3f}\nas labels: AUC")
+    assert "2.0 steps a completion\n\nfirst wrong step" in text
+    assert "–" not in text
+    assert "chosen" not in text
+
+
 MISTAKES = {
     "no steps": (["--first_error", "first_error", "--threshold", "0"], "`first_error` needs `steps`"),
     "no τ": (["--first_error", "first_error", "--steps", "newline"], "`first_error` needs one of `threshold` and"),

@@ -230,7 +230,7 @@ def implicit(options: ImplicitOptions) -> ImplicitEvaluation:
         write_json(Path(options.output), as_json(found))
     print_ranking(found)
     if found.process is not None:
-        print_process(found.process, chosen_on)
+        print_process(found.process, chosen_on, chooses=not found.is_single)
     return found
 
 

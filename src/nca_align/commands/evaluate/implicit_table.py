@@ -41,6 +41,11 @@ class ImplicitEvaluation:
     objectives: dict[str, Interval] = field(default_factory=dict)
     process: ProcessEvaluation | None = None
 
+    @property
+    def is_single(self) -> bool:
+        """Whether no prompt has two completions, so that none is compared with another or chosen."""
+        return self.completions == self.prompts
+
 
 def as_json(found: ImplicitEvaluation) -> dict[str, Any]:
     """Intervals by their names, and null for NaN, which JSON has not."""
@@ -79,7 +84,22 @@ def _percent(share: float) -> str:
 
 
 def print_ranking(found: ImplicitEvaluation) -> None:
-    """Figures by score, shares with their 95 % intervals, for a terminal of 80 columns."""
+    """Figures by score, shares with their 95 % intervals, for a terminal of 80 columns; of single completions none."""
+    if found.is_single:
+        print(f"{found.prompts} prompts with one completion each; β {found.beta:g}, mean reward {found.random:.3f}")
+    else:
+        _print_comparison(found)
+    if found.outcomes:
+        auc, accuracy, brier, ece = (found.outcomes.get(f"outcome/{name}", nan) for name in _OUTCOMES)
+        print(
+            f"as labels: AUC {_percent(auc)}, sign right {_percent(accuracy)},\n"
+            f"Brier score {brier:.3f}, calibration error {ece:.3f}"
+        )
+    if found.objectives and not found.is_single:
+        _print_objectives(found.objectives)
+
+
+def _print_comparison(found: ImplicitEvaluation) -> None:
     print(
         f"{found.prompts} prompts, {found.completions} completions, {found.pairs} pairs with unequal rewards,\n"
         f"{found.like_length} of them of like length (within {LENGTH_MATCH - 1:.0%}); β {found.beta:g}\n"
@@ -95,14 +115,6 @@ def print_ranking(found: ImplicitEvaluation) -> None:
         f"\nimplicit less length: pairs right {pairs}, best-of-K gain {gain}\n"
         f"mean reward at random {found.random:.3f}, of the best {found.best:.3f}"
     )
-    if found.outcomes:
-        auc, accuracy, brier, ece = (found.outcomes.get(f"outcome/{name}", nan) for name in _OUTCOMES)
-        print(
-            f"as labels: AUC {_percent(auc)}, sign right {_percent(accuracy)},\n"
-            f"Brier score {brier:.3f}, calibration error {ece:.3f}"
-        )
-    if found.objectives:
-        _print_objectives(found.objectives)
 
 
 def _print_objectives(found: Mapping[str, Interval]) -> None:
@@ -126,13 +138,14 @@ def _cell(interval: Interval, form: str, bounds: bool) -> str:
     return f"{value} [{100 * interval.low:.0f}, {100 * interval.high:.0f}]" if bounds else value
 
 
-def print_process(found: ProcessEvaluation, source: str) -> None:
-    """Mean rewards by choice, and ProcessBench's figures with τ; `source` is where τ comes from."""
+def print_process(found: ProcessEvaluation, source: str, chooses: bool = True) -> None:
+    """Mean rewards by choice, if any `chooses`, and ProcessBench's figures; `source` is where τ comes from."""
     if not isnan(found.steps):
         print(f"\n{found.steps:.1f} steps a completion")
-    print("\nmean reward of the chosen answer, 95 % t-intervals over prompts")
-    cells = [(name, interval.text(".3f")) for name, interval in found.chosen.items()]
-    print_rows(("chosen by", "reward"), cells, console=Console(width=80))
+    if chooses:
+        print("\nmean reward of the chosen answer, 95 % t-intervals over prompts")
+        cells = [(name, interval.text(".3f")) for name, interval in found.chosen.items()]
+        print_rows(("chosen by", "reward"), cells, console=Console(width=80))
     if found.first_errors is not None:
         errors = found.first_errors
         print(f"\nfirst wrong step, τ = {found.threshold:.4g} {source}")
