@@ -461,6 +461,18 @@ def test_masks_are_made_once_a_shape_and_never_for_a_segment_without_a_prefix():
     assert segments.causal_mask(2, 5, None, like.bfloat16()).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("window", [None, 1, 2, 4, 9])
+@pytest.mark.parametrize(("q", "k"), [(1, 5), (2, 5), (5, 5), (4, 9)])
+def test_a_mask_of_the_last_query_first_is_the_mask_and_takes_no_room(q, k, window):
+    like = torch.zeros(1)
+    mask, turned = (tree_of(0).causal_mask(q, k, window, like, last_first) for last_first in (False, True))
+    if mask is None:
+        assert turned is None
+    else:
+        assert torch.equal(turned.flip(0), mask)
+        assert turned.untyped_storage().nbytes() == 4 * (q + k - 1)
+
+
 def test_a_position_bias_is_refused():
     segments = tree_of(1)
     query = torch.zeros(1, 4, segments.queries[-1][1], 8)
@@ -522,7 +534,7 @@ def test_keys_repeated_beside_a_mask_give_what_grouped_heads_give(family, monkey
         grouped.append((mask is not None, kwargs["enable_gqa"]))
         return attend(q, k, v, mask, *args, **kwargs)
 
-    monkeypatch.setattr(attention, "_repeats_keys", lambda query: True)
+    monkeypatch.setattr(attention, "_on_gpu", lambda query: True)
     c = case(family)
     monkeypatch.setattr(attention.F, "scaled_dot_product_attention", recorded)
     assert_same(with_gradients(c.model, together(c.model, "prefix_shared")), c.alone)
@@ -600,22 +612,13 @@ def test_the_varlen_call_takes_half_precision_on_a_card_that_has_its_kernels(mon
 
 
 NO_INTERFACE = "does not declare that its attention goes through transformers' AttentionInterface"
-FOREIGN_LAYERS = "layers, and a packed row needs full or sliding-window attention in all"
+MAMBA_1 = "its Mamba 1 layers scan more than one token from an empty state only"
 OWN_MASK = "does not hand its `sliding_window` to its attention"
 REFUSED = {
-    "Lfm2": (f"has conv {FOREIGN_LAYERS}", {"layer_types": ["conv", "full_attention"]}),
-    "GraniteMoeHybrid": (FOREIGN_LAYERS, {"layer_types": ["mamba", "attention"], "mamba_n_heads": 4}),
-    "Qwen3Next": (
-        f"has linear-attention {FOREIGN_LAYERS}",
-        {"layer_types": ["linear_attention", "full_attention"], **EXPERTS},
-    ),
     "Falcon": (NO_INTERFACE, {"num_kv_heads": 2}),
     "Bloom": (NO_INTERFACE, {"n_layer": 2, "n_head": 4}),
-    "Jamba": (
-        f"has linear-attention {FOREIGN_LAYERS}",
-        {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 2},
-    ),
-    "Mamba": (f"has linear-attention {FOREIGN_LAYERS}", {"num_hidden_layers": 2}),
+    "Jamba": (MAMBA_1, {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 2}),
+    "Mamba": (MAMBA_1, {"num_hidden_layers": 2}),
     "Qwen2Moe": (OWN_MASK, {"use_sliding_window": True, **EXPERTS, **MIXED}),
     "Phimoe": (OWN_MASK, {"sliding_window": WINDOW, "num_local_experts": 4}),
 }

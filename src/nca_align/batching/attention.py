@@ -170,12 +170,20 @@ def attend_segments(
     outputs = []
     for (start, end), path in segments.calls():
         q, k, v = query[:, :, start:end], _stretches(key, path), _stretches(value, path)
-        mask = segments.mask((start, end), path, window, q)
         if explicit:
+            mask = segments.mask((start, end), path, window, q)
             output = _explicit_attention(q, k, v, mask, scaling, dropout, softcap, s_aux)
+        elif not _on_gpu(q) and (start, end) in segments.queries:
+            mask = segments.causal_mask(q.shape[2], k.shape[2], window, q, last_first=True)
+            output = F.scaled_dot_product_attention(
+                q if mask is None else q.flip(2), k, v, mask, dropout, is_causal=mask is None, scale=scaling,
+                enable_gqa=q.shape[1] != k.shape[1],
+            )  # fmt: skip
+            output = output if mask is None else output.flip(2)
         else:
+            mask = segments.mask((start, end), path, window, q)
             grouped = q.shape[1] != k.shape[1]
-            if grouped and mask is not None and _repeats_keys(q):
+            if grouped and mask is not None and _on_gpu(q):
                 k, v, grouped = *(x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v)), False
             output = F.scaled_dot_product_attention(
                 q, k, v, mask, dropout, is_causal=mask is None, scale=scaling, enable_gqa=grouped
@@ -190,8 +198,8 @@ def _stretches(x: Tensor, path: tuple[Stretch, ...]) -> Tensor:
     return slices[0] if len(slices) == 1 else torch.cat(slices, 2)
 
 
-def _repeats_keys(query: Tensor) -> bool:
-    """Whether grouped heads beside a mask need a key each: on a GPU PyTorch has no fast kernel that groups them."""
+def _on_gpu(query: Tensor) -> bool:
+    """On a CPU the fast kernel groups heads beside a mask, which it reads by its strides; on a GPU none does."""
     return query.is_cuda
 
 

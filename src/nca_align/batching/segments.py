@@ -49,7 +49,7 @@ class Segments:
     def mask(self, queries: Stretch, path: tuple[Stretch, ...], window: int | None, like: Tensor) -> Tensor | None:
         """Additive mask (q, k) of one of the `calls`, kept for all layers; None where `is_causal` says it."""
         start, end = queries
-        if (start, end) in self.queries:
+        if queries in self.queries:
             return self.causal_mask(end - start, sum(b - a for a, b in path), window, like)
         key = ("all", window, like.dtype, like.device)
         if key not in self._cache:
@@ -70,18 +70,26 @@ class Segments:
             seen = seen.triu(k - q - window + 1)
         return torch.zeros(q, k, dtype=like.dtype, device=like.device).masked_fill_(~seen, -torch.inf)
 
-    def causal_mask(self, q: int, k: int, window: int | None, like: Tensor) -> Tensor | None:
+    def causal_mask(self, q: int, k: int, window: int | None, like: Tensor, last_first: bool = False) -> Tensor | None:
         """Additive lower-right causal mask (q, k) of one segment, kept for all layers; None where `is_causal` says it.
 
-        `window` counts the query itself, as transformers' `sliding_window` does.
+        `window` counts the query itself, as transformers' `sliding_window` does. With `last_first` the rows are of the
+        segment's queries from the last to the first. Each row is then the one before it, moved by a place: the mask is
+        a view of q + k numbers, however long the keys are.
         """
         if window is not None and window >= k:
             window = None
         if q == k and window is None:
             return None
-        key = (q, k, window, like.dtype, like.device)
+        key = (q, k, window, like.dtype, like.device, last_first)
         if key not in self._cache:
-            self._cache[key] = self._causal(q, k, window, like)
+            if last_first:
+                line = torch.zeros(q + k - 1, dtype=like.dtype, device=like.device)
+                line[k:] = -torch.inf
+                line[: max(0, k - (window or k))] = -torch.inf
+                self._cache[key] = line.as_strided((q, k), (1, 1))
+            else:
+                self._cache[key] = self._causal(q, k, window, like)
         return self._cache[key]
 
     def forget(self) -> None:
