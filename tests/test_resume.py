@@ -23,7 +23,7 @@ from transformers.trainer_pt_utils import BatchRebalanceSampler
 from transformers.trainer_utils import get_last_checkpoint
 from trl import DPOTrainer
 
-from conftest import build_model, build_tokenizer, reward_rows
+from conftest import build_model, build_tokenizer, labelled_rows, reward_rows
 from nca_align import NCAConfig, NCATrainer
 from nca_align.commands.train.command import main
 from nca_align.errors import UserError
@@ -57,10 +57,11 @@ def terminate():
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def make(folder, *callbacks, rows=None, **own) -> NCATrainer:
+def make(folder, *callbacks, rows=None, eval_rows=None, **own) -> NCATrainer:
     adapter = LoraConfig(r=4, lora_dropout=0.2, target_modules="all-linear")
     options = {"peft_config": adapter, "callbacks": list(callbacks)} | RUN | own
-    return trainer(folder, rows=rows or reward_rows(11, [4, 2, 3]), eval_rows=reward_rows(4, seed=5), **options)
+    rows, eval_rows = rows or reward_rows(11, [4, 2, 3]), eval_rows or reward_rows(4, seed=5)
+    return trainer(folder, rows=rows, eval_rows=eval_rows, **options)
 
 
 def untimed(log: list[dict]) -> list[dict]:
@@ -114,6 +115,54 @@ MOVING = {
     "peft_config": None, "sync_ref_model": True, "ref_model_sync_steps": 2, "ref_model_mixup_alpha": 0.5,
     "max_steps": 7, "num_train_epochs": 3,
 }  # fmt: skip
+
+
+def masked_rows(n: int, k: list[int], seed: int = 0) -> list[dict]:
+    """Token ids with what the model wrote among them: its first tokens and others, and in between a tool's result."""
+    chance, rows = random.Random(seed), []
+    for row in reward_rows(n, k, seed):
+        masks = [[1, *chance.choices((0, 1), k=chance.randint(4, 12)), 0, 1] for _ in row["completions"]]
+        ids = [chance.choices(range(5, 300), k=len(mask)) for mask in masks]
+        prompt = chance.choices(range(5, 300), k=chance.randint(3, 9))
+        rows.append({"prompt_ids": prompt, "completion_ids": ids, "completion_mask": masks, "rewards": row["rewards"]})
+    return rows
+
+
+def unmasked(rows: list[dict]) -> list[dict]:
+    return [{name: value for name, value in row.items() if name != "completion_mask"} for row in rows]
+
+
+LABELS = {"loss_type": "outcome", "alpha": None}
+SINGLE = {"rows": labelled_rows(11, 1), "eval_rows": labelled_rows(4, 1, seed=5), **LABELS}
+MASKED = {"rows": masked_rows(11, [4, 2, 3]), "eval_rows": masked_rows(4, [2], seed=5)}
+# a run, and one whose checkpoint it doesn't go on from
+KINDS = {
+    "single completions": (SINGLE | {"completion_mean": True, "precompute_ref_log_probs": True}, SINGLE),
+    "masks": (MASKED | {"tokens_per_forward": 16}, MASKED | {"rows": unmasked(MASKED["rows"])}),
+    "labels with masks": (
+        {"rows": [row | {"rewards": [float(r > 0) for r in row["rewards"]]} for row in masked_rows(11, [1, 3])],
+         "eval_rows": labelled_rows(4, [1, 2], seed=5), "precompute_ref_log_probs": True, **LABELS},
+        LABELS | {"rows": labelled_rows(11, [1, 3]), "eval_rows": labelled_rows(4, [1, 2], seed=5)},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_single_completions_and_masks_go_on_exactly_and_not_with_others(kind, tmp_path):
+    options, other = KINDS[kind]
+    steps = {"eval_strategy": "steps", "eval_steps": 3, "num_train_epochs": 1}
+    expected = whole_run(tmp_path / "whole", **options, **steps)
+    with pytest.raises(KeyboardInterrupt):
+        make(tmp_path / "cut", At("on_save", 2, interrupt), **options, **steps).train()
+    with pytest.raises(UserError, match=r"checkpoint-2 belongs to another run"):
+        make(tmp_path / "cut", **other, **steps).train(resume_from_checkpoint=True)
+    nca = make(tmp_path / "cut", **options, **steps)
+    masks = nca.train_dataset[:].get("completion_mask")
+    assert ("mask" in kind) == any(0 in own for row in masks or [] if row for own in row)
+    assert any(len(row) == 1 for row in nca.train_dataset["rewards"]) == (kind != "masks")
+    nca.train(resume_from_checkpoint=True)
+    assert_same(nca, expected)
 
 
 def test_an_adapter_in_bfloat16_goes_on_in_it(tmp_path):
