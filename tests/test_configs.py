@@ -22,7 +22,9 @@ def parsed(path: Path, *flags: str):
     )
 
 
-@pytest.mark.parametrize("path", [*MISTRAL, CONFIGS / "quickstart.yaml"], ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", [*MISTRAL, CONFIGS / "quickstart.yaml", CONFIGS / "calculator.yaml"], ids=lambda path: path.stem
+)
 def test_every_key_is_known_and_commented_and_can_be_overridden(path):
     _, _, _, args, _ = parsed(path, "--use_cpu", "true", "--beta", "0.5", "--output_dir", "elsewhere")
     assert (args.beta, args.output_dir) == (0.5, "elsewhere")
