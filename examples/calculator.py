@@ -146,7 +146,10 @@ def reward(task: Task, trajectory: Messages) -> float:
 
 
 def rows_of(tasks: Sequence[Task], trajectories: Sequence[Sequence[Messages]]) -> Iterator[dict[str, Any]]:
-    """Rows of training; a trajectory with an empty turn is left out, since it has nothing to train on there."""
+    """Rows of training; a trajectory with an empty turn is left out, since it has nothing to train on there.
+
+    A turn that was cut at `NEW_TOKENS` gets an end that the model didn't write. It is rarely a right one.
+    """
     for task, several in zip(tasks, trajectories, strict=True):
         whole = [own for own in several if all(turn["content"].strip() for turn in own)]
         if len(whole) > 1:

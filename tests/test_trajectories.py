@@ -10,7 +10,7 @@ from datasets import Dataset, IterableDataset
 
 from conftest import build_model, build_tokenizer, reward_rows
 from nca_align import NCAConfig, NCATrainer
-from nca_align.batching.tokenization import tokenize_dataset, tokenize_rows
+from nca_align.batching.tokenization import rows_that_fit, tokenize_dataset, tokenize_rows
 from nca_align.batching.trajectories import TurnTemplate, turn_template
 from nca_align.errors import InvalidRowError, UserError
 
@@ -313,6 +313,9 @@ def test_rows_that_are_refused_as_they_become_tokens_are_dropped_and_counted(kin
     )
     trainer.train()
     assert [row["row_number"] for row in trainer.train_dataset] == [1, 6]
+    if kind == "rows":  # and a comparison gives all methods the same ones
+        compared = Dataset.from_list([row | {"rewards": [float(i), 9.0]} for i, row in enumerate(rows)])
+        assert rows_that_fit(compared, tokenizer, trainer.args)["rewards"][:] == [[1.0, 9.0], [6.0, 9.0]]
 
 
 def test_a_tools_result_may_be_rendered_as_json():
