@@ -428,13 +428,15 @@ def test_single_completions_are_inspected_as_the_file_of_the_training_says(k, mo
 
 def test_a_run_of_single_completions_from_the_command_to_its_report(model_dir, tmp_path, capsys):
     """Its log lines, verdict, plot and page say what there is of labels, and nothing of ranks."""
-    Dataset.from_list(labelled_rows(12, 1, seed=5)).to_json(tmp_path / "train.jsonl")
-    Dataset.from_list(labelled_rows(8, 1, seed=6)).to_json(tmp_path / "test.jsonl")
+    for name, rows in (("train", labelled_rows(12, 1, seed=5)), ("test", labelled_rows(8, 1, seed=6))):
+        rows = [row | {"rewards": {"correct": row["rewards"], "short": row["rewards"]}} for row in rows]
+        Dataset.from_list(rows).to_json(tmp_path / f"{name}.jsonl")
     run = tmp_path / "run"
     options = {
         "model_name_or_path": model_dir, "dataset_name": tmp_path, "output_dir": run, "loss_type": "outcome",
         "max_steps": 2, "logging_steps": 1, "beta": 0.1, "learning_rate": 1e-3, "use_cpu": "true",
         "save_strategy": "no", "report_to": "none", "max_length": 128,
+        "reward_weights": '{"correct": 0.75, "short": 0.25}',
     }  # fmt: skip
     assert train_main([part for name, value in options.items() for part in (f"--{name}", str(value))]) == 0
     text = capsys.readouterr().out
@@ -443,8 +445,13 @@ def test_a_run_of_single_completions_from_the_command_to_its_report(model_dir, t
     assert re.search(r"A right completion is above a wrong one, of any prompt, \d+ % of the time \(AUC", text)
     assert "best completion" not in text
     assert (run / "curves.png").exists()
-    assert "| `loss_type` | outcome |" in (run / "README.md").read_text()
-    assert "| `alpha` |" not in (run / "README.md").read_text()
+    card = (run / "README.md").read_text()
+    for part in (
+        "trained on right and wrong completions by", "12 prompts with 1 completion each.", "| `loss_type` | outcome |",
+        "| `reward_weights` | correct 0.75, short 0.25 |", "abs/2412.01981", "@article{yuan2024free,",
+    ):  # fmt: skip
+        assert part in card
+    assert not re.search("`alpha`|`negative_weight`|`scale_rewards`|several", card)
     page = write_report([run], tmp_path / "report")[0].read_text()
     assert "Right and wrong completions told apart" in page
     assert "Implicit reward by rank" not in page

@@ -21,6 +21,7 @@ from nca_align.errors import UserError
 from nca_align.reward_tensors import targets
 from nca_align.training.metrics import row_metrics
 from nca_align.training.objective_metrics import objective_metrics
+from test_trainer import trainer
 
 HELP, SHORT = [4.0, 1.0, 3.0], [0.5, 2.0, 1.0]
 WEIGHTS = {"help": 0.7, "short": -0.1}
@@ -412,6 +413,17 @@ def test_a_run_by_weights_is_that_of_the_column_and_logs_each_reward(tmp_path):
     expected = [np.corrcoef(*row["rewards"].values())[0, 1] for row in rows]
     assert found == pytest.approx(math.fsum(expected) / len(rows), abs=1e-5)
     assert not logged(weighed, "objectives/help/corr_short")
+
+
+def test_the_card_and_the_record_of_a_run_say_what_its_rewards_are(tmp_path):
+    nca = trainer(tmp_path, rows=reward_rows(2, 2))
+    nca.reward_options = DataOptions(reward_weights={"help": 1, "short": -0.5}, scale_rewards="group").combination
+    nca.create_model_card()
+    card = (tmp_path / "README.md").read_text()
+    assert "| `reward_weights` | help 1.0, short -0.5 |\n| `scale_rewards` | group |" in card
+    assert "2412.01981" not in card
+    assert nca._resume.run_identity()["scale_rewards"] == "group"
+    assert DataOptions(score="honesty").combination == {}
 
 
 def test_a_run_is_not_continued_with_other_weights(tmp_path):

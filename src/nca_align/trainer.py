@@ -68,6 +68,7 @@ class NCATrainer(DPOTrainer):
     data_collator: RewardCollator
     ref_model: Any
     _signature_columns: Any
+    reward_options: Any = None  # how a command made the rewards out of its data, for the run's record and its card
     saves_on_interrupt = False  # whether the first Ctrl-C within `train` saves at the end of the step, as SIGTERM does
     loss_is_scaled_for_ga = True  # compute_loss divides by the prompts of the whole accumulation window
 

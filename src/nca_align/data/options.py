@@ -154,8 +154,14 @@ class DataOptions:
     @property
     def rescales(self) -> str | None:
         """The option by which rewards are no longer the data's own or their weighted sum; None without one."""
-        usual = {"scale_rewards": "none", "multi_objective_aggregation": "sum_then_normalize", "on_missing": "raise"}
-        return next((name for name, value in usual.items() if getattr(self, name) != value), None)
+        return next((name for name in self.combination if name != "reward_weights"), None)
+
+    @property
+    def combination(self) -> dict[str, Any]:
+        """The options that make a completion's reward of several or of a scaled one, where they differ from none."""
+        names = ("reward_weights", "scale_rewards", "multi_objective_aggregation", "on_missing")
+        usual = {own.name: own.default for own in fields(DataOptions) if own.name in names}
+        return {name: value for name in names if (value := getattr(self, name)) != usual[name]}
 
     @property
     def weights(self) -> dict[str, float]:

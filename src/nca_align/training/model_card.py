@@ -10,16 +10,28 @@ from typing import Any
 import pyarrow.compute as pc
 from datasets import Dataset
 
+from ..losses import LABELS, labels_alone
 from ..models.policy import base_model
 from ..store.provenance import versions
 from ..user_functions import short_name
 
 # options of the run that the card shows, where the run kept them
 _OPTIONS = (
-    "loss_type", "loss_weights", "alpha", "beta", "negative_weight", "completion_mean", "learning_rate",
+    "loss_type", "loss_weights", "reward_weights", "scale_rewards", "multi_objective_aggregation", "on_missing",
+    "alpha", "beta", "negative_weight", "completion_mean", "learning_rate",
     "lr_scheduler_type", "num_train_epochs", "max_steps", "global_batch_size", "max_length",
     "max_prompt_length", "seed",
 )  # fmt: skip
+_OF_LABELS = """ Its loss on labels is that of
+[Free Process Rewards without Process Labels](https://arxiv.org/abs/2412.01981)."""
+_CITATION_OF_LABELS = """
+
+@article{yuan2024free,
+  title     = {Free Process Rewards without Process Labels},
+  author    = {Yuan, Lifan and Li, Wendi and Chen, Huayu and Cui, Ganqu and Ding, Ning and Zhang, Kaiyan and Zhou, Bowen and Liu, Zhiyuan and Peng, Hao},
+  journal   = {arXiv preprint arXiv:2412.01981},
+  year      = {2024}
+}"""  # noqa: E501
 _CHAT_PROMPT = 'prompt = [{"role": "user", "content": "What makes a good day?"}]'
 _TEXT_PROMPT = 'prompt = "What makes a good day is"'
 
@@ -48,7 +60,10 @@ def model_card(
         data: how many prompts and completions, as a sentence.
         merge: how an adapter was merged, as a paragraph.
     """
-    every = dict.fromkeys(["nca-align", *map(short_name, record.get("loss_type", [])), *tags])
+    losses = record.get("loss_type", [])
+    if "nca" not in losses:  # whose second term it weighs
+        record = {name: value for name, value in record.items() if name != "negative_weight"}
+    every = dict.fromkeys(["nca-align", *map(short_name, losses), *tags])
     metadata: dict[str, Any] = {"library_name": library, "pipeline_tag": "text-generation", "tags": list(every)}
     if base and not Path(base).exists():  # an id of the Hub, and no place on this machine
         metadata["base_model"] = base
@@ -64,11 +79,18 @@ def model_card(
         metadata="\n".join(["---", *lines, "---"]), title=Path(name).name, name=name, training=training, merge=merge,
         prompt=_CHAT_PROMPT if chat else _TEXT_PROMPT,
         base=f"`{Path(base).name}`" if base else "A language model",
-        made="trained on prompts with several rewarded completions each" if record else "exported",
+        made=_made(losses) if record else "exported",
+        loss=_OF_LABELS if LABELS & {*losses} else "", citation=_CITATION_OF_LABELS if LABELS & {*losses} else "",
         versions=", ".join(
             f"{package} {version}" for package, version in versions("trl", "transformers", "peft", "torch").items()
         ),
     )  # fmt: skip
+
+
+def _made(losses: Iterable[str]) -> str:
+    if labels_alone(losses):
+        return "trained on right and wrong completions"
+    return "trained on prompts with several rewarded completions each"
 
 
 def write_model_card(
@@ -108,8 +130,10 @@ def _describe(dataset: Any) -> str:
     rewards = dataset.select_columns("rewards").with_format("arrow")[:]["rewards"]  # no list of all rows, at each save
     least, most = pc.min_max(pc.list_value_length(rewards)).as_py().values()
     completions = f"{least}" if least == most else f"{least} to {most}"
-    return f"{len(dataset)} prompts with {completions} completions each."
+    return f"{len(dataset)} prompts with {completions} completion{'s' if most > 1 else ''} each."
 
 
 def _plain(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {own}" for name, own in value.items())
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -127,6 +127,7 @@ class Resume(TrainerCallback):
             reference = t._reference_hash if t._reference_given else None
             processes = t.accelerator.num_processes
             self._identity = run_identity(t.args, model, t.train_dataset, processes, t._start, reference)
+            self._identity |= t.reward_options or {}
         return self._identity | {"beta": self.trainer.beta}
 
     def position(self, max_steps: int, epochs: int, epochs_done: int, batches_done: int) -> tuple[int, int]:

@@ -119,6 +119,7 @@ def _train(
         trainer = NCATrainer(
             args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, processing_class=tokenizer, **policy
         )
+        trainer.reward_options = data_options.combination
         evaluated_rows: Any = trainer.eval_dataset
         if isinstance(eval_dataset, Dataset) and len(evaluated_rows) < len(eval_dataset):  # some are no tokens
             eval_dataset = eval_dataset.select(evaluated_rows["row_number"])
