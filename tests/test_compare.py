@@ -600,8 +600,11 @@ def test_prompts_with_fewer_completions_than_a_cells_k_are_told(config, tmp_path
 def test_all_cells_of_a_grid_see_the_same_rows(config, tmp_path):
     """A loss of labels alone reads rows of one completion; beside others it reads those that they can read."""
     lone = [row | {key: row[key][:1] for key in ("completions", "rewards")} for row in reward_rows(3, 2, seed=9)]
-    rows_ = [row | {"rewards": [1.0, 0.0][: len(row["rewards"])]} for row in [*lone, *reward_rows(5, 2)]]
-    (tmp_path / "data" / "train.jsonl").write_text("\n".join(map(json.dumps, rows_)))
+    rows_ = [*lone, *reward_rows(5, 2)]
+    for file in (tmp_path / "data").iterdir():  # labels everywhere, or no held-out row would be left
+        own = rows_ if file.stem == "train" else [json.loads(line) for line in file.read_text().splitlines()]
+        labelled = [row | {"rewards": [float(k == 0) for k in range(len(row["rewards"]))]} for row in own]
+        file.write_text("\n".join(map(json.dumps, labelled)))
     base = config["base"] | {"on_invalid": "drop"}
 
     def prompts(cells: list[Cell]) -> dict[str, list]:
