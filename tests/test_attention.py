@@ -67,7 +67,7 @@ FAMILIES = {
         "first_k_dense_replace": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
     },
 }  # fmt: skip
-MODEL_NAMES = {"GPT2": "GPT2LMHeadModel", "Gemma3Text": "Gemma3ForCausalLM"}
+MODEL_NAMES = {"GPT2": "GPT2LMHeadModel", "Gemma3Text": "Gemma3ForCausalLM", "Llama4Text": "Llama4ForCausalLM"}
 
 
 def build(family: str, attn_implementation: str | None = None, device: str = "cpu", **overrides):
@@ -612,9 +612,24 @@ def test_the_varlen_call_takes_half_precision_on_a_card_that_has_its_kernels(mon
 
 
 NO_INTERFACE = "does not declare that its attention goes through transformers' AttentionInterface"
-MAMBA_1 = "its Mamba 1 layers scan more than one token from an empty state only"
 OWN_MASK = "does not hand its `sliding_window` to its attention"
+MAMBA_1 = "can't start from the state of an earlier piece, because its Mamba 1 layers scan"
+HYBRIDS = {
+    "Lfm2": {"layer_types": ["conv", "full_attention"]},
+    "GraniteMoeHybrid": {"layer_types": ["mamba", "attention"], "mamba_n_heads": 4},
+    "Qwen3Next": {"layer_types": ["linear_attention", "full_attention"], **EXPERTS},
+}
 REFUSED = {
+    "Llama4Text": (
+        "has chunked-attention layers, which a packed row does not go through",
+        {
+            "layer_types": ["chunked_attention", "full_attention"],
+            "attention_chunk_size": WINDOW,
+            "num_local_experts": 2,
+            "intermediate_size_mlp": 48,
+            "head_dim": 8,
+        },
+    ),
     "Falcon": (NO_INTERFACE, {"num_kv_heads": 2}),
     "Bloom": (NO_INTERFACE, {"n_layer": 2, "n_head": 4}),
     "Jamba": (MAMBA_1, {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 2}),
@@ -637,22 +652,18 @@ def test_refused(family):
     assert str(error.value) == f"`layout: prefix_shared` can't be used here: {obstacle}. Use `layout: padded`."
 
 
-@pytest.mark.parametrize("family", REFUSED)
-def test_what_is_refused_can_be_padded(family):
-    model = build(family, **REFUSED[family][1])
+@pytest.mark.parametrize("family", [*REFUSED, *HYBRIDS])
+def test_what_is_refused_or_a_hybrid_can_be_padded(family):
+    model = build(family, **(HYBRIDS[family] if family in HYBRIDS else REFUSED[family][1]))
     expected = with_gradients(model, alone(model))
     add_token_logps(model)
     assert_same(with_gradients(model, together(model, "padded")), expected)
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, "Lfm2", "Qwen2Moe", "Phimoe"])
+@pytest.mark.parametrize("family", [*FAMILIES, *HYBRIDS, "Qwen2Moe", "Phimoe"])
 def test_not_refused(family):
-    attention_only = {
-        "Lfm2": {"layer_types": ["full_attention"] * 2},
-        "Qwen2Moe": EXPERTS,
-        "Phimoe": {"num_local_experts": 4},
-    }
-    assert prefix_sharing_obstacle(build(family, device="meta", **attention_only.get(family, {}))) is None
+    own = HYBRIDS | {"Qwen2Moe": EXPERTS, "Phimoe": {"num_local_experts": 4}}
+    assert prefix_sharing_obstacle(build(family, device="meta", **own.get(family, {}))) is None
 
 
 def test_every_model_that_has_its_window_in_the_mask_alone_is_listed():

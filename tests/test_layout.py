@@ -4,7 +4,9 @@ import pytest
 import transformers
 from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 
+import tiny_models
 from conftest import build_model
+from nca_align import NCAConfig
 from nca_align.training import layout
 
 
@@ -25,6 +27,20 @@ def test_an_adapter_is_none(model):
 def test_padding_asked_for_is_an_obstacle(model):
     assert layout.obstacle([model], 64) == "`pad_to_multiple_of` 64 asks for padding"
     assert layout.obstacle([model], None) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("LlamaForCausalLM", None),
+        ("Lfm2ForCausalLM", "`torch_compile` would compile the pieces of a model with recurrent layers anew"),
+        ("DeepseekV32ForCausalLM", "the state of DynamicIndexedLayer can't be handed"),
+    ],
+)
+def test_a_compiled_model_with_recurrent_layers_is_padded(name, reason, tmp_path):
+    args = NCAConfig(str(tmp_path), use_cpu=True, bf16=False, torch_compile=True)
+    found = layout.obstacle([tiny_models.build(name)], None, args)
+    assert found is reason is None or reason in found
 
 
 def test_policy_and_reference_must_both_do(tokenizer):

@@ -15,6 +15,7 @@ from nca_align import NCAConfig, NCATrainer
 from nca_align.batching import attention
 from nca_align.batching.attention import share_prefixes
 from nca_align.batching.collator import RewardCollator, pack
+from nca_align.batching.kept_path import KeptPath
 from nca_align.errors import UnsupportedError, UserError
 from nca_align.models.logprobs import TokenLogps, add_token_logps
 from nca_align.training import adapters, own_logits, startup_checks
@@ -149,6 +150,23 @@ def test_a_model_agrees_with_itself_in_log_probabilities_and_gradients(layout, p
     assert completion < 1e-5
     assert 0 < gradient < 1e-4
     assert all(p.grad is None for p in model.parameters())  # nothing is left for the first step
+
+
+@pytest.mark.parametrize("name", ["Lfm2ForCausalLM", "Qwen3_5ForCausalLM"])
+def test_gradients_go_through_the_states_between_pieces(name, monkeypatch):
+    """Without those that come back at a state, they would be others; what parameters had is left as it was."""
+    model = build_tiny(name)
+    add_token_logps(model)
+    share_prefixes(model)
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, 7.0)
+    collator = RewardCollator(0, "prefix_shared", recurrent=True)
+    token, completion, gradient = compared(model, collator)
+    assert max(token, completion) < 1e-4
+    assert 0 < gradient < 1e-4
+    assert all((parameter.grad == 7.0).all() for parameter in model.parameters())
+    monkeypatch.setattr(KeptPath, "keep_state_gradients", lambda *args: None)
+    assert compared(model, collator)[2] > 0.05
 
 
 def test_only_trainable_parameters_are_differentiated(model):
@@ -348,8 +366,7 @@ def test_nemotron_which_drops_the_segments_falls_back_and_says_why(tmp_path, cap
 
 def test_a_model_that_mixes_positions_otherwise_is_padded_or_refused(tmp_path, caplog, monkeypatch):
     """LFM2's convolutions, as if nothing in the model told of them."""
-    monkeypatch.setattr("nca_align.training.layout.prefix_sharing_obstacle", lambda model: None)
-    monkeypatch.setattr(attention, "prefix_sharing_obstacle", lambda model: None)
+    monkeypatch.setattr("nca_align.training.layout.recurrent_layers", lambda config: set())
     lfm2 = {"layer_types": ["conv", "full_attention"], "initializer_range": 0.1}
     assert trainer(tmp_path, tiny("lfm2", **lfm2)).data_collator.layout == "padded"
     assert "since prefix_shared does not give the model's own log-probabilities (" in said(caplog)[-1]

@@ -54,6 +54,7 @@ _KINDS = {
     "LinearAttentionAndSlidingWindowAttentionLayer": True,
 }
 _NO_MIXING = ("mlp", "moe")
+REENTRANT = "`gradient_checkpointing_kwargs: {use_reentrant: true}` keeps no graph of recurrent states"
 
 
 def recurrent_layers(config: PreTrainedConfig) -> set[int]:
@@ -261,5 +262,5 @@ def _reentrant(model: nn.Module) -> str | None:
     for layer in model.modules():
         run = getattr(layer, "_gradient_checkpointing_func", None)
         if getattr(layer, "gradient_checkpointing", False) and getattr(run, "keywords", {}).get("use_reentrant"):
-            return "`gradient_checkpointing_kwargs: {use_reentrant: true}` keeps no graph of recurrent states"
+            return REENTRANT
     return None

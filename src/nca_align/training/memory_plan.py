@@ -85,6 +85,7 @@ class Planner:
         attention: `attn_implementation`.
         disable_dropout, trust_remote_code: as the options.
         offloads_activations: whether what is kept lies in the host's memory.
+        args: the trainer's, which may be in the way of a layout; None for none.
     """
 
     config: Any
@@ -100,6 +101,7 @@ class Planner:
     disable_dropout: bool = True
     trust_remote_code: bool = False
     offloads_activations: bool = False
+    args: Any = None
     why_layout: str = ""
     _models: dict[Any, nn.Module] = field(default_factory=dict)
     _kept: dict[Any, Kept] = field(default_factory=dict)
@@ -191,7 +193,7 @@ class Planner:
                 model = self._build(setup.use_peft, bits, dtype, everything)
             add_token_logps(base_model(model))
             collator = RewardCollator(0, self.layout, pad_to_multiple_of=self.pad_to_multiple_of)
-            why = choose_layout(collator, [model])
+            why = choose_layout(collator, [model], self.args)
             self.why_layout, self.layout = self.why_layout or why, collator.layout
             self._models[key] = model
         return self._models[key]

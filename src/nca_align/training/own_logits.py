@@ -255,19 +255,30 @@ def _by_completion(
     weights = _weights(len(index), index.device)[index.argsort(stable=True).argsort()]
     shares = weights.split([len(chunk["completion_index"]) for chunk in chunks])
     logps: dict[int | None, Tensor] = {}
-    gradients = [torch.zeros_like(parameter) for parameter in parameters]
-    for one in passes(chunks, scores_all=not parameters, trains=bool(parameters)):
-        with torch.set_grad_enabled(one.trains):
-            own = forward_chunk(model, one.chunk).token_logps.to(index.device)
-            logps[one.number] = own.detach()
-            if one.trains and one.number is not None:
-                loss = one.root((shares[one.number] * own).sum())
-                for total, part in zip(
-                    gradients, torch.autograd.grad(loss, parameters, materialize_grads=True), strict=True
-                ):
-                    total += part
+    with _gradients_set_aside(parameters):
+        for one in passes(chunks, scores_all=not parameters, trains=bool(parameters)):
+            with torch.set_grad_enabled(one.trains):
+                own = forward_chunk(model, one.chunk).token_logps.to(index.device)
+                logps[one.number] = own.detach()
+                if one.trains and one.number is not None:
+                    # a whole backward, which leaves gradients for other pieces as well
+                    one.root((shares[one.number] * own).sum()).backward()
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
     found = split_by_completion(torch.cat([logps[number] for number in range(len(chunks))]), index)
     return dict(sorted(found.items())), gradients
+
+
+@contextmanager
+def _gradients_set_aside(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Within it, `parameters` have no gradients but those that come of it; behind it, those that they had."""
+    before = [parameter.grad for parameter in parameters]
+    for parameter in parameters:
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        for parameter, gradient in zip(parameters, before, strict=True):
+            parameter.grad = gradient
 
 
 def _gradients(logps: Logps, parameters: Sequence[nn.Parameter]) -> Sequence[Tensor]:

@@ -43,7 +43,7 @@ class StartupChecks:
     def __init__(self, trainer: Any, models: list[nn.Module]):
         self.trainer = trainer
         self._requested = trainer.data_collator.layout
-        self._reason = choose_layout(trainer.data_collator, models, trainer.args.torch_compile)
+        self._reason = choose_layout(trainer.data_collator, models, trainer.args)
         self._model_checked = self._reference_checked = False
         refuse_unsaved_rows(trainer.model)
         trainer.data_collator.labels = not LABELS.isdisjoint(trainer.args.loss_type)

@@ -122,6 +122,7 @@ def _plan(
         disable_dropout=args.disable_dropout,
         trust_remote_code=args.trust_remote_code,
         offloads_activations=says_true(argv, "activation_offloading"),
+        args=args,
     )
     bits = 4 if model_args.load_in_4bit else 8 if model_args.load_in_8bit else 0
     setup = Setup(
