@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import PartialState
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, gather_object
 from datasets import Dataset
 from peft import LoraConfig
 from torch.distributed.fsdp import FSDPModule
@@ -34,7 +34,7 @@ FACTORS: dict[str, tuple] = {
     "weights": ("full", "lora", "nf4"),
     "reference": ("live", "cached"),
     "layout": ("padded", "prefix_shared"),
-    "per_forward": (None, 40),
+    "per_forward": (None, 20),  # cuts prompts and completions into several parts
     "k": ("four", "ragged"),
     "rows": (16, 17),
     "loss": ("nca", "plackett_luce"),  # chunk by chunk, the second takes two passes
@@ -68,6 +68,21 @@ class Proof(TrainerCallback):
             assert sum(p.to_local().numel() for p in parameters) < 0.6 * sum(p.numel() for p in parameters)
 
 
+def check_pieces(batches: list[list[tuple[bool, int]]], processes: int) -> None:
+    """That prompts and completions were cut into several parts, of which processes had unequal numbers.
+
+    Args:
+        batches: of each of this process, its pieces in order: whether others read it, and how many terms it has.
+        processes: in this launch.
+    """
+    of_all = gather_object([batches])
+    assert len(of_all) == processes
+    for own in of_all:
+        assert any(pieces[:2] == [(True, 0)] * 2 for pieces in own)  # a prompt, whose first part is trained last
+    assert any(read and terms for own in of_all for pieces in own for read, terms in pieces)  # a completion
+    assert processes == 1 or any(len(one) != len(other) for one, other in zip(*of_all, strict=True))
+
+
 def gloo_threads() -> list[str]:
     return [name for own in Path("/proc/self/task").glob("*/comm") if "gloo" in (name := own.read_text())]
 
@@ -77,7 +92,12 @@ def layers_of(model: Any) -> list[Any]:
 
 
 class Trainer(NCATrainer):
-    """Fails a reference pass under FSDP2 that isn't split by layers, as TRL's isn't."""
+    """Fails a reference pass under FSDP2 that isn't split by layers, as TRL's isn't; notes the pieces of batches."""
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        pieces = [(getattr(own.get("segments"), "read", False), len(own["token_index"])) for own in inputs["chunks"]]
+        self.batches = [*getattr(self, "batches", []), pieces]
+        return super().training_step(model, inputs, num_items_in_batch)
 
     def compute_ref_log_probs(self, model, inputs):
         if self.is_fsdp_enabled:
@@ -161,6 +181,8 @@ def train(case: dict[str, Any], launch: str, model: str, output: Path) -> dict[s
     else:
         before = trainer.evaluate()
     trainer.train()
+    if case["layout"] == "prefix_shared" and case["per_forward"] is not None:
+        check_pieces(trainer.batches, PROCESSES[launch])
     trainer.save_model(str(output))
     evaluations = [trainer.evaluate(Dataset.from_list(dataset[:5]))]  # as new rows, whose reference isn't cached
     for size in (1, 2, 3):

@@ -41,22 +41,22 @@ TRAIN = {
 }  # fmt: skip
 # Values in the order of FACTORS. NF4 is for whole copies: its packed weights are not sharded here.
 WHOLE = (
-    ("full", "cached", "padded", 3, "ragged", 17, "plackett_luce"),
+    ("full", "cached", "padded", 20, "ragged", 17, "plackett_luce"),
     ("full", "live", "prefix_shared", None, "four", 16, "nca"),
     ("lora", "cached", "padded", None, "four", 17, "nca"),
-    ("lora", "cached", "prefix_shared", 3, "ragged", 16, "nca"),
-    ("lora", "live", "padded", 3, "four", 16, "plackett_luce"),
+    ("lora", "cached", "prefix_shared", 20, "ragged", 16, "nca"),
+    ("lora", "live", "padded", 20, "four", 16, "plackett_luce"),
     ("nf4", "cached", "prefix_shared", None, "ragged", 17, "nca"),
     ("nf4", "live", "padded", None, "four", 17, "plackett_luce"),
-    ("nf4", "live", "prefix_shared", 3, "ragged", 16, "plackett_luce"),
+    ("nf4", "live", "prefix_shared", 20, "ragged", 16, "plackett_luce"),
 )
 SHARDED = (
     ("full", "cached", "padded", None, "four", 17, "nca"),
-    ("full", "cached", "prefix_shared", 3, "ragged", 16, "nca"),
-    ("full", "live", "prefix_shared", 3, "four", 16, "plackett_luce"),
+    ("full", "cached", "prefix_shared", 20, "ragged", 16, "nca"),
+    ("full", "live", "prefix_shared", 20, "four", 16, "plackett_luce"),
     ("lora", "cached", "prefix_shared", None, "ragged", 16, "plackett_luce"),
-    ("lora", "live", "padded", 3, "ragged", 16, "plackett_luce"),
-    ("lora", "live", "padded", 3, "ragged", 17, "nca"),
+    ("lora", "live", "padded", 20, "ragged", 16, "plackett_luce"),
+    ("lora", "live", "padded", 20, "ragged", 17, "nca"),
     ("lora", "live", "prefix_shared", None, "four", 17, "plackett_luce"),
 )
 # Times, and what counts repeated rows too
