@@ -20,6 +20,7 @@ from nca_align.batching.collator import RewardCollator
 from nca_align.errors import InvalidRowError
 from nca_align.models.logprobs import add_token_logps, forward_chunk
 from nca_align.models.memory import count_kept, head_bytes
+from nca_align.models.passes import kept_path, passes
 from nca_align.models.policy import base_model
 from nca_align.training.card_memory import Quantisation, Training, held, optimizer_bytes, quantised_weights
 from nca_align.training.launch import Launch
@@ -119,7 +120,7 @@ def test_other_architectures_are_counted_by_their_own_code(family):
         layer.number = number  # no two are alike
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("nca_align.models.memory._kind", lambda layer: layer.number)
-        whole = count_kept(model, plan.longest_chunk(setup()))
+        whole = count_kept(model, plan.longest_chunk(setup()), keys=kept_path(plan.chunks(setup())))
     assert (kept.layers, kept.inputs, kept.outside) == (whole.layers, whole.inputs, whole.outside)
     assert kept.layers > kept.largest > kept.inputs / 6 > 0
 
@@ -144,6 +145,22 @@ def test_shared_prompts_fewer_tokens_at_a_time_and_shorter_rows_take_less(checkp
     assert peak("prefix_shared") < peak()
     assert peak(tokens_per_forward=220) < peak() == peak(tokens_per_forward=800)
     assert peak(max_length=80) < peak()
+
+
+@pytest.mark.parametrize("bound", [100, 24])
+def test_keys_are_those_of_the_longest_path(bound):
+    """Also where the largest piece, here a prompt at a bound of 100, reads none."""
+    plan = planner(rows=rows(4, 100, 40), layout="prefix_shared")
+    own = setup(tokens_per_forward=bound)
+    assert (plan.longest_chunk(own)["segments"].past == 0) is (bound == 100)
+    model = build_model(TOKENIZER)
+    add_token_logps(model)
+    share_prefixes(model)
+    for one in passes(plan.chunks(own), scores_all=False, trains=True):
+        with torch.no_grad():
+            forward_chunk(model, one.chunk)
+        kept = one.chunk["segments"].kept
+    assert plan.kept(own).keys == sum(map(kept.bytes, kept.places.values())) > 0
 
 
 def test_checkpointing_keeps_inputs_and_one_layer():

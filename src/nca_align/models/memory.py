@@ -39,7 +39,7 @@ class Kept:
         outside: of what comes before and after the layers, without the logits.
         copies: of trained weights in the precision that is computed in, which the forward holds to its end.
         head: the logits of the labelled positions and their gradient.
-        keys: the keys and values of a piece's past and its own, and the gradients of those of the past.
+        keys: the keys and values of the longest path of the pieces, and the gradients of those that pieces read.
     """
 
     inputs: int = 0
@@ -77,7 +77,11 @@ def head_bytes(positions: int, vocabulary: int, budget: int) -> int:
 
 
 def count_kept(
-    model: nn.Module, chunk: dict[str, Any], autocast: torch.dtype | None = None, device: str = "cuda"
+    model: nn.Module,
+    chunk: dict[str, Any],
+    autocast: torch.dtype | None = None,
+    device: str = "cuda",
+    keys: KeptPath | None = None,
 ) -> Kept:
     """What a forward over `chunk` keeps.
 
@@ -86,6 +90,7 @@ def count_kept(
         chunk: of `RewardCollator`.
         autocast: the precision of mixed precision; None for that of the weights.
         device: by which the budget of the logits is taken.
+        keys: room for what the batch's pieces leave for each other; None where none reads another.
     """
     base = base_model(model)
     firsts = _first_of_each_kind(checkpointed_layers(base))
@@ -97,9 +102,7 @@ def count_kept(
             for name, value in chunk.items()
         }
         record.leave_out(value for value in inputs.values() if isinstance(value, Tensor))
-        keys = None
-        if "segments" in chunk and chunk["segments"].past:
-            keys = KeptPath(chunk["segments"].end, chunk["segments"].past)
+        if keys is not None:
             inputs["segments"] = replace(chunk["segments"], kept=keys)
         mixed = nullcontext() if autocast is None else torch.autocast("cpu", autocast)
         if "segments" in chunk:  # whose masks all layers share

@@ -68,9 +68,7 @@ def passes(chunks: Sequence[Chunk], scores_all: bool, trains: bool, in_step: boo
     if in_step:
         operations = _in_step(operations)
     device = chunks[0]["input_ids"].device
-    pieces = [own for own in segments if own is not None]
-    past = max((own.past for own in pieces), default=0)
-    kept = KeptPath(max(own.end for own in pieces), past) if past else None
+    kept = kept_path(chunks)
     times = Counter(operation.chunk for operation in operations if not isinstance(operation, bool))
     states: dict[int, list[Tensor]] = {}
     for i, operation in enumerate(operations):
@@ -96,6 +94,13 @@ def passes(chunks: Sequence[Chunk], scores_all: bool, trains: bool, in_step: boo
             _set_random_states(ahead, device)
 
 
+def kept_path(chunks: Sequence[Chunk]) -> KeptPath | None:
+    """Room for what the pieces of a batch leave for each other; None where none reads another."""
+    pieces = [chunk["segments"] for chunk in chunks if "segments" in chunk]
+    past = max((own.past for own in pieces), default=0)
+    return KeptPath(max(own.end for own in pieces), past) if past else None
+
+
 def _in_step(operations: list[Operation | bool]) -> list[Operation | bool]:
     """This process's operations, and a bool, whether it trains, for each that others have at a time when it has none.
 
@@ -113,10 +118,11 @@ def _in_step(operations: list[Operation | bool]) -> list[Operation | bool]:
 
 
 def _random_states(device: torch.device) -> list[Tensor]:
-    return [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
+    """Of the CPU and, since a model may lie on several, of all GPUs."""
+    return [torch.get_rng_state()] + (torch.cuda.get_rng_state_all() if device.type == "cuda" else [])
 
 
 def _set_random_states(states: list[Tensor], device: torch.device) -> None:
     torch.set_rng_state(states[0])
     if device.type == "cuda":
-        torch.cuda.set_rng_state(states[1], device)
+        torch.cuda.set_rng_state_all(states[1:])

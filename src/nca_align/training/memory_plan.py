@@ -11,11 +11,13 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from ..batching.collator import RewardCollator
+from ..batching.recurrent import recurrent_layers
 from ..batching.row_tokens import cut_masks, truncate
 from ..batching.tokenized_rows import masks_of
 from ..errors import InvalidRowError
 from ..models.logprobs import add_token_logps
 from ..models.memory import Kept, count_kept
+from ..models.passes import kept_path
 from ..models.policy import base_model
 from .card_memory import Quantisation, Training, held
 from .launch import Launch
@@ -122,20 +124,27 @@ class Planner:
     def kept(self, setup: Setup) -> Kept:
         """What the longest forward keeps."""
         cast = setup.launch.sharding != "" and self.mixed is not None  # FSDP and DeepSpeed compute in it as a whole
-        chunk = self.longest_chunk(setup)
-        size = (chunk["input_ids"].shape, past_of(chunk), len(chunk["target_ids"]))
+        chunk, keys = self.longest_chunk(setup), kept_path(self.chunks(setup))
+        path = None if keys is None else (keys.size, keys.past)
+        size = (chunk["input_ids"].shape, past_of(chunk), path, len(chunk["target_ids"]))
         key = (setup.use_peft, setup.quantisation, cast, *size)
         if key not in self._kept:
             model = self.model(setup, torch.bfloat16 if cast else self.dtype, everything=cast)
-            self._kept[key] = count_kept(model, chunk, None if cast else self.mixed, self.device)
+            self._kept[key] = count_kept(model, chunk, None if cast else self.mixed, self.device, keys)
         return self._kept[key]
 
     def longest_chunk(self, setup: Setup) -> dict[str, Any]:
-        """Of the batch of the longest rows the largest forward, in the layout that the model allows."""
-        self.model(setup, self.dtype)
-        rows = self.longest_rows(setup)
-        collator = RewardCollator(0, self.layout, setup.tokens_per_forward, self.pad_to_multiple_of)
-        return max(collator.chunks(rows), key=lambda chunk: (chunk["input_ids"].numel(), past_of(chunk)))
+        """The largest of the `chunks`."""
+        return max(self.chunks(setup), key=lambda chunk: (chunk["input_ids"].numel(), past_of(chunk)))
+
+    def chunks(self, setup: Setup) -> list[dict[str, Any]]:
+        """The forwards of the batch of the longest rows, in the layout that the model allows."""
+        model = base_model(self.model(setup, self.dtype))  # which chooses the layout
+        recurrent = self.layout == "prefix_shared" and bool(recurrent_layers(model.config))
+        collator = RewardCollator(
+            0, self.layout, setup.tokens_per_forward, self.pad_to_multiple_of, recurrent=recurrent
+        )
+        return collator.chunks(self.longest_rows(setup))
 
     def longest_rows(self, setup: Setup) -> list[dict[str, Any]]:
         """As many as a batch has, those of most tokens."""
