@@ -160,7 +160,9 @@ def test_keys_are_those_of_the_longest_path(bound):
         with torch.no_grad():
             forward_chunk(model, one.chunk)
         kept = one.chunk["segments"].kept
-    assert plan.kept(own).keys == sum(map(kept.bytes, kept.places.values())) > 0
+    keys = plan.kept(own).keys
+    assert keys == sum(map(kept.bytes, kept.places.values())) > 0
+    assert replace(plan, offloads_activations=True).memory(own).parts["activations"] == keys  # which stay on the card
 
 
 def test_checkpointing_keeps_inputs_and_one_layer():

@@ -11,6 +11,8 @@ from transformers import BitsAndBytesConfig
 
 from conftest import build_model, build_tokenizer, reward_rows
 from nca_align import NCATrainer
+from nca_align.batching.collator import RewardCollator
+from nca_align.errors import UserError
 from nca_align.models.logprobs import completion_logps
 from test_attention import build
 from test_trainer import config, logged, weights_after
@@ -152,6 +154,42 @@ def test_runs_and_evaluations_are_those_of_whole_rows(own, tmp_path):
     for name in ("loss", "eval_loss", "eval_rewards/best", "logratios/best"):
         assert len(logged(whole, name)) == 3
         assert logged(nca, name) == pytest.approx(logged(whole, name), abs=1e-4)
+
+
+# What is said, and refused
+
+
+def test_gradients_of_compute_loss_are_refused_in_pieces(tmp_path):
+    nca = made(tmp_path, BOUND)
+    batch = nca.data_collator(list(nca.train_dataset))
+    with pytest.raises(NotImplementedError, match="`compute_loss` was called with gradients on a batch in pieces"):
+        nca.compute_loss(nca.model, batch)
+    with torch.no_grad():
+        assert float(nca.compute_loss(nca.model, batch)) == pytest.approx(stepped(nca)[0], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("layout", "said"),
+    [
+        ("prefix_shared", "each shared token once, in pieces of up to 20 tokens; agrees"),
+        ("padded", "as asked for; a forward has rows of up to 20 tokens together, or one that is longer; agrees"),
+    ],
+)
+def test_the_bound_and_what_may_be_beyond_it_are_told(layout, said, tmp_path, caplog):
+    nca = made(tmp_path, BOUND, layout=layout, startup_checks=True)
+    sizes = [chunk["input_ids"].numel() for chunk in nca.data_collator(list(nca.train_dataset))["chunks"]]
+    assert (max(sizes) > BOUND) is (layout == "padded")
+    assert f"Layout: {layout}, {said}" in caplog.text
+
+
+@pytest.mark.parametrize("option", ["torch_compile", "ddp_static_graph"])
+def test_a_collator_in_pieces_is_refused_beside_what_its_option_is(option, tmp_path):
+    args = config(tmp_path, **{option: True})
+    with pytest.raises(UserError, match=f"`{option}` is True, but .*`tokens_per_forward`"):
+        NCATrainer(
+            build_model(build_tokenizer()), args=args, train_dataset=Dataset.from_list(ROWS),
+            data_collator=RewardCollator(0, "auto", tokens_per_forward=BOUND), processing_class=build_tokenizer(),
+        )  # fmt: skip
 
 
 def test_scores_of_a_model_are_those_of_whole_rows():

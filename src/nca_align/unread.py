@@ -177,16 +177,7 @@ def refuse_unsupported_options(options: Any) -> None:
             f"`ddp_backend` is {options.ddp_backend!r}, but no launcher started this process, and one process has no "
             "backend. Leave it out."
         )
-    if options.ddp_static_graph and (options.gradient_accumulation_steps > 1 or options.tokens_per_forward):
-        raise UserError(
-            "`ddp_static_graph` is True, but PyTorch fails there with several backwards a step, as with "
-            "`gradient_accumulation_steps` above 1 and `tokens_per_forward`. Leave it out."
-        )
-    if options.torch_compile and options.tokens_per_forward:
-        raise UserError(
-            "`torch_compile` is True, but `tokens_per_forward` cuts a batch into pieces of many lengths, each of which "
-            "would be compiled anew. Leave one of them out."
-        )
+    refuse_pieces(options, options.tokens_per_forward)
     optim = _optimizer(options)
     if "lomo" in optim or optim.endswith("_layerwise"):
         raise UserError(
@@ -197,6 +188,28 @@ def refuse_unsupported_options(options: Any) -> None:
         raise UserError(
             "`use_liger_kernel` is True, but liger-kernel is not installed: leave it out, or `pip install "
             "liger-kernel`."
+        )
+
+
+def refuse_pieces(options: Any, tokens_per_forward: int | None) -> None:
+    """Raise where an option can't go with several forwards and backwards a step.
+
+    Args:
+        options: an `NCAConfig`.
+        tokens_per_forward: its own, or that of a collator that was given.
+
+    Raises:
+        UserError: it names the option.
+    """
+    if options.ddp_static_graph and (options.gradient_accumulation_steps > 1 or tokens_per_forward):
+        raise UserError(
+            "`ddp_static_graph` is True, but PyTorch fails there with several backwards a step, as with "
+            "`gradient_accumulation_steps` above 1 and `tokens_per_forward`. Leave it out."
+        )
+    if options.torch_compile and tokens_per_forward:
+        raise UserError(
+            "`torch_compile` is True, but `tokens_per_forward` cuts a batch into pieces of many lengths, each of which "
+            "would be compiled anew. Leave one of them out."
         )
 
 

@@ -18,7 +18,7 @@ from ..device import fsdp_version
 from ..errors import UnsupportedError, UserError, UserTypeError, nearest, notify
 from ..losses import LABELS
 from ..own_losses import OwnLoss
-from ..unread import Rule, refuse_shared_batches, sentence, unread
+from ..unread import Rule, refuse_pieces, refuse_shared_batches, sentence, unread
 from .best_metric import check_best_metric
 from .run_identity import loss_sources
 
@@ -52,8 +52,10 @@ def check_arguments(
             f"`data_collator` is a {type(data_collator).__name__}, but NCATrainer needs a RewardCollator, which "
             "lays out K completions a prompt; leave it out."
         )
-    if data_collator is not None and (notice := sentence(unread(args, changed_options(args), _OF_THE_COLLATOR))):
-        notify(notice)
+    if data_collator is not None:
+        refuse_pieces(args, data_collator.tokens_per_forward)
+        if notice := sentence(unread(args, changed_options(args), _OF_THE_COLLATOR)):
+            notify(notice)
     if fsdp_version(args) == 1:
         raise UnsupportedError(
             "the launch says FSDP 1, whose models aren't saved and checked here: set `fsdp_version: 2` in accelerate's "

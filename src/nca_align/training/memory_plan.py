@@ -110,8 +110,9 @@ class Planner:
 
     def memory(self, setup: Setup) -> Memory:
         """What a card holds at the peak of a step on the longest rows."""
-        kept, head = self.kept(setup).peak(setup.checkpointing)
-        batch = {"activations": 0.0 if self.offloads_activations else kept, "head": head}
+        own = self.kept(setup)
+        kept, head = own.peak(setup.checkpointing)
+        batch = {"activations": own.keys if self.offloads_activations else kept, "head": head}
         return Memory(self.held(setup) | batch)
 
     def held(self, setup: Setup) -> dict[str, float]:

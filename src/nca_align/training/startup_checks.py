@@ -72,7 +72,7 @@ class StartupChecks:
             return
         self._model_checked = True
         if not trainer.args.startup_checks:
-            notify(f"Layout: {collator.layout}, {self._reason}; not checked (`startup_checks: false`).")
+            notify(f"{self._layout}; not checked (`startup_checks: false`).")
             return
         policy, base = trainer.model, base_model(trainer.accelerator.unwrap_model(model))
         bounds = rounding(policy, base, trainer.accelerator.mixed_precision)
@@ -113,9 +113,20 @@ class StartupChecks:
         compared = trained and collator.layout == "prefix_shared"
         within = f", gradients within {found[2]:.1e} of their norm" if compared else ""
         notify(
-            f"Layout: {collator.layout}, {self._reason}; agrees with the model's own logits on the first rows: "
-            f"tokens within {found[0]:.1e} nats{within}.{uncovered}"
+            f"{self._layout}; agrees with the model's own logits on the first rows: tokens within {found[0]:.1e} "
+            f"nats{within}.{uncovered}"
         )
+
+    @property
+    def _layout(self) -> str:
+        """Layout, why it is this one, and what a forward has, in words."""
+        collator = self.trainer.data_collator
+        text, most = f"Layout: {collator.layout}, {self._reason}", collator.tokens_per_forward
+        if most is None:
+            return text
+        if collator.layout == "prefix_shared":
+            return f"{text}, in pieces of up to {most} tokens"
+        return f"{text}; a forward has rows of up to {most} tokens together, or one that is longer"
 
     def _refuse(self, model: nn.Module, found: Difference, bounds: Rounding) -> None:
         if _holds(found, bounds):
