@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import trl.chat_template_utils as trl_templates
 
+from nca_align.batching.rendering import protocol_messages
 from nca_align.errors import UserError
 from test_trajectories import ALONE, CHATML, PROMPT, tokenised, tokenizer_of, turn
 
@@ -53,6 +54,14 @@ def test_arguments_as_json_text_are_those_as_an_object(family):
 def test_a_call_without_arguments_has_an_empty_object(given):
     assert outcome(CHATML, PROMPT, [calling(given)], ALONE) == outcome(CHATML, PROMPT, [calling({})], ALONE)
     assert "add{}" in tokenizer_of(CHATML).decode(outcome(CHATML, PROMPT, [calling(given)], ALONE)["completion_ids"][0])
+
+
+@pytest.mark.parametrize("calls", ["add", ["add"], [{"function": "add", "arguments": {}}], [{}], {"name": "add"}])
+def test_calls_that_are_none_are_refused_in_one_sentence(calls):
+    prompt = [*PROMPT, turn("", tool_calls=calls), turn("42", "tool")]
+    for row in ((PROMPT, [turn("", tool_calls=calls)]), (prompt, ALONE)):
+        assert "can't be rendered by the chat template" in outcome(TEMPLATES["llama3_1"], *row, ALONE)
+    assert len(protocol_messages(prompt)[1]["tool_calls"]) == len(calls)
 
 
 def test_a_null_argument_stays_in_json_text():

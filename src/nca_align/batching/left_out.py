@@ -12,12 +12,24 @@ from ..errors import InvalidRowError
 THINK_TAG = re.compile(r"</?think(?:ing)?>")
 
 
+def calls_of(message: dict[str, Any]) -> list[dict[str, Any]]:
+    """The calls of a message, as far as they are objects."""
+    calls = message.get("tool_calls")
+    return [call for call in calls if isinstance(call, dict)] if isinstance(calls, list) else []
+
+
+def function_of(call: dict[str, Any]) -> dict[str, Any]:
+    """What holds the name and arguments of a call: its `function`, or itself."""
+    function = call.get("function")
+    return function if isinstance(function, dict) else call
+
+
 def call_arguments(call: dict[str, Any]) -> Any:
     """The arguments of a message's call as an object, also where they are JSON text, as in OpenAI's protocol.
 
     Without any it is an empty one. What is no object stays as it is.
     """
-    given: Any = (call.get("function") or call).get("arguments") or {}
+    given: Any = function_of(call).get("arguments") or {}
     with suppress(TypeError, ValueError):
         parsed = json.loads(given)
         return parsed if isinstance(parsed, dict) else given
@@ -43,8 +55,7 @@ def refuse_left_out(messages: Sequence[dict[str, Any]], text: str, where: str, c
         parts: dict[str, list] = {name: [message[name]] for name in REASONING if isinstance(message.get(name), str)}
         if isinstance(message.get("content"), str):
             parts["content"] = THINK_TAG.split(message["content"])
-        calls = [call for call in message.get("tool_calls") or [] if isinstance(call, dict)]
-        parts["tool_calls"] = [value for call in calls for value in _call_values(call)]
+        parts["tool_calls"] = [value for call in calls_of(message) for value in _call_values(call)]
         for name, values in parts.items():
             if not all(_stands_in(text, value) for value in values):
                 usual = "one without tools does" if name == "tool_calls" else "many do with reasoning in earlier turns"
@@ -67,7 +78,7 @@ def _stands_in(text: str, value: str | float) -> bool:
 def _call_values(call: dict[str, Any]) -> Iterator[str | float]:
     """A call's name, and the names, the strings and the numbers of its arguments."""
     arguments = call_arguments(call)
-    yield str((call.get("function") or call).get("name", ""))
+    yield str(function_of(call).get("name", ""))
     if isinstance(arguments, dict):
         yield from map(str, arguments)
     yield from (leaf for leaf in _leaves(arguments) if not isinstance(leaf, (bool, type(None))))

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..data.cleaning import Prompt, clean_prompt, joined_messages
 from ..errors import InvalidRowError, UserError, one_line
-from .left_out import call_arguments, refuse_left_out, strings_in
+from .left_out import call_arguments, calls_of, function_of, refuse_left_out, strings_in
 
 # What chat templates have; few of them name each. A `developer` they leave out, or print, unless they name it.
 _ROLES = frozenset({"system", "user", "assistant", "tool"})
@@ -91,19 +91,22 @@ def _refuse_unknown_role(tokenizer, messages: list[dict[str, Any]], where: str) 
 
 def _arguments_text(call: dict[str, Any]) -> str:
     """The arguments of a message's call as JSON text: as it stands, if it is text."""
-    given = (call.get("function") or call).get("arguments") or {}
+    given = function_of(call).get("arguments") or {}
     return given if isinstance(given, str) else json.dumps(given, ensure_ascii=False)
 
 
 def _with_arguments(messages: list[dict[str, Any]], form: Callable[[dict[str, Any]], Any]) -> list[dict[str, Any]]:
     """The messages with the arguments of their calls in a form."""
 
-    def formed(call: dict[str, Any]) -> dict[str, Any]:
-        own = {"arguments": form(call)}
-        return call | ({"function": call["function"] | own} if call.get("function") else own)
+    def formed(call: Any) -> Any:
+        if not isinstance(call, dict):
+            return call
+        function = function_of(call)
+        own = function | {"arguments": form(call)}
+        return own if function is call else call | {"function": own}
 
     return [
-        message | {"tool_calls": list(map(formed, message["tool_calls"]))} if message.get("tool_calls") else message
+        message | {"tool_calls": list(map(formed, message["tool_calls"]))} if calls_of(message) else message
         for message in messages
     ]
 
@@ -130,7 +133,7 @@ def apply_template(
     """
     _refuse_unknown_role(tokenizer, messages, where)
     how = {"tokenize": False} | ({} if template is None else {"chat_template": template}) | how
-    calls = any(message.get("tool_calls") for message in messages)
+    calls = any(map(calls_of, messages))
     refusals = []
     for form in (call_arguments, _arguments_text) if calls else (call_arguments,):
         try:
