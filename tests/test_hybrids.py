@@ -20,7 +20,7 @@ from nca_align.batching.recurrent import RecurrentCache
 CONVOLUTIONS, MAMBA_2, GATED_DELTA = "Lfm2ForCausalLM", "GraniteMoeHybridForCausalLM", "Qwen3_5ForCausalLM"
 # five prompts in steps of three: the last step of a pass has two
 ROWS, HELD_OUT = reward_rows(5, [4, 2, 3]), reward_rows(3, [2, 4], seed=5)
-LORA = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+LORA = LoraConfig(r=4, target_modules="all-linear")
 
 
 def trainer(folder, name: str, rows=None, peft_config=None, callbacks=None, model=None, **own) -> NCATrainer:
@@ -105,8 +105,10 @@ def test_a_hybrid_shares_prompts_and_trains_as_padded(case, tmp_path, caplog):
     assert padded_step.norm() > 1e-3
     assert (step - padded_step).norm() < 1e-3 * padded_step.norm()
     assert len(found) == len(expected) == 7  # four steps, two evaluations, the whole run
-    for line, other in zip(found, expected, strict=True):
-        assert line == pytest.approx(other, rel=1e-3, abs=1e-4)
+    for name in ("loss", "grad_norm"):  # all log-ratios are 0 there but for rounding, and so are in no order
+        assert found[0][name] == pytest.approx(expected[0][name], rel=1e-3)
+    for line, other in zip(found[1:], expected[1:], strict=True):
+        assert line == pytest.approx(other, rel=5e-3, abs=1e-4)
 
 
 @pytest.mark.parametrize("lost", ["keep_states", "keep_state_gradients"])
@@ -162,14 +164,16 @@ def test_generation_has_transformers_own_cache(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_resumed_run_ends_as_one_that_was_not_stopped(tmp_path):
-    options = {"tokens_per_forward": 40, "save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch"}
-    whole = trainer(tmp_path, MAMBA_2, **options)
+@pytest.mark.parametrize("layout", ["auto", "padded"])
+@pytest.mark.parametrize("name", [MAMBA_2, GATED_DELTA, "NemotronHForCausalLM"])
+def test_a_resumed_run_ends_as_one_that_was_not_stopped(name, layout, tmp_path):
+    options = {"layout": layout, "save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch"}
+    whole = trainer(tmp_path, name, tokens_per_forward=40, **options)
     whole.train()
     expected = trained(whole).clone()
-    rest = trainer(tmp_path, MAMBA_2, **options)
+    rest = trainer(tmp_path, name, tokens_per_forward=40, **options)
     rest.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert rest.data_collator.layout == "prefix_shared"
+    assert (rest.data_collator.layout == "prefix_shared") is (layout == "auto")
     assert rest.state.global_step == 4
     assert torch.equal(trained(rest), expected)
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-4")

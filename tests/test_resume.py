@@ -23,6 +23,7 @@ from transformers.trainer_pt_utils import BatchRebalanceSampler
 from transformers.trainer_utils import get_last_checkpoint
 from trl import DPOTrainer
 
+import tiny_models
 from conftest import build_model, build_tokenizer, labelled_rows, reward_rows
 from nca_align import NCAConfig, NCATrainer
 from nca_align.commands.train.command import main
@@ -806,3 +807,26 @@ def test_the_command_exits_with_its_code_and_another_number_of_processes_goes_on
     for one, two in zip(whole, cut, strict=True):
         for key in set(one) - {"grad_norm", "total_flos", "num_tokens", "epoch"}:
             assert two[key] == pytest.approx(one[key], rel=1e-4, abs=1e-4), key
+
+
+@pytest.mark.parametrize("best", [False, True])
+@pytest.mark.parametrize("name", [pytest.param("MixtralForCausalLM", marks=pytest.mark.slow), "Qwen3MoeForCausalLM"])
+def test_weights_that_are_saved_under_other_names_are_read(name, best, tmp_path):
+    """A mixture's experts, which are saved one by one: transformers' trainer goes on with those that it has."""
+    options = {
+        "peft_config": None, "eval_strategy": "steps", "eval_steps": 2, "save_steps": 2, "max_steps": 4,
+        "learning_rate": 1e-2, "precompute_ref_log_probs": True, "load_best_model_at_end": best,
+        "metric_for_best_model": "loss", "greater_is_better": True,
+    }  # fmt: skip
+    whole = make(tmp_path, model=tiny_models.build(name), **options)
+    whole.train()
+    step = Path(whole.state.best_model_checkpoint) if best else tmp_path / "checkpoint-4"
+    assert step.name == ("checkpoint-2" if best else "checkpoint-4")
+    on_disk = load_file(step / "model.safetensors")
+    assert not whole.model.state_dict().keys() >= on_disk.keys()
+    expected = type(whole.model).from_pretrained(step).state_dict()
+    assert all(torch.equal(value, expected[n]) for n, value in whole.model.state_dict().items())
+    if not best:
+        rest = make(tmp_path, model=tiny_models.build(name), **options)
+        rest.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+        assert_same(rest, result(whole))

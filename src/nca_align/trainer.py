@@ -35,6 +35,7 @@ from .training.model_card import write_model_card
 from .training.objective import Objective
 from .training.resume import EvaluationInterrupted, Resume, reads_checkpoint
 from .training.run_identity import at_start
+from .training.saved_names import mapped
 from .training.saving import may_be_pushed, saving_model
 from .training.startup_checks import StartupChecks
 from .training.stopping import spare_workers
@@ -321,7 +322,8 @@ class NCATrainer(DPOTrainer):
         self._checks.check_model(prepared[0], gradients=False)  # of a sharded one, before a batch has its layout
         return prepared
 
-    _load_from_checkpoint = reads_checkpoint(DPOTrainer._load_from_checkpoint)
+    _load_from_checkpoint = reads_checkpoint(mapped(DPOTrainer._load_from_checkpoint))
+    _load_best_model = mapped(DPOTrainer._load_best_model)
     _load_optimizer_and_scheduler = reads_checkpoint(DPOTrainer._load_optimizer_and_scheduler)
     _load_scaler = reads_checkpoint(DPOTrainer._load_scaler)
     _load_rng_state = reads_checkpoint(DPOTrainer._load_rng_state)
