@@ -1,4 +1,4 @@
-"""Time and memory of a batch in pieces (`tokens_per_forward`), on the 60M shape with all of its 8 layers; fp32.
+"""Time and memory of a batch in pieces (`tokens_per_forward`), on 60M shapes with all of their 8 layers; fp32.
 
 A pass is forward and backward of one weighted sum of the log-probabilities, from collated chunks to gradients: what a
 separable loss takes. Each figure comes from a process of its own. Peaks are over model and gradients, and the
@@ -7,7 +7,9 @@ processes give freed blocks back at once, as in `memory.py`. The ways:
     whole     one forward
     pieces    `tokens_per_forward`
     again     four completions at a time, each time behind the prompt, with a backward each
-    padded    a row a completion
+    padded    a row a completion, two rows a forward
+
+Hybrids have shapes of their own, of the same width and depth: their pieces are cut by the prompt alone.
 
 `python benchmarks/pieces.py` runs all cases and prints a table; `--repeats` passes a process.
 """
@@ -26,13 +28,15 @@ import torch
 
 from machine import RESULTS, peak_memory, provenance, write_result
 
+HYBRIDS = {f"{family}, prompt 2048, K = 8": f"{family}-60m" for family in ("qwen3.5", "lfm2", "granite")}
 # name: prompt tokens, completions, tokens of each, tokens a forward
-CASES = {
+CASES: dict[str, tuple[int, int, int, int | None]] = {
     "prompt 8192, K = 16": (8192, 16, 256, 1024),
     "prompt 1024, K = 8": (1024, 8, 256, 1024),
     "prompt 1024, K = 64": (1024, 64, 256, 1024),
     "answer of 2048": (64, 1, 2048, 512),
     "answer of 16384": (64, 1, 16384, 512),
+    **dict.fromkeys(HYBRIDS, (2048, 8, 256, None)),
 }
 WAYS = {
     "prompt 8192, K = 16": ("again", "pieces"),
@@ -40,6 +44,7 @@ WAYS = {
     "prompt 1024, K = 64": ("pieces",),
     "answer of 2048": ("whole", "pieces"),
     "answer of 16384": ("pieces",),
+    **dict.fromkeys(HYBRIDS, ("padded", "pieces")),
 }
 
 
@@ -52,13 +57,14 @@ def figure(model_name: str, case: str, way: str, repeats: int) -> dict[str, Any]
     from shapes import Example, build_model
 
     prompt, k, length, tokens = CASES[case]
-    model = build_model(model_name, seed=0).train()
+    model = build_model(HYBRIDS.get(case, model_name), seed=0).train()
     add_token_logps(model)
     if way != "padded":
         share_prefixes(model)
     (row,) = Example((prompt,), ((length,) * k,)).rows(model.config.vocab_size)
     layout = "padded" if way == "padded" else "prefix_shared"
-    collator = RewardCollator(0, layout, tokens_per_forward=tokens if way == "pieces" else None)
+    bound = {"pieces": tokens, "padded": 2 * (prompt + length)}.get(way)
+    collator = RewardCollator(0, layout, tokens_per_forward=bound, recurrent=case in HYBRIDS)
     size = 4 if way == "again" else k
     groups = [row | {"completion_ids": row["completion_ids"][i : i + size]} for i in range(0, k, size)]
     for parameter in model.parameters():

@@ -7,7 +7,15 @@ model and the same tokens.
 from dataclasses import dataclass, replace
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    GraniteMoeHybridConfig,
+    Lfm2Config,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedModel,
+    Qwen3_5TextConfig,
+)
 
 from lengths import read_lengths
 
@@ -23,6 +31,22 @@ _SMOLLM2 = {
     "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64, "max_position_embeddings": 8192,
     "tie_word_embeddings": True, "rope_parameters": {"rope_type": "default", "rope_theta": 100000.0},
 }  # fmt: skip
+# Hybrids of the same width and depth, about 60M parameters each, with their families' shares of recurrent layers
+_HYBRID_60M = {name: value for name, value in _MISTRAL_60M.items() if name not in ("sliding_window", "head_dim")}
+_QWEN3_5_60M = _HYBRID_60M | {
+    "head_dim": 64, "tie_word_embeddings": False,
+    "layer_types": (["linear_attention"] * 3 + ["full_attention"]) * 2,
+    "linear_num_key_heads": 8, "linear_num_value_heads": 8, "linear_key_head_dim": 64, "linear_value_head_dim": 64,
+}  # fmt: skip
+_LFM2_60M = _HYBRID_60M | {
+    "block_auto_adjust_ff_dim": False, "tie_word_embeddings": False,
+    "layer_types": ["conv", "conv", "full_attention", "conv", "conv", "full_attention", "conv", "full_attention"],
+}  # fmt: skip
+_GRANITE_60M = _HYBRID_60M | {
+    "num_local_experts": 0, "num_experts_per_tok": 0, "shared_intermediate_size": 1792, "tie_word_embeddings": False,
+    "layer_types": ["linear_attention"] * 7 + ["full_attention"],
+    "mamba_n_heads": 16, "mamba_d_head": 64, "mamba_n_groups": 1, "mamba_d_state": 128, "mamba_expand": 2,
+}  # fmt: skip
 _TINY = {
     "vocab_size": 128, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 4096, "sliding_window": None,
@@ -30,6 +54,9 @@ _TINY = {
 CONFIGS = {
     "mistral-60m": lambda: MistralConfig(**_MISTRAL_60M),
     "smollm2-135m": lambda: LlamaConfig(**_SMOLLM2),
+    "qwen3.5-60m": lambda: Qwen3_5TextConfig(**_QWEN3_5_60M),
+    "lfm2-60m": lambda: Lfm2Config(**_LFM2_60M),
+    "granite-60m": lambda: GraniteMoeHybridConfig(**_GRANITE_60M),
     "tiny": lambda: MistralConfig(**_TINY),
 }
 

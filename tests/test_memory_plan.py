@@ -14,6 +14,7 @@ from peft import LoraConfig, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BitsAndBytesConfig, TrainingArguments
 
+import tiny_models
 from conftest import build_model, build_tokenizer
 from nca_align.batching.attention import share_prefixes
 from nca_align.batching.collator import RewardCollator
@@ -123,6 +124,27 @@ def test_other_architectures_are_counted_by_their_own_code(family):
         whole = count_kept(model, plan.longest_chunk(setup()), keys=kept_path(plan.chunks(setup())))
     assert (kept.layers, kept.inputs, kept.outside) == (whole.layers, whole.inputs, whole.outside)
     assert kept.layers > kept.largest > kept.inputs / 6 > 0
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["Lfm2ForCausalLM",
+     *(pytest.param(f"{family}ForCausalLM", marks=pytest.mark.slow) for family in ("GraniteMoeHybrid", "Qwen3_5"))],
+)  # fmt: skip
+def test_a_hybrid_is_counted_by_its_pieces(name):
+    """A prompt, then completions as rows: the plan's forwards are those of training, and keep what autograd does."""
+    plan = planner(tiny_models.tiny_config(getattr(transformers, name).config_class), layout="auto", rows=rows(8))
+    prompt, completions = (chunk["input_ids"] for chunk in plan.chunks(setup()))
+    assert (prompt.shape, completions.shape) == ((1, 59), (8, 40))
+    assert plan.layout == "prefix_shared"
+    largest = plan.kept(setup())
+    alone = planner(plan.config, layout="prefix_shared", rows=rows(8, prompt=1, completion=41)).kept(setup())
+    assert largest.keys > 0
+    assert largest.layers == pytest.approx(alone.layers, rel=0.1)  # of rows as long, without a past
+    padded = planner(plan.config, layout="padded", rows=rows(8)).kept(setup())
+    assert sum(largest.peak(False)) < 0.7 * sum(padded.peak(False))
+    bounded = planner(plan.config, layout="auto", rows=rows(8)).kept(setup(tokens_per_forward=100))
+    assert sum(bounded.peak(False)) < 0.5 * sum(largest.peak(False))
 
 
 OWN = {
