@@ -14,7 +14,7 @@ from datasets import Dataset, DatasetDict, Features, IterableDataset, List, Valu
 
 from conftest import SOURCES, pair_rows, reward_rows, scored_rows
 from nca_align.data import DataOptions, load_reward_dataset, read_reward_dataset
-from nca_align.data.source import _with_fractions
+from nca_align.data.json_types import with_fractions
 from nca_align.errors import InvalidRowError
 
 GOOD = {"prompt": "q", "completions": ["a", "b"], "rewards": [1.0, 0.0]}
@@ -113,9 +113,33 @@ def test_token_ids_are_no_fractions():
     """Wherever others become some: raw UltraFeedback's `completions` hold numbers, and rows of ids hold them alone."""
     ids, whole, fraction = List(List(Value("int64"))), Value("int64"), Value("float64")
     given = {"completion_ids": ids, "completion_mask": ids, "completions": ids, "rewards": List(whole)}
-    assert _with_fractions(Features(given)) == Features(given | {"rewards": List(fraction)})
+    assert with_fractions(Features(given)) == Features(given | {"rewards": List(fraction)})
     raw = Features({"completions": List({"overall_score": whole})})
-    assert _with_fractions(raw) == Features({"completions": List({"overall_score": fraction})})
+    assert with_fractions(raw) == Features({"completions": List({"overall_score": fraction})})
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("field", ["rewards", "call", "tools"])
+def test_numbers_of_calls_and_tools_stay_as_written_beside_fractions(field, late, tmp_path):
+    """A template writes 1 and 1.0 differently; a fraction in one row must not change another, near or far."""
+
+    def row(number: float, prompt: str) -> dict:
+        a, least, first = (number if name == field else 1 for name in ("call", "tools", "rewards"))
+        turn = {"role": "assistant", "content": "", "tool_calls": [
+            {"type": "function", "function": {"name": "add", "arguments": {"a": a, "of": [2, {"b": 3}]}}}
+        ]}  # fmt: skip
+        tool = {
+            "type": "function",
+            "function": {"name": "add", "parameters": {"properties": {"a": {"minimum": least}}}},
+        }
+        ask = [{"role": "user", "content": prompt}]
+        return {"prompt": ask, "completions": [[turn], [turn]], "rewards": [first, 0], "tools": [tool]}
+
+    rows = [row(1, "q" * 11_000_000 if late else "q"), row(0.5, "q")]
+    read = whole(write(tmp_path / "rows.jsonl", rows))
+    assert read["rewards"][:] == [[1.0, 0.0], [0.5 if field == "rewards" else 1.0, 0.0]]
+    for name in ("completions", "tools"):
+        assert list(map(json.dumps, read[name])) == [json.dumps(own[name]) for own in rows]
 
 
 @pytest.mark.parametrize("lists", [False, True])

@@ -17,8 +17,6 @@ from datasets import (
     DatasetDict,
     Features,
     IterableDataset,
-    LargeList,
-    List,
     Value,
     load_dataset,
     load_dataset_builder,
@@ -41,9 +39,9 @@ from .files import (
     suffix_of,
     unpacked,
 )
+from .json_types import as_texts, with_fractions
 from .jsonlines import UnreadableLine, check_json, copy_sound_lines, is_list, is_plain, read_files, read_lines
 from .tables import BUILDERS, folder_columns, load_tables
-from .token_ids import ID_COLUMNS
 
 
 def open_dataset(path: str, name: str | None, streaming: bool, drop: bool) -> tuple[dict[str, Any], int]:
@@ -158,7 +156,7 @@ def _load(path: str, kind: str, files: list[str], streaming: bool, what: tuple, 
             if kind == "json":
                 _refuse_columns(path, next(iter(next(iter(splits.values()))), {}))
                 features = next(iter(splits.values())).features
-                if features and (texts := _as_texts(features)) != features:
+                if features and (texts := as_texts(features)) != features:
                     return _read_as(texts, what, arguments, streaming)
             return splits
         except (DatasetGenerationError, ValueError, pa.ArrowTypeError) as error:
@@ -169,8 +167,8 @@ def _load(path: str, kind: str, files: list[str], streaming: bool, what: tuple, 
                 return _read_as(_types_of(files), what, arguments, streaming)
             # The types are those of the file's beginning: whole numbers there may be fractions further on, times texts.
             begun = next(iter(load_dataset(*what, streaming=True, **arguments).values()))
-            features = _with_fractions(begun.features)
-            if (texts := _as_texts(features)) != features:
+            features = with_fractions(begun.features)
+            if (texts := as_texts(features)) != features:
                 return _read_as(texts, what, arguments, streaming)
             return dict(load_dataset(*what, streaming=streaming, **arguments, features=features))
     except UserError:
@@ -226,11 +224,6 @@ def _refuse_columns(path: str, row: dict[str, Any]) -> None:
         )
 
 
-def _as_texts(features: Features) -> Features:
-    """The types of JSON's columns, which has no times: Arrow takes texts for them that are like "2026-01-31"."""
-    return _retyped(features, "timestamp", "string")
-
-
 def _types_of(files: list[str]) -> Features:
     """The types of JSON files by their first rows, with all numbers fractions.
 
@@ -240,20 +233,7 @@ def _types_of(files: list[str]) -> Features:
     rows = list(itertools.islice(read_files(files), 1000))
     columns = dict.fromkeys(name for row in rows for name in row)
     read = Dataset.from_dict({name: [row.get(name) for row in rows] for name in columns})
-    return _as_texts(_with_fractions(read.features))
-
-
-def _with_fractions(features: Features) -> Features:
-    """The types with all whole numbers as fractions, but for token ids and their masks."""
-    return Features(
-        {name: own if _holds_ids(name, own) else _retyped(own, "int64", "float64") for name, own in features.items()}
-    )
-
-
-def _holds_ids(name: str, feature: Any) -> bool:
-    while isinstance(feature, (List, LargeList)):
-        feature = feature.feature
-    return name in ID_COLUMNS and isinstance(feature, Value)
+    return as_texts(with_fractions(read.features))
 
 
 def _read_as(features: Features, what: tuple, arguments: dict, streaming: bool) -> dict[str, Any]:
@@ -268,12 +248,3 @@ def _read_as(features: Features, what: tuple, arguments: dict, streaming: bool) 
         key = Hasher.hash(("nca_align texts", code_revision(), state, str(features)))
         found[name] = Dataset.from_generator(read_files, features, gen_kwargs=own, fingerprint=key)
     return found
-
-
-def _retyped(feature: Any, old: str, new: str) -> Any:
-    """A type whose values of the type `old`, or those whose name begins so, are of the type `new`."""
-    if isinstance(feature, dict):
-        return type(feature)({name: _retyped(inner, old, new) for name, inner in feature.items()})
-    if isinstance(feature, (List, LargeList)):
-        return List(_retyped(feature.feature, old, new))
-    return Value(new) if isinstance(feature, Value) and feature.dtype.startswith(old) else feature
