@@ -118,11 +118,19 @@ def _in_step(operations: list[Operation | bool]) -> list[Operation | bool]:
 
 
 def _random_states(device: torch.device) -> list[Tensor]:
-    """Of the CPU and, since a model may lie on several, of all GPUs."""
-    return [torch.get_rng_state()] + (torch.cuda.get_rng_state_all() if device.type == "cuda" else [])
+    """Of the CPU and, since a model may lie on several, of all accelerators of this kind."""
+    kind = torch.get_device_module(device)
+    if hasattr(kind, "get_rng_state_all"):
+        return [torch.get_rng_state(), *kind.get_rng_state_all()]
+    return [torch.get_rng_state()] + (
+        [kind.get_rng_state()] if hasattr(kind, "get_rng_state") else []
+    )  # Apple's has one
 
 
 def _set_random_states(states: list[Tensor], device: torch.device) -> None:
     torch.set_rng_state(states[0])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state_all(states[1:])
+    kind = torch.get_device_module(device)
+    if hasattr(kind, "set_rng_state_all"):
+        kind.set_rng_state_all(states[1:])
+    elif len(states) > 1:
+        kind.set_rng_state(states[1])
