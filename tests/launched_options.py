@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import tiny_models
 from conftest import labelled_rows, require_changed, reward_rows
 from nca_align import NCAConfig, NCATrainer
 from nca_align.processes import leave_launch
@@ -79,6 +80,15 @@ def case(name: str, model: str) -> tuple[Any, Any, dict[str, Any]]:
     if name == "masks":
         options = {"loss_type": ["infonca", "sft"], "precompute_ref_log_probs": True, "tokens_per_forward": 40}
         return masked(ROWS, 0), masked(reward_rows(5, [2, 4], seed=2), 1), {"options": options}
+    if name == "hybrid":
+        return (
+            train,
+            held_out,
+            {"model": tiny_models.build("Lfm2ForCausalLM"), "options": {"tokens_per_forward": 40}},
+        )
+    if name == "hybrid lora":
+        given = {"model": tiny_models.build("Lfm2ForCausalLM"), "peft_config": LoraConfig(**LORA)}
+        return train, held_out, given | {"options": {"loss_type": "infonca", "precompute_ref_log_probs": True}}
     if name == "stream":
         return train.to_iterable_dataset(), held_out.to_iterable_dataset(), {}
     if name.startswith("outcome"):
@@ -109,7 +119,7 @@ def main(model: str, output: str, *names: str) -> None:
         options = given.pop("options", {})
         torch.manual_seed(0)
         trainer = NCATrainer(
-            model=model,
+            model=given.pop("model", model),
             args=NCAConfig(
                 f"{output}/{name}", bf16=False, use_cpu=True, report_to=[], disable_tqdm=True, save_strategy="no",
                 logging_steps=1, beta=0.1, max_length=128, max_steps=6, gradient_checkpointing=False,
@@ -120,6 +130,11 @@ def main(model: str, output: str, *names: str) -> None:
             ),
             train_dataset=train, eval_dataset=held_out, processing_class=AutoTokenizer.from_pretrained(model), **given,
         )  # fmt: skip
+        if name.startswith("hybrid"):  # a prompt's pieces, of which the two processes have unequal numbers
+            pieces = [len(trainer.data_collator([row])["chunks"]) for row in trainer.train_dataset]
+            assert trainer.data_collator.layout == "prefix_shared"
+            assert min(pieces) > 1
+            assert name == "hybrid lora" or len(set(pieces)) > 1
         if name == "ddp" and processes > 1:
             require_changed(
                 trainer.args, "ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers",

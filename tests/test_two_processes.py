@@ -13,7 +13,7 @@ from conftest import reward_rows
 from launched_options import DDP, ROWS
 from test_launch import run, same, torchrun
 
-ALIKE = ("modules_to_save", "dora", "pissa", "p_tuning", "reference", "stream", "masks")
+ALIKE = ("modules_to_save", "dora", "pissa", "p_tuning", "reference", "stream", "masks", "hybrid", "hybrid lora")
 LABELLED = ("outcome", "outcome stream")
 CASES = (*ALIKE, *LABELLED, "shards", "ddp")
 pytestmark = pytest.mark.slow
