@@ -11,7 +11,10 @@ from contextlib import contextmanager
 
 from .progress import between_bars, closing_bars, without_library_bars
 
-LABEL_FIX = "give the data's own, without `scale_rewards`, or take `preference: hard` for pairs"
+LABEL_FIX = (
+    "divide ratings by their highest value, leave out `scale_rewards`, or take another loss; for pairs also "
+    "`preference: hard`"
+)
 _PATIENCE = 3.0  # seconds that a process waits for the first of its launch to say what is wrong
 
 
