@@ -175,21 +175,44 @@ def test_a_mask_by_another_name_is_refused_and_read_where_it_is_mapped(number, k
     assert row["completion_mask"] == MASKS
 
 
+UNMASKED = {name: value for name, value in ROW.items() if name != "completion_mask"}
+
+
 @pytest.mark.parametrize(("column", "said"), [
     ({"assistant_masks": [[0, 0, 0, 1, 0, 0, 1], [0, 0, 0, 1, 1]]},
      "`assistant_masks` looks like a mask of the tokens of prompt and completion, .*; give the completion's part"),
     ({"advantages": [[0.0, 0.0, 0.0, 1.0], [0.0, 1.0]]}, None),  # of tokens as well, but no mask
     ({"log_probs": [[-1, -2, 0, 1], [0, 1]]}, None),
+    ({"logprobs": [[0, 0, 0, 0], [0, 0]]}, None),
+    ({"special_tokens_mask": [[0, 0, 0, 1], [0, 1]]}, None),
+    ({"padding_mask": [[0] * 7, [0] * 5]}, None),
     ({"steps": [[0, 1], [1]]}, None),
     ({"seen": [1, 0]}, None),
 ])  # fmt: skip
-def test_other_columns_beside_token_ids_are_no_masks(column, said):
-    rows = [{name: value for name, value in ROW.items() if name != "completion_mask"} | column]
+def test_other_columns_beside_token_ids_are_no_masks(column, said, caplog, recwarn):
+    rows = [UNMASKED | column]
     if said:
         with pytest.raises(UserError, match=said):
             to_reward_dataset(Dataset.from_list(rows))
     else:
         assert len(to_reward_dataset(Dataset.from_list(rows))) == 1
+        assert not caplog.records
+        assert not recwarn.list
+
+
+@pytest.mark.parametrize(("name", "part"), [("correct", "the completion"), ("token_type_ids", "prompt and completion")])
+def test_a_column_that_may_be_a_mask_is_told_of_but_not_refused(name, part, caplog):
+    """Steps that are right or rewards by token have the same form; as a mask they would leave out most tokens."""
+    values = MASKS if part == "the completion" else [[0] * len(PROMPT) + mask for mask in MASKS]
+    assert len(to_reward_dataset(Dataset.from_list([UNMASKED | {name: values}]))) == 1
+    assert f"`train`: `{name}` has 0 or 1 for each token of {part}, and is not read" in caplog.text
+
+
+@pytest.mark.parametrize("broken", [[[1, 0], [1, 1]], None, [[1, 0, 0, 2], [1, 1]]])
+def test_a_broken_row_hides_no_mask(broken):
+    rows = [UNMASKED | {"loss_mask": own} for own in (broken, MASKS, MASKS)]
+    with pytest.raises(UserError, match="`train`: `loss_mask` looks like a mask of the tokens of the completion"):
+        to_reward_dataset(Dataset.from_list(rows))
 
 
 BROKEN = {

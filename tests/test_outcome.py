@@ -213,8 +213,8 @@ def test_a_label_outside_its_range_is_named_before_the_model_is_read(value, show
     if tokenised:
         ids = {"prompt_ids": [5, 6], "completion_ids": [[7], [8]]}
         rows = [ids | {"rewards": row["rewards"], "completion_ids": [[7]] * len(row["rewards"])} for row in rows]
-    message = f"`train`, row 3: `rewards[1]` is {shown}; `loss_type` outcome needs labels from 0 (wrong) to 1 (right): divide ratings"
-    with pytest.raises(UserError, match=re.escape(message)):
+    message = f"`train`, row 3: `rewards[1]` is {shown}; `loss_type` outcome needs labels from 0 (wrong) to 1 (right)"
+    with pytest.raises(UserError, match=re.escape(f"{message}: divide ratings by their highest value")):
         trainer(tmp_path, "no such model", rows=rows, **OF_LABELS)
 
 

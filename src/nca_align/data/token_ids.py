@@ -4,6 +4,7 @@ A row is a prompt with K completions and `rewards`, or one completion with its s
 """
 
 import itertools
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -46,7 +47,7 @@ def with_plain_ids(
 
     Raises:
         UserError: a mask of padding has another length than the ids that it is of; or no mask is there by a known name,
-            but a column looks like one.
+            but a column with `mask` in its name looks like one.
     """
     features = dataset.features
     row: Mapping[str, Any] = next(iter(dataset), {}) if features is None else features
@@ -96,35 +97,50 @@ def with_plain_ids(
 
 
 def _refuse_other_masks(dataset: Dataset | IterableDataset, name: str, prompt: str, completion: str) -> None:
-    """Refuse a column that looks like a mask by another name: without it, all tokens would be trained on."""
+    """Refuse a mask by another name, without which all tokens would be trained on, and tell of what resembles one.
+
+    What most rows have decides, so that a broken row hides no mask.
+    """
     rows = [row for row in itertools.islice(dataset, _FIRST_ROWS) if row.get(prompt) and row.get(completion)]
-    known = {prompt, completion, _PADDING, _PROMPT_PADDING, *_SCORES_BY_TOKEN}
+    known = {prompt, completion, _PADDING, _PROMPT_PADDING, *_SCORES_BY_TOKEN, "special_tokens_mask"}
     for own in dict.fromkeys(column for row in rows for column in row if column not in known):
-        parts = {_masked(row[own], row[prompt], row[completion], "mask" in own) for row in rows if row.get(own)}
-        if parts == {"the completion"}:
-            fix = f"map it by `--columns {MASK}={own}`"
-        elif parts == {"prompt and completion"}:
-            fix = f"give the completion's part of it as `{MASK}`"
-        else:
-            continue
-        raise UserError(
-            f"`{name}`: `{own}` looks like a mask of the tokens of {parts.pop()}, and is not known by this name, so "
-            f"that all tokens would be trained on; {fix}, or take the column out"
-        )
+        given = [(row[own], _masked(row[own], row[prompt], row[completion])) for row in rows if row.get(own)]
+        for part, count in Counter(of for _, of in given).most_common(1):
+            present = {value for values, of in given if of == part for value in _values(values)}
+            if part is None or 2 * count <= len(given) or not any(present):
+                continue
+            if "mask" in own:
+                fix = f"map it by `--columns {MASK}={own}`"
+                if part != "the completion":
+                    fix = f"give the completion's part of it as `{MASK}`"
+                raise UserError(
+                    f"`{name}`: `{own}` looks like a mask of the tokens of {part}, and is not known by this name, so "
+                    f"that all tokens would be trained on; {fix}, or take the column out"
+                )
+            if len(present) == 2 and float not in map(type, present):
+                notify(
+                    f"`{name}`: `{own}` has 0 or 1 for each token of {part}, and is not read: all tokens are trained "
+                    f"on. If it says which ones the model wrote, give the completion's as `{MASK}`."
+                )
 
 
-def _masked(values: Any, prompt: Any, completion: Any, named: bool) -> str | None:
-    """What `values` might mask of a row, or of each of its K completions. Fractions do so only if `named` a mask."""
+def _masked(values: Any, prompt: Any, completion: Any) -> str | None:
+    """What 0 and 1 in `values` might mask of a row, or of each of its K completions."""
     if completion and isinstance(completion[0], list):
         if not isinstance(values, list) or len(values) != len(completion):
             return None
-        parts = {_masked(own, prompt, ids, named) for own, ids in zip(values, completion, strict=True)}
+        parts = {_masked(own, prompt, ids) for own, ids in zip(values, completion, strict=True)}
         return parts.pop() if len(parts) == 1 else None
-    kinds = (bool, int, float) if named else (bool, int)
-    if not isinstance(values, list) or not all(isinstance(value, kinds) and value in (0, 1) for value in values):
+    if not isinstance(values, list):
+        return None
+    if not all(isinstance(value, (bool, int, float)) and value in (0, 1) for value in values):
         return None
     lengths = {len(prompt) + len(completion): "prompt and completion", len(completion): "the completion"}
     return lengths.get(len(values))
+
+
+def _values(values: Any) -> list[Any]:
+    return list(itertools.chain.from_iterable(map(_values, values))) if isinstance(values, list) else [values]
 
 
 def _tell_of_padding(dataset: Dataset | IterableDataset, name: str, field: str, step: int) -> None:
