@@ -105,3 +105,35 @@ def test_what_the_template_writes_of_arguments_is_found_there(family, value):
     assert isinstance(outcome(TEMPLATES[family], PROMPT, [calling({"v": value})], ALONE), dict)
     prompt = [*PROMPT, turn("I add ")]
     assert isinstance(outcome(CHATML, prompt, [calling({"v": value}, "17 to 25.")], ALONE), dict)
+
+
+@pytest.mark.parametrize("family", ["deepseekv3", "qwen3"])
+def test_null_content_beside_calls_is_an_empty_one(family):
+    null, empty = calling("{}", content=None), calling("{}")
+    result = turn("42", "tool", name="add")
+    for prompt in (PROMPT, [*PROMPT, null, result]):
+        found = outcome(TEMPLATES[family], prompt, [null], ALONE)
+        assert isinstance(found, dict)
+        own = [empty if message is null else message for message in prompt]
+        assert found == outcome(TEMPLATES[family], own, [empty], ALONE)
+
+
+@pytest.mark.parametrize("given", ['{"n": 2.50}', '{"n": 1e-7}', r'{"p": "a\/b \u003c"}'])
+def test_arguments_that_the_template_prints_as_they_stand_are_there(given):
+    row = outcome(TEMPLATES["deepseekv3"], PROMPT, [calling(given)], ALONE)
+    assert given in tokenizer_of(TEMPLATES["deepseekv3"]).decode(row["completion_ids"][0])
+
+
+FIRST_CALL = CHATML.replace("m.tool_calls or []", "(m.tool_calls or [])[:1]")
+
+
+@pytest.mark.parametrize(("template", "own"), [
+    (NO_CALLS, calling({}, "I call add now.")),
+    (FIRST_CALL, calling({"a": 1}) | {"tool_calls": calling({"a": 1})["tool_calls"] * 2}),
+])  # fmt: skip
+def test_a_call_whose_words_stand_elsewhere_is_missed_all_the_same(template, own):
+    assert isinstance(outcome(CHATML, PROMPT, [own], ALONE), dict)
+    for completion in ([own], [own, turn("42", "tool"), *ALONE]):
+        assert LEFT_OUT % "tool_calls" in outcome(template, PROMPT, completion, ALONE)
+    said = outcome(template, [*PROMPT, own, turn("42", "tool")], ALONE, ALONE)
+    assert "`prompt` turn 1 has `tool_calls` that the chat template leaves out" in said

@@ -209,7 +209,7 @@ def test_rows_that_cannot_be_scored_are_named():
     with pytest.raises(ValueError, match="Row 1: `prompt` gives no token in front of the completions"):
         rows(text("Fine", " a", " b"), text("", "a", "b"))
     with pytest.raises(ValueError, match=r"Row 0: `completions\[1\]` gives no token after the prompt"):
-        rows(chat([("user", "Hi")], "a", "b"), tokenizer=build_tokenizer("{{ messages[0]['content'] }}{% if messages|length > 1 and messages[1]['content'] == 'a' %}a{% endif %}"))  # fmt: skip # noqa: E501
+        rows(chat([("user", "Hi")], "a", ""), tokenizer=build_tokenizer("{{ messages[0]['content'] }}{% if messages|length > 1 and messages[1]['content'] == 'a' %}a{% endif %}"))  # fmt: skip # noqa: E501
     bare = build_tokenizer(None)
     with pytest.raises(ValueError, match="Row 0: `prompt` holds messages, but the tokenizer has no chat template"):
         rows(chat([("user", "Hi")], "a", "b"), tokenizer=bare)

@@ -2,9 +2,9 @@
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, NoReturn
 
 from ..data.cleaning import REASONING
 from ..errors import InvalidRowError
@@ -55,15 +55,45 @@ def refuse_left_out(messages: Sequence[dict[str, Any]], text: str, where: str, c
         parts: dict[str, list] = {name: [message[name]] for name in REASONING if isinstance(message.get(name), str)}
         if isinstance(message.get("content"), str):
             parts["content"] = THINK_TAG.split(message["content"])
-        parts["tool_calls"] = [value for call in calls_of(message) for value in _call_values(call)]
+        parts["tool_calls"] = [value for call in calls_of(message) for value in _call_values(call, text)]
         for name, values in parts.items():
             if not all(_stands_in(text, value) for value in values):
-                usual = "one without tools does" if name == "tool_calls" else "many do with reasoning in earlier turns"
-                raise InvalidRowError(
-                    f"{where} turn {j} has `{name}` that the chat template leaves out, as {usual}, so that the model "
-                    "would see other text than the row's; use a template that keeps it, or take it out of the row",
-                    cause=f"{name} left out by the chat template",
-                )
+                _refuse(where, j, name)
+
+
+def refuse_calls_left_out(
+    messages: Sequence[dict[str, Any]], first: int, text: str, render: Callable[[list[dict[str, Any]]], str], where: str
+) -> None:
+    """Refuse a text that is the same without one of its calls, whose words may stand elsewhere in it.
+
+    Args:
+        messages: of text.
+        first: the message to begin with; an error counts turns from it.
+        text: what `render` makes of the messages.
+        where: the messages from `first`, as the beginning of an error.
+
+    Raises:
+        InvalidRowError: it names the turn.
+    """
+    for j, message in enumerate(messages[first:], first):
+        calls = calls_of(message)
+        for i in range(len(calls)):
+            own = {"content": ""} | message | {"tool_calls": calls[:i] + calls[i + 1 :]}
+            if not own["tool_calls"]:
+                del own["tool_calls"]
+            without = None
+            with suppress(InvalidRowError):  # a template that needs the call reads it
+                without = render([*messages[:j], own, *messages[j + 1 :]])
+            if without == text:
+                _refuse(where, j - first, "tool_calls")
+
+
+def _refuse(where: str, turn: int, name: str) -> NoReturn:
+    raise InvalidRowError(
+        f"{where} turn {turn} has `{name}` that the chat template leaves out, so that the model would see other text "
+        "than the row's; use a template that keeps it, or take it out of the row",
+        cause=f"{name} left out by the chat template",
+    )
 
 
 def _stands_in(text: str, value: str | float) -> bool:
@@ -75,10 +105,13 @@ def _stands_in(text: str, value: str | float) -> bool:
     return value in text or any(own[1:-1] in text for own in escaped)
 
 
-def _call_values(call: dict[str, Any]) -> Iterator[str | float]:
-    """A call's name, and the names, the strings and the numbers of its arguments."""
+def _call_values(call: dict[str, Any], text: str) -> Iterator[str | float]:
+    """A call's name, and the names, the strings and the numbers of its arguments, unless `text` has their JSON text."""
     arguments = call_arguments(call)
     yield str(function_of(call).get("name", ""))
+    given = function_of(call).get("arguments")
+    if isinstance(given, str) and given.strip() in text:
+        return
     if isinstance(arguments, dict):
         yield from map(str, arguments)
     yield from (leaf for leaf in _leaves(arguments) if not isinstance(leaf, (bool, type(None))))

@@ -3,11 +3,20 @@
 import json
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
-from ..data.cleaning import Prompt, clean_prompt, joined_messages
+from ..data.cleaning import Prompt, clean_prompt, joined_messages, without_nulls
 from ..errors import InvalidRowError, UserError, one_line
-from .left_out import call_arguments, calls_of, function_of, refuse_left_out, strings_in
+from .left_out import (
+    call_arguments,
+    calls_of,
+    function_of,
+    refuse_calls_left_out,
+    refuse_left_out,
+    shared_length,
+    strings_in,
+)
 
 # What chat templates have; few of them name each. A `developer` they leave out, or print, unless they name it.
 _ROLES = frozenset({"system", "user", "assistant", "tool"})
@@ -47,7 +56,10 @@ def prompt_text(tokenizer, prompt: Prompt, template: str | None = None) -> str:
             "`prompt` holds messages, but the tokenizer has no chat template to render them; use a chat model, set its "
             "`chat_template` to the one that the model was trained with, or give the prompt as text"
         )
-    opening = {"add_generation_prompt": not prompt.continues, "continue_final_message": prompt.continues}
+    opening: dict[str, Any] = {
+        "add_generation_prompt": not prompt.continues,
+        "continue_final_message": prompt.continues,
+    }
     text = apply_template(tokenizer, prompt, prompt.content, template, "`prompt`", **opening)
     for message in prompt.content:
         content = message.get("content")
@@ -59,6 +71,8 @@ def prompt_text(tokenizer, prompt: Prompt, template: str | None = None) -> str:
                 cause=f"{role} prompt left out by the chat template",
             )
     refuse_left_out(prompt.content, text, "`prompt`", context=True)
+    render = partial(apply_template, tokenizer, prompt, template=template, **opening)
+    refuse_calls_left_out(prompt.content, 0, text, render, "`prompt`")
     return text
 
 
@@ -74,6 +88,26 @@ def conversation_text(
         eos = tokenizer.eos_token or ""
         return prompt.content + completion + ("" if completion.endswith(eos) else eos)
     return apply_template(tokenizer, prompt, joined_messages(prompt, completion), template, where)
+
+
+def row_texts(tokenizer, prompt: Prompt, completions: Sequence[Any], template: str | None = None) -> list[str]:
+    """The text of a prompt, and of the conversation with each of its completions.
+
+    Raises:
+        InvalidRowError: the template refuses one, or leaves out a part of it.
+    """
+    opening = prompt_text(tokenizer, prompt, template)
+    texts = [opening]
+    for k, completion in enumerate(completions):
+        where = f"`completions[{k}]`"
+        text = conversation_text(tokenizer, prompt, completion, template, where)
+        if prompt.kind == "messages":
+            refuse_left_out(without_nulls(completion), text[shared_length(opening, text) :], where)
+            messages = joined_messages(prompt, completion)
+            render = partial(apply_template, tokenizer, prompt, template=template)
+            refuse_calls_left_out(messages, len(messages) - len(completion), text, render, where)
+        texts.append(text)
+    return texts
 
 
 def _refuse_unknown_role(tokenizer, messages: list[dict[str, Any]], where: str) -> None:
@@ -122,7 +156,7 @@ def apply_template(
     """Messages with the prompt's tools and arguments through `template`, or the tokenizer's own: text.
 
     The arguments of calls are objects, as transformers documents them and vLLM parses them. A template that refuses
-    these gets them as JSON text: DeepSeek's join them to other texts.
+    these gets them as JSON text: DeepSeek's join them to other texts. A null content beside calls is an empty one.
 
     Args:
         where: the messages, as the beginning of an error.
@@ -137,7 +171,7 @@ def apply_template(
     refusals = []
     for form in (call_arguments, _arguments_text) if calls else (call_arguments,):
         try:
-            turns = _with_arguments(messages, form)
+            turns = [{"content": ""} | turn if calls_of(turn) else turn for turn in _with_arguments(messages, form)]
             return tokenizer.apply_chat_template(turns, tools=prompt.tools, **how, **prompt.arguments)
         except Exception as error:  # jinja's own errors, and whatever a template calls
             refusals.append(error)

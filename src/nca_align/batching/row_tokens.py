@@ -5,11 +5,10 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 from trl.data_utils import common_prefix_length
 
-from ..data.cleaning import Prompt, clean_prompt, without_nulls
+from ..data.cleaning import Prompt, clean_prompt
 from ..data.messages import has_context
 from ..errors import InvalidRowError, UserError
-from .left_out import refuse_left_out, shared_length
-from .rendering import conversation_text, holds_typed_tokens, prompt_text, text_ids
+from .rendering import holds_typed_tokens, row_texts, text_ids
 from .trajectories import TurnTemplate, turn_template, written_mask
 
 
@@ -33,12 +32,7 @@ def rows_or_errors(
             prompt = clean_prompt({column: values[i] for column, values in batch.items()})
             rendered, typed = [], False
             if prompt.kind != "token ids":
-                template = own.template if own else None
-                rendered = [prompt_text(tokenizer, prompt, template)]
-                rendered += [
-                    conversation_text(tokenizer, prompt, completion, template, f"`completions[{k}]`")
-                    for k, completion in enumerate(completions)
-                ]
+                rendered = row_texts(tokenizer, prompt, completions, own.template if own else None)
                 typed = holds_typed_tokens(tokenizer, prompt, completions)
         except UserError as error:
             found.append(error)
@@ -56,13 +50,12 @@ def rows_or_errors(
         if prompt.kind == "token ids":
             whole_prompt = list(prompt.content)
             wholes = [("", whole_prompt + completion) for completion in completions]
-            text = ""
         else:
-            (text, whole_prompt), *wholes = [next(ids) for _ in range(1 + len(completions))]
+            (_, whole_prompt), *wholes = [next(ids) for _ in range(1 + len(completions))]
         given = (batch.get("completion_mask") or [None] * len(found))[i]
         try:
             boundary = min(common_prefix_length(whole_prompt, whole) for _, whole in wholes)
-            masks = _masks(tokenizer, own, prompt, completions, text, wholes, boundary, given)
+            masks = _masks(tokenizer, own, prompt, completions, wholes, boundary, given)
             completion_ids = [whole[boundary:] for _, whole in wholes]
             kept, rests = truncate(whole_prompt[:boundary], completion_ids, max_prompt_length, max_length)
             mask = cut_masks(masks, rests)
@@ -84,14 +77,13 @@ def rows_or_errors(
 
 
 def _masks(
-    tokenizer, turns: TurnTemplate | None, prompt: Prompt, completions: list, opening: str,
+    tokenizer, turns: TurnTemplate | None, prompt: Prompt, completions: list,
     wholes: list[tuple[str, list[int]]], boundary: int, given: list | None,
 ) -> list[list[int]]:  # fmt: skip
     """Of each completion's ids behind `boundary`, 1 where the model wrote it: by its turns, as `given`, or all.
 
     Raises:
-        InvalidRowError: no token in front of the completions, or in one; a part of one that the template leaves out;
-            and see `written_mask`.
+        InvalidRowError: no token in front of the completions, or in one; and see `written_mask`.
     """
     if boundary == 0:
         raise InvalidRowError(
@@ -107,9 +99,6 @@ def _masks(
                 f"{where} gives no token after the prompt; leave it out.", cause="completion without a token"
             )
         mask = list(map(int, given[k])) if given and given[k] is not None else [1] * (len(whole) - boundary)
-        if prompt.kind == "messages":
-            own = without_nulls(completions[k])
-            refuse_left_out(own, text[shared_length(opening, text) :], where)
         if turns is not None:  # of all K, so that they are compared alike
             try:
                 mask = written_mask(tokenizer, turns, prompt, completions[k], text, whole, boundary)

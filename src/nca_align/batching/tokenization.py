@@ -72,7 +72,7 @@ def tokenize_dataset(
         special = sorted(tokenizer.special_tokens_map.items())
         # TRL's, since it may render completions of several turns
         state = (tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, special, trl.__version__)
-        options["new_fingerprint"] = derived_fingerprint("nca_align tokens 9", dataset, state, limits, drops)
+        options["new_fingerprint"] = derived_fingerprint("nca_align tokens 10", dataset, state, limits, drops)
     numbers = dict.fromkeys((length_column, "row_number", *CUT_COLUMNS), Value("int64"))
     dataset = dataset.map(
         function,
