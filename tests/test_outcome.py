@@ -291,6 +291,22 @@ BEST = {
 }
 
 
+@pytest.mark.parametrize(("own", "told"), [
+    ({"load_best_model_at_end": True}, "loss"), ({"metric_for_best_model": "eval_rewards/best"}, "rewards/best"),
+])  # fmt: skip
+def test_a_best_metric_of_several_evaluation_sets_says_of_which(own, told, tmp_path):
+    """Also transformers' default: the run ended at its first evaluation."""
+    rows = Dataset.from_list(RAGGED)
+    args = NCAConfig(
+        str(tmp_path), use_cpu=True, bf16=False, loss_type="outcome", eval_strategy="steps", eval_steps=1,
+        save_strategy="steps", save_steps=1, **own,
+    )  # fmt: skip
+    with pytest.raises(UserError, match=f"give the one of a_{told}, b_{told} that is to decide"):
+        NCATrainer("no such model", args=args, train_dataset=rows, eval_dataset={"a": rows, "b": rows})
+    args.metric_for_best_model = f"eval_b_{told}"
+    check_best_metric(args, {"a": rows, "b": rows})
+
+
 @pytest.mark.parametrize("name", BEST)
 def test_a_best_metric_that_these_rows_cannot_give_is_refused_before_the_model_is_read(name, tmp_path):
     metric, rows, message = BEST[name]

@@ -15,7 +15,7 @@ from ..batching.collator import RewardCollator
 from ..config import NCAConfig, changed_options
 from ..data import DataOptions, to_reward_dataset
 from ..device import fsdp_version
-from ..errors import UnsupportedError, UserError, UserTypeError, nearest, notify
+from ..errors import UnsupportedError, UserError, UserTypeError, first_few, nearest, notify
 from ..losses import LABELS
 from ..own_losses import OwnLoss
 from ..unread import Rule, refuse_pieces, refuse_shared_batches, sentence, unread
@@ -205,7 +205,7 @@ def with_best_metric(trainer: Any, metrics: dict[str, float]) -> dict[str, float
         found = [own.removeprefix("eval_") for own in metrics]
         raise UserError(
             f"`metric_for_best_model` is {name}, which this evaluation doesn't give{nearest(name, found)}; use one of "
-            f"{', '.join(found)}"
+            f"{first_few(found, 12)}"
         )
     return metrics
 

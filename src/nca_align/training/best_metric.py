@@ -19,6 +19,8 @@ FAMILIES = frozenset({"rewards", "logratios", "logps", "target", "kl", "calibrat
 def check_best_metric(args: NCAConfig, eval_dataset: Any) -> None:
     """Refuse a metric of the completions that no evaluation gives, of single ones such as `rewards/accuracies`.
 
+    Of several data sets, each metric has its data set's name before it.
+
     Args:
         args: of which `metric_for_best_model` is read, and the losses.
         eval_dataset: rows with `rewards`, a dict of such data sets, or None; of a stream nothing is known.
@@ -29,6 +31,11 @@ def check_best_metric(args: NCAConfig, eval_dataset: Any) -> None:
     if args.metric_for_best_model is None or (args.eval_strategy == "no" and not args.is_unsaid("eval_strategy")):
         return
     metric = args.metric_for_best_model.removeprefix("eval_")
+    if isinstance(eval_dataset, Mapping) and metric.split("/")[0] in FAMILIES | {"loss"}:
+        raise UserError(
+            f"`metric_for_best_model` is {args.metric_for_best_model}, but each evaluation set has its own; "
+            f"give the one of {first_few([f'{key}_{metric}' for key in eval_dataset])} that is to decide"
+        )
     parts = eval_dataset if isinstance(eval_dataset, Mapping) else {"": eval_dataset}
     for key, dataset in parts.items():
         name = metric.removeprefix(f"{key}_") if key else metric
