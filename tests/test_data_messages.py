@@ -6,7 +6,7 @@ import json
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from datasets import Dataset, Json, List, Value
+from datasets import Dataset, Features, Json, List, Value
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -89,6 +89,30 @@ def test_every_form_of_every_file(form, kind, tmp_path):
         assert read(path) == read(path, streaming=True) == ROWS
         assert load_prompts(path, None, "train")["prompt"][:] == [row["prompt"] for row in ROWS]
         assert load_completions(path, None, "train")["completions"][:] == [row["completions"] for row in ROWS]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl", "csv", "JSON"])
+@pytest.mark.parametrize("content", ["", None])
+def test_openais_older_calls(content, kind, tmp_path):
+    function = {"name": "add", "arguments": '{"a": 1}'}
+    ask, answer = {"role": "user", "content": "p"}, {"role": "assistant", "content": "b", "function_call": None}
+    old = {"role": "assistant", "content": content, "function_call": function}
+    new = {"role": "assistant", "tool_calls": [{"type": "function", "function": function}]}
+    result = {"role": "function", "content": "3"}
+    rows = [{"prompt": [ask, old, result], "completions": [[old], [answer]], "rewards": [1.0, 0.5]}] * 2
+    if kind == "JSON":
+        data = Dataset.from_list(rows).cast(
+            Features({"prompt": List(Json()), "completions": List(List(Json())), "rewards": List(Value("float64"))})
+        )
+        (found, _) = to_reward_dataset(data)
+    else:
+        (found, _) = read(write(rows, kind, tmp_path))
+
+    def there(turns: list[dict]) -> list[dict]:
+        return [{key: own for key, own in turn.items() if own not in (None, "")} for turn in turns]
+
+    assert there(found["prompt"]) == [ask, new, {"role": "tool", "content": "3"}]
+    assert list(map(there, found["completions"])) == [[new], [{"role": "assistant", "content": "b"}]]
 
 
 def test_one_row_of_another_form_among_many(tmp_path):

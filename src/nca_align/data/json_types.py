@@ -4,10 +4,11 @@ from typing import Any
 
 from datasets import Features, Json, LargeList, List, Value
 
+from .messages import FUNCTION_CALL
 from .token_ids import ID_COLUMNS
 
 # What a chat template writes as it stands, where 1 is another text than 1.0
-_WRITTEN = {"tools", "tool_calls", "chat_template_kwargs"}
+_WRITTEN = {"tools", "tool_calls", FUNCTION_CALL, "chat_template_kwargs"}
 
 
 def as_texts(features: Features) -> Features:

@@ -9,12 +9,12 @@ import pyarrow.compute as pc
 from datasets import Dataset, Features, IterableDataset, Json, LargeList, List, Value
 
 from .columns import code_revision
-from .messages import ROLES, plain_completions, plain_conversation
+from .messages import FUNCTION_CALL, ROLES, plain_completions, plain_conversation
 
 _COLUMNS = re.compile(r"prompt|completions?|response|chosen|rejected|trajectory|A\d+")
 _ANSWERS = ({"completions"}, {"completion"}, {"response"}, {"chosen", "rejected"})
 _TEXTS = (Value("string"), Value("large_string"))
-_OTHER = rf'"from" ?:|"role": ?"({"|".join(ROLES)})"|"content": ?\['  # in messages as JSON text
+_OTHER = rf'"from" ?:|"role": ?"({"|".join(ROLES)})"|"content": ?\[|"{FUNCTION_CALL}":'  # in messages as JSON text
 
 
 def with_plain_messages(
@@ -90,7 +90,7 @@ def _may_differ(dataset: Dataset | IterableDataset, features: Features, column: 
             return True
         if not {"role", "content"} <= message.keys():
             return False
-        if depth != _depth(column) or message["content"] not in _TEXTS:
+        if depth != _depth(column) or message["content"] not in _TEXTS or FUNCTION_CALL in message:
             return True
     elif not isinstance(message, Json):
         return False
@@ -119,11 +119,11 @@ def _plain_type(feature: Any, column: str) -> Any:
     message, depth = _message_type(feature)
     if isinstance(message, Json):  # which takes any of them
         return feature
-    if message.get("content", message.get("value")) in _TEXTS:
+    if message.get("content", message.get("value")) in _TEXTS and FUNCTION_CALL not in message:
         others = {key: kind for key, kind in message.items() if key not in ("role", "content", "from", "value")}
         message = {"role": Value("string"), "content": Value("string"), **others}
     else:
-        message = Json()  # parts that are no text are refused by their names
+        message = Json()  # calls may differ, and parts that are no text are refused by their names
     for _ in range(max(depth, _depth(column))):
         message = List(message)
     return message

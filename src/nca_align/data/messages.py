@@ -1,4 +1,4 @@
-"""Messages by other names, as {role, content}: ShareGPT's `from` and `value`, its makers' roles, content in parts."""
+"""Messages by other names, as {role, content}: ShareGPT's, its makers' roles, content in parts, older calls."""
 
 from typing import Any
 
@@ -7,6 +7,7 @@ ROLES = {
     "human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant",
     "observation": "tool", "ipython": "tool", "function": "tool",
 }  # fmt: skip
+FUNCTION_CALL = "function_call"  # OpenAI's, before `tool_calls`
 CONTEXT = {"system", "developer", "user", "tool"}  # roles of turns that the model doesn't write
 _TEXTS = {"text", "input_text", "output_text"}  # OpenAI's types of parts that are text
 
@@ -59,6 +60,11 @@ def _plain_message(message: dict[str, Any]) -> dict[str, Any]:
         message = message | {"role": ROLES[role]}
     if isinstance(content, list) and other_part(content) is None:
         message = message | {"content": "".join(part["text"] for part in content)}
+    if FUNCTION_CALL in message:
+        function = message[FUNCTION_CALL]
+        message = {key: item for key, item in message.items() if key != FUNCTION_CALL}
+        if function and not message.get("tool_calls"):
+            message["tool_calls"] = [{"type": "function", "function": function}]
     return message
 
 
