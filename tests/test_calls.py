@@ -137,3 +137,20 @@ def test_a_call_whose_words_stand_elsewhere_is_missed_all_the_same(template, own
         assert LEFT_OUT % "tool_calls" in outcome(template, PROMPT, completion, ALONE)
     said = outcome(template, [*PROMPT, own, turn("42", "tool")], ALONE, ALONE)
     assert "`prompt` turn 1 has `tool_calls` that the chat template leaves out" in said
+
+
+@pytest.mark.parametrize("thought", ["<think>\nCARRY\n</think>\n\n", "CARRY</think>"])
+def test_reasoning_that_the_own_template_drops_is_kept_by_trls_training_template(thought):
+    """DeepSeek-R1's cuts all in front of `</think>`, since it is made for earlier turns."""
+    tokenizer = tokenizer_of(TEMPLATES["deepseek_r1_distill"])
+    whole = tokenizer.apply_chat_template([*PROMPT, turn(thought + "42")], tokenize=False)
+    assert "CARRY" not in whole  # the own one does drop it
+    row, plain = (tokenised(tokenizer, [turn(text + "42")], ALONE) for text in (thought, ""))
+    assert thought.strip() + ("\n\n42" if "\n" in thought else "42") in tokenizer.decode(row["completion_ids"][0])
+    for name in ("prompt_ids", "completion_mask"):
+        assert row[name] == plain[name]
+    assert row["completion_ids"][1] == plain["completion_ids"][1]
+    earlier = [turn("Hi", "user"), turn(thought + "Yes"), *PROMPT]  # the training template has another prompt here
+    assert "that the chat template leaves out" in outcome(
+        TEMPLATES["deepseek_r1_distill"], earlier, [turn(thought + "42")], ALONE
+    )

@@ -8,7 +8,7 @@ from trl.data_utils import common_prefix_length
 from ..data.cleaning import Prompt, clean_prompt
 from ..data.messages import has_context
 from ..errors import InvalidRowError, UserError
-from .rendering import holds_typed_tokens, row_texts, text_ids
+from .rendering import holds_typed_tokens, prompt_text, row_texts, text_ids
 from .trajectories import TurnTemplate, turn_template, written_mask
 
 
@@ -32,7 +32,16 @@ def rows_or_errors(
             prompt = clean_prompt({column: values[i] for column, values in batch.items()})
             rendered, typed = [], False
             if prompt.kind != "token ids":
-                rendered = row_texts(tokenizer, prompt, completions, own.template if own else None)
+                try:
+                    rendered = row_texts(tokenizer, prompt, completions, own.template if own else None)
+                except InvalidRowError:
+                    turns = turns or turn_template(tokenizer)
+                    if own or turns.template is None:
+                        raise
+                    # TRL's training template, where it keeps what the tokenizer's own leaves out, of the same prompt
+                    rendered = row_texts(tokenizer, prompt, completions, turns.template)
+                    if rendered[:1] != [prompt_text(tokenizer, prompt)]:
+                        raise
                 typed = holds_typed_tokens(tokenizer, prompt, completions)
         except UserError as error:
             found.append(error)
