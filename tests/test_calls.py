@@ -6,8 +6,10 @@ from functools import partial
 
 import pytest
 import trl.chat_template_utils as trl_templates
+from datasets import Dataset
 
 from nca_align.batching.rendering import protocol_messages
+from nca_align.batching.tokenization import tokenize_dataset
 from nca_align.errors import UserError
 from test_trajectories import ALONE, CHATML, PROMPT, tokenised, tokenizer_of, turn
 
@@ -154,3 +156,21 @@ def test_reasoning_that_the_own_template_drops_is_kept_by_trls_training_template
     assert "that the chat template leaves out" in outcome(
         TEMPLATES["deepseek_r1_distill"], earlier, [turn(thought + "42")], ALONE
     )
+
+
+@pytest.mark.parametrize(("family", "field"), [
+    ("qwen3", None), ("qwen2_5", None), ("qwen3_8", "reasoning_content"), ("gptoss", "thinking"),
+])  # fmt: skip
+def test_a_thought_that_the_template_prints_as_literal_text_is_told(family, field):
+    """Qwen3's reads it, Qwen2.5's has no thoughts, and the others write their own beside it."""
+    if family not in TEMPLATES:
+        pytest.skip(f"this TRL has no template of {family}")
+    tokenizer = tokenizer_of(TEMPLATES[family])
+    thoughts = [[turn("<think>\nCARRY\n</think>\n\nIt is 42.")], [turn("<think>CARRY</think>It is 42.")]]
+    row = {"prompt": PROMPT, "completions": [*thoughts, ALONE], "rewards": [2.0, 1.0, 0.0]}
+    _, notices = tokenize_dataset(Dataset.from_list([row]), tokenizer, None, None)
+    told = [notice for notice in notices if "`<think>` in `content`" in notice]
+    assert [f"`{field}`" in notice for notice in told] == [True] * (field is not None)
+    own = [turn("It is 42.", **{field or "reasoning_content": "CARRY"})]
+    if field:  # what the notice says to do ends it
+        assert tokenised(tokenizer, own, ALONE)["literal_thoughts"] == 0

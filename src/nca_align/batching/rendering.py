@@ -3,10 +3,11 @@
 import json
 import re
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
-from ..data.cleaning import Prompt, clean_prompt, joined_messages, without_nulls
+from ..data.cleaning import REASONING, Prompt, clean_prompt, joined_messages, without_nulls
 from ..errors import InvalidRowError, UserError, one_line
 from .left_out import (
     call_arguments,
@@ -108,6 +109,40 @@ def row_texts(tokenizer, prompt: Prompt, completions: Sequence[Any], template: s
             refuse_calls_left_out(messages, len(messages) - len(completion), text, render, where)
         texts.append(text)
     return texts
+
+
+def has_literal_thought(
+    tokenizer, prompt: Prompt, completions: Sequence[Any], texts: Sequence[str], template: str | None = None
+) -> bool:
+    """Whether a thought that stands in `content` is other text than one in the field that the template reads.
+
+    Args:
+        texts: of `row_texts`.
+    """
+    field = reasoning_field(tokenizer, template)
+    if prompt.kind != "messages" or prompt.continues or field is None:
+        return False
+    for completion, text in zip(completions, texts[1:], strict=True):
+        own, thoughts = [], []
+        for message in without_nulls(completion):
+            before, tag, after = str(message.get("content", "")).partition("</think>")
+            if tag and message.get("role") == "assistant" and not REASONING.intersection(message):
+                thoughts.append(before.strip().removeprefix("<think>").strip())
+                message = message | {field: thoughts[-1], "content": after.strip()}
+            own.append(message)
+        if any(thoughts):
+            with suppress(InvalidRowError):
+                other = conversation_text(tokenizer, prompt, own, template)
+                if all(thought in other for thought in thoughts) and "".join(other.split()) != "".join(text.split()):
+                    return True
+    return False
+
+
+def reasoning_field(tokenizer, template: str | None = None) -> str | None:
+    """The field of a message in which the chat template reads a thought."""
+    text = template or (tokenizer.get_chat_template() if tokenizer.chat_template else "")
+    named = (name for name in sorted(REASONING, key=len, reverse=True) if re.search(rf"[.'\"]{name}\b", text))
+    return next(named, None)
 
 
 def _refuse_unknown_role(tokenizer, messages: list[dict[str, Any]], where: str) -> None:

@@ -8,7 +8,7 @@ from trl.data_utils import common_prefix_length
 from ..data.cleaning import Prompt, clean_prompt
 from ..data.messages import has_context
 from ..errors import InvalidRowError, UserError
-from .rendering import holds_typed_tokens, prompt_text, row_texts, text_ids
+from .rendering import has_literal_thought, holds_typed_tokens, prompt_text, row_texts, text_ids
 from .trajectories import TurnTemplate, turn_template, written_mask
 
 
@@ -25,37 +25,40 @@ def rows_or_errors(
     turns = turn_template(tokenizer) if any(several) else None
     texts: list[str] = []
     plain: list[bool] = []
-    found: list[Any] = []  # a row's prompt, its turns' template where it has several, and what was typed; or its error
+    found: list[Any] = []  # a row's prompt, its turns' template where it has several, and its remarks; or its error
     for i, completions in enumerate(batch["completions"]):
         own = turns if several[i] else None
         try:
             prompt = clean_prompt({column: values[i] for column, values in batch.items()})
-            rendered, typed = [], False
+            rendered, typed, literal = [], False, False
             if prompt.kind != "token ids":
+                template = own.template if own else None
                 try:
-                    rendered = row_texts(tokenizer, prompt, completions, own.template if own else None)
+                    rendered = row_texts(tokenizer, prompt, completions, template)
                 except InvalidRowError:
                     turns = turns or turn_template(tokenizer)
                     if own or turns.template is None:
                         raise
                     # TRL's training template, where it keeps what the tokenizer's own leaves out, of the same prompt
-                    rendered = row_texts(tokenizer, prompt, completions, turns.template)
+                    template = turns.template
+                    rendered = row_texts(tokenizer, prompt, completions, template)
                     if rendered[:1] != [prompt_text(tokenizer, prompt)]:
                         raise
                 typed = holds_typed_tokens(tokenizer, prompt, completions)
+                literal = has_literal_thought(tokenizer, prompt, completions, rendered, template)
         except UserError as error:
             found.append(error)
             continue
         texts += rendered
         plain += [prompt.kind == "text"] * len(rendered)
-        found.append((prompt, own, typed))
+        found.append((prompt, own, typed, literal))
     ids = iter(zip(texts, text_ids(tokenizer, texts, plain), strict=True))
     tokenized: list[Any] = []
     for i, completions in enumerate(batch["completions"]):
         if isinstance(found[i], UserError):
             tokenized.append(found[i])
             continue
-        prompt, own, typed = found[i]
+        prompt, own, typed, literal = found[i]
         if prompt.kind == "token ids":
             whole_prompt = list(prompt.content)
             wholes = [("", whole_prompt + completion) for completion in completions]
@@ -80,7 +83,7 @@ def rows_or_errors(
             length_column: len(kept) + sum(map(len, rests)), "row_number": indices[i],
             "prompt_cut": int(len(kept) < boundary), "completions_cut": len(cut), "cut_alike": len(alike),
             "boundary_tokens": len(whole_prompt) - boundary, "typed_tokens": int(typed),
-            "unnamed_tools": int(calls and not prompt.tools),
+            "literal_thoughts": int(literal), "unnamed_tools": int(calls and not prompt.tools),
         })  # fmt: skip
     return tokenized
 

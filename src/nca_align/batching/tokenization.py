@@ -17,6 +17,7 @@ from ..config import NCAConfig, prompt_limit
 from ..data.schema import show_counts
 from ..errors import InvalidRowError, UserError, notify
 from ..store.fingerprints import derived_fingerprint
+from .rendering import reasoning_field
 from .row_tokens import rows_or_errors
 
 logger = logging.getLogger("nca_align")
@@ -26,7 +27,15 @@ _TOKENS = {
     "completion_mask": List(List(Value("int8"))),
 }  # fmt: skip
 # Counts beside the ids, one number a row, which the trainer adds up, reports and drops
-CUT_COLUMNS = ("prompt_cut", "completions_cut", "cut_alike", "boundary_tokens", "typed_tokens", "unnamed_tools")
+CUT_COLUMNS = (
+    "prompt_cut",
+    "completions_cut",
+    "cut_alike",
+    "boundary_tokens",
+    "typed_tokens",
+    "literal_thoughts",
+    "unnamed_tools",
+)
 # Beside a row that is to be dropped: a few words under which it is counted, and the error
 _NOTES = Features({"_cause": Value("string"), "_problem": Value("string")})
 
@@ -102,6 +111,12 @@ def tokenize_dataset(
         notices.append(
             f"`{name}`: {cut['typed_tokens']} of {len(dataset)} rows hold special tokens as text within their messages,"
             " where they end or begin a turn as those of the chat template do; take them out if that isn't meant."
+        )
+    if cut["literal_thoughts"]:
+        notices.append(
+            f"`{name}`: {cut['literal_thoughts']} of {len(dataset)} rows hold `<think>` in `content`, which the chat "
+            "template prints as other text than a thought of its own. Give the thought in the message's field "
+            f"`{reasoning_field(tokenizer)}`, which the template reads."
         )
     if cut["prompt_cut"] or cut["completions_cut"]:
         notices.append(
