@@ -1,8 +1,8 @@
 """Time and memory of a batch in pieces (`tokens_per_forward`), on 60M shapes with all of their 8 layers; fp32.
 
 A pass is forward and backward of one weighted sum of the log-probabilities, from collated chunks to gradients: what a
-separable loss takes. Each figure comes from a process of its own. Peaks are over model and gradients, and the
-processes give freed blocks back at once, as in `memory.py`. The ways:
+separable loss takes. Each figure comes from a process of its own. Peaks are over model and gradients; the processes
+that measure them give freed blocks back at once, as in `memory.py`, and those that take the time don't. The ways:
 
     whole     one forward
     pieces    `tokens_per_forward`
@@ -93,23 +93,21 @@ def measure(model_name: str, repeats: int, cases: list[str]) -> dict[str, Any]:
     rows = {}
     for case in cases:
         for way in WAYS[case]:
-            command = [
-                sys.executable,
-                __file__,
-                "--figure",
-                case,
-                way,
-                "--model",
-                model_name,
-                "--repeats",
-                str(repeats),
-            ]
-            environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
-            result = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-            rows[f"{case}, {way}"] = own = json.loads(result.stdout.splitlines()[-1])
+            rows[f"{case}, {way}"] = own = _in_own_process(
+                model_name, case, way, 0, {"MALLOC_MMAP_THRESHOLD_": "65536"}
+            )
+            if repeats:
+                own["seconds"] = _in_own_process(model_name, case, way, repeats, {})["seconds"]
+            rows[f"{case}, {way}"] = own
             peak = own.get("peak_bytes", float("nan")) / 1e9
             print(f"  {case}, {way}: {statistics.median(own['seconds'] or [0]):.2f} s, {peak:.3f} GB", flush=True)
     return {"model": model_name, "rows": rows}
+
+
+def _in_own_process(model_name: str, case: str, way: str, repeats: int, environment: dict[str, str]) -> dict[str, Any]:
+    command = [sys.executable, __file__, "--figure", case, way, "--model", model_name, "--repeats", str(repeats)]
+    result = subprocess.run(command, env=os.environ | environment, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(result.stdout.splitlines()[-1])
 
 
 def main() -> None:
