@@ -31,7 +31,7 @@ def inspect_page(model_dir, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("page")
     rows = reward_rows(40, [4, 2, 6])
     rows[0]["completions"][0][0]["content"] = f"</span></div>{SCRIPT} {'x' * 4000}\x00"
-    rows[0]["completions"][0] += [{"role": "user", "content": "<b>Go on"}, {"role": "assistant", "content": "Done."}]
+    rows[0]["completions"][2] += [{"role": "user", "content": "<b>Go on"}, {"role": "assistant", "content": "Done."}]
     rows[0]["completions"][1][0]["content"] = "日本語 😀 \u202e " + "long words " * 500
     data = folder / "rows-with-quite-a-long-name-as-data-sets-have-them<b>.jsonl"
     data.write_text("\n".join(map(json.dumps, rows)))

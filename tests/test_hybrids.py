@@ -109,7 +109,7 @@ def test_a_hybrid_shares_prompts_and_trains_as_padded(case, tmp_path, caplog):
     for name in ("loss", "grad_norm"):  # all log-ratios are 0 there but for rounding, and so are in no order
         assert found[0][name] == pytest.approx(expected[0][name], rel=1e-3)
     for line, other in zip(found[1:], expected[1:], strict=True):
-        assert line == pytest.approx(other, rel=5e-3, abs=1e-4)
+        assert line == pytest.approx(other, rel=2e-2, abs=1e-4)
 
 
 @pytest.mark.parametrize("lost", ["keep_states", "keep_state_gradients"])
