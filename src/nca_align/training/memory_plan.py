@@ -71,6 +71,11 @@ def past_of(chunk: dict[str, Any]) -> int:
     return chunk["segments"].past if "segments" in chunk else 0
 
 
+def largest(chunks: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The chunk of most tokens, and of these the one that reads most beside them."""
+    return max(chunks, key=lambda chunk: (chunk["input_ids"].numel(), past_of(chunk)))
+
+
 @dataclass
 class Planner:
     """Counts the memory of a run and of its variants on the model's own code.
@@ -125,7 +130,8 @@ class Planner:
     def kept(self, setup: Setup) -> Kept:
         """What the longest forward keeps."""
         cast = setup.launch.sharding != "" and self.mixed is not None  # FSDP and DeepSpeed compute in it as a whole
-        chunk, keys = self.longest_chunk(setup), kept_path(self.chunks(setup))
+        chunks = self.chunks(setup)
+        chunk, keys = largest(chunks), kept_path(chunks)
         path = None if keys is None else (keys.size, keys.past)
         size = (chunk["input_ids"].shape, past_of(chunk), path, len(chunk["target_ids"]))
         key = (setup.use_peft, setup.quantisation, cast, *size)
@@ -136,7 +142,7 @@ class Planner:
 
     def longest_chunk(self, setup: Setup) -> dict[str, Any]:
         """The largest of the `chunks`."""
-        return max(self.chunks(setup), key=lambda chunk: (chunk["input_ids"].numel(), past_of(chunk)))
+        return largest(self.chunks(setup))
 
     def chunks(self, setup: Setup) -> list[dict[str, Any]]:
         """The forwards of the batch of the longest rows, in the layout that the model allows."""

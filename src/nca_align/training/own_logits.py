@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from ..batching.attention import own_attention
 from ..batching.collator import Batch, RewardCollator
+from ..batching.pieces import LEAST_TOKENS
 from ..errors import UnsupportedError, one_line
 from ..models.logprobs import forward_chunk, split_by_completion
 from ..models.passes import passes
@@ -243,7 +244,7 @@ def _in_several_pieces(collator: RewardCollator, rows: Sequence[Row]) -> RewardC
     if collator.tokens_per_forward is None:
         return collator
     third = max(len(row["prompt_ids"]) + len(ids) for row in rows for ids in row["completion_ids"]) // 3
-    return replace(collator, tokens_per_forward=min(collator.tokens_per_forward, max(4, third)))
+    return replace(collator, tokens_per_forward=min(collator.tokens_per_forward, max(LEAST_TOKENS, third)))
 
 
 def _by_completion(
