@@ -170,24 +170,20 @@ def attend_segments(
     outputs = []
     for (start, end), path in segments.calls():
         q, k, v = query[:, :, start:end], _stretches(key, path), _stretches(value, path)
+        turned = not (explicit or _on_gpu(q)) and (start, end) in segments.queries
+        mask = segments.mask((start, end), path, window, q, last_first=turned)
         if explicit:
-            mask = segments.mask((start, end), path, window, q)
             output = _explicit_attention(q, k, v, mask, scaling, dropout, softcap, s_aux)
-        elif not _on_gpu(q) and (start, end) in segments.queries:
-            mask = segments.causal_mask(q.shape[2], k.shape[2], window, q, last_first=True)
-            output = F.scaled_dot_product_attention(
-                q if mask is None else q.flip(2), k, v, mask, dropout, is_causal=mask is None, scale=scaling,
-                enable_gqa=q.shape[1] != k.shape[1],
-            )  # fmt: skip
-            output = output if mask is None else output.flip(2)
         else:
-            mask = segments.mask((start, end), path, window, q)
+            turned = turned and mask is not None
+            q = q.flip(2) if turned else q
             grouped = q.shape[1] != k.shape[1]
             if grouped and mask is not None and _on_gpu(q):
                 k, v, grouped = *(x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v)), False
             output = F.scaled_dot_product_attention(
                 q, k, v, mask, dropout, is_causal=mask is None, scale=scaling, enable_gqa=grouped
             )
+            output = output.flip(2) if turned else output
         outputs.append(output)
     return torch.cat(outputs, 2).transpose(1, 2).contiguous().unflatten(1, (rows, -1))[0]
 

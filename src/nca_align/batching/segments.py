@@ -46,11 +46,16 @@ class Segments:
         else:
             yield from zip(self.queries, self.paths, strict=True)
 
-    def mask(self, queries: Stretch, path: tuple[Stretch, ...], window: int | None, like: Tensor) -> Tensor | None:
-        """Additive mask (q, k) of one of the `calls`, kept for all layers; None where `is_causal` says it."""
+    def mask(
+        self, queries: Stretch, path: tuple[Stretch, ...], window: int | None, like: Tensor, last_first: bool = False
+    ) -> Tensor | None:
+        """Additive mask (q, k) of one of the `calls`, kept for all layers; None where `is_causal` says it.
+
+        `last_first` of one segment's: see `causal_mask`.
+        """
         start, end = queries
         if queries in self.queries:
-            return self.causal_mask(end - start, sum(b - a for a, b in path), window, like)
+            return self.causal_mask(end - start, sum(b - a for a, b in path), window, like, last_first)
         key = ("all", window, like.dtype, like.device)
         if key not in self._cache:
             mask = torch.full((end, self.end), -torch.inf, dtype=like.dtype, device=like.device)
