@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
+from functools import cache
 from statistics import fmean, stdev
 from typing import NamedTuple
 
@@ -84,16 +85,72 @@ def mean_and_interval(values: Sequence[float], level: float = 0.95) -> Interval:
     return Interval(mean, mean - half, mean + half, n)
 
 
+def paired_p(differences: Sequence[float]) -> float:
+    """The p-value of a two-sided t-test that the mean of `differences` is 0; NaN for fewer than two."""
+    n = len(differences)
+    if n < 2:
+        return math.nan
+    mean, error = fmean(differences), stdev(differences) / math.sqrt(n)
+    if not error:
+        return 0.0 if mean else 1.0
+    return _between(math.atan(abs(mean) / error / math.sqrt(n - 1)), math.pi / 2, n - 1)
+
+
+def detectable_difference(
+    spread: float, n: int, comparisons: int = 1, power: float = 0.8, level: float = 0.95
+) -> float:
+    """The smallest true mean difference that a paired two-sided t-test finds with probability `power`.
+
+    Args:
+        spread: standard deviation of one pair's difference, in the figure's units.
+        n: pairs.
+        comparisons: tests that the level is divided among (Bonferroni).
+        power: the chance of p < (1 − level) / comparisons.
+        level: of all tests together.
+
+    Returns:
+        A difference in the units of `spread`; infinite for fewer than two pairs.
+
+    Source: the noncentral t-distribution, as an integral over the chi distribution of the estimated spread.
+    """
+    if n < 2:
+        return math.inf
+    degrees = n - 1
+    critical = t_quantile(1 - (1 - level) / comparisons, degrees)
+    wide = 8 / math.sqrt(2 * degrees)
+    low, high = max(0.0, 1 - wide), 1 + wide
+    ratio = (low + high) / 2 + (high - low) / 2 * _NODES  # estimated spread / spread
+    density = np.exp((degrees - 1) * np.log(ratio) - degrees * (ratio**2 - 1) / 2) * _WEIGHTS
+    density /= density.sum()
+    shift_low, shift_high = 0.0, critical * high + 10  # of the difference, in standard errors
+    for _ in range(80):
+        shift = (shift_low + shift_high) / 2
+        found = sum(w * (_normal(shift - critical * r) + _normal(-shift - critical * r))
+                    for w, r in zip(density, ratio, strict=True))  # fmt: skip
+        shift_low, shift_high = (shift, shift_high) if found < power else (shift_low, shift)
+    return shift_high * spread / math.sqrt(n)
+
+
+@cache
 def t_quantile(level: float, degrees: int) -> float:
     """The t for which P(|T| < t) = `level` in Student's distribution with that many degrees of freedom."""
     low, high = 0.0, math.pi / 2  # of the angle atan(t / √degrees), which is bounded
     for _ in range(80):
         middle = (low + high) / 2
-        low, high = (middle, high) if _within(middle, degrees) < level else (low, middle)
+        low, high = (middle, high) if _between(0.0, middle, degrees) < level else (low, middle)
     return math.tan(high) * math.sqrt(degrees)
 
 
-def _within(angle: float, degrees: int) -> float:
-    """P(|T| < √degrees · tan(angle)): the angle's density is in proportion to its cosine to the power degrees − 1."""
-    integral = angle / 2 * float(_WEIGHTS @ np.cos(angle / 2 * (1 + _NODES)) ** (degrees - 1))
+def _between(low: float, high: float, degrees: int) -> float:
+    """P(low < angle < high), where |T| = √degrees · tan(angle).
+
+    The angle's density is in proportion to its cosine to the power degrees − 1.
+    """
+    half = (high - low) / 2
+    integral = half * float(_WEIGHTS @ np.cos(low + half * (1 + _NODES)) ** (degrees - 1))
     return 2 / math.sqrt(math.pi) * math.exp(math.lgamma((degrees + 1) / 2) - math.lgamma(degrees / 2)) * integral
+
+
+def _normal(z: float) -> float:
+    """P(Z < z) of the normal distribution."""
+    return math.erfc(-z / math.sqrt(2)) / 2
