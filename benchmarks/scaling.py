@@ -1,6 +1,6 @@
 """The memory that a run needs, by the arithmetic of `nca-align train --dry_run`; and that arithmetic checked.
 
-    python benchmarks/scaling.py           # the tables of docs/scaling.md
+    python benchmarks/scaling.py           # the tables of docs/guide/scaling.md
     python benchmarks/scaling.py --check   # against measured peaks of small models on this CPU, each in its own process
 
 What is counted is said in `nca_align.models.memory` and `nca_align.training.card_memory`. A fifth more is for what

@@ -1,4 +1,4 @@
-"""Servers over real sockets that answer as they are told, and as others document that theirs do (docs/servers.md)."""
+"""Servers over real sockets that answer as told, and as others document (docs/guide/servers.md)."""
 
 import json
 import math

@@ -62,7 +62,7 @@ class TestTold:
     def test_figures_in_the_text(self):
         told = told_figures()
         readme, moving = (
-            (BENCHMARKS.parent / name).read_text() for name in ("README.md", "docs/moving-from-dpotrainer.md")
+            (BENCHMARKS.parent / name).read_text() for name in ("README.md", "docs/guide/from-dpotrainer.md")
         )
         straight = "cached, R² of time against unique tokens, K = 4 to 32, "
         linear = [told["targets", straight + malloc] for malloc in ("glibc's default", "jemalloc")]

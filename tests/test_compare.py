@@ -321,7 +321,7 @@ def test_the_papers_comparisons(path):
 
 
 def test_the_example_of_the_docs(tmp_path, capsys, monkeypatch):
-    page = (ROOT / "docs" / "comparing.md").read_text()
+    page = (ROOT / "docs" / "guide" / "comparing.md").read_text()
     example, commands = (re.search(rf"^```{kind}\n(.+?)^```", page, re.M | re.S)[1] for kind in ("yaml", "bash"))
     (tmp_path / "compare.yaml").write_text(example)
     monkeypatch.chdir(tmp_path)

@@ -18,9 +18,7 @@ from nca_align.cli import main
 from nca_align.commands.inspect.command import main as inspect
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = sorted(
-    [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("docs/reference/*.md"), *ROOT.glob("*/README.md")]
-)
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("*/README.md")])
 SOURCES = sorted((ROOT / "src").rglob("*.py"))
 
 
@@ -46,13 +44,13 @@ def test_relative_links_lead_somewhere(page):
 
 
 def test_the_index_has_every_page():
-    linked = set(re.findall(r"\]\(([\w-]+\.md)\)", (ROOT / "docs" / "README.md").read_text()))
-    assert linked == {path.name for path in (ROOT / "docs").glob("*.md")} - {"README.md"}
+    linked = set(re.findall(r"\]\(([\w/-]+\.md)\)", (ROOT / "docs" / "README.md").read_text()))
+    assert linked == {str(path.relative_to(ROOT / "docs")) for path in (ROOT / "docs").rglob("*.md")} - {"README.md"}
 
 
 def test_named_files_and_keys_exist():
     """Files and keys in back-ticks that look like ours are there."""
-    for page in (ROOT / "docs").glob("*.md"):
+    for page in (ROOT / "docs").rglob("*.md"):
         for name in re.findall(
             r"`((?:configs|examples|benchmarks|scripts|tests|src)/[\w./-]+\.\w+)`", page.read_text()
         ):
@@ -83,7 +81,7 @@ def test_the_readmes_script_trains_and_leaves_its_adapter(tmp_path, model_dir, m
 
 def test_the_snippet_of_moving_works_as_it_stands(tmp_path, model_dir, monkeypatch):
     """On a machine without a GPU as well, without a flag for it."""
-    page = (ROOT / "docs" / "moving-from-dpotrainer.md").read_text()
+    page = (ROOT / "docs" / "guide" / "from-dpotrainer.md").read_text()
     lines = re.search(r"```diff\n(.+?)```", page, re.S)[1].splitlines()
     script = "\n".join(line[1:] for line in lines if line[:1] != "-")
     assert script.count('"your/model"') == 1
@@ -137,7 +135,7 @@ def raised_messages() -> dict[str, str]:
 
 
 def entries() -> list[str]:
-    page = (ROOT / "docs" / "troubleshooting.md").read_text()
+    page = (ROOT / "docs" / "reference" / "troubleshooting.md").read_text()
     rows = re.findall(r"^\| (``.+?``|`[^`]+`) \| .+ \|$", page, re.M)
     return [re.fullmatch(r"(`+)(.+)\1", row)[2].strip() for row in rows]
 
@@ -163,21 +161,21 @@ def test_every_message_has_an_entry():
     assert len(messages) > 150
     assert len(known) > 100
     missing = [f"{where}: {text}" for text, where in messages.items() if not any(matches(e, text) for e in known)]
-    assert not missing, "docs/troubleshooting.md has no entry for\n" + "\n".join(missing)
+    assert not missing, "docs/reference/troubleshooting.md has no entry for\n" + "\n".join(missing)
 
 
 def test_every_entry_is_a_message():
     messages = raised_messages()
     assert all(len(words(entry)) >= 5 for entry in entries())  # one that matched anything would prove nothing
     stale = [entry for entry in entries() if not any(matches(entry, text) for text in messages)]
-    assert not stale, f"docs/troubleshooting.md has entries for what is never said: {stale}"
+    assert not stale, f"docs/reference/troubleshooting.md has entries for what is never said: {stale}"
 
 
 # What the pages show
 
 
 def test_the_table_of_alpha_is_what_inspect_prints(monkeypatch, capsys):
-    page = (ROOT / "docs" / "choosing-alpha-and-beta.md").read_text()
+    page = (ROOT / "docs" / "guide" / "alpha-and-beta.md").read_text()
     command, shown = re.search(r"```bash\nnca-align inspect (.+?)\n```\n\n```text\n(.+?)```", page, re.S).groups()
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("COLUMNS", "80")
@@ -193,7 +191,7 @@ def test_the_table_of_targets_is_softmax():
 
     from nca_align.reward_tensors import targets
 
-    page = (ROOT / "docs" / "choosing-alpha-and-beta.md").read_text()
+    page = (ROOT / "docs" / "guide" / "alpha-and-beta.md").read_text()
     rows = re.findall(r"^\| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", page, re.M)
     assert len(rows) == 5
     for alpha, *shown in rows:
@@ -203,7 +201,7 @@ def test_the_table_of_targets_is_softmax():
 
 @pytest.mark.slow
 def test_the_tutorials_commands_run(model_dir, tmp_path):
-    blocks = re.findall(r"^```bash\n(.+?)^```", (ROOT / "docs" / "tutorial.md").read_text(), re.M | re.S)
+    blocks = re.findall(r"^```bash\n(.+?)^```", (ROOT / "docs" / "guide" / "tutorial.md").read_text(), re.M | re.S)
     assert len(blocks) == 7
     for name in ("examples", "scripts"):
         (tmp_path / name).symlink_to(ROOT / name)
@@ -232,7 +230,7 @@ def test_the_tutorials_commands_run(model_dir, tmp_path):
     assert (tmp_path / "runs" / "tutorial-model" / "model.safetensors").exists()
 
 
-FORMATS = (ROOT / "docs" / "data-formats.md").read_text()
+FORMATS = (ROOT / "docs" / "guide" / "data.md").read_text()
 BEGIN = FORMATS[FORMATS.index("## Where to begin") : FORMATS.index("## What is recognised")]
 # what is in bold, the first code behind it, and the row
 KINDS = {name: row for name, *row in re.findall(r"\*\*(.+?)\*\*[^`]*`([^`]+)`.*?```json\n(.*?)```", BEGIN, re.S)}

@@ -239,7 +239,7 @@ def test_the_page_has_a_row_for_each_launch():
             tried = (launch, weights) in (*IN_CI, *WITH_DEEPSPEED)
             cells.append("refused" if (launch, weights) in REFUSED else "whole" if tried else "not tried")
         lines.append(f"| {launch} | {' | '.join(cells)} |")
-    page = (ROOT / "docs" / "scaling.md").read_text()
+    page = (ROOT / "docs" / "guide" / "scaling.md").read_text()
     assert "\n".join(lines) in page
     assert all(reason.split(",")[0] in page.replace("\n", " ") for reason in REFUSED.values())
 

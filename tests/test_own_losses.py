@@ -34,7 +34,7 @@ from test_resume import At, interrupt
 from test_trainer import Forwards, config, logged, trainer, weights_after
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGE = (ROOT / "docs" / "your-own-loss.md").read_text()
+PAGE = (ROOT / "docs" / "guide" / "your-own-loss.md").read_text()
 CODE, YAML = (re.findall(rf"^```{kind}\n(.+?)^```", PAGE, re.M | re.S) for kind in ("python", "yaml"))
 # what a file is that holds both of the page's functions
 MODULE = "\n\n".join(CODE)

@@ -171,7 +171,7 @@ def test_every_class_of_transformers(tmp_path):
             said = check(set_up, tmp_path / "made", tmp_path, TEXTS, may_differ=batch_size > 1)
             differ |= {family} if said else set()
             shutil.rmtree(tmp_path / "made")
-    page = (Path(__file__).resolve().parents[1] / "docs" / "reward-models.md").read_text()
+    page = (Path(__file__).resolve().parents[1] / "docs" / "guide" / "reward-models.md").read_text()
     listed = re.search(r"Read their padding: (.*?)\.\n", page, re.S)
     assert listed is not None
     assert set(re.findall(r"\w+", listed[1])) == differ

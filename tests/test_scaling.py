@@ -1,4 +1,4 @@
-"""docs/scaling.md: its tables are the script's, and one of its figures is a measured peak."""
+"""docs/guide/scaling.md: its tables are the script's, and one of its figures is a measured peak."""
 
 import json
 import os
@@ -15,7 +15,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import scaling  # noqa: E402
 
-PAGE = (ROOT / "docs" / "scaling.md").read_text()
+PAGE = (ROOT / "docs" / "guide" / "scaling.md").read_text()
 
 
 def test_weights_are_those_of_the_real_models():

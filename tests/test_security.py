@@ -270,6 +270,6 @@ def test_no_secret_is_written_or_printed(model_dir, tmp_path, monkeypatch, capfd
     written = {str(path): path.read_bytes().decode("latin-1") for path in files}
     for where, text in (written | said).items():
         assert not [name for name, value in SECRETS.items() if value in text], where
-        # transformers pickles the arguments whole into training_args.bin, these too: docs/security.md says so
+        # transformers pickles the arguments whole into training_args.bin, these too: docs/reference/security.md says so
         assert not any(token in text for token in given) or where.endswith("training_args.bin"), where
     assert os.environ["HF_TOKEN"] == SECRETS["HF_TOKEN"]

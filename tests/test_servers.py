@@ -109,7 +109,7 @@ def test_each_form_of_an_answer(form, pauses):
 
 
 def test_the_docs_and_the_stand_ins_name_the_same_servers():
-    page = (ROOT / "docs" / "servers.md").read_text()
+    page = (ROOT / "docs" / "guide" / "servers.md").read_text()
     table = page.split("| server | base URL |")[1].split("\n\n")[0].splitlines()
     documented = [row.split("|")[1] for row in table[2:]]
     assert len(documented) > 10, table

@@ -85,7 +85,7 @@ def test_trls_other_losses_are_refused_as_its_own(tmp_path):
         with pytest.raises(ValueError, match=f"`loss_type` is '{name}', which is DPOTrainer's; use ") as refused:
             NCAConfig(**arguments(tmp_path, loss_type=name))
         elsewhere = name not in ("sigmoid", "nca_pair")
-        assert ("use DPOTrainer itself: it isn't here; docs/baselines.md" in str(refused.value)) == elsewhere
+        assert ("use DPOTrainer itself: it isn't here; docs/guide/baselines.md" in str(refused.value)) == elsewhere
     with pytest.raises(ValueError, match="'IPO', which is DPOTrainer's"):
         NCAConfig.of(DPOConfig(**arguments(tmp_path, loss_type="IPO")), "model")
 

@@ -50,7 +50,7 @@ def choose_device(args: Any) -> str | None:
         if args.use_cpu and asked:
             raise UserError(f"`{name}` asks to keep activations on the CPU, but training is on the CPU. Leave it out.")
     chosen = args.bf16 is None and not args.fp16
-    if chosen:  # never on a CPU by itself: it learns less there in as many steps (docs/memory-and-speed.md)
+    if chosen:  # never on a CPU by itself: it learns less there in as many steps (docs/guide/memory.md)
         launched = os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16"
         args.bf16 = launched or (not args.use_cpu and computes_bfloat16(on_cpu=False))
     precision = "in bfloat16 mixed precision (`bf16: true`)" if args.bf16 else "without mixed precision (`bf16: false`)"

@@ -118,7 +118,7 @@ def judge(options: JudgeOptions) -> None:
         + (f", {counts['empty']} without text" if counts.get("empty") else "")
         + (f", {counts['thoughts']} {WITHOUT_REASONING}" if counts.get("thoughts") else "")
         + (f"; questions that failed: {counts['failed']}{causes(counts, 'failed')}{_EMPTY}" if counts["failed"] else "")
-        + f"; docs/evaluation.md says how {options.judge} judges it",
+        + f"; docs/guide/evaluation.md says how {options.judge} judges it",
         file=sys.stderr,
     )
 

@@ -1,6 +1,6 @@
 """What a server's answer means: no error, a pause before another try, a row that failed, or the end of the run.
 
-docs/servers.md has the forms that servers give, with their sources.
+docs/guide/servers.md has the forms that servers give, with their sources.
 """
 
 import json
