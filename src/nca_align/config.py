@@ -39,8 +39,8 @@ class NCAConfig(DPOConfig):
             with `outcome`, which has no targets.
         beta: β of the implicit rewards β · log(π_θ / π_ref), per nat, > 0. Small lets the model go further.
         loss_type: `nca`, `infonca`, another of the listwise family, `outcome` of labels, or `sft` on the best
-            completion; a loss of one's own, the function or `module:function` (docs/guide/your-own-loss.md); or a list of
-            them, with `loss_weights`.
+            completion; a loss of one's own, the function or `module:function` (docs/guide/your-own-loss.md); or a list
+            of them, with `loss_weights`.
         negative_weight: weight of NCA's second term; 1 is the paper's.
         completion_mean: of `outcome`: the mean over completions, not over prompts.
         max_prompt_length: tokens kept of a prompt, its end; half of `max_length` by default. Completions are cut at
@@ -282,6 +282,8 @@ def _known_loss(loss_type: str | Callable) -> str:
     known = [*LOSSES, "sft"]
     name = str(loss_type).lower()
     if name in _TRL_LOSSES and name not in known:
-        elsewhere = "DPOTrainer itself: it isn't here; docs/guide/baselines.md names those that `nca-align compare` trains"
+        elsewhere = (
+            "DPOTrainer itself: it isn't here; docs/guide/baselines.md names those that `nca-align compare` trains"
+        )
         raise UserError(f"`loss_type` is {loss_type!r}, which is DPOTrainer's; use {_INSTEAD.get(name, elsewhere)}.")
     return loss_name(loss_type, known)
