@@ -172,7 +172,7 @@ def test_every_class_of_transformers(tmp_path):
             differ |= {family} if said else set()
             shutil.rmtree(tmp_path / "made")
     page = (Path(__file__).resolve().parents[1] / "docs" / "guide" / "reward-models.md").read_text()
-    listed = re.search(r"Read their padding: (.*?)\.\n", page, re.S)
+    listed = re.search(r"read their padding: (.*?)\.\n", page, re.S)
     assert listed is not None
     assert set(re.findall(r"\w+", listed[1])) == differ
     assert f"{len(families)} classes" in page
