@@ -57,6 +57,12 @@ def test_named_files_and_keys_exist():
             assert (ROOT / name).exists(), f"{name} in {page.name}"
 
 
+def test_pages_that_the_code_names_exist():
+    named = {name: path for path in SOURCES for name in re.findall(r"docs/[\w/-]+\.md", path.read_text())}
+    assert len(named) >= 4
+    assert not [f"{name} in {path.relative_to(ROOT)}" for name, path in named.items() if not (ROOT / name).exists()]
+
+
 def test_the_readmes_script_trains_and_leaves_its_adapter(tmp_path, model_dir, monkeypatch):
     """As it stands, but for the names of the Hub, the number of steps and what only a GPU has."""
     DatasetDict({split: Dataset.from_list(reward_rows(3)) for split in ("train_prefs", "test_prefs")}).save_to_disk(

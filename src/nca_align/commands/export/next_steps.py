@@ -27,5 +27,5 @@ def next_steps(output: Path, chat: bool, trust_remote_code: bool = False) -> str
         talk = f"curl http://localhost:{PORT}/v1/completions -H {kind} -d {shlex.quote(body)}"
     return (
         f"To talk to it, start the server in one terminal and the second command in another:\n{install}  {serve}\n  "
-        f"{talk}\ndocs/using-the-result.md has vLLM, llama.cpp, Ollama and adapters alone."
+        f"{talk}\ndocs/guide/using-the-result.md has vLLM, llama.cpp, Ollama and adapters alone."
     )
