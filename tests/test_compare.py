@@ -8,6 +8,7 @@ import re
 import shlex
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -42,6 +43,8 @@ from nca_align.data import DataOptions, RewardData
 from nca_align.data.strategies import PAIRS
 from nca_align.errors import UserError
 from nca_align.evaluation.comparison_folder import failure
+from nca_align.evaluation.endpoints import FIELDS
+from nca_align.evaluation.intervals import detectable_difference
 from nca_align.store.checkpoints import last_common_checkpoint
 from nca_align.store.fingerprints import files_fingerprint
 
@@ -290,6 +293,10 @@ def test_refusals_of_the_command(config, tmp_path, capsys):
     assert "`only` is 'kto*', which matches none of the 8 cells: nca-beta0.1-seed1" in said(["--only", "kto*"])
     assert "`beta` in the comparison's YAML file is 'x'" in said(grid={"method": "nca", "beta": "x"})
     assert "missing_scorer" in said(evaluation={"scorer": "missing_scorer:f"})
+    assert "`reference` of `endpoints` is 'kto'; it must be a method with at least two β in the grid: nca, dpo" in said(
+        endpoints={"reference": "kto"}
+    )
+    assert "`at_kl` of `endpoints` is 0; it must be a finite number of nats, above 0" in said(endpoints={"at_kl": [0]})
     assert "`at_kl` of `select` is 2, but `validation_steps` of `evaluation` is 1" in said(
         evaluation=config["evaluation"] | {"validation_steps": 1}, select={"at_kl": 2}
     )
@@ -342,6 +349,7 @@ def test_a_dry_run_lists_cells_and_writes_nothing(config, tmp_path, capsys):
     done = tmp_path / "out" / "cells" / "nca-beta0.1-seed1"
     done.mkdir(parents=True)
     (done / "done.json").write_text(json.dumps({"steps": 8, "minutes": 2.0}))
+    (done / "trainer_state.json").write_text(json.dumps({"log_history": [log_line(8, generation__reward=1.0)]}))
     (tmp_path / "out" / "cells" / "nca-beta0.1-seed2").mkdir()
     (tmp_path / "out" / "cells" / "nca-beta0.1-seed2" / "error.txt").write_text("no memory\n")
     assert compare_command.main([*arguments, "--parallel", "2"]) == 0
@@ -349,6 +357,75 @@ def test_a_dry_run_lists_cells_and_writes_nothing(config, tmp_path, capsys):
     assert "nca-beta0.1-seed1: finished, 2.0 minutes" in said
     assert "nca-beta0.1-seed2: failed: no memory" in said
     assert "8 cells, 7 to run: about 7 minutes" in said
+
+
+def finish(folder: Path, kl: float, reward: float) -> None:
+    """A cell's folder as if it had run to this end."""
+    folder.mkdir(parents=True)
+    log = [log_line(0, generation__reward=0.0, generation__kl=0.0)]
+    log.append(log_line(8, generation__reward=reward, generation__kl=kl, logratios__best=kl, logratios__worst=-kl))
+    (folder / "trainer_state.json").write_text(json.dumps({"log_history": log}))
+    (folder / "done.json").write_text(json.dumps({"steps": 8, "minutes": 2.0}))
+
+
+def test_a_dry_run_says_what_difference_can_be_shown(config, tmp_path, capsys):
+    """By the spread of the data's rewards, then of what is finished: first ends of runs, then ladders at equal KL."""
+    rewards = [row["rewards"] for row in map(json.loads, (tmp_path / "data" / "test.jsonl").read_text().splitlines())]
+    arguments = [*write(config | {"endpoints": {"at_kl": 2}}, tmp_path), "--dry_run"]
+
+    def said() -> str:
+        assert compare_command.main(arguments) == 0
+        return capsys.readouterr().out
+
+    within = statistics.fmean(map(statistics.variance, rewards)) ** 0.5
+    least = detectable_difference(within * (2 / (4 * 2)) ** 0.5, 2, 1)  # 4 prompts with 2 answers each, 2 seeds
+    first = said()
+    assert f"Power: 2 seeds show a difference in reward of {least:.2g} at equal KL with a chance of 80%" in first
+    assert "two-sided 5% / 1; methods beside the reference: 1, KLs: 1)" in first
+    assert f"the data's rewards have a standard deviation of {within:.2g} within a prompt, and 4 test prompts" in first
+    cells = tmp_path / "out" / "cells"
+    for seed in (1, 2):
+        finish(cells / f"nca-beta0.1-seed{seed}", 4.0, 1.0)
+        finish(cells / f"nca-beta0.5-seed{seed}", 1.0, 0.2 * seed)
+    least = detectable_difference(0.2 / 2**0.5, 2, 1)  # of the gaps 0.8 and 0.6 between both settings of nca
+    assert f"in reward of {least:.2g} at equal KL" in (second := said())
+    assert "the spread of differences between ends of runs, seed by seed and not yet at equal KL" in second
+    for seed in (1, 2):
+        finish(cells / f"dpo-beta0.1-seed{seed}", 4.0, 1.0 + seed)
+        finish(cells / f"dpo-beta0.5-seed{seed}", 1.0, 0.2 * seed + seed)
+    least = detectable_difference(1 / 2**0.5, 2, 1)  # dpo is 1 ahead with seed 1, 2 with seed 2
+    assert f"in reward of {least:.2g} at equal KL" in (third := said())
+    assert "the spread of differences at equal KL, seed by seed, in the ladders that are finished" in third
+
+
+@pytest.mark.parametrize(
+    ("grid", "said"),
+    [
+        ({"method": ["nca", "dpo"], "seed": [1, 2]}, "fewer than two methods have two β"),
+        ({"method": ["nca", "dpo"], "beta": [0.1, 0.5], "seed": 1}, "one seed shows no difference"),
+    ],
+)
+def test_a_dry_run_says_where_nothing_can_be_shown(grid, said, config, tmp_path, capsys):
+    assert compare_command.main([*write(config | {"grid": grid}, tmp_path), "--dry_run"]) == 0
+    assert f"Power: {said}" in capsys.readouterr().out
+
+
+def test_finished_cells_are_compared_at_equal_kl(config, tmp_path, capsys):
+    """The command's `endpoints.csv`, of cells that have run, with the reference and KLs of the file."""
+    for method, ahead in (("nca", 0.0), ("dpo", 0.25)):
+        for seed in (1, 2):
+            finish(tmp_path / "out" / "cells" / f"{method}-beta0.1-seed{seed}", 4.0, 1.0 + ahead)
+            finish(tmp_path / "out" / "cells" / f"{method}-beta0.5-seed{seed}", 1.0, 0.5 + ahead)
+    asked = config | {"endpoints": {"reference": "dpo", "at_kl": [2.25]}}
+    assert compare_command.main([*write(asked, tmp_path), "--report"]) == 0
+    assert "methods at equal KL: " in capsys.readouterr().out
+    table = read(tmp_path / "out" / "endpoints.csv")
+    assert [*table[0]] == [*FIELDS]
+    (nca, dpo) = (row for row in table if row["column"] == "reward")
+    assert (nca["method"], nca["reference"], nca["kl"], nca["n"]) == ("nca", "dpo", "2.25", "2")
+    assert float(nca["difference"]) == pytest.approx(-0.25)
+    assert (float(dpo["mean"]), dpo["difference"]) == (pytest.approx(1.0), "")
+    assert (tmp_path / "out" / "endpoints-out.md").exists()
 
 
 def test_a_cell_that_was_trained_is_not_trained_otherwise(config, tmp_path, capsys, monkeypatch):
@@ -724,6 +801,7 @@ def test_a_grid_killed_half_way_and_resumed(config, tmp_path, capfd):
     assert len(rows_) == 8 * 3 * 4  # cells, splits, evaluations
     assert {(row["step"]) for row in rows_} == {"0", "2", "4", "8"}
     assert len(read(output / "selected.csv")) == 2
+    assert {row["method"] for row in read(output / "endpoints.csv")} <= {"nca", "dpo"}
     for name in begun:
         state = json.loads((folders / name / "trainer_state.json").read_text())
         steps = [line["step"] for line in state["log_history"] if "minutes" in line]

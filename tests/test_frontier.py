@@ -8,7 +8,7 @@ import pytest
 from scipy import stats
 
 from nca_align.evaluation.comparison_rows import COMPARED, final_values, over_steps, runs_of, setting_name, setting_of
-from nca_align.evaluation.frontier import Curve, common_kl, curves_of, reward_at_kl
+from nca_align.evaluation.frontier import Curve, curves_of, reward_at_kl
 from nca_align.evaluation.intervals import UNKNOWN, Estimate, Interval, mean_and_interval, t_quantile
 
 
@@ -27,7 +27,7 @@ def rising(seed: int, n: int = 6) -> Curve:
 def test_interpolation_is_exact_at_evaluations_and_monotone_between(seed):
     curve = rising(seed)
     assert [reward_at_kl(curve, kl) for _, kl, _ in curve.points] == [reward for _, _, reward in curve.points]
-    grid = [curve.max_kl * (i / 200) for i in range(201)]
+    grid = [curve.points[-1][1] * (i / 200) for i in range(201)]
     values = [reward_at_kl(curve, kl) for kl in grid]
     assert values == sorted(values)
     for (_, a, low), (_, b, high) in zip(curve.points, curve.points[1:], strict=False):
@@ -60,7 +60,7 @@ def test_an_estimate_below_zero_counts_as_zero():
 
 def test_nothing_is_said_beyond_where_a_run_came():
     curve = rising(0)
-    assert reward_at_kl(curve, curve.max_kl * (1 + 1e-9)) is None
+    assert reward_at_kl(curve, curve.points[-1][1] * (1 + 1e-9)) is None
     assert reward_at_kl(Curve("", ((5, 1.0, 0.5), (10, 2.0, 0.6))), 0.5) is None  # before its first evaluation
     assert reward_at_kl(Curve("", ()), 0.5) is None
 
@@ -70,25 +70,6 @@ def test_a_run_that_comes_back_counts_where_it_first_came():
     assert reward_at_kl(curve, 0.5) == pytest.approx(0.5)
     assert reward_at_kl(curve, 1.125) == pytest.approx(0.75)
     assert reward_at_kl(curve, 2.25) == pytest.approx(5 + 0.5 / (3**0.5 - 1) * 4)
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_the_common_reach_is_two_digits_that_all_runs_came_to(seed):
-    groups = [[rising(seed), rising(seed + 1)], [rising(seed + 2)]]
-    reach, least = common_kl(groups), min(curve.max_kl for curves in groups for curve in curves)
-    assert 0.9 * least < reach <= least
-    assert reach == float(f"{reach:.2g}")
-    assert all(reward_at_kl(curve, reach) is not None for curves in groups for curve in curves)
-
-
-@pytest.mark.parametrize("reach", [3.0, 0.3, 0.1, 12.0, 0.29, 100.0])
-def test_the_common_reach_is_not_below_a_round_one(reach):
-    assert common_kl([[Curve("", ((0, 0.0, 0.0), (1, reach, 1.0)))]]) == reach
-
-
-def test_without_movement_there_is_no_common_reach():
-    assert common_kl([[rising(0), Curve("", ((0, 0.0, 0.386),))]]) is None
-    assert common_kl([]) is None
 
 
 def rows(values):

@@ -2,7 +2,9 @@
 
 import math
 import random
+import re
 import statistics
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -215,6 +217,12 @@ def test_the_kls_lie_in_the_span_that_most_ladders_share():
     unround = {name: {1: [Rung(kl, {}) for kl in (1.011, 1.012)]} for name in "ab"}
     assert common_kls(unround, "a") == [pytest.approx(1.0115, abs=1e-4)]
     assert common_kls({"a": {1: []}, "b": short["b"]}, "b") == []
+
+
+def test_the_example_of_the_docs(capsys):
+    page = (Path(__file__).resolve().parents[1] / "docs" / "guide" / "comparing.md").read_text()
+    exec(re.search(r"^```python\n(.+?)^```", page, re.M | re.S)[1], {})
+    assert capsys.readouterr().out == "dpo -0.2 3\n"
 
 
 def test_a_run_that_came_back_in_kl_says_from_where():

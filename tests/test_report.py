@@ -4,6 +4,7 @@ import json
 import math
 import random
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,15 +17,18 @@ from nca_align.commands.compare.grid import KEYS
 from nca_align.commands.compare.tables import COLUMNS, Selection, selected_rows
 from nca_align.commands.report.charts import likelihood_charts, plotted, run_charts
 from nca_align.commands.report.command import main, write_report
+from nca_align.commands.report.endpoints import endpoint_cells, endpoint_charts, endpoint_section, table_texts
 from nca_align.commands.report.page import build_page
 from nca_align.commands.report.runs import Run, read_run
 from nca_align.evaluation.comparison_rows import labels
-from nca_align.evaluation.frontier import Curve, curves_of, equal_kls
+from nca_align.evaluation.endpoints import FIELDS, endpoint_ladders, endpoint_rows, ladder_notes
+from nca_align.evaluation.frontier import curves_of
 from nca_align.evaluation.intervals import mean_and_interval
 from nca_align.evaluation.training_log import logged, prefixes
 from nca_align.pages.charts import Chart, Series, chart_svg
 from nca_align.pages.pictures import picture
 from nca_align.pages.styles import ordered_styles, styles
+from nca_align.pages.text_tables import latex, markdown
 from nca_align.store.files import write_csv
 
 SCRIPT = "<script>document.title = 'taken'</script>"
@@ -62,7 +66,7 @@ def log_of(prefix="eval_", seed=0, k=4, steps=(0, 24, 48, 72, 96)):
 
 
 def comparison_rows(methods=METHODS, seeds=(1, 2, 3), betas=(0.1, 0.3)):
-    """Rows as `nca-align compare` writes them; the lower β has the higher reward."""
+    """Rows as `nca-align compare` writes them; the lower β has the higher reward and KL."""
     rows = []
     for name, (gain, reach, best) in methods.items():
         for beta in betas:
@@ -76,7 +80,8 @@ def comparison_rows(methods=METHODS, seeds=(1, 2, 3), betas=(0.1, 0.3)):
                         rows.append({
                             "cell": f"{name}-{beta}-{seed}", **own, "split": split, "step": step,
                             "reward": 0.386 + gain * math.sqrt(far) * (1 - beta) + noise.gauss(0, 0.01) * (step > 0),
-                            "kl": reach * far * (1 + noise.gauss(0, 0.05)), "win_rate": 0.5 + 0.3 * far, "tokens": 40,
+                            "kl": reach * far * math.sqrt(0.1 / beta) * (1 + noise.gauss(0, 0.05)),
+                            "win_rate": 0.5 + 0.3 * far, "tokens": 40,
                             "distinct_2": 0.6 - 0.2 * far, "logratio_best": best * far + noise.gauss(0, 0.1),
                             "logratio_worst": (best - 3) * far, "accuracy": 0.5 + 0.2 * far, "minutes": 5 * far,
                         })  # fmt: skip
@@ -266,59 +271,151 @@ def test_what_nothing_was_chosen_of_is_told(tmp_path):
     assert "Of what is finished, nothing was chosen of sft rewards K 4:" in build_page([read_run(own)])
 
 
-def test_rewards_at_equal_kl_are_sorted_and_those_that_stopped_before_say_so(comparison):
-    html = build_page([read_run(comparison)], at_kl=[0.5, 2.0])
-    rows = table(html, "At KL = 0.5 nats")
-    assert len(rows) == 4
-    rewards = [float(row[2].split()[0]) for row in rows]
-    assert rewards == sorted(rewards, reverse=True)
-    assert all(re.fullmatch(r"0\.\d{3} ± 0\.\d{3}", row[2]) and row[1] == "3" for row in rows)
-    rows = table(html, "At KL = 2 nats")
-    assert [row[0] for row in rows][-1] == "sft"
-    assert rows[-1][2] == "not reached"
-    assert not re.search(r"[>± ](nan|-?inf)\b", html)
+def with_endpoints(folder: Path, rows, **chosen) -> Path:
+    """A comparison's folder as `nca-align compare` leaves it."""
+    write_csv(write_comparison(folder, rows) / "endpoints.csv", endpoint_rows(rows, **chosen), FIELDS)
+    return folder
+
+
+def exact_rows(methods=("nca", "infonca"), betas=(0.1, 0.4)):
+    """Rewards straight in √KL, seeds far apart, the second method 0.1·√KL behind with every seed."""
+    rows = comparison_rows(dict.fromkeys(methods, METHODS["nca"]), betas=betas)
+    for row in rows:
+        row["kl"] = row["step"] / 120 * 0.4 / row["beta"]  # 1 and 4 at the end
+        row["reward"] = row["seed"] + (0.5 - 0.1 * (row["method"] != methods[0])) * math.sqrt(row["kl"])
+    return rows
+
+
+def test_methods_are_compared_between_the_ends_of_their_runs(tmp_path):
+    found = read_run(with_endpoints(tmp_path / "c", exact_rows(), at_kl=[2.25]))
+    first, second, *_ = table(endpoint_section(found, "", []), "At KL = 2.25 nats")
+    assert first == ["reward", "nca", "3", "2.75 ± 2.48", "reference", ""]
+    assert second == ["reward", "infonca", "3", "2.60 ± 2.48", "-0.150 ± 0.000", "&lt; 0.001"]
+    html = endpoint_section(found, "", [1.0, 4.0])
+    first, second, *_ = table(html, "At KL = 4 nats")
+    assert (first[3], second[4]) == ("3.00 ± 2.48", "-0.200 ± 0.000")
+    assert "At KL = 2.25 nats" not in html
+
+
+def test_the_ends_are_told_before_the_paths(tmp_path):
+    html = build_page([read_run(with_endpoints(tmp_path / "c", exact_rows()))])
+    titles = re.findall(r"<h2>(.*?)</h2>", html)
+    assert titles[:2] == ["Endpoints at equal KL, test split", "Paths of the selected runs"]
+    alone, _ = plotted(replace(read_run(tmp_path / "c"), selected=[]))  # nothing was chosen yet
+    assert [chart.title for chart in alone] == [chart.title for chart in endpoint_charts(exact_rows())]
+    points = endpoint_charts(exact_rows())[0].series
+    assert [(one.name, one.x, one.y) for one in points] == [
+        ("nca", [1.0, 4.0], pytest.approx([2.5, 3.0])), ("infonca", [1.0, 4.0], pytest.approx([2.4, 2.8]))
+    ]  # fmt: skip
+
+
+def test_the_table_of_ends_says_what_is_compared(tmp_path):
+    rows = exact_rows()
+    table = endpoint_rows(rows, at_kl=[2.25], reference="infonca")
+    assert [(row["column"], row["method"]) for row in table] == [
+        (column, name) for column in ("reward", "logratio_best", "logratio_worst") for name in ("nca", "infonca")
+    ]
+    first, second = table[:2]
+    assert (first["reference"], first["n"], first["spanned"], first["seeds"]) == ("infonca", 3, 3, 3)
+    assert first["difference"] == pytest.approx(0.15)
+    assert (second["mean"], second["difference"], second["p"]) == (pytest.approx(2.6), None, None)
+    # the same from what the file says, which has text
+    folder = with_endpoints(tmp_path / "c", rows, at_kl=[2.25], reference="infonca")
+    found = read_run(folder)
+    assert endpoint_cells(found.at_equal_kl()) == endpoint_cells(table)
+    assert found.at_equal_kl([2.25])[0]["reference"] == "infonca"
+    (folder / "endpoints.csv").unlink()  # an older comparison
+    assert [row["kl"] for row in read_run(folder).at_equal_kl()[:1]] == [1.6]  # (1 + 1/4)², with two digits
+
+
+def test_the_settings_of_a_ladder_are_all_but_beta_and_seed():
+    rows = [{**row, "alpha": alpha} for alpha in (0.1, 1) for row in exact_rows(["nca"])]
+    assert [*endpoint_ladders(rows)] == ["nca, α 0.1", "nca, α 1"]
+    alone = [row for row in rows if row["alpha"] == 1 or row["beta"] == 0.1]  # one β is no ladder
+    assert [*endpoint_ladders(alone)] == ["nca"]
 
 
 def test_a_mean_is_never_over_the_seeds_that_happened_to_come_so_far(tmp_path):
-    rows = comparison_rows({"nca": (0.5, 3.0, 3)}, betas=(0.1,))
+    rows = exact_rows()
     for row in rows:
-        if row["seed"] == 1:
+        if row["seed"] == 1 and row["method"] == "infonca":
             row["kl"] *= 0.1
-    html = build_page([read_run(write_comparison(tmp_path / "c", rows))], at_kl=[2.0])
-    assert table(html, "At KL = 2 nats")[0][2] == "2 of 3 runs came so far"
+    cells = endpoint_cells(read_run(with_endpoints(tmp_path / "c", rows)).at_equal_kl([2.25]))
+    assert cells[1] == ["2.25", "reward", "infonca", "3", "2 of 3 span it", "", ""]
+
+
+def test_without_two_betas_nothing_is_compared_at_equal_kl(tmp_path):
+    html = endpoint_section(read_run(with_endpoints(tmp_path / "c", exact_rows(betas=(0.1,)))), "", [])
+    assert "No method has two β" in html
+    assert "At KL =" not in html
+
+
+def test_ladders_that_share_no_kl_are_told(tmp_path):
+    rows = exact_rows()
+    for row in rows:
+        row["kl"] *= 10 if row["method"] == "nca" else 1
+    html = endpoint_section(read_run(with_endpoints(tmp_path / "c", rows)), "", [])
+    assert "No KL lies between the ends of two methods" in html
+
+
+def test_what_bears_on_a_ladder_is_told_by_name(tmp_path):
+    """A run that came back in KL, a ladder in another order than β's, and one with an end missing."""
+    rows = exact_rows(betas=(0.1, 0.2, 0.4))
+    for row in rows:
+        if (row["cell"], row["step"], row["split"]) == ("nca-0.2-2", 60, "test"):
+            row |= {"kl": 2.8, "kl_error": 0.1}
+        row.setdefault("kl_error", 0.1)
+        if row["method"] == "infonca" and row["seed"] == 3 and row["beta"] == 0.2:
+            row["kl"] *= 3
+    rows = [row for row in rows if row["cell"] != "infonca-0.4-1"]
+    folder = with_endpoints(tmp_path / "c", rows, at_kl=[3.0])
+    found = read_run(folder)
+    for kind, said in {"html": endpoint_section(found, "", []), **table_texts(found, [])}.items():
+        for sentence in (
+            "nca-0.2-2 doubled back: it ended at a KL of 2 nats, below the 2.8 of its step 60.",
+            "in the order of KL it has β 0.4 at 1, β 0.1 at 4, β 0.2 at 6 nats.",
+            "Of infonca, seed 1 has no end at β 0.4.",
+            r"nca $\dagger$" if kind == "tex" else "nca †",
+        ):
+            assert sentence in said, kind
+        assert "infonca †" not in said.replace(r"$\dagger$", "†")
+    assert [row["doubled_back"] for row in read_run(folder).endpoints[:2]] == ["nca-0.2-2", ""]
+    for row in rows:  # within two standard errors of the difference
+        row["kl_error"] = 0.3
+    assert "doubled back" not in " ".join(ladder_notes(rows))
+
+
+def test_tables_and_pictures_for_papers(tmp_path):
+    folder = with_endpoints(tmp_path / "a_b", exact_rows(), at_kl=[1.0, 4.0])
+    files = {path.name: path for path in write_report([folder], tmp_path / "out")}
+    assert [*files] == ["report.html", "report-a_b.png", "report-a_b.pdf", "endpoints-a_b.md", "endpoints-a_b.tex"]
+    assert files["report-a_b.pdf"].read_bytes().startswith(b"%PDF-")
+    assert b"/Type3" not in files["report-a_b.pdf"].read_bytes()  # which some publishers refuse
+    lines = files["endpoints-a_b.md"].read_text().splitlines()
+    assert lines[0] == "| KL | figure | method | seeds | at this KL | difference | p (Holm) |"
+    assert lines[3] == "| 1 | reward | infonca | 3 | 2.40 ± 2.48 | -0.100 ± 0.000 | < 0.001 |"
+    assert lines[15].startswith("Differences are from nca. ")
+    lines = files["endpoints-a_b.tex"].read_text().splitlines()
+    start = lines.index(r"\begin{tabular}{lllllll}")
+    assert all(line.startswith("%") for line in lines[:start])
+    assert lines[start + 1 : start + 4 : 2] == [r"\toprule", r"\midrule"]
+    assert lines[start + 5] == r"1 & reward & infonca & 3 & 2.40 $\pm$ 2.48 & $-$0.100 $\pm$ 0.000 & $<$ 0.001 \\"
+    assert lines.count(r"\midrule") == 2  # one before each KL
+    assert lines[-2:] == [r"\bottomrule", r"\end{tabular}"]
+    assert "\n".join(lines[start:]).isascii()
+
+
+def test_text_of_a_table_is_never_markup():
+    assert markdown(["a|b"], [["c"]]).splitlines()[0] == r"| a\|b |"
+    assert latex(["x_1 & 50%"], [[r"\β -1 #{a}~"]]).splitlines()[3::2] == [
+        r"x\_1 \& 50\% \\", r"\textbackslash{}$\beta$ $-$1 \#\{a\}\textasciitilde{} \\", r"\end{tabular}"
+    ]  # fmt: skip
 
 
 def test_one_seed_has_no_interval(tmp_path):
     html = build_page([read_run(write_comparison(tmp_path / "c", comparison_rows(seeds=(1,))))])
     assert "one seed has no interval" in html
     assert not re.search(r"[>± ](nan|-?inf)\b", html)
-
-
-def test_the_differences_are_of_the_same_seed(tmp_path):
-    """Seeds far apart, one method always 0.1 ahead: the intervals overlap widely, the paired difference is exact."""
-    rows = comparison_rows({"nca": (0.5, 3.0, 3), "dpo": (0.5, 3.0, 3)}, betas=(0.1,))
-    for row in rows:
-        row |= {"kl": row["step"] / 40, "reward": row["seed"] * row["step"] / 120 - 0.1 * (row["method"] == "dpo")}
-    first, second = table(build_page([read_run(write_comparison(tmp_path / "c", rows))], [3.0]), "At KL = 3 nats")
-    assert (first[0], second[0], second[3]) == ("nca", "dpo", "0.100 ± 0.000")
-
-
-def test_equal_kls_are_reached_by_all_runs_and_then_by_two_settings(comparison):
-    found = read_run(comparison).chosen()
-    first, *others = equal_kls(found)
-    reaches = sorted(min(curve.max_kl for curve in curves) for curves in found.values())
-    assert first <= reaches[0]
-    assert others
-    assert others == sorted(others)
-    assert all(kl <= reaches[-2] for kl in others)
-
-
-def test_equal_kls_end_where_only_one_setting_goes_on():
-    reaches = {"a": (12.0, 13.0), "b": (4.0, 11.0), "c": (1.0, 1.0)}
-    curves = {
-        (("method", name),): [Curve("", ((0, 0.0, 0.0), (1, kl, 1.0))) for kl in own] for name, own in reaches.items()
-    }
-    assert equal_kls(curves) == [1.0, 2.0]
 
 
 def test_only_what_validation_chose_stands_on_the_frontier(comparison):
@@ -391,13 +488,14 @@ def test_the_command_writes_a_page_and_plots(comparison, tmp_path, capsys):
     run = write_run(tmp_path / "quick", log_of())
     same = write_run(tmp_path / "again" / "quick", log_of(seed=1))
     out = tmp_path / "out"
-    assert main([str(run), str(comparison), str(same), "--output", str(out), "--at_kl", "1", "2"]) == 0
+    assert main([str(run), str(comparison), str(same), "--output", str(out), "--at_kl", "2", "4"]) == 0
     assert sorted(path.name for path in out.iterdir()) == [
-        "report-compare.png", "report-quick-2.png", "report-quick.png", "report.html",
+        "endpoints-compare.md", "endpoints-compare.tex", "report-compare.pdf", "report-compare.png",
+        "report-quick-2.pdf", "report-quick-2.png", "report-quick.pdf", "report-quick.png", "report.html",
     ]  # fmt: skip
     assert (out / "report-compare.png").read_bytes().startswith(b"\x89PNG")
     html = (out / "report.html").read_text()
-    assert "At KL = 1 nats" in html
+    assert "At KL = 2 nats" in html
     assert re.findall(r"<h2>(.*?): held-out prompts</h2>", html) == ["quick", "quick-2"]
     assert "The page is" in capsys.readouterr().out
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .evaluation.evaluator import GenerationEvaluator
     from .evaluation.frontier import curves_of, reward_at_kl
     from .evaluation.intervals import mean_and_interval
+    from .evaluation.ladder import compare_at_kl, ladders_of
     from .losses import LOSSES, infonca_loss, nca_loss, outcome_loss, reward_loss
     from .reward_tensors import targets
     from .trainer import NCATrainer
@@ -37,8 +38,10 @@ _HOME = {
     "NCATrainer": "trainer",
     "RankingCallback": "evaluation.callbacks",
     "RewardCollator": "batching.collator",
+    "compare_at_kl": "evaluation.ladder",
     "curves_of": "evaluation.frontier",
     "infonca_loss": "losses",
+    "ladders_of": "evaluation.ladder",
     "load_reward_dataset": "data",
     "mean_and_interval": "evaluation.intervals",
     "nca_loss": "losses",
@@ -52,8 +55,9 @@ _HOME = {
 }
 __all__ = [
     "LOSSES", "GenerationCallback", "GenerationEvaluator", "NCAConfig", "NCATrainer", "RankingCallback",
-    "RewardCollator", "curves_of", "infonca_loss", "load_reward_dataset", "mean_and_interval", "nca_loss",
-    "outcome_loss", "reward_at_kl", "reward_loss", "targets", "to_preference_pairs", "to_unpaired", "write_report",
+    "RewardCollator", "compare_at_kl", "curves_of", "infonca_loss", "ladders_of", "load_reward_dataset",
+    "mean_and_interval", "nca_loss", "outcome_loss", "reward_at_kl", "reward_loss", "targets", "to_preference_pairs",
+    "to_unpaired", "write_report",
 ]  # fmt: skip
 
 

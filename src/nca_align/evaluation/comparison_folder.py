@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-ROWS, SELECTED, PROVENANCE = "comparison.csv", "selected.csv", "provenance.json"
+ROWS, SELECTED, ENDPOINTS, PROVENANCE = "comparison.csv", "selected.csv", "endpoints.csv", "provenance.json"
 SETTINGS, CONFIG, LOG, ERROR, DONE = "settings.json", "config.yaml", "log.txt", "error.txt", "done.json"
 
 

@@ -1,16 +1,13 @@
-"""Reward against KL: curves of runs from the rows of a comparison, and their rewards at equal KL."""
+"""Paths of runs: reward against KL, evaluation by evaluation, from the rows of a comparison."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from decimal import ROUND_DOWN, Context
 from typing import Any
 
 import numpy as np
 
 from .comparison_rows import Row, Setting, metric_of, runs_of, step_of
-
-_MOST_KL = 3  # KLs to compare at beside the common reach
 
 
 @dataclass(frozen=True)
@@ -19,11 +16,6 @@ class Curve:
 
     seed: Any
     points: tuple[tuple[int, float, float], ...]
-
-    @property
-    def max_kl(self) -> float:
-        """The highest KL that the run came to."""
-        return max(kl for _, kl, _ in self.points)
 
 
 def curve_of(seed: Any, rows: Iterable[Row], column: str = "reward") -> Curve:
@@ -63,22 +55,3 @@ def reward_at_kl(curve: Curve, kl: float) -> float | None:
     around = curve.points[max(first - 1, 0) : first + 1]
     roots = [math.sqrt(max(here, 0.0)) for _, here, _ in around]  # an estimate near 0 may fall below it
     return float(np.interp(math.sqrt(kl), roots, [reward for *_, reward in around]))
-
-
-def common_kl(groups: Iterable[Sequence[Curve]]) -> float | None:
-    """The highest KL that every run of all groups came to, rounded down to two digits; None without any above 0."""
-    reach = min((curve.max_kl for curves in groups for curve in curves), default=0.0)
-    two_digits = Context(prec=2, rounding=ROUND_DOWN)
-    return float(two_digits.create_decimal(repr(reach))) if reach > 0 else None
-
-
-def equal_kls(groups: Mapping[Setting, Sequence[Curve]]) -> list[float]:
-    """KLs to compare at: what all runs came to, and up to three round ones that all seeds of two settings came to."""
-    reaches = sorted((min(curve.max_kl for curve in curves) for curves in groups.values()), reverse=True)
-    common = common_kl(groups.values())
-    found = [] if common is None else [common]
-    if len(reaches) > 1 and reaches[1] > 0:
-        first = math.floor(math.log10(reaches[1]))
-        rounds = [m * 10.0**e for e in range(first - 1, first + 1) for m in (1, 2, 5)]
-        found += [kl for kl in rounds if (common or 0) * 1.2 < kl <= reaches[1]][-_MOST_KL:]
-    return found

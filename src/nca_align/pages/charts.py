@@ -1,4 +1,4 @@
-"""Charts, drawn once by matplotlib: on a page as SVG, in a file as PNG, with the same colours.
+"""Charts, drawn once by matplotlib: on a page as SVG, in a file as PNG or PDF, with the same colours.
 
 A colour is a name of the page's style sheet, so that a chart on a page follows light and dark.
 """
@@ -6,7 +6,7 @@ A colour is a name of the page's style sheet, so that a chart on a page follows 
 import io
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,7 +27,7 @@ _STYLE: dict[Any, Any] = {
     "axes.grid": True, "axes.grid.axis": "y", "axes.axisbelow": True, "grid.color": COLOURS["line"],
     "axes.labelcolor": COLOURS["soft"], "xtick.labelcolor": COLOURS["soft"], "ytick.labelcolor": COLOURS["soft"],
     "xtick.major.size": 0, "ytick.major.size": 0, "xtick.major.pad": 7, "legend.frameon": False, "svg.fonttype": "none",
-    "svg.hashsalt": "",
+    "svg.hashsalt": "", "pdf.fonttype": 42,
 }  # fmt: skip
 in_our_style = rc_context(_STYLE)
 Bars = Sequence[tuple[float, float]]  # low and high of each point
@@ -124,25 +124,6 @@ def bars(labels: Sequence[str], values: Sequence[float], label: str) -> str:
     axes.set_yticks(range(n), labels)
     axes.set(xlim=(0, max(*values, 1e-9)), ylim=(n - 0.5, -0.5), xticks=[])
     axes.grid(visible=False)
-    return _svg(axes, label)
-
-
-@in_our_style
-def intervals(means: Mapping[str, tuple[float, float, float]], looks: Mapping[str, Style], label: str) -> str:
-    """Mean, low and high in a row for each name as SVG; intervals stop at the chart's edge."""
-    n = len(means)
-    shown = [name if len(name) <= _LONGEST else f"{name[: _LONGEST - 1]}…" for name in means]
-    axes = _page_axes(26 * n + 46, left=max(map(len, shown)) * 6.5 + 12, top=0)
-    for i, (name, (mean, low, high)) in enumerate(means.items()):
-        if math.isfinite(high):
-            axes.plot((low, high), (i, i), color=looks[name][0], linestyle=looks[name][1], linewidth=1)
-        _tip(axes.plot(mean, i, "o", color=looks[name][0], markersize=5), [f"{name}: {number(mean)}"])
-    ends = [end for _, *both in means.values() for end in both]
-    axes.set(xlim=axis_range([mean for mean, *_ in means.values()], ends), ylim=(n - 0.5, -0.5), xlabel=label)
-    axes.grid(axis="x")
-    axes.grid(visible=False, axis="y")
-    _finish(axes, {})
-    axes.set_yticks(range(n), shown)
     return _svg(axes, label)
 
 

@@ -38,9 +38,17 @@ def picture(charts: Sequence[Chart], title: str) -> Figure:
     return figure
 
 
+@in_our_style
+def write_pictures(charts: Sequence[Chart], title: str, paths: Sequence[Path]) -> None:
+    """Write the `picture` of the charts to each path, in the format of its ending: PNG for slides, PDF for papers."""
+    drawn = picture(charts, title)
+    for path in paths:
+        drawn.savefig(path, dpi=120, metadata={"CreationDate": None} if path.suffix == ".pdf" else None)
+
+
 def write_png(charts: Sequence[Chart], title: str, path: Path) -> None:
-    """Write the `picture` of the charts, for papers and slides."""
-    picture(charts, title).savefig(path, dpi=120)
+    """Write the `picture` of the charts as PNG."""
+    write_pictures(charts, title, [path])
 
 
 @in_our_style

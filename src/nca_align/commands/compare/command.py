@@ -15,22 +15,24 @@ from statistics import median
 from typing import Any
 
 from ...errors import UserError, cli_main, first_few
-from ...evaluation.comparison_folder import CONFIG, DONE, LOG, PROVENANCE, ROWS, SELECTED, failure, is_done
+from ...evaluation.comparison_folder import CONFIG, DONE, ENDPOINTS, LOG, PROVENANCE, ROWS, SELECTED, failure, is_done
 from ...evaluation.comparison_rows import Row, interval_of, setting_name
+from ...evaluation.endpoints import FIELDS, endpoint_rows, ladder_notes
 from ...options import option, parse, require_at_least_1
 from ...pages.terminal import print_rows
 from ...store.files import read_json, write_csv, write_json
 from ...store.ownership import own_folder
 from ...store.provenance import LIBRARIES, commit, versions
 from .grid import Cell, EvaluationSettings, cell_options, expand, from_mapping
+from .power import power_lines
 from .runner import prepare, run_cells
 from .splits import read_splits
-from .tables import COLUMNS, Selection, rows_of, seeds_of, selected_rows, unselected_settings
+from .tables import COLUMNS, Endpoints, Selection, finished_rows, seeds_of, selected_rows, unselected_settings
 
 
 @dataclass
 class CompareOptions:
-    """Options of `nca-align compare`; `base`, `grid`, `evaluation` and `select` are mappings of the YAML file."""
+    """Options of `nca-align compare`; `base`, `grid`, `evaluation`, `select`, `endpoints` are mappings of the file."""
 
     output_dir: str = option("folder of the tables and, in `cells`, of the runs")
     base: dict[str, Any] | str | None = option("in the file: options of `nca-align train` that all cells share", None)
@@ -44,6 +46,9 @@ class CompareOptions:
     )
     select: dict[str, Any] | str | None = option(
         "in the file: metric and at_kl, by which validation chooses settings", None
+    )
+    endpoints: dict[str, Any] | str | None = option(
+        "in the file: reference and at_kl, by which the ends of runs are compared at equal KL", None
     )
     parallel: int = option("cells at a time; on several GPUs one each", 1)
     timeout_minutes: float | None = option("a cell that takes longer is stopped and counts as failed", None)
@@ -74,7 +79,9 @@ def main(argv: list[str] | None = None) -> int:
             f"`at_kl` of `select` is {selection.at_kl}, but `validation_steps` of `evaluation` is "
             f"{evaluation.validation_steps}: choosing at a KL needs validation at every evaluation; leave one out"
         )
+    endpoints = from_mapping(Endpoints, "endpoints", options.endpoints or {})
     cells = expand(options.base, options.grid, "the comparison's YAML file")
+    endpoints.check(cells)
     chosen = [cell for cell in cells if fnmatch.fnmatch(cell.name, options.only)]
     if not chosen:
         names = first_few([cell.name for cell in cells])
@@ -82,6 +89,7 @@ def main(argv: list[str] | None = None) -> int:
     output = Path(options.output_dir)
     if options.dry_run:
         _print_cells(chosen, output, options.parallel)
+        print(*power_lines(cells, output, endpoints, evaluation), sep="\n")
         return 0
     with own_folder(output):
         prepare(cells, output, evaluation)
@@ -93,7 +101,7 @@ def main(argv: list[str] | None = None) -> int:
             prompts = {name: len(rows) for name, rows in {"training": train, **held_out}.items()}
             print(f"Prompts: {', '.join(f'{name} {count}' for name, count in prompts.items())}")
             _write_provenance(output, argv, options, cells, prompts)
-        tables = partial(_write_tables, output, cells, selection)
+        tables = partial(_write_tables, output, cells, selection, endpoints)
         before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is running ends with us
         try:
             run_cells(todo, output, options.parallel, options.timeout_minutes, tables)
@@ -105,9 +113,12 @@ def main(argv: list[str] | None = None) -> int:
         print(f"Failed: {name}: {why} ({output / 'cells' / name / LOG})", file=sys.stderr)
     if rows:
         _print_selected(selected)
-        for line in unselected_settings(rows, selection, seeds_of(cells)):
+        for line in [*unselected_settings(rows, selection, seeds_of(cells)), *ladder_notes(rows)]:
             print(line)
-        print(f"All figures: {output / 'comparison.csv'}; chosen on validation: {output / 'selected.csv'}")
+        print(
+            f"All figures: {output / ROWS}; chosen on validation: {output / SELECTED}; methods at equal KL: "
+            f"{output / ENDPOINTS}"
+        )
     if rows and options.report:
         from ..report.command import write_report
 
@@ -116,13 +127,16 @@ def main(argv: list[str] | None = None) -> int:
     return 1 if failed else 0
 
 
-def _write_tables(output: Path, cells: Sequence[Cell], selection: Selection) -> tuple[list[Row], list[Row]]:
+def _write_tables(
+    output: Path, cells: Sequence[Cell], selection: Selection, endpoints: Endpoints
+) -> tuple[list[Row], list[Row]]:
     """The tables of all cells that are finished: their rows, and those that were chosen."""
-    rows = [row for cell in cells if is_done(cell.folder(output)) for row in rows_of(cell, cell.folder(output))]
+    rows = finished_rows(cells, output)
     selected = selected_rows(rows, selection, seeds_of(cells))
     if rows:
         write_csv(output / ROWS, rows, COLUMNS)
         write_csv(output / SELECTED, selected)
+        write_csv(output / ENDPOINTS, endpoint_rows(rows, endpoints.at_kl, endpoints.reference), FIELDS)
     return rows, selected
 
 

@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from ...errors import UserError
+from ...evaluation.comparison_folder import is_done
 from ...evaluation.comparison_rows import (
     COMPARED,
     SETTINGS,
@@ -19,6 +20,7 @@ from ...evaluation.comparison_rows import (
     setting_name,
     setting_of,
 )
+from ...evaluation.endpoints import ladder_names
 from ...evaluation.frontier import curve_of, reward_at_kl
 from ...evaluation.intervals import mean_and_interval
 from ...options import is_positive
@@ -67,6 +69,39 @@ class Selection:
 
 
 @dataclass(frozen=True)
+class Endpoints:
+    """How methods are compared at equal KL between the ends of their runs, the key `endpoints` of a comparison.
+
+    Args:
+        reference: the method that the others are compared with, by its name in `endpoints.csv`; by default the first.
+        at_kl: KLs in nats; by default `common_kls` chooses two.
+    """
+
+    reference: str | None = None
+    at_kl: list[float] = field(default_factory=list)
+
+    def __post_init__(self):
+        if not isinstance(self.at_kl, list):
+            object.__setattr__(self, "at_kl", [self.at_kl])
+        for kl in self.at_kl:
+            if not is_positive(kl):
+                raise UserError(f"`at_kl` of `endpoints` is {kl!r}; it must be a finite number of nats, above 0")
+
+    def check(self, cells: Iterable[Cell]) -> None:
+        """Refuse a reference that the grid has no ladder of.
+
+        Raises:
+            UserError: it is no method with at least two β.
+        """
+        names = [*ladder_names(cell.settings for cell in cells).values()]
+        if self.reference is not None and self.reference not in names:
+            raise UserError(
+                f"`reference` of `endpoints` is {self.reference!r}; it must be a method with at least two β in the "
+                f"grid: {', '.join(names) or 'there is none'}"
+            )
+
+
+@dataclass(frozen=True)
 class ValidationRows:
     """Rows of the validation split and of no other: all that selection is given."""
 
@@ -95,6 +130,11 @@ def rows_of(cell: Cell, folder: Path) -> list[Row]:
         {"cell": cell.name, **cell.settings, "split": split, "step": step, **metrics, "minutes": minutes.get(step)}
         for (split, step), metrics in sorted(found.items())
     ]
+
+
+def finished_rows(cells: Iterable[Cell], output: Path) -> list[Row]:
+    """The rows of all cells of the comparison in `output` that are finished."""
+    return [row for cell in cells if is_done(cell.folder(output)) for row in rows_of(cell, cell.folder(output))]
 
 
 def seeds_of(cells: Iterable[Cell]) -> Seeds:

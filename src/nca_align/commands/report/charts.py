@@ -5,11 +5,12 @@ from dataclasses import replace
 from typing import Any
 
 from ...evaluation.comparison_rows import Row, Setting, labels, over_steps, runs_of
-from ...evaluation.frontier import Curve
+from ...evaluation.frontier import Curve, curves_of
 from ...evaluation.intervals import Interval
 from ...evaluation.training_log import by_rank, error_bars, logged, prefixes, rank_name
 from ...pages.charts import Chart, Series
 from ...pages.styles import ordered_styles
+from .endpoints import endpoint_charts
 from .runs import Comparison, Run
 
 Groups = Mapping[Setting, Sequence[Curve]]
@@ -116,10 +117,11 @@ def frontier_chart(rows: Sequence[Row], groups: Groups) -> Chart:
         bars = [(one.low, one.high) for one in across]
         shown.append(_over_seeds(names[setting], [one.mean for one in across], up, bars))
     return Chart(
-        "Reward against KL, test prompts", shown, "KL(π || π_ref), nats",
-        "Each line is one setting, each point one evaluation of its runs from the first step to the last: how far "
-        "they went from the reference, and the reward that this gave. Higher at the same KL is better. Points are "
-        f"means over seeds ({seeds(groups)}), bars their 95% t-intervals in both directions, cut at the chart's edge.",
+        "Reward against KL, paths of runs", shown, "KL(π || π_ref), nats",
+        "Test prompts. Each line is the path of one setting, each point one evaluation of its runs, from the first "
+        "step to the last. Near the start the gradients of NCA and InfoNCA are equal up to scale: what is alike on the "
+        f"way may end apart. Points are means over seeds ({seeds(groups)}), bars their 95% t-intervals in both "
+        "directions, cut at the chart's edge.",
     )  # fmt: skip
 
 
@@ -160,10 +162,11 @@ def plotted(one: Run | Comparison) -> tuple[list[Chart], str]:
     if isinstance(one, Run):
         charts = run_charts(one)
         return charts.get("test") or next(reversed(charts.values()), []), "bars: two standard errors over prompts"
-    chosen = one.chosen()
+    chosen, ends = one.chosen(), endpoint_charts(one.rows)
     if not chosen:
-        return [], ""
-    return [frontier_chart(one.rows, chosen), *likelihood_charts(one.rows, chosen)], over_seeds(chosen)
+        return ends, over_seeds(curves_of(one.rows)) if ends else ""
+    paths = [frontier_chart(one.rows, chosen), *likelihood_charts(one.rows, chosen)]
+    return [*ends, paths[0]] if ends else paths, over_seeds(chosen)
 
 
 def over_seeds(groups: Groups) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from ...errors import UserError, cli_main
 from ...options import is_positive, option, parse
 from ...store.files import replacing
-from .runs import read_run
+from .runs import Comparison, read_run
 
 
 @dataclass
@@ -19,7 +19,7 @@ class ReportOptions:
     runs: list[str] = option("folders of `nca-align train` or `compare`; they may stand first", [])
     output: str | None = option("the folder to write to; the first run's by default", None)
     at_kl: list[float] = option(
-        "compare rewards at these KLs, in nats; by default where all runs have come to and beyond", []
+        "compare the ends of runs at these KLs, in nats; by default those of `endpoints.csv`", []
     )
 
     def __post_init__(self):
@@ -31,12 +31,15 @@ class ReportOptions:
 
 
 def write_report(runs: Sequence[Path], output: Path, at_kl: Sequence[float] = ()) -> list[Path]:
-    """Write `report.html`, and a PNG of each run that logged something to show.
+    """Write `report.html`, and of each run that logged something to show a picture as PNG and PDF.
+
+    Of a comparison with ladders, `endpoints-NAME.md` and `endpoints-NAME.tex` have their table.
 
     Args:
         runs: folders of `nca-align train` or `nca-align compare`.
         output: a folder, which is made.
-        at_kl: KLs in nats at which a comparison's rewards are compared; chosen by `equal_kls` where empty.
+        at_kl: KLs in nats at which the ends of a comparison's runs are compared; those of its `endpoints.csv` where
+            empty.
 
     Returns:
         The files, the page first.
@@ -44,8 +47,9 @@ def write_report(runs: Sequence[Path], output: Path, at_kl: Sequence[float] = ()
     Raises:
         UserError: a folder that holds no run, or an `output` that is a file.
     """
-    from ...pages.pictures import write_png
+    from ...pages.pictures import write_pictures
     from .charts import plotted
+    from .endpoints import table_texts
     from .page import build_page
 
     found = [read_run(path) for path in runs]
@@ -63,8 +67,13 @@ def write_report(runs: Sequence[Path], output: Path, at_kl: Sequence[float] = ()
     for one in found:
         charts, bars = plotted(one)
         if charts:
-            written.append(output / f"report-{one.name}.png")
-            write_png(charts, f"{one.name}; {bars}", written[-1])
+            pictures = [output / f"report-{one.name}.{kind}" for kind in ("png", "pdf")]
+            write_pictures(charts, f"{one.name}; {bars}", pictures)
+            written += pictures
+        for kind, text in (table_texts(one, at_kl) if isinstance(one, Comparison) else {}).items():
+            written.append(output / f"endpoints-{one.name}.{kind}")
+            with replacing(written[-1]) as file:
+                file.write(text)
     return written
 
 
@@ -78,9 +87,9 @@ def main(argv: list[str] | None = None) -> None:
         [ReportOptions], [*flags, *argv[len(first) :]], "nca-align report", "a page and plots of what runs logged"
     )
     runs = [Path(run) for run in options.runs]
-    page, *plots = write_report(runs, Path(options.output) if options.output else runs[0], options.at_kl)
+    page, *others = write_report(runs, Path(options.output) if options.output else runs[0], options.at_kl)
     print(f"The page is {page}.")
-    if plots:
-        print(f"The plots are {', '.join(map(str, plots))}.")
+    if others:
+        print(f"Plots and tables are {', '.join(map(str, others))}.")
     else:
         print("No plots were written: nothing was logged that they could show.")

@@ -3,27 +3,19 @@
 from collections.abc import Sequence
 
 from ...evaluation.comparison_rows import COMPARED, Row, final_values, interval_of, labels, runs_of, setting_name
-from ...evaluation.frontier import curves_of, equal_kls, reward_at_kl
+from ...evaluation.frontier import curves_of
 from ...evaluation.intervals import mean_and_interval
 from ...pages import html as pages
-from ...pages.charts import chart_card, intervals
+from ...pages.charts import chart_card
 from ...pages.html import Tile, card
-from ...pages.styles import styles
 from .charts import MOST_CURVES, Groups, frontier_chart, likelihood_charts, run_charts
+from .endpoints import endpoint_section
 from .runs import Comparison, Run
 
 _LAST = {
     "reward": "reward", "kl": "KL, nats", "win_rate": "win rate", "tokens": "tokens", "cut": "cut",
     "distinct_2": "distinct-2", "logratio_best": "best’s log-ratio", "accuracy": "accuracy",
 }  # fmt: skip
-
-_EQUAL = (
-    "Each seed’s reward where its run first came to a KL, between its evaluations straight in √KL; then the mean "
-    "over n seeds ± its 95% t-interval, a bar in the chart. Behind the first: the mean difference from the first row, "
-    "seed by seed. Where that is smaller than its ±, these runs don’t show which of the two is better; the intervals "
-    "are not corrected for the number of rows. Unless `at_kl` names KLs, the first is the furthest that every run came "
-    "to."
-)
 
 
 def build_page(found: Sequence[Run | Comparison], at_kl: Sequence[float] = ()) -> str:
@@ -57,14 +49,11 @@ def _comparison(found: Comparison, own: str, at_kl: Sequence[float]) -> str:
         Tile(f"{len(found.failed)}", "failed cells", bool(found.failed)),
     ]
     parts = [*([f"<h2>{pages.escape(found.name)}</h2>"] if own else []), pages.tiles(tiles)]
+    parts.append(endpoint_section(found, own, at_kl))
     if chosen:
         charts = [frontier_chart(found.rows, chosen), *likelihood_charts(found.rows, chosen)]
-        cards = _equal_kl(chosen, at_kl)
-        nothing = pages.bullets(["No run has moved from the reference: there is no KL to compare at."])
-        equal = f'<p class="note">{_EQUAL}</p><div class="grid wide">{"".join(cards)}</div>' if cards else nothing
         parts += [
-            pages.section(f"{own}Test reward against KL, and likelihood", *map(chart_card, charts), grid="grid wide"),
-            pages.section(f"{own}Test reward at equal KL", equal),
+            pages.section(f"{own}Paths of the selected runs", *map(chart_card, charts), grid="grid wide"),
             pages.section(f"{own}Where training ended, test split", _last(found, chosen)),
         ]
     else:
@@ -108,35 +97,6 @@ def _compared(rows: Sequence[Row]) -> dict[str, None]:
     return dict.fromkeys(setting_name(row, COMPARED) for row in rows)
 
 
-def _equal_kl(groups: Groups, at_kl: Sequence[float]) -> list[str]:
-    """A card for each KL: intervals, and the table sorted by reward, those that never came so far at its end."""
-    names, cards = labels([*groups]), []
-    for kl in at_kl or equal_kls(groups):
-        rewards = {
-            setting: {c.seed: value for c in own if (value := reward_at_kl(c, kl)) is not None}
-            for setting, own in groups.items()
-        }
-        means = {s: mean_and_interval([*own.values()]) for s, own in rewards.items() if len(own) == len(groups[s])}
-        ranked = sorted(means, key=lambda s: -means[s].mean)
-        table = []
-        for setting in ranked:
-            first, own = rewards[ranked[0]], rewards[setting]
-            gaps = [first[seed] - own[seed] for seed in own if seed in first]
-            behind = mean_and_interval(gaps).text() if gaps and setting != ranked[0] else ""
-            table.append((names[setting], f"{means[setting].n}", means[setting].text(), behind))
-        for setting in groups:
-            if setting not in means:
-                n, reach = len(groups[setting]), max(c.max_kl for c in groups[setting])
-                came = f"{len(rewards[setting])} of {n} runs came so far" if rewards[setting] else "not reached"
-                table.append((names[setting], f"{n}", came, f"went to KL {reach:.3g}"))
-        content = ""
-        if ranked:
-            content = intervals({names[s]: means[s][:3] for s in ranked}, styles([*names.values()]), "test reward")
-        content += pages.table(["setting", "n", "test reward", "behind the first"], table)
-        cards.append(card(f"At KL = {kl:g} nats", content))
-    return cards
-
-
 def _last(found: Comparison, groups: Groups) -> str:
     """Means and intervals of the last evaluation."""
     names, rows, runs = labels([*groups]), [], runs_of(found.rows)
@@ -147,8 +107,7 @@ def _last(found: Comparison, groups: Groups) -> str:
         means = [mean_and_interval([value for _, value in own.values()]).text() if own else "–" for own in last]
         rows.append((names[setting], len(groups[setting]), step, *means))
     note = (
-        "Means over n seeds ± their 95% t-intervals. A run that went further from the reference has more reward "
-        "for that alone: methods are compared at equal KL, above, not here."
+        "Means over n seeds ± their 95% t-intervals. Runs end at different KLs: these figures alone order no methods."
     )
     return card("Last evaluation", pages.table(["setting", "n", "step", *(_LAST[c] for c in columns)], rows), note)
 

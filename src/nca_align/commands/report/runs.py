@@ -1,12 +1,14 @@
 """What runs and comparisons logged, read from their folders."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ...errors import UserError
-from ...evaluation.comparison_folder import PROVENANCE, ROWS, SELECTED, failure
-from ...evaluation.comparison_rows import Setting, setting_of
+from ...evaluation.comparison_folder import ENDPOINTS, PROVENANCE, ROWS, SELECTED, failure
+from ...evaluation.comparison_rows import Row, Setting, setting_of
+from ...evaluation.endpoints import endpoint_rows
 from ...evaluation.frontier import Curve, curves_of
 from ...store.checkpoints import whole_checkpoints
 from ...store.files import read_csv, read_json
@@ -24,13 +26,23 @@ class Run:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What `nca-align compare` wrote: rows of its tables, and the cells without a result with the reason."""
+    """What `nca-align compare` wrote: rows of its tables, and the cells without a result with the reason.
+
+    `endpoints` is None where `compare` wrote none, as before it had them.
+    """
 
     name: str
     rows: list[dict[str, str]]
     selected: list[dict[str, str]]
     failed: list[tuple[str, str]]
     provenance: dict[str, Any]
+    endpoints: list[dict[str, str]] | None = None
+
+    def at_equal_kl(self, at_kl: Sequence[float] = ()) -> Sequence[Row]:
+        """The rows of `endpoints.csv`; with `at_kl` those at these KLs, with the same reference."""
+        if self.endpoints is not None and not at_kl:
+            return self.endpoints
+        return endpoint_rows(self.rows, at_kl, self.endpoints[0]["reference"] if self.endpoints else None)
 
     def chosen(self) -> dict[Setting, list[Curve]]:
         """Test curves of the settings that validation chose, in the order of `selected.csv`."""
@@ -76,7 +88,8 @@ def _comparison(path: Path) -> Comparison:
     reasons = {cell.name: failure(cell) for cell in sorted(path.glob("cells/*"))}
     grid = provenance.get("cells", reasons)  # others have left it
     failed = [(name, why) for name, why in reasons.items() if why is not None and name in grid]
-    return Comparison(path.resolve().name, rows, read_csv(path / SELECTED), failed, provenance)
+    endpoints = read_csv(path / ENDPOINTS) if (path / ENDPOINTS).is_file() else None
+    return Comparison(path.resolve().name, rows, read_csv(path / SELECTED), failed, provenance, endpoints)
 
 
 def _json(path: Path) -> dict[str, Any]:
