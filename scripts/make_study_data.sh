@@ -1,6 +1,5 @@
 #!/usr/bin/env bash
-# Makes the study's data from prompts of our own: completions sampled from SmolLM2-135M-Instruct, rewarded twice.
-#   data/study/vader/{train,validation,test}.jsonl   K = 4, VADER sentiment
+# Makes the data of the study on SmolLM2: completions of SmolLM2-135M-Instruct for prompts of our own, and their rewards.
 #   data/study/words/{train,validation,test}.jsonl   K = 8, "Answer in at most N words." kept, N = 8, 10, 12 or 15
 # Train and validation prompts are the quickstart's; the test's are in data/study/prompts_test.txt. About 15 minutes on
 # two CPU cores; killed and started again, it goes on.
@@ -10,7 +9,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 work=${WORK:-runs/study-data}
-mkdir -p "$work" data/study/vader data/study/words
+mkdir -p "$work" data/study/words
 
 prompts() {
     case $1 in
@@ -20,23 +19,15 @@ prompts() {
     esac
 }
 
-make_one() { # task split K scorer
-    nca-align sample --dataset_name "$work/$1-$2.txt" --output "$work/$1-$2.parquet" \
-        --model_name_or_path smollm2-135m-instruct --num_completions "$3" --max_new_tokens 64 --batch_size 16
-    nca-align score --dataset_name "$work/$1-$2.parquet" --output "data/study/$1/$2.jsonl" --scorer "$4"
-}
-
 for split in train validation test; do
-    prompts $split > "$work/vader-$split.txt"
-    make_one vader $split 4 nca_align.scorers:vader
-    # the same prompts, with a number of words to keep to instead of one sentence
     prompts $split | sed 's/ Answer in one sentence\.$//' |
         awk '{ n = substr("08101215", (NR - 1) % 4 * 2 + 1, 2) + 0; print $0 " Answer in at most " n " words." }' \
             > "$work/words-$split.txt"
-    make_one words $split 8 nca_align.scorers:within_words
+    nca-align sample --dataset_name "$work/words-$split.txt" --output "$work/words-$split.parquet" \
+        --model_name_or_path smollm2-135m-instruct --num_completions 8 --max_new_tokens 64 --batch_size 16
+    nca-align score --dataset_name "$work/words-$split.parquet" --output "data/study/words/$split.jsonl" \
+        --scorer nca_align.scorers:within_words
 done
 # test prompts that are a training prompt in other words
-for task in vader words; do
-    grep -v -F -f data/study/near_copies.txt "data/study/$task/test.jsonl" > "$work/kept.jsonl"
-    mv "$work/kept.jsonl" "data/study/$task/test.jsonl"
-done
+grep -v -F -f data/study/near_copies.txt data/study/words/test.jsonl > "$work/kept.jsonl"
+mv "$work/kept.jsonl" data/study/words/test.jsonl

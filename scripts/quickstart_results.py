@@ -1,8 +1,6 @@
-"""What the quickstart logged last → docs/quickstart.csv, and from it the figures in the README.
+"""What the quickstart logged last → docs/quickstart.csv, and from it the table in the README.
 
-    python scripts/quickstart_results.py [RUN]        (runs/quickstart by default)
-
-In the README `<!-- quickstart; held-out; rewards/rank_1 --><!-- -->` becomes a figure, `training` one of the last step.
+python scripts/quickstart_results.py [RUN]        (runs/quickstart by default)
 """
 
 import json
@@ -14,8 +12,19 @@ from typing import Any
 
 from nca_align.evaluation.intervals import Estimate
 from nca_align.evaluation.training_log import last_evaluation
-from nca_align.store.files import write_csv
-from study_results import ROOT, fill_pages, read_told
+from nca_align.store.files import read_csv, write_csv
+
+ROOT = Path(__file__).resolve().parents[1]
+# rows of the README's table: (of which prompts, figure in the log) of each column
+COLUMNS = ("before", "after", "gain", "gain at the same length")
+TOLD: dict[str, list[tuple[str, str] | None]] = {
+    "reward of its own answers to 36 held-out prompts": [
+        ("held-out", f"generation/{name}") for name in ("reference_reward", "reward", "gain", "gain_same_length")
+    ],
+    "log-ratio of the best completion, training prompts, nats": [None, ("training", "logratios/best")],
+    "log-ratio of the worst completion, training prompts, nats": [None, ("training", "logratios/worst")],
+    "log-ratio of the best completion, held-out prompts, nats": [None, ("held-out", "logratios/best")],
+}
 
 
 def rows(log: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -39,8 +48,34 @@ def rows(log: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         yield runtime | {"low": None, "high": None}
 
 
+def table(figures: list[dict[str, Any]]) -> str:
+    """The README's table, of the rows of docs/quickstart.csv; ± is a 95 % interval over prompts."""
+    known = {(row["label"], row["figure"]): row for row in figures}
+    lines = [f"| | {' | '.join(COLUMNS)} |", f"|{' --- |' * (len(COLUMNS) + 1)}"]
+    for name, keys in TOLD.items():
+        cells = ["" if key is None else _shown(known[key]) for key in keys] + [""] * (len(COLUMNS) - len(keys))
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _shown(row: dict[str, Any]) -> str:
+    text = f"{float(row['mean']):.2f}".replace("-", "−")
+    return text + (f" ± {float(row['high']) - float(row['mean']):.2f}" if row["high"] not in ("", None) else "")
+
+
+def with_block(page: str, name: str, text: str) -> str:
+    """`page` with `text` between `<!-- NAME -->` and the next `<!-- end -->`."""
+    before, mark, rest = page.partition(f"<!-- {name} -->\n")
+    _, end, after = rest.partition("<!-- end -->")
+    assert mark, name
+    assert end, name
+    return f"{before}{mark}{text}\n{end}{after}"
+
+
 if __name__ == "__main__":
     run = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "runs/quickstart"
     state = json.loads((run / "trainer_state.json").read_text(encoding="utf-8"))
     write_csv(ROOT / "docs/quickstart.csv", list(rows(state["log_history"])))
-    fill_pages([ROOT / "README.md"], read_told(ROOT / "docs/study"))
+    readme = ROOT / "README.md"
+    told = with_block(readme.read_text(encoding="utf-8"), "quickstart", table(read_csv(ROOT / "docs/quickstart.csv")))
+    readme.write_text(told, encoding="utf-8")

@@ -158,18 +158,18 @@ def scored_rows(source: str) -> list[dict]:
     """Rows in the layout of openbmb/UltraFeedback, four completions each with a score; `source` is one of SOURCES."""
     if source == "real":
         return read_jsonl(REAL_DATA / "vicuna_k4_scored.jsonl")
+    everything = read_jsonl(OWN_DATA / "study" / "words" / "train.jsonl")  # with eight completions each
     return [
         {
             "source": "own",
             "instruction": row["prompt"][0]["content"],
-            "models": [f"model-{k}" for k in range(len(row["completions"]))],
+            "models": [f"model-{k}" for k in range(4)],
             "completions": [
                 {"model": f"model-{k}", "response": completion[0]["content"], "overall_score": reward}
                 for k, (completion, reward) in enumerate(zip(row["completions"], row["rewards"], strict=True))
             ],
         }
-        for row in read_jsonl(OWN_DATA / "study" / "vader" / "train.jsonl")
-        if len(row["completions"]) == 4
+        for row in ({**row, **{name: row[name][:4] for name in ("completions", "rewards")}} for row in everything)
     ]
 
 

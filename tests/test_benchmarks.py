@@ -64,11 +64,8 @@ class TestTold:
         readme, moving = (
             (BENCHMARKS.parent / name).read_text() for name in ("README.md", "docs/guide/from-dpotrainer.md")
         )
-        straight = "cached, R² of time against unique tokens, K = 4 to 32, "
-        linear = [told["targets", straight + malloc] for malloc in ("glibc's default", "jemalloc")]
-        assert "R² {:.2f} ({:.3f} under jemalloc".format(*linear) in readme
         on_card = [told["gpu-nvidia-h200", row] for row in ("prefix_shared, varlen", "padded, SDPA")]
-        assert "took {:.2f} s there, and {:.2f} s padded".format(*on_card) in " ".join(readme.split())
+        assert "took {:.2f} s, and {:.2f} s padded".format(*on_card) in " ".join(readme.split())
         steps = [told["mistral-60m-k4", row] for row in ("prefix_shared_cached", "trl_cached")]
         ours, theirs = (f"{value:.2f} s" for value in steps)
         assert re.search(

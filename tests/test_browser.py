@@ -90,14 +90,26 @@ def test_text_stands_out_from_what_is_behind_it(chromium, inspect_page, dark):
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def study_report(folder: Path, *parts: str) -> Path:
-    """The page of `nca-align report` on what the study's runs gave, its CSV files in `docs/study`."""
-    for part in parts:
-        (folder / part).mkdir(parents=True)
-        rows = read_csv(ROOT / "docs/study" / f"{part}.csv")
-        write_csv(folder / part / "comparison.csv", rows, [*rows[0]])
-        write_csv(folder / part / "selected.csv", selected_rows(rows, Selection(), planned(rows)))
-    return write_report([folder / part for part in parts], folder / "out")[0]
+def study_report(folder: Path, *samplers: str) -> Path:
+    """The page of `nca-align report` on runs of the study, a world for a seed: their starts and ends, as compared."""
+    runs = read_csv(ROOT / "docs/study/worlds.csv")
+    usual = {"rewards": "true", "completions": "4", "prompts": "128", "steps": "128", "negative_weight": "1.0"}
+    usual |= {"alpha": "1.0"}
+    for sampler in samplers:
+        rows = []
+        for run in runs:
+            about = {"method": run["loss"].split("_")[0], "alpha": 1, "beta": run["beta"], "seed": run["world"]}
+            name = f"{about['method']}-{about['beta']}-{about['seed']}"
+            same = all(run[key] == value for key, value in (usual | {"sampler": sampler}).items())
+            if same and int(run["world"]) <= 6 and run["loss"] in ("nca", "infonca", "dpo_best_worst"):
+                start = {"reward": 0, "kl": 0, "logratio_best": 0, "logratio_worst": 0}
+                end = {key: run[f"test_{key.removeprefix('logratio_')}"] for key in start}
+                steps = ((0, start), (128, end))
+                rows += [{"cell": name, **about, "split": "test", "step": at, **own} for at, own in steps]
+        (folder / sampler).mkdir(parents=True)
+        write_csv(folder / sampler / "comparison.csv", rows, [*rows[0]])
+        write_csv(folder / sampler / "selected.csv", selected_rows(rows, Selection(), planned(rows)))
+    return write_report([folder / sampler for sampler in samplers], folder / "out")[0]
 
 
 def run_report(folder: Path, *names: str) -> Path:
@@ -113,8 +125,8 @@ PAGES = {
     "inspect, ties, real": (lambda: scored_rows("real"), []),
     "inspect, pairs": (lambda: pair_rows("own"), ["--max_length", "512"]),
     "inspect, pairs, real": (lambda: pair_rows("real"), ["--max_length", "512"]),
-    "report, a comparison": (study_report, ["task1"]),
-    "report, two comparisons": (study_report, ["task2", "ablations"]),
+    "report, a comparison": (study_report, ["reference"]),
+    "report, two comparisons": (study_report, ["other", "reference"]),
     "report, a run": (run_report, ["one"]),
     "report, two runs": (run_report, ["one", "two"]),
 }

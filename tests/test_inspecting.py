@@ -125,7 +125,7 @@ class TestFigures:
     @pytest.mark.parametrize("source", SOURCES)
     def test_data_show_their_length_bias_and_their_ties(self, source):
         found = inspect(to_reward_dataset(Dataset.from_list(scored_rows(source))), options())
-        assert (found.pairs.pairs, found.pairs.ties) == {"own": (768, 24), "real": (360, 121)}[source]
+        assert (found.pairs.pairs, found.pairs.ties) == {"own": (768, 263), "real": (360, 121)}[source]
         unequal = right = 0.0
         for row in scored_rows(source):
             for one, other in itertools.combinations(row["completions"], 2):
@@ -136,8 +136,8 @@ class TestFigures:
                     right += 0.5 if longer == 0 else better * longer > 0
         assert found.pairs.longer_is_better == pytest.approx(right / unequal)
         text = " ".join(findings(found))
-        longer_is_better, hard = {"own": ("61%", "90%"), "real": ("72%", "93%")}[source]
-        assert f"“Longer is better” orders {longer_is_better} of the unequal pairs right" in text
+        which, right_share, hard = {"own": ("Shorter", "96%", "89%"), "real": ("Longer", "72%", "93%")}[source]
+        assert f"“{which} is better” orders {right_share} of the unequal pairs right" in text
         assert f"At α = 0.01 the target of {hard} of the prompts is hard" in text
 
     def test_findings_are_about_what_is_there(self, tokenizer):

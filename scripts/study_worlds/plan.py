@@ -14,8 +14,8 @@ PILOT_BETAS = (10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01)
 # loss and weight of NCA's second term → learning rates that were tried, and the one taken
 PILOT_RATES = {
     ("nca", 1.0): (2.5e-4, 5e-4, 1e-3, 2e-3),
-    ("nca", 0.5): (1e-3, 2e-3, 4e-3, 8e-3),
-    ("nca", 0.0): (1e-3, 2e-3, 4e-3, 8e-3),
+    ("nca", 0.5): (5e-4, 1e-3, 2e-3, 4e-3, 8e-3),
+    ("nca", 0.0): (5e-4, 1e-3, 2e-3, 4e-3, 8e-3),
     ("infonca", 1.0): (2.5e-4, 5e-4, 1e-3, 2e-3),
     ("dpo_best_worst", 1.0): (2.5e-4, 5e-4, 1e-3, 2e-3),
 }

@@ -4,6 +4,8 @@ python scripts/study_worlds/results.py
 """
 
 import math
+import re
+import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,8 @@ from nca_align.pages.pictures import write_png
 from nca_align.store.files import write_csv
 
 FIGURES = ("test_reward", "train_best", "train_worst", "test_best", "test_worst")
+ROOT = FOLDER.parents[1]
+PAGES = (ROOT / "README.md", FOLDER / "README.md", FOLDER / "figures.md")
 LEAST = 0.75  # of the worlds have to reach a KL
 Row = Mapping[str, Any]
 NAMES = {
@@ -155,10 +159,10 @@ def beside_optimum(rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
 def charts(rows: Sequence[Row]) -> list[Chart]:
     """Part a: figures against KL, a point a rung: means over worlds with 95 % intervals."""
     titles = [
-        ("reference", "train_best", "Best completion of a training prompt, sampled by the reference"),
-        ("other", "train_best", "Best completion of a training prompt, sampled by another policy"),
-        ("reference", "test_reward", "Reward on test prompts, sampled by the reference"),
-        ("other", "test_reward", "Reward on test prompts, sampled by another policy"),
+        ("reference", "train_best", "Best training completion, the reference's own"),
+        ("other", "train_best", "Best training completion, another policy's"),
+        ("reference", "test_reward", "Reward on test prompts, the reference's own"),
+        ("other", "test_reward", "Reward on test prompts, another policy's"),
     ]
     found = []
     for sampler, figure, title in titles:
@@ -167,7 +171,8 @@ def charts(rows: Sequence[Row]) -> list[Chart]:
             if row["loss"] not in DPO[1:]:
                 groups.setdefault(loss_name(row), {}).setdefault(row["beta"], []).append(row)
         series = []
-        for name, rungs in groups.items():
+        for name, every in groups.items():
+            rungs = dict(sorted(every.items(), reverse=True))  # of β
             x, y = (
                 [mean_and_interval([row[column] for row in own]) for own in rungs.values()]
                 for column in ("test_kl", figure)
@@ -179,13 +184,127 @@ def charts(rows: Sequence[Row]) -> list[Chart]:
     return found
 
 
-def main(output: Path = FOLDER) -> None:
-    """Write all of it."""
-    rows = finished(WORLDS_CSV)
-    write_csv(output / "tables.csv", [line for table in tables(rows) for line in lines(table)])
-    write_csv(output / "optimum.csv", [*beside_optimum(rows)])
-    worlds = len({row["world"] for row in rows})
-    write_png(charts(rows), f"{worlds} worlds: ends of runs, one line a ladder of β", output / "worlds.png")
+def by_count(every: Sequence[Mapping[str, Any]]) -> list[Chart]:
+    """Part b: reward at a KL of 1 against K, for as many prompts and for as many annotations."""
+    found = []
+    for many, title in (
+        ("128 prompts", "128 prompts with K scored completions"),
+        ("512 annotations", "512 scores in all"),
+    ):
+        series = []
+        for name in NAMES.values():
+            own = [line for line in every if line["table"] == f"b. {name}, {many}" and line["kl"] == 1]
+            bars = [(line["mean_low"], line["mean_high"]) for line in own]
+            K = [math.log2(int(line["method"].split()[-1])) for line in own]
+            series.append(Series(name, K, [line["mean"] for line in own], y_bars=bars))
+        found.append(Chart(title, series, "log₂ K", "reward at a KL of 1 nat"))
+    return found
+
+
+def shown(value: float | None, signed: bool = False) -> str:
+    """Two digits, with a true minus; `–` where there is none."""
+    if value is None:
+        return "–"
+    text = f"{value:{'+' if signed else ''}.2f}"
+    return (text.lstrip("+-") if not float(text) else text).replace("-", "−")
+
+
+def cell(line: Mapping[str, Any]) -> str:
+    """`0.82 (+0.10 ± 0.04 *)`: the mean, the difference from the reference method, * where its adjusted p is < 0.05."""
+    text = shown(line["mean"])
+    if line["difference"] is not None:
+        half = shown((line["difference_high"] - line["difference_low"]) / 2)
+        text += f" ({shown(line['difference'], signed=True)} ± {half}{' *' if line['p_holm'] < 0.05 else ''})"
+    return text + (f" n {line['n']}" if 0 < line["n"] < line["worlds"] else "")
+
+
+def markdown(table: str, figure: str, every: Sequence[Mapping[str, Any]]) -> str:
+    """A row a method, a column a KL; the reference method is in bold."""
+    own = [line for line in every if (line["table"], line["figure"]) == (table, figure)]
+    rows: dict[str, list[str]] = {}
+    for line in own:
+        name = f"**{line['method']}**" if line["method"] == line["reference"] else line["method"]
+        rows.setdefault(name, []).append(cell(line))
+    head = ["", *(f"KL {kl:g}" for kl in KLS)]
+    return "\n".join(
+        f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *([n, *c] for n, c in rows.items())]
+    )
+
+
+def optimum_markdown(every: Sequence[Mapping[str, Any]]) -> str:
+    """Part c's ratios."""
+    rows = [["method", "α", "β", "KL", "1/(2α²β²)", "KL over that", "KL over the exact optimum's"]]
+    for line in every:
+        ratios = (
+            f"{line[f'over_{name}']:.2g} ({line[f'over_{name}_low']:.2g} to {line[f'over_{name}_high']:.2g})"
+            for name in ("rule", "optimum")
+        )
+        about = (
+            line["method"],
+            f"{line['alpha']:g}",
+            f"{line['beta']:.2g}",
+            f"{line['kl']:.2f}",
+            f"{line['rule']:.2g}",
+        )
+        rows.append([*about, *ratios])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def fill(page: str, every: Sequence[Mapping[str, Any]], optimum: Sequence[Mapping[str, Any]]) -> str:
+    """`page` with a table or the README's bullets between each `<!-- table … -->` and the next `<!-- end -->`."""
+
+    def table(mark: re.Match) -> str:
+        name, _, figure = mark[1].partition("; ")
+        if not figure:
+            text = bullets(every) if name == "of the study" else optimum_markdown(optimum)
+        else:
+            text = markdown(name, figure, every)
+        return f"<!-- table {mark[1]} -->\n{text}\n<!-- end -->"
+
+    return re.sub(r"<!-- table ([^>]+?) -->.*?<!-- end -->", table, page, flags=re.DOTALL)
+
+
+def bullets(every: Sequence[Mapping[str, Any]]) -> str:
+    """What the README tells, at a KL of 1: the figures are filled in, the words are ours."""
+    found = {(line["table"], line["figure"], line["method"]): line for line in every if line["kl"] == 1}
+    own, other, slow = "a. completions of the reference", "a. completions of another policy", "a. 256 steps"
+    infonca, dpo, many, few = NAMES["infonca"], NAMES[DPO[0]], "128 prompts", "512 annotations"
+
+    def gap(table: str, figure: str, method: str) -> str:
+        line = found[table, figure, method]
+        return f"{shown(line['difference'], signed=True)} ± {shown(line['difference_high'] - line['difference'])}"
+
+    def gain(loss: str, of: str) -> str:
+        return gap(f"b. {loss}, {of}", "test_reward", "K = 16")
+
+    told = [
+        f"""**Likelihood.** NCA keeps the best completion of training prompts likelier. Beside it InfoNCA's log-ratio is
+        {gap(own, "train_best", infonca)} nats and DPO's {gap(own, "train_best", dpo)} (n = 20 worlds). After twice the
+        steps these are {gap(slow, "train_best", infonca)} and {gap(slow, "train_best", dpo)} (n = 10). On test prompts
+        NCA has no lead: InfoNCA's is {gap(own, "test_best", infonca)} and DPO's {gap(own, "test_best", dpo)}.""",
+        f"""**Reward.** InfoNCA has more of it, {gap(own, "test_reward", infonca)} beside NCA. DPO on best and worst has
+        less, {gap(own, "test_reward", dpo)} (n = 20; rewards have a spread of 1 at a prompt). With completions of
+        another policy these are {gap(other, "test_reward", infonca)} and {gap(other, "test_reward", dpo)}.""",
+        f"""**More completions.** From K = 2 to 16 of as many prompts, InfoNCA gains {gain(infonca, many)} and DPO on
+        best and worst {gain(dpo, many)} (n = 10). With as many annotations, so of fewer prompts, it is
+        {gain(infonca, few)} and {gain(dpo, few)}.""",
+    ]
+    texts = (f"- {' '.join(text.split())}" for text in told)
+    return "\n".join(textwrap.fill(text, 118, subsequent_indent="  ", break_on_hyphens=False) for text in texts)
+
+
+def main(root: Path = ROOT) -> None:
+    """Write all of it under `root`: docs/study, and the README's bullets."""
+    rows, output = finished(WORLDS_CSV), root / FOLDER.relative_to(ROOT)
+    every, optimum = [line for table in tables(rows) for line in lines(table)], [*beside_optimum(rows)]
+    for page in PAGES:
+        path = root / page.relative_to(ROOT)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(fill(page.read_text(encoding="utf-8"), every, optimum), encoding="utf-8")
+    write_csv(output / "tables.csv", every)
+    write_csv(output / "optimum.csv", optimum)
+    write_png(charts(rows), "20 worlds: ends of runs, a line a ladder of β", output / "worlds.png")
+    write_png(by_count(every), "What more scored completions are worth, at equal KL: ten worlds", output / "why.png")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 python scripts/study_worlds/run.py
 
-About 45 minutes of two cores. Killed at any moment and started again, it goes on.
+It takes 43 minutes of two cores. Killed at any moment and started again, it goes on.
 """
 
 from plan import PARTS
