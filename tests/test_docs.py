@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 from datasets import Dataset
+from peft import LoraConfig
 
-from conftest import reward_rows
+from conftest import build_tokenizer, labelled_rows, reward_rows
 from nca_align.cli import main
 from nca_align.commands.inspect.command import main as inspect
 
@@ -209,6 +210,38 @@ def test_the_table_of_targets_is_softmax():
     for alpha, *shown in rows:
         expected = targets(torch.tensor([[9.0, 7.5, 4.0, 2.0]]), float(alpha))[0].tolist()
         assert [float(value) for value in shown] == pytest.approx(expected, abs=0.0051)
+
+
+def test_the_reference_lists_each_metric_of_the_log_with_its_lines(tmp_path):
+    """A run that logs all there is: labels, several rewards, pairs, experts, and answers."""
+    from nca_align import GenerationCallback
+    from test_generation import evaluator
+    from test_routing import build
+    from test_trainer import trainer
+
+    tokenizer = build_tokenizer()
+    rows = labelled_rows(6, [2, 3, 4])
+    for row in rows:
+        row |= {"score_a": row["rewards"], "score_b": [float(len(c[0]["content"])) for c in row["completions"]]}
+    nca = trainer(
+        tmp_path, build("Mixtral", len(tokenizer)), rows, rows, tokenizer, loss_type=["outcome", "nca"], max_steps=2,
+        eval_strategy="steps", eval_steps=2, peft_config=LoraConfig(r=4, target_modules=["q_proj"]),
+    )  # fmt: skip
+    nca.add_callback(GenerationCallback(nca, {"": evaluator(tokenizer)}))
+    nca.train()
+    logged: dict[str, set[str]] = {}
+    for line in nca.state.log_history:
+        evaluation = any(key.startswith("eval_") for key in line)
+        kind = "evaluation" if evaluation else "end" if "train_runtime" in line else "training"
+        for key in line:
+            name = re.sub(r"(generation/)\w+_error$", r"\1NAME_error", key.removeprefix("eval_"))
+            name = re.sub(r"(?<=/rank_)\d$", "k", re.sub(r"(?<=_bin_)\d$", "i", name))
+            name = re.sub(r"(?<=/corr_)b$", "OTHER", re.sub(r"(?<=^objectives/)[ab](?=/)", "NAME", name))
+            logged.setdefault(name, set()).add(kind)
+    page = (ROOT / "docs" / "reference" / "metrics.md").read_text()
+    table = re.findall(r"^\| (`.+?`) \| .+ \| ([a-z, ]+) \|$", page, re.M)
+    listed = {name: set(lines.split(", ")) for names, lines in table for name in re.findall(r"`(.+?)`", names)}
+    assert listed == logged
 
 
 @pytest.mark.slow
