@@ -96,6 +96,12 @@ class TestCompressed:
         assert unpacked([str(path)], None) != [first]
         assert whole(path).to_list() == ROWS[:1]
 
+    def test_a_copy_that_has_no_place(self, tmp_path):
+        (tmp_path / "cache").write_text("no folder")
+        (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(content("jsonl")))
+        with pytest.raises(UserError, match=r"can't be unpacked in \S+cache\S+: .*name another folder by `HF_DATASETS"):
+            unpacked([str(tmp_path / "rows.jsonl.gz")], None)
+
     @pytest.mark.parametrize("ending", [".gz", ".zst", ".bz2"])
     @pytest.mark.parametrize("kind", ["jsonl", "csv"])
     @pytest.mark.parametrize("streaming", [False, True])

@@ -176,6 +176,9 @@ def test_offloading_and_deepspeeds_own_file(tmp_path):
         f"deepspeed_config: {{deepspeed_config_file: {tmp_path}/ds.json}}"
     )
     assert Launch.of(read_launch(str(tmp_path / "a.yaml"))) == Launch(2, "ZeRO-2", offloads_optimizer=True)
+    (tmp_path / "ds.json").write_text("{")
+    with pytest.raises(UserError, match=r"can't be read as JSON .*give the path of DeepSpeed's own configuration"):
+        Launch.of(read_launch(str(tmp_path / "a.yaml")))
     (tmp_path / "b.yaml").write_text(
         "distributed_type: FSDP\nfsdp_config: {fsdp_version: 2, fsdp_offload_params: true}"
     )

@@ -125,7 +125,10 @@ def unpacked(files: Sequence[str], folder: Path | None) -> list[str]:
                     shutil.copystat(file, new / name)  # its time is in the key of `datasets`' cache
         except OSError as error:
             if not kept.exists():  # else another process was first
-                raise UserError(f"{files[0]} can't be unpacked in {kept.parent}: {error.strerror}") from error
+                raise UserError(
+                    f"{files[0]} can't be unpacked in {kept.parent}: {error.strerror}; make room there, or name "
+                    "another folder by `HF_DATASETS_CACHE`"
+                ) from error
     return [str(kept / name) for name in names]
 
 

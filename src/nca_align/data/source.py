@@ -198,7 +198,7 @@ def _csv_as_text(path: str, file: str) -> dict[str, Any]:
     if rows and len(rows[0]) > len(header):  # pandas would take the first cells for an index, and shift the others
         raise UserError(
             f"`dataset_name` is {path!r}, which can't be read as csv: row 0 has {len(rows[0])} cells for "
-            f"{len(header)} columns"
+            f"{len(header)} columns; give each column a name in the first line"
         )
     # pandas, which writes its index under no name, reads it under this one
     names = [name or f"Unnamed: {i}" for i, name in enumerate(header)]

@@ -102,7 +102,7 @@ class SequenceClassifier:
         inputs = {key: list(given[key]) for key in sorted(self._taken.intersection(given))}
         ids = inputs["input_ids"]
         if not ids:
-            raise InvalidRowError("prompt and completion give no token that a reward model could read")
+            raise InvalidRowError("prompt and completion give no token to a reward model; leave the row out")
         if self._rows is not None and max(ids) >= self._rows:
             raise UserError(
                 f"`scorer` {self.name}: its tokenizer gives the token {max(ids)} "

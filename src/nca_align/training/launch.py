@@ -151,5 +151,8 @@ def _zero_options(config: Any) -> dict[str, Any]:
         try:
             config = json.loads(Path(config).read_text())
         except (OSError, ValueError) as error:
-            raise UserError(f"`deepspeed` {config} can't be read as JSON ({one_line(error)[:200]})") from error
+            raise UserError(
+                f"`deepspeed` {config} can't be read as JSON ({one_line(error)[:200]}); give the path of DeepSpeed's "
+                "own configuration"
+            ) from error
     return dict(config.get("zero_optimization") or {})

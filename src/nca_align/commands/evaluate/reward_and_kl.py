@@ -86,7 +86,8 @@ def load_samples(name: str, policy: str) -> Dataset:
         if weights != model_fingerprint(policy) and config["engine"] != "server":
             raise UserError(
                 f"`dataset_name` {name} was sampled from {made['about']['adapter'] or made['about']['model']}, whose "
-                f"weights are not those of `model_name_or_path` {policy}; a policy's KL needs samples of itself"
+                f"weights are not those of `model_name_or_path` {policy}; a policy's KL needs samples of itself: name "
+                "the model that they were sampled from, or sample anew"
             )
     return dataset
 

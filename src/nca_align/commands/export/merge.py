@@ -50,7 +50,8 @@ def merge(model: Any, adapter: str) -> Any:
     except (ValueError, RuntimeError) as error:  # PEFT's, where there is nothing to add to
         if isinstance(error, UserError):
             raise
-        raise UserError(f"the adapter in {adapter} can't be merged ({one_line(error)[:300]})") from error
+        reason = one_line(error)[:300]
+        raise UserError(f"the adapter in {adapter} can't be merged ({reason}); use it unmerged") from error
 
 
 def _changes_embeddings(model: Any, adapter: str) -> bool:

@@ -61,7 +61,7 @@ def read_run(path: Path) -> Run | Comparison:
         saved = whole_checkpoints(path)
         if (path / "cells").is_dir():
             raise UserError(
-                f"run {path} is a comparison of which no cell is finished; its tables are written when the first one is"
+                f"run {path} is a comparison of which no cell is finished; wait for the first, which writes the tables"
             )
         if not saved:
             raise UserError(
