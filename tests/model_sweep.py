@@ -197,17 +197,24 @@ def page(found: dict[str, Row]) -> str:
     lines = [
         "# Models",
         "",
-        f"What `layout: auto` does with each class of transformers {transformers.__version__} that trains on text. "
-        "Each is built small, with random weights, and trained for one step. Its log-probabilities and gradients are "
-        "compared with those of the unpatched model on each conversation alone.",
+        "Look up whether a model trains here, and which layout `layout: auto` gives it. The tables have each class of "
+        f"transformers {transformers.__version__} that trains on text. This prints the class of a model:",
         "",
-        "| | classes | |",
+        "```bash",
+        'python -c "from transformers import AutoConfig; '
+        """print(AutoConfig.from_pretrained('your/model').architectures)\"""",
+        "```",
+        "",
+        "| layout | classes | meaning |",
         "| --- | --- | --- |",
         *(f"| {kind} | {counts[kind]} | {meaning} |" for kind, meaning in MEANING.items()),
         "",
-        "A model that is not here is [checked before the first step](../memory-and-speed.md"
-        "#what-is-checked-before-the-first-step), as these are. `python tests/model_sweep.py` writes this page, and "
-        "`make long` compares it with what the trainer does.",
+        "A model that is not here is [checked before the first step](../guide/memory.md"
+        "#what-is-checked-before-the-first-step), as these are.",
+        "",
+        "For this page each class is built small, with random weights, and trained for one step. Its "
+        "log-probabilities and gradients are compared with those of the unpatched model, on each conversation alone. "
+        "`python tests/model_sweep.py` writes the page, and `make long` compares it with what the trainer does.",
         "",
         "| class | model types | layout | why |",
         "| --- | --- | --- | --- |",
