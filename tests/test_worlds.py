@@ -149,7 +149,8 @@ class TestStudy:
             (row["table"], row["figure"], float(row["kl"]), row["method"]): row
             for row in read_csv(runs.FOLDER / "tables.csv")
         }
-        own, infonca, dpo = "a. completions of the reference", "InfoNCA", "DPO, best and worst"
+        own, other, infonca = "a. completions of the reference", "a. completions of another policy", "InfoNCA"
+        dpo, pairs = "DPO, best and worst", "DPO, all pairs"
 
         def sign(table: str, figure: str, kl: float, method: str) -> int:
             row = rows[table, figure, kl, method]
@@ -158,28 +159,64 @@ class TestStudy:
         def mean(table: str, figure: str, kl: float, method: str) -> float:
             return float(rows[table, figure, kl, method]["mean"])
 
-        assert [sign(own, "train_best", kl, infonca) for kl in (1, 2)] == [-1, 1]
-        for check in ("a. 256 steps", f"a. learning rate {plan.FAST}"):
+        def gap(table: str, figure: str, kl: float, method: str) -> tuple[float, float]:
+            row = rows[table, figure, kl, method]
+            return float(row["difference"]), float(row["difference_high"]) - float(row["difference"])
+
+        def ends(table: str, figure: str, kl: float, method: str) -> tuple[float, float]:
+            return tuple(float(rows[table, figure, kl, method][f"mean_{end}"]) for end in ("low", "high"))
+
+        assert all(ends(own, "train_best", kl, method)[0] > 0 for kl in (0.5, 1) for method in ("NCA", infonca, dpo))
+        assert ends(own, "train_best", 2, dpo)[1] < 0
+        assert {sign(own, "train_best", kl, method) for kl in (0.5, 1) for method in (infonca, dpo)} == {-1}
+        assert sign(own, "train_best", 2, infonca) == 1
+        for check, cost in (("a. 256 steps", 0.02), (f"a. learning rate {plan.FAST}", 0.04)):
             assert {sign(check, "train_best", kl, method) for kl in plan.KLS for method in (infonca, dpo)} == {-1}
-        for method in ("NCA", infonca, dpo):
-            assert float(rows[own, "train_best", 1, method]["mean_low"]) > 0
-            assert mean(own, "test_best", 2, method) < mean(own, "test_best", 1, method) < 0
-        assert [sign(own, "test_best", 1, method) for method in (infonca, dpo)] == [1, 0]
-        assert sign(own, "test_best", 2, infonca) == 1
+            less = mean("a. 128 steps", "test_reward", 1, "NCA") - mean(check, "test_reward", 1, "NCA")
+            assert less == pytest.approx(cost, abs=0.005)
+        assert all(ends(own, "test_best", 2, method)[1] < 0 for method in ("NCA", infonca, dpo, "NCA, λ 0.5"))
+        assert gap(own, "test_best", 2, infonca)[0] == pytest.approx(0.50, abs=0.005)
+        kept = [mean(other, "train_best", kl, "NCA") for kl in plan.KLS]
+        assert kept == pytest.approx([1.3, 1.7, 2.0], abs=0.05)
+        for figure, told in (
+            ("train_best", (-0.66, 0.51)),
+            ("test_best", (-0.65, 0.48)),
+            ("test_reward", (0.07, 0.07)),
+        ):
+            assert gap(other, figure, 1, infonca) == pytest.approx(told, abs=0.005)
         assert {sign(own, "test_reward", kl, infonca) for kl in plan.KLS} == {1}
         assert {sign(own, "test_reward", kl, dpo) for kl in plan.KLS} == {-1}
-        ratio = mean(own, "test_reward", 1, "NCA, λ 0.5") / mean(own, "test_reward", 1, "NCA")
-        assert ratio == pytest.approx(2 / 3, abs=0.05)
-        for loss in (infonca, "NCA", "DPO, all pairs"):
+        for kl in plan.KLS:
+            assert mean(own, "test_reward", kl, "NCA, λ 0.5") < 2 / 3 * mean(own, "test_reward", kl, "NCA")
+            assert sign(own, "test_best", kl, "NCA, λ 0.5") == -1
+        for loss in (infonca, "NCA", pairs):
             by_k = [mean(f"b. {loss}, 128 prompts", "test_reward", 1, f"K = {K}") for K in (2, 4, 8, 16)]
             assert by_k == sorted(by_k)
             assert {sign(f"b. {loss}, 128 prompts", "test_reward", 1, f"K = {K}") for K in (4, 8, 16)} == {1}
+            for few in (dpo, "DPO, random pair"):
+                gain = gap(f"b. {few}, 128 prompts", "test_reward", 1, "K = 16")[0]
+                assert gain < 0.55 * (by_k[-1] - by_k[0])
+            table = f"b. {loss}, 512 annotations"
+            assert 0.045 < gap(table, "test_reward", 1, "K = 4")[0] < 0.085
+            assert mean(table, "test_reward", 1, "K = 16") == pytest.approx(
+                mean(table, "test_reward", 1, "K = 4"), abs=0.02
+            )
         assert [sign(f"b. {dpo}, 512 annotations", "test_reward", 1, f"K = {K}") for K in (4, 8, 16)] == [0, -1, -1]
-        assert {sign(f"b. K = {K}", "test_reward", 1, "DPO, all pairs") for K in (4, 8, 16)} == {-1}
-        kinds = {kind: sign(f"d. {kind}", "test_reward", 1, infonca) for kind in ("true", "noise", "hack", "ties")}
-        assert kinds == {"true": 1, "noise": 0, "hack": 0, "ties": 1}
+        for K in (4, 8, 16):
+            assert -0.085 < gap(f"b. K = {K}", "test_reward", 1, pairs)[0] < -0.065
+            assert sign(f"b. K = {K}", "test_reward", 1, pairs) == -1
+            level = mean(f"b. K = {K}", "test_reward", 1, "NCA") - mean(f"b. K = {K}", "test_reward", 1, pairs)
+            assert abs(level) < 0.02
         for loss in ("NCA", infonca):
             assert [sign(f"c. {loss}", "test_reward", 1, f"α = {alpha}") for alpha in (0.3, 3)] == [-1, 0]
+            assert [sign(f"c. {loss}", "train_best", 1, f"α = {alpha}") for alpha in (0.3, 3)] == [1, -1]
+        for kl in (0.5, 1):
+            kinds = {kind: sign(f"d. {kind}", "test_reward", kl, infonca) for kind in ("true", "noise", "hack", "ties")}
+            assert kinds == {"true": 1, "noise": 0, "hack": 0, "ties": 1}
+        optimum = [row for row in read_csv(runs.FOLDER / "optimum.csv") if float(row["alpha"]) == 1]
+        for loss, share in ((infonca, 0.5), ("NCA", 0.2)):
+            ratios = [float(row["over_optimum"]) for row in optimum if row["method"] == loss]
+            assert sum(ratios) / len(ratios) == pytest.approx(share, abs=0.05)
 
     @pytest.mark.slow
     def test_runs_of_the_study_come_out_again(self):

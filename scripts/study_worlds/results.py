@@ -117,18 +117,22 @@ def lines(table: Table) -> Iterator[dict[str, Any]]:
             for method, ladder in ladders.items():
                 values = [*ladder_values(ladder, figure, kl).values()]
                 enough = len(values) >= LEAST * worlds
+                from_start = sum(
+                    not any(not rung.is_start and rung.kl <= kl for rung in own) for own in ladder.values()
+                )
                 mean, low, high, n = mean_and_interval(values) if enough else (None, None, None, len(values))
                 own = differences.get((figure, kl, method))
                 own = own if own and own.n >= LEAST * worlds else None
                 yield {
                     "table": table.name, "figure": figure, "kl": kl, "method": method, "reference": table.reference,
-                    "worlds": worlds, "n": n, "mean": mean, "mean_low": low, "mean_high": high, **_difference(own),
+                    "worlds": worlds, "n": n, "from_start": from_start,
+                    "mean": mean, "mean_low": low, "mean_high": high, **_difference(own),
                 }  # fmt: skip
 
 
 def _difference(own: Difference | None) -> dict[str, float | None]:
-    values = (None,) * 5 if own is None else (own.difference, own.low, own.high, own.p, own.p_holm)
-    names = ("difference", "difference_low", "difference_high", "p", "p_holm")
+    values = (None,) * 6 if own is None else (own.n, own.difference, own.low, own.high, own.p, own.p_holm)
+    names = ("pairs", "difference", "difference_low", "difference_high", "p", "p_holm")
     return {
         name: value if value is None or math.isfinite(value) else None
         for name, value in zip(names, values, strict=True)
@@ -197,7 +201,7 @@ def by_count(every: Sequence[Mapping[str, Any]]) -> list[Chart]:
             bars = [(line["mean_low"], line["mean_high"]) for line in own]
             K = [math.log2(int(line["method"].split()[-1])) for line in own]
             series.append(Series(name, K, [line["mean"] for line in own], y_bars=bars))
-        found.append(Chart(title, series, "log₂ K", "reward at a KL of 1 nat"))
+        found.append(Chart(f"Reward at a KL of 1 nat: {title}", series, "log₂ K, of K = 2, 4, 8, 16", "reward"))
     return found
 
 
@@ -210,44 +214,45 @@ def shown(value: float | None, signed: bool = False) -> str:
 
 
 def cell(line: Mapping[str, Any]) -> str:
-    """`0.82 (+0.10 ± 0.04 *)`: the mean, the difference from the reference method, * where its adjusted p is < 0.05."""
+    """`0.82 (+0.10 ± 0.04 *)`: the mean, the difference from the reference method, * where its adjusted p is < 0.05.
+
+    † stands where most worlds have no run at or below the KL but the reference, `n` where not all worlds reach it.
+    """
     text = shown(line["mean"])
     if line["difference"] is not None:
         half = shown((line["difference_high"] - line["difference_low"]) / 2)
         text += f" ({shown(line['difference'], signed=True)} ± {half}{' *' if line['p_holm'] < 0.05 else ''})"
-    return text + (f" n {line['n']}" if 0 < line["n"] < line["worlds"] else "")
+    text += " †" if line["mean"] is not None and line["from_start"] > line["worlds"] / 2 else ""
+    fewest = min(line["n"], line["pairs"] or line["n"])
+    return text + (f" n {fewest}" if 0 < fewest < line["worlds"] and line["mean"] is not None else "")
 
 
 def markdown(table: str, figure: str, every: Sequence[Mapping[str, Any]]) -> str:
     """A row a method, a column a KL; the reference method is in bold."""
     own = [line for line in every if (line["table"], line["figure"]) == (table, figure)]
+    own = sorted(own, key=lambda line: line["method"] != line["reference"])
     rows: dict[str, list[str]] = {}
     for line in own:
         name = f"**{line['method']}**" if line["method"] == line["reference"] else line["method"]
         rows.setdefault(name, []).append(cell(line))
-    head = ["", *(f"KL {kl:g}" for kl in KLS)]
-    return "\n".join(
-        f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *([n, *c] for n, c in rows.items())]
-    )
+    return _table([["", *(f"KL {kl:g}" for kl in KLS)], *([name, *cells] for name, cells in rows.items())])
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in [rows[0], ["---"] * len(rows[0]), *rows[1:]])
 
 
 def optimum_markdown(every: Sequence[Mapping[str, Any]]) -> str:
     """Part c's ratios."""
     rows = [["method", "α", "β", "KL", "1/(2α²β²)", "KL over that", "KL over the exact optimum's"]]
-    for line in every:
+    for line in sorted(every, key=lambda line: (line["method"], line["alpha"], -line["beta"])):
         ratios = (
             f"{line[f'over_{name}']:.2g} ({line[f'over_{name}_low']:.2g} to {line[f'over_{name}_high']:.2g})"
             for name in ("rule", "optimum")
         )
-        about = (
-            line["method"],
-            f"{line['alpha']:g}",
-            f"{line['beta']:.2g}",
-            f"{line['kl']:.2f}",
-            f"{line['rule']:.2g}",
-        )
-        rows.append([*about, *ratios])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+        about = (f"{line['alpha']:g}", f"{line['beta']:.2g}", f"{line['kl']:.2f}", f"{line['rule']:.2g}")
+        rows.append([line["method"], *about, *ratios])
+    return _table(rows)
 
 
 def fill(page: str, every: Sequence[Mapping[str, Any]], optimum: Sequence[Mapping[str, Any]]) -> str:
@@ -267,8 +272,11 @@ def fill(page: str, every: Sequence[Mapping[str, Any]], optimum: Sequence[Mappin
 def bullets(every: Sequence[Mapping[str, Any]]) -> str:
     """What the README tells, at a KL of 1: the figures are filled in, the words are ours."""
     found = {(line["table"], line["figure"], line["method"]): line for line in every if line["kl"] == 1}
-    own, other, slow = "a. completions of the reference", "a. completions of another policy", "a. 256 steps"
+    own = "a. completions of the reference"
     infonca, dpo, many, few = NAMES["infonca"], NAMES[DPO[0]], "128 prompts", "512 annotations"
+
+    def mean(table: str, figure: str, method: str) -> str:
+        return shown(found[table, figure, method]["mean"])
 
     def gap(table: str, figure: str, method: str) -> str:
         line = found[table, figure, method]
@@ -277,16 +285,20 @@ def bullets(every: Sequence[Mapping[str, Any]]) -> str:
     def gain(loss: str, of: str) -> str:
         return gap(f"b. {loss}, {of}", "test_reward", "K = 16")
 
+    late = next(
+        line for line in every
+        if (line["table"], line["figure"], line["kl"], line["method"]) == (own, "train_best", 2, infonca)
+    )  # fmt: skip
+    two_nats = f"{shown(late['difference'], signed=True)} ± {shown(late['difference_high'] - late['difference'])}"
     told = [
-        f"""**Likelihood.** NCA keeps the best completion of training prompts likelier. Beside it InfoNCA's log-ratio is
-        {gap(own, "train_best", infonca)} nats and DPO's {gap(own, "train_best", dpo)} (n = 20 worlds). After twice the
-        steps these are {gap(slow, "train_best", infonca)} and {gap(slow, "train_best", dpo)} (n = 10). On test prompts
-        NCA has no lead: InfoNCA's is {gap(own, "test_best", infonca)} and DPO's {gap(own, "test_best", dpo)}.""",
-        f"""**Reward.** InfoNCA has more of it, {gap(own, "test_reward", infonca)} beside NCA. DPO on best and worst has
-        less, {gap(own, "test_reward", dpo)} (n = 20; rewards have a spread of 1 at a prompt). With completions of
-        another policy these are {gap(other, "test_reward", infonca)} and {gap(other, "test_reward", dpo)}.""",
-        f"""**More completions.** From K = 2 to 16 of as many prompts, InfoNCA gains {gain(infonca, many)} and DPO on
-        best and worst {gain(dpo, many)} (n = 10). With as many annotations, so of fewer prompts, it is
+        f"""**Likelihood.** The best completion of training prompts has a log-ratio of
+        {mean(own, "train_best", "NCA")} nats with NCA. InfoNCA's differs by {gap(own, "train_best", infonca)}, DPO's by
+        {gap(own, "train_best", dpo)} (n = 20 worlds). None of them lets it fall. At 2 nats InfoNCA's differs by
+        {two_nats} (n = {late["pairs"]}): NCA's lead is lost there, unless it trains longer.""",
+        f"""**Reward.** InfoNCA has more than NCA, {gap(own, "test_reward", infonca)}. DPO on best and worst has less,
+        {gap(own, "test_reward", dpo)} (n = 20; rewards have a spread of 1 at a prompt).""",
+        f"""**More completions.** With 16 instead of 2 completions for each of 128 prompts InfoNCA gains
+        {gain(infonca, many)}, and DPO on best and worst {gain(dpo, many)} (n = 10). With 512 scores in all it is
         {gain(infonca, few)} and {gain(dpo, few)}.""",
     ]
     texts = (f"- {' '.join(text.split())}" for text in told)
