@@ -8,9 +8,14 @@ import signal
 import subprocess
 import time
 from contextlib import suppress
+from itertools import islice
+from multiprocessing.popen_fork import Popen
 from pathlib import Path
+from threading import Event, Thread
 
 import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainerCallback
 
 from conftest import reward_rows
@@ -21,7 +26,7 @@ from nca_align.commands.train.command import main
 from nca_align.errors import UserError
 from nca_align.store.checkpoints import whole_checkpoints
 from nca_align.training import reference_cache
-from nca_align.training.stopping import StopSignals, what_is_left
+from nca_align.training.stopping import StopSignals, spare_workers, what_is_left
 from signalled import NEVER, start_training
 from test_resume import finish
 from test_trainer import trainer
@@ -102,8 +107,7 @@ def test_the_loaders_workers_go_on_and_end_with_their_parent(command_of, tmp_pat
         def on_step_begin(self, args, state, control, **kwargs):
             if state.global_step == 1:
                 workers.extend(multiprocessing.active_children())
-                for name in ("-INT", "-TERM"):
-                    subprocess.run(["kill", name, *(str(worker.pid) for worker in workers)], check=True)
+                signal_from_outside(*(worker.pid for worker in workers))
                 os.kill(os.getpid(), signal.SIGTERM)
 
     more = {"eval_strategy": "no", "dataloader_num_workers": 2, "gradient_accumulation_steps": 2, "num_train_epochs": 9}
@@ -114,6 +118,57 @@ def test_the_loaders_workers_go_on_and_end_with_their_parent(command_of, tmp_pat
         worker.terminate()  # as PyTorch and Python end one that is left
         worker.join(10)
         assert worker.exitcode == 0
+
+
+def signal_from_outside(*processes: int) -> None:
+    for name in ("-INT", "-TERM"):
+        subprocess.run(["kill", name, *map(str, processes)], check=True)
+
+
+class SignalledWhenRead(Dataset):
+    """Each item is read in a worker that was signalled just before."""
+
+    def __len__(self) -> int:
+        return 6
+
+    def __getitem__(self, index: int) -> int:
+        signal_from_outside(os.getpid())
+        return index
+
+
+def check_worker(start_method: str) -> None:
+    loader = spare_workers(DataLoader(SignalledWhenRead(), num_workers=1, multiprocessing_context=start_method))
+    batches = iter(loader)
+    (worker,) = batches._workers
+    signal_from_outside(worker.pid)
+    assert torch.cat(list(islice(batches, 5))).tolist() == [0, 1, 2, 3, 4]
+    worker.terminate()
+    worker.join(60)
+    assert worker.exitcode == 0
+
+
+def test_a_worker_goes_on_from_its_first_moment_on(monkeypatch):
+    """Before its `worker_init_fn` it may have threads already, and a signal goes to any that doesn't block it."""
+    starts, own = Popen._launch, torch.set_num_threads
+
+    def launch(self, process):
+        starts(self, process)
+        signal_from_outside(self.pid)
+
+    def early_thread(number):  # the first that PyTorch's worker loop does after its handlers are set
+        Thread(target=Event().wait, daemon=True).start()
+        signal_from_outside(os.getpid())
+        own(number)
+
+    monkeypatch.setattr(Popen, "_launch", launch)
+    monkeypatch.setattr(torch, "set_num_threads", early_thread)
+    check_worker("fork")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("start_method", ["spawn", "forkserver"])
+def test_so_it_does_however_it_was_started(start_method):
+    check_worker(start_method)
 
 
 @pytest.mark.parametrize(

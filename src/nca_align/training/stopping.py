@@ -1,13 +1,17 @@
 """SIGTERM and Ctrl-C: they leave a note, which the processes exchange once a step, and a step is never cut."""
 
 import ctypes
+import multiprocessing
 import os
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import copy
 from functools import partial
+from multiprocessing import context
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +24,7 @@ from ..store.checkpoints import how_to_go_on
 # What a process exits with that was stopped after it had saved: "try again" in BSD's sysexits.h, and 128 + SIGINT.
 EXIT_CODES = {signal.SIGTERM: 75, signal.SIGINT: 130}
 PREEMPTED = EXIT_CODES[signal.SIGTERM]
+_KNOWS_SENDERS = hasattr(signal, "sigwaitinfo")  # of a signal; not on macOS
 _CLEAR_LINE = "\r\x1b[K"
 _NAMES = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
 
@@ -99,22 +104,57 @@ def spare_workers(loader: Any) -> Any:
     """
     own = getattr(loader, "base_dataloader", loader)  # within accelerate's
     own.worker_init_fn = partial(_work_on, own.worker_init_fn)
+    if _KNOWS_SENDERS and own.num_workers:
+        given = own.multiprocessing_context or multiprocessing
+        spared = copy(multiprocessing.get_context(method := given.get_start_method()))
+        spared.Process = _PROCESSES[method]  # type: ignore[attr-defined]
+        own.multiprocessing_context = spared
     return loader
+
+
+class _Spared(BaseProcess):
+    """A worker that blocks the signals from its first moment on, in all of its threads, which inherit that.
+
+    A signal to a process goes to any thread that doesn't block it. A worker may have such threads before its
+    `worker_init_fn` runs: PyTorch starts some where `torch.set_num_threads` was called before the fork.
+    """
+
+    def start(self) -> None:
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, EXIT_CODES)
+        try:
+            super().start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+class _Forked(_Spared, context.ForkProcess): ...
+
+
+class _Spawned(_Spared, context.SpawnProcess): ...
+
+
+class _Served(_Spared, context.ForkServerProcess): ...
+
+
+_PROCESSES = {"fork": _Forked, "spawn": _Spawned, "forkserver": _Served}
 
 
 def _work_on(own: Callable[[int], Any] | None, worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # not on macOS
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    if _KNOWS_SENDERS:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # for a fork server that ran already
         threading.Thread(target=_end_with_the_parent, daemon=True).start()
     if own is not None:
         own(worker)
 
 
 def _end_with_the_parent() -> None:
-    """Heed a SIGTERM of the parent alone, by which PyTorch and Python end a worker that is left."""
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-        pass
+    """End once the parent is gone, or sends SIGTERM, by which PyTorch and Python end a worker that is left."""
+    parent = multiprocessing.parent_process()  # not `os.getppid()`, which may be a fork server
+    while parent is not None and parent.is_alive():
+        sent = signal.sigtimedwait({signal.SIGTERM}, 5)
+        if sent is not None and sent.si_pid == parent.pid:
+            break
     os._exit(0)
 
 
