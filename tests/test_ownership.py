@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,13 @@ def owner(output: Path) -> dict:
     return json.loads(owner_file(output).read_text().partition("\n")[0])
 
 
+def wait_until(true: Callable[[], bool]) -> None:
+    end = time.monotonic() + 60
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
 def leave(output: Path, **about) -> None:
     """The file of an owner that is no more, as `about` says otherwise than this process."""
     owner_file(output).write_text(json.dumps(ownership._this_process() | about) + "\n")
@@ -96,8 +104,7 @@ def test_another_process_is_refused_at_once_and_a_kill_lets_go(output, hold):
         pass
     assert time.monotonic() - began < 2
     process.kill()  # and not yet waited for: a zombie
-    while ownership._started(process.pid) is not None:
-        time.sleep(0.01)
+    wait_until(lambda: ownership._started(process.pid) is None)
     with own_file(output):
         assert owner(output)["process"] == os.getpid()
 
@@ -200,7 +207,7 @@ def test_of_many_that_displace_a_dead_owner_one_has_it(output, quick):
         try:
             with own_file(output):
                 had.append(owner(output)["token"])
-                time.sleep(0.5)
+                wait_until(lambda: len(refused) == 7)
         except UserError as error:
             refused.append(error)
 
@@ -252,18 +259,16 @@ def test_one_that_was_stopped_for_long_ends_when_it_goes_on(output, hold, quick)
 def test_a_file_that_was_removed_by_hand_comes_again(output, quick):
     with own_file(output):
         owner_file(output).unlink()
-        time.sleep(0.5)
+        wait_until(owner_file(output).exists)
         assert owner(output)["process"] == os.getpid()
     assert list(output.parent.iterdir()) == []
 
 
 def test_heartbeats_come(output, quick):
     with own_file(output):
-        text, seen = owner_file(output).read_text(), set()
-        for _ in range(50):
-            seen.add(owner_file(output).stat().st_mtime_ns)
-            time.sleep(0.01)
-        assert 3 < len(seen) < 15
+        text, seen, began = owner_file(output).read_text(), set(), time.monotonic()
+        wait_until(lambda: seen.add(owner_file(output).stat().st_mtime_ns) or len(seen) == 5)
+        assert time.monotonic() - began > 3 * ownership.HEARTBEAT
         assert owner_file(output).read_text() == text
 
 
