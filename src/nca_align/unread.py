@@ -10,7 +10,7 @@ from .errors import UnsupportedError, UserError
 from .losses import READS_ALPHA, reads_alpha
 
 # Options of TRL and transformers that can't do here what they do there: field → values that ask for nothing, and why
-_UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
+UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "f_divergence_type": (
         ("reverse_kl",),
         "no loss here reads it: InfoNCA and NCA come from the reverse KL alone",
@@ -163,7 +163,7 @@ def refuse_unsupported_options(options: Any) -> None:
     Raises:
         UserError: it names the first of them.
     """
-    for name, (nothing, why) in _UNSUPPORTED.items():
+    for name, (nothing, why) in UNSUPPORTED.items():
         if getattr(options, name, nothing[0]) not in nothing:
             raise UserError(f"`{name}` is {getattr(options, name)!r}, but {why}. Leave it out.")
     refuse_shared_batches(options.parallelism_config)
