@@ -73,6 +73,10 @@ class NCAConfig(DPOConfig):
     Raises:
         ValueError: a value out of range or of another type, an option of DPOConfig that can't do here what it does
             there, or a device or precision that this machine doesn't have.
+
+    Example:
+        >>> NCAConfig("runs/mine", alpha=0.3, use_cpu=True).loss_type
+        ['nca']
     """
 
     alpha: float | None = option(

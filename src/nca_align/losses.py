@@ -64,6 +64,11 @@ def nca_loss(
         negative_weight: λ, 0 or more, on the second term alone; 1 is the paper's.
 
     Source: arXiv 2402.05369; λ is free in Condition Contrastive Alignment (arXiv 2410.09347).
+
+    Example:
+        >>> logps = torch.tensor([[-2.0, -3.0]])  # (B, K): one prompt with two completions
+        >>> nca_loss(logps, logps, torch.tensor([[1.0, 0.0]]), alpha=0.3, beta=0.1)  # 2 log 2: nothing is learnt yet
+        tensor([1.3863])
     """
     if not 0 <= negative_weight < math.inf:
         raise UserError(
@@ -86,6 +91,11 @@ def infonca_loss(
     A row whose rewards are all equal has the uniform target: its implicit rewards are drawn together.
 
     Source: arXiv 2402.05369.
+
+    Example:
+        >>> logps = torch.tensor([[-2.0, -3.0]])  # (B, K): one prompt with two completions
+        >>> infonca_loss(logps, logps, torch.tensor([[1.0, 0.0]]), alpha=0.3, beta=0.1)  # log 2: nothing is learnt yet
+        tensor([0.6931])
     """
     r, w, mask = loss_inputs(pi_logps, ref_logps, rewards, alpha, beta, mask)
     return -(w * torch.where(mask, r.masked_fill(~mask, -math.inf).log_softmax(1), 0)).sum(1)
@@ -179,6 +189,11 @@ def outcome_loss(
     α isn't read, and may be None. A hard label has no finite optimum: r keeps growing. K counts the valid completions.
 
     Source: the CE variant of implicit process rewards, arXiv 2412.01981, whose code takes the mean over responses.
+
+    Example:
+        >>> logps = torch.tensor([[-2.0, -3.0]])
+        >>> outcome_loss(logps, logps, torch.tensor([[1.0, 0.0]]), alpha=None, beta=0.1)  # log 2: nothing is learnt yet
+        tensor([0.6931])
     """
     mask = everywhere(rewards, mask)
     r = beta * logratios(pi_logps, ref_logps, mask)
@@ -242,6 +257,13 @@ def reward_loss(
         NotImplementedError: a `negative_weight` other than 1 with a loss other than NCA.
 
     Source: arXiv 2402.05369, the PyTorch listing of `reward_loss`.
+
+    Example:
+        >>> logps = torch.tensor([[-2.0, -3.0, 0.0]])
+        >>> there = torch.tensor([[True, True, False]])  # the prompt has two completions
+        >>> rewards = torch.tensor([[1.0, 0.0, 0.0]])
+        >>> reward_loss(logps, logps, rewards, alpha=0.3, beta=0.1, loss_type="infonca", mask=there)  # log 2
+        tensor([0.6931])
     """
     name = loss_name(loss_type, check=check)
     options = {"negative_weight": negative_weight} if name == "nca" else {}

@@ -96,6 +96,10 @@ def targets(rewards: Tensor, alpha: float, mask: Tensor | None = None) -> Tensor
         TypeError: `mask` is not bool.
 
     Source: arXiv 2402.05369, and the authors' code, which divides by α as well.
+
+    Example:
+        >>> targets(torch.tensor([[2.0, 1.0]]), alpha=1.0)
+        tensor([[0.7311, 0.2689]])
     """
     check_rows(rewards, mask, alpha)
     return target_distribution(rewards, alpha, everywhere(rewards, mask))

@@ -48,8 +48,9 @@ class NCATrainer(DPOTrainer):
     It differs from TRL's `DPOTrainer` in its data (any K, with a reward per completion; a preference pair is K = 2 with
     rewards 1 and 0), its losses, and how their log-probabilities are computed; all else is inherited.
 
-        trainer = NCATrainer(model="…", args=NCAConfig(alpha=0.3, beta=0.01), train_dataset=dataset)
-        trainer.train()
+        >>> nca = NCATrainer(model, args=NCAConfig("run", max_steps=1), train_dataset=rows, processing_class=tokenizer)
+        >>> _ = nca.train()  # doctest: +ELLIPSIS
+        step 1/1  loss 1.3863 ...
 
     Args:
         model, ref_model, args, train_dataset, eval_dataset, processing_class, callbacks, optimizers,

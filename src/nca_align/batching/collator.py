@@ -64,6 +64,11 @@ class RewardCollator:
         labels: whether rewards must be labels, from 0 to 1.
         min_completions: fewest completions of a row.
         recurrent: whether the model has layers with a state, whose packed rows are one conversation's.
+
+    Example:
+        >>> row = {"prompt_ids": [5, 6], "completion_ids": [[7], [8, 9]], "rewards": [1.0, 0.0]}
+        >>> RewardCollator(pad_token_id=0)([row])["rewards"].shape
+        torch.Size([1, 2])
     """
 
     pad_token_id: int

@@ -78,6 +78,10 @@ def load_reward_dataset(
 
     Raises:
         ValueError, OSError: as `read_reward_dataset` does.
+
+    Example:
+        >>> load_reward_dataset("rows.jsonl", split="train", validation_fraction=0).column_names
+        ['prompt', 'completions', 'rewards']
     """
     read = read_reward_dataset(path, split=split, **arguments)
     if read.validation_indices is not None:  # a command tells it in its own words

@@ -115,6 +115,11 @@ def to_preference_pairs(dataset: Dataset, strategy: str = "best_worst", seed: in
 
     Raises:
         ValueError: another strategy, no pair at all, or a completion of which the model didn't write all.
+
+    Example:
+        >>> rows = Dataset.from_dict({"prompt": ["2 + 2 ="], "completions": [[" 4", " 5"]], "rewards": [[1.0, 0.0]]})
+        >>> to_preference_pairs(rows)[0]["chosen"]
+        ' 4'
     """
     if strategy not in PAIRS:
         raise UserError(f"`strategy` is {strategy!r}; a preference pair comes from one of {', '.join(PAIRS)}")
@@ -143,6 +148,11 @@ def to_unpaired(dataset: Dataset, threshold: float | None = None) -> Dataset:
 
     Raises:
         ValueError: no completion is left, or the model didn't write all of one.
+
+    Example:
+        >>> rows = Dataset.from_dict({"prompt": ["2 + 2 ="], "completions": [[" 4", " 5"]], "rewards": [[1.0, 0.0]]})
+        >>> to_unpaired(rows)["label"][:]
+        [True, False]
     """
     refuse_masked(dataset)
 

@@ -132,6 +132,12 @@ class GenerationCallback(_EvaluationCallback):
         NotImplementedError: a launch that shards the model.
         ValueError: nothing that could be the reference, or the trained model as `reference`.
         UserError: an adapter that puts virtual tokens in front; a prompt that is too long for the model.
+
+    Example:
+        >>> def length(completions, **columns):
+        ...     return [float(len(completion)) for completion in completions]
+        >>> evaluator = GenerationEvaluator(rows, tokenizer, length, num_completions=2, max_new_tokens=4)
+        >>> trainer.add_callback(GenerationCallback(trainer, {"": evaluator}, reference=reference))
     """
 
     _draws = True
@@ -176,6 +182,10 @@ class RankingCallback(_EvaluationCallback):
     Raises:
         NotImplementedError: a launch that shards the model, or more than one process.
         ValueError: nothing that could be the reference.
+
+    Example:
+        >>> callback = RankingCallback(trainer, {"": rows}, tokenizer, alpha=0.3, beta=0.1, reference=reference)
+        >>> trainer.add_callback(callback)
     """
 
     def __init__(

@@ -107,6 +107,13 @@ class GenerationEvaluator:
     Raises:
         UserError: a scorer that can't be had, a prompt that can't be rendered.
         ValueError: a number below 1, no scorer, no prompt.
+
+    Example:
+        >>> def length(completions, **columns):
+        ...     return [float(len(completion)) for completion in completions]
+        >>> evaluator = GenerationEvaluator(rows, tokenizer, length, num_completions=2, max_new_tokens=4)
+        >>> "eval_generation/reward" in evaluator(model, reference).log("eval_")
+        True
     """
 
     def __init__(

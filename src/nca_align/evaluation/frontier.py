@@ -25,7 +25,14 @@ def curve_of(seed: Any, rows: Iterable[Row], column: str = "reward") -> Curve:
 
 
 def curves_of(rows: Iterable[Row], split: str = "test") -> dict[Setting, list[Curve]]:
-    """Settings → one curve a seed, from the rows of `comparison.csv`; rows without a reward or a KL are left out."""
+    """Settings → one curve a seed, from the rows of `comparison.csv`; rows without a reward or a KL are left out.
+
+    Example:
+        >>> run = {"method": "nca", "seed": 1, "split": "test"}
+        >>> rows = [run | {"step": step, "kl": 4.0 * step, "reward": step} for step in (0, 1)]
+        >>> curves_of(rows)[("method", "nca"),][0].points  # (step, KL, reward)
+        ((0, 0.0, 0.0), (1, 4.0, 1.0))
+    """
     found = {
         setting: [curve for seed, own in runs.items() if (curve := curve_of(seed, own)).points]
         for setting, runs in runs_of(rows, split).items()
@@ -48,6 +55,13 @@ def reward_at_kl(curve: Curve, kl: float) -> float | None:
         The reward; None where the run never came to `kl`, or was beyond it at its first evaluation already.
 
     Source: Gao et al., "Scaling Laws for Reward Model Overoptimization", 2023, for reward as a function of √KL.
+
+    Example:
+        >>> run = {"method": "nca", "seed": 1, "split": "test"}
+        >>> rows = [run | {"step": step, "kl": 4.0 * step, "reward": step} for step in (0, 1)]
+        >>> ((curve,),) = curves_of(rows).values()
+        >>> reward_at_kl(curve, 1.0)  # half-way in √KL
+        0.5
     """
     first = next((i for i, (_, here, _) in enumerate(curve.points) if here >= kl), None)
     if first is None or (first == 0 and curve.points[0][1] > kl):

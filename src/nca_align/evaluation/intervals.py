@@ -77,6 +77,10 @@ def mean_and_interval(values: Sequence[float], level: float = 0.95) -> Interval:
 
     Returns:
         Mean, low, high, n; of a single value the interval is unbounded, for it says nothing of the spread.
+
+    Example:
+        >>> mean_and_interval([0.1, 0.2, 0.3]).text()
+        '0.200 ± 0.248'
     """
     n, mean = len(values), fmean(values)
     if n == 1:

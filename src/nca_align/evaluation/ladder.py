@@ -93,6 +93,11 @@ def ladders_of(
         kl: the column of the KL, in nats.
         start: the figures of the reference; with them each ladder begins at KL 0, and `Difference.from_start` counts
             the pairs that this first rung is used for.
+
+    Example:
+        >>> ends = [{"method": "nca", "seed": 1, "beta": 1 / kl, "kl": kl, "reward": kl**0.5} for kl in (4.0, 1.0)]
+        >>> [rung.kl for rung in ladders_of(ends, ["reward"])["nca"][1]]
+        [1.0, 4.0]
     """
     found: dict[Any, dict[Any, list[Rung]]] = {}
     for row in rows:
@@ -177,6 +182,15 @@ def compare_at_kl(
     Returns:
         One for each method, KL and column, in the order of columns, KLs and `ladders`; with NaN where the pairs are
         fewer than `partial` allows.
+
+    Example:
+        >>> def end(method, seed, kl, ahead):
+        ...     return {"method": method, "seed": seed, "beta": 1 / kl, "kl": kl, "reward": kl**0.5 + ahead}
+        >>> ends = [end("dpo", seed, kl, 0) for seed in (1, 2) for kl in (1.0, 4.0)]
+        >>> ends += [end("nca", seed, kl, seed) for seed in (1, 2) for kl in (1.0, 4.0)]
+        >>> (nca,) = compare_at_kl(ladders_of(ends, ["reward"]), "dpo", ["reward"], kls=[2.0])
+        >>> round(nca.difference, 3)  # the mean over the two seeds
+        1.5
     """
     found = []
     for column in columns:

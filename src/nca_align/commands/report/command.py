@@ -46,6 +46,10 @@ def write_report(runs: Sequence[Path], output: Path, at_kl: Sequence[float] = ()
 
     Raises:
         UserError: a folder that holds no run, or an `output` that is a file.
+
+    Example:
+        >>> [file.name for file in write_report([run], Path("pages"))][0]
+        'report.html'
     """
     from ...pages.pictures import write_pictures
     from .charts import plotted
