@@ -98,7 +98,7 @@ def installed(tmp_path_factory, request):
     return install
 
 
-@pytest.mark.long
+@pytest.mark.slow  # a minute or two, most of which is PyPI's
 def test_the_wheel_gives_the_command(built, installed, model_dir, tmp_path):
     commands = installed(next(built.glob("*.whl")))
     run(
