@@ -7,7 +7,7 @@ VENV ?= .venv
 RUN = $(VENV)/bin
 READY = $(VENV)/.ready
 
-.PHONY: quickstart test test-slow test-oldest test-deepspeed long lint audit dist check-judges check-lm-eval check-llama-cpp bench bench-full clean
+.PHONY: quickstart test test-slow test-oldest test-deepspeed long lint audit docs docs-deploy dist check-judges check-lm-eval check-llama-cpp bench bench-full clean
 
 quickstart: $(READY)
 	PATH="$(abspath $(RUN)):$$PATH" nca-align train --config configs/quickstart.yaml
@@ -40,6 +40,13 @@ audit: $(READY)  ## known advisories against what is installed, and against the 
 	$(RUN)/python -m pip freeze --exclude-editable | sed "s/+cpu//; /llm.smollm2/d" > $(VENV)-audit/installed.txt
 	$(VENV)-audit/bin/pip-audit --strict --no-deps --disable-pip -r $(VENV)-audit/installed.txt
 	$(VENV)-audit/bin/pip-audit --strict --no-deps --disable-pip -r constraints-oldest.txt
+
+docs: $(READY)  ## the site of the docs in build/site; it fails on a dead link
+	$(RUN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
+	$(RUN)/python -m mkdocs build --strict
+
+docs-deploy: docs  ## the site of this version on the branch gh-pages of `origin`, beside those of earlier ones
+	$(RUN)/mike deploy --push --update-aliases $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml) latest
 
 dist: $(READY)  ## wheel and sdist in dist/
 	$(RUN)/python -m build
