@@ -18,6 +18,7 @@ from transformers import LlamaForSequenceClassification
 from conftest import build_model, build_tokenizer
 from nca_align import GenerationEvaluator
 from nca_align.errors import UserError
+from nca_align.evaluation import evaluator as evaluator_module
 from nca_align.evaluation.evaluator import distinct, over_common_prompts, win_rate
 from nca_align.models.policy import as_reference
 from nca_align.models.sampling import neutral_generation
@@ -48,6 +49,23 @@ class TestFigures:
         assert figures.kl == (0, 0)
         assert figures.win_rate.mean == 0.5
         assert (figures.prompts, figures.completions) == (3, 9)
+
+    def test_fewer_answers_of_the_reference_leave_the_policys_figures_as_they_are(self, tokenizer, policy):
+        whole, fewer = evaluator(tokenizer), evaluator(tokenizer, reference_completions=1)
+        assert fewer(policy, policy).completions == 3
+        first, second = whole(policy).log(), fewer(policy).log()
+        assert {name for name in first if first[name] != second[name]} <= {
+            f"generation/{name}{end}"
+            for name in ("win_rate", "reference_reward", "reference_tokens", "gain", "gain_same_length")
+            for end in ("", "_error")
+        }
+
+    def test_log_probabilities_are_those_of_a_forward_over_the_answers(self, tokenizer, policy, monkeypatch):
+        told = evaluator(tokenizer)(policy)
+        sampled = evaluator_module.sample_with_logps
+        monkeypatch.setattr(evaluator_module, "sample_with_logps", lambda *given: (sampled(*given)[0], None))
+        assert evaluator(tokenizer)(policy).kl == pytest.approx(told.kl, abs=1e-5)
+        assert told.kl.mean > 0.05
 
     def test_an_adapter_is_measured_against_the_model_without_it(self, tokenizer, policy):
         figures = evaluator(tokenizer)(policy)

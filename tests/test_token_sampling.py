@@ -1,5 +1,7 @@
 """Answers are drawn from the policy's own distribution, in every family of models, and each of them alone."""
 
+import math
+
 import pytest
 import torch
 from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
@@ -9,7 +11,7 @@ from nca_align.batching.attention import prefix_sharing_obstacle
 from nca_align.errors import UserError
 from nca_align.models import sampling
 from nca_align.models.logprobs import add_token_logps
-from nca_align.models.sampling import sample_answers
+from nca_align.models.sampling import sample_answers, sample_with_logps
 from test_attention import FAMILIES, VOCABULARY, build, share_prefixes
 
 ENDS = [2, 3]
@@ -32,14 +34,15 @@ def test_each_token_is_the_inverse_transform_of_its_own_number(family):
     plain = build(family)
     add_token_logps(model)
     share_prefixes(model)
-    answers = sample_answers(model, PROMPTS, 4, 24, ENDS, seed=5)
-    assert list(map(len, answers)) == [4, 4, 4]
+    answers, logps = sample_with_logps(model, PROMPTS, 4, 24, ENDS, seed=5)
+    assert list(map(len, answers)) == list(map(len, logps)) == [4, 4, 4]
     uniform = torch.rand(24, 12, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     lengths = set()
-    for n, (prompt, ids) in enumerate(
-        (prompt, ids) for prompt, own in zip(PROMPTS, answers, strict=True) for ids in own
+    for n, (prompt, ids, logp) in enumerate(
+        (prompt, *one) for prompt, *own in zip(PROMPTS, answers, logps, strict=True) for one in zip(*own, strict=True)
     ):
         low, high = sum_to(plain, prompt, ids)
+        assert logp == pytest.approx(sum(math.log(b - a) for a, b in zip(low, high, strict=True)), abs=1e-3)
         assert all(
             a - 1e-4 <= u <= b + 1e-4 for a, u, b in zip(low, uniform[: len(ids), n].tolist(), high, strict=True)
         )

@@ -20,7 +20,7 @@ from ..data.messages import content_kind
 from ..errors import InvalidRowError, UserError
 from ..models.logprobs import completion_logps, differences
 from ..models.policy import adapter_merged, as_reference, base_model, eval_mode
-from ..models.sampling import check_room, end_tokens, sample_answers, seed_for
+from ..models.sampling import check_room, end_tokens, sample_with_logps, seed_for
 from ..options import require_at_least_1
 from ..rewards.scorers import Scorers, open_scorers
 from .gains import gains
@@ -99,6 +99,8 @@ class GenerationEvaluator:
             signature; or what `rewards.scorers.open_scorers` made of them, for several evaluators.
         scorer_weights: one a scorer, 1 by default.
         num_completions: answers a prompt.
+        reference_completions: answers of the reference a prompt; as many as the policy's by default. Wins and gains
+            are less certain with fewer, and the KL is not touched.
         max_new_tokens: tokens at which an answer is cut.
         seed: of the answers: the same at each call, so that what differs from step to step is the policy. Those of
             the reference have another, so that wins are over independent answers.
@@ -124,12 +126,14 @@ class GenerationEvaluator:
         *,
         scorer_weights: list[float] | None = None,
         num_completions: int = 4,
+        reference_completions: int | None = None,
         max_new_tokens: int = 128,
         seed: int = 42,
         batch_size: int = 64,
     ):
         self.num_completions, self.max_new_tokens, self.batch_size = num_completions, max_new_tokens, batch_size
-        require_at_least_1(self, "num_completions", "max_new_tokens", "batch_size")
+        self.reference_completions = num_completions if reference_completions is None else reference_completions
+        require_at_least_1(self, "num_completions", "reference_completions", "max_new_tokens", "batch_size")
         if not scorers:
             raise UserError("`scorers` is empty; give what rewards the answers, as in `nca-align score`")
         answered = ("completions", "completion_mask", "rewards", "truncated")
@@ -174,11 +178,13 @@ class GenerationEvaluator:
                     self._reference_answers = self._answer(other, mine, 0)
             if reference is model:
                 answers = self._reference_answers
-                kl = [[0.0] * self.num_completions for _ in mine]
+                kl = [[0.0] * self.reference_completions for _ in mine]
             else:
                 with adapter_merged(model):
                     answers = self._answer(model, mine, 1)
-                    logps = completion_logps(model, answers, self.batch_size)
+                    logps = [own["logps"] for own in answers]
+                    if None in logps:
+                        logps = completion_logps(model, answers, self.batch_size)
                 with reference_model(reference, model) as other:
                     reference_logps = completion_logps(other, answers, self.batch_size)
                 kl = differences(logps, reference_logps)
@@ -200,16 +206,19 @@ class GenerationEvaluator:
 
         Returns:
             Of each prompt `prompt_ids`, and of its answers `completion_ids`, the end included, `texts`, `tokens`, `cut`
-            (whether they were) and `rewards`.
+            (whether they were), `rewards`, and `logps` (nats) or None, see `sample_with_logps`.
         """
+        count = self.num_completions if which else self.reference_completions
         ends = end_tokens(model, self._tokenizer)
         lengths = [len(self._prompts[i]) for i in mine]
         found: dict[int, list[list[int]]] = {}
-        for places in batches_by_length(lengths, max(1, self.batch_size // self.num_completions)):
+        logps: dict[int, list[float] | None] = {}
+        for places in batches_by_length(lengths, max(1, self.batch_size // count)):
             batch = [mine[place] for place in places]
             prompts, seed = [self._prompts[i] for i in batch], seed_for(self._seed, which, batch[0])
-            answers = sample_answers(model, prompts, self.num_completions, self.max_new_tokens, ends, seed)
+            answers, own_logps = sample_with_logps(model, prompts, count, self.max_new_tokens, ends, seed)
             found.update(zip(batch, answers, strict=True))
+            logps.update((i, own_logps[place] if own_logps else None) for place, i in enumerate(batch))
         if not found:  # more processes than prompts
             return []
         answered, rows = [], []
@@ -218,6 +227,7 @@ class GenerationEvaluator:
             answered.append({
                 "prompt_ids": self._prompts[i], "completion_ids": found[i], "texts": texts,
                 "tokens": [len(ids) for ids in found[i]], "cut": [ids[-1] not in ends for ids in found[i]],
+                "logps": logps[i],
             })  # fmt: skip
             rows.append(self._rows[i] | {"completions": [completion_of(self._rows[i]["prompt"], t) for t in texts]})
         shard = self._scorers.score_rows(rows)

@@ -51,6 +51,20 @@ def sample_answers(
         UserError: the probabilities aren't finite, or a prompt has a token that the model has no row of embeddings for;
             and see `refuse_virtual_tokens`.
     """
+    return sample_with_logps(model, prompts, count, max_new_tokens, ends, seed, **settings)[0]
+
+
+@torch.no_grad()
+def sample_with_logps(
+    model: nn.Module,
+    prompts: Sequence[list[int]],
+    count: int,
+    max_new_tokens: int,
+    ends: list[int],
+    seed: int,
+    **settings: Any,
+) -> tuple[list[list[list[int]]], list[list[float]] | None]:
+    """`sample_answers`, and of each answer log π in nats; None where `generate` samples, which doesn't tell them."""
     refuse_virtual_tokens(model)
     check_token(max(map(max, prompts)), token_rows(model))
     device = next(model.parameters()).device
@@ -61,7 +75,7 @@ def sample_answers(
     if not settings and prefix_sharing_obstacle(model) is None:
         generator = torch.Generator().manual_seed(seed)
         uniform = torch.rand(max_new_tokens, len(prompts) * count, generator=generator, dtype=torch.float64)
-        drawn = sample_with_cache(model, ids, mask, ends, uniform.to(device))
+        drawn, token_logps = sample_with_cache(model, ids, mask, ends, uniform.to(device))
     else:
         torch.manual_seed(seed)
         with neutral_generation(model, ends):
@@ -69,12 +83,20 @@ def sample_answers(
                 input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, num_return_sequences=count,
                 use_cache=True, logits_processor=LogitsProcessorList([FiniteLogits()]), **settings,
             )[:, ids.shape[1] :]  # fmt: skip
+        token_logps = None
     answers = [_until_end(row, ends) for row in drawn.tolist()]
-    return [answers[b * count : (b + 1) * count] for b in range(len(prompts))]
+    places = [slice(b * count, (b + 1) * count) for b in range(len(prompts))]
+    logps = None if token_logps is None else token_logps.double().sum(1).tolist()
+    return [answers[own] for own in places], None if logps is None else [logps[own] for own in places]
 
 
-def sample_with_cache(model: nn.Module, ids: Tensor, mask: Tensor, ends: list[int], uniform: Tensor) -> Tensor:
-    """(B·K, T) tokens by inverse transform of `uniform` (T, B·K) in [0, 1); what stands after an end means nothing."""
+def sample_with_cache(
+    model: nn.Module, ids: Tensor, mask: Tensor, ends: list[int], uniform: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(B·K, T) tokens by inverse transform of `uniform` (T, B·K) in [0, 1), and their float32 log-probabilities, nats.
+
+    After an end, tokens mean nothing and log-probabilities are 0.
+    """
     count = uniform.shape[1] // len(ids)
     base = base_model(model)
     cache = DynamicCache(config=base.config)
@@ -91,11 +113,15 @@ def sample_with_cache(model: nn.Module, ids: Tensor, mask: Tensor, ends: list[in
     cache.batch_repeat_interleave(count)
     mask, position = (values.repeat_interleave(count, 0) for values in (mask, positions[:, -1:]))
     drawn = torch.full((uniform.shape[1], len(uniform)), ends[0], device=ids.device)
+    logps = torch.zeros(drawn.shape, device=ids.device)
     live = torch.arange(len(drawn), device=ids.device)  # the rows that are still gone on with
     ended = torch.zeros_like(live, dtype=torch.bool)
     for t in range(len(uniform)):
         token = _inverse_transform(following, uniform[t, live])
         drawn[live, t] = token
+        following = following.float()
+        own = following.gather(1, token[:, None])[:, 0] - following.logsumexp(1)
+        logps[live, t] = own.masked_fill(ended, 0.0)
         ended |= torch.isin(token, torch.tensor(ends, device=ids.device))
         left = int((~ended).sum())
         if left == 0 or t + 1 == len(uniform):
@@ -107,7 +133,7 @@ def sample_with_cache(model: nn.Module, ids: Tensor, mask: Tensor, ends: list[in
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
         position = position + 1
         following = logits(token[:, None], position)
-    return drawn
+    return drawn, logps
 
 
 def _inverse_transform(logits: Tensor, uniform: Tensor) -> Tensor:
