@@ -11,6 +11,7 @@ from conftest import build_model, reward_rows
 from nca_align import GenerationCallback, NCAConfig, NCATrainer, RankingCallback
 from nca_align.commands.compare.methods import build_trainer
 from nca_align.errors import UserError
+from nca_align.evaluation import callbacks
 from test_generation import LORA, evaluator
 
 
@@ -94,6 +95,32 @@ class TestCallbacks:
         assert len(shared) > 15
         assert found == pytest.approx({name: own[name] for name in found}, abs=2e-4)
         assert shared <= set(found)
+
+    def test_a_reference_with_a_key_is_read_from_the_disk_by_other_runs(
+        self, tokenizer, tmp_path, own_datasets_cache, monkeypatch
+    ):
+        dataset = Dataset.from_list(reward_rows(4, [2, 4, 3]))
+        read: list[int] = []
+        logps_of = callbacks.completion_logps
+
+        def counted(model, rows, size):
+            read.append(len(rows))
+            return logps_of(model, rows, size)
+
+        monkeypatch.setattr(callbacks, "completion_logps", counted)
+
+        def measured(key: tuple[str, ...] | None) -> tuple[dict[str, float], list[int]]:
+            torch.manual_seed(1)
+            policy = get_peft_model(build_model(tokenizer), LORA)
+            trainer = build_trainer("nca", policy, options(tmp_path), dataset, tokenizer)
+            callback = RankingCallback(trainer, {"": dataset}, tokenizer, alpha=0.3, beta=0.1, reference_key=key)
+            read.clear()
+            return callback.measure(trainer.model), [*read]
+
+        figures, reads = measured(None)
+        assert reads == [4, 4]
+        assert [measured(("a",)), measured(("a",))] == [(figures, [4, 4]), (figures, [4])]
+        assert measured(("b",)) == (figures, [4, 4])
 
     def test_without_steps_they_run_wherever_the_trainer_evaluates(self, tokenizer, tmp_path):
         dataset = Dataset.from_list(reward_rows(4, 3))

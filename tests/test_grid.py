@@ -124,6 +124,9 @@ def test_evaluation():
         ({}, "`scorer` is missing from `evaluation`"),
         ({"scorer": 3}, "`scorer` is missing from `evaluation`"),
         ({"scorer": "m:f", "steps": 0}, "`steps` of `evaluation` is 0; it must be a whole number, at least 1"),
+        ({"scorer": "m:f", "validation_steps": -1}, "`validation_steps` of `evaluation` is -1; it must be a whole"),
+        ({"scorer": "m:f", "reference_completions": 0}, "`reference_completions` of `evaluation` is 0; it must be a"),
+        ({"scorer": "m:f", "ranked": "best"}, "`strategy` is 'best'; it must be one of rewards"),
         ({"scorer": "m:f", "prompts": True}, "`prompts` of `evaluation` is True; it must be a whole number"),
     ]:
         with pytest.raises(ValueError) as error:

@@ -24,8 +24,10 @@ from ..models.policy import (
 )
 from ..models.sampling import decoding_precision
 from ..reward_tensors import check_rows
+from ..store.fingerprints import columns_fingerprint
 from ..training.metrics import EvaluationMeans, calibration, row_metrics
 from ..training.outcomes import are_labels, label_metrics
+from ..training.reference_cache import TOKENS, ReferenceCache
 from .evaluator import GenerationEvaluator, Reference, reference_model
 
 
@@ -178,6 +180,8 @@ class RankingCallback(_EvaluationCallback):
         steps, reference, starts_as_reference: as in `GenerationCallback`.
         batch_size: completions at a time.
         max_length: tokens of prompt and completion that are kept; None for all.
+        reference_key: what tells the reference from others, by which its log-probabilities are kept on disk for other
+            runs; None where they aren't.
 
     Raises:
         NotImplementedError: a launch that shards the model, or more than one process.
@@ -201,6 +205,7 @@ class RankingCallback(_EvaluationCallback):
         starts_as_reference: bool = False,
         batch_size: int = 32,
         max_length: int | None = None,
+        reference_key: tuple[str, ...] | None = None,
     ):
         mark = f"{_prefix(next(iter(datasets)))}logratios/"
         super().__init__(trainer, steps, reference, starts_as_reference, mark)
@@ -210,10 +215,16 @@ class RankingCallback(_EvaluationCallback):
                 "NCATrainer as `eval_dataset`, which logs the same"
             )
         self._alpha, self._beta, self._batch_size = alpha, beta, batch_size
-        self._rows: dict[str, list[dict[str, Any]]] = {
-            name: list(tokenize_dataset(dataset, tokenizer, None, max_length, name=name or "eval")[0])
+        tokenized = {
+            name: tokenize_dataset(dataset, tokenizer, None, max_length, name=name or "eval")[0]
             for name, dataset in datasets.items()
         }
+        self._rows: dict[str, list[dict[str, Any]]] = {name: list(rows) for name, rows in tokenized.items()}
+        self._caches: dict[str, ReferenceCache] = {}
+        if reference_key is not None:
+            for name, rows in tokenized.items():
+                key = ("ranking", *reference_key, columns_fingerprint(rows, TOKENS))
+                self._caches[name] = ReferenceCache(key, len(rows))
         self._reference_logps: dict[str, list[list[float]]] = {}
 
     def measure(self, model: nn.Module) -> dict[str, float]:
@@ -221,8 +232,7 @@ class RankingCallback(_EvaluationCallback):
         reference = self._reference_of(model)
         for name, rows in self._rows.items():
             if name not in self._reference_logps:
-                with eval_mode(model), reference_model(reference, model) as other:
-                    self._reference_logps[name] = completion_logps(other, rows, self._batch_size)
+                self._reference_logps[name] = self._logps_of_reference(name, model, reference)
             policy = self._reference_logps[name]
             if reference is not model:
                 with eval_mode(model), adapter_merged(model):
@@ -242,6 +252,16 @@ class RankingCallback(_EvaluationCallback):
             means.add(figures)
             values |= {f"{_prefix(name)}{key}": value for key, value in means.gather().items()}
         return values
+
+    def _logps_of_reference(self, name: str, model: nn.Module, reference: Reference) -> list[list[float]]:
+        """Of each row K numbers in nats, from the disk as far as they are there."""
+        rows, cache = self._rows[name], self._caches.get(name)
+        with eval_mode(model), reference_model(reference, model) as other:
+            if cache is None:
+                return completion_logps(other, rows, self._batch_size)
+            for start, end, file in cache.missing():
+                cache.write(file, completion_logps(other, rows[start:end], self._batch_size))
+        return cache.read()
 
 
 def _prefix(name: str) -> str:

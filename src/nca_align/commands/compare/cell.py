@@ -1,5 +1,6 @@
 """One cell of a comparison, resumable at each evaluation: `python -m nca_align.commands.compare.cell FOLDER`."""
 
+import json
 import logging
 import os
 import shutil
@@ -82,16 +83,26 @@ def run_cell(folder: Path) -> None:
     steps = [0, *sorted({max(1, round(last_step / 2**i)) for i in range(evaluation.steps)})]
     # and the losses' own training prompts, as many as validation's: what becomes of the completions that they see
     seen = train.select(range(min(len(train), len(held_out["validation"]))))
+    reference_key = json.dumps(about["identity"]["model"]), repr(model_args), f"bf16 {args.bf16}, fp16 {args.fp16}"
     for split, rows in {"train": seen, **held_out}.items():
-        when = steps[-evaluation.validation_steps :] if split == "validation" and evaluation.validation_steps else steps
+        when = steps
+        if split == "validation" and evaluation.validation_steps is not None:
+            when = steps[max(0, len(steps) - evaluation.validation_steps) :]
+        if not when:
+            continue
+        ranked = rows_that_fit(rows, tokenizer, args, split)
+        if evaluation.ranked != "rewards":
+            ranked = select_completions(ranked, evaluation.ranked)
         ranking = RankingCallback(
-            trainer, {split: rows_that_fit(rows, tokenizer, args, split)}, tokenizer, alpha=args.alpha, beta=args.beta,
+            trainer, {split: ranked}, tokenizer, alpha=args.alpha, beta=args.beta,
             steps=when, max_length=args.max_length, batch_size=evaluation.batch_size, starts_as_reference=True,
+            reference_key=reference_key,
         )  # fmt: skip
         trainer.add_callback(ranking)
         if split in held_out:
             evaluator = GenerationEvaluator(
                 rows, tokenizer, scorers, num_completions=evaluation.num_completions,
+                reference_completions=evaluation.reference_completions,
                 max_new_tokens=evaluation.max_new_tokens, seed=evaluation.seed + settings["seed"],
                 batch_size=evaluation.batch_size,
             )  # fmt: skip

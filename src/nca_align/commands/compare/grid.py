@@ -13,6 +13,7 @@ from trl import ModelConfig, ScriptArguments
 
 from ...config import NCAConfig
 from ...data import DataOptions
+from ...data.strategies import check_strategy
 from ...errors import UserError, nearest
 from ...evaluation.comparison_rows import SETTINGS
 from ...losses import LABELS, labels_alone, reads_alpha
@@ -24,7 +25,7 @@ from .methods import check_method
 
 KEYS = (*SETTINGS, "seed")
 _NOT_OF_TRAIN = ("method", "strategy", "num_completions")  # keys of the grid that are no options of `train`
-_OPTIONAL = ("prompts", "validation_steps")  # of `evaluation`: None has a meaning
+_OPTIONAL = ("prompts", "reference_completions", "validation_steps")  # of `evaluation`: None has a meaning
 _SHORT = {"method": "", "strategy": "", "learning_rate": "lr", "num_completions": "K", "reward_weights": "w"}
 # Options of `train` that a comparison decides itself: for all cells alike, or by another of its keys
 _SET_BY_COMPARE = {
@@ -48,10 +49,13 @@ class EvaluationSettings:
         test: the split that is reported.
         prompts: most prompts of each that are taken, its first; None for all.
         num_completions: answers a prompt.
+        reference_completions: of the untrained model, by which wins are counted; None for as many.
+        ranked: which of the data's completions log-ratios and ranking accuracy are of, as a strategy.
         max_new_tokens: tokens at which an answer is cut.
         steps: evaluations of a run, the last at its end and each of the others half-way to the next, from the start;
             there is one before the first step beside.
-        validation_steps: how many of these evaluations, the last ones, answer the validation prompts too; None for all.
+        validation_steps: how many of these evaluations, the last ones, answer the validation prompts too; None for
+            all, 0 where nothing is to be chosen.
         batch_size: answers at a time.
         seed: of the answers, with a cell's own seed added: alike for all methods, and new with each seed.
     """
@@ -62,6 +66,8 @@ class EvaluationSettings:
     test: str = "test"
     prompts: int | None = None
     num_completions: int = 4
+    reference_completions: int | None = None
+    ranked: str = "rewards"
     max_new_tokens: int = 128
     steps: int = 4
     validation_steps: int | None = None
@@ -78,10 +84,15 @@ class EvaluationSettings:
         check_weights(self.scorer_weights, len(self.scorer))
         if not _is_whole(self.seed):
             raise UserError(f"`seed` of `evaluation` is {self.seed!r}; it must be a whole number")
-        for name in ("prompts", "num_completions", "max_new_tokens", "steps", "validation_steps", "batch_size"):
-            value = getattr(self, name)
-            if not (_is_whole(value) and value >= 1) and not (value is None and name in _OPTIONAL):
-                raise UserError(f"`{name}` of `evaluation` is {value!r}; it must be a whole number, at least 1")
+        check_strategy(self.ranked)
+        numbers = (
+            "prompts", "num_completions", "reference_completions", "max_new_tokens", "steps", "validation_steps",
+            "batch_size",
+        )  # fmt: skip
+        for name in numbers:
+            value, least = getattr(self, name), 0 if name == "validation_steps" else 1
+            if not (_is_whole(value) and value >= least) and not (value is None and name in _OPTIONAL):
+                raise UserError(f"`{name}` of `evaluation` is {value!r}; it must be a whole number, at least {least}")
 
 
 @dataclass(frozen=True)
