@@ -1,0 +1,162 @@
+"""The confirmation on SmolLM2: runs what is missing of docs/study/words.csv, and compares ladders of β at equal KL.
+
+    bash scripts/study_words.sh pilots       runs the pilots and prints the ladders that they give
+    bash scripts/study_words.sh run          runs the study; with another CONFIG and CSV, that
+    python scripts/study_words.py compare    prints the planned comparisons
+
+`run` trains the cells of CONFIG that CSV has no row of, in the order of its grid. A row is added whenever a cell is
+finished, so that a commit of CSV is all that another machine needs to go on. `pilots` does so too.
+"""
+
+import json
+import math
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from nca_align.commands.compare import command as compare_command
+from nca_align.commands.compare.grid import Cell, expand
+from nca_align.commands.compare.tables import rows_of
+from nca_align.evaluation.comparison_folder import is_done
+from nca_align.evaluation.ladder import Difference, compare_at_kl, ladders_of
+from nca_align.store.files import read_csv, read_json, write_csv
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIG, TABLE = ROOT / "configs/study/words.yaml", ROOT / "docs/study/words.csv"
+PILOTS_TABLE = ROOT / "docs/study/pilots-words.csv"
+PILOTS = {"nca": (0.3, 0.1, 0.03, 0.01), "infonca": (3.0, 1.0, 0.3, 0.1), "dpo": (3.0, 1.0, 0.3, 0.1)}  # of β
+RUNGS = (1.5, 3.0, 6.0)  # nats, at which a ladder's β are to end
+KLS = (2.0, 4.0)  # nats, of docs/study/plan-words.md
+FIGURES = ("reward", "logratio_best", "train_logratio_best")
+_SETTINGS = ("method", "strategy", "alpha", "beta", "learning_rate", "num_completions", "seed")
+_TEST = (
+    "reward", "reward_error", "kl", "kl_error", "tokens", "cut", "distinct_2", "logratio_best", "logratio_worst",
+)  # fmt: skip
+_TRAIN = ("logratio_best", "logratio_worst")
+_PAUSE = 10.0  # seconds between looks for cells that have finished
+
+
+def row_of(cell: Cell, folder: Path) -> dict[str, Any]:
+    """The finished cell's row: its settings, the figures of its end, and what it was made with."""
+    rows = rows_of(cell, folder)
+    start, *_, test = [row for row in rows if row["split"] == "test"]
+    train = [row for row in rows if row["split"] == "train"][-1]
+    about = read_json(folder / "cell.json")
+    return {
+        "cell": cell.name, **{name: cell.settings[name] for name in _SETTINGS},
+        **{name: test[name] for name in _TEST}, **{f"train_{name}": train[name] for name in _TRAIN},
+        "start_reward": start["reward"], "steps": test["step"], "minutes": about["minutes"],
+        "commit": about["commit"], **about["versions"],
+    }  # fmt: skip
+
+
+def collect(cells: Sequence[Cell], output: Path, table: Path) -> set[str]:
+    """Add the finished cells to the table, in the order of the grid; returns the names of all that it has."""
+    known = {row["cell"]: row for row in read_csv(table)} if table.exists() else {}
+    new = {
+        cell.name: row_of(cell, cell.folder(output))
+        for cell in cells
+        if cell.name not in known and is_done(cell.folder(output))
+    }
+    if new:
+        order = {cell.name: place for place, cell in enumerate(cells)}
+        both = sorted((known | new).values(), key=lambda row: order.get(row["cell"], -1))
+        write_csv(table, both)
+    return {*known, *new}
+
+
+def pilots(asked: dict[str, Any]) -> dict[str, Any]:
+    """The comparison `asked` with other seeds, β on a coarse grid, and few answers."""
+    grid = [
+        {"method": method, "beta": beta, "num_completions": 4, "seed": seed}
+        for seed in (101, 102) for method, betas in PILOTS.items() for beta in betas
+        if seed == 101 or beta == 0.1  # the spread over seeds shows at one β
+    ]  # fmt: skip
+    few = asked["evaluation"] | {"prompts": 32, "num_completions": 4}
+    return asked | {"output_dir": asked["output_dir"] + "-pilots", "grid": grid, "evaluation": few}
+
+
+def ladder(rows: Sequence[dict[str, str]], method: str) -> list[float]:
+    """β at which the method's pilots come to the KLs of `RUNGS`, straight in both logarithms, with two digits.
+
+    A KL that no pilot came to, or that all are beyond, has the β of the pilot that ended nearest to it.
+    """
+    ends = sorted((math.log(float(row["kl"])), math.log(float(row["beta"]))) for row in rows if row["method"] == method)
+    kls, betas = [kl for kl, _ in ends], [beta for _, beta in ends]
+    found = np.interp([math.log(kl) for kl in RUNGS], kls, betas)
+    return [*dict.fromkeys(float(f"{math.exp(beta):.2g}") for beta in found)]
+
+
+def run(asked: dict[str, Any], table: Path) -> int:
+    """Train what the table hasn't of the comparison `asked`, and add it; 0 where nothing is left."""
+    cells, output = expand(asked["base"], asked["grid"], "configs/study/words.yaml"), Path(asked["output_dir"])
+    done = collect(cells, output, table)
+    left = [cell for cell in cells if cell.name not in done]
+    print(f"{len(cells)} cells, {len(cells) - len(left)} of them in {table}", flush=True)
+    if not left:
+        return 0
+    output.mkdir(parents=True, exist_ok=True)
+    keys = {key for one in (asked["grid"] if isinstance(asked["grid"], list) else [asked["grid"]]) for key in one}
+    grids = [{key: value for key, value in cell.settings.items() if key in keys} for cell in left]
+    file = output / "left.yaml"
+    file.write_text(json.dumps(asked | {"grid": grids}), encoding="utf-8")  # which is YAML
+    over = threading.Event()
+
+    def look() -> None:
+        while not over.wait(_PAUSE):
+            collect(cells, output, table)
+
+    thread = threading.Thread(target=look, daemon=True)
+    thread.start()
+    try:  # in this process: a kill of it ends the cells too
+        return compare_command.main(["--config", str(file)])
+    finally:
+        over.set()
+        thread.join()
+        collect(cells, output, table)
+
+
+def differences(rows: Sequence[dict[str, str]], kls: Sequence[float] = KLS) -> list[Difference]:
+    """InfoNCA and DPO less NCA at equal KL between the ends of runs, paired by seed."""
+    return compare_at_kl(ladders_of(rows, FIGURES), "nca", FIGURES, kls)
+
+
+def markdown(found: Sequence[Difference]) -> str:
+    """A line a comparison."""
+    lines = ["| less NCA | figure | KL | difference | 95% together | p, Holm | seeds |", "| --- " * 7 + "|"]
+    for own in found:
+        ends = f"{own.low:+.3f} to {own.high:+.3f}" if own.low == own.low else "–"
+        seeds = f"{own.n}" + (f", {own.missing} don't span it" if own.missing else "")
+        difference = f"{own.difference:+.3f}" if own.difference == own.difference else "–"
+        p = f"{own.p_holm:.3f}" if own.p_holm == own.p_holm else "–"
+        lines.append(f"| {own.method} | {own.column} | {own.kl:g} | {difference} | {ends} | {p} | {seeds} |")
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str]) -> int:
+    what, *paths = arguments or [""]
+    given = [Path(path) for path in paths]
+    if what == "run":
+        config, table = given + [CONFIG, TABLE][len(given) :]
+        return run(yaml.safe_load(config.read_text(encoding="utf-8")), table)
+    if what == "pilots":
+        code = run(pilots(yaml.safe_load(CONFIG.read_text(encoding="utf-8"))), PILOTS_TABLE)
+        rows = read_csv(PILOTS_TABLE)
+        for method in PILOTS if code == 0 else ():
+            print(f"{method}: {ladder([row for row in rows if row['seed'] == '101'], method)}")
+        return code
+    if what == "compare":
+        (table,) = given or [TABLE]
+        print(markdown(differences(read_csv(table))))
+        return 0
+    print(__doc__, file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

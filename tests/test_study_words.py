@@ -1,0 +1,171 @@
+"""The confirmation on SmolLM2: its grid, its table over several sittings, and its comparison of ladders."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import yaml
+
+from conftest import reward_rows
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = ROOT / "scripts/study_words.py"
+sys.path.insert(0, str(ROOT / "scripts"))
+
+import study_words  # noqa: E402
+from nca_align.commands.compare.grid import EvaluationSettings, expand, from_mapping  # noqa: E402
+from nca_align.store.files import read_csv, write_csv  # noqa: E402
+
+SCORER = "def long(completions, **kwargs):\n    return [min(len(c[0]['content']), 60) / 60 for c in completions]\n"
+
+
+@pytest.fixture(scope="module")
+def config() -> dict:
+    return yaml.safe_load(study_words.CONFIG.read_text())
+
+
+def test_the_grid_is_the_plans_and_whole_after_each_seed(config):
+    cells = expand(config["base"], config["grid"], "words.yaml")
+    seeds = [cell.settings["seed"] for cell in cells]
+    assert seeds == sorted(seeds)
+    assert Counter(seeds) == dict.fromkeys(range(1, 7), 9)
+    ladders = {(cell.settings["method"], cell.settings["beta"]) for cell in cells}
+    assert Counter(method for method, _ in ladders) == {"nca": 3, "infonca": 3, "dpo": 3}
+    assert len({cell.settings["learning_rate"] for cell in cells}) == 1
+    evaluation = from_mapping(EvaluationSettings, "evaluation", config["evaluation"])
+    assert (evaluation.num_completions, evaluation.steps, evaluation.validation_steps) == (16, 1, 0)
+    plan = " ".join((ROOT / "docs/study/plan-words.md").read_text().split())
+    for method in ("nca", "infonca", "dpo"):
+        betas = sorted((beta for own, beta in ladders if own == method), reverse=True)
+        assert f"{', '.join(f'{beta:g}' for beta in betas)} |" in plan
+    assert " and ".join(f"{kl:g}" for kl in study_words.KLS) in plan
+
+
+def test_pilots_have_other_seeds_and_place_the_ladders(config):
+    cells = expand(config["base"], study_words.pilots(config)["grid"], "pilots")
+    seeds = Counter(cell.settings["seed"] for cell in cells)
+    assert seeds == {101: 12, 102: 3}
+    rows = [{"method": "nca", "kl": str(kl), "beta": str(0.6 / kl)} for kl in (4.5, 0.75, 2.0)]
+    low, middle, high = study_words.ladder(rows, "nca")
+    assert (low, middle) == (0.4, 0.2)
+    assert high == pytest.approx(0.6 / 4.5, abs=5e-3)  # none came to 6 nats
+    assert study_words.ladder(rows[:1], "nca") == [0.13]
+
+
+def finish(cell, output: Path, reward: float) -> None:
+    """A finished cell's folder, as `nca-align compare` leaves it."""
+    folder = cell.folder(output)
+    folder.mkdir(parents=True)
+    names = ("reward", "reward_error", "kl", "kl_error", "tokens", "cut", "distinct_2")
+    log = [
+        {f"eval_test_generation/{name}": reward * (step > 0) for name in names}
+        | {f"eval_{split}_logratios/{end}": sign * step for split in ("train", "test")
+           for end, sign in (("best", 1), ("worst", -1))}
+        | {"step": step, "minutes": step / 10}
+        for step in (0, 16)
+    ]  # fmt: skip
+    (folder / "trainer_state.json").write_text(json.dumps({"log_history": log}))
+    made = {"minutes": 1.6, "commit": "abc", "versions": {"trl": "1.16.0"}}
+    (folder / "cell.json").write_text(json.dumps(made))
+    (folder / "done.json").write_text("{}")
+
+
+def test_the_table_takes_finished_cells_and_keeps_those_of_other_machines(tmp_path, config):
+    cells = expand(config["base"], config["grid"], "words.yaml")
+    here, there, table = tmp_path / "here", tmp_path / "there", tmp_path / "words.csv"
+    assert study_words.collect(cells, here, table) == set()
+    finish(cells[1], here, 0.5)
+    assert study_words.collect(cells, here, table) == {cells[1].name}
+    finish(cells[0], there, 0.25)
+    finish(cells[1], there, 0.75)  # again
+    assert study_words.collect(cells, there, table) == {cell.name for cell in cells[:2]}
+    first, second = read_csv(table)
+    assert (first["cell"], first["reward"], second["reward"]) == (cells[0].name, "0.25", "0.5")
+    assert first.items() >= {
+        "method": cells[0].settings["method"], "seed": "1", "steps": "16", "logratio_worst": "-16",
+        "train_logratio_best": "16", "trl": "1.16.0",
+    }.items()  # fmt: skip
+    before = table.read_text()
+    study_words.collect(cells, there, table)
+    assert table.read_text() == before
+
+
+def test_methods_are_compared_between_the_ends_of_their_ladders():
+    gains = {"nca": 0.2, "infonca": 0.1, "dpo": 0.2}
+    rows = [
+        {"method": method, "seed": str(seed), "beta": str(1 / kl), "kl": str(kl)}
+        | dict.fromkeys(study_words.FIGURES, str(0.3 + gain * kl**0.5 + seed / 100 + (method == "dpo") * seed / 1000))
+        for method, gain in gains.items() for seed in range(1, 7) for kl in (1.0, 5.0, 9.0)
+    ]  # fmt: skip
+    found = {(own.method, own.column, own.kl): own for own in study_words.differences(rows)}
+    assert len(found) == 2 * len(study_words.FIGURES) * len(study_words.KLS)
+    for kl in study_words.KLS:
+        assert found["infonca", "reward", kl].difference == pytest.approx(-0.1 * kl**0.5)
+        assert found["dpo", "reward", kl].difference == pytest.approx(0.0035)
+        assert all(own.n == 6 for own in found.values())
+    lines = study_words.markdown(list(found.values())).splitlines()
+    assert len(lines) == 2 + len(found)
+    assert "+0.004 |" in next(line for line in lines if line.startswith("| dpo | reward"))
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_to_the_same_table(tmp_path, model_dir):
+    (tmp_path / "tiny_scorer.py").write_text(SCORER)
+    (tmp_path / "data").mkdir()
+    for seed, (split, n) in enumerate([("train", 8), ("validation", 3), ("test", 4)]):
+        (tmp_path / "data" / f"{split}.jsonl").write_text("\n".join(map(json.dumps, reward_rows(n, seed=seed))))
+    asked = {
+        "base": {
+            "model_name_or_path": model_dir, "dataset_name": str(tmp_path / "data"), "use_peft": True, "lora_r": 4,
+            "lora_target_modules": ["q_proj", "v_proj"], "bf16": False, "use_cpu": True, "report_to": "none",
+            "gradient_checkpointing": False, "max_length": 128, "max_steps": 4, "per_device_train_batch_size": 2,
+            "learning_rate": 1e-2, "alpha": 0.5,
+        },
+        "evaluation": {
+            "scorer": "tiny_scorer:long", "num_completions": 2, "reference_completions": 1, "ranked": "best_worst",
+            "max_new_tokens": 8, "steps": 1, "validation_steps": 0, "batch_size": 8,
+        },
+        "grid": [{"method": method, "beta": 0.1, "seed": seed} for seed in (1, 2) for method in ("nca", "dpo")],
+    }  # fmt: skip
+    environment = os.environ | {"PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
+
+    def start(name: str) -> subprocess.Popen:
+        file = tmp_path / f"{name}.yaml"
+        file.write_text(yaml.safe_dump(asked | {"output_dir": str(tmp_path / name)}))
+        return subprocess.Popen(
+            [sys.executable, SCRIPT, "run", file, tmp_path / f"{name}.csv"], env=environment, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+
+    def told(name: str) -> list[dict[str, str]]:
+        return [{k: v for k, v in row.items() if k != "minutes"} for row in read_csv(tmp_path / f"{name}.csv")]
+
+    whole = start("whole")
+    killed = start("killed")
+    try:
+        while not list((tmp_path / "killed").glob("cells/*/done.json")):
+            assert killed.poll() is None, killed.communicate()[0]
+            time.sleep(0.05)
+    finally:
+        killed.send_signal(signal.SIGKILL)
+        killed.communicate()
+    again = start("killed")
+    assert again.wait() == 0, again.communicate()[0]
+    assert whole.wait() == 0, whole.communicate()[0]
+    again.communicate(), whole.communicate()
+    assert len(told("whole")) == 4
+    assert told("killed") == told("whole")
+    # on another machine, with the table alone
+    write_csv(tmp_path / "third.csv", read_csv(tmp_path / "whole.csv")[:3])
+    third = start("third")
+    output, _ = third.communicate()
+    assert third.returncode == 0
+    assert "4 cells, 3 of them in" in output
+    assert [path.name for path in (tmp_path / "third/cells").iterdir()] == [told("whole")[3]["cell"]]
+    assert told("third") == told("whole")
