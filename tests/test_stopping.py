@@ -107,12 +107,12 @@ def test_the_loaders_workers_go_on_and_end_with_their_parent(command_of, tmp_pat
         def on_step_begin(self, args, state, control, **kwargs):
             if state.global_step == 1:
                 workers.extend(multiprocessing.active_children())
+                assert len(workers) == 2  # and no process that an earlier test left
                 signal_from_outside(*(worker.pid for worker in workers))
                 os.kill(os.getpid(), signal.SIGTERM)
 
     more = {"eval_strategy": "no", "dataloader_num_workers": 2, "gradient_accumulation_steps": 2, "num_train_epochs": 9}
     assert command_of(OfAll(), max_steps=-1, per_device_train_batch_size=1, **more) == 75
-    assert len(workers) == 2
     assert list(whole_checkpoints(tmp_path / "run")) == [2]
     for worker in workers:
         worker.terminate()  # as PyTorch and Python end one that is left
