@@ -81,7 +81,8 @@ def test_bfloat16_is_said_of_what_computes_in_it(bfloat16, monkeypatch, capsys):
 
 def test_extras_are_those_of_the_package_and_say_what_is_missing(monkeypatch):
     project = tomllib.loads((Path(__file__).resolve().parents[1] / "pyproject.toml").read_text())["project"]
-    assert set(env.EXTRAS) == set(project["optional-dependencies"]) - {"test", "browser"}  # those are for our tests
+    ours = {"test", "browser", "docs"}  # for our tests and our site
+    assert set(env.EXTRAS) == set(project["optional-dependencies"]) - ours
     asked = {
         "nca-align": ["torch>=2", "nowhere-a; extra == 'vllm'", "torch[more]; extra == 'serving'"],
         "torch": ["nowhere-b; extra == 'more'", "nowhere-c"],
