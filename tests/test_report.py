@@ -288,13 +288,13 @@ def exact_rows(methods=("nca", "infonca"), betas=(0.1, 0.4)):
 
 def test_methods_are_compared_between_the_ends_of_their_runs(tmp_path):
     found = read_run(with_endpoints(tmp_path / "c", exact_rows(), at_kl=[2.25]))
-    first, second, *_ = table(endpoint_section(found, "", []), "At KL = 2.25 nats")
-    assert first == ["reward", "nca", "3", "2.75 ± 2.48", "reference", ""]
-    assert second == ["reward", "infonca", "3", "2.60 ± 2.48", "-0.150 ± 0.000", "&lt; 0.001"]
+    first, second, *_ = table(endpoint_section(found, "", []), "Reward at KL = 2.25 nats")
+    assert first == ["nca", "3", "2.75 ± 2.48", "reference", ""]
+    assert second == ["infonca", "3", "2.60 ± 2.48", "-0.150 ± 0.000", "&lt; 0.001"]
     html = endpoint_section(found, "", [1.0, 4.0])
-    first, second, *_ = table(html, "At KL = 4 nats")
-    assert (first[3], second[4]) == ("3.00 ± 2.48", "-0.200 ± 0.000")
-    assert "At KL = 2.25 nats" not in html
+    first, second, *_ = table(html, "Reward at KL = 4 nats")
+    assert (first[2], second[3]) == ("3.00 ± 2.48", "-0.200 ± 0.000")
+    assert "at KL = 2.25 nats" not in html
 
 
 def test_the_ends_are_told_before_the_paths(tmp_path):
@@ -495,7 +495,7 @@ def test_the_command_writes_a_page_and_plots(comparison, tmp_path, capsys):
     ]  # fmt: skip
     assert (out / "report-compare.png").read_bytes().startswith(b"\x89PNG")
     html = (out / "report.html").read_text()
-    assert "At KL = 2 nats" in html
+    assert "Reward at KL = 2 nats" in html
     assert re.findall(r"<h2>(.*?): held-out prompts</h2>", html) == ["quick", "quick-2"]
     assert "The page is" in capsys.readouterr().out
 

@@ -96,9 +96,11 @@ def endpoint_section(found: Comparison, own: str, at_kl: Sequence[float]) -> str
     if not table:
         notes.insert(0, "No KL lies between the ends of two methods: there is none to compare at.")
     cells, cards = endpoint_cells(table), []
-    for kl in dict.fromkeys(row[0] for row in cells):
-        header = [name if name != "difference" else f"less {table[0]['reference']}" for name in HEADER[1:]]
-        cards.append(card(f"At KL = {kl} nats", pages.table(header, [row[1:] for row in cells if row[0] == kl])))
+    less = f"less {table[0]['reference']}" if table else ""
+    header = [name if name != "difference" else less for name in HEADER[2:]]
+    for kl, figure in dict.fromkeys((row[0], row[1]) for row in cells):
+        rows = [row[2:] for row in cells if row[:2] == [kl, figure]]
+        cards.append(card(f"{figure.capitalize()} at KL = {kl} nats", pages.table(header, rows)))
     return pages.section(
         title, f'<p class="note">{pages.escape(WHAT)} {_RULE}</p>', *([pages.bullets(notes)] if notes else []),
         f'<div class="grid wide">{"".join([*map(chart_card, charts), *cards])}</div>',
