@@ -60,6 +60,7 @@ class TestWorld:
         assert (seen - true).abs().max() <= 0.75
         assert seen.unique().numel() < 12 < true.unique().numel()
 
+    @pytest.mark.slow
     def test_another_policy_samples_what_the_reference_finds_unlikely(self, world):
         """The same prompts, rewards and reference."""
         other = world_of(SEED, "other")
@@ -103,6 +104,7 @@ class TestTraining:
 
 
 class TestRuns:
+    @pytest.mark.slow
     def test_a_cut_line_is_run_again_and_finished_ones_are_not(self, tmp_path):
         path, wanted = tmp_path / "runs.csv", [Run(SEED, "nca", beta, 1e-3, steps=2) for beta in (1.0, 0.5, 0.1)]
         whole = runs.run_all(wanted, path, 1)
