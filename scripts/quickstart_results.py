@@ -12,6 +12,7 @@ from typing import Any
 
 from nca_align.evaluation.intervals import Estimate
 from nca_align.evaluation.training_log import last_evaluation
+from nca_align.pages.text_tables import markdown
 from nca_align.store.files import read_csv, write_csv
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -51,11 +52,11 @@ def rows(log: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 def table(figures: list[dict[str, Any]]) -> str:
     """The README's table, of the rows of docs/quickstart.csv; ± is a 95 % interval over prompts."""
     known = {(row["label"], row["figure"]): row for row in figures}
-    lines = [f"| | {' | '.join(COLUMNS)} |", f"|{' --- |' * (len(COLUMNS) + 1)}"]
+    rows = []
     for name, keys in TOLD.items():
-        cells = ["" if key is None else _shown(known[key]) for key in keys] + [""] * (len(COLUMNS) - len(keys))
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        cells = ["" if key is None else _shown(known[key]) for key in keys]
+        rows.append([name, *cells, *[""] * (len(COLUMNS) - len(keys))])
+    return markdown(["", *COLUMNS], rows)
 
 
 def _shown(row: dict[str, Any]) -> str:
@@ -64,12 +65,12 @@ def _shown(row: dict[str, Any]) -> str:
 
 
 def with_block(page: str, name: str, text: str) -> str:
-    """`page` with `text` between `<!-- NAME -->` and the next `<!-- end -->`."""
+    """`page` with the lines of `text` between `<!-- NAME -->` and the next `<!-- end -->`."""
     before, mark, rest = page.partition(f"<!-- {name} -->\n")
     _, end, after = rest.partition("<!-- end -->")
     assert mark, name
     assert end, name
-    return f"{before}{mark}{text}\n{end}{after}"
+    return f"{before}{mark}{text}{end}{after}"
 
 
 if __name__ == "__main__":

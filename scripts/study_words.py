@@ -24,6 +24,7 @@ from nca_align.commands.compare.grid import Cell, expand
 from nca_align.commands.compare.tables import rows_of
 from nca_align.evaluation.comparison_folder import is_done
 from nca_align.evaluation.ladder import Difference, compare_at_kl, ladders_of
+from nca_align.pages.text_tables import markdown
 from nca_align.store.files import read_csv, read_json, write_csv
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -126,16 +127,21 @@ def differences(rows: Sequence[dict[str, str]], kls: Sequence[float] = KLS) -> l
     return compare_at_kl(ladders_of(rows, FIGURES), "nca", FIGURES, kls)
 
 
-def markdown(found: Sequence[Difference]) -> str:
+def told(found: Sequence[Difference]) -> str:
     """A line a comparison."""
-    lines = ["| less NCA | figure | KL | difference | 95% together | p, Holm | seeds |", "| --- " * 7 + "|"]
-    for own in found:
-        ends = f"{own.low:+.3f} to {own.high:+.3f}" if own.low == own.low else "–"
-        seeds = f"{own.n}" + (f", {own.missing} don't span it" if own.missing else "")
-        difference = f"{own.difference:+.3f}" if own.difference == own.difference else "–"
-        p = f"{own.p_holm:.3f}" if own.p_holm == own.p_holm else "–"
-        lines.append(f"| {own.method} | {own.column} | {own.kl:g} | {difference} | {ends} | {p} | {seeds} |")
-    return "\n".join(lines)
+
+    def known(value: float, text: str) -> str:
+        return text if math.isfinite(value) else "–"
+
+    rows = [
+        [
+            own.method, own.column, f"{own.kl:g}", known(own.difference, f"{own.difference:+.3f}"),
+            known(own.low, f"{own.low:+.3f} to {own.high:+.3f}"), known(own.p_holm, f"{own.p_holm:.3f}"),
+            f"{own.n}" + (f", {own.missing} don't span it" if own.missing else ""),
+        ]
+        for own in found
+    ]  # fmt: skip
+    return markdown(["less NCA", "figure", "KL", "difference", "95% together", "p, Holm", "seeds"], rows)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -151,8 +157,8 @@ def main(arguments: Sequence[str]) -> int:
             print(f"{method}: {ladder([row for row in rows if row['seed'] == '101'], method)}")
         return code
     if what == "compare":
-        (table,) = given or [TABLE]
-        print(markdown(differences(read_csv(table))))
+        (path,) = given or [TABLE]
+        print(told(differences(read_csv(path))), end="")
         return 0
     print(__doc__, file=sys.stderr)
     return 2

@@ -109,7 +109,7 @@ def test_methods_are_compared_between_the_ends_of_their_ladders():
         assert found["infonca", "reward", kl].difference == pytest.approx(-0.1 * kl**0.5)
         assert found["dpo", "reward", kl].difference == pytest.approx(0.0035)
         assert all(own.n == 6 for own in found.values())
-    lines = study_words.markdown(list(found.values())).splitlines()
+    lines = study_words.told(list(found.values())).splitlines()
     assert len(lines) == 2 + len(found)
     assert "+0.004 |" in next(line for line in lines if line.startswith("| dpo | reward"))
 

@@ -15,8 +15,10 @@ from typing import Any
 from plan import DPO, FAST, FEWER, KLS, LADDERS, MAIN, RATES
 from runs import FOLDER, WORLDS_CSV, finished
 
+from nca_align.commands.report.endpoints import ladder_series
 from nca_align.evaluation.intervals import mean_and_interval
 from nca_align.evaluation.ladder import Difference, compare_at_kl, ladder_values, ladders_of
+from nca_align.pages import text_tables
 from nca_align.pages.charts import Chart, Series
 from nca_align.pages.pictures import write_png
 from nca_align.store.files import write_csv
@@ -170,19 +172,9 @@ def charts(rows: Sequence[Row]) -> list[Chart]:
     ]
     found = []
     for sampler, figure, title in titles:
-        groups: dict[str, dict[float, list[Row]]] = {}
-        for row in _of(rows, sampler=sampler):
-            if row["loss"] not in DPO[1:]:
-                groups.setdefault(loss_name(row), {}).setdefault(row["beta"], []).append(row)
-        series = []
-        for name, every in groups.items():
-            rungs = dict(sorted(every.items(), reverse=True))  # of β
-            x, y = (
-                [mean_and_interval([row[column] for row in own]) for own in rungs.values()]
-                for column in ("test_kl", figure)
-            )
-            at = [own.mean for own in x], [own.mean for own in y]
-            series.append(Series(name, *at, [own[1:3] for own in x], [own[1:3] for own in y]))
+        own = [row for row in _of(rows, sampler=sampler) if row["loss"] not in DPO[1:]]
+        ladders = ladders_of(own, [figure], method=loss_name, key="world", kl="test_kl")
+        series = [ladder_series(name, ladder, figure) for name, ladder in ladders.items()]
         label = "expected reward" if figure == "test_reward" else "log π/π_ref, nats"
         found.append(Chart(title, series, "KL(π‖π_ref) on test prompts, nats", label))
     return found
@@ -235,16 +227,12 @@ def markdown(table: str, figure: str, every: Sequence[Mapping[str, Any]]) -> str
     for line in own:
         name = f"**{line['method']}**" if line["method"] == line["reference"] else line["method"]
         rows.setdefault(name, []).append(cell(line))
-    return _table([["", *(f"KL {kl:g}" for kl in KLS)], *([name, *cells] for name, cells in rows.items())])
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(row)} |" for row in [rows[0], ["---"] * len(rows[0]), *rows[1:]])
+    return text_tables.markdown(["", *(f"KL {kl:g}" for kl in KLS)], [[name, *cells] for name, cells in rows.items()])
 
 
 def optimum_markdown(every: Sequence[Mapping[str, Any]]) -> str:
     """Part c's ratios."""
-    rows = [["method", "α", "β", "KL", "1/(2α²β²)", "KL over that", "KL over the exact optimum's"]]
+    header, rows = ["method", "α", "β", "KL", "1/(2α²β²)", "KL over that", "KL over the exact optimum's"], []
     for line in sorted(every, key=lambda line: (line["method"], line["alpha"], -line["beta"])):
         ratios = (
             f"{line[f'over_{name}']:.2g} ({line[f'over_{name}_low']:.2g} to {line[f'over_{name}_high']:.2g})"
@@ -252,7 +240,7 @@ def optimum_markdown(every: Sequence[Mapping[str, Any]]) -> str:
         )
         about = (f"{line['alpha']:g}", f"{line['beta']:.2g}", f"{line['kl']:.2f}", f"{line['rule']:.2g}")
         rows.append([line["method"], *about, *ratios])
-    return _table(rows)
+    return text_tables.markdown(header, rows)
 
 
 def fill(page: str, every: Sequence[Mapping[str, Any]], optimum: Sequence[Mapping[str, Any]]) -> str:
@@ -264,37 +252,30 @@ def fill(page: str, every: Sequence[Mapping[str, Any]], optimum: Sequence[Mappin
             text = bullets(every) if name == "of the study" else optimum_markdown(optimum)
         else:
             text = markdown(name, figure, every)
-        return f"<!-- table {mark[1]} -->\n{text}\n<!-- end -->"
+        return f"<!-- table {mark[1]} -->\n{text.rstrip()}\n<!-- end -->"
 
     return re.sub(r"<!-- table ([^>]+?) -->.*?<!-- end -->", table, page, flags=re.DOTALL)
 
 
 def bullets(every: Sequence[Mapping[str, Any]]) -> str:
-    """What the README tells, at a KL of 1: the figures are filled in, the words are ours."""
-    found = {(line["table"], line["figure"], line["method"]): line for line in every if line["kl"] == 1}
+    """What the README tells, at a KL of 1 and one of 2: the figures are filled in, the words are ours."""
+    found = {(line["table"], line["figure"], line["method"], line["kl"]): line for line in every}
     own = "a. completions of the reference"
     infonca, dpo, many, few = NAMES["infonca"], NAMES[DPO[0]], "128 prompts", "512 annotations"
 
-    def mean(table: str, figure: str, method: str) -> str:
-        return shown(found[table, figure, method]["mean"])
-
-    def gap(table: str, figure: str, method: str) -> str:
-        line = found[table, figure, method]
+    def gap(table: str, figure: str, method: str, kl: float = 1) -> str:
+        line = found[table, figure, method, kl]
         return f"{shown(line['difference'], signed=True)} ± {shown(line['difference_high'] - line['difference'])}"
 
     def gain(loss: str, of: str) -> str:
         return gap(f"b. {loss}, {of}", "test_reward", "K = 16")
 
-    late = next(
-        line for line in every
-        if (line["table"], line["figure"], line["kl"], line["method"]) == (own, "train_best", 2, infonca)
-    )  # fmt: skip
-    two_nats = f"{shown(late['difference'], signed=True)} ± {shown(late['difference_high'] - late['difference'])}"
+    nca, pairs = found[own, "train_best", "NCA", 1]["mean"], found[own, "train_best", infonca, 2]["pairs"]
     told = [
         f"""**Likelihood.** The best completion of training prompts has a log-ratio of
-        {mean(own, "train_best", "NCA")} nats with NCA. InfoNCA's differs by {gap(own, "train_best", infonca)}, DPO's by
+        {shown(nca)} nats with NCA. InfoNCA's differs by {gap(own, "train_best", infonca)}, DPO's by
         {gap(own, "train_best", dpo)} (n = 20 worlds). None of them lets it fall. At 2 nats InfoNCA's differs by
-        {two_nats} (n = {late["pairs"]}): NCA's lead is lost there, unless it trains longer.""",
+        {gap(own, "train_best", infonca, 2)} (n = {pairs}): NCA's lead is lost there, unless it trains longer.""",
         f"""**Reward.** InfoNCA has more than NCA, {gap(own, "test_reward", infonca)}. DPO on best and worst has less,
         {gap(own, "test_reward", dpo)} (n = 20; rewards have a spread of 1 at a prompt).""",
         f"""**More completions.** With 16 instead of 2 completions for each of 128 prompts InfoNCA gains

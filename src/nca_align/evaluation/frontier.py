@@ -5,9 +5,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from .comparison_rows import Row, Setting, metric_of, runs_of, step_of
+from .ladder import straight_in_root_kl
 
 
 @dataclass(frozen=True)
@@ -66,6 +65,4 @@ def reward_at_kl(curve: Curve, kl: float) -> float | None:
     first = next((i for i, (_, here, _) in enumerate(curve.points) if here >= kl), None)
     if first is None or (first == 0 and curve.points[0][1] > kl):
         return None
-    around = curve.points[max(first - 1, 0) : first + 1]
-    roots = [math.sqrt(max(here, 0.0)) for _, here, _ in around]  # an estimate near 0 may fall below it
-    return float(np.interp(math.sqrt(kl), roots, [reward for *_, reward in around]))
+    return straight_in_root_kl(kl, curve.points[max(first - 1, 0)][1:], curve.points[first][1:])

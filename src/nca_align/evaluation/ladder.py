@@ -123,9 +123,14 @@ def ladder_value(rungs: Sequence[Rung], column: str, kl: float) -> float | None:
     if around is None:
         return None
     below, above = (fmean(rung.values.get(column, math.nan) for rung in side) for side in around)
-    low, here, high = (math.sqrt(max(own, 0.0)) for own in (around[0][0].kl, kl, around[1][0].kl))  # estimates near 0
-    value = below + (above - below) * ((here - low) / (high - low) if high > low else 0.0)
+    value = straight_in_root_kl(kl, (around[0][0].kl, below), (around[1][0].kl, above))
     return value if math.isfinite(value) else None
+
+
+def straight_in_root_kl(kl: float, below: tuple[float, float], above: tuple[float, float]) -> float:
+    """The figure at `kl` nats, between two points of KL and figure; the first one's where both have one KL."""
+    low, here, high = (math.sqrt(max(own, 0.0)) for own in (below[0], kl, above[0]))  # an estimate may be below 0
+    return below[1] + (above[1] - below[1]) * ((here - low) / (high - low) if high > low else 0.0)
 
 
 def ladder_values(ladder: Ladder, column: str, kl: float) -> dict[Any, float]:

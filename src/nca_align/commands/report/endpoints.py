@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from ...evaluation.comparison_rows import Row, metric_of
 from ...evaluation.endpoints import FIGURES, endpoint_ladders, ladder_notes
 from ...evaluation.intervals import Interval, mean_and_interval
+from ...evaluation.ladder import Ladder
 from ...pages import html as pages
 from ...pages.charts import Chart, Series, chart_card
 from ...pages.html import card
@@ -30,17 +31,7 @@ def endpoint_charts(rows: Sequence[Row]) -> list[Chart]:
     """Figures against KL at the ends of runs: a line for each ladder, a point for each of its β."""
     ladders, charts = endpoint_ladders(rows), []
     for column, name in FIGURES.items():
-        shown = []
-        for method, ladder in ladders.items():
-            ends: dict[float, list[tuple[float, float]]] = {}
-            for rung in (rung for rungs in ladder.values() for rung in rungs):
-                if math.isfinite(rung.values[column]):
-                    ends.setdefault(rung.beta or 0.0, []).append((rung.kl, rung.values[column]))
-            points = [[mean_and_interval(own) for own in zip(*both, strict=True)] for both in ends.values()]
-            points.sort(key=lambda point: point[0].mean)
-            x, y = ([point[i] for point in points] for i in (0, 1))
-            x_bars, y_bars = ([(one.low, one.high) for one in own] for own in (x, y))
-            shown.append(Series(method, [one.mean for one in x], [one.mean for one in y], x_bars, y_bars))
+        shown = [ladder_series(method, ladder, column) for method, ladder in ladders.items()]
         if any(one.x for one in shown):
             note = (
                 "Test prompts. Each line is the ladder of one method, each point the end of its runs with one β: the "
@@ -49,6 +40,19 @@ def endpoint_charts(rows: Sequence[Row]) -> list[Chart]:
             title = f"{name.capitalize()} against KL, ends of runs"
             charts.append(Chart(title, shown, "KL(π || π_ref), nats", note))
     return charts
+
+
+def ladder_series(name: str, ladder: Ladder, column: str) -> Series:
+    """The column against KL, a point for each β in the order of KL: means over pairing keys, 95 % intervals of both."""
+    ends: dict[float, list[tuple[float, float]]] = {}
+    for rung in (rung for rungs in ladder.values() for rung in rungs):
+        if math.isfinite(rung.values[column]):
+            ends.setdefault(rung.beta or 0.0, []).append((rung.kl, rung.values[column]))
+    points = [[mean_and_interval(own) for own in zip(*both, strict=True)] for both in ends.values()]
+    points.sort(key=lambda point: point[0].mean)
+    x, y = ([point[i] for point in points] for i in (0, 1))
+    x_bars, y_bars = ([(one.low, one.high) for one in own] for own in (x, y))
+    return Series(name, [one.mean for one in x], [one.mean for one in y], x_bars, y_bars)
 
 
 def endpoint_cells(table: Sequence[Row]) -> list[list[str]]:
