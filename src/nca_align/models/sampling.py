@@ -117,9 +117,9 @@ def sample_with_cache(
     live = torch.arange(len(drawn), device=ids.device)  # the rows that are still gone on with
     ended = torch.zeros_like(live, dtype=torch.bool)
     for t in range(len(uniform)):
+        following = following.float()
         token = _inverse_transform(following, uniform[t, live])
         drawn[live, t] = token
-        following = following.float()
         own = following.gather(1, token[:, None])[:, 0] - following.logsumexp(1)
         logps[live, t] = own.masked_fill(ended, 0.0)
         ended |= torch.isin(token, torch.tensor(ends, device=ids.device))
