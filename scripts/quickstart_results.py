@@ -19,12 +19,10 @@ ROOT = Path(__file__).resolve().parents[1]
 # rows of the README's table: (of which prompts, figure in the log) of each column
 COLUMNS = ("before", "after", "gain", "gain at the same length")
 TOLD: dict[str, list[tuple[str, str] | None]] = {
-    "reward of its own answers to 36 held-out prompts": [
+    "36 held-out prompts: reward of its own answers": [
         ("held-out", f"generation/{name}") for name in ("reference_reward", "reward", "gain", "gain_same_length")
     ],
-    "log-ratio of the best completion, training prompts, nats": [None, ("training", "logratios/best")],
-    "log-ratio of the worst completion, training prompts, nats": [None, ("training", "logratios/worst")],
-    "log-ratio of the best completion, held-out prompts, nats": [None, ("held-out", "logratios/best")],
+    "log-ratio of their best completion in the data, nats": [None, ("held-out", "logratios/best")],
 }
 
 

@@ -272,15 +272,14 @@ def bullets(every: Sequence[Mapping[str, Any]]) -> str:
 
     nca, pairs = found[own, "train_best", "NCA", 1]["mean"], found[own, "train_best", infonca, 2]["pairs"]
     told = [
-        f"""**Likelihood.** The best completion of training prompts has a log-ratio of
-        {shown(nca)} nats with NCA. InfoNCA's differs by {gap(own, "train_best", infonca)}, DPO's by
-        {gap(own, "train_best", dpo)} (n = 20 worlds). None of them lets it fall. At 2 nats InfoNCA's differs by
-        {gap(own, "train_best", infonca, 2)} (n = {pairs}): NCA's lead is lost there, unless it trains longer.""",
-        f"""**Reward.** InfoNCA has more than NCA, {gap(own, "test_reward", infonca)}. DPO on best and worst has less,
+        f"""**Likelihood.** NCA gives the best completion of training prompts a log-ratio of {shown(nca)} nats.
+        InfoNCA's differs by {gap(own, "train_best", infonca)}, DPO's by {gap(own, "train_best", dpo)} (n = 20 worlds). At 2 nats
+        InfoNCA's differs by {gap(own, "train_best", infonca, 2)} (n = {pairs}): NCA's lead is lost, unless it trains
+        longer.""",
+        f"""**Reward.** InfoNCA's differs from NCA's by {gap(own, "test_reward", infonca)}, DPO's by
         {gap(own, "test_reward", dpo)} (n = 20; rewards have a spread of 1 at a prompt).""",
-        f"""**More completions.** With 16 instead of 2 completions for each of 128 prompts InfoNCA gains
-        {gain(infonca, many)}, and DPO on best and worst {gain(dpo, many)} (n = 10). With 512 scores in all it is
-        {gain(infonca, few)} and {gain(dpo, few)}.""",
+        f"""**More completions.** From K = 2 to 16 InfoNCA gains {gain(infonca, many)}, and DPO {gain(dpo, many)}
+        (n = 10). With the same number of scores in all it is {gain(infonca, few)} and {gain(dpo, few)}.""",
     ]
     texts = (f"- {' '.join(text.split())}" for text in told)
     return "\n".join(textwrap.fill(text, 118, subsequent_indent="  ", break_on_hyphens=False) for text in texts)
