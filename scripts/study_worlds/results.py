@@ -273,9 +273,9 @@ def bullets(every: Sequence[Mapping[str, Any]]) -> str:
     nca, pairs = found[own, "train_best", "NCA", 1]["mean"], found[own, "train_best", infonca, 2]["pairs"]
     told = [
         f"""**Likelihood.** NCA gives the best completion of training prompts a log-ratio of {shown(nca)} nats.
-        InfoNCA's differs by {gap(own, "train_best", infonca)}, DPO's by {gap(own, "train_best", dpo)} (n = 20 worlds). At 2 nats
-        InfoNCA's differs by {gap(own, "train_best", infonca, 2)} (n = {pairs}): NCA's lead is lost, unless it trains
-        longer.""",
+        InfoNCA's differs by {gap(own, "train_best", infonca)}, DPO's by {gap(own, "train_best", dpo)} (n = 20 worlds).
+        At 2 nats InfoNCA's differs by {gap(own, "train_best", infonca, 2)} (n = {pairs}): NCA's lead is lost, unless it
+        trains longer.""",
         f"""**Reward.** InfoNCA's differs from NCA's by {gap(own, "test_reward", infonca)}, DPO's by
         {gap(own, "test_reward", dpo)} (n = 20; rewards have a spread of 1 at a prompt).""",
         f"""**More completions.** From K = 2 to 16 InfoNCA gains {gain(infonca, many)}, and DPO {gain(dpo, many)}
