@@ -157,6 +157,13 @@ def rollouts(i: int) -> list[dict]:
              "correctness": [(i + k) % 2 == 0 for k in range(count)]}]  # fmt: skip
 
 
+def scored(i: int) -> list[dict]:
+    """Messages of our own schema with up to four scored completions."""
+    completions = [[{"role": "assistant", "content": words(i + k, 5 + k)}] for k in range((4, 2, 3)[i % 3])]
+    prompt = [{"role": "user", "content": words(i, 8)}]
+    return [{"prompt": prompt, "completions": completions, "rewards": [9.0 - 2 * k for k in range(len(completions))]}]
+
+
 # data set: (rows of one prompt, its splits, K after reading)
 DATA = {
     "Windy0822/ultrainteract_math_rollout": (rollouts, ["train"], 4),
@@ -164,6 +171,7 @@ DATA = {
     "nvidia/HelpSteer2": (helpsteer2, ["train", "validation"], 2),
     "ChenDRAG/ultrafeedback_reward": (ranked, ["train_prefs", "test_prefs"], 4),
     "openbmb/UltraFeedback": (ultrafeedback, ["train"], 4),
+    "rows.jsonl": (scored, ["train"], 4),
     "HuggingFaceH4/ultrafeedback_binarized": (binarized, ["train_prefs", "test_prefs"], 2),
 }
 

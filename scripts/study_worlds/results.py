@@ -184,16 +184,16 @@ def by_count(every: Sequence[Mapping[str, Any]]) -> list[Chart]:
     """Part b: reward at a KL of 1 against K, for as many prompts and for as many annotations."""
     found = []
     for many, title in (
-        ("128 prompts", "128 prompts with K scored completions"),
-        ("512 annotations", "512 scores in all"),
+        ("128 prompts", "128 prompts, K scored completions each"),
+        ("512 annotations", "512 / K prompts: 512 scores in all"),
     ):
         series = []
         for name in NAMES.values():
             own = [line for line in every if line["table"] == f"b. {name}, {many}" and line["kl"] == 1]
             bars = [(line["mean_low"], line["mean_high"]) for line in own]
-            K = [math.log2(int(line["method"].split()[-1])) for line in own]
+            K = [int(line["method"].split()[-1]) for line in own]
             series.append(Series(name, K, [line["mean"] for line in own], y_bars=bars))
-        found.append(Chart(f"Reward at a KL of 1 nat: {title}", series, "log₂ K, of K = 2, 4, 8, 16", "reward"))
+        found.append(Chart(title, series, "K, scored completions a prompt"))
     return found
 
 
@@ -296,7 +296,7 @@ def main(root: Path = ROOT) -> None:
     write_csv(output / "tables.csv", every)
     write_csv(output / "optimum.csv", optimum)
     write_png(charts(rows), "20 worlds: ends of runs, a line a ladder of β", output / "worlds.png")
-    write_png(by_count(every), "What more scored completions are worth, at equal KL: ten worlds", output / "why.png")
+    write_png(by_count(every), "Reward at a KL of 1 nat: mean over ten simulated worlds, with 95 % intervals", output / "why.png")
 
 
 if __name__ == "__main__":
