@@ -18,11 +18,10 @@ from nca_align.store.files import read_csv, write_csv
 ROOT = Path(__file__).resolve().parents[1]
 # rows of the README's table: (of which prompts, figure in the log) of each column
 COLUMNS = ("before", "after", "gain", "gain at the same length")
-TOLD: dict[str, list[tuple[str, str] | None]] = {
-    "36 held-out prompts: reward of its own answers": [
+TOLD: dict[str, list[tuple[str, str]]] = {
+    "reward of the model's answers": [
         ("held-out", f"generation/{name}") for name in ("reference_reward", "reward", "gain", "gain_same_length")
     ],
-    "log-ratio of their best completion in the data, nats": [None, ("held-out", "logratios/best")],
 }
 
 
@@ -52,8 +51,7 @@ def table(figures: list[dict[str, Any]]) -> str:
     known = {(row["label"], row["figure"]): row for row in figures}
     rows = []
     for name, keys in TOLD.items():
-        cells = ["" if key is None else _shown(known[key]) for key in keys]
-        rows.append([name, *cells, *[""] * (len(COLUMNS) - len(keys))])
+        rows.append([name, *(_shown(known[key]) for key in keys)])
     return markdown(["", *COLUMNS], rows)
 
 

@@ -47,25 +47,21 @@ class TestTold:
 
         def cell(k: int, *rows: str) -> str:
             values = [told.get((f"mistral-60m-k{k}", row)) for row in rows]
-            return " / ".join(f"{value:#.3g}" for value in values if value is not None)
+            return " / ".join(f"{value:#.3g}" for value in values if value is not None) or "not run"
 
         text = (BENCHMARKS.parent / "README.md").read_text().replace("**", "")
         for name, rows in {
             "the authors' way: padded, full logits, a reference pass a step": ["baseline"],
-            "TRL's DPOTrainer on the pairs, best against each other one": ["trl"],
+            "TRL's DPOTrainer on K − 1 pairs with the best, reference pass / cached": ["trl", "trl_cached"],
             "padded, reference pass / cached": ["padded", "padded_cached"],
             "prefix_shared, reference pass / cached": ["prefix_shared", "prefix_shared_cached"],
             "the limit: language modelling on the same unique tokens": ["limit"],
         }.items():
-            assert f"| {name} | {cell(4, *rows)} | {cell(16, *rows)} |".replace("|  |", "| |") in text
+            assert f"| {name} | {cell(4, *rows)} | {cell(16, *rows)} |" in text
 
     def test_figures_in_the_text(self):
         told = told_figures()
-        readme, moving = (
-            (BENCHMARKS.parent / name).read_text() for name in ("README.md", "docs/guide/from-dpotrainer.md")
-        )
-        on_card = [told["gpu-nvidia-h200", row] for row in ("prefix_shared, varlen", "padded, SDPA")]
-        assert "took {:.2f} s, and {:.2f} s padded".format(*on_card) in " ".join(readme.split())
+        moving = (BENCHMARKS.parent / "docs/guide/from-dpotrainer.md").read_text()
         steps = [told["mistral-60m-k4", row] for row in ("prefix_shared_cached", "trl_cached")]
         ours, theirs = (f"{value:.2f} s" for value in steps)
         assert re.search(

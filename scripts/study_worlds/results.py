@@ -261,25 +261,32 @@ def bullets(every: Sequence[Mapping[str, Any]]) -> str:
     """What the README tells, at a KL of 1 and one of 2: the figures are filled in, the words are ours."""
     found = {(line["table"], line["figure"], line["method"], line["kl"]): line for line in every}
     own = "a. completions of the reference"
-    infonca, dpo, many, few = NAMES["infonca"], NAMES[DPO[0]], "128 prompts", "512 annotations"
+    nca, infonca, best_worst, all_pairs, _ = NAMES.values()
 
     def gap(table: str, figure: str, method: str, kl: float = 1) -> str:
         line = found[table, figure, method, kl]
         return f"{shown(line['difference'], signed=True)} ± {shown(line['difference_high'] - line['difference'])}"
 
-    def gain(loss: str, of: str) -> str:
-        return gap(f"b. {loss}, {of}", "test_reward", "K = 16")
+    def beside(figure: str, method: str, kl: float = 1) -> str:
+        size = gap(own, figure, method, kl)
+        return f"{size[1:]} {'lower' if size[0] == '−' else 'higher'}"
 
-    nca, pairs = found[own, "train_best", "NCA", 1]["mean"], found[own, "train_best", infonca, 2]["pairs"]
+    def gains(of: str) -> list[str]:
+        return [gap(f"b. {loss}, {of}", "test_reward", "K = 16") for loss in (infonca, nca, all_pairs, best_worst)]
+
+    level, worlds = found[own, "train_best", nca, 1]["mean"], found[own, "train_best", infonca, 2]["pairs"]
     told = [
-        f"""**Likelihood.** NCA gives the best completion of training prompts a log-ratio of {shown(nca)} nats.
-        InfoNCA's differs by {gap(own, "train_best", infonca)}, DPO's by {gap(own, "train_best", dpo)} (n = 20 worlds).
-        At 2 nats InfoNCA's differs by {gap(own, "train_best", infonca, 2)} (n = {pairs}): NCA's lead is lost, unless it
-        trains longer.""",
-        f"""**Reward.** InfoNCA's differs from NCA's by {gap(own, "test_reward", infonca)}, DPO's by
-        {gap(own, "test_reward", dpo)} (n = 20; rewards have a spread of 1 at a prompt).""",
-        f"""**More completions.** From K = 2 to 16 InfoNCA gains {gain(infonca, many)}, and DPO {gain(dpo, many)}
-        (n = 10). With the same number of scores in all it is {gain(infonca, few)} and {gain(dpo, few)}.""",
+        f"""**Reward.** InfoNCA's reward is {beside("test_reward", infonca)} than NCA's. With DPO on the best and
+        the worst completion it is {beside("test_reward", best_worst)} (n = 20 worlds). A prompt's rewards have a
+        standard deviation of 1.""",
+        f"""**Likelihood.** With NCA, the best completion of training prompts has a log-ratio of {shown(level)} nats.
+        With InfoNCA it is {beside("train_best", infonca)}, with DPO {beside("train_best", best_worst)} (n = 20). On
+        test prompts, InfoNCA's differs by {gap(own, "test_best", infonca)}. At a KL of 2 nats, InfoNCA's is
+        {beside("train_best", infonca, 2)} on training prompts (n = {worlds}), unless NCA trains longer.""",
+        """**More completions.** From K = 2 to 16, the reward changes by {} with InfoNCA, {} with NCA, {} with DPO on
+        all pairs, and {} with DPO on the best and the worst (n = 10).""".format(*gains("128 prompts"))
+        + """ With 512 scores in all, more completions mean fewer prompts. The reward then changes by {}, {}, {} and
+        {}.""".format(*gains("512 annotations")),
     ]
     texts = (f"- {' '.join(text.split())}" for text in told)
     return "\n".join(textwrap.fill(text, 118, subsequent_indent="  ", break_on_hyphens=False) for text in texts)
@@ -296,7 +303,11 @@ def main(root: Path = ROOT) -> None:
     write_csv(output / "tables.csv", every)
     write_csv(output / "optimum.csv", optimum)
     write_png(charts(rows), "20 worlds: ends of runs, a line a ladder of β", output / "worlds.png")
-    write_png(by_count(every), "Reward at a KL of 1 nat: mean over ten simulated worlds, with 95 % intervals", output / "why.png")
+    write_png(
+        by_count(every),
+        "Reward at a KL of 1 nat: mean over ten simulated worlds, with 95 % intervals",
+        output / "why.png",
+    )
 
 
 if __name__ == "__main__":
