@@ -18,8 +18,9 @@ class Objective:
 
     Args:
         loss_types: names in `losses.LOSSES`, losses of one's own, or "sft": the best completion's negative
-            log-likelihood, the mean over the tokens of all best completions, as TRL's. Beside labels those are left
-            out that are not more likely right than wrong, of a label up to 1/2.
+            log-likelihood, one mean over the tokens of all best completions of a step. TRL averages over each
+            micro-batch, then over accumulation and processes. With labels, a best completion counts only if its label is
+            above 1/2.
         weights: one for each.
         alpha, beta, negative_weight: see `losses.reward_loss`.
         completion_mean: whether "outcome" counts each completion once, not each prompt.
