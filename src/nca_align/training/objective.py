@@ -19,8 +19,8 @@ class Objective:
     Args:
         loss_types: names in `losses.LOSSES`, losses of one's own, or "sft": the best completion's negative
             log-likelihood, one mean over the tokens of all best completions of a step. TRL averages over each
-            micro-batch, then over accumulation and processes. With labels, a best completion counts only if its label is
-            above 1/2.
+            micro-batch, then over accumulation and processes. With labels, a best completion counts only if its label
+            is above 1/2.
         weights: one for each.
         alpha, beta, negative_weight: see `losses.reward_loss`.
         completion_mean: whether "outcome" counts each completion once, not each prompt.
