@@ -195,7 +195,7 @@ TABLE: dict[str, Works | ProvenBy | Refused | Idle | IdleInCommand] = {
     "truncation_mode": Refused("keep_end", "are always kept"),
     "pad_to_multiple_of": Works("by length", 16, lambda run: all(width % 16 == 0 for width in run.widths)),
     "pad_token": Works("by length", "<s>", lambda run: run.trainer.data_collator.pad_token_id == 1),
-    "padding_free": Refused(True, "is the layout without padding"),
+    "padding_free": Idle(True, "TRL's collator; here `layout: prefix_shared` is the layout without padding"),
     "accelerator_config": Works(
         "steps",
         {"gradient_accumulation_kwargs": {"sync_each_batch": True}},

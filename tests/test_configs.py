@@ -74,7 +74,7 @@ def test_config_refuses_what_no_loss_reads(tmp_path):
     own = {"output_dir": str(tmp_path), "bf16": False, "use_cpu": True}
     for name, value in {
         "f_divergence_type": "js_divergence", "f_alpha_divergence_coef": 0.7, "ld_alpha": 0.5, "label_smoothing": 0.1,
-        "use_weighting": True, "discopop_tau": 0.1, "padding_free": True, "truncation_mode": "keep_end",
+        "use_weighting": True, "discopop_tau": 0.1, "truncation_mode": "keep_end",
     }.items():  # fmt: skip
         with pytest.raises(ValueError, match=rf"`{name}` is .*, but .*Leave it out"):
             NCAConfig(**own, **{name: value})

@@ -298,8 +298,8 @@ WITHOUT = [  # the script as it was, by what its comments say
 ]
 
 
-@pytest.mark.parametrize("kind", ["as it was", "pairs", "four rewarded completions"])
-def test_an_existing_trl_script(kind, model_dir, tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", ["as it was", "pairs", "pairs, with sft", "four rewarded completions"])
+def test_an_existing_trl_script(kind, model_dir, tmp_path, monkeypatch, caplog):
     text = (ROOT / "examples" / "trl_script.py").read_text()
     if kind == "as it was":
         for now, before in WITHOUT:
@@ -319,10 +319,18 @@ def test_an_existing_trl_script(kind, model_dir, tmp_path, monkeypatch):
         "per_device_train_batch_size": 2, "logging_steps": 1, "use_cpu": "true", "bf16": "false", "report_to": "none",
         "gradient_checkpointing": "false", "learning_rate": "1e-3", "save_steps": 2,
     }  # fmt: skip
-    monkeypatch.setattr(sys, "argv", ["script.py", *(p for n, v in options.items() for p in (f"--{n}", str(v)))])
+    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    losses = ["--loss_type", "sigmoid", "sft"] if kind == "pairs, with sft" else []
+    monkeypatch.setattr(sys, "argv", ["script.py", *words, *losses])
     runpy.run_path(str(script), run_name="__main__")
     assert (run / "model.safetensors").exists()
     log = json.loads((run / "checkpoint-2" / "trainer_state.json").read_text())["log_history"]
     # DPO begins at ln 2, NCA at 2 ln 2 whatever K is
-    assert log[0]["loss"] == pytest.approx(0.6931 if kind == "as it was" else 1.3863, abs=1e-3)
+    start = 0.6931 if kind == "as it was" else 1.3863
+    if losses:
+        assert sum("the loss is nca+sft instead of sigmoid+sft" in line for line in caplog.messages) == 1
+        tokens = -2 * log[0]["logps/chosen"] / (log[0]["loss"] - start)  # of two rows: sft is the mean over these
+        assert (tokens > 10, tokens) == (True, pytest.approx(round(tokens), abs=0.01))
+    else:
+        assert log[0]["loss"] == pytest.approx(start, abs=1e-3)
     assert ("rewards/rank_4" in log[0]) == (kind == "four rewarded completions")

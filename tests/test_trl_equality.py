@@ -9,6 +9,7 @@ from trl import DPOConfig, DPOTrainer
 
 from conftest import SOURCES, build_model, build_tokenizer, pair_rows
 from nca_align import NCAConfig, NCATrainer
+from nca_align.errors import notify_once
 
 STEPS = 5
 
@@ -93,6 +94,18 @@ def test_trls_other_losses_are_refused_as_its_own(tmp_path):
 def test_a_loss_that_stays_is_not_said_to_change(tmp_path, caplog):
     NCAConfig.of(DPOConfig(**arguments(tmp_path, loss_type="sft")), "model")
     assert "the loss is sft, `alpha`" in caplog.text
+
+
+def test_padding_free_passes_with_one_notice(tmp_path, caplog):
+    """As in DPOTrainer, which falls back to padding, and would say so a second time."""
+    notify_once.cache_clear()
+    tokenizer = build_tokenizer()
+    NCATrainer(
+        build_model(tokenizer), args=DPOConfig(**arguments(tmp_path, padding_free=True)),
+        train_dataset=preference_rows(tokenizer, SOURCES[0]), processing_class=tokenizer,
+    )  # fmt: skip
+    (said,) = [line for line in caplog.messages if "padding_free" in line]
+    assert said.startswith("Without effect in this run: `padding_free` (needs ")
 
 
 @pytest.mark.parametrize("source", SOURCES)

@@ -177,6 +177,7 @@ class NCAConfig(DPOConfig):
         refuse_unsupported_options(self)
         self.max_prompt_length = prompt_limit(self.max_prompt_length, self.max_length)
         given = changed_options(self)
+        self.padding_free = False  # named below; TRL's trainer would name it again
         if self.alpha is None and not labels_alone(self.loss_type):
             self.alpha = ALPHA
         device = choose_device(self)

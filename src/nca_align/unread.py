@@ -21,7 +21,6 @@ UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "label_smoothing_factor": ((0,), "no loss here reads it: targets are softened by `alpha`"),
     "use_weighting": ((False,), "no loss here reads it: WPO weights pairs, and rewards weigh completions here"),
     "discopop_tau": ((0.05,), "no loss here reads it: it belongs to TRL's `discopop` loss"),
-    "padding_free": ((False,), "`layout: prefix_shared` is the layout without padding"),
     "truncation_mode": (
         ("keep_start",),
         "a prompt's end and a completion's beginning are always kept; see `max_prompt_length`",
@@ -105,6 +104,7 @@ CONFIG_RULES = (
     Rule("gradient_checkpointing_kwargs", lambda o: o.gradient_checkpointing, "`gradient_checkpointing: true`"),
     Rule("precompute_ref_batch_size", lambda o: o.precompute_ref_log_probs, "`precompute_ref_log_probs: true`"),
     Rule("liger_kernel_config", lambda o: o.use_liger_kernel, "`use_liger_kernel: true`"),
+    Rule("padding_free", lambda o: False, "TRL's collator; here `layout: prefix_shared` is the layout without padding"),
     Rule(
         "logging_steps",
         lambda o: o.logging_strategy == "steps" or o.eval_strategy == "steps",
