@@ -170,6 +170,7 @@ class TestStudy:
 
         assert all(ends(own, "train_best", kl, method)[0] > 0 for kl in (0.5, 1) for method in ("NCA", infonca, dpo))
         assert ends(own, "train_best", 2, dpo)[1] < 0
+        assert ends(own, "train_best", 2, "NCA") == pytest.approx((-0.22 - 0.23, -0.22 + 0.23), abs=0.01)
         assert {sign(own, "train_best", kl, method) for kl in (0.5, 1) for method in (infonca, dpo)} == {-1}
         assert sign(own, "train_best", 2, infonca) == 1
         for check, cost in (("a. 256 steps", 0.02), (f"a. learning rate {plan.FAST}", 0.04)):
@@ -215,6 +216,8 @@ class TestStudy:
         for kl in (0.5, 1):
             kinds = {kind: sign(f"d. {kind}", "test_reward", kl, infonca) for kind in ("true", "noise", "hack", "ties")}
             assert kinds == {"true": 1, "noise": 0, "hack": 0, "ties": 1}
+        assert sign("d. noise", "test_reward", 2, infonca) == 0
+        assert {sign("d. hack", "test_reward", kl, method) for kl in plan.KLS for method in (infonca, dpo)} == {0}
         optimum = [row for row in read_csv(runs.FOLDER / "optimum.csv") if float(row["alpha"]) == 1]
         for loss, share in ((infonca, 0.5), ("NCA", 0.2)):
             ratios = [float(row["over_optimum"]) for row in optimum if row["method"] == loss]
