@@ -85,11 +85,15 @@ def pilots(asked: dict[str, Any]) -> dict[str, Any]:
 def ladder(rows: Sequence[dict[str, str]], method: str) -> list[float]:
     """β at which the method's pilots come to the KLs of `RUNGS`, straight in both logarithms, with two digits.
 
-    A KL that no pilot came to, or that all are beyond, has the β of the pilot that ended nearest to it.
+    For a KL beyond all pilots, the line through the two pilots that ended nearest is extended.
     """
     ends = sorted((math.log(float(row["kl"])), math.log(float(row["beta"]))) for row in rows if row["method"] == method)
     kls, betas = [kl for kl, _ in ends], [beta for _, beta in ends]
-    found = np.interp([math.log(kl) for kl in RUNGS], kls, betas)
+    found = []
+    for kl in map(math.log, RUNGS):
+        i = min(max(int(np.searchsorted(kls, kl)), 1), len(kls) - 1)
+        share = (kl - kls[i - 1]) / (kls[i] - kls[i - 1])
+        found.append(betas[i - 1] + share * (betas[i] - betas[i - 1]))
     return [*dict.fromkeys(float(f"{math.exp(beta):.2g}") for beta in found)]
 
 
