@@ -65,7 +65,7 @@ def test_the_export_is_the_adapter_on_its_base(adapter_dir, model_dir, tokenizer
     assert main(["--model_name_or_path", adapter_dir, "--output", str(output)]) == 0
     text = capsys.readouterr().out
     assert re.search(
-        r"merged against adapter on its base: 0\.00\d\d nats a sequence at most, 0\.00\d\d on average", text
+        r"merged against adapter on its base: 0\.00\d\d nats per sequence at most, 0\.00\d\d on average", text
     )
     assert re.search(r"\(6 sequences, \d{4} tokens\)\nas saved in float32: 0\.00\d\d nats at most", text)
     rows = merge_check_rows(tokenizer)
@@ -266,7 +266,7 @@ def test_a_qlora_run_is_exported_as_it_was_trained(wide, tokenizer, tmp_path):
 def test_a_merge_that_is_off_is_refused(adapter_dir, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(export_command, "merge", lambda model, adapter: model)  # forgets the adapter
     assert main(["--model_name_or_path", adapter_dir, "--output", str(tmp_path / "out")]) == 2
-    assert re.search(r"log-probabilities are up to [\d.]+ nats a sequence from the adapter's, and 0.05 is",
+    assert re.search(r"log-probabilities are up to [\d.]+ nats per sequence from the adapter's, and 0.05 is",
                      capsys.readouterr().err)  # fmt: skip
     assert list(tmp_path.iterdir()) == []
 
@@ -440,7 +440,7 @@ def test_the_card_names_a_base_of_the_hub_and_no_place_on_this_machine(adapter_d
     assert 'tags: ["nca-align"]' in card
     assert str(Path(model_dir).parent) not in card
     assert 'model="mine"' in card
-    assert re.search(r"0\.00\d\d nats a sequence at most", card)
+    assert re.search(r"0\.00\d\d nats per sequence at most", card)
     assert 'base_model: "org/base"' in model_card("out", adapter_dir, "org/base", chat=True)
 
 

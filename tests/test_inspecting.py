@@ -108,7 +108,7 @@ class TestFigures:
         seen = values(measured(rows))
         assert seen["prompts"] == "3"
         assert seen["completions"] == "7"
-        assert seen["K, completions a prompt"] == "2 (67%), 3 (33%)"
+        assert seen["K, completions per prompt"] == "2 (67%), 3 (33%)"
         assert seen["rows whose prompt came before"] == "1 of 3 (33%)"
         assert seen["duplicate completions"] == "1 of 7 (14%), in 1 prompts, 1 with unequal rewards"
         assert seen["pairs that tie"] == "1 of 5 (20%)"

@@ -119,12 +119,13 @@ def _export_adapter(options: ExportOptions, new: Path) -> Export:
     sequences = sum(len(row["completion_ids"]) for row in rows)
     print(
         f"merged against adapter on its base{f' in {bits} bits' if bits else ''}: "
-        f"{own.largest:.4f} nats a sequence at most, {own.mean:.4f} on average ({sequences} sequences, {tokens} tokens)"
+        f"{own.largest:.4f} nats per sequence at most, {own.mean:.4f} on average "
+        f"({sequences} sequences, {tokens} tokens)"
     )
     if not own.largest <= MAX_NATS:
         raise UserError(
-            f"the merged model's log-probabilities are up to {own.largest:.3g} nats a sequence from the adapter's, and "
-            f"{MAX_NATS} is the most that rounding explains, so nothing was written: this adapter can't be merged "
+            f"the merged model's log-probabilities are up to {own.largest:.3g} nats per sequence from the adapter's, "
+            f"and {MAX_NATS} is the most that rounding explains, so nothing was written: this adapter can't be merged "
             "exactly; use it unmerged"
         )
     stored = source.load_config().dtype or torch.float32
@@ -151,7 +152,7 @@ def _export_adapter(options: ExportOptions, new: Path) -> Export:
     if not saved.largest <= MAX_NATS:
         print(
             f"WARNING: rounding the merged weights to {_name(dtype)} moved log-probabilities by up to "
-            f"{saved.largest:.2f} nats a sequence, more than {MAX_NATS}; `--dtype float32` keeps what was trained",
+            f"{saved.largest:.2f} nats per sequence, more than {MAX_NATS}; `--dtype float32` keeps what was trained",
             file=sys.stderr,
         )
     found = Export(own, saved, sequences, tokens)

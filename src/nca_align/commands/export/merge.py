@@ -18,7 +18,7 @@ TEXTS = files(__package__).joinpath("merge_check_texts.txt").read_text(encoding=
 
 
 class Difference(NamedTuple):
-    """How far two models' log-probabilities of the same sequences are apart, nats a sequence."""
+    """How far two models' log-probabilities of the same sequences are apart, nats per sequence."""
 
     mean: float
     largest: float

@@ -32,8 +32,8 @@ def model_card(
     if measured is not None:
         start = f"the base in {bits} bits, dequantised," if bits else "its base"
         merge = (
-            f"\nThe adapter was merged into {start} in float32, {measured.merged.largest:.4f} nats a sequence at most "
-            f"from the unmerged adapter on {measured.sequences} sequences of {measured.tokens} tokens in all, and "
+            f"\nThe adapter was merged into {start} in float32, {measured.merged.largest:.4f} nats per sequence at "
+            f"most from the unmerged adapter on {measured.sequences} sequences of {measured.tokens} tokens in all, and "
             f"saved in {dtype} ({measured.saved.largest:.4f} nats).\n"
         )
     return cards.model_card(Path(output).name, base or record.get("model._name_or_path"), record, chat, merge=merge)

@@ -61,7 +61,7 @@ def sections(found: Inspection) -> list[Section]:
     prompts, completions, pairs = len(found.counts), len(found.rewards), found.pairs
     spread, ties = spreads(found.rewards, found.counts), tied_for_best(found.rewards, found.counts)
     ks = ", ".join(f"{k} ({percent(n / prompts)})" for k, n in k_distribution(found).items())
-    data = [("prompts", f"{prompts:,}"), ("completions", f"{completions:,}"), ("K, completions a prompt", ks)]
+    data = [("prompts", f"{prompts:,}"), ("completions", f"{completions:,}"), ("K, completions per prompt", ks)]
     if found.report is not None and found.report.dropped:
         data.append(("prompts dropped in reading", show_counts(found.report.dropped)))
     if found.report is not None and found.report.completions:
