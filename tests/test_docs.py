@@ -2,12 +2,9 @@
 
 import ast
 import json
-import os
 import re
 import runpy
-import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 
 import pytest
@@ -235,37 +232,6 @@ def test_the_reference_lists_each_metric_of_the_log_with_its_lines(tmp_path):
     table = re.findall(r"^\| (`.+?`) \| .+ \| ([a-z, ]+) \|$", page, re.M)
     listed = {name: set(lines.split(", ")) for names, lines in table for name in re.findall(r"`(.+?)`", names)}
     assert listed == logged
-
-
-@pytest.mark.slow
-def test_the_tutorials_commands_run(model_dir, tmp_path):
-    blocks = re.findall(r"^```bash\n(.+?)^```", (ROOT / "docs" / "guide" / "tutorial.md").read_text(), re.M | re.S)
-    assert len(blocks) == 7
-    for name in ("examples", "scripts"):
-        (tmp_path / name).symlink_to(ROOT / name)
-    (tmp_path / "configs").mkdir()
-    recipe = (ROOT / "configs" / "quickstart.yaml").read_text()
-    assert recipe.count("model_name_or_path: smollm2-135m-instruct") == 1
-    (tmp_path / "configs" / "quickstart.yaml").write_text(recipe.replace("smollm2-135m-instruct", model_dir))
-    path = f"{sysconfig.get_path('scripts')}{os.pathsep}{os.environ['PATH']}"
-    environment = os.environ | {"PATH": path, "COLUMNS": "80", "HF_HUB_OFFLINE": "1"}
-    printed = []
-    for block in blocks:
-        script = "set -euo pipefail\n" + block.replace("smollm2-135m-instruct", model_dir)
-        done = subprocess.run(
-            ["bash", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
-        )
-        assert done.returncode == 0, f"{block}\n{done.stdout[-500:]}\n{done.stderr[-1500:]}"
-        printed.append(done.stdout + done.stderr)
-    data, inspected, trained, judged, exported, sampled, evaluated = printed
-    assert json.loads(data)["rewards"][0] > 0
-    assert re.search(r"2\.4 .* suggested", inspected)
-    assert "What moved, on held-out prompts" in trained
-    assert "pairs right" in judged
-    assert "merged against adapter" in exported
-    assert "3 rows, 12 completions" in sampled
-    assert "tutorial-model" in evaluated
-    assert (tmp_path / "runs" / "tutorial-model" / "model.safetensors").exists()
 
 
 FORMATS = (ROOT / "docs" / "guide" / "data.md").read_text()
