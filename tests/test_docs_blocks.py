@@ -222,6 +222,7 @@ MORE = {
     "nca-align train --config run.yaml --eval_strategy": "--max_steps 1 --output_dir runs/new",
     "nca-align evaluate --judge mt_bench": "--dataset_name questions/mt_bench.jsonl --max_new_tokens 8",
     "nca-align evaluate --judge alpaca_eval": "--dataset_name questions/alpaca_eval.jsonl --max_new_tokens 8",
+    "nca-align export --model_name_or_path runs/mine": "--output runs/again",  # the page reads runs/merged before
     "nca-align train --config configs/quickstart.yaml --loss_type": "--max_steps 1 --eval_prompts 2 --cpu_threads 1",
     "nca-align train --config configs/quickstart.yaml --dataset_name": "--eval_new_tokens 8 --cpu_threads 1",
 }
