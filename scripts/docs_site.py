@@ -1,6 +1,7 @@
 """A hook of MkDocs: what the docs link to outside of their folder comes into the site too.
 
-On a code host such a link is a path in the repository. In the site it leads to a page or a file in `repository/`.
+On a code host such a link is a path in the repository. In the site it leads to a page or a file in `repository/`. The
+menu is the index's: a section per heading of docs/README.md, with the pages of its table.
 """
 
 import posixpath
@@ -13,7 +14,19 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parents[1]
 PLACE = "repository"  # in the site
+_SECTION = re.compile(r"^## (\w+).*?\n(.*?)(?=^## |\Z)", re.M | re.S)
+_ENTRY = re.compile(r"^\| \[([^\]]+)\]\(([^)]+\.md)\)", re.M)
 _LINK = re.compile(r"\[([^\[\]]*)\]\(([^)\s#:]+)(#[^)\s]*)?\)")  # of a path; not of an address
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Take the menu from the index."""
+    index = (ROOT / "docs/README.md").read_text(encoding="utf-8")
+    sections = [
+        {title: [{name: page} for name, page in _ENTRY.findall(body)]} for title, body in _SECTION.findall(index)
+    ]
+    config.nav = [{"nca-align": "README.md"}, *sections]
+    return config
 
 
 def source(file: File) -> str:

@@ -64,7 +64,7 @@ def test_pages_that_the_code_names_exist():
 def test_the_readmes_script_trains_and_leaves_its_model(tmp_path, model_dir, monkeypatch):
     """As it stands, but for the name on the Hub."""
     script = re.search(r"^```python\n(from datasets .*?)```", (ROOT / "README.md").read_text(), re.M | re.S)[1]
-    theirs = '"HuggingFaceTB/SmolLM2-135M-Instruct"'
+    theirs = '"HuggingFaceTB/SmolLM2-135M"'
     assert script.count(theirs) == 1
     assert len([line for line in script.splitlines() if line]) <= 12
     monkeypatch.chdir(tmp_path)
