@@ -42,8 +42,8 @@ def _blank(found: re.Match[str], word: str = "") -> str:
 
 def plain(text: str) -> str:
     """Markdown without its marks, with as many lines."""
-    text = re.sub(r"<!--.*?-->|</?\w[^>]*>", _blank, text, flags=re.S)
     text = re.sub(r"(`+)(?!`).+?(?<!`)\1(?!`)", partial(_blank, word="code"), text, flags=re.S)
+    text = re.sub(r"<!--.*?-->|</?\w[^>]*>", _blank, text, flags=re.S)
     text = re.sub(r"!\[[^\]]*\]\([^)]*\)", "", text)
     return re.sub(r"\[([^\]]*)\](?:\([^)]*\)|\[[^\]]*\])", r"\1", text)
 
