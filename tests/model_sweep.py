@@ -188,7 +188,7 @@ def reason_of(name: str, message: str) -> str:
     """The reason in a message of the trainer, without the model's name, its figures and its advice."""
     text = message.removeprefix(f"`model` is a {name}, ").removeprefix(f"{name} ")
     text = re.sub(r" by [\d.e+-]+ nats| \(a .*?\)| \(a linear.*?\)|\.?(?=\); use)", "", text)
-    text = re.split(r", which a packed row|, so that |[;:] use another|; please", text)[0]
+    text = re.split(r"; use another|\. (?=[A-Z])", text)[0]
     return text.removeprefix("which ")
 
 
@@ -197,7 +197,7 @@ def page(found: dict[str, Row]) -> str:
     lines = [
         "# Models",
         "",
-        "Look up whether a model trains here, and which layout `layout: auto` gives it. The tables have each class of "
+        "Look up whether a model trains here, and which layout `layout: auto` gives it. The table has each class of "
         f"transformers {transformers.__version__} that trains on text. This prints the class of a model:",
         "",
         "```bash",
@@ -209,12 +209,12 @@ def page(found: dict[str, Row]) -> str:
         "| --- | --- | --- |",
         *(f"| {kind} | {counts[kind]} | {meaning} |" for kind, meaning in MEANING.items()),
         "",
-        "A model that is not here is [checked before the first step](../guide/memory.md"
-        "#what-is-checked-before-the-first-step), as these are.",
+        "Each model is [checked before the first step](../guide/memory.md#what-is-checked-before-the-first-step), also "
+        "one that is not here.",
         "",
-        "For this page each class is built small, with random weights, and trained for one step. Its "
-        "log-probabilities and gradients are compared with those of the unpatched model, on each conversation alone. "
-        "`python tests/model_sweep.py` writes the page, and `make long` compares it with what the trainer does.",
+        "`python tests/model_sweep.py` writes this page. It builds each class small, with random weights, and trains "
+        "it for one step. The unpatched model runs each conversation alone. Its log-probabilities and gradients must "
+        "be the same. `make long` compares the page with what the trainer does.",
         "",
         "| class | model types | layout | why |",
         "| --- | --- | --- | --- |",

@@ -107,7 +107,7 @@ class SetUp:
     def refusal(self) -> str | None:
         """Words of the refusal that is right for it; None where it must be scored."""
         if (self.outputs > 1 or self.family == "two") and not self.label:
-            return "outputs, where a reward model has one"
+            return "outputs, but a reward model has one"
         return {
             "token": "a reward for each token or step",
             "tokens": "a reward for each token or step",

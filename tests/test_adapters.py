@@ -283,7 +283,7 @@ def _resume(name: str, model_dir: str, folder: Path, trained: list[list[float]],
         nca.train(resume_from_checkpoint=True)
         assert apart(nca.model, trained) < 1e-6
     else:
-        with pytest.raises(UnsupportedError, match=f"can't be gone on from: of this {name} adapter PEFT saves"):
+        with pytest.raises(UnsupportedError, match=f"can't be resumed: of this {name} adapter PEFT saves"):
             nca.train(resume_from_checkpoint=True)
 
 
@@ -336,7 +336,7 @@ def test_what_no_checkpoint_holds_is_not_resumed(name, options, reason, model_di
 
 def test_an_adapter_of_another_name_and_several_are_refused(model_dir, tmp_path):
     named = peft.get_peft_model(fresh(model_dir), lora(), adapter_name="mine")
-    with pytest.raises(UserError, match="`model` has the adapters mine, but NCATrainer trains one, which is"):
+    with pytest.raises(UserError, match="`model` has the adapters mine, but NCATrainer trains one, called default"):
         trainer(tmp_path, named)
     several = peft.get_peft_model(fresh(model_dir), lora())
     several.add_adapter("other", lora())

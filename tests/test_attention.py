@@ -612,7 +612,7 @@ def test_the_varlen_call_takes_half_precision_on_a_card_that_has_its_kernels(mon
 
 
 NO_INTERFACE = "does not declare that its attention goes through transformers' AttentionInterface"
-OWN_MASK = "does not hand its `sliding_window` to its attention"
+OWN_MASK = "does not pass its `sliding_window` to its attention"
 MAMBA_1 = "can't start from the state of an earlier piece, because its Mamba 1 layers scan"
 HYBRIDS = {
     "Lfm2": {"layer_types": ["conv", "full_attention"]},

@@ -75,7 +75,7 @@ def test_a_null_argument_stays_in_json_text():
 NO_CALLS = CHATML.replace("m.tool_calls or []", "[]")
 NO_NUMBERS = CHATML.replace("call.function.arguments | tojson", "call.function.arguments | list")
 NO_RESULTS = CHATML.replace("messages %}", "messages if m.role != 'tool' %}")
-LEFT_OUT = "`completions[0]` turn 0 has `%s` that the chat template leaves out"
+LEFT_OUT = "`completions[0]` turn 0 has `%s`, which the chat template leaves out"
 ASKED = [*PROMPT, calling({"a": 0}), turn("TOOLRESULT", "tool")]
 
 
@@ -88,9 +88,9 @@ ASKED = [*PROMPT, calling({"a": 0}), turn("TOOLRESULT", "tool")]
     (CHATML, PROMPT, turn("It is 42.", reasoning_content="CARRY"), LEFT_OUT % "reasoning_content"),
     (CHATML.replace("m.content }}", "m.content.split('</think>')[-1] }}"), PROMPT,
      turn("<think>CARRY</think>It is 42."), LEFT_OUT % "content"),
-    (CHATML.replace("{{ m.content }}", ""), PROMPT, turn("It is 42."), "turn 0 has `content` that"),
-    (NO_CALLS, ASKED, turn("It is 42."), "`prompt` turn 1 has `tool_calls` that the chat template leaves out"),
-    (NO_RESULTS, ASKED, turn("It is 42."), "`prompt` turn 2 has `content` that the chat template leaves out"),
+    (CHATML.replace("{{ m.content }}", ""), PROMPT, turn("It is 42."), "turn 0 has `content`, which"),
+    (NO_CALLS, ASKED, turn("It is 42."), "`prompt` turn 1 has `tool_calls`, which the chat template leaves out"),
+    (NO_RESULTS, ASKED, turn("It is 42."), "`prompt` turn 2 has `content`, which the chat template leaves out"),
     (CHATML.replace("{{ m.role }}", "{{ m.role }}{{ raise_exception('no!') if m.reasoning }}"), PROMPT,
      turn("It is 42.", reasoning="CARRY"), "`completions[0]` can't be rendered by the chat template (user, assistant)"),
 ])  # fmt: skip
@@ -138,7 +138,7 @@ def test_a_call_whose_words_stand_elsewhere_is_missed_all_the_same(template, own
     for completion in ([own], [own, turn("42", "tool"), *ALONE]):
         assert LEFT_OUT % "tool_calls" in outcome(template, PROMPT, completion, ALONE)
     said = outcome(template, [*PROMPT, own, turn("42", "tool")], ALONE, ALONE)
-    assert "`prompt` turn 1 has `tool_calls` that the chat template leaves out" in said
+    assert "`prompt` turn 1 has `tool_calls`, which the chat template leaves out" in said
 
 
 @pytest.mark.parametrize("thought", ["<think>\nCARRY\n</think>\n\n", "CARRY</think>"])
@@ -153,7 +153,7 @@ def test_reasoning_that_the_own_template_drops_is_kept_by_trls_training_template
         assert row[name] == plain[name]
     assert row["completion_ids"][1] == plain["completion_ids"][1]
     earlier = [turn("Hi", "user"), turn(thought + "Yes"), *PROMPT]  # the training template has another prompt here
-    assert "that the chat template leaves out" in outcome(
+    assert ", which the chat template leaves out" in outcome(
         TEMPLATES["deepseek_r1_distill"], earlier, [turn(thought + "42")], ALONE
     )
 

@@ -110,7 +110,7 @@ class TestParse:
             ("output: x\nenv: 3", "`env` in .* is 3; it must map names"),
             ("- a", "is a list; it must be a YAML mapping"),
             ("", "is empty; it must be a YAML mapping"),
-            ("output: [", "is no valid YAML"),
+            ("output: [", "is not valid YAML"),
             ("output: x\nbeta: 1\nbeta: 2", "`beta` is given twice in .*o.yaml \\(lines 2 and 3\\); keep one"),
             ("output: x\nenv: {A: 1, B: 2, A: 3}", "`A` is given twice in .*o.yaml \\(lines 2 and 2\\)"),
             ("output: x\nenv:\n  A:\n  - {b: 1, b: 1}", "`b` is given twice in .*o.yaml \\(lines 4 and 4\\)"),
@@ -140,7 +140,7 @@ class TestParse:
 
     def test_a_file_that_is_no_text(self, tmp_path):
         (tmp_path / "o.yaml").write_bytes(b"\xff\xfe\x00")
-        with pytest.raises(UserError, match="can't be read: it is no text"):
+        with pytest.raises(UserError, match="can't be read: it is not text"):
             parse([Options], ["--config", str(tmp_path / "o.yaml")], "prog")
 
     def test_what_is_given_by_flags_and_file(self, tmp_path):

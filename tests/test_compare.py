@@ -510,7 +510,7 @@ def test_failures_are_named_whatever_is_asked_for_beside(config, tmp_path, capsy
     assert json.loads((folder / "provenance.json").read_text())["prompts"] == {
         "training": 8, "validation": 3, "test": 4
     }  # fmt: skip
-    with pytest.raises(UserError, match="is a comparison of which no cell is finished; wait for the first"):
+    with pytest.raises(UserError, match="is a comparison with no finished cell; wait for the first"):
         read_run(folder)
     own = folder / "cells" / "dpo"
     (own / "done.json").write_text(json.dumps({"steps": 8, "minutes": 1.0}))

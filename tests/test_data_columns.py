@@ -297,7 +297,7 @@ class TestGuess:
     @pytest.mark.parametrize("names", [("question", "answers"), ("prompt", "completions")])
     def test_completions_without_rewards_are_pointed_to_score(self, names, tmp_path):
         path = write(tmp_path / "my rows.jsonl", [dict(zip(names, (ASKED, ["a", "b"]), strict=True))])
-        with pytest.raises(UserError, match="completions without rewards; reward them by") as caught:
+        with pytest.raises(UserError, match=r"completions without rewards\. Reward them by") as caught:
             load_reward_dataset(path)
         assert "known are" not in str(caught.value)
         (command,) = (part for part in str(caught.value).split("`") if part.startswith("nca-align score"))
@@ -311,7 +311,7 @@ class TestGuess:
             load_reward_dataset(path)
         said = str(caught.value)
         assert said.startswith(
-            "`train` has the columns question, source, prompts without completions; draw some by `nca"
+            "`train` has the columns question, source: prompts without completions. Draw some by `nca"
         )
         command = shlex.split(said.split("`")[3])
         assert command[:2] == ["nca-align", "sample"]

@@ -114,7 +114,7 @@ class TestCompressed:
     def test_unreadable_lines_are_named_by_the_file_itself_and_dropped(self, tmp_path):
         path = tmp_path / "rows.jsonl.gz"
         path.write_bytes(gzip.compress(content("jsonl") + b"{\n"))
-        with pytest.raises(UserError, match=rf"row 5 of {path} is no readable JSON"):
+        with pytest.raises(UserError, match=rf"row 5 of {path} is not readable JSON"):
             whole(path)
         data = read_reward_dataset(str(path), on_invalid="drop")
         assert data.reports["train"].dropped == {"unreadable line": 1}
@@ -178,10 +178,10 @@ class TestEncodings:
         [
             (
                 "rows.jsonl",
-                r"row 0 of .*rows.jsonl is no UTF-8 text \(byte 0xe9 at offset 12\); save it as UTF-8, if",
+                r"row 0 of .*rows.jsonl is not UTF-8 text \(byte 0xe9 at offset 12\). Save it as UTF-8",
             ),
-            ("rows.json", r"rows.json is no UTF-8 text \(byte 0xe9 at offset 13\); save it as UTF-8"),
-            ("rows.csv", r"line 2 of .*rows.csv is no UTF-8 text \(byte 0xe9 at offset 0\); save it as UTF-8"),
+            ("rows.json", r"rows.json is not UTF-8 text \(byte 0xe9 at offset 13\). Save it as UTF-8"),
+            ("rows.csv", r"line 2 of .*rows.csv is not UTF-8 text \(byte 0xe9 at offset 0\). Save it as UTF-8"),
         ],
     )
     def test_latin_1(self, name, where, streaming, tmp_path):
@@ -194,7 +194,7 @@ class TestEncodings:
     def test_one_byte_far_into_a_csv(self, streaming, tmp_path):
         rows = b"prompt,chosen,rejected\n" + b"q,a,b\n" * 20_000 + b"caf\xe9,a,b\n"
         (tmp_path / "rows.csv").write_bytes(rows)
-        with pytest.raises(UserError, match=r"line 20002 of .*rows.csv is no UTF-8 text \(byte 0xe9 at offset 3\)"):
+        with pytest.raises(UserError, match=r"line 20002 of .*rows.csv is not UTF-8 text \(byte 0xe9 at offset 3\)"):
             whole(tmp_path / "rows.csv", streaming=streaming)
 
     @pytest.mark.parametrize("kind", ["jsonl", "json", "csv"])
@@ -210,7 +210,7 @@ class TestEncodings:
         with pytest.raises(UserError, match=r"prompts.txt is UTF-16 text; save it as UTF-8"):
             load_raw(str(path))
         path.write_bytes("Why?\nHöw?\n".encode("latin-1"))
-        with pytest.raises(UserError, match=r"line 2 of .*prompts.txt is no UTF-8 text \(byte 0xf6 at offset 1\)"):
+        with pytest.raises(UserError, match=r"line 2 of .*prompts.txt is not UTF-8 text \(byte 0xf6 at offset 1\)"):
             load_raw(str(path))
 
     def test_plain_bytes(self, tmp_path):
@@ -234,7 +234,7 @@ class TestTables:
     def test_pythons_lists(self, tmp_path):
         (tmp_path / "rows.csv").write_text("""prompt,completions,rewards\nq,"['a', 'b']","[1, 2]"\n""")
         with pytest.raises(
-            UserError, match=r"`completions` is no readable JSON list .*Parquet, or lists by `json.dumps`"
+            UserError, match=r"`completions` is not readable JSON list .*Parquet, or lists by `json.dumps`"
         ):
             whole(tmp_path / "rows.csv")
 

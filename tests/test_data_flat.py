@@ -63,7 +63,7 @@ def test_a_column_of_steps_makes_no_other_format_of_them(steps):
 
 def test_grades_by_completion_are_no_labels():
     row = {"prompt": "q", "completions": ["a", "b"], "correctness": [4, 1], "verbosity": [2, 3]}
-    with pytest.raises(ValueError, match=r"a number for each \(correctness, verbosity\); take one by `score`"):
+    with pytest.raises(ValueError, match=r"a number for each \(correctness, verbosity\)\. Take one by `score`"):
         convert([row])
     assert convert([row], score="correctness")[0][0]["rewards"] == [4.0, 1.0]
     assert convert([row | {"correctness": [1, 0]}])[1].format == "labelled rollouts"
@@ -94,7 +94,9 @@ def test_the_score_column_is_chosen_or_known():
         convert(rows, score="kindness")
     own_name = [{"prompt": "q", "response": r, "stars": s} for r, s in (("a", "3"), ("b", "4.5"))]
     assert convert(own_name, score="stars")[0][0]["rewards"] == [3.0, 4.5]
-    with pytest.raises(ValueError, match=r"`train` has the columns prompt, response, stars, which is no known format"):
+    with pytest.raises(
+        ValueError, match=r"`train` has the columns prompt, response, stars, which is not a known format"
+    ):
         convert(own_name)
 
 

@@ -116,7 +116,7 @@ def test_tools_and_template_arguments_that_are_json_text_are_read():
     assert converted[0]["tools"] == [{"type": "function"}]
     assert converted[0]["chat_template_kwargs"] == {"enable_thinking": False}
     assert converted[1]["tools"] is None
-    with pytest.raises(ValueError, match=r"row 0: `tools` is no readable JSON"):
+    with pytest.raises(ValueError, match=r"row 0: `tools` is not readable JSON"):
         convert([row | {"tools": "[", "chat_template_kwargs": "{}"}])
     with pytest.raises(ValueError, match=r"`chat_template_kwargs` is \[1\]; it must map names"):
         convert([row | {"chat_template_kwargs": "[1]"}])

@@ -94,7 +94,7 @@ def test_csv_cells_that_hold_lists_are_lists_and_answers_stay_text(tmp_path):
     with pytest.raises(ValueError, match=r"`train`, row 0: `rewards` is '2' \(str\); it must be a list"):
         whole(path)
     path.write_text("a,b\n1,2,3\n")
-    with pytest.raises(ValueError, match=r"as csv: row 0 has 3 cells for 2 columns; give each column a name"):
+    with pytest.raises(ValueError, match=r"as csv: row 0 has 3 cells for 2 columns. Give each column a name"):
         whole(path)
     path.write_text("a,b\n1,2\n1,2,3\n")
     with pytest.raises(
@@ -159,12 +159,12 @@ def test_gaps_among_whole_numbers_before_fractions(lists, tmp_path):
     [
         (
             b'{"prompt": "q", "completions": ["a"',
-            r"row 2 of .*rows.jsonl is no readable JSON \(Expecting ',' .* character",
+            r"row 2 of .*rows.jsonl is not readable JSON \(Expecting ',' .* character",
         ),
         (b"7", r"row 2 of .*rows.jsonl is a JSON int; every line must be an object"),
         (
             b'{"prompt": "\xff"}',
-            r"row 2 of .*rows.jsonl is no UTF-8 text \(byte 0xff at offset 12\); save it as UTF-8, .*, or drop",
+            r"row 2 of .*rows.jsonl is not UTF-8 text \(byte 0xff at offset 12\). Save it as UTF-8 .*, or drop",
         ),
     ],
 )
@@ -190,7 +190,7 @@ def test_unreadable_files_are_one_sentence(tmp_path):
     cases = {
         "a.jsonl": ("", r"a.jsonl', which is empty; it must have at least one row"),
         "b.json": ("[]", r"b.json', which is empty"),
-        "c.json": (json.dumps([GOOD])[:-3], r"c.json is no readable JSON \(.*\); mend the file"),
+        "c.json": (json.dumps([GOOD])[:-3], r"c.json is not readable JSON \(.*\); mend the file"),
         "d.json": (f"[{json.dumps(GOOD)}, 3]", r"row 1 of .*d.json is a JSON int; every row must be an object"),
         "e.parquet": ("no parquet", r"e.parquet', which can't be read as parquet: "),
         "f.csv": ("", r"f.csv', which is empty"),
@@ -207,7 +207,7 @@ def test_unreadable_files_are_one_sentence(tmp_path):
         ValueError, match=r"which holds .*.csv, .json, .jsonl, .parquet.*; it must be files of one kind"
     ):
         whole(tmp_path / "*")
-    with pytest.raises(ValueError, match="is no readable JSON"):
+    with pytest.raises(ValueError, match="is not readable JSON"):
         whole(tmp_path / "c.json", on_invalid="drop")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"which holds none of these; it must be files of one kind"):
@@ -220,8 +220,10 @@ def test_a_path_that_is_not_there_and_a_hub_id_that_can_not_be_had():
             load_reward_dataset(path)
     with pytest.raises(ConnectionError) as caught:
         load_reward_dataset("nvidia/HelpSteer2")
-    assert str(caught.value).startswith("`dataset_name` is 'nvidia/HelpSteer2', which is no file here and can't be had")
-    assert str(caught.value).endswith("`dataset_name` also takes a local path")
+    assert str(caught.value).startswith(
+        "`dataset_name` is 'nvidia/HelpSteer2', which is not a file here and can't be loaded"
+    )
+    assert str(caught.value).endswith("`dataset_name` also takes a local path.")
 
 
 def test_hub_data_sets_are_read_by_name_and_configuration(monkeypatch):

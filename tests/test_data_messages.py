@@ -243,7 +243,7 @@ class TestUnknownRoles:
 
     def test_refused_in_training_and_sampling(self):
         tokenizer = build_tokenizer()
-        said = "has a message of the role 'narrator', which the chat template does not name"
+        said = "has a message of the role 'narrator', which the chat template doesn't name"
         with pytest.raises(InvalidRowError, match=said):
             prompt_ids(tokenizer, NARRATOR)
         answered = ROWS[0] | {"completions": [[{"role": "narrator", "content": "x"}]], "rewards": [1.0]}
@@ -266,7 +266,7 @@ class TestUnknownRoles:
     def test_a_developer_is_named_and_printed(self):
         row = {"prompt": [{"role": "developer", "content": "Rules"}, {"role": "user", "content": "Hi"}]}
         tokenizer = build_tokenizer()
-        with pytest.raises(InvalidRowError, match="role 'developer', which the chat template does not name"):
+        with pytest.raises(InvalidRowError, match="role 'developer', which the chat template doesn't name"):
             prompt_ids(tokenizer, row)
         tokenizer.chat_template += "{% if messages[0].role == 'developer' %}{% endif %}"
         assert prompt_ids(tokenizer, row)

@@ -308,7 +308,7 @@ class TestJson:
     ], ids=["columns", "split"])  # fmt: skip
     def test_tables_by_their_columns(self, table, tmp_path):
         (tmp_path / "rows.json").write_text(json.dumps(table))
-        with pytest.raises(UserError, match="holds a table by its columns, as pandas' `to_json` writes it; write"):
+        with pytest.raises(UserError, match=r"holds a table by its columns, as pandas' `to_json` writes it\. Write"):
             read(tmp_path / "rows.json")
 
 

@@ -167,9 +167,7 @@ def test_a_mask_by_another_name_is_refused_and_read_where_it_is_mapped(number, k
     if kind != "flat":
         rows = [{name: value for name, value in ROW.items() if name != "completion_mask"} | {"loss_mask": values}]
     data = IterableDataset.from_generator(lambda: iter(rows)) if kind == "stream" else Dataset.from_list(rows)
-    with pytest.raises(
-        UserError, match="`train`: `loss_mask` looks like a mask of the tokens of the completion, and is"
-    ):
+    with pytest.raises(UserError, match="`train`: `loss_mask` looks like a mask of the tokens of the completion, but"):
         to_reward_dataset(data)
     (row,) = to_reward_dataset(data, DataOptions(columns={"completion_mask": "loss_mask"}))
     assert row["completion_mask"] == MASKS
@@ -180,7 +178,7 @@ UNMASKED = {name: value for name, value in ROW.items() if name != "completion_ma
 
 @pytest.mark.parametrize(("column", "said"), [
     ({"assistant_masks": [[0, 0, 0, 1, 0, 0, 1], [0, 0, 0, 1, 1]]},
-     "`assistant_masks` looks like a mask of the tokens of prompt and completion, .*; give the completion's part"),
+     "`assistant_masks` looks like a mask of the tokens of prompt and completion, .* so give the completion's part"),
     ({"advantages": [[0.0, 0.0, 0.0, 1.0], [0.0, 1.0]]}, None),  # of tokens as well, but no mask
     ({"log_probs": [[-1, -2, 0, 1], [0, 1]]}, None),
     ({"logprobs": [[0, 0, 0, 0], [0, 0]]}, None),
@@ -220,7 +218,7 @@ BROKEN = {
         {"completion_mask": [[1, 0], [1, 1]]}, r"`completion_mask\[0\]` has 2 values for 4 tokens of the completion"
     ),
     "too few masks": ({"completion_mask": [[1, 0, 0, 1]]}, "`completion_mask` has 1 values for 2 completions"),
-    "nothing to train on": ({"completion_mask": [[1, 1, 1, 1], [0, 0]]}, r"`completion_mask\[1\]` has no 1, so that"),
+    "nothing to train on": ({"completion_mask": [[1, 1, 1, 1], [0, 0]]}, r"`completion_mask\[1\]` has no 1, so"),
     "no mask": ({"completion_mask": [[1, 2, 0, 1], [1, 1]]}, r"`completion_mask\[0\]` must be a list of 0 and 1"),
     "no token": ({"completion_ids": [[10, -1, 12, 13], SECOND]}, r"`completions\[0\]\[1\]` is -1; it must be a to"),
     "an empty completion": ({"completion_ids": [FIRST, []]}, r"`completions\[1\]` is \[\], an empty completion"),

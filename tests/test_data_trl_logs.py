@@ -62,7 +62,9 @@ def test_trajectories_and_several_rewards(tmp_path):
     prompt = [{"role": "user", "content": "1 + 1"}]
     given = {"accuracy_reward": [1.0, 0.0], "format_reward": [0.0, 1.0]}
     log(tmp_path / "c", 1, [prompt] * 2, [TRAJECTORY, [{"role": "assistant", "content": "3"}]], **given)
-    with pytest.raises(UserError, match="with the columns accuracy_reward, format_reward; say which is the reward by"):
+    with pytest.raises(
+        UserError, match=r"with the columns accuracy_reward, format_reward\. Name the one that is the reward by"
+    ):
         load_reward_dataset(str(tmp_path / "c"))
     with pytest.raises(
         UserError, match=r"`score` is 'acuracy_reward', which `train` .* doesn't have; choose among acc"

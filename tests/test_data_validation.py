@@ -29,7 +29,7 @@ CHAT = {
         (GOOD, {"rewards": [[1.0], [0.0]]}, r"`rewards\[0\]` is \[1.0\] \(list\); it must be a number"),
         (GOOD, {"rewards": 1.0}, r"`rewards` is 1.0 \(float\); it must be a list"),
         (GOOD, {"rewards": None}, r"`rewards` is null; it must be a list"),
-        (GOOD, {"rewards": "[1, 0"}, r"`rewards` is no readable JSON list"),
+        (GOOD, {"rewards": "[1, 0"}, r"`rewards` is not readable JSON list"),
         (GOOD, {"rewards": [1.0]}, r"`rewards` has 1 values for 2 completions; give one each"),
         (GOOD, {"completions": "a"}, r"`completions` is 'a' \(str\); it must be a list"),
         (GOOD, {"completions": ["a"], "rewards": [1.0]}, r"`completions` has 1; there must be at least two to compare"),
@@ -137,11 +137,11 @@ def test_unknown_formats_are_told_with_what_was_found_and_what_is_known():
         to_reward_dataset(Dataset.from_list([{"completions": ["a", "b"], "rewards": [1, 2], "id": 1}]), name="test")
     message = str(caught.value)
     assert message.startswith(
-        "`test` has the columns completions, id, rewards, which is no known format, only `prompt`"
+        "`test` has the columns completions, id, rewards, which is not a known format, only `prompt`"
     )
     for columns in ("prompt, completions, rewards (own)", "instruction, completions", "score_A0", "trajectory"):
         assert columns in message
-    with pytest.raises(ValueError, match=r"the columns text, which is no known format; known are"):
+    with pytest.raises(ValueError, match=r"the columns text, which is not a known format; known are"):
         to_reward_dataset(Dataset.from_list([{"text": "q"}]))
 
 

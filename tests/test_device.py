@@ -73,8 +73,8 @@ def test_what_was_not_said_is_chosen_and_told(on, accelerator, bfloat16, given, 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"use_cpu": False}, "`use_cpu` is False, but this machine has no accelerator"),
-        ({"bf16": True}, "`bf16` is True, but this machine has no accelerator .* add `use_cpu: true`"),
+        ({"use_cpu": False}, "`use_cpu` is False, but PyTorch finds no accelerator"),
+        ({"bf16": True}, "`bf16` is True, but PyTorch finds no accelerator .* add `use_cpu: true`"),
         ({"tf32": True}, "`tf32` is True, but this machine has no GPU that computes in TF32"),
         ({"activation_offloading": True}, "`activation_offloading` asks to keep activations on the CPU, but training"),
         ({"gradient_checkpointing_kwargs": {"offload": True}}, "`gradient_checkpointing_kwargs` asks to keep activa"),

@@ -248,7 +248,7 @@ def test_a_plan_names_what_it_does_not_count(files, capsys):
     ("own", "message"),
     [
         ({"load_in_4bit": "true"}, "leave no weight that can be trained"),
-        ({"eval_scorer": "nca_align.scorers:vader", "launch": CONFIGS / "accelerate/fsdp2.yaml"}, "deal out the model"),
+        ({"eval_scorer": "nca_align.scorers:vader", "launch": CONFIGS / "accelerate/fsdp2.yaml"}, "shard the model"),
         ({"max_length": 4, "max_prompt_length": 3}, "which cuts every completion"),
         ({"device_memory": "big"}, "`device_memory` is 'big', but must be a finite number"),
         ({"devices": 0}, "`devices` is 0, but must be at least 1"),

@@ -96,4 +96,4 @@ def test_extras_are_those_of_the_package_and_say_what_is_missing(monkeypatch):
 
 def test_it_takes_no_option(capsys):
     assert main(["--x"]) == 2
-    assert "`nca-align env` takes no option, and was given `--x`" in capsys.readouterr().err
+    assert "`nca-align env` takes no option, but `--x` is given" in capsys.readouterr().err

@@ -277,7 +277,7 @@ def test_mistakes_in_options(name):
 
 
 def test_samples_of_another_model_are_refused(samples, model_dir):
-    with pytest.raises(UserError, match=r"0-scored.jsonl was sampled from \S+adapter\S*, whose .*: name the model"):
+    with pytest.raises(UserError, match=r"0-scored.jsonl was sampled from \S+adapter\S*, whose .*. Name the model"):
         load_samples(samples[0], model_dir)
 
 
@@ -301,7 +301,7 @@ def test_samples_that_are_not_as_they_were_drawn_are_refused(flag, value, model_
         max_new_tokens=6, **{flag: value},
     ))  # fmt: skip
     score(ScoreOptions(made, scored, ["nca_align.scorers:vader"]))
-    message = f"scored.jsonl was sampled with `{flag}` {value!r}; a policy's KL needs its samples as it drew them"
+    message = f"scored.jsonl was sampled with `{flag}` {value!r}. A policy's KL needs its samples as it drew them"
     with pytest.raises(UserError, match=re.escape(message)):
         load_samples(scored, model_dir)
 
@@ -417,7 +417,7 @@ def test_a_reference_of_another_vocabulary_is_refused(
 ):
     build_model(tokenizer, vocab_size=500).save_pretrained(tmp_path / "other")
     tokenizer.save_pretrained(tmp_path / "other")
-    message = "`reference` .*other has a vocabulary of 500 tokens and `model_name_or_path`"
+    message = "`reference` .*other has a vocabulary of 500 tokens, but `model_name_or_path`"
     with pytest.raises(UserError, match=message):
         evaluate(options(samples, [adapter_dir, model_dir], str(tmp_path / "other")))
     monkeypatch.setattr(generate_and_score, "sample", lambda _: pytest.fail("answered before it looked"))

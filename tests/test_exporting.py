@@ -187,7 +187,7 @@ def test_from_8_bits_by_the_record_is_refused(wide, tmp_path, capsys):
     _, adapter = wide
     shutil.copytree(adapter, tmp_path / "run")
     record_nf4(tmp_path / "run", bits=8)
-    with pytest.raises(UserError, match="this adapter can't be merged exactly; use it unmerged"):
+    with pytest.raises(UserError, match="This adapter can't be merged exactly"):
         export(ExportOptions(str(tmp_path / "run"), str(tmp_path / "out")))
     assert "merged against adapter on its base in 8 bits: " in capsys.readouterr().out
 
@@ -266,7 +266,7 @@ def test_a_qlora_run_is_exported_as_it_was_trained(wide, tokenizer, tmp_path):
 def test_a_merge_that_is_off_is_refused(adapter_dir, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(export_command, "merge", lambda model, adapter: model)  # forgets the adapter
     assert main(["--model_name_or_path", adapter_dir, "--output", str(tmp_path / "out")]) == 2
-    assert re.search(r"log-probabilities are up to [\d.]+ nats per sequence from the adapter's, and 0.05 is",
+    assert re.search(r"log-probabilities are up to [\d.]+ nats per sequence from the adapter's, but .* at most 0\.05",
                      capsys.readouterr().err)  # fmt: skip
     assert list(tmp_path.iterdir()) == []
 
@@ -373,10 +373,13 @@ def test_the_card_asks_as_the_model_is_asked(model_dir, tmp_path):
 
 
 UNREAD = {
-    "quant type": ({"bnb_4bit_quant_type": "fp4"}, "`bnb_4bit_quant_type` is 'fp4', which is read with `load_in_4bit`"),
+    "quant type": (
+        {"bnb_4bit_quant_type": "fp4"},
+        "`bnb_4bit_quant_type` is 'fp4', which only `load_in_4bit: true` reads",
+    ),
     "nested": (
         {"use_bnb_nested_quant": True},
-        "`use_bnb_nested_quant` is True, which is read with `load_in_4bit` true",
+        "`use_bnb_nested_quant` is True, which only `load_in_4bit: true` reads",
     ),
     "not in 4 bits": ({"use_bnb_nested_quant": True, "load_in_4bit": False}, "`use_bnb_nested_quant` is True"),
     "4 bits": ({"load_in_4bit": True}, "`load_in_4bit` is True, but `model_name_or_path` .* is a whole model"),
@@ -466,7 +469,7 @@ class TestPush:
         assert main(flags) == 2
         error = capsys.readouterr().err
         assert "`push` me/aligned: the Hub did not take it" in error
-        assert f"`hf upload me/aligned {tmp_path / 'out'}` sends it later" in error
+        assert f"`hf upload me/aligned {tmp_path / 'out'}` sends it later." in error
         assert (tmp_path / "out" / "model.safetensors").exists()
 
 

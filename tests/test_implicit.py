@@ -312,11 +312,11 @@ def test_no_limit_of_length():
 def test_a_whole_model_needs_a_reference_of_its_vocabulary(model_dir, data_file, tokenizer, tmp_path, capsys):
     flags = ["--implicit", "--dataset_name", data_file, "--model_name_or_path", model_dir]
     assert main(flags) == 2
-    assert f"`reference` is missing: `model_name_or_path` {model_dir} is a whole model" in capsys.readouterr().err
+    assert f"`reference` is missing. `model_name_or_path` {model_dir} is a whole model" in capsys.readouterr().err
     build_model(tokenizer, vocab_size=500).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     assert main([*flags, "--reference", str(tmp_path)]) == 2
-    assert "has a vocabulary of 500 tokens and `model_name_or_path`" in capsys.readouterr().err
+    assert "has a vocabulary of 500 tokens, but `model_name_or_path`" in capsys.readouterr().err
 
 
 def test_an_adapter_on_another_model(tokenizer, tmp_path, adapter_dir):
@@ -324,7 +324,7 @@ def test_an_adapter_on_another_model(tokenizer, tmp_path, adapter_dir):
     build_model(tokenizer, hidden_size=16, intermediate_size=32).save_pretrained(other)
     config = json.loads((Path(adapter_dir) / "adapter_config.json").read_text())
     for name, base, message in (
-        ("wrong", str(other), "could not be put on .*other.*is that the model that it was trained on"),
+        ("wrong", str(other), "could not be put on .*other.*Was it trained on that model"),
         ("none", None, "names no `base_model_name_or_path`; write the base model there"),
         ("gone", "/nowhere", "there is no such folder"),
     ):

@@ -514,7 +514,7 @@ class TestCommand:
             (["--html", str(tmp_path)], f"`html` is '{tmp_path}', which is a folder; give the name of a file"),
             (["--model_name_or_path", "/nowhere"], "there is no such folder"),
             (["--dataset_train_split", "tset"], "the split `tset` is not in the data set"),
-            (["--target_effective", "9"], "`target_effective` is 9; with these rewards"),
+            (["--target_effective", "9"], "`target_effective` is 9, which these rewards don't allow"),
         ):
             assert main(["--dataset_name", data_file, *flags]) == 2
             assert message in capsys.readouterr().err

@@ -363,7 +363,7 @@ class TestRefused:
             ("alpaca_eval", {"output": "x.jsonl"}, "`output` is 'x.jsonl'; for alpaca_eval it must end in .json"),
             ("mt_bench", {"output": "x.json"}, "`output` is 'x.json'; for mt_bench it must end in .jsonl"),
             ("mt_bench", {"output": "a/x.jsonl", "name": "y"}, "`name` is 'y', but mt_bench takes a model's name from "
-             "the file, which is x.jsonl; make `output` end in y.jsonl"),
+             "the file, which is x.jsonl. Make `output` end in y.jsonl"),
             ("arena_hard", {"temperature": -1.0}, "`temperature` is -1.0; it must be 0 (greedy) or more"),
             ("arena_hard", {"max_new_tokens": 0}, "`max_new_tokens` is 0; it must be at least 1"),
             ("mt_bench", {"chat_template_kwargs": "[1]"}, "`chat_template_kwargs` is '[1]'; it must be a JSON object"),
@@ -384,7 +384,7 @@ class TestRefused:
              "row 0: `turns` is ['a', '']; it must be a list of texts, one a turn, and not empty"),
             ("mt_bench", [{"question_id": 1, "category": "math", "turns": []}], "row 0: `turns` is []"),
             ("mt_bench", [QUESTIONS["mt_bench"][1], {"question_id": 8, "category": "math", "turns": ["b"]}],
-             "row 1: `question_id` is 8, as in row 0; mt_bench keeps one answer for each"),
+             "row 1: `question_id` is 8, as in row 0. Every question needs its own"),
             ("arena_hard", [{"uid": "a", "prompt": " "}], "row 0: `prompt` is ' '; it must be text, and not empty"),
             ("alpaca_eval", [{"prompt": "a"}], "has no column `instruction`"),
         ],
@@ -396,7 +396,7 @@ class TestRefused:
     @pytest.mark.parametrize("name", list(JUDGES))
     def test_the_judges_own_questions_without_a_network(self, options, name, monkeypatch):
         with pytest.raises(
-            UserError, match=rf"`dataset_name` is not given, and {name}'s own questions, .* can't be had"
+            UserError, match=rf"`dataset_name` is not given, and {name}'s own questions, .* can't be loaded"
         ):
             judge(options(name, dataset_name=None))
 

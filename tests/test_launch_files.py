@@ -216,7 +216,7 @@ def test_a_packed_row_that_is_refused_within_a_forward_is_padded(tokenizer, tmp_
     logs = []
     for launch in ("one", "fsdp2"):
         said = train(tmp_path / launch, launch, **options)
-        assert "Layout: padded, the model's layers do not hand its forward's arguments on to Nemotron" in said
+        assert "Layout: padded, the model's layers don't pass the arguments of its forward on to Nemotron" in said
         log = json.loads((tmp_path / launch / "trainer_state.json").read_text())["log_history"]
         logs.append([line for line in log if "loss" in line])
     assert [len(log) for log in logs] == [2, 2]

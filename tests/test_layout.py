@@ -34,7 +34,7 @@ def test_padding_asked_for_is_an_obstacle(model):
     [
         ("LlamaForCausalLM", None),
         ("Lfm2ForCausalLM", "`torch_compile` would compile the pieces of a model with recurrent layers anew"),
-        ("DeepseekV32ForCausalLM", "the state of DynamicIndexedLayer can't be handed"),
+        ("DeepseekV32ForCausalLM", "the state of DynamicIndexedLayer can't be passed"),
     ],
 )
 def test_a_compiled_model_with_recurrent_layers_is_padded(name, reason, tmp_path):

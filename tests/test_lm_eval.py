@@ -174,7 +174,7 @@ class TestRefused:
             HarnessOptions(**({"lm_eval": "gsm8k", "model_name_or_path": "m"} | settings))
 
     def test_a_whole_model_needs_its_base_named(self, model_dir):
-        with pytest.raises(UserError, match=r"`reference` is missing: .* is no adapter, whose base it would be"):
+        with pytest.raises(UserError, match=r"`reference` is missing. .* is a whole model, not an adapter"):
             harness(HarnessOptions(lm_eval="gsm8k", model_name_or_path=model_dir))
 
     @pytest.mark.parametrize("key", ["model_name_or_path", "reference"])
@@ -260,8 +260,8 @@ class TestRefused:
         ("tasks", "message"),
         [
             ("gsm8", "`lm_eval` names 'gsm8', and there is no such task (did you mean `gsm8k`?)"),
-            ("gsm8k", "`lm_eval` names gsm8k, and what that needs is not here (Couldn't reach 'openai/gsm8k' on the "
-             "Hub (OfflineModeIsEnabled)); run it once where it can be downloaded, or take a task whose data is here"),
+            ("gsm8k", "`lm_eval` names gsm8k, which needs something that is not here (Couldn't reach 'openai/gsm8k' "
+             "on the Hub (OfflineModeIsEnabled)). Run it once where that can be downloaded, or take a task whose"),
             ("broken", "`lm_eval` names broken, whose questions can't be read (JSON parse error: Invalid value. in row "
              "0); mend its YAML file, or its data"),
             ("column", "`lm_eval` names column, whose questions can't be read ('question' is undefined); mend its"),
@@ -338,5 +338,5 @@ class TestWithLmEval:
             harness(HarnessOptions(**options, **settings))
 
     def test_a_task_whose_data_is_not_here(self, adapter):
-        with pytest.raises(UserError, match=r"names gsm8k, and what that needs is not here .*openai/gsm8k"):
+        with pytest.raises(UserError, match=r"names gsm8k, which needs something that is not here .*openai/gsm8k"):
             harness(HarnessOptions(lm_eval="gsm8k", model_name_or_path=adapter))

@@ -229,7 +229,7 @@ def test_caches_and_resumed_runs_know_data_by_its_masks():
     ([[1, 0]], r"completion_mask` has 1 values for 2 completions; give one each"),
     ([[1, 0], [1, 1]], r"completion_mask\[1\]` has 2 values for 3 tokens of the completion; give one each"),
     ([[1, 1, 1], [1, 1, 1]], r"completion_mask\[0\]` has 3 values for 2 tokens of the completion; give one each"),
-    ([[1, 1], [0, 0, 0]], r"completion_mask\[1\]` has no 1, so that nothing is trained on"),
+    ([[1, 1], [0, 0, 0]], r"completion_mask\[1\]` has no 1, so nothing is trained on"),
     ([[2, 1], [1, 1, 1]], r"completion_mask\[0\]` must be a list of 0 and 1"),
 ])  # fmt: skip
 def test_a_batch_takes_no_mask_of_other_tokens(layout, mask, said):

@@ -118,7 +118,7 @@ def test_every_method_renders_the_prompt_with_its_tools_and_template_arguments(m
 def test_trls_trainers_refuse_prompts_that_they_would_not_continue(method, refused, tokenizer, tmp_path):
     rows = reward_rows(2, 2)
     rows[1]["prompt"] = [*rows[1]["prompt"], {"role": "assistant", "content": "So: "}]
-    message = f"row 1: `prompt` ends in an assistant's turn, which `method` {method} of TRL doesn't continue"
+    message = f"row 1: `prompt` ends in an assistant's turn. TRL's `method` {method} doesn't continue"
     with pytest.raises(UserError, match=message) if refused else nullcontext():
         assert len(trainer_of(method, tokenizer, tmp_path, rows).train_dataset) == 2
 
@@ -127,7 +127,7 @@ def test_trls_trainers_refuse_prompts_that_they_would_not_continue(method, refus
 def test_trls_trainers_refuse_completions_with_turns_that_the_model_did_not_write(method, refused, tokenizer, tmp_path):
     rows = reward_rows(2, 2)
     rows[1]["completions"][1] += [{"role": "tool", "content": "42"}, {"role": "assistant", "content": "So 42."}]
-    message = r"row 1: `completions\[1\]` is not one turn of the assistant, and TRL's trainers train on all that stands"
+    message = r"row 1: `completions\[1\]` is not one turn of the assistant. TRL's trainers train on all that stands"
     with pytest.raises(UserError, match=message) if refused else nullcontext():
         assert len(trainer_of(method, tokenizer, tmp_path, rows).train_dataset) == 2
 

@@ -85,7 +85,7 @@ def test_the_page_is_right(name):
 @pytest.mark.parametrize("name", ["Qwen2ForCausalLM", "PhimoeForCausalLM", "Qwen2MoeForCausalLM"])
 def test_a_window_that_is_off_by_default_is_kept_or_padded(name):
     row = sweep(name, window=True)
-    in_mask = "does not hand its `sliding_window` to its attention"
+    in_mask = "does not pass its `sliding_window` to its attention"
     assert row == (Row(name, "shared") if name == "Qwen2ForCausalLM" else Row(name, "padded", in_mask))
 
 

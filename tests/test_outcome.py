@@ -301,7 +301,7 @@ def test_a_best_metric_of_several_evaluation_sets_says_of_which(own, told, tmp_p
         str(tmp_path), use_cpu=True, bf16=False, loss_type="outcome", eval_strategy="steps", eval_steps=1,
         save_strategy="steps", save_steps=1, **own,
     )  # fmt: skip
-    with pytest.raises(UserError, match=f"give the one of a_{told}, b_{told} that is to decide"):
+    with pytest.raises(UserError, match=f"Give the one of a_{told}, b_{told} that decides"):
         NCATrainer("no such model", args=args, train_dataset=rows, eval_dataset={"a": rows, "b": rows})
     args.metric_for_best_model = f"eval_b_{told}"
     check_best_metric(args, {"a": rows, "b": rows})

@@ -321,8 +321,8 @@ MISTAKES = {
     "no τ": (["--first_error", "first_error", "--steps", "newline"], "`first_error` needs one of `threshold` and"),
     "τ alone": (["--threshold", "0"], "need `first_error`"),
     "blank": (["--steps", "column:"], "`steps` is 'column:'; it must be newline, a text, or column:NAME"),
-    "no column": (["--steps", "column:stages"], "`steps` names the column 'stages', which isn't there; there are"),
-    "no answers": (["--answers", "reply"], "`answers` names the column 'reply', which isn't there"),
+    "no column": (["--steps", "column:stages"], "`steps` names the column 'stages', which doesn't exist; there are"),
+    "no answers": (["--answers", "reply"], "`answers` names the column 'reply', which doesn't exist"),
     "no function": (["--answers", "test_process_rewards:nothing"], "has no function `nothing`"),
     "same data": (
         ["--first_error", "first_error", "--steps", "newline", "--threshold_split", "test"],
@@ -330,7 +330,7 @@ MISTAKES = {
     ),
     "step number": (
         ["--first_error", "many", "--steps", "newline", "--threshold", "0"],
-        "row 1: `many` is 2; it must be the number of one of 2 steps, from 0, or -1 for none",
+        "row 1: `many` is 2; it must be a step from 0 to 1, or -1 for none",
     ),
     "too few": (["--answers", "few"], "row 0: `few` has 1 values for 4 completions; give one each"),
     "not there": (["--steps", "column:few"], "row 0: `few` has 1 values for 4 completions"),

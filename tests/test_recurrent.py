@@ -214,7 +214,7 @@ def test_a_cache_that_is_taken_from_checkpointed_layers_shows():
     model = model_of("Qwen3_5ForCausalLM")
     model.gradient_checkpointing_enable()
     cache = run(model, [text(5, 0)], None, 0, with_checkpoints=False)[1]
-    with pytest.raises(PackingError, match="do not hand the states"):
+    with pytest.raises(PackingError, match="don't pass on the states"):
         cache.states()
     assert run(model, [text(5, 0)], None, 0)[1].states()
     assert not any("_can_checkpoint_with_cache" in vars(module) for module in model.modules())  # left as it was
@@ -249,7 +249,7 @@ def test_a_step_of_generation_is_no_piece():
         past = run(model, [text(9, 0)], None, 0)[1].kept()
         cache = WithKeys(model.config, past)
         model(input_ids=torch.tensor([[5]]), **{cache_argument(model): cache})
-    with pytest.raises(PackingError, match="do not hand the states"):
+    with pytest.raises(PackingError, match="don't pass on the states"):
         cache.states()
 
 

@@ -89,7 +89,7 @@ ROWS: dict[str, tuple[dict[str, Any], dict[str, Any] | str]] = {
     ),
     "an empty list of tools": ({"prompt": turns("Hi"), "tools": []}, {}),
     "no tools as text": ({"prompt": turns("Hi"), "tools": " "}, {}),
-    "tools that are no JSON": ({"prompt": turns("Hi"), "tools": "["}, "`tools` is no readable JSON"),
+    "tools that are no JSON": ({"prompt": turns("Hi"), "tools": "["}, "`tools` is not readable JSON"),
     "arguments": ({"prompt": turns("Hi"), "chat_template_kwargs": {"loud": True}}, {"arguments": {"loud": True}}),
     "arguments as text": ({"prompt": turns("Hi"), "chat_template_kwargs": '{"loud": 1}'}, {"arguments": {"loud": 1}}),
     "null arguments": ({"prompt": turns("Hi"), "chat_template_kwargs": {"loud": None, "bos_token": None}}, {}),
@@ -97,7 +97,7 @@ ROWS: dict[str, tuple[dict[str, Any], dict[str, Any] | str]] = {
     "arguments that are a list": ({"prompt": turns("Hi"), "chat_template_kwargs": "[1]"}, "`chat_template_kwargs` is"),
     "another template": (
         {"prompt": turns("Hi"), "chat_template_kwargs": {"chat_template": "{{ 1 }}"}},
-        "`chat_template_kwargs` holds `chat_template`, which the library itself tells the renderer",
+        "`chat_template_kwargs` holds `chat_template`, which the library itself sets",
     ),
     "a null template": ({"prompt": turns("Hi"), "chat_template_kwargs": {"chat_template": None}}, {}),
     "tools among the arguments": (
@@ -301,9 +301,7 @@ def test_what_transformers_is_told_is_reserved():
 )
 def test_a_completion_that_can_not_continue_the_prompt(first):
     row = {"prompt": turns("Hi", "The quick"), "completions": [[first], *completions([])], "rewards": [0.0, 1.0, 2.0]}
-    with pytest.raises(
-        UserError, match="Row 7: `completions` must continue the assistant's turn that `prompt` ends in"
-    ):
+    with pytest.raises(UserError, match="Row 7: `completions` must continue the assistant's turn that ends `prompt`"):
         trained(tokenizer_of("thinking"), row)
 
 

@@ -511,7 +511,7 @@ def test_a_run_that_logged_nothing_has_a_page_and_no_plot(tmp_path, capsys):
     ("argv", "files", "said"),
     [
         ([], {}, "`runs` is missing"),
-        (["missing"], {}, "missing is no folder"),
+        (["missing"], {}, "missing is not a folder"),
         (["run"], {"run/readme": ""}, "run holds neither trainer_state.json nor comparison.csv"),
         (["run"], {"run/trainer_state.json": "{"}, "can't be read as JSON"),
         (["run"], {"run/trainer_state.json": "[]"}, "has no `log_history`"),

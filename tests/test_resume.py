@@ -202,13 +202,11 @@ def test_a_checkpoint_without_the_reference_that_moved_is_refused(tmp_path):
     assert "reference/model.safetensors" in read_manifest(tmp_path / "checkpoint-1")["files"]
     nca = make(tmp_path, **MOVING)
     nca.is_deepspeed_enabled = True  # whose processes hold parts of it
-    with pytest.raises(
-        UserError, match="checkpoint-1 can't be gone on from: FSDP and DeepSpeed save no moved reference"
-    ):
+    with pytest.raises(UserError, match="checkpoint-1 can't be resumed: FSDP and DeepSpeed save no moved reference"):
         nca.train(resume_from_checkpoint=True)
     (tmp_path / "checkpoint-1" / "nca_align.json").unlink()  # as of a version that wrote none
     shutil.rmtree(tmp_path / "checkpoint-1" / "reference")
-    with pytest.raises(UserError, match="`sync_ref_model: true`: it holds no moved reference"):
+    with pytest.raises(UserError, match="holds no moved reference, which `sync_ref_model: true` needs"):
         make(tmp_path, **MOVING).train(resume_from_checkpoint=True)
 
 
@@ -486,7 +484,7 @@ class TestChanges:
             assert f"→ {value}; the optimizer's state in the checkpoint keeps the old values" in said
 
     def test_an_unknown_name_is_refused(self, run):
-        assert "'alfa', which is no part of what makes a run (did you mean `alpha`?)" in self.refused(
+        assert "'alfa', which is not a part of a run's identity (did you mean `alpha`?)" in self.refused(
             run, resume_changed=["alfa"]
         )
 

@@ -215,13 +215,13 @@ REFUSED = {
     "a head that reads the last position": (SetUp("last"), "--batch_size 1"),
     "a mean over positions and padding": (SetUp("mean"), "--batch_size 1"),
     "an encoder that shifts its tokens": (SetUp("MobileBert"), "--batch_size 1"),
-    "several outputs": (SetUp("Llama", outputs=3), "has 3 outputs, where a reward model has one"),
+    "several outputs": (SetUp("Llama", outputs=3), "has 3 outputs, but a reward model has one"),
     "a reward a token": (SetUp("token"), "gives a reward for each token or step"),
     "logits (B,)": (SetUp("flat"), r"gives logits of shape \(1,\) for 1 texts"),
     "a tuple": (SetUp("tuple"), "gives a tuple without `logits` for 1 texts"),
     "nothing": (SetUp("nothing"), "gives a NoneType without `logits`"),
     "logits (B, T)": (SetUp("tokens"), "gives a reward for each token or step"),
-    "more outputs than it says": (SetUp("two"), "has 2 outputs, .* with one of LABEL_0, LABEL_1"),
+    "more outputs than it says": (SetUp("two"), "has 2 outputs, .* LABEL is one of LABEL_0, LABEL_1"),
     "a forward that raises": (SetUp("raises"), r"can't score a text alone \(KeyError: 'pixel_values'\)"),
 }
 

@@ -400,7 +400,7 @@ class TestResuming:
     def test_an_output_that_is_no_such_file(self, options, tmp_path, name):
         (tmp_path / name).touch()
         (tmp_path / "z.jsonl.meta.json").write_text("{")
-        with pytest.raises(UserError, match=f"{name} is there already and does not say what made it; choose another"):
+        with pytest.raises(UserError, match=f"{name} is there already, but doesn't say what made it; choose another"):
             sample(options(output=str(tmp_path / name)))
 
 
@@ -430,7 +430,7 @@ class TestErrors:
 
     @pytest.mark.parametrize("setting", [{"engine": "vllm"}, {"adapter": "x"}])
     def test_a_server_with_what_it_would_ignore(self, options, setting):
-        with pytest.raises(NotImplementedError, match=f"`base_url` with `{next(iter(setting))}`"):
+        with pytest.raises(NotImplementedError, match=f"`base_url` is given with `{next(iter(setting))}`"):
             options(base_url="http://localhost", **setting)
 
     @pytest.mark.parametrize(
@@ -439,7 +439,7 @@ class TestErrors:
             ("none.txt", None, r"`dataset_name` .*none\.txt can't be read: No such file"),
             ("none.jsonl", None, r"`dataset_name` is .*none\.jsonl', and there is no such file"),
             ("empty.txt", b"\n\n", r"empty\.txt has no rows"),
-            ("latin.txt", b"caf\xe9", r"line 1 of .*latin\.txt is no UTF-8 text"),
+            ("latin.txt", b"caf\xe9", r"line 1 of .*latin\.txt is not UTF-8 text"),
             ("numbers.jsonl", b'{"prompt": 3}\n', "row 0: `prompt` is 3; it must be text or a list of messages"),
             ("blank.jsonl", b'{"prompt": "a"}\n{"prompt": ""}\n', "row 1: `prompt` is ''; it must be text"),
             ("other.jsonl", b'{"question": "a"}\n', "`train` has the columns question"),
@@ -460,7 +460,7 @@ class TestErrors:
         setting = {"dataset_name": str(tmp_path / "long.txt"), "output": str(tmp_path / "long.jsonl")}
         with pytest.raises(
             UserError,
-            match=r"row 7: `prompt` has \d+ tokens, which with `max_new_tokens` 6 .* 1 such rows, and nothing",
+            match=r"row 7: `prompt` has \d+ tokens, which with `max_new_tokens` 6 .* Rows like this one: 1;",
         ):
             sample(options(**setting))
         assert not (tmp_path / "long.jsonl.parts").exists()
@@ -485,9 +485,11 @@ class TestErrors:
     def test_a_reward_model_is_no_policy(self, options, tmp_path, model, tokenizer):
         LlamaForSequenceClassification(model.config).save_pretrained(tmp_path / "rm")
         tokenizer.save_pretrained(tmp_path / "rm")
-        with pytest.raises(UserError, match=r"rm is no whole language model \(lm_head.weight missing in its weights\)"):
+        with pytest.raises(
+            UserError, match=r"rm is not a whole language model \(lm_head.weight missing in its weights\)"
+        ):
             sample(options(model_name_or_path=str(tmp_path / "rm")))
-        with pytest.raises(UserError, match="rm is no whole language model"):  # as `evaluate --reference` loads it
+        with pytest.raises(UserError, match="rm is not a whole language model"):  # as `evaluate --reference` loads it
             ModelSource.of(str(tmp_path / "rm")).load_policy("auto")
 
     def test_broken_weights(self, options, tmp_path, model_dir, model):
@@ -598,12 +600,12 @@ class TestVLLM:
         assert llm.max_model_len == 64
         for args, message in {
             '{"seed": 1}': "`engine_args` holds 'seed', which is set from the other options",
-            '{"no_such": 1}': "`engine_args` is .*, and vLLM doesn't take it .*no_such",
+            '{"no_such": 1}': "`engine_args` is .*, but vLLM doesn't take it .*no_such",
             "[1]": r"`engine_args` is '\[1\]'; it must be a JSON object",
         }.items():
             with pytest.raises(UserError, match=message):
                 sample(options(engine="vllm", engine_args=args, output="other.jsonl"))
-        with pytest.raises(UserError, match=r"`engine_args` is .*, which `engine` 'vllm' alone reads"):
+        with pytest.raises(UserError, match=r"`engine_args` is .*, which only `engine` 'vllm' reads"):
             options(engine_args='{"max_model_len": 64}')
 
     @pytest.mark.parametrize(("r", "pattern", "rank"), [(2, {}, 8), (17, {}, 32), (4, {"q_proj": 33}, 64)])
@@ -620,7 +622,7 @@ class TestVLLM:
     @pytest.mark.parametrize(
         ("about", "message"),
         [
-            ({"r": 513}, r"has rank 513, and vLLM takes 512; merge it"),
+            ({"r": 513}, r"has rank 513, but vLLM takes at most 512; merge it"),
             ({"peft_type": "IA3"}, r"has no adapter_config.json with the rank `r` \('r'\)"),
         ],
     )
@@ -633,7 +635,7 @@ class TestVLLM:
         (tmp_path / "adapter_config.json").write_text('{"r": 4}')
         record_nf4(tmp_path)
         message = (
-            "`engine` is 'vllm' with the adapter .*, which was trained on a quantised base: export it by `nca-align"
+            "`engine` is 'vllm' with the adapter .*, which was trained on a quantised base. Export it by `nca-align"
         )
         with pytest.raises(NotImplementedError, match=message):
             sample(options(engine="vllm", adapter=str(tmp_path)))

@@ -419,7 +419,7 @@ class TestFailures:
     def test_a_function_that_raises_on_one_row(self, functions, options):
         score(options("my_rewards:picky", output="whole.jsonl"))
         my_rewards().broken.update(text_of(ROWS[i]["completions"][0]) for i in (4, 8))
-        message = r"row 4 \(and 1 more: 8\): `score_picky` raised KeyError: .*; the other 8 rows are done and kept"
+        message = r"row 4 \(and 1 more: 8\): `score_picky` raised KeyError: .*. The other 8 rows are done and kept"
         with pytest.raises(UserError, match=message):
             score(options("my_rewards:picky"))
         my_rewards().calls.clear()
@@ -444,8 +444,8 @@ class TestFailures:
         ("name", "message"),
         [
             ("my_rewards:too_few", r"`scorer` my_rewards:too_few returned \d+ scores for \d+ completions"),
-            ("my_rewards:scalar", r"`scorer` my_rewards:scalar returned 0.5 and no list for \d+ completions; it must"),
-            ("my_rewards:nothing", r"`scorer` my_rewards:nothing returned None and no list for \d+ completions"),
+            ("my_rewards:scalar", r"`scorer` my_rewards:scalar returned 0.5, not a list, for \d+ completions; it must"),
+            ("my_rewards:nothing", r"`scorer` my_rewards:nothing returned None, not a list, for \d+ completions"),
             ("my_rewards:text", r"`scorer` my_rewards:text returned 'goodgood"),
             ("my_rewards:broken_generator", "row 0 .and 9 more: .*`score_broken_generator` raised TypeError"),
             ("my_rewards:lenght", r"my_rewards has no function `lenght` \(did you mean `length`\?\)"),
@@ -533,7 +533,7 @@ class TestEditedFunctions:
 
     def test_a_function_that_is_mended(self, functions, options, capsys):
         my_rewards().broken.add(text_of(ROWS[4]["completions"][0]))
-        with pytest.raises(UserError, match=r"row 4: .*: mend it and run the same command again"):
+        with pytest.raises(UserError, match=r"row 4: .* Mend it and run the same command again"):
             score(options("my_rewards:picky"))
         edit(functions, "picky = length\n")
         assert score(options("my_rewards:picky"))["rows"] == 10

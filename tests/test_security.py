@@ -203,7 +203,7 @@ def test_code_beside_data_does_not_run(mark, tmp_path):
 def test_yaml_makes_no_objects(mark, tmp_path):
     file = tmp_path / "options.yaml"
     file.write_text(f"score: !!python/object/apply:os.system ['touch {mark}']")
-    with pytest.raises(UserError, match="is no valid YAML"):
+    with pytest.raises(UserError, match="is not valid YAML"):
         parse((DataOptions,), ["--config", str(file)], "train")
     assert not mark.exists()
 

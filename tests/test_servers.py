@@ -214,7 +214,7 @@ class TestTries:
         asked = []
         with http_server(lambda path, body: asked.append(body) or (500, {}, b"out of memory")) as url:
             with pytest.raises(
-                UserError, match=r"does not answer \(HTTP 500: out of memory; tries: 4\); what is done is"
+                UserError, match=r"does not answer \(HTTP 500: out of memory; tries: 4\). What is done is"
             ):
                 ask(url, rows=10)
         assert len(asked) == 3 * TRIES
@@ -515,7 +515,7 @@ def test_failed_rows_of_a_run_that_stops_are_told_by_their_cause(options):
         return replies.get(body["messages"][0]["content"]) or (200, {}, chat_answer(body, 3))
 
     said = (
-        r"^row 1 \(and 2 more: 2, 5; of all 2 too long, 1 content filter\): the server at .*; the other 4 rows are done"
+        r"^row 1 \(and 2 more: 2, 5; of all 2 too long, 1 content filter\): the server at .*. The other 4 rows are done"
     )
     with http_server(answer) as url, pytest.raises(UserError, match=said):
         sample(options(base_url=url))
@@ -907,7 +907,7 @@ class TestServer:
         with http_server(answer) as url:
             settings = {"base_url": url, "model_name_or_path": "m", "retries": 1, "concurrency": 1}
             with pytest.raises(
-                UserError, match=r"does not answer \(HTTP 500: out of memory; tries: 2\); what is done is"
+                UserError, match=r"does not answer \(HTTP 500: out of memory; tries: 2\). What is done is"
             ):
                 sample(options(**settings))
             alive[0] = 1000
@@ -924,8 +924,8 @@ class TestServer:
         ("reply", "message"),
         [
             ((404, {}, b"no such model"), r"refused the request \(HTTP 404: no such model\); look at `base_url`"),
-            ((200, {}, {"hello": 1}), r"does not answer \(it answered something else than completions: {\"hello\": 1}"),
-            ((200, {}, {"choices": []}), "answered something else than completions"),
+            ((200, {}, {"hello": 1}), r"does not answer \(its answer holds no completions: {\"hello\": 1}"),
+            ((200, {}, {"choices": []}), "its answer holds no completions"),
         ],
     )
     def test_a_server_that_refuses_or_is_another(self, options, reply, message):
@@ -1001,7 +1001,7 @@ class TestServer:
     @pytest.mark.parametrize("reply", [[{"id": "a"}], {"data": [{"name": "a"}]}, {}, None, {"data": None}])
     def test_models_in_another_form(self, options, reply):
         with http_server(lambda path, body: (200, {}, reply)) as url:
-            with pytest.raises(UserError, match=r"else than its models .*name one by|answered no JSON object"):
+            with pytest.raises(UserError, match=r"not a list of its models .*Name one by|answer is not a JSON object"):
                 sample(options(base_url=url, model_name_or_path=None))
 
     def test_several_models(self, options):

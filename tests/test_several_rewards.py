@@ -301,7 +301,7 @@ def test_the_training_split_may_have_any_name(tmp_path, recwarn, caplog):
         alone = load_reward_dataset(path, split="test", scale_rewards="batch", train_split=training)
         assert unit(alone, "test") == pytest.approx(spread[training])
     with pytest.raises(
-        UserError, match=r"the splits rollouts, others, test, and none is called train, .* `train_split`"
+        UserError, match=r"the splits rollouts, others, test, and none is called train. .* `train_split`"
     ):
         load_reward_dataset(path, split="test", scale_rewards="batch")
     with pytest.raises(UserError, match="the split `rollout` is not in the data set"):
@@ -325,7 +325,7 @@ def test_the_training_split_may_have_any_name(tmp_path, recwarn, caplog):
 
 def test_a_stream_has_no_spread_over_the_split():
     stream = Dataset.from_list(FORMS["by name"]).to_iterable_dataset()
-    with pytest.raises(NotImplementedError, match=r"`train` is a stream, and batch scales .* `scale_rewards: group`"):
+    with pytest.raises(NotImplementedError, match=r"`train` is a stream, but batch .* `scale_rewards: group`"):
         to_reward_dataset(stream, DataOptions(reward_weights=WEIGHTS, scale_rewards="batch"))
 
 

@@ -196,7 +196,7 @@ def test_what_came_before_the_first_shard_is_kept_for_the_same_work_alone(output
 
 def test_a_file_of_unknown_origin_is_refused(tmp_path):
     (tmp_path / "out.jsonl").write_text("{}\n")
-    with pytest.raises(UserError, match="does not say what made it"):
+    with pytest.raises(UserError, match="doesn't say what made it"):
         run(tmp_path / "out.jsonl")
     assert (tmp_path / "out.jsonl").read_text() == "{}\n"
 
@@ -234,10 +234,10 @@ class TestEditedCode:
 
     def test_half_of_a_run_is_not_gone_on_with(self, output, monkeypatch):
         self.kill(output, monkeypatch, step=with_sources("old"))
-        message = (
-            r"the code of `my_rewards:length` changed since .*out\S+.parts, an unfinished run, was begun, and 1 of "
-        )
-        with pytest.raises(UserError, match=message + r"its shards are done; delete .*parts to make all rows anew"):
+        message = r"the code of `my_rewards:length` changed since .*out\S+.parts was begun, and 1 of "
+        with pytest.raises(
+            UserError, match=message + r"its shards are done. To go on, delete .*parts to make all rows anew"
+        ):
             run(output, step=with_sources("new"))
         assert run(output, step=with_sources("old"))["rows"] == 10  # the change undone
 
@@ -248,7 +248,7 @@ class TestEditedCode:
         assert read_provenance(output)[-1]["sources"] == {"my_rewards:length": "new"}
 
     def test_failed_rows_may_be_mended_and_it_is_said_what_stays(self, output, capsys):
-        with pytest.raises(UserError, match="mend it and run the same command again"):
+        with pytest.raises(UserError, match="Mend it and run the same command again"):
             run(output, failing=(1,), step=with_sources("old"))
         assert run(output, step=with_sources("new"))["rows"] == 10
         said = capsys.readouterr().err
@@ -264,7 +264,7 @@ class TestEditedCode:
         counts = run(output, step=with_sources("old"))
         content = output.read_bytes()
         message = (
-            "is complete, but the code of `my_rewards:length` changed since it was made; delete it to make it anew"
+            "is complete, but the code of `my_rewards:length` changed since it was made. Delete it to make it anew"
         )
         with pytest.raises(UserError, match=message):
             run(output, step=with_sources("new"))
@@ -343,7 +343,7 @@ def test_dates_and_times_come_back(output):
 def test_what_json_does_not_have_is_refused_before_the_work(tmp_path, kind, value):
     features = Features({"prompt": Value("string"), "odd": kind})
     with pytest.raises(
-        UserError, match=r"column `odd` is of type .*, which JSON has not; make `output` end in .parquet"
+        UserError, match=r"column `odd` is of type .*, which JSON doesn't have; make `output` end in .parquet"
     ):
         copied(tmp_path / "out.jsonl", [{"prompt": "a", "odd": value}], features)
     copied(tmp_path / "out.parquet", [{"prompt": "a", "odd": value}], features)

@@ -138,7 +138,7 @@ def test_a_lengthened_run_may_reach_the_limit_before_its_first_checkpoint(job, t
 def test_the_launch_file_is_looked_for_and_the_processes_are_told(job, tmp_path):
     code, said, again = job("exit 0", PROCESSES="2", SLURM_NNODES="3")
     assert (code, again) == (2, False)
-    assert "ACCELERATE is `configs/accelerate/fsdp2.yaml`, which is no file seen from" in said
+    assert "ACCELERATE is `configs/accelerate/fsdp2.yaml`, which is not a file seen from" in said
     assert not (tmp_path / "run" / "srun").exists()
     (tmp_path / "own.yaml").touch()
     said = job("exit 0", PROCESSES="2", SLURM_NNODES="3", ACCELERATE="own.yaml")[1]

@@ -356,7 +356,7 @@ def test_nemotron_which_drops_the_segments_falls_back_and_says_why(tmp_path, cap
     nca = trainer(tmp_path, tiny("nemotron"))
     assert nca.data_collator.layout == "padded"
     (line,) = said(caplog)
-    assert "Layout: padded, the model's layers do not hand its forward's arguments on to NemotronAttention;" in line
+    assert "Layout: padded, the model's layers don't pass the arguments of its forward on to NemotronAttention;" in line
     nca.train()
     with pytest.raises(
         UnsupportedError, match=r"`layout: prefix_shared` can't be used here: .* to NemotronAttention\."

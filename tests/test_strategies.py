@@ -128,7 +128,7 @@ class TestRows:
         assert len(convert(Dataset.from_list([sound]))) > 0
         given = Dataset.from_list([sound, sound | {"completions": [[answer], [answer, other, answer]]}])
         with pytest.raises(
-            UserError, match=r"row 1: `completions\[1\]` is not one turn of the assistant, and TRL's trainers"
+            UserError, match=r"row 1: `completions\[1\]` is not one turn of the assistant. TRL's trainers"
         ):
             convert(given)
 

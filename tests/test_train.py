@@ -157,7 +157,7 @@ MISTAKES = {
     "tracker": (["--report_to", "foo"], "foo"),
     "schedule": (["--lr_scheduler_type", "cosine_with_min_lr"], "the first step failed: "),
     "data": (["--dataset_name", "no/such-data"], "no/such-data"),
-    "model": (["--model_name_or_path", "no/such-model"], "`model_name_or_path` takes a local path"),
+    "model": (["--model_name_or_path", "no/such-model"], "`model_name_or_path` also takes a local path"),
     "split": (["--dataset_train_split", "trian"], "train"),
     "checkpoint": (["--resume_from_checkpoint", "/nowhere"], "`resume_from_checkpoint` is /nowhere"),
 }
@@ -207,7 +207,7 @@ def test_a_scorer_under_a_sharded_launch_is_refused_before_anything_is_read(tmp_
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     own = {"model_name_or_path": "no/such", "dataset_name": "no/such", "eval_scorer": "nca_align.scorers:length"}
     assert main(flags(output_dir=tmp_path, **own)) == 2
-    assert "`eval_scorer` is set, but FSDP and DeepSpeed deal out the model" in capsys.readouterr().err
+    assert "`eval_scorer` is set, but FSDP and DeepSpeed shard the model" in capsys.readouterr().err
 
 
 def test_a_system_prompt_needs_a_template_that_has_one(model_dir, tmp_path, capsys):

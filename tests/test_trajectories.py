@@ -202,21 +202,21 @@ THOUGHT = [
 def test_reasoning_that_a_template_drops_is_refused_by_its_turn():
     tokenizer = tokenizer_of(FORGETFUL)
     with pytest.raises(
-        InvalidRowError, match=r"`completions\[0\]` turn 0 has `content` that the chat template leaves out"
+        InvalidRowError, match=r"`completions\[0\]` turn 0 has `content`, which the chat template leaves out"
     ):
         tokenised(tokenizer, THOUGHT, ALONE)
     field = [turn("A call.", reasoning_content="CARRY"), *WITH_TOOL[1:]]
-    with pytest.raises(InvalidRowError, match="turn 0 has `reasoning_content` that the chat template leaves out"):
+    with pytest.raises(InvalidRowError, match="turn 0 has `reasoning_content`, which the chat template leaves out"):
         tokenised(tokenizer_of(CHATML), field, ALONE)
     no_tools = CHATML.replace("{% for call in m.tool_calls or [] %}", "{% for call in [] %}")
-    with pytest.raises(InvalidRowError, match="turn 0 has `tool_calls` that the chat template leaves out"):
+    with pytest.raises(InvalidRowError, match="turn 0 has `tool_calls`, which the chat template leaves out"):
         tokenised(tokenizer_of(no_tools), WITH_TOOL, ALONE)
 
 
-LEAVES_OUT = r"`completions\[0\]` turn %d has `%s` that the chat template leaves out"
-FOLLOWS = r"`completions\[0\]` turn %d does not follow what the chat template renders in front of it"
-OTHERWISE = r"`completions\[0\]` turn %d is rendered by the chat template in another way"
-UNMARKED = r"`completions\[0\]` turn %d is not, or not all, within the `{%% generation %%}` marks"
+LEAVES_OUT = r"`completions\[0\]` turn %d has `%s`, which the chat template leaves out"
+FOLLOWS = r"`completions\[0\]` turn %d does not follow what the chat template renders before it"
+OTHERWISE = r"`completions\[0\]` turn %d is rendered differently once other turns follow"
+UNMARKED = r"`completions\[0\]` turn %d is not wholly within the `{%% generation %%}` marks"
 TEXT_CALL = {"name": "look", "arguments": '{"where": "at its \\"digits\\""}'}
 
 

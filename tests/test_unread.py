@@ -116,7 +116,7 @@ def test_an_adapters_options_without_one_are_refused(flags, tmp_path, capsys):
     assert train(tmp_path, *flags) == 2
     said = capsys.readouterr().err
     assert f"`{flags[0][2:].replace('-', '_')}` is" in said
-    assert "needs `use_peft: true`; without it all weights of the model would be trained" in said
+    assert "needs `use_peft: true`. Without it all weights of the model would be trained" in said
 
 
 def test_a_recipe_with_an_adapter_can_be_run_without_it(tmp_path, capsys, caplog):
@@ -149,7 +149,10 @@ class TestAnAdapterThatIsTrainedOn:
         assert train(tmp_path, "--model_name_or_path", adapter, f"--{name}", other, *use_peft) == 2
         said = capsys.readouterr().err
         assert f"`{name}` is " in said
-        assert f"`model_name_or_path` {adapter} is an adapter already, whose own is {has}, and is trained on" in said
+        assert (
+            f"`model_name_or_path` {adapter} is an adapter already. Its own is {has}, and it is trained as it is"
+            in said
+        )
 
     @pytest.mark.parametrize("use_peft", [[], ["--use_peft", "true"]])
     def test_its_own_settings_pass(self, use_peft, adapter, tmp_path, capsys, caplog):

@@ -18,7 +18,7 @@ from nca_align.models.logprobs import completion_logps
 from nca_align.models.sampling import end_tokens, sample_answers
 from nca_align.models.vocabulary import token_rows
 
-SAID = "but the model has 384 rows of embeddings, for ids to 383"
+SAID = "but the model has 384 rows of embeddings, for ids up to 383"
 ADDED = ["<|new1|>", "<|new2|>"]  # ids 384 and 385
 ROWS = Dataset.from_list(reward_rows(4))
 
@@ -124,7 +124,7 @@ class TestUse:
         assert sample_main(arguments) == 2
         said = capsys.readouterr().err.strip().split("\n")[-1]
         assert f"row 0: `prompt` has the token '<|new2|>' of id 385, {SAID}" in said
-        assert "4 such rows, and nothing has been sampled" in said
+        assert "Nothing has been sampled. Rows like this one: 4;" in said
 
     def test_evaluate(self, folder, tmp_path, capsys):
         ROWS.to_json(tmp_path / "rows.jsonl")
@@ -182,7 +182,9 @@ class TestAddedTokens:
         exported = ["--model_name_or_path", str(adapter), "--output", str(tmp_path / "exported")]
         if kind.startswith("on ") and not tied:  # PEFT saves the one alone
             other = "lm_head" if kind == "on input" else "embed_tokens"
-            said = f"was trained on 386 tokens, and its folder holds no `{other}` for them, where the base has 384"
+            said = (
+                f"was trained on 386 tokens, but the base has 384, and the adapter's folder holds no `{other}` for the"
+            )
             with pytest.raises(UserError, match=said):
                 ModelSource.of(str(adapter)).load_policy("float32")
             assert export_main(exported) == 2
@@ -222,7 +224,7 @@ class TestAddedTokens:
     def test_what_would_not_be_saved_is_refused_before_training(self, base, tmp_path, monkeypatch):
         tokenizer = longer_tokenizer(template=True)
         on_input = LoraConfig(task_type="CAUSAL_LM", **embeddings_and_more("on input"))
-        said = r"`model` has 386 tokens, where .*base has 384, and with this adapter PEFT saves no `lm_head` for the"
+        said = r"`model` has 386 tokens, but .*base has 384. With this adapter PEFT saves no `lm_head` for the"
         with pytest.raises(UserError, match=said):
             train(tokenizer, tmp_path, model=get_peft_model(base(False), on_input))
         train(tokenizer, tmp_path, model=get_peft_model(base(True), on_input))
@@ -236,5 +238,5 @@ class TestAddedTokens:
         (snapshot.parents[1] / "refs" / "main").write_text("1" * 40)
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
         model.name_or_path = "somebody/base"
-        with pytest.raises(UserError, match="where somebody/base has 384, and with this adapter PEFT saves no `em"):
+        with pytest.raises(UserError, match=r"but somebody/base has 384\. With this adapter PEFT saves no `em"):
             train(tokenizer, tmp_path, model=get_peft_model(model, config))

@@ -137,7 +137,7 @@ class NCAConfig(DPOConfig):
         self.loss_type = [_known_loss(name) for name in names]
         if not names or len({*self.loss_type}) < len(names):
             raise UserError(
-                f"`loss_type` is {names}, but must name at least one loss, and each once; `loss_weights` weighs them."
+                f"`loss_type` is {names}, but must name at least one loss, and each once. `loss_weights` weighs them."
             )
         inf, per_forward = float("inf"), self.tokens_per_forward
         whole = "leave it out to run a batch at once"

@@ -25,20 +25,19 @@ def choose_device(args: Any) -> str | None:
     accelerated, given = has_accelerator(), args.use_cpu
     if given is False and not accelerated:
         raise UserError(
-            "`use_cpu` is False, but this machine has no accelerator that PyTorch finds; leave it out to train on the "
-            "CPU."
+            "`use_cpu` is False, but PyTorch finds no accelerator on this machine. Leave it out to train on the CPU."
         )
     args.use_cpu = not accelerated or launched_on_cpu() if given is None else given
     on_cpu = args.use_cpu and given is None and not launched_on_cpu()
     if args.bf16 and on_cpu and not computes_bfloat16(on_cpu=True):
         raise UserError(
-            "`bf16` is True, but this machine has no accelerator that PyTorch finds, and its CPU doesn't compute in "
-            "bfloat16; leave it out, or add `use_cpu: true` to have the CPU emulate it."
+            "`bf16` is True, but PyTorch finds no accelerator on this machine, and its CPU doesn't compute in "
+            "bfloat16. Leave it out, or add `use_cpu: true` to have the CPU emulate it."
         )
     if args.fp16 and args.use_cpu:
         raise UserError(
-            "`fp16` is True, but a CPU doesn't train in float16; leave it out, or choose `bf16: true` with "
-            "`use_cpu: true`."
+            "`fp16` is True, but a CPU doesn't train in float16. Leave it out, or choose `bf16: true` with `use_cpu: "
+            "true`."
         )
     if args.tf32 and not is_torch_tf32_available():
         raise UserError("`tf32` is True, but this machine has no GPU that computes in TF32; leave it out.")

@@ -239,8 +239,8 @@ def reward_loss(
         rewards: (B, K), data set scores in any unit, finite where valid; higher is better.
         alpha: temperature of the target in the unit of `rewards`, above 0; None for a loss of labels alone.
         beta: scale of the implicit reward, above 0.
-        loss_type: a key of `LOSSES`, in any case ("NCA" and "InfoNCA" as the paper writes them); or a loss of one's
-            own, the function or `module:function`, which is tried on random tensors at each call that checks.
+        loss_type: a key of `LOSSES`, in any case ("NCA" and "InfoNCA" as the paper writes them). Or your own loss, as
+            a function or `module:function`. It is tried on random tensors at each call that checks.
         mask: (B, K) bool, True where a completion is there (ragged K), at least two a row, or one of a loss of labels.
             None: everywhere.
         negative_weight: weight on NCA's second term, 0 or more; 1 is the paper's.
@@ -269,7 +269,7 @@ def reward_loss(
     options = {"negative_weight": negative_weight} if name == "nca" else {}
     if negative_weight != 1 and not options:
         raise UnsupportedError(
-            f"`negative_weight` is {negative_weight} with `loss_type` {name!r}; it weighs the second term of 'nca', "
+            f"`negative_weight` is {negative_weight} with `loss_type` {name!r}. It weighs the second term of 'nca', "
             "which no other loss has: leave it at 1."
         )
     if check:

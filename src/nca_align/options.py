@@ -252,10 +252,10 @@ def _read_config(path: str) -> dict[str, Any]:
         with open(path, encoding="utf-8") as file:
             config = yaml.load(file, _Loader)
     except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is no text"
+        reason = error.strerror if isinstance(error, OSError) else "it is not text"
         raise UserError(f"`--config` {path} can't be read: {reason}") from error
     except yaml.YAMLError as error:
-        raise UserError(f"`--config` {path} is no valid YAML: {one_line(error)}") from error
+        raise UserError(f"`--config` {path} is not valid YAML: {one_line(error)}") from error
     if not isinstance(config, dict):
         kind = "empty" if config is None else f"a {type(config).__name__}"
         raise UserError(f"`--config` {path} is {kind}; it must be a YAML mapping, one `option: value` a line")

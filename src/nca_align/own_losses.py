@@ -110,8 +110,8 @@ class OwnLoss(str):
         for row in range(_B):
             if not _alike(self._try(rows.rows([row])), tried.rows([row])):
                 raise UserError(
-                    f"`loss_type` {self} gives a prompt another loss when other prompts are in the batch; a prompt's "
-                    "loss must come from its own completions: take means and sums over axis 1 alone"
+                    f"`loss_type` {self} gives a prompt another loss when other prompts are in the batch. A prompt's "
+                    "loss must come from its own completions: take means and sums over axis 1 alone."
                 )
         if not tried.gradient.any():
             raise UserError(
@@ -123,21 +123,21 @@ class OwnLoss(str):
             own, known = rows.rows(these), tried.rows(these)
             if any(not _alike(self._try(own.at(order)), known.at(order)) for order in _orders()):
                 raise UserError(
-                    f"`loss_type` {self} gives another loss or gradient when a prompt's completions change places; "
-                    "it must go by their rewards, not by where they stand"
+                    f"`loss_type` {self} gives another loss or gradient when a prompt's completions change places. It "
+                    "must go by their rewards, not by where they stand."
                 )
         for row in range(_B):
             here = rows.mask[row].nonzero()[:, 0]
             if not _alike(self._try(rows.rows([row]).at(here)), tried.rows([row]).at(here)):
                 raise UserError(
-                    f"`loss_type` {self} gives a prompt another loss when masked positions are added; these must not "
-                    "count: leave them out of sums, means and softmax by `mask`"
+                    f"`loss_type` {self} gives a prompt another loss when masked positions are added. These must not "
+                    "count: leave them out of sums, means and softmax by `mask`."
                 )
         self._try(_draw(ties=True))
         if self.separable and not self._is_separable(rows, tried):
             raise UserError(
                 f"`loss_type` {self} says that it is separable, but a completion's gradient changes with the "
-                "log-probability of another; leave the attribute `separable` out"
+                "log-probability of another. Leave the attribute `separable` out."
             )
         return self
 
@@ -167,8 +167,8 @@ class OwnLoss(str):
                 for name in rows._fields:
                     if not torch.equal(getattr(given, name), getattr(rows, name)):
                         raise UserError(
-                            f"`loss_type` {self} changes its `{name}` in place; it must leave its arguments as they "
-                            "are: write `x = x - y`, not `x -= y`"
+                            f"`loss_type` {self} changes its `{name}` in place. It must leave its arguments as they "
+                            "are: write `x = x - y`, not `x -= y`."
                         )
                 if not isinstance(losses, Tensor) or losses.shape != (count,) or not losses.is_floating_point():
                     what = type(losses).__name__
@@ -202,9 +202,9 @@ class OwnLoss(str):
             rewards = [round(value, 2) for value in rows.rewards[row][rows.mask[row]].tolist()]
             raise UserError(
                 f"`loss_type` {self} has a {what} that isn't finite for a prompt with the rewards {rewards} and "
-                f"{int((~rows.mask[row]).sum())} masked positions; divide by nothing that can be 0 (the spread of "
-                "equal rewards is), and mask before a logarithm or quotient: `torch.where` after it hides no NaN from "
-                "the gradient"
+                f"{int((~rows.mask[row]).sum())} masked positions. Divide by nothing that can be 0, as the spread of "
+                "equal rewards is. Mask before a logarithm or quotient: `torch.where` after it hides no NaN from the "
+                "gradient."
             )
 
 

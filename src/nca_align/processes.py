@@ -117,8 +117,8 @@ def show_own_cards(each: int) -> None:
     own = visible.split(",")[place * each : (place + 1) * each]
     if len(own) < each:
         raise UserError(
-            f"process {place + 1} of this machine needs {each} cards of its own, and of {visible or 'none'} none is "
-            "left; start fewer processes, or lower `tensor_parallel_size` in `engine_args`"
+            f"process {place + 1} of this machine needs {each} cards of its own, but of {visible or 'none'} too few "
+            "are left. Start fewer processes, or lower `tensor_parallel_size` in `engine_args`."
         )
     os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(own)
     os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # else they wait for the launcher's store for ever

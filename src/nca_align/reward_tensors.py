@@ -48,7 +48,7 @@ def check_rows(
         if tensor.shape != rewards.shape:
             raise UserError(
                 f"`{name}` has shape {tuple(tensor.shape)} and `rewards` {tuple(rewards.shape)}; both must be (B, K), "
-                "one number a completion: sum log-probabilities over tokens and pad alike."
+                "one number a completion. Sum log-probabilities over tokens and pad alike."
             )
     if mask.dtype != torch.bool:
         raise UserTypeError(f"`mask` is {mask.dtype}; it must be bool, True where a completion is: use `mask.bool()`.")

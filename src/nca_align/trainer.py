@@ -45,8 +45,8 @@ from .user_functions import short_name
 class NCATrainer(DPOTrainer):
     """Aligns a model on prompts with K rewarded completions each, by InfoNCA, NCA or another listwise loss.
 
-    It differs from TRL's `DPOTrainer` in its data (any K, with a reward per completion; a preference pair is K = 2 with
-    rewards 1 and 0), its losses, and how their log-probabilities are computed; all else is inherited.
+    It takes any K, with a reward for each completion. A preference pair is K = 2 with rewards 1 and 0. It differs from
+    TRL's `DPOTrainer` in this data, in its losses, and in how it computes log-probabilities. It inherits all else.
 
         >>> nca = NCATrainer(model, args=NCAConfig("run", max_steps=1), train_dataset=rows, processing_class=tokenizer)
         >>> _ = nca.train()  # doctest: +ELLIPSIS

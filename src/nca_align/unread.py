@@ -181,12 +181,12 @@ def refuse_unsupported_options(options: Any) -> None:
     optim = _optimizer(options)
     if "lomo" in optim or optim.endswith("_layerwise"):
         raise UserError(
-            f"`optim` is {optim}, which moves the weights within each backward: a step's gradients can't be summed up "
+            f"`optim` is {optim}, which moves the weights within each backward. A step's gradients can't be summed up "
             "or checked before that. Use another."
         )
     if options.use_liger_kernel and not is_liger_kernel_available():
         raise UserError(
-            "`use_liger_kernel` is True, but liger-kernel is not installed: leave it out, or `pip install "
+            "`use_liger_kernel` is True, but liger-kernel is not installed. Leave it out, or `pip install "
             "liger-kernel`."
         )
 
@@ -226,7 +226,7 @@ def refuse_shared_batches(parallelism: Any) -> None:
         if parallelism is not None and getattr(parallelism, f"{kind}_size") > 1:
             raise UnsupportedError(
                 f"`parallelism_config` has `{kind}_size` {getattr(parallelism, f'{kind}_size')}, but processes can't "
-                "share a batch of prompt trees here: use data parallelism, FSDP or DeepSpeed."
+                "share a batch of prompt trees here. Use data parallelism, FSDP or DeepSpeed."
             )
 
 

@@ -58,7 +58,7 @@ def prefix_sharing_obstacle(model: Any) -> str | None:
     if not (declared and model._can_set_attn_implementation()):
         return f"{name} does not declare that its attention goes through transformers' AttentionInterface"
     if getattr(config, "sliding_window", None) and model.config.model_type in _WINDOW_IN_MASK:
-        return f"{name} does not hand its `sliding_window` to its attention"
+        return f"{name} does not pass its `sliding_window` to its attention"
     return None
 
 
@@ -114,7 +114,7 @@ def segment_attention(
     if segments is not None:
         return attend_segments(query, key, value, segments, module=module, **kwargs), None
     if attention_mask is not None and attention_mask.numel() == 1 < key.shape[2]:
-        raise PackingError(f"the model's layers do not hand its forward's arguments on to {type(module).__name__}")
+        raise PackingError(f"the model's layers don't pass the arguments of its forward on to {type(module).__name__}")
     if own == "eager":  # each modeling file has its own
         attend = sys.modules[type(module).__module__].eager_attention_forward
     else:

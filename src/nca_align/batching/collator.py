@@ -1,11 +1,18 @@
 """K completions per prompt → the tensors of one batch, in one of two layouts and under one contract.
 
-A batch holds `rewards` (B, K) float32, each less its prompt's best, which float64 subtracts: an offset of all of them
-takes no digits. `given_rewards` are those of the data, `valid` (B, K) bool (ragged K: False where a prompt has fewer
-completions), `lengths` (B, K) completion tokens that the model wrote, `ref_logps` (B, K) where the rows carry them,
-`objectives` by name, (B, K) with NaN for a gap, where some row has columns `score_NAME`, `num_tokens` that the model
-reads, padding left out, `row_numbers` where the rows have them, and `chunks`: one forward each, all completions in one
-of them unless `tokens_per_forward` asks for fewer. A chunk holds
+A batch holds
+
+    rewards                  (B, K) float32, each less its prompt's best, so that a common offset takes no digits
+    given_rewards            (B, K) the data's own
+    valid                    (B, K) bool, False where a prompt has fewer completions
+    lengths                  (B, K) completion tokens that the model wrote
+    ref_logps                (B, K) where the rows carry them
+    objectives               by name, (B, K) with NaN for a gap, where some row has columns `score_NAME`
+    num_tokens               tokens that the model reads, without padding
+    row_numbers              where the rows have them
+    chunks                   one forward each: one for all completions, or as many as `tokens_per_forward` asks for
+
+A chunk holds
 
     input_ids                (rows, T)
     attention_mask           (rows, T), or a (1, 1, 1, 1) placeholder beside `segments`

@@ -90,8 +90,8 @@ def refuse_calls_left_out(
 
 def _refuse(where: str, turn: int, name: str) -> NoReturn:
     raise InvalidRowError(
-        f"{where} turn {turn} has `{name}` that the chat template leaves out, so that the model would see other text "
-        "than the row's; use a template that keeps it, or take it out of the row",
+        f"{where} turn {turn} has `{name}`, which the chat template leaves out. The model would see other text than "
+        "the row's. Use a template that keeps it, or take it out of the row",
         cause=f"{name} left out by the chat template",
     )
 

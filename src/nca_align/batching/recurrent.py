@@ -31,7 +31,7 @@ Place = tuple[int, str, int]
 States = dict[Place, Tensor]
 
 MIN_TOKENS = 2  # of a row that starts from a state
-# Model types whose state can't be handed from piece to piece, although they have the layers of a known cache
+# Model types whose state can't be passed from piece to piece, although they have the layers of a known cache
 _SCAN_FROM_ZERO = "its Mamba 1 layers scan more than one token from an empty state only"
 _OWN_CACHE = "it keeps its states in a cache of its own"
 _UNCUT = {
@@ -65,7 +65,7 @@ def recurrent_layers(config: PreTrainedConfig) -> set[int]:
     """
     own = [type(layer).__name__ for layer in DynamicCache(config=config).layers]
     if unknown := sorted(set(own) - _KINDS.keys()):
-        raise PackingError(f"the state of {', '.join(unknown)} can't be handed from piece to piece")
+        raise PackingError(f"the state of {', '.join(unknown)} can't be passed from piece to piece")
     kinds = getattr(config.get_text_config(decoder=True), "layer_types", None) or [None] * len(own)
     # transformers before 5.24 counts layers that mix no tokens as recurrent ones
     return {i for i, (name, kind) in enumerate(zip(own, kinds, strict=True)) if _KINDS[name] and kind not in _NO_MIXING}
@@ -115,7 +115,7 @@ class RecurrentCache(Cache):
 
     def _check_handed_on(self) -> None:
         if not (self._ends.keys() >= self._starts.keys() and {layer for layer, *_ in self._ends} >= self._layers):
-            raise PackingError("the model's layers do not hand the states of their recurrent parts on")
+            raise PackingError("the model's layers don't pass on the states of their recurrent parts")
 
     def _end(self, place: Place, state: Tensor) -> None:
         # A checkpointed layer runs again in the backward: the graph that gradients go into is that of its first run
@@ -238,7 +238,7 @@ def cached_checkpointing(model: nn.Module) -> Iterator[None]:
 
 
 def recurrent_obstacle(model: Any) -> str | None:
-    """Why the state of `model` can't be handed from piece to piece, in words that end a sentence; None where it can.
+    """Why the state of `model` can't be passed from piece to piece, in words that end a sentence; None where it can.
 
     Args:
         model: without its adapters.

@@ -54,8 +54,8 @@ def prompt_text(tokenizer, prompt: Prompt, template: str | None = None) -> str:
         return prompt.content
     if tokenizer.chat_template is None:
         raise UserError(
-            "`prompt` holds messages, but the tokenizer has no chat template to render them; use a chat model, set its "
-            "`chat_template` to the one that the model was trained with, or give the prompt as text"
+            "`prompt` holds messages, but the tokenizer has no chat template to render them. Use a chat model, give "
+            "the prompt as text, or set the tokenizer's `chat_template` to the one that the model was trained with."
         )
     opening: dict[str, Any] = {
         "add_generation_prompt": not prompt.continues,
@@ -67,7 +67,7 @@ def prompt_text(tokenizer, prompt: Prompt, template: str | None = None) -> str:
         role = message.get("role")
         if role in ("system", "developer") and isinstance(content, str) and content.strip() not in text:
             raise InvalidRowError(
-                f"the chat template leaves out the {role} prompt of `prompt`, so it has no {role} role; use a template "
+                f"the chat template leaves out the {role} prompt of `prompt`, so it has no {role} role. Use a template "
                 f"that has one, or put the {role} prompt into the first user turn",
                 cause=f"{role} prompt left out by the chat template",
             )
@@ -152,8 +152,8 @@ def _refuse_unknown_role(tokenizer, messages: list[dict[str, Any]], where: str) 
     for role in {str(message.get("role")) for message in messages} - _ROLES:
         if f"'{role}'" not in text and f'"{role}"' not in text:
             raise InvalidRowError(
-                f"{where} has a message of the role {role!r}, which the chat template does not name, so that the model "
-                f"was never trained on it; use one of {', '.join(sorted(_ROLES))}, or a template that names it",
+                f"{where} has a message of the role {role!r}, which the chat template doesn't name. The model was "
+                f"never trained on it. Use one of {', '.join(sorted(_ROLES))}, or a template that names it",
                 cause="role unknown to the chat template",
             )
 
@@ -231,8 +231,8 @@ def holds_typed_tokens(tokenizer, prompt: Prompt, completions: Sequence[Any]) ->
     for k, completion in enumerate(completions):
         if tokenizer.eos_token and any(tokenizer.eos_token in text for text in strings_in(completion)):
             raise InvalidRowError(
-                f"`completions[{k}]` holds the token {tokenizer.eos_token!r} as text, which ends a text for this "
-                "tokenizer: the model would learn to end in the middle; take it out, the chat template writes its own",
+                f"`completions[{k}]` holds the token {tokenizer.eos_token!r} as text. This token ends a text, so the "
+                "model would learn to end in the middle. Take it out: the chat template writes its own",
                 cause="end token as text",
             )
     return any(map(found, strings_in([prompt.content, *completions])))

@@ -99,8 +99,7 @@ def _masks(
     """
     if boundary == 0:
         raise InvalidRowError(
-            "`prompt` gives no token in front of the completions, whose first one can't be scored then; give a prompt "
-            "that isn't empty.",
+            "`prompt` gives no token, so a completion's first token can't be scored; give a prompt that isn't empty",
             cause="prompt without a token",
         )
     masks = []
@@ -131,7 +130,7 @@ def cut_masks(masks: list[list[int]], rests: list[list[int]]) -> list[list[int]]
         if not any(mask):
             raise InvalidRowError(
                 f"`completions[{k}]` has nothing to train on before `max_length` cuts it, only tokens that the model "
-                "didn't write; raise `max_length`, or leave it out",
+                "didn't write. Raise `max_length`, or leave it out",
                 cause="nothing to train on",
             )
     return None if all(map(all, cut)) else cut

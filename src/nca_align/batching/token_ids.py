@@ -23,7 +23,7 @@ def check_token(
         known = None if tokenizer is None else tokenizer.convert_ids_to_tokens(token)
         name = "" if known is None else f" {known!r}"
         raise InvalidRowError(
-            f"{where} has the token{name} of id {token}, but the model has {rows} rows of embeddings, for ids to "
+            f"{where} has the token{name} of id {token}, but the model has {rows} rows of embeddings, for ids up to "
             f"{rows - 1}; {fix}"
         )
 

@@ -73,7 +73,7 @@ def tokenize_dataset(
             dataset = dataset.map(partial(_sound_rows, name=name), batched=True, batch_size=64)
             dataset = dataset.remove_columns(list(_NOTES))
             if next(iter(dataset), None) is None:
-                raise UserError(f"`{name}`: no row of the stream is left, as the log says; at least one must be")
+                raise UserError(f"`{name}`: the stream has no row left, as the log says; at least one must be left")
         return dataset.remove_columns(list(CUT_COLUMNS)), []
     options: dict[str, Any] = {}
     if hasattr(tokenizer, "backend_tokenizer"):  # a hash of what decides the ids, steady from process to process
@@ -140,8 +140,8 @@ def refuse_cutting_all(cut: int, completions: int, max_length: int | None, name:
     """Raise a UserError where every completion is cut."""
     if cut and cut == completions:
         raise UserError(
-            f"`max_length` is {max_length}, which cuts every completion of `{name}`, so that no answer's end would be "
-            "trained on; raise it, or give `max_length: null` for no limit."
+            f"`max_length` is {max_length}, which cuts every completion of `{name}`, so no answer's end would be "
+            "trained on. Raise it, or give `max_length: null` for no limit."
         )
 
 
@@ -166,8 +166,8 @@ def rows_that_fit(
     ]  # fmt: skip
     if not kept:
         raise UserError(
-            f"every prompt of `{name}` is longer than `max_prompt_length` {limits[0]}, or with a completion than "
-            f"`max_length` {limits[1]}; raise them"
+            f"every prompt of `{name}` is longer than `max_prompt_length` {limits[0]}, or longer than `max_length` "
+            f"{limits[1]} with a completion; raise them"
         )
     if len(kept) < len(whole):
         logger.warning(
@@ -213,15 +213,19 @@ def tokenize_rows(
         name: of the data set, for errors.
 
     Returns:
-        Columns `prompt_ids`, `completion_ids`, `completion_mask` (K lists with 1 for each token that the model wrote;
-        None where it wrote all), `rewards`, `length_column`, `row_number`, and `CUT_COLUMNS`: whether the prompt was
-        cut, how many completions were, how many of these became the same as another of another reward, how many of the
-        prompt's last tokens were left out because a conversation goes on differently, whether messages hold special
-        tokens as text, and whether completions call tools that the row doesn't have.
+        Columns `prompt_ids`, `completion_ids`, `completion_mask`, `rewards`, `length_column`, `row_number`, and
+        `CUT_COLUMNS`. `completion_mask` has K lists with 1 for each token that the model wrote, or None where it wrote
+        all. `CUT_COLUMNS` say
+
+        - whether the prompt was cut, and how many completions were;
+        - how many of these became the same as another of another reward;
+        - how many of the prompt's last tokens were left out because a conversation goes on differently;
+        - whether messages hold special tokens as text;
+        - whether completions call tools that the row doesn't have.
 
     Raises:
-        InvalidRowError: a template that drops or refuses a part of the row, no token in front of a completion or in it,
-            an EOS within a completion's messages, or a completion of several turns that can't be told apart.
+        InvalidRowError: a template drops or refuses a part of the row, or there is no token in a completion or before
+            it. Or a completion's messages hold an EOS, or its turns can't be told apart.
         UserError: messages, and no chat template.
     """
     rows = rows_or_errors(batch, indices, tokenizer, max_prompt_length, max_length, length_column)

@@ -84,16 +84,15 @@ def written_mask(
     for j, start, end, before in zip(own, starts, ends, [boundary, *ends], strict=False):
         if start < 0:
             raise InvalidRowError(
-                f"turn {j - first} does not follow what the chat template renders in front of it, the generation "
-                "prompt at its end, so that where the model's words begin can't be told; use a template whose turns of "
-                "the assistant begin with its generation prompt, such as one of TRL's training templates",
+                f"turn {j - first} does not follow what the chat template renders before it, with the generation "
+                "prompt at its end. So where the model's words begin is unknown. Use a template whose assistant turns "
+                "begin with its generation prompt, such as one of TRL's training templates",
                 cause="turn that can't be told apart",
             )
         if start < before or (start >= end and not (turns.marked and end == 0)):
             raise InvalidRowError(
-                f"turn {j - first} is rendered by the chat template in another way once other turns follow it, so "
-                "that where it begins or ends can't be told; use a template that renders each turn alike, such as "
-                "one of TRL's training templates",
+                f"turn {j - first} is rendered differently once other turns follow it, so where it begins or ends is "
+                "unknown. Use a template that renders each turn alike, such as one of TRL's training templates",
                 cause="turn that can't be told apart",
             )
     spans = list(zip(starts, ends, strict=True))
@@ -104,7 +103,7 @@ def written_mask(
         mask[start:end] = [1] * (end - start)
     if not any(mask[boundary:]):
         raise InvalidRowError(
-            "has no turn of the assistant, so that there is nothing to train on; leave it out",
+            "has no turn of the assistant, so there is nothing to train on; leave it out",
             cause="nothing to train on",
         )
     return mask[boundary:]
@@ -171,7 +170,7 @@ class _Conversation:
         found = self.render(self.messages, **how)
         if found["input_ids"] != self.ids:
             raise InvalidRowError(
-                "is tokenised otherwise with its turns marked than without; please report this",
+                "gives other tokens when its turns are marked; please report this",
                 cause="turn that can't be told apart",
             )
         marks = found["assistant_masks"]
@@ -183,9 +182,9 @@ class _Conversation:
             left_out = [self.ids[i] for i in range(start, end) if not marks[i]]
             if begin == end or self._is_text(self.tokenizer.decode(left_out)):
                 raise InvalidRowError(
-                    f"turn {turn} is not, or not all, within the `{{% generation %}}` marks of the chat template, such "
-                    "as one of a call alone where only the content is marked; put the marks around all that the model "
-                    "writes in a turn",
+                    f"turn {turn} is not wholly within the `{{% generation %}}` marks of the chat template. A template "
+                    "may mark the content and leave out a call. Put the marks around all that the model writes in a "
+                    "turn",
                     cause="turn outside of the marks",
                 )
             marked.append((begin, end))

@@ -174,6 +174,6 @@ def main(argv: list[str] | None = None) -> None:
         )
         return
     if argv:
-        raise UserError(f"`nca-align env` takes no option, and was given `{argv[0]}`; leave it out")
+        raise UserError(f"`nca-align env` takes no option, but `{argv[0]}` is given; leave it out")
     for name, text in environment().items():
         print(f"{name}: {text}")

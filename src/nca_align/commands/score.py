@@ -31,8 +31,8 @@ class ScoreOptions:
     dataset_name: str = option("rows of `prompt` and `completions`, or any format that training reads")
     output: str = option("the file to write, .parquet or .jsonl")
     scorer: list[str] = option(
-        "may repeat. `module:function` (TRL's reward-function signature), `pipeline:MODEL:LABEL` for a classifier, "
-        "or a reward model's folder or id, with several outputs `reward:MODEL:LABEL`",
+        "`module:function` (TRL's reward-function signature), `pipeline:MODEL:LABEL` for a classifier, or a reward "
+        "model's folder or id. A reward model of several outputs is `reward:MODEL:LABEL`. May repeat",
         action="extend",
     )
     scorer_weights: list[float] = option("one a scorer, 1 by default", [], action="extend")

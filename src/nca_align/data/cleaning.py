@@ -60,7 +60,7 @@ def clean_prompt(row: Mapping[str, Any]) -> Prompt:
         raise RowError(
             "chat_template_kwargs",
             "reserved argument",
-            f"holds `{min(reserved)}`, which the library itself tells the renderer; leave it out",
+            f"holds `{min(reserved)}`, which the library itself sets; leave it out",
         )
     prompt = Prompt(without_nulls(row["prompt"]), tools or None, arguments or {})
     if prompt.continues:
@@ -69,7 +69,7 @@ def clean_prompt(row: Mapping[str, Any]) -> Prompt:
             raise RowError(
                 "prompt",
                 "turn that can't be continued",
-                "ends in an assistant's turn with `tool_calls` or without text, which no completion can continue; end "
+                "ends in an assistant's turn with `tool_calls` or without text, which no completion can continue. End "
                 "it in the turn before or after",
             )
     return prompt
@@ -80,7 +80,7 @@ def _read_json(value: Any, name: str) -> Any:
         try:
             value = json.loads(value) if value.strip() else None
         except json.JSONDecodeError as error:
-            raise RowError(name, "unreadable JSON", f"is no readable JSON ({error})") from None
+            raise RowError(name, "unreadable JSON", f"is not readable JSON ({error})") from None
     return without_nulls(value)
 
 
@@ -105,8 +105,8 @@ def joined_messages(prompt: Prompt, completion: list[dict[str, Any]]) -> list[di
             raise RowError(
                 "completions",
                 "turn that doesn't continue the prompt's",
-                "must continue the assistant's turn that `prompt` ends in: begin with an assistant's message of text, "
-                "without reasoning in a field of its own",
+                "must continue the assistant's turn that ends `prompt`. Begin with an assistant's message of text, "
+                "without a field of its own for reasoning",
             )
         completion[0] = {**last, **first, "content": last["content"] + text}
     return messages + completion

@@ -239,8 +239,8 @@ def _convert_stream(
             what = "leaving out what a step logged again" if logged else "putting a prompt's rows together"
             single = "" if logged else ", or give `min_completions: 1` where each row is a prompt of its own"
             raise UnsupportedError(
-                f"`{name}` is a stream of flat scored rows, and {what} needs all of them; load it without streaming"
-                f"{single}"
+                f"`{name}` is a stream of flat scored rows, but {what} needs all of them; load it without "
+                f"streaming{single}"
             )
         notify(
             f"`{name}` is a stream of flat scored rows: each is a row of one completion, and those of a prompt aren't "
@@ -250,8 +250,8 @@ def _convert_stream(
     if of_split(options):
         chosen = "batch" if options.scale_rewards == "batch" else "normalize_then_sum"
         raise UnsupportedError(
-            f"`{name}` is a stream, and {chosen} scales rewards by their spread over the split, which needs all of its "
-            "rows; load it without streaming, or give `scale_rewards: group`"
+            f"`{name}` is a stream, but {chosen} needs all its rows, since it scales rewards by their spread over the "
+            "split. Load it without streaming, or give `scale_rewards: group`."
         )
     kind = _kind(first, fmt, options)
     return stream.map(

@@ -154,8 +154,8 @@ def refuse_other_text(file: str) -> None:
                 line.decode()
             except UnicodeDecodeError as error:
                 raise UserError(
-                    f"line {i} of {file} is no UTF-8 text ({bad_byte(error)}); save it as UTF-8, if it is Latin-1 by "
-                    f"{as_utf8(file)}"
+                    f"line {i} of {file} is not UTF-8 text ({bad_byte(error)}). Save it as UTF-8; from Latin-1, "
+                    f"{as_utf8(file)} does it."
                 ) from None
 
 

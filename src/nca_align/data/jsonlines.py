@@ -23,15 +23,15 @@ def _read_line(line: bytes, i: int, file: str) -> dict[str, Any]:
         value = _parse(line.strip())
     except UnicodeDecodeError as error:
         raise UnreadableLine(
-            f"row {i} of {file} is no UTF-8 text ({bad_byte(error)}); save it as UTF-8, if it is Latin-1 by "
-            f"{as_utf8(file)}, or {DROP}"
+            f"row {i} of {file} is not UTF-8 text ({bad_byte(error)}). Save it as UTF-8 (from Latin-1, {as_utf8(file)} "
+            f"does it), or {DROP}"
         ) from None
     except ValueError as error:  # broken JSON, or escapes that are no text
         reason = (
             f"{error.msg} at character {error.pos}" if isinstance(error, json.JSONDecodeError) else "half a character"
         )
         raise UnreadableLine(
-            f"row {i} of {file} is no readable JSON ({reason}); mend or remove this line, or {DROP}"
+            f"row {i} of {file} is not readable JSON ({reason}); mend or remove this line, or {DROP}"
         ) from None
     if not isinstance(value, dict):
         raise UnreadableLine(
@@ -123,12 +123,12 @@ def check_json(files: list[str]) -> None:
             rows = _parse(text)
         except UnicodeDecodeError as error:
             raise UnreadableLine(
-                f"{file} is no UTF-8 text ({bad_byte(error)}); save it as UTF-8, if it is Latin-1 by {as_utf8(file)}"
+                f"{file} is not UTF-8 text ({bad_byte(error)}). Save it as UTF-8; from Latin-1, {as_utf8(file)} does it"
             ) from None
         except UnicodeEncodeError:
             raise UnreadableLine(f"{file} holds half a character (a surrogate alone); mend the file") from None
         except ValueError as error:
-            raise UnreadableLine(f"{file} is no readable JSON ({error}); mend the file") from None
+            raise UnreadableLine(f"{file} is not readable JSON ({error}); mend the file") from None
         for i, row in enumerate(rows):
             if not isinstance(row, dict):
                 raise UnreadableLine(f"row {i} of {file} is a JSON {type(row).__name__}; every row must be an object")

@@ -179,9 +179,9 @@ def _scaling_split(path: str, names: list[str], split: str | None, train_split: 
     by = training_split(names, train_split)
     if by is None:
         raise UserError(
-            f"`{path}` has the splits {', '.join(names)}, and none is called train, but `scale_rewards: batch` and "
-            "`normalize_then_sum` scale by the spread of the split that is trained on; name it by `train_split` (of "
-            "commands `dataset_train_split`), or leave scaling out where nothing is trained"
+            f"`{path}` has the splits {', '.join(names)}, and none is called train. But `scale_rewards: batch` and "
+            "`normalize_then_sum` scale by the spread of the split that is trained on. Name it by `train_split` (in "
+            "commands, `dataset_train_split`). Where nothing is trained, leave scaling out."
         )
     if train_split is None and split not in (None, by, VALIDATION) and not is_held_out(str(split)):
         notify_once(

@@ -30,23 +30,23 @@ class DataOptions:
         DEFAULT_SCORE,
     )
     reward_weights: dict[str, float] | str | list[float] | None = option(
-        "Weights of several rewards, whose sum is the reward, in the place of `score`: a JSON object by name such as "
+        "Weights of several rewards, instead of `score`: the weighted sum is the reward. A JSON object by name such as "
         """'{"helpfulness": 0.7, "verbosity": -0.1}', or a list in the data's order.""",
         None,
     )
     scale_rewards: Literal["none", "group", "batch"] = option(
-        "Rewards less their prompt's mean, over their standard deviation within the prompt (`group`) or over the "
-        "split (`batch`), as in GRPO; α is then in this unit.",
+        "Subtract the prompt's mean from its rewards, and divide by their standard deviation, as in GRPO. That is the "
+        "deviation within the prompt (`group`) or over the split (`batch`). α is then in this unit.",
         "none",
     )
     multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = option(
-        "Scale the weighted sum by `scale_rewards`, or first each reward within its prompt and then the sum over the "
-        "split (GDPO's), as in GRPO.",
+        "Scale the weighted sum by `scale_rewards`, as in GRPO. Or scale each reward within its prompt, and then the "
+        "sum over the split, as in GDPO.",
         "sum_then_normalize",
     )
     on_missing: Literal["raise", "leave_out"] = option(
-        "A completion without one of the rewards of `reward_weights` makes its row invalid (`raise`), or this reward "
-        "is left out of the row (`leave_out`), which is counted.",
+        "A completion may lack one of the rewards of `reward_weights`. Its row is then invalid (`raise`), or goes "
+        "without this reward and is counted (`leave_out`).",
         "raise",
     )
     preference: Literal["scores", "hard"] = option(
@@ -56,8 +56,8 @@ class DataOptions:
         "An invalid row stops the run (`raise`), or is dropped and counted by cause (`drop`).", "raise"
     )
     score_bug: Literal["repair", "drop"] = option(
-        "Raw UltraFeedback turned some overall scores of 1 into 10 (recognised by a mean aspect rating of "
-        "2 or less): set them back to 1 (`repair`), or leave the completion out (`drop`). Counted either way.",
+        "Raw UltraFeedback turned some overall scores of 1 into 10. A mean aspect rating of 2 or less shows it. Set "
+        "them back to 1 (`repair`), or leave the completion out (`drop`). Counted either way.",
         "repair",
     )
     exclude_sources: list[str] = option(
@@ -67,7 +67,7 @@ class DataOptions:
     )
     chat_template_kwargs: dict[str, Any] | str | None = option(
         "Arguments of the chat template for every row, a JSON object such as "
-        """'{"enable_thinking": false}'; what a row's own column `chat_template_kwargs` says comes first.""",
+        """'{"enable_thinking": false}'. A row's own column `chat_template_kwargs` comes first.""",
         None,
     )
     min_completions: int | None = option(
@@ -77,8 +77,8 @@ class DataOptions:
         "Rewards are labels from 0 (wrong) to 1 (right), and others are invalid; so with `loss_type: outcome`.", False
     )
     validation_fraction: float = option(
-        "Share of the prompts held out as the split `validation` where the data has a training split "
-        "alone, rounded down to whole prompts; 0 holds out none. Streams are never cut.",
+        "Share of the prompts held out as the split `validation` where the data has a training split alone. It is "
+        "rounded down to whole prompts, and 0 holds out none. Streams are never cut.",
         0.05,
     )
     validation_seed: int = option("Which prompts are held out; another seed holds out others.", 0)
@@ -103,7 +103,7 @@ class DataOptions:
         if self.labels and (name := self.rescales) is not None:
             raise UserError(
                 f"`{name}` is {getattr(self, name)}, but the rewards are labels from 0 to 1 (`loss_type: outcome` or "
-                "`labels`), which it would change, so that right completions could count as wrong; leave it out"
+                "`labels`). It would change them, so right completions could count as wrong. Leave it out."
             )
         if self.min_completions is not None and self.min_completions < 1:
             raise UserError(f"`min_completions` is {self.min_completions}; it must be at least 1")

@@ -26,9 +26,9 @@ def recognise(rows: list[dict[str, Any]], options: DataOptions, name: str, sourc
     renamed = f" --columns {guess.flags}" if guess.flags else ""
     if guess.prompts_only:
         raise UserError(
-            f"`{name}` has the columns {', '.join(sorted(found))}, prompts without completions; draw some by "
+            f"`{name}` has the columns {', '.join(sorted(found))}: prompts without completions. Draw some by "
             f"`nca-align sample --dataset_name {shlex.quote(source)}{renamed} --model_name_or_path MODEL --output "
-            "samples.jsonl`, and reward them by `nca-align score`"
+            "samples.jsonl`, and reward them by `nca-align score`."
         )
     missing = min(({*REWARD_COLUMNS} - found, {"prompt", "chosen", "rejected"} - found), key=len)
     hint = f", only `{next(iter(missing))}` is missing" if len(missing) == 1 else ""
@@ -36,15 +36,15 @@ def recognise(rows: list[dict[str, Any]], options: DataOptions, name: str, sourc
         hint += f"; it looks like `--columns {guess.flags}`"
     if guess.unscored and (names := {"prompt", "completions"} <= found and objectives_of_rows(rows)):
         raise UserError(
-            f"`{name}` has completions without `rewards`, but with columns of a number for each ({', '.join(names)}); "
-            "take one by `score`, or say what each weighs by `reward_weights`"
+            f"`{name}` has completions without `rewards`, but with columns of a number for each ({', '.join(names)}). "
+            "Take one by `score`, or say what each weighs by `reward_weights`."
         )
     if guess.unscored:
         raise UserError(
-            f"`{name}` has the columns {', '.join(sorted(found))}, completions without rewards; reward them by "
+            f"`{name}` has the columns {', '.join(sorted(found))}: completions without rewards. Reward them by "
             f"`nca-align score --dataset_name {shlex.quote(source)}{renamed} --scorer SCORER --output scored.jsonl`, "
-            "where SCORER is a reward model or a function"
+            "where SCORER is a reward model or a function."
         )
     if not guess.flags:
         hint += "; known are " + "; ".join(f"{fmt.needs} ({fmt.name})" for fmt in FORMATS.values())
-    raise UserError(f"`{name}` has the columns {', '.join(sorted(found))}, which is no known format{hint}")
+    raise UserError(f"`{name}` has the columns {', '.join(sorted(found))}, which is not a known format{hint}")

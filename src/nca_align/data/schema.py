@@ -20,8 +20,8 @@ PROMPT_COLUMNS = ("tools", "chat_template_kwargs")  # belong to the prompt: rows
 NONE = r"(?!)"  # a pattern that matches nothing
 Convert = Callable[[dict[str, Any], DataOptions], Row]
 _MESSAGE = {"role": Value("string"), "content": Value("string")}
-# Columns beside each row while it is converted, so that a cached conversion still knows what it met: what is wrong
-# with an invalid row, why a row is dropped, what befell its completions, and which of several rewards it lacks.
+# Columns beside each row while it is converted, so that a cached conversion still knows what it met. They say what is
+# wrong with an invalid row, why a row is dropped, what happened to its completions, and which rewards it lacks.
 NOTES = Features({
     "_problem": Value("string"), "_cause": Value("string"), "_notes": List(Value("string")),
     "_gaps": List(Value("string")),

@@ -119,7 +119,9 @@ def combine(row: Row, values: Sequence[Mapping[str, float | None]], options: Dat
         terms.append([weight * value for value in whole])
     if values and not terms:
         raise RowError(
-            "rewards", MISSING, "lacks a value of every objective of `reward_weights`; at least one must be whole"
+            "rewards",
+            MISSING,
+            "lacks a value of every objective of `reward_weights`; at least one objective must be whole",
         )
     row.rewards = [math.fsum(own) for own in zip(*terms, strict=True)]
     return row

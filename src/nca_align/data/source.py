@@ -88,8 +88,8 @@ def _open_hub(path: str, name: str | None, streaming: bool) -> dict[str, Any]:
         return dict(load_dataset(path, name, streaming=streaming))
     except OSError as error:  # offline, unknown, gated, an HTTP error
         raise HubError(
-            f"`dataset_name` is {path!r}, which is no file here and can't be had from the Hugging Face Hub "
-            f"({one_line(error)[:200]}); `dataset_name` also takes a local path"
+            f"`dataset_name` is {path!r}, which is not a file here and can't be loaded from the Hugging Face Hub "
+            f"({one_line(error)[:200]}). `dataset_name` also takes a local path."
         ) from error
     except (ValueError, RuntimeError, DatasetGenerationError) as error:  # RuntimeError: a data set that is a script
         raise UserError(f"`dataset_name` {path!r} can't be read: {_reason(error)}") from error
@@ -197,8 +197,8 @@ def _csv_as_text(path: str, file: str) -> dict[str, Any]:
         header, *rows = itertools.islice(csv.reader(itertools.chain([first], lines), delimiter=separator), 2)
     if rows and len(rows[0]) > len(header):  # pandas would take the first cells for an index, and shift the others
         raise UserError(
-            f"`dataset_name` is {path!r}, which can't be read as csv: row 0 has {len(rows[0])} cells for "
-            f"{len(header)} columns; give each column a name in the first line"
+            f"`dataset_name` is {path!r}, which can't be read as csv: row 0 has {len(rows[0])} cells for {len(header)} "
+            "columns. Give each column a name in the first line."
         )
     # pandas, which writes its index under no name, reads it under this one
     names = [name or f"Unnamed: {i}" for i, name in enumerate(header)]
@@ -219,16 +219,16 @@ def _refuse_columns(path: str, row: dict[str, Any]) -> None:
     split = {"columns", "data"} <= row.keys() <= {"columns", "data", "index"}
     if split or (len(by_index) == 1 and all(map(str.isdigit, by_index.pop() or "-"))):
         raise UserError(
-            f"`dataset_name` is {path!r}, which holds a table by its columns, as pandas' `to_json` writes it; write it "
-            "by rows: `to_json(PATH, orient='records', lines=True)`"
+            f"`dataset_name` is {path!r}, which holds a table by its columns, as pandas' `to_json` writes it. Write it "
+            "by rows: `to_json(PATH, orient='records', lines=True)`."
         )
 
 
 def _types_of(files: list[str]) -> Features:
     """The types of JSON files by their first rows, with all numbers fractions.
 
-    Arrow's reader of JSON (26.0) miscounts a list of whole numbers with a null that is to be of fractions, since a
-    later one in its block has some; and `datasets` doesn't merge what it reads instead.
+    A list may hold whole numbers and a null, and a later one in its block fractions. Arrow's reader of JSON (26.0)
+    miscounts such a list. Otherwise it reads blocks of different types, which `datasets` doesn't merge.
     """
     rows = list(itertools.islice(read_files(files), 1000))
     columns = dict.fromkeys(name for row in rows for name in row)

@@ -208,9 +208,9 @@ def refuse_masked(dataset: Any) -> None:
         for k, completion in enumerate(completions):
             if has_context(completion):
                 raise UserError(
-                    f"row {i}: `completions[{k}]` is not one turn of the assistant, and TRL's trainers train on all "
-                    "that stands in it, such as a tool's result; leave such rows out, or train by NCATrainer, which "
-                    "takes that as context"
+                    f"row {i}: `completions[{k}]` is not one turn of the assistant. TRL's trainers train on all that "
+                    "stands in it, such as a tool's result. Leave such rows out, or train by NCATrainer, which takes "
+                    "that as context."
                 )
 
 

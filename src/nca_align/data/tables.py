@@ -117,9 +117,9 @@ class _AsWritten:
 class ParquetTables(_AsWritten, Parquet):
     """`datasets`' reader of Parquet, but a few rows at a time.
 
-    Its own reads ahead as far as a file goes, faster than rows are taken, whatever its options: of ten times the rows
-    (100 MB) it held 60 to 100 MB more, and this one 6 MB. `Dataset.from_generator` over a stream's rows is as small,
-    but takes 4.5 seconds for 100,000 rows where this takes 0.3.
+    Its own reads ahead as far as a file goes, faster than rows are taken, whatever its options. Of ten times the rows
+    (100 MB) it held 60 to 100 MB more, and this one 6 MB. `Dataset.from_generator` over a stream's rows is as small.
+    But it takes 4.5 seconds for 100,000 rows, and this takes 0.3.
     """
 
     def _raw_schema(self, file: str) -> pa.Schema:

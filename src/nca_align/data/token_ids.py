@@ -114,8 +114,8 @@ def _refuse_other_masks(dataset: Dataset | IterableDataset, name: str, prompt: s
                 if part != "the completion":
                     fix = f"give the completion's part of it as `{MASK}`"
                 raise UserError(
-                    f"`{name}`: `{own}` looks like a mask of the tokens of {part}, and is not known by this name, so "
-                    f"that all tokens would be trained on; {fix}, or take the column out"
+                    f"`{name}`: `{own}` looks like a mask of the tokens of {part}, but no mask has this name. All "
+                    f"tokens would be trained on, so {fix}, or take the column out."
                 )
             if len(present) == 2 and float not in map(type, present):
                 notify(
@@ -257,6 +257,4 @@ def check_masks(masks: Any, prompt: Any, completions: Sequence[Any]) -> None:
                 "give one each",
             )  # fmt: skip
         if not any(mask):
-            raise RowError(
-                here, "nothing to train on", "has no 1, so that nothing is trained on; leave the completion out"
-            )
+            raise RowError(here, "nothing to train on", "has no 1, so nothing is trained on; leave the completion out")

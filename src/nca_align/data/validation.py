@@ -141,7 +141,7 @@ def read_list(value: Any, field: str) -> list:
             raise RowError(
                 field,
                 "unreadable JSON",
-                f"is no readable JSON list ({error}); write Parquet, or lists by `json.dumps`",
+                f"is not readable JSON list ({error}); write Parquet, or lists by `json.dumps`",
             ) from None
     if not isinstance(value, list):
         raise _wrong_type(field, value, "a list")

@@ -50,8 +50,8 @@ class _EvaluationCallback(TrainerCallback):
     ):  # fmt: skip
         if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
             raise UnsupportedError(
-                f"{type(self).__name__} runs the model outside of training, which a model that FSDP or DeepSpeed has "
-                "sharded can't; leave it out, or evaluate the saved model (`nca-align evaluate`)"
+                f"{type(self).__name__} runs the model outside of training, and a model sharded by FSDP or DeepSpeed "
+                "can't do that. Leave it out, or evaluate the saved model (`nca-align evaluate`)."
             )
         self._trainer: Any = trainer
         self._steps = None if steps is None else frozenset(steps)
@@ -106,14 +106,14 @@ class _EvaluationCallback(TrainerCallback):
             known = unwrap(known) if isinstance(known, nn.Module) else known
             if isinstance(known, nn.Module) and base_model(known) is base_model(model):
                 raise UserError(
-                    f"`reference` of {type(self).__name__} is the model that is trained, which would be measured "
-                    "against itself; give a copy of it from before training"
+                    f"`reference` of {type(self).__name__} is the model that is trained, so the model would be "
+                    "measured against itself. Give a copy of it from before training."
                 )
             return known
         if not hasattr(model, "peft_config"):
             raise UserError(
                 f"`reference` is missing for {type(self).__name__}: the trainer holds no reference model, and the "
-                "model has no adapter that could be switched off; give one, or set `precompute_ref_log_probs: false`"
+                "model has no adapter to switch off. Give one, or set `precompute_ref_log_probs: false`."
             )
         refuse_trained_biases(model)
         return partial(as_reference, model)
@@ -211,8 +211,8 @@ class RankingCallback(_EvaluationCallback):
         super().__init__(trainer, steps, reference, starts_as_reference, mark)
         if trainer.args.world_size > 1:
             raise UnsupportedError(
-                f"RankingCallback runs in one process, but there are {trainer.args.world_size}; give the rows to "
-                "NCATrainer as `eval_dataset`, which logs the same"
+                f"RankingCallback runs in one process, but there are {trainer.args.world_size}. Give the rows to "
+                "NCATrainer as `eval_dataset`, which logs the same."
             )
         self._alpha, self._beta, self._batch_size = alpha, beta, batch_size
         tokenized = {

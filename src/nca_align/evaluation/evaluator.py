@@ -139,7 +139,7 @@ class GenerationEvaluator:
         answered = ("completions", "completion_mask", "rewards", "truncated")
         self._rows = [{name: value for name, value in row.items() if name not in answered} for row in dataset]
         if not self._rows:
-            raise UserError("`dataset` is empty; give prompts that the model is to answer")
+            raise UserError("`dataset` is empty; give prompts for the model to answer")
         try:
             self._prompts = [prompt_ids(tokenizer, row) for row in self._rows]
         except InvalidRowError as error:
@@ -151,7 +151,9 @@ class GenerationEvaluator:
             scorers = [scorers] if isinstance(scorers, str) or callable(scorers) else scorers
             scorers = open_scorers(scorers, scorer_weights)
         elif scorer_weights is not None:
-            raise UserError("`scorer_weights` are given with `Scorers`, which have theirs; leave them out")
+            raise UserError(
+                "`scorer_weights` are given with `Scorers`, which have weights of their own; leave them out"
+            )
         self._tokenizer, self._scorers, self._seed = tokenizer, scorers, seed
         self._reference_answers: list[dict[str, Any]] | None = None
 

@@ -42,9 +42,9 @@ def curves_of(rows: Iterable[Row], split: str = "test") -> dict[Setting, list[Cu
 def reward_at_kl(curve: Curve, kl: float) -> float | None:
     """The reward where the run first came to `kl`, between the evaluations around that place straight in √KL.
 
-    The best policies of a given KL gain in proportion to √KL near the start (of a tilt by exp(t·r), KL is t²·Var(r)/2
-    and the gain t·Var(r)), so that a straight line in the KL itself would lie below the curve of a fast run, with few
-    evaluations there, and less so below that of a slow one.
+    The best policies of a given KL gain in proportion to √KL near the start. For a tilt by exp(t·r), KL is t²·Var(r)/2
+    and the gain is t·Var(r). A straight line in the KL itself would lie below a run's curve. It would lie further below
+    that of a fast run, which has few evaluations there.
 
     Args:
         curve: one run.

@@ -4,9 +4,9 @@ A *rung* is the end of one run: its KL from the reference in nats, and figures s
 rungs of one method and one pairing key, which is a seed or whatever else methods share, with a different β each. Rows
 of any source make ladders: nothing here reads a file or knows a command.
 
-Between two rungs a figure is taken straight in √KL. Of the policies π ∝ π_ref · exp(t·r), which have the most reward
-of all with their KL, KL is t²·Var(r)/2 near the start, the gain in reward t·Var(r) and the log-ratio of a completion
-t·(r − E r). All three are in proportion to t, so that reward and log-ratio are straight in √KL there.
+Between two rungs a figure is taken straight in √KL. The policies π ∝ π_ref · exp(t·r) have the most reward of all
+with their KL. Near the start their KL is t²·Var(r)/2, their gain in reward is t·Var(r), and a completion's log-ratio is
+t·(r − E r). So √KL, reward and log-ratio are all in proportion to t, and the latter two are straight in √KL.
 """
 
 import math

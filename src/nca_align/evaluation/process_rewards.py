@@ -40,8 +40,8 @@ def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
 def marked_starts(text: str, marker: str) -> list[int]:
     """The characters at which steps begin that end in `marker`, "\\n" for lines.
 
-    A step is never blank, nor a tag alone, such as those that templates put around a thought or a call: an opening one
-    begins the step after it, a closing one ends the step before.
+    A step is never blank. Nor is it a tag alone, such as templates put around a thought or a call. An opening tag
+    begins the step after it, and a closing one ends the step before.
     """
     starts, opened = [], None
     ends = [match.end() for match in re.finditer(re.escape(marker), text)]
@@ -81,8 +81,8 @@ def given_starts(text: str, steps: Sequence[str], field: str) -> list[int]:
         start = text.find(wanted, end) if wanted else -1
         if start < 0:
             raise InvalidRowError(
-                f"`{field}[{j}]` is {step!r}, which does not stand in the completion after the step before it; write "
-                "it as it is there, and raise `max_length` where the completion is cut"
+                f"`{field}[{j}]` is {step!r}, which does not stand in the completion after the step before it. Write "
+                "it as it is there. Where the completion is cut, raise `max_length`"
             )
         starts.append(start)
         end = start + len(wanted)

@@ -88,8 +88,8 @@ class ModelSource:
             if isinstance(error, UserError):
                 raise
             raise UserError(
-                f"`{self.key}` {self.name} could not be loaded ({one_line(error)[:300]}); `{self.key}` takes a local "
-                "path too, and a local folder needs no network"
+                f"`{self.key}` {self.name} could not be loaded ({one_line(error)[:300]}). `{self.key}` also takes a "
+                "local path, and a local folder needs no network."
             ) from error
 
     def load_config(self) -> Any:
@@ -124,8 +124,8 @@ class ModelSource:
         model, report = self.load(AutoModelForCausalLM, output_loading_info=True, **options)
         if report["missing_keys"]:  # transformers would fill them with random numbers and go on
             raise UserError(
-                f"{self.name} is no whole language model ({', '.join(sorted(report['missing_keys'])[:3])} missing in "
-                "its weights); give a causal language model, not a reward model or a classifier"
+                f"{self.name} is not a whole language model ({', '.join(sorted(report['missing_keys'])[:3])} missing "
+                "in its weights). Give a causal language model, not a reward model or a classifier."
             )
         model.eval()
         disable_nf4_repacking(model)  # the repacked layers also compute in bfloat16
@@ -220,8 +220,8 @@ def load_adapter(model: Any, adapter: str, **kwargs: Any) -> Any:
 
     if (Path(adapter) / "adapter_model.bin").exists() and not (Path(adapter) / "adapter_model.safetensors").exists():
         raise UserError(
-            f"the adapter in {adapter} has its weights as a pickle (adapter_model.bin), which can hold any code; "
-            "convert it to adapter_model.safetensors where you trust it"
+            f"the adapter in {adapter} has its weights as a pickle (adapter_model.bin), which can hold any code. Where "
+            "you trust it, convert it to adapter_model.safetensors."
         )
     with as_plain(adapter, getattr(model, "is_quantized", False)) as folder:
         resize_as_saved(model, folder)
@@ -245,8 +245,8 @@ def add_adapter(model: Any, adapter: str) -> Any:
         if isinstance(error, UserError):
             raise
         raise UserError(
-            f"the adapter in {adapter} could not be put on {model.config.name_or_path} ({one_line(error)[:300]}); "
-            "is that the model that it was trained on?"
+            f"the adapter in {adapter} could not be put on {model.config.name_or_path} ({one_line(error)[:300]}). Was "
+            "it trained on that model?"
         ) from error
     return policy.eval()
 

@@ -161,7 +161,7 @@ def add_token_logps(model: PreTrainedModel) -> None:
     if more := [name for name, child in parts if all(child is not part for part in known)]:
         raise UnsupportedError(
             f"`model` is a {type(model).__name__}, which has `{more[0]}` beside a backbone and an LM head (a linear "
-            "map of its last hidden state), so that its log-probabilities would be wrong; use another model."
+            "map of its last hidden state). Its log-probabilities would be wrong; use another model."
         )
     setattr(model, "_has_token_logps", True)  # noqa: B010 (no attribute that its class declares)
     own_forward = model.forward

@@ -38,8 +38,8 @@ def as_reference(model: Any, untrained: bool = False) -> Iterator[None]:
     """
     if not hasattr(model, "peft_config"):
         raise UserError(
-            "`reference` is missing, and the model has no adapter that could be switched off: give the model that the "
-            "KL and the wins are measured against"
+            "`reference` is missing, and the model has no adapter to switch off. Give the model that the KL and the "
+            "wins are measured against."
         )
     if not untrained:
         refuse_trained_biases(model)
@@ -70,8 +70,8 @@ def refuse_trained_biases(model: Any) -> None:
         if any(not set(name.split(".")) & model.peft_config.keys() for name in found):
             raise UserError(
                 f"the adapter has `bias` {trained!r}, which trains biases of the base, and switching the adapter off "
-                'does not undo that: use `bias="none"`, give the reference as a model of its own, or compute it before '
-                "training (`precompute_ref_log_probs: true`)"
+                'does not undo that. Use `bias="none"`, give the reference as a model of its own, or compute it before '
+                "training (`precompute_ref_log_probs: true`)."
             )
 
 
@@ -106,8 +106,8 @@ def adapter_merged(model: Any) -> Iterator[None]:
 def refuse_virtual_tokens(model: Any) -> None:
     """Refuse to draw from an adapter that puts virtual tokens in front: the answers would be no samples of it.
 
-    What `generate` draws with PEFT 0.21 and transformers 5.24 is from another distribution than a forward's, which is
-    what training and scoring see; measured on prompt and prefix tuning, from the first or second token on.
+    With PEFT 0.21 and transformers 5.24, `generate` draws from another distribution than a forward's. Training and
+    scoring see the forward's. This was measured on prompt and prefix tuning, from the first or second token on.
 
     Raises:
         UserError: `model` has such an adapter.
@@ -115,8 +115,8 @@ def refuse_virtual_tokens(model: Any) -> None:
     for config in getattr(model, "peft_config", {}).values():
         if getattr(config, "is_prompt_learning", False):
             raise UserError(
-                f"the adapter is of the kind {config.peft_type.value}, with which `generate` draws from "
-                "another distribution than was trained; use LoRA, or another kind that changes weights"
+                f"the adapter is of the kind {config.peft_type.value}, with which `generate` draws from another "
+                "distribution than was trained. Use LoRA, or another kind that changes weights."
             )
 
 

@@ -1,8 +1,8 @@
 """Answers sampled from a policy's own distribution.
 
-`sample_with_cache` reads each prompt once and drops answers that have ended. transformers' `generate` reads a prompt
-once for each of its answers, goes on with ended ones, and spends a fifth of a small model's step on random numbers. It
-samples the models that `sample_with_cache` doesn't cover.
+`sample_with_cache` reads each prompt once and drops answers that have ended. `generate` of transformers reads a prompt
+once for each of its answers, and goes on with ended ones. It spends a fifth of a small model's step on random numbers.
+It samples the models that `sample_with_cache` doesn't cover.
 """
 
 import hashlib
@@ -176,7 +176,7 @@ def check_room(config: Any, length: int, max_new_tokens: int) -> None:
     if room is not None and length + max_new_tokens > room:
         raise InvalidRowError(
             f"`prompt` has {length} tokens, which with `max_new_tokens` {max_new_tokens} is more than the model's "
-            f"{room}; leave the row out or lower it"
+            f"{room}. Leave the row out, or lower `max_new_tokens`"
         )
 
 
@@ -197,8 +197,8 @@ def _refuse_not_finite(rows: Tensor) -> None:
     """Raise where one of `rows` (N,), whose largest logits or sums of probabilities they are, isn't finite."""
     if not rows.isfinite().all():
         raise UserError(
-            "the model's probabilities aren't finite numbers, so no answer can be drawn: its training diverged, or its "
-            "weights are damaged; train it with a lower `learning_rate`, or look at the checkpoint before"
+            "the model's probabilities aren't finite numbers, so no answer can be drawn. Its training diverged, or its "
+            "weights are damaged. Train it with a lower `learning_rate`, or try an earlier checkpoint."
         )
 
 

@@ -43,7 +43,7 @@ def model_from_shards(folder: str | Path, config: Any, dtype: torch.dtype | str)
             checkpoint.load({"model": model.state_dict()}, storage_reader=stored, no_dist=True)  # into the tensors
         except (RuntimeError, CheckpointException) as error:
             raise UserError(
-                f"{folder} holds a model in shards that are not of the {type(model).__name__} of its config.json "
-                f"({one_line(error)[:200]}); give the folder in which the run ended, which holds it whole"
+                f"{folder} holds a model in shards, but not the {type(model).__name__} of its config.json "
+                f"({one_line(error)[:200]}). Give the folder in which the run ended, which holds the model whole."
             ) from error
     return model

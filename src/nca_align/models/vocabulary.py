@@ -77,8 +77,8 @@ def resize_as_saved(model: Any, adapter: str | Path) -> None:
         lacking = [name for name in names if name not in saved]
         if lacking and not model.config.get_text_config().tie_word_embeddings:
             raise UserError(
-                f"the adapter in {adapter} was trained on {rows} tokens, and its folder holds no `{lacking[0]}` for "
-                f"them, where the base has {before}; give a base that has those tokens"
+                f"the adapter in {adapter} was trained on {rows} tokens, but the base has {before}, and the adapter's "
+                f"folder holds no `{lacking[0]}` for the others. Give a base that has those tokens."
             )
         model.resize_token_embeddings(rows, mean_resizing=False)
         for name, layer in embeddings(model).items():
@@ -93,8 +93,8 @@ def refuse_unsaved_rows(model: Any) -> None:
         model: the policy.
 
     Raises:
-        UserError: an adapter is on one of two embeddings that aren't tied, whose other is left out; or the base is a
-            model of the Hub that can't be looked at, so that PEFT takes it for unchanged.
+        UserError: an adapter is on one of two embeddings that aren't tied, so the other is left out. Or the base is a
+            model of the Hub that can't be reached, so PEFT takes it for unchanged.
     """
     config = getattr(model, "peft_config", {}).get("default")
     name = getattr(config, "base_model_name_or_path", None)
@@ -115,7 +115,7 @@ def refuse_unsaved_rows(model: Any) -> None:
     lacking = [own for own in layers if own not in adapted and not isinstance(layers[own], AuxiliaryTrainingWrapper)]
     if text.vocab_size != before and lacking and (unseen or (adapted and not text.tie_word_embeddings)):
         raise UserError(
-            f"`model` has {text.vocab_size} tokens, where {name} has {before}, and with this adapter PEFT saves no "
-            f"`{lacking[0]}` for the new ones; save the model with them in a folder by `save_pretrained`, and train it "
-            "from there"
+            f"`model` has {text.vocab_size} tokens, but {name} has {before}. With this adapter PEFT saves no "
+            f"`{lacking[0]}` for the new ones. Save the model with them in a folder by `save_pretrained`, and train it "
+            "from there."
         )

@@ -46,8 +46,8 @@ def find_model(name: str, trust_remote_code: bool = False) -> tuple[ModelSource,
 def refuse_token_rewards(name: str) -> None:
     """Raise the UserError of a model that gives rewards per token or step."""
     raise UserError(
-        f"`scorer` {name} gives a reward for each token or step (a process reward model, or a token classifier), and a "
-        "scorer gives one for a whole completion; reduce its rewards in a Python function, and give module:function"
+        f"`scorer` {name} gives a reward for each token or step (a process reward model, or a token classifier). A "
+        "scorer gives one for a whole completion. Reduce its rewards in a Python function, and give module:function."
     )
 
 
@@ -84,8 +84,8 @@ def load_classifier(name: str, dtype: str, trust_remote_code: bool) -> tuple[Any
     if missing or other:  # transformers has filled them with random numbers
         raise UserError(
             f"`scorer` {name} has no classification head{'' if missing else ' of the size that its config says'} "
-            f"({', '.join(sorted(missing or other)[:3])} {'missing' if missing else 'has another'} in its weights);"
-            " give a reward model, a classifier or an adapter that was saved with the head that it was trained with"
+            f"({', '.join(sorted(missing or other)[:3])} {'missing' if missing else 'has another'} in its weights). "
+            "Give a reward model, a classifier or an adapter that was saved with its trained head."
         )
     return tokenizer, model.to(default_device()).eval(), forward
 

@@ -54,7 +54,7 @@ def _as_list(scores: Any, spec: str, count: int) -> list:
         values = None
     if values is None:
         raise UserError(
-            f"`scorer` {spec} returned {scores!r:.60} and no list for {count} completions; it must return one number "
+            f"`scorer` {spec} returned {scores!r:.60}, not a list, for {count} completions; it must return one number "
             "each (None to skip one)"
         )
     return list(values)

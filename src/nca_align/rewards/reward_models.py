@@ -47,9 +47,9 @@ def scored_output(name: str, label: str | None, classifier: bool, labels: list[s
     """
     if label is None and len(labels) > 1 and not classifier:
         raise UserError(
-            f"`scorer` {name} has {len(labels)} outputs, where a reward model has one: write pipeline:{name}:LABEL for "
-            f"a classifier's probability of a label, or reward:{name}:LABEL for an output of a reward model that has "
-            f"several, with one of {', '.join(labels)}"
+            f"`scorer` {name} has {len(labels)} outputs, but a reward model has one. Write pipeline:{name}:LABEL for a "
+            f"classifier's probability of a label. Write reward:{name}:LABEL for one output of a reward model. LABEL "
+            f"is one of {', '.join(labels)}."
         )
     if label not in labels and (label is not None or len(labels) > 1):
         kind = "pipeline" if classifier else "reward"
@@ -109,8 +109,8 @@ def _conversation(model: SequenceClassifier, row: dict[str, Any], completion: An
         return model.inputs(prompt.content + text_of(completion), special=True)
     if model.tokenizer.chat_template is None:
         raise UserError(
-            f"`scorer` {model.name} has no chat template, but the rows hold messages; use a reward model that has one, "
-            f"or pipeline:{model.name} to score the completion's text alone"
+            f"`scorer` {model.name} has no chat template, but the rows hold messages. Use a reward model that has one, "
+            f"or pipeline:{model.name} to score the completion's text alone."
         )
     return model.inputs(conversation_text(model.tokenizer, prompt, completion), special=False)
 

@@ -106,8 +106,8 @@ class SequenceClassifier:
         if self._rows is not None and max(ids) >= self._rows:
             raise UserError(
                 f"`scorer` {self.name}: its tokenizer gives the token {max(ids)} "
-                f"({tokenizer.convert_ids_to_tokens(max(ids))!r}), and the model has {self._rows} rows of embeddings; "
-                "give it the tokenizer that it was trained with"
+                f"({tokenizer.convert_ids_to_tokens(max(ids))!r}), but the model has {self._rows} rows of embeddings. "
+                "Give it the tokenizer that it was trained with."
             )
         if special:
             first, last = (
@@ -169,8 +169,8 @@ class SequenceClassifier:
             row, output = divmod(int(excess.argmax()), excess.shape[1])
             raise UserError(
                 f"`scorer` {self.name} gives a text {own[row, output]:.4g} alone and {batched[row, output]:.4g} beside "
-                "others in a batch, so what it reads depends on the padding; `nca-align score --batch_size 1` scores "
-                "it, and elsewhere a Python function that gives it one text at a time"
+                "others in a batch, so its score depends on the padding. Here `nca-align score --batch_size 1` is "
+                "right. Elsewhere use a Python function that gives the model one text at a time."
             )
         return True
 
@@ -210,8 +210,8 @@ class SequenceClassifier:
             shape = getattr(logits, "shape", None)
             what = f"logits of shape {tuple(shape)}" if shape else f"a {type(given).__name__} without `logits`"
             raise UserError(
-                f"`scorer` {self.name} gives {what} for {len(rows)} texts, and a scorer gives logits of shape "
-                f"({len(rows)}, outputs); wrap the model in a Python function, and give module:function"
+                f"`scorer` {self.name} gives {what} for {len(rows)} texts, but a scorer gives logits of shape "
+                f"({len(rows)}, outputs). Wrap the model in a Python function, and give module:function."
             )
         self._outputs = self._outputs or logits.shape[1]
         if logits.shape[1] != self._outputs:  # (texts, tokens)

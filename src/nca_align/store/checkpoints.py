@@ -123,8 +123,8 @@ def find_checkpoint(wanted: str | os.PathLike | bool, output_dir: str) -> Path:
         )
     if read_manifest(folder).get("model_only"):
         raise UserError(
-            f"`resume_from_checkpoint` {folder} holds the model alone, as `save_only_model` asked, and no state to "
-            f"go on from; {other_checkpoint(folder, output_dir)}, or with its weights as `model_name_or_path`"
+            f"`resume_from_checkpoint` {folder} holds the model alone, as `save_only_model` asked, and no state to go "
+            f"on from; {other_checkpoint(folder, output_dir)}. Or give its weights as `model_name_or_path`."
         )
     return folder
 
@@ -169,6 +169,6 @@ def explain_read_errors(folder: Path | None, output_dir: str) -> Iterator[None]:
         # torch's own text on a pickle advises to load it without this safeguard
         reason = type(error).__name__ if "weights_only" in str(error) else one_line(error)[:200]
         raise UserError(
-            f"`resume_from_checkpoint` {folder} can't be loaded ({reason}): it is damaged, or of another model or "
+            f"`resume_from_checkpoint` {folder} can't be loaded ({reason}). It is damaged, or of another model or "
             f"trainer; {other_checkpoint(folder, output_dir)} (NCA_ALIGN_TRACEBACK=1 shows where)"
         ) from error

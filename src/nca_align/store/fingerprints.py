@@ -41,8 +41,8 @@ def weights_fingerprint(name: str | None, revision: str | None = None) -> str | 
         revision: of the id.
 
     Returns:
-        For a folder a hash of its files (64 evenly spaced megabytes of those that are larger), independent of place
-        and dates, of an adapter with its base model; for an id the id with its revision.
+        For an id, the id with its revision. For a folder, a hash of its files that doesn't depend on place and dates.
+        A larger file counts by 64 evenly spaced megabytes, and an adapter with its base model.
     """
     if not name or not Path(name).is_dir():  # of a model without a name, "", the current folder isn't one
         return f"{name}@{revision}" if revision else name

@@ -42,7 +42,7 @@ def download_file(repo: str, kind: str, file: str, what: str) -> str:
         return hf_hub_download(repo, file, repo_type=kind)
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{what}, {file} of the {kind} {repo}, can't be had from the Hugging Face Hub "
+            f"{what}, {file} of the {kind} {repo}, can't be loaded from the Hugging Face Hub "
             f"({one_line(error)[:200]}); give the path of a copy"
         ) from error
 
@@ -69,8 +69,8 @@ def adapter_folder(name: str) -> str | None:
         return snapshot_download(name, allow_patterns=files, ignore_patterns=["*/*"])
     except (OSError, ValueError) as error:
         raise UserError(
-            f"the adapter {name} can't be had from the Hugging Face Hub ({one_line(error)[:200]}); give the path of a "
-            "copy"
+            f"the adapter {name} can't be loaded from the Hugging Face Hub ({one_line(error)[:200]}); give the path of "
+            "a copy"
         ) from error
 
 
@@ -92,7 +92,7 @@ def push(folder: Path, repository: str) -> bool:
         HfApi().upload_folder(repo_id=repository, folder_path=folder)
     except (OSError, ValueError) as error:
         raise UserError(
-            f"`push` {repository}: the Hub did not take it ({one_line(error)[:200]}); the model is in {folder}, and "
-            f"`hf upload {repository} {folder}` sends it later"
+            f"`push` {repository}: the Hub did not take it ({one_line(error)[:200]}). The model is in {folder}, and "
+            f"`hf upload {repository} {folder}` sends it later."
         ) from error
     return private

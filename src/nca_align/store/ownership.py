@@ -201,8 +201,8 @@ def _named(owner: dict[str, Any]) -> str:
 def _refuse(owner: dict[str, Any], output: Path, key: str) -> NoReturn:
     since = f", since {owner['since']}" if owner else ""
     raise UserError(
-        f"`{key}` {output} belongs to another job: {_named(owner)}{since}; wait for it, or choose another `{key}` "
-        f"(a dead job is taken over, from another machine after {DEAD_AFTER:g} seconds)"
+        f"`{key}` {output} belongs to another job: {_named(owner)}{since}. Wait for it, or choose another `{key}`. A "
+        f"dead job is taken over, from another machine after {DEAD_AFTER:g} seconds."
     )
 
 

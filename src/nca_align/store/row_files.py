@@ -35,7 +35,8 @@ def _refuse_no_json(name: str, kind: pa.DataType) -> None:
              pa.types.is_duration)  # fmt: skip
     if any(test(kind) for test in tests):
         raise UserError(
-            f"column `{name}` is of type {kind}, which JSON has not; make `output` end in .parquet, or leave it out"
+            f"column `{name}` is of type {kind}, which JSON doesn't have; make `output` end in .parquet, or leave it "
+            "out"
         )
 
 

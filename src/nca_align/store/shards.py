@@ -199,8 +199,8 @@ def _finished(path: Path, step: dict) -> dict[str, int]:
     _refuse_other(str(path), made[-1] if made else None, step)
     if edited := _edited(made[-1], step):
         raise UserError(
-            f"{path} is complete, but the code of {edited} changed since it was made; delete it to make it anew, or "
-            "choose another `output`"
+            f"{path} is complete, but the code of {edited} changed since it was made. Delete it to make it anew, or "
+            "choose another `output`."
         )
     print(f"{path} is complete already: nothing to do", file=sys.stderr)
     return made[-1]["counts"]
@@ -223,8 +223,8 @@ def _done(shards: list[Path], step: dict, drop_failed: bool) -> set[Path]:
         fix = f"delete {parts} to make all rows anew"
         if len(done) == len(there):
             raise UserError(
-                f"the code of {edited} changed since {parts}, an unfinished run, was begun, and {len(done)} of its "
-                f"shards are done; {fix}, or undo the change"
+                f"the code of {edited} changed since {parts} was begun, and {len(done)} of its shards are done. To go "
+                f"on, {fix}, or undo the change."
             )
         print(
             f"the code of {edited} changed; {len(done)} shards without failed rows stay as they are: {fix}",
@@ -252,8 +252,8 @@ def _counts(shards: list[Path], drop_failed: bool, rows: int, path: Path) -> dic
             told.append(f"of all {', '.join(causes)}")
         more = f" ({'; '.join(told)})" if len(failed) > 1 else ""
         raise UserError(
-            f"row {row}{more}: {why}; the other {rows - len(failed)} rows are done and kept in {shards[0].parent}: "
-            "mend it and run the same command again, or add `--on_error drop` to leave such rows out"
+            f"row {row}{more}: {why}. The other {rows - len(failed)} rows are done and kept in {shards[0].parent}. "
+            "Mend it and run the same command again, or add `--on_error drop` to leave such rows out."
         )
     if not counts["rows"]:
         why = "".join(f"; row {row}: {why}" for row, why in list(failed.items())[:1])
@@ -269,7 +269,7 @@ def _about(shard: Path) -> dict[str, dict]:
 def _refuse_other(what: str, made: dict | None, step: dict) -> None:
     fix = "choose another `output`, or delete it first"
     if made is None:
-        raise UserError(f"{what} is there already and does not say what made it; {fix}")
+        raise UserError(f"{what} is there already, but doesn't say what made it; {fix}")
     if made["command"] != step["command"]:
         raise UserError(f"{what} is there already, made by `{made['command']}` and not `{step['command']}`; {fix}")
     refuse_changes(

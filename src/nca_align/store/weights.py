@@ -24,8 +24,8 @@ def read_back(folder: str | os.PathLike) -> Iterator[None]:
     written = [path for path, state in _states(Path(folder)).items() if before.get(path) != state]
     if not written:
         raise UserError(
-            f"no weights were written to {folder}; resume from the last checkpoint, under DeepSpeed's ZeRO-3 with "
-            "`zero3_save_16bit_model: true` in accelerate's file, which gathers them"
+            f"no weights were written to {folder}. Resume from the last checkpoint. Under DeepSpeed's ZeRO-3 add "
+            "`zero3_save_16bit_model: true` to accelerate's file, which gathers them."
         )
     for path in written:
         if path.suffix == ".safetensors":
@@ -34,8 +34,8 @@ def read_back(folder: str | os.PathLike) -> Iterator[None]:
                     file.keys()
             except (OSError, SafetensorError) as error:
                 raise UserError(
-                    f"{path} can't be read after it was written ({one_line(error)[:200]}); make room, and resume from "
-                    "the last checkpoint, which is as it was"
+                    f"{path} can't be read after it was written ({one_line(error)[:200]}). Make room, and resume from "
+                    "the last checkpoint, which is as it was."
                 ) from error
 
 

@@ -35,8 +35,8 @@ def check_adapter(model: Any, peft_config: Any) -> None:
     adapters: dict[str, Any] = getattr(model, "peft_config", {})
     if adapters and list(adapters) != ["default"]:
         raise UserError(
-            f"`model` has the adapters {', '.join(adapters)}, but NCATrainer trains one, which is called default, and "
-            "makes its own copy of it as the reference: load it alone, by `PeftModel.from_pretrained(base, folder, "
+            f"`model` has the adapters {', '.join(adapters)}, but NCATrainer trains one, called default. It makes its "
+            "own copy of it as the reference. Load it alone, by `PeftModel.from_pretrained(base, folder, "
             "is_trainable=True)`, and merge others into the base."
         )
     config = adapters.get("default", peft_config)
@@ -47,9 +47,9 @@ def check_adapter(model: Any, peft_config: Any) -> None:
         )
     if str(getattr(config, "init_lora_weights", None)).lower() == "loftq":
         raise UnsupportedError(
-            "`init_lora_weights` is 'loftq', which quantises the base's weights for good, so that the adapter fits no "
-            "base that can be loaded; load the base with `load_in_4bit: true`, and start a plain LoRA on it by PEFT's "
-            "`replace_lora_weights_loftq`"
+            "`init_lora_weights` is 'loftq', which quantises the base's weights for good, so the adapter fits no base "
+            "that can be loaded. Load the base with `load_in_4bit: true`, and start a plain LoRA on it by PEFT's "
+            "`replace_lora_weights_loftq`."
         )
     if kind == "ADALORA":
         notify(
@@ -82,8 +82,8 @@ def read_as_saved(model: Any) -> None:
 def set_up_reference_adapter(model: Any, config: Any, reference_cached: bool) -> None:
     """Give a policy with an adapter the reference that it starts from, where that is not the bare base.
 
-    It is not where training goes on from an adapter, where the adapter's start is taken out of the base's weights or
-    is not the base by its method, and where virtual tokens stand in front of each row.
+    There are three such cases. Training goes on from an adapter. The adapter's start is taken out of the base's
+    weights, or its method doesn't start at the base. Virtual tokens stand in front of each row.
 
     Args:
         model: the policy.
@@ -108,8 +108,8 @@ def set_up_reference_adapter(model: Any, config: Any, reference_cached: bool) ->
         return
     if is_deepspeed_zero3_enabled():  # of what it holds still, no process has the whole when it is saved
         raise UnsupportedError(
-            "this adapter's reference is another adapter, which ZeRO-3 would not save; use ZeRO-2 or FSDP2, or put a "
-            "new adapter on the merged model"
+            "this adapter's reference is another adapter, which ZeRO-3 would not save. Use ZeRO-2 or FSDP2, or put a "
+            "new adapter on the merged model."
         )
     tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     for name, tensor in tensors.items():
@@ -132,7 +132,7 @@ def _plain(config: Any) -> Any:
 
 
 def why_not_resumed(model: Any) -> str | None:
-    """Why a run with this adapter can't be gone on from, where what is saved isn't what is trained."""
+    """Why a run with this adapter can't be resumed, where what is saved isn't what is trained."""
     for config in getattr(model, "peft_config", {}).values():
         kind = config.peft_type.value
         if kind in ("P_TUNING", "CPT") or getattr(config, "prefix_projection", False):

@@ -49,8 +49,8 @@ def check_arguments(
     """
     if data_collator is not None and not isinstance(data_collator, RewardCollator):
         raise UserTypeError(
-            f"`data_collator` is a {type(data_collator).__name__}, but NCATrainer needs a RewardCollator, which "
-            "lays out K completions a prompt; leave it out."
+            f"`data_collator` is a {type(data_collator).__name__}, but NCATrainer needs a RewardCollator, which lays "
+            "out K completions a prompt. Leave it out."
         )
     if data_collator is not None:
         refuse_pieces(args, data_collator.tokens_per_forward)
@@ -58,13 +58,13 @@ def check_arguments(
             notify(notice)
     if fsdp_version(args) == 1:
         raise UnsupportedError(
-            "the launch says FSDP 1, whose models aren't saved and checked here: set `fsdp_version: 2` in accelerate's "
+            "the launch says FSDP 1, whose models aren't saved and checked here. Set `fsdp_version: 2` in accelerate's "
             "file (`configs/accelerate/fsdp2.yaml` is one), or `version: 2` in `fsdp_config`."
         )
     if compute_metrics is not None:
         raise UnsupportedError(
-            "`compute_metrics` can't be used with NCATrainer, which builds no logits; its metrics over completions "
-            "are logged in any case, and a callback's `on_evaluate` receives them."
+            "`compute_metrics` can't be used with NCATrainer, which builds no logits. Its metrics over completions are "
+            "logged in any case, and a callback's `on_evaluate` receives them."
         )
     if args.n_gpu > 1:  # else transformers would copy the model to each of them, by `nn.DataParallel`
         args._n_gpu = 1
@@ -73,7 +73,7 @@ def check_arguments(
             "after the other); `accelerate launch --config_file configs/accelerate/multi_gpu.yaml` trains on each."
         )
     if train_dataset is None:
-        raise UserError("`train_dataset` is None, but NCATrainer needs one, also to evaluate only.")
+        raise UserError("`train_dataset` is None, but NCATrainer needs one, even if it only evaluates.")
     if isinstance(train_dataset, Mapping):
         splits = ", ".join(f"`{split}`" for split in train_dataset)
         raise UserTypeError(
@@ -117,7 +117,7 @@ def check_model(model: PreTrainedModel, max_length: int | None, parallelism: Any
     refuse_shared_batches(parallelism)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UserError(
-            "`model` has no parameter that is trained; load an adapter with `is_trainable=True`, or give a "
+            "`model` has no parameter that is trained. Load an adapter with `is_trainable=True`, or give a "
             "`peft_config`."
         )
     for config in getattr(model, "peft_config", {}).values():
@@ -125,9 +125,9 @@ def check_model(model: PreTrainedModel, max_length: int | None, parallelism: Any
         row = None if tokens is None else _row_without(tokens, dataset)
         if row is not None:
             raise UserError(
-                f"`alora_invocation_tokens` is {tokens}, but row {row} of `train_dataset` does not have these tokens "
-                "in its prompt, where aLoRA is switched on, so that the row would train nothing: give the tokens of "
-                "what ends each prompt, such as the chat template's turn of the assistant."
+                f"`alora_invocation_tokens` is {tokens}, but the prompt of row {row} of `train_dataset` does not have "
+                "these tokens. They switch aLoRA on, so the row would train nothing. Give the tokens that end each "
+                "prompt, such as those of the assistant's turn in the chat template."
             )
     text = model.config.get_text_config()
     positions = getattr(text, "max_position_embeddings", None)
@@ -239,7 +239,7 @@ def prepare_datasets(args: NCAConfig, model: Any, train_dataset: Any, eval_datas
     if args.dataloader_drop_last and isinstance(train_dataset, Dataset) and len(train_dataset) < batch:
         raise UserError(
             f"`dataloader_drop_last` is true, but `train_dataset` has {len(train_dataset)} rows, fewer than one batch "
-            f"of {batch}, so that no step would be taken; leave it out, or lower `per_device_train_batch_size`."
+            f"of {batch}, so no step would be taken. Leave it out, or lower `per_device_train_batch_size`."
         )
     evaluated = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
     streamed = any(isinstance(dataset, IterableDataset) for dataset in (train_dataset, *evaluated))

@@ -33,8 +33,8 @@ def check_best_metric(args: NCAConfig, eval_dataset: Any) -> None:
     metric = args.metric_for_best_model.removeprefix("eval_")
     if isinstance(eval_dataset, Mapping) and metric.split("/")[0] in FAMILIES | {"loss"}:
         raise UserError(
-            f"`metric_for_best_model` is {args.metric_for_best_model}, but each evaluation set has its own; "
-            f"give the one of {first_few([f'{key}_{metric}' for key in eval_dataset])} that is to decide"
+            f"`metric_for_best_model` is {args.metric_for_best_model}, but each evaluation set has its own. Give the "
+            f"one of {first_few([f'{key}_{metric}' for key in eval_dataset])} that decides."
         )
     parts = eval_dataset if isinstance(eval_dataset, Mapping) else {"": eval_dataset}
     for key, dataset in parts.items():

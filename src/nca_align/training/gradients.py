@@ -34,8 +34,8 @@ def logps_by_chunk(batch: Batch, forward: Forward, in_step: bool) -> tuple[Tenso
     """
     if torch.is_grad_enabled() and any(getattr(chunk.get("segments"), "read", False) for chunk in batch["chunks"]):
         raise UnsupportedError(
-            "`compute_loss` was called with gradients on a batch in pieces (`tokens_per_forward`), whose gradients "
-            "`training_step` computes: call that, or leave `tokens_per_forward` out."
+            "`compute_loss` was called with gradients on a batch in pieces (`tokens_per_forward`). Only "
+            "`training_step` computes those gradients: call that, or leave `tokens_per_forward` out."
         )
     logps, use = torch.zeros_like(batch["rewards"]), None
     for one in passes(batch["chunks"], scores_all=True, trains=False, in_step=in_step):

@@ -89,7 +89,7 @@ class StepGuard:
         sentence = self._sentence(rows, step, loss_broken)
         if self.args.nonfinite == "stop":
             raise UserError(
-                f"{sentence}. Look at these rows, lower `learning_rate` or `max_grad_norm`; "
+                f"{sentence}. Look at these rows, and lower `learning_rate` or `max_grad_norm`. "
                 "`resume_from_checkpoint: true` goes on from the last checkpoint, and `nonfinite: skip` leaves such "
                 "steps out"
             )

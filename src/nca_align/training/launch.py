@@ -97,8 +97,8 @@ def read_launch(path: str, processes: int | None = None) -> dict[str, str]:
     kind = "NO" if kind is False else kind  # YAML's `NO` without quotes
     if kind not in _KINDS:
         raise UserError(
-            f"`launch` {path} has `distributed_type` {kind!r}, but must be accelerate's file with one of "
-            f"{', '.join(_KINDS)}"
+            f"`launch` {path} has `distributed_type` {kind!r}. It must be accelerate's file with one of "
+            f"{', '.join(_KINDS)}."
         )
     found = {
         "WORLD_SIZE": str(processes or config.get("num_processes", 1)),

@@ -41,8 +41,9 @@ def row_metrics(
     completions stand changes nothing. With r = β · (logps − ref_logps):
 
     - `rewards/rank_1` … `rank_K`, `logratios/rank_1` … `rank_K`: mean r, and mean log-ratio in nats, of the k-th best
-      reward; rows with fewer completions have no weight. `rewards/best`, `logratios/best` and `logps/best` are those of
-      the first rank, `rewards/worst` and `logratios/worst` of the row's last.
+      reward. Rows with fewer completions have no weight.
+    - `rewards/best`, `logratios/best` and `logps/best`: those of the first rank. `rewards/worst` and `logratios/worst`
+      are those of the row's last.
     - `rewards/margins`: r of the best minus the mean r of all that is worse.
     - `rewards/accuracies`: share of the pairs with unequal rewards in which the better one has the higher r; equal r is
       wrong, as in TRL, so that it is 0 where nothing has moved yet.

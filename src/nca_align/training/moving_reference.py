@@ -21,7 +21,7 @@ def save_reference(trainer: Any, folder: Path) -> None:
 
 
 def why_not_resumed(trainer: Any) -> str | None:
-    """Why a run whose reference moves can't be gone on from under this launch."""
+    """Why a run whose reference moves can't be resumed under this launch."""
     moves = trainer.args.sync_ref_model
     return "FSDP and DeepSpeed save no moved reference" if moves and _moved(trainer) is None else None
 
@@ -34,8 +34,8 @@ def require_reference(trainer: Any, folder: Path) -> None:
     """
     if trainer.args.sync_ref_model and not (folder / _FILE).is_file():
         raise UserError(
-            f"`resume_from_checkpoint` {folder} can't be gone on from under `sync_ref_model: true`: it holds "
-            "no moved reference (FSDP, DeepSpeed and `save_only_model` save none). Leave it out to start anew."
+            f"`resume_from_checkpoint` {folder} holds no moved reference, which `sync_ref_model: true` needs. FSDP, "
+            "DeepSpeed and `save_only_model` save none. Leave it out to start anew."
         )
 
 

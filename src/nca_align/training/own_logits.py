@@ -209,7 +209,7 @@ def _last_predictions(model: nn.Module, base: PreTrainedModel, ids: Tensor, leng
             ) from error
         raise UnsupportedError(
             f"`model` is a {type(base).__name__}, whose own forward failed on a row of text with "
-            f"{type(error).__name__} ({one_line(error)}); see that it runs by itself, or use another model."
+            f"{type(error).__name__} ({one_line(error)}). See that it runs by itself, or use another model."
         ) from error
     return outputs.logits[0, -length - 1 : -1].float().log_softmax(-1)
 

@@ -90,7 +90,7 @@ def live_model(policy: nn.Module, reference: nn.Module | None) -> nn.Module:
     if reference is None and not is_peft_model(policy):
         raise UserError(
             "This data set has no cached reference log-probabilities, and `precompute_ref_log_probs` keeps no "
-            "reference model in memory; give `ref_model`, or set `precompute_ref_log_probs: false`."
+            "reference model in memory. Give `ref_model`, or set `precompute_ref_log_probs: false`."
         )
     return policy if reference is None else reference  # a compiled model has no truth value
 
@@ -129,7 +129,7 @@ def around_evaluation(trainer: Any, dataset: Any) -> Iterator[None]:
     device, line_is_due = trainer.accelerator.device, trainer.control.should_log
     if trainer.is_deepspeed_enabled and trainer.deepspeed is None:
         raise UnsupportedError(
-            "`evaluate` before `train` isn't possible under DeepSpeed, whose engine for it can't be trained: evaluate "
+            "`evaluate` before `train` isn't possible under DeepSpeed, whose engine for it can't be trained. Evaluate "
             "after training, or under FSDP2 or DDP."
         )
     if trainer.accelerator.is_fsdp2 and not trainer.accelerator._models:  # before training, which accelerate refuses

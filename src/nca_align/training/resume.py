@@ -87,11 +87,11 @@ class Resume(TrainerCallback):
         why_not = adapters.why_not_resumed(model) or moving_reference.why_not_resumed(self.trainer)
         if wanted is None or wanted is False:
             if why_not is not None and args.save_strategy != "no":
-                notify(f"No checkpoint of this run can be gone on from: {why_not}.")
+                notify(f"No checkpoint of this run can be resumed: {why_not}.")
             return None
         self.folder = folder = find_checkpoint(wanted, args.output_dir)
         if why_not is not None:
-            raise UnsupportedError(f"{folder} can't be gone on from: {why_not}; start the run anew")
+            raise UnsupportedError(f"{folder} can't be resumed: {why_not}; start the run anew")
         self._loaded = read_manifest(folder)
         # transformers reads it too, but where an error of this file could be any other
         with explain_read_errors(folder, args.output_dir):

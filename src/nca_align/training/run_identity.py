@@ -132,15 +132,15 @@ def refuse_another_run(old: dict[str, Any], new: dict[str, Any], allowed: list[s
     for name in allowed:
         if name not in known:
             raise UserError(
-                f"`resume_changed` holds {name!r}, which is no part of what makes a run"
-                f"{nearest(name, sorted(known))}; give names as the refusal shows them"
+                f"`resume_changed` holds {name!r}, which is not a part of a run's "
+                f"identity{nearest(name, sorted(known))}; give names as the refusal shows them"
             )
     for name, value in new.items():
         if name.startswith("loss_type.") and value is None and name not in allowed:
             raise UserError(
-                f"{checkpoint} can't be resumed with `loss_type` {name.removeprefix('loss_type.')}: its name doesn't "
-                "find it, so whether it is the checkpoint's can't be known; define it by `def` at the top of a module, "
-                f"or allow it by name: `--resume_changed '{name}'`"
+                f"{checkpoint} can't be resumed with `loss_type` {name.removeprefix('loss_type.')}. Its name doesn't "
+                "find the function, so it may be another than the checkpoint's. Define it by `def` at the top of a "
+                f"module, or allow it by name: `--resume_changed '{name}'`"
             )
     changed = changed_names(old, new)
     refuse_changes(

@@ -1,7 +1,7 @@
 """Two checks before the first step: the log-probabilities are the model's own, and the policy is its reference.
 
-A wrong layout, a scale of the logits that isn't known here, leaked attention, dropout that is left on, an adapter whose
-copy lacks a part: each trains on wrong numbers without a word, and each shows in one of the two.
+They find a wrong layout, an unknown scale of the logits, leaked attention, dropout that is left on, and an adapter
+whose copy lacks a part. With each of these a run trains on wrong numbers and says nothing.
 """
 
 import math
@@ -86,7 +86,7 @@ class StartupChecks:
             if not ahead <= bounds.completion:
                 raise UnsupportedError(
                     f"`model` is a {type(base).__name__}, whose logits change by {ahead:.2g} nats with a token that "
-                    "comes after them, so that a completion has no log-probability: use a causal language model."
+                    "comes after them. So a completion has no log-probability: use a causal language model."
                 )
             own = [own_logps(model, base, rows, device, () if i else trained) for i, rows in enumerate(batches)]
             found, refusal = self._compare(model, base, batches, own, trained)
@@ -100,7 +100,7 @@ class StartupChecks:
                         raise refusal
                     raise UnsupportedError(
                         "`layout: prefix_shared` does not give the log-probabilities of the model's own logits on the "
-                        f"first rows ({packed_row}): {type(base).__name__} mixes positions in a way that it can't "
+                        f"first rows ({packed_row}). {type(base).__name__} mixes positions in a way that it can't "
                         "follow. Use `layout: padded`, which does."
                     )
                 self._reason = (
@@ -136,12 +136,12 @@ class StartupChecks:
         if type(collator) is not RewardCollator:
             raise UnsupportedError(
                 f"`data_collator` is a {type(collator).__name__}, whose batches do not give the log-probabilities of "
-                f"the model's own logits on the first rows ({_figures(found, bounds)}): leave it out."
+                f"the model's own logits on the first rows ({_figures(found, bounds)}). Leave it out."
             )
         raise UnsupportedError(
             f"`model` is a {type(base).__name__}, whose log-probabilities in `layout: {collator.layout}` are not those "
-            f"of its own logits on the first rows ({_figures(found, bounds)}), so that training would be wrong: use "
-            f"another model, and please report this one; {_OFF}."
+            f"of its own logits on the first rows ({_figures(found, bounds)}). Training would be wrong. Use another "
+            f"model, and please report this one; {_OFF}."
         )
 
     def _compare(
@@ -209,7 +209,7 @@ class StartupChecks:
             notify(f"The log-ratios at the start are up to {nats:.2g} nats: the `ref_model` given is another model.")
             return
         raise UserError(
-            f"The log-ratios at the start are up to {nats:.2g} nats, where the policy should be its reference: "
+            f"The log-ratios at the start are up to {nats:.2g} nats, but the policy should be its reference: "
             f"{self._why(batch)}. {_OFF[0].upper() + _OFF[1:]}."
         )
 

@@ -113,7 +113,7 @@ def run_cell(folder: Path) -> None:
         trainer.train(resume_from_checkpoint=str(saved[max(saved)]) if saved else None)
         saved = whole_checkpoints(folder)
     if last_step not in saved:
-        raise UserError(f"training ended before its last step, {last_step}; see the log above for what stopped it")
+        raise UserError(f"training ended before its last step, {last_step}; see the log above for the reason")
     _finish(folder, saved[last_step], about | {"commit": code}, keep_checkpoints)
 
 

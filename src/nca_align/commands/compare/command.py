@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
     if selection.at_kl is not None and evaluation.validation_steps is not None:
         raise UserError(
             f"`at_kl` of `select` is {selection.at_kl}, but `validation_steps` of `evaluation` is "
-            f"{evaluation.validation_steps}: choosing at a KL needs validation at every evaluation; leave one out"
+            f"{evaluation.validation_steps}. Choosing at a KL needs validation at every evaluation. Leave one out."
         )
     endpoints = from_mapping(Endpoints, "endpoints", options.endpoints or {})
     cells = expand(options.base, options.grid, "the comparison's YAML file")

@@ -119,9 +119,9 @@ def _require_whole_turns(dataset: Dataset, method: str) -> None:
     for i, prompt in enumerate(dataset["prompt"]):
         if Prompt(prompt, None, {}).continues:
             raise UserError(
-                f"row {i}: `prompt` ends in an assistant's turn, which `method` {method} of TRL doesn't continue as "
-                "NCATrainer does, so that they would see other tokens; leave such rows out, or compare NCATrainer's "
-                "losses alone"
+                f"row {i}: `prompt` ends in an assistant's turn. TRL's `method` {method} doesn't continue it as "
+                "NCATrainer does, so they would see other tokens. Leave such rows out, or compare NCATrainer's losses "
+                "alone."
             )
 
 

@@ -76,7 +76,9 @@ def _sampling(cell: Cell, evaluation: EvaluationSettings) -> tuple[float, str]:
         script, data_options, _, args, _ = cell_options(path)
         rewards = read_splits(script, data_options, args, evaluation)[1]["test"]["rewards"][:]
     if not (variances := [variance(own) for own in rewards if len(own) > 1]):
-        raise UserError("no prompt of the test split has two rewards, whose spread would be known; run a cell first")
+        raise UserError(
+            "no prompt of the test split has two rewards, so the spread of the rewards is unknown; run a cell first"
+        )
     within, answers = math.sqrt(fmean(variances)), evaluation.num_completions
     return math.sqrt(2 / (len(rewards) * answers)) * within, (
         f"the sampling of answers alone: the data's rewards have a standard deviation of {within:.2g} within a prompt, "

@@ -52,7 +52,7 @@ def three_splits(
         if rows["validation"] is None:
             raise UserError(
                 f"`validation` and `test` of `evaluation` are both {names['test']!r}, and `validation_fraction` "
-                f"{options.validation_fraction} holds out no prompt of {seen!r}; make it larger, or name two splits"
+                f"{options.validation_fraction} holds out no prompt of {seen!r}. Make it larger, or name two splits."
             )
     taken: set[str] = set()
     rows["test"] = _without(rows["test"], taken, "test")

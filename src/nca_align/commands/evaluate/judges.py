@@ -59,7 +59,7 @@ class JudgeOptions(EngineOptions):
         if self.judge != "alpaca_eval" and self.name not in (None, Path(self.output).stem):
             raise UserError(
                 f"`name` is {self.name!r}, but {self.judge} takes a model's name from the file, which is "
-                f"{Path(self.output).name}; make `output` end in {self.name}{suffix}, and leave `name` out"
+                f"{Path(self.output).name}. Make `output` end in {self.name}{suffix}, and leave `name` out."
             )
         if self.temperature is not None and self.temperature < 0:
             raise UserError(f"`temperature` is {self.temperature}; it must be 0 (greedy) or more")
@@ -150,8 +150,8 @@ def load_questions(options: JudgeOptions) -> Dataset:
             raise UserError(f"row {i}: `{question}` is {row[question]!r}; it must be {required}, and not empty")
         if key != question and first.setdefault(row[key], i) != i:
             raise UserError(
-                f"row {i}: `{key}` is {row[key]!r}, as in row {first[row[key]]}; {options.judge} keeps one answer for "
-                "each, so every question needs one of its own"
+                f"row {i}: `{key}` is {row[key]!r}, as in row {first[row[key]]}. Every question needs its own, since "
+                f"{options.judge} keeps one answer for each."
             )
     return dataset
 

@@ -129,8 +129,8 @@ def _sources(options: HarnessOptions) -> dict[str, ModelSource]:
         sources[key] = ModelSource.of(name, key=key, trust_remote_code=options.trust_remote_code)
         if sources[key].load_tokenizer().chat_template is None and options.apply_chat_template:
             raise UserError(
-                f"`apply_chat_template` is true, but the tokenizer of `{key}` {name} has no chat template; leave it "
-                "out, or give the tokenizer one"
+                f"`apply_chat_template` is true, but the tokenizer of `{key}` {name} has no chat template. Leave it "
+                "out, or give the tokenizer one."
             )
     return sources
 
@@ -177,8 +177,8 @@ def load_tasks(manager: Any, options: HarnessOptions) -> dict[str, str]:
                 leaves = manager.load([name])["tasks"]
             except (OSError, ImportError, ValueError) as error:
                 raise UserError(
-                    f"`lm_eval` names {name}, and what that needs is not here ({one_line(error)[:300]}); run it once "
-                    "where it can be downloaded, or take a task whose data is here (`include_path`)"
+                    f"`lm_eval` names {name}, which needs something that is not here ({one_line(error)[:300]}). Run it "
+                    "once where that can be downloaded, or take a task whose data is here (`include_path`)."
                 ) from error
             except (DatasetsError, TemplateError, LookupError, TypeError) as error:
                 why = one_line(error.__cause__ or error)[:300]
@@ -188,8 +188,8 @@ def load_tasks(manager: Any, options: HarnessOptions) -> dict[str, str]:
             for leaf in leaves.values():
                 if getattr(leaf, "UNSAFE_CODE", False) and not options.confirm_run_unsafe_code:
                     raise UserError(
-                        f"`lm_eval` names {name}, which runs code that the model writes; in a place where that can do "
-                        "no harm add `--confirm_run_unsafe_code true`"
+                        f"`lm_eval` names {name}, which runs code that the model writes. Where that can do no harm, "
+                        "add `--confirm_run_unsafe_code true`."
                     )
             tasks[name] = data_fingerprint(
                 {"task": task, "config": leaf.dump_config(), "questions": data_fingerprint(leaf.eval_docs)}

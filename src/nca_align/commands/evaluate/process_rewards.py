@@ -64,8 +64,8 @@ class ProcessOptions:
                 raise UserError("`first_error` needs `steps`, the steps that its numbers count")
             if chosen == (self.threshold is not None):
                 raise UserError(
-                    "`first_error` needs one of `threshold` and `threshold_dataset` (or `threshold_split`): τ is "
-                    "chosen on other data than it is used on"
+                    "`first_error` needs one of `threshold` and `threshold_dataset` (or `threshold_split`). Choose τ "
+                    "on other data than it is used on."
                 )
         elif chosen or self.threshold is not None:
             raise UserError("`threshold`, `threshold_dataset` and `threshold_split` need `first_error`")
@@ -156,7 +156,7 @@ def _steps(how: str, tokenizer: Any, rows: list, texts: Sequence[dict[str, Any]]
                 else:
                     starts = given_starts("".join(chain(*turns)), given[k], f"{column}[{k}]")
             except InvalidRowError as error:
-                raise UserError(f"row {row['row_number']}: its steps aren't found, {error}") from error
+                raise UserError(f"row {row['row_number']}: its steps can't be found: {error}") from error
             own.append((steps_of_tokens([*chain(*turns)], starts), len(starts)))
         found.append(own)
     return found
@@ -181,7 +181,9 @@ def _of_completions(
 ) -> list[Any]:
     """The values of a column for the K completions of a row, of one completion also the value itself."""
     if column not in text:
-        raise UserError(f"`{name}` names the column {column!r}, which isn't there; there are {', '.join(sorted(text))}")
+        raise UserError(
+            f"`{name}` names the column {column!r}, which doesn't exist; there are {', '.join(sorted(text))}"
+        )
     value, count = text[column], len(row["completion_ids"])
     alone = not isinstance(value, list) or (lists and not any(isinstance(own, list) for own in value))
     values = [value] if alone else value
@@ -228,8 +230,8 @@ def _first_errors(
         for number, (_, count) in zip(numbers, own, strict=True):
             if not isinstance(number, int) or isinstance(number, bool) or not -1 <= number < count:
                 raise UserError(
-                    f"row {row['row_number']}: `{column}` is {number!r}; it must be the number of one of {count} "
-                    "steps, from 0, or -1 for none"
+                    f"row {row['row_number']}: `{column}` is {number!r}; it must be a step from 0 to {count - 1}, or "
+                    "-1 for none"
                 )
             labels.append(number)
     return labels
@@ -285,7 +287,7 @@ def check_others(solutions: Solutions, others: Solutions, source: str) -> None:
     labels = others.first_errors or []
     for kind, there in (("wrong", any(n >= 0 for n in labels)), ("right", any(n < 0 for n in labels))):
         if not there:
-            raise UserError(f"{source} has no {kind} solution, so that τ can't be chosen on it; give other data")
+            raise UserError(f"{source} has no {kind} solution, so τ can't be chosen on it; give other data")
     seen = {(*row["prompt_ids"], -1, *ids) for row in solutions.rows for ids in row["completion_ids"]}
     for row in others.rows:
         if any((*row["prompt_ids"], -1, *ids) in seen for ids in row["completion_ids"]):

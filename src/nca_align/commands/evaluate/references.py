@@ -12,8 +12,8 @@ def require_reference(policy: ModelSource, reference: ModelSource | None) -> Non
     """
     if reference is None and policy.adapter is None:
         raise UserError(
-            f"`reference` is missing: `model_name_or_path` {policy.name} is a whole model and is no adapter, whose "
-            "base it would be; name the model that it was before training"
+            f"`reference` is missing. `model_name_or_path` {policy.name} is a whole model, not an adapter whose base "
+            "could be the reference. Name the model that it was before training."
         )
 
 
@@ -26,7 +26,7 @@ def check_vocabulary(policy: ModelSource, reference: ModelSource) -> None:
     own, other = (source.load_config().get_text_config().vocab_size for source in (policy, reference))
     if own != other:
         raise UserError(
-            f"`reference` {reference.adapter or reference.name} has a vocabulary of {other} tokens and "
-            f"`model_name_or_path` {policy.adapter or policy.name} one of {own}; name the model that it was before "
-            "training"
+            f"`reference` {reference.adapter or reference.name} has a vocabulary of {other} tokens, but "
+            f"`model_name_or_path` {policy.adapter or policy.name} has {own}. Name the model that it was before "
+            "training."
         )

@@ -74,20 +74,20 @@ def load_samples(name: str, policy: str) -> Dataset:
         if config["temperature"] != 1 or config["top_p"] != 1:
             raise UserError(
                 f"`dataset_name` {name} was sampled at `temperature` {config['temperature']:g} and `top_p` "
-                f"{config['top_p']:g}; a policy's KL needs samples of itself: draw them at 1 and 1"
+                f"{config['top_p']:g}. A policy's KL needs samples of the policy itself: draw them at 1 and 1."
             )
         for option, plain in (("stop", []), ("duplicates", "keep")):
             if config.get(option, plain) != plain:
                 raise UserError(
-                    f"`dataset_name` {name} was sampled with `{option}` {config[option]!r}; a policy's KL needs its "
-                    "samples as it drew them, up to its own end and each as often as it came: sample without it"
+                    f"`dataset_name` {name} was sampled with `{option}` {config[option]!r}. A policy's KL needs its "
+                    "samples as it drew them: up to its own end, and each as often as it came. Sample without it."
                 )
         weights = config["adapter"] or config["model"]
         if weights != model_fingerprint(policy) and config["engine"] != "server":
             raise UserError(
                 f"`dataset_name` {name} was sampled from {made['about']['adapter'] or made['about']['model']}, whose "
-                f"weights are not those of `model_name_or_path` {policy}; a policy's KL needs samples of itself: name "
-                "the model that they were sampled from, or sample anew"
+                f"weights are not those of `model_name_or_path` {policy}. A policy's KL needs samples of the policy "
+                "itself. Name the model that they were sampled from, or sample anew."
             )
     return dataset
 
@@ -95,8 +95,8 @@ def load_samples(name: str, policy: str) -> Dataset:
 def end_token(model, tokenizer, chat: bool) -> int:
     """The token by which the policy ends a completion: sampling stops at those of its generation config.
 
-    Of several (Gemma's are the end of the text and the end of a turn) it is, in a chat, the last that the chat template
-    writes after an assistant's turn, and otherwise the tokenizer's EOS, or the first where that is none of them.
+    There may be several: Gemma's are the end of the text and the end of a turn. In a chat it is then the last that the
+    chat template writes after an assistant's turn. Otherwise it is the tokenizer's EOS, or the first of them.
     """
     ends = end_tokens(model, tokenizer)
     if chat and len(ends) > 1:

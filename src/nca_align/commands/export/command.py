@@ -58,8 +58,8 @@ class ExportOptions:
         for name, default in (("bnb_4bit_quant_type", "nf4"), ("use_bnb_nested_quant", False)):
             if (value := getattr(self, name)) != default and not self.load_in_4bit:
                 raise UserError(
-                    f"`{name}` is {value!r}, which is read with `load_in_4bit` true alone; add that, or leave `{name}` "
-                    "out, and the run's record says how its base was quantised"
+                    f"`{name}` is {value!r}, which only `load_in_4bit: true` reads. Add that, or leave `{name}` out: "
+                    "the run's record says how its base was quantised."
                 )
 
 
@@ -125,8 +125,8 @@ def _export_adapter(options: ExportOptions, new: Path) -> Export:
     if not own.largest <= MAX_NATS:
         raise UserError(
             f"the merged model's log-probabilities are up to {own.largest:.3g} nats per sequence from the adapter's, "
-            f"and {MAX_NATS} is the most that rounding explains, so nothing was written: this adapter can't be merged "
-            "exactly; use it unmerged"
+            f"but rounding explains at most {MAX_NATS}. This adapter can't be merged exactly, so nothing was written. Use "
+            "it unmerged."
         )
     stored = source.load_config().dtype or torch.float32
     dtype = stored if options.dtype == "auto" else getattr(torch, options.dtype)
@@ -174,7 +174,7 @@ def _export_model(options: ExportOptions, new: Path) -> None:
         if (value := getattr(options, name)) is not None:
             raise UserError(
                 f"`{name}` is {value!r}, but `model_name_or_path` {options.model_name_or_path} is a whole model, which "
-                "is taken as it is; leave it out, or give an adapter's folder"
+                f"is taken as it is. Leave `{name}` out, or give an adapter's folder."
             )
     if options.dtype == "auto" and (source / "config.json").exists() and any(source.glob("*.safetensors")):
         for file in sorted({file for pattern in _MODEL_FILES for file in source.glob(pattern)}):
@@ -204,8 +204,8 @@ def _refuse_prompt_learning(adapter: str) -> None:
     config = adapter_config(adapter)
     if config.is_prompt_learning or config.is_adaption_prompt:
         raise UserError(
-            f"{adapter} is a {config.peft_type.value} adapter, which adds tokens and changes no weight, so that it "
-            "can't be merged; use it unmerged"
+            f"{adapter} is a {config.peft_type.value} adapter, which adds tokens and changes no weight. It can't be "
+            "merged; use it unmerged."
         )
 
 

@@ -29,8 +29,8 @@ class InspectOptions(DataOptions):
     )
     alpha: float | None = option("training's α, which the α table marks; `loss_type: outcome` has none", 0.01)
     target_effective: float | None = option(
-        "suggest the α at which a prompt's target spreads over so many completions, in the mean; by "
-        "default half-way between a hard and a uniform target",
+        "suggest the α at which a prompt's target spreads over this many completions on average. The default is "
+        "half-way between a hard and a uniform target",
         None,
     )
     example: int | None = option("show this row (from 0) as training sees it; without `html`, nothing else", None)

@@ -131,8 +131,8 @@ def suggest_alpha(rewards: np.ndarray, counts: np.ndarray, target: float) -> flo
     low, high = effective_range(rewards, counts)
     if not low < target < high:
         raise UserError(
-            f"`target_effective` is {target:g}; with these rewards it must be above {low:.3g} (the completions that "
-            f"tie for the best) and below {high:.3g} (all of them): choose one between"
+            f"`target_effective` is {target:g}, which these rewards don't allow. Choose a number above {low:.3g} (the "
+            f"completions that tie for the best) and below {high:.3g} (all of them)."
         )
     spread = spreads(rewards, counts)
     alphas = np.geomspace(spread[spread > 0].min() * 1e-3, spread.max() * 1e3, 100_000)

@@ -53,7 +53,9 @@ class Comparison:
 def read_run(path: Path) -> Run | Comparison:
     """The folder of `nca-align compare` or `train`; of a run not at its end, what its last checkpoint logged."""
     if not path.is_dir():
-        raise UserError(f"run {path} is no folder; give the `output_dir` of `nca-align train` or `nca-align compare`")
+        raise UserError(
+            f"run {path} is not a folder; give the `output_dir` of `nca-align train` or `nca-align compare`"
+        )
     if (path / ROWS).is_file():
         return _comparison(path)
     state = path / "trainer_state.json"
@@ -61,17 +63,17 @@ def read_run(path: Path) -> Run | Comparison:
         saved = whole_checkpoints(path)
         if (path / "cells").is_dir():
             raise UserError(
-                f"run {path} is a comparison of which no cell is finished; wait for the first, which writes the tables"
+                f"run {path} is a comparison with no finished cell; wait for the first, which writes the tables"
             )
         if not saved:
             raise UserError(
-                f"run {path} holds neither trainer_state.json nor comparison.csv; give the `output_dir` of a run of "
-                "`nca-align train` that has saved once, or of `nca-align compare`"
+                f"run {path} holds neither trainer_state.json nor comparison.csv. Give the `output_dir` of `nca-align "
+                "compare`, or of a run of `nca-align train` that has saved once."
             )
         state = saved[max(saved)] / "trainer_state.json"
     log = _json(state).get("log_history")
     if not isinstance(log, list):
-        raise UserError(f"{state} has no `log_history`; it is no state of a trainer, so give another folder")
+        raise UserError(f"{state} has no `log_history`, so it is not a trainer's state; give another folder")
     return Run(path.resolve().name, [line for line in log if isinstance(line, dict) and "step" in line])
 
 

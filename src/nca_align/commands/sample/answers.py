@@ -120,14 +120,14 @@ def read_reply(reply: Reply, url: str, sent: Collection[str], accepted: Collecti
     error = _error_of(body)
     if reply.status < 300 and error is None:
         if not isinstance(body, dict):
-            raise TryAgain(f"it answered no JSON object: {short(reply.body)}")
+            raise TryAgain(f"its answer is not a JSON object: {short(reply.body)}")
         return body
     code = _code_of(error, reply.status)
     reason = f"HTTP {reply.status}{'' if code == reply.status else f' with the code {code}'}: {short(reply.body)}"
     if code == 402 or _NO_CREDIT.intersection(map(str, _values(error, ("code", "type")))):
         raise Refused(
-            f"the server at {url} has no credit or quota for this key ({reason}); what is done is kept, and the same "
-            "command goes on once it has"
+            f"the server at {url} has no credit or quota for this key ({reason}). What is done is kept, and the same "
+            "command goes on once there is some"
         )
     refused = f"the server at {url} refused the request ({reason})"
     said = "\n".join(map(str, _values(error, ("code", "type", "status", "message", "msg", "detail", "description"))))

@@ -103,11 +103,11 @@ class Client:
             if (failed.after or 0) > self.timeout:
                 raise Refused(
                     f"the server at {url} asks to wait {failed.after:.0f} seconds ({failed}), longer than `timeout` "
-                    f"{self.timeout:g}; what is done is kept, and the same command goes on"
+                    f"{self.timeout:g}. What is done is kept, and the same command goes on"
                 )
             if failures > self.retries:
                 raise NoAnswer(
-                    f"the server at {url} does not answer ({failed}; tries: {failures}); what is done is kept, and the "
+                    f"the server at {url} does not answer ({failed}; tries: {failures}). What is done is kept, and the "
                     "same command goes on once the server runs",
                     of_server=failed.of_server, alone=self._answered > first,
                 )  # fmt: skip
@@ -136,7 +136,7 @@ class Client:
                     parts.append(part)
                     size += len(part)
                     if size > _LARGEST_ANSWER:
-                        raise TryAgain(f"it answered more than {_LARGEST_ANSWER // 2**20} MiB")
+                        raise TryAgain(f"its answer is longer than {_LARGEST_ANSWER // 2**20} MiB")
                 return Reply(response.status, response.headers, b"".join(parts))
         except (OSError, HTTPException, ValueError) as error:  # no connection, a broken one, or no HTTP
             cause = getattr(error, "reason", error)

@@ -27,7 +27,7 @@ def read_samples(answer: dict[str, Any], chat: bool, stop: list[str]) -> list[Sa
     read = [_sample(choice, chat, stop) for choice in choices] if isinstance(choices, list) else []
     if samples := [one for one in read if one is not None]:
         return samples
-    raise TryAgain(f"it answered something else than completions: {short(json.dumps(answer).encode())}")
+    raise TryAgain(f"its answer holds no completions: {short(json.dumps(answer).encode())}")
 
 
 def read_models(answer: dict[str, Any]) -> list[str]:
@@ -39,7 +39,7 @@ def read_models(answer: dict[str, Any]) -> list[str]:
     models = answer.get("data")
     if isinstance(models, list) and all(isinstance(one, dict) and "id" in one for one in models):
         return [str(one["id"]) for one in models]
-    raise Refused(f"the server answered something else than its models ({short(json.dumps(answer).encode())})")
+    raise Refused(f"the server's answer is not a list of its models ({short(json.dumps(answer).encode())})")
 
 
 def _sample(choice: Any, chat: bool, stop: list[str]) -> Sample | None:

@@ -68,8 +68,8 @@ def check_prompts(options: SampleOptions, rows: Iterable[dict]) -> None:
     if failed:
         row, why = failed[0]
         raise UserError(
-            f"row {row}: {why}; {len(failed)} such rows, and nothing has been sampled: `--on_error drop` leaves "
-            "them out"
+            f"row {row}: {why}. Nothing has been sampled. Rows like this one: {len(failed)}; `--on_error drop` leaves "
+            "them out."
         )
 
 
@@ -130,7 +130,9 @@ def lora_rank(adapter: str) -> int:
             "folder of a LoRA adapter"
         ) from error
     if rank > _VLLM_RANKS[-1]:
-        raise UserError(f"`adapter` {adapter} has rank {rank}, and vLLM takes {_VLLM_RANKS[-1]}; merge it instead")
+        raise UserError(
+            f"`adapter` {adapter} has rank {rank}, but vLLM takes at most {_VLLM_RANKS[-1]}; merge it instead"
+        )
     return next(size for size in _VLLM_RANKS if size >= rank)
 
 
@@ -155,8 +157,8 @@ def vllm_engine(options: SampleOptions) -> Engine:
     if quantised or (adapter is not None and is_subtracted(Path(adapter))):
         base = "a quantised base" if quantised else "a base that its initialisation changed"
         raise UnsupportedError(
-            f"`engine` is 'vllm' with the adapter {adapter}, which was trained on {base}: export it by `nca-align "
-            "export` and name that folder by `model_name_or_path`, or use `engine` 'transformers'"
+            f"`engine` is 'vllm' with the adapter {adapter}, which was trained on {base}. Export it by `nca-align "
+            "export` and name that folder by `model_name_or_path`, or use `engine` 'transformers'."
         )
     read = prompt_reader(options, source.load_tokenizer())
     own = {
@@ -171,7 +173,7 @@ def vllm_engine(options: SampleOptions) -> Engine:
         llm = LLM(**own, **given)
     except TypeError as error:
         raise UserError(
-            f"`engine_args` is {options.engine_args}, and vLLM doesn't take it ({one_line(error)[:200]}); see the "
+            f"`engine_args` is {options.engine_args}, but vLLM doesn't take it ({one_line(error)[:200]}); see the "
             "arguments of its `LLM`"
         ) from error
     lora = LoRARequest("adapter", 1, adapter) if adapter else None

@@ -53,14 +53,14 @@ class EngineOptions:
         require_json_object("extra_body", self.extra_body)
         require_json_object("engine_args", self.engine_args)
         if self.engine != "vllm" and json.loads(self.engine_args):
-            raise UserError(f"`engine_args` is {self.engine_args}, which `engine` 'vllm' alone reads; leave it out")
+            raise UserError(f"`engine_args` is {self.engine_args}, which only `engine` 'vllm' reads; leave it out")
         if self.base_url is None and self.model_name_or_path is None:
             raise UserError("`model_name_or_path` is missing: name a model, or a server by `base_url`")
         if self.base_url is not None:
             if self.engine == "vllm" or self.adapter is not None:
                 raise UnsupportedError(
-                    f"`base_url` with `{'adapter' if self.adapter else 'engine'}`: a server runs its own model; start "
-                    "it with the adapter and name that by `model_name_or_path`, or leave `base_url` out"
+                    f"`base_url` is given with `{'adapter' if self.adapter else 'engine'}`, but a server runs its own "
+                    "model. Start it with the adapter and name that by `model_name_or_path`, or leave `base_url` out."
                 )
             if not re.fullmatch(r"https?://[^\s/?#]+\S*", self.base_url):
                 raise UserError(
@@ -105,8 +105,8 @@ class SampleOptions(EngineOptions):
         "completions of a prompt that are the same: keep (and count) or remove", "keep"
     )
     on_error: Literal["stop", "drop"] = option(
-        "rows that can't be completed (a prompt that is too long, or that a server refuses): stop, "
-        "or drop and count them",
+        "stop at a row that can't be completed, or drop and count such rows. A prompt may be too long, or a server "
+        "may refuse it",
         "stop",
     )
     as_chat: bool | None = option(

@@ -32,7 +32,7 @@ def resolve_model_name(options: EngineOptions) -> str:
     try:
         models = Client(options).ask("/models", None, read_models)
     except (Refused, FailedRow) as error:
-        raise UserError(f"{error}; it was asked for its models: name one by `model_name_or_path`") from error
+        raise UserError(f"{error}; this came of asking for its models. Name one by `model_name_or_path`.") from error
     if len(models) != 1:
         raise UserError(
             f"the server at {options.base_url} offers {', '.join(models) or 'no model'}; say which by "

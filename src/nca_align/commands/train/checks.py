@@ -38,8 +38,8 @@ def name_unread(given: set[str], *options: Any) -> None:
     asked = next((name for name in found if name in LORA), None)
     if asked is not None and "use_peft" not in given:
         raise UserError(
-            f"`{asked}` is {getattr(values, asked)!r}, which needs `use_peft: true`; without it all weights of the "
-            "model would be trained; `use_peft: false` asks for that"
+            f"`{asked}` is {getattr(values, asked)!r}, which needs `use_peft: true`. Without it all weights of the "
+            "model would be trained: `use_peft: false` asks for that."
         )
     notice = sentence(found)
     if notice is not None:
@@ -51,8 +51,8 @@ def _refuse_another_adapter(values: Any, given: set[str]) -> None:
     folder = values.model_name_or_path
     if "use_peft" in given and not values.use_peft:
         raise UserError(
-            f"`use_peft` is False, but `model_name_or_path` {folder} is an adapter, which alone is trained on; leave "
-            "it out, or merge the adapter into its base first (`nca-align export`)"
+            f"`use_peft` is False, but `model_name_or_path` {folder} is an adapter, and only the adapter is trained. "
+            "Leave it out, or merge the adapter into its base first (`nca-align export`)."
         )
     own = adapter_config(folder)
     for name in (name for name in LORA if name in given):
@@ -64,9 +64,9 @@ def _refuse_another_adapter(values: Any, given: set[str]) -> None:
             notify_once(f"`{name}` is all-linear, but {folder} is an adapter already, and keeps its own: {has}.")
             continue
         raise UserError(
-            f"`{name}` is {getattr(values, name)}, but `model_name_or_path` {folder} is an adapter already, whose own "
-            f"is {has}, and is trained on as it is; leave it out, or merge the adapter into its base first (`nca-align "
-            "export`)"
+            f"`{name}` is {getattr(values, name)}, but `model_name_or_path` {folder} is an adapter already. Its own is "
+            f"{has}, and it is trained as it is. Leave it out, or merge the adapter into its base first (`nca-align "
+            "export`)."
         )
 
 
@@ -88,17 +88,17 @@ def check_options(script: ScriptArguments, run: RunOptions, args: NCAConfig, mod
         raise UserError(f"`eval_prompts` is {run.eval_prompts}, but must be at least 1; leave it out for all")
     if run.eval_scorer and launched_sharded(args):
         raise UnsupportedError(
-            "`eval_scorer` is set, but FSDP and DeepSpeed deal out the model that would answer; leave it out, and "
-            "evaluate the saved model (`nca-align evaluate --scorer`)"
+            "`eval_scorer` is set, but FSDP and DeepSpeed shard the model that would answer. Leave it out, and "
+            "evaluate the saved model (`nca-align evaluate --scorer`)."
         )
     if model_args.use_peft and model_args.lora_r < 1:
         raise UserError(f"`lora_r` is {model_args.lora_r}, but must be at least 1")
     if script.dataset_streaming and args.max_steps < 1:
-        raise UserError("`dataset_streaming` is true, and a stream has no known end; set `max_steps`")
+        raise UserError("`dataset_streaming` is true, but a stream has no known end; set `max_steps`")
     if args.load_best_model_at_end and args.eval_strategy not in ("steps", "epoch"):
         raise UserError(
-            "`load_best_model_at_end` is True, which needs `eval_strategy` steps or epoch; without it the last weights "
-            "would be kept, since nothing is evaluated"
+            "`load_best_model_at_end` is True, which needs `eval_strategy` steps or epoch. Otherwise nothing is "
+            "evaluated, and the last weights would be kept."
         )
     if args.load_best_model_at_end and not _metric_is_known(args.metric_for_best_model or "loss", run):
         raise UserError(
@@ -166,7 +166,7 @@ def checkpoint_to_go_on_from(args: NCAConfig) -> str | bool | None:
         return last is not None
     if not Path(str(args.resume_from_checkpoint)).is_dir():
         raise UserError(
-            f"`resume_from_checkpoint` is {args.resume_from_checkpoint}, which is no folder; give a checkpoint, or "
+            f"`resume_from_checkpoint` is {args.resume_from_checkpoint}, which is not a folder; give a checkpoint, or "
             "`true`"
         )
     return args.resume_from_checkpoint

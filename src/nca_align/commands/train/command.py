@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     script, _, run, args, model_args = options
     if run.dry_run:  # a plan never trains, whatever the line above has read
         raise UserError(
-            f"`dry_run` is {run.dry_run}, but no plan was begun; nothing is trained, give `--dry_run` first"
+            f"`dry_run` is {run.dry_run}, but no plan was begun. Nothing is trained: give `--dry_run` first."
         )
     began = time.time()
     follow_launcher()

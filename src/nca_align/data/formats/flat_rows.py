@@ -64,8 +64,8 @@ def settle_score(rows: list[dict[str, Any]], options: DataOptions) -> DataOption
     if len(logged) != 1:
         columns = ", ".join(logged or logged_rewards(rows[0]))
         raise UserError(
-            f"the data is TRL's log of completions with the columns {columns}; say which is the reward by `score`, or "
-            "weigh several by `reward_weights`"
+            f"the data is TRL's log of completions with the columns {columns}. Name the one that is the reward by "
+            "`score`, or weigh several by `reward_weights`."
         )
     return replace(options, score=logged[0])
 
