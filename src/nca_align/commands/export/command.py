@@ -125,8 +125,8 @@ def _export_adapter(options: ExportOptions, new: Path) -> Export:
     if not own.largest <= MAX_NATS:
         raise UserError(
             f"the merged model's log-probabilities are up to {own.largest:.3g} nats per sequence from the adapter's, "
-            f"but rounding explains at most {MAX_NATS}. This adapter can't be merged exactly, so nothing was written. Use "
-            "it unmerged."
+            f"but rounding explains at most {MAX_NATS}. This adapter can't be merged exactly, so nothing was written. "
+            "Use it unmerged."
         )
     stored = source.load_config().dtype or torch.float32
     dtype = stored if options.dtype == "auto" else getattr(torch, options.dtype)
