@@ -32,6 +32,7 @@ lint: $(READY)
 	$(RUN)/ruff check .
 	$(RUN)/ruff format --check .
 	$(RUN)/mypy
+	$(RUN)/python scripts/wording.py --check --worst 5
 
 # Needs a network: pip-audit asks PyPI and OSV, and where it can't reach them it may say that all is well.
 audit: $(READY)  ## known advisories against what is installed, and against the oldest versions that are supported

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from nca_align.cli import COMMANDS
 from nca_align.commands.evaluate.command import MODES
-from nca_align.commands.train.options import TRAIN_OPTIONS
+from nca_align.commands.train.options import FIRST_OPTIONS, REQUIRED, TRAIN_OPTIONS
 from nca_align.unread import CONFIG_RULES, TRAIN_RULES, UNSUPPORTED
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "reference" / "options.md"
@@ -98,6 +98,15 @@ def table(cls: type) -> Iterator[str]:
         yield row(f"`{own.name}`", type_, default(own), own.metadata.get("help", "").replace("%%", "%"))
 
 
+def first() -> Iterator[str]:
+    """What `nca-align train --help` lists, with the types and defaults that a run has."""
+    known = {own.name: (own, get_type_hints(cls)[own.name]) for cls in TRAIN_OPTIONS for own in fields(cls)}
+    yield HEAD
+    for name, text in FIRST_OPTIONS.items():
+        own, hint = known[name]
+        yield row(f"`{name}`", kind(hint), "required" if name in REQUIRED else default(own), text)
+
+
 def inherited() -> Iterator[str]:
     """The options of TRL and transformers that do otherwise here, or that are read in some runs alone."""
     yield REFUSED
@@ -110,7 +119,7 @@ def inherited() -> Iterator[str]:
 
 def page() -> str:
     """The whole page."""
-    lines = [INTRODUCTION, "## nca-align train\n"]
+    lines = [INTRODUCTION, "## nca-align train\n", "### What is set first\n", *first(), ""]
     for cls in filter(is_ours, TRAIN_OPTIONS):
         lines += [f"### {(cls.__doc__ or '').splitlines()[0].rstrip('.:')}\n", *table(cls), ""]
     lines += [*inherited(), ""]

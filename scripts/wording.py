@@ -42,7 +42,7 @@ def _blank(found: re.Match[str], word: str = "") -> str:
 
 def plain(text: str) -> str:
     """Markdown without its marks, with as many lines."""
-    text = re.sub(r"(`+)(?!`).+?(?<!`)\1(?!`)", partial(_blank, word="code"), text, flags=re.S)
+    text = re.sub(r"(`+)(?!`).+?(?<!`)\1(?!`)", partial(_blank, word="Code"), text, flags=re.S)
     text = re.sub(r"<!--.*?-->|</?\w[^>]*>", _blank, text, flags=re.S)
     text = re.sub(r"!\[[^\]]*\]\([^)]*\)", "", text)
     return re.sub(r"\[([^\]]*)\](?:\([^)]*\)|\[[^\]]*\])", r"\1", text)
@@ -130,6 +130,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="exit with 1 where a page or a group is over the target")
     given = parser.parse_args(argv)
     pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("[bc]*/README.md")]
+    pages = [page for page in pages if not page.name.startswith("plan")]  # which stay as they were committed
     files = given.files or [*sorted(pages), *sorted((ROOT / "src").rglob("*.py"))]
     found = [sentence for path in files for sentence in of_file(path.resolve())]
     groups = {name: [s for s in found if s.group == name] for name in dict.fromkeys(s.group for s in found)}
