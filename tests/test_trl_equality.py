@@ -87,6 +87,8 @@ def test_trls_other_losses_are_refused_as_its_own(tmp_path):
             NCAConfig(**arguments(tmp_path, loss_type=name))
         elsewhere = name not in ("sigmoid", "nca_pair")
         assert ("use DPOTrainer itself: it isn't here; docs/guide/baselines.md" in str(refused.value)) == elsewhere
+        beta = DPOConfig(tmp_path, use_cpu=True, bf16=False).beta
+        assert (f"the same `beta` (DPOConfig's default is {beta})" in str(refused.value)) != elsewhere
     with pytest.raises(ValueError, match="'IPO', which is DPOTrainer's"):
         NCAConfig.of(DPOConfig(**arguments(tmp_path, loss_type="IPO")), "model")
 

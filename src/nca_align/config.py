@@ -21,10 +21,11 @@ ON_INVALID = ("raise", "drop")
 
 # DPOConfig's own losses, as its help names them, and what to use instead of those that are here by another name
 _TRL_LOSSES = re.findall(r"`'(\w+)'`", DPOConfig.__dataclass_fields__["loss_type"].metadata["help"])
-_INSTEAD = {
-    "sigmoid": "`infonca`, which equals it at K = 2 with a hard target",
-    "nca_pair": "`nca`, which equals it at K = 2 with a hard target",
-}
+_EQUALS = (
+    "The two are equal at K = 2, with a hard target and the same `beta` "
+    f"(DPOConfig's default is {DPOConfig.__dataclass_fields__['beta'].default})"
+)
+_INSTEAD = {"sigmoid": f"`infonca`. {_EQUALS}", "nca_pair": f"`nca`. {_EQUALS}"}
 # None until the end of `__post_init__` where nothing was said
 _BY_THE_RUN = ("logging_steps", "eval_strategy")
 
