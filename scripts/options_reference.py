@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from nca_align.cli import COMMANDS
 from nca_align.commands.evaluate.command import MODES
 from nca_align.commands.train.options import FIRST_OPTIONS, REQUIRED, TRAIN_OPTIONS
+from nca_align.training.arguments import OF_ACCELERATE
 from nca_align.unread import CONFIG_RULES, TRAIN_RULES, UNSUPPORTED
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "reference" / "options.md"
@@ -30,8 +31,20 @@ refused where it asks for anything.
 
 | option | leave it at | why |
 | --- | --- | --- |"""
+COMBINED = """
+These values and combinations are refused, too:
+
+- **Tensor, context or sequence parallelism** in `parallelism_config`. Several processes can't share one batch here. Use
+  data parallelism, FSDP or DeepSpeed.
+- **FSDP 1.** Its models aren't saved and checked here. Use FSDP 2.
+- **LOMO and layer-wise optimizers** in `optim`. They change the weights within each backward. So the gradients of a
+  step can't be added up, or checked, before the update.
+- **`ddp_static_graph`** with `gradient_accumulation_steps` above 1, or with `tokens_per_forward`. PyTorch fails there,
+  since a step has several backwards.
+- **`torch_compile`** with `tokens_per_forward`. Each piece has another length, and would be compiled anew.
+- **`sync_ref_model`** with `precompute_ref_log_probs`. The cached values are those of the reference before it moves."""
 CONDITIONAL = """
-An option of the second one has an effect under a condition. Where it is set without that, a line says so.
+An option of the second table has an effect under a condition. Where it is set without that, a line says so.
 
 | option | needs |
 | --- | --- |"""
@@ -110,8 +123,11 @@ def first() -> Iterator[str]:
 def inherited() -> Iterator[str]:
     """The options of TRL and transformers that do otherwise here, or that are read in some runs alone."""
     yield REFUSED
-    for name, (nothing, why) in UNSUPPORTED.items():
-        yield row(f"`{name}`", f"`{str(nothing[0]).lower() if isinstance(nothing[0], bool) else nothing[0]}`", why)
+    refused = [(name, nothing[0], why) for name, (nothing, why) in UNSUPPORTED.items()]
+    refused += [(f"accelerator_config.{name}", nothing, why) for name, nothing, why in OF_ACCELERATE]
+    for name, nothing, why in refused:
+        yield row(f"`{name}`", f"`{str(nothing).lower() if isinstance(nothing, bool) else nothing}`", why)
+    yield COMBINED
     yield CONDITIONAL
     for rule in (*CONFIG_RULES, *TRAIN_RULES):
         yield row(", ".join(f"`{name}`" for name in rule.names.split()), rule.needs)

@@ -3,7 +3,6 @@
 import csv
 import itertools
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -58,13 +57,6 @@ class TestTold:
             "the limit: language modelling on the same unique tokens": ["limit"],
         }.items():
             assert f"| {name} | {cell(4, *rows)} | {cell(16, *rows)} |" in text
-
-    def test_figures_in_the_text(self):
-        told = told_figures()
-        moving = " ".join((BENCHMARKS.parent / "docs/guide/from-dpotrainer.md").read_text().split())
-        steps = [told["mistral-60m-k4", row] for row in ("prefix_shared_cached", "trl_cached")]
-        ours, theirs = (f"{value:.2f} s" for value in steps)
-        assert re.search(rf"four completions took {ours}\. TRL .{{,100}} Its step took {theirs}\. Both", moving)
 
 
 class TestLengths:

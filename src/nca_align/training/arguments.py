@@ -26,7 +26,7 @@ _OF_THE_COLLATOR = (
     Rule("layout tokens_per_forward pad_to_multiple_of pad_token", lambda o: False, "`data_collator` left out"),
 )
 # Fields of `accelerator_config`: what they must be, and why
-_OF_ACCELERATE = (
+OF_ACCELERATE = (
     ("split_batches", False, "a batch of prompt trees can't be cut by rows"),
     ("dispatch_batches", False, "a batch of prompt trees can't be cut by rows"),
     ("even_batches", True, "a process with fewer batches would keep the others waiting, and rows repeated count as 0"),
@@ -230,7 +230,7 @@ def prepare_datasets(args: NCAConfig, model: Any, train_dataset: Any, eval_datas
         _tell_equal_labels(train_dataset)
     if isinstance(model, str):  # weights out of a pickle could run any code
         args.model_init_kwargs = {"use_safetensors": True} | dict(args.model_init_kwargs or {})  # type: ignore[arg-type]
-    for name, needed, why in _OF_ACCELERATE:
+    for name, needed, why in OF_ACCELERATE:
         if getattr(args.accelerator_config, name) not in (needed, None):
             raise UnsupportedError(
                 f"`accelerator_config.{name}` is {str(not needed).lower()}, but {why}; leave it out."
