@@ -13,6 +13,7 @@ from nca_align.options import parse
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 MISTRAL = sorted(CONFIGS.glob("*_mistral7b.yaml"))
+PAPERS = [path for path in MISTRAL if path.stem != "your_rows_mistral7b"]
 
 
 def parsed(path: Path, *flags: str):
@@ -34,7 +35,7 @@ def test_every_key_is_known_and_commented_and_can_be_overridden(path):
     assert sum("#" in line for line in lines) > len(keys) / 2
 
 
-@pytest.mark.parametrize("path", MISTRAL, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", PAPERS, ids=lambda path: path.stem)
 def test_the_papers_values(path):
     script, data, _, args, model = parsed(path, "--use_cpu", "true")
     expected = {

@@ -376,6 +376,8 @@ def stage(made, tmp_path, monkeypatch) -> Stage:
     """An empty one, in which the test runs."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
+    for name in [name for name in sys.modules if name.startswith("my_")]:  # of another test
+        monkeypatch.delitem(sys.modules, name)
     for name, value in {
         "XDG_CACHE_HOME": tmp_path / "cache", "COLUMNS": "80",
         "PATH": f"{sysconfig.get_path('scripts')}{os.pathsep}{os.environ['PATH']}",

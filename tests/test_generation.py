@@ -129,7 +129,9 @@ class TestFigures:
         with pytest.raises(ValueError, match="`scorer_weights` has 1 values for 2 scorers"):
             GenerationEvaluator(row, tokenizer, ["test_generation:nothing"] * 2, scorer_weights=[1.0])
         scorers = open_scorers(["test_generation:nothing"])
-        with pytest.raises(ValueError, match="`scorer_weights` are given with `Scorers`, which have theirs"):
+        with pytest.raises(
+            ValueError, match="`scorer_weights` are given with `Scorers`, which have weights of their own"
+        ):
             GenerationEvaluator(row, tokenizer, scorers, scorer_weights=[1.0])
 
     def test_scorers_get_the_rows_other_columns(self, tokenizer, policy):

@@ -193,7 +193,7 @@ class TestFigures:
         found = measured(reward_rows(40), target_effective=1.5)
         (row,) = (row for row in found.alphas if row.alpha == found.suggested)
         assert row.effective == pytest.approx(1.5, abs=0.03)
-        with pytest.raises(ValueError, match=r"`target_effective` is 4; .* above 1 .* and below 4"):
+        with pytest.raises(ValueError, match=r"`target_effective` is 4, .* above 1 .* and below 4"):
             measured(reward_rows(40), target_effective=4.0)
 
 

@@ -116,9 +116,9 @@ def test_a_base_without_biases_has_none_to_train(continued, model_dir, tmp_path)
 def test_a_lora_that_is_never_invoked_is_refused(model_dir, tmp_path):
     tokenizer = build_tokenizer()
     invocation = tokenizer("<|im_start|>assistant\n", add_special_tokens=False)["input_ids"]
-    with pytest.raises(UserError, match=r"`alora_invocation_tokens` is \[5, 6\], but row 0 of `train_dataset`"):
+    with pytest.raises(UserError, match=r"`alora_invocation_tokens` is \[5, 6\], but the prompt of row 0 of `train"):
         run(tmp_path, model_dir, peft_config=lora(alora_invocation_tokens=[5, 6]))
-    with pytest.raises(UserError, match=r"`alora_invocation_tokens` is \[\], but row 0"):
+    with pytest.raises(UserError, match=r"`alora_invocation_tokens` is \[\], but the prompt of row 0"):
         run(tmp_path, model_dir, peft_config=lora(alora_invocation_tokens=[]))
     tokenised = [
         {"prompt_ids": [7, 5, 6, 7 + i], "completion_ids": [[8], [9]], "rewards": [0.0, 1.0]} for i in range(3)
@@ -126,7 +126,7 @@ def test_a_lora_that_is_never_invoked_is_refused(model_dir, tmp_path):
     tokenised[2]["prompt_ids"] = [5, 7, 6]
     stream = IterableDataset.from_generator(lambda: iter(tokenised))
     for rows in (tokenised, stream):
-        with pytest.raises(UserError, match=r"is \[5, 6\], but row 2 of"):
+        with pytest.raises(UserError, match=r"is \[5, 6\], but the prompt of row 2 of"):
             run(tmp_path, model_dir, rows=rows, peft_config=lora(alora_invocation_tokens=[5, 6]))
     nca = run(tmp_path, model_dir, peft_config=lora(alora_invocation_tokens=invocation))
     before = trainable(nca.model)

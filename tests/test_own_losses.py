@@ -482,7 +482,7 @@ def test_another_source_is_refused_with_its_lines_and_allowed_by_name(tmp_path, 
 def test_a_lambda_trains_and_cant_be_resumed_unless_it_is_allowed(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         go_on(tmp_path, At("on_save", 1, interrupt), **UNNAMED)
-    with pytest.raises(UserError, match="checkpoint-1 can't be resumed with `loss_type` test_own_losses:<lambda>: its"):
+    with pytest.raises(UserError, match="can't be resumed with `loss_type` test_own_losses:<lambda>"):
         go_on(tmp_path, **UNNAMED)
     allowed = ["loss_type.test_own_losses:<lambda>"]
     assert go_on(tmp_path, **UNNAMED, resume_changed=allowed).state.global_step == 3

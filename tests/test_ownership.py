@@ -90,7 +90,7 @@ def leave(output: Path, **about) -> None:
 def test_the_owner_is_named_and_nothing_is_left(output):
     with own_file(output):
         assert owner(output)["process"] == os.getpid()
-        message = rf"`output` {output} belongs to another job: process {os.getpid()} on \S+, since \d{{4}}-.* UTC; wait"
+        message = rf"`output` {output} belongs to another job: process {os.getpid()} on \S+, since \d{{4}}-.* UTC\. W"
         with pytest.raises(UserError, match=message), own_file(output):
             pass
         with own_file(output.with_name("other.jsonl")):

@@ -287,7 +287,7 @@ def without_its_head(model: Path) -> None:
     [
         (SetUp("Llama"), process_reward_model, "gives a reward for each token or step"),
         (SetUp("Llama"), head_of_another_size, r"no classification head of the size .* \(score.weight has another in"),
-        (SetUp("Llama"), too_many_tokens, r"its tokenizer gives the token 384 \('Why'\), and the model has 384 rows"),
+        (SetUp("Llama"), too_many_tokens, r"its tokenizer gives the token 384 \('Why'\), but the model has 384 rows"),
         (SetUp("Llama"), lambda model: edit(model / "config.json", pad_token_id=384), "Padding_idx must be within"),
         (SetUp("Llama", adapter="score"), adapter_of_a_language_model, r"no classification head \(score.weight m"),
         (SetUp("Llama", adapter="score"), without_its_head, "the adapter in .* could not be put on .*score.weight"),

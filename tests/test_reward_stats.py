@@ -75,7 +75,7 @@ class TestAlpha:
     @pytest.mark.parametrize("target", [1.0, 4.0, -1.0, math.nan])
     def test_out_of_reach(self, target):
         rewards = np.array([1.0, 1.0, 0.0, 2.0, 1.0, 0.0])
-        with pytest.raises(ValueError, match=r"must be above 1.5 \(the completions that tie .* below 3 \(all"):
+        with pytest.raises(ValueError, match=r"a number above 1.5 \(the completions that tie .* below 3 \(all"):
             suggest_alpha(rewards, np.array([3, 3]), target)
 
     def test_hard_means_that_the_grades_below_the_best_do_not_count(self):

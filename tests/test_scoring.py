@@ -357,7 +357,7 @@ class TestRewardModel:
         with pytest.raises(UserError, match=r"has no classification head \(score.weight missing in its weights\)"):
             score(options(model_dir))
         name, _, _ = rewards_model(tmp_path, "two", num_labels=2)
-        message = r"has 2 outputs, .*pipeline:.*two:LABEL .*reward:.*two:LABEL .* with one of LABEL_0, LABEL_1"
+        message = r"has 2 outputs, .*pipeline:.*two:LABEL .*reward:.*two:LABEL .*of LABEL_0, LABEL_1"
         with pytest.raises(UserError, match=message):
             score(options(name))
         name, _, _ = rewards_model(tmp_path, "plain", chat_template=None)

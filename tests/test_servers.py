@@ -946,7 +946,7 @@ class TestServer:
             settings = {"base_url": url, "model_name_or_path": "m", "concurrency": 1}
             with pytest.raises(
                 UserError,
-                match=r"^row 1: the server at .* refused the request \(HTTP 400: too long\); the other 6 rows are done",
+                match=r"^row 1: the server at .* refused the request \(HTTP 400: too long\)\. The other 6 rows are",
             ):
                 sample(options(**settings))
             assert len(asked) == len(PROMPTS)  # `n` isn't to blame: another row was answered with it

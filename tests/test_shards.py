@@ -119,7 +119,7 @@ def test_finished_work_loads_nothing(output):
 
 
 def test_failed_rows_stop_the_run_once_the_others_are_kept(output, tmp_path):
-    with pytest.raises(UserError, match=r"row 1 \(and 1 more: 7\): broken; the other 8 rows are done and kept in "):
+    with pytest.raises(UserError, match=r"row 1 \(and 1 more: 7\): broken\. The other 8 rows are done and kept in "):
         run(output, failing=(1, 7))
     assert not output.exists()
     run(output)  # mended
@@ -128,7 +128,7 @@ def test_failed_rows_stop_the_run_once_the_others_are_kept(output, tmp_path):
 
 
 def test_failed_rows_can_be_dropped(output):
-    with pytest.raises(UserError, match="row 1: broken; the other 9 rows"):
+    with pytest.raises(UserError, match=r"row 1: broken\. The other 9 rows"):
         run(output, failing=(1,))
     started = []
     assert run(output, failing=(1,), started=started, drop_failed=True)["failed"] == 1

@@ -206,7 +206,7 @@ def test_tools_and_template_arguments_reach_the_template():
 
 
 def test_rows_that_cannot_be_scored_are_named():
-    with pytest.raises(ValueError, match="Row 1: `prompt` gives no token in front of the completions"):
+    with pytest.raises(ValueError, match="Row 1: `prompt` gives no token, so a completion's first token"):
         rows(text("Fine", " a", " b"), text("", "a", "b"))
     with pytest.raises(ValueError, match=r"Row 0: `completions\[1\]` gives no token after the prompt"):
         rows(chat([("user", "Hi")], "a", ""), tokenizer=build_tokenizer("{{ messages[0]['content'] }}{% if messages|length > 1 and messages[1]['content'] == 'a' %}a{% endif %}"))  # fmt: skip # noqa: E501
@@ -288,7 +288,7 @@ class TestRowsThatFit:
 
     def test_none_is_refused(self):
         with pytest.raises(
-            ValueError, match="every prompt of `train` is longer than `max_prompt_length` 2, or with a completion"
+            ValueError, match="every prompt of `train` is longer than `max_prompt_length` 2, or longer than"
         ):
             rows_that_fit(
                 Dataset.from_list(reward_rows(3)), build_tokenizer(), self.config(max_prompt_length=2, max_length=4)

@@ -844,7 +844,7 @@ def test_arguments_that_cannot_be_used_are_refused(tmp_path):
         given = {"args": config(tmp_path), "train_dataset": rows, "processing_class": tokenizer} | own
         return NCATrainer(build_model(tokenizer), **given)
 
-    with pytest.raises(TypeError, match=r"`data_collator` is a DataCollatorForPreference.*leave it out"):
+    with pytest.raises(TypeError, match=r"`data_collator` is a DataCollatorForPreference.*Leave it out"):
         make(data_collator=DataCollatorForPreference(pad_token_id=0))
     with pytest.raises(NotImplementedError, match="`compute_metrics` can't be used"):
         make(compute_metrics=lambda prediction: {})
