@@ -188,7 +188,7 @@ def reason_of(name: str, message: str) -> str:
     """The reason in a message of the trainer, without the model's name, its figures and its advice."""
     text = message.removeprefix(f"`model` is a {name}, ").removeprefix(f"{name} ")
     text = re.sub(r" by [\d.e+-]+ nats| \(a .*?\)| \(a linear.*?\)|\.?(?=\); use)", "", text)
-    text = re.split(r"; use another|\. (?=[A-Z])", text)[0]
+    text = re.split(r", which a packed row|, so that |; use another|\. (?=[A-Z])", text)[0]
     return text.removeprefix("which ")
 
 
