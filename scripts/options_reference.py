@@ -93,8 +93,11 @@ def default(own: Field) -> str:
         return "required"
     else:
         value = own.default
-    if value is None or value in ([], {}, ""):
-        return ""
+    return "" if value is None or value in ([], {}, "") else literal(value)
+
+
+def literal(value: Any) -> str:
+    """A value as YAML has it."""
     return f"`{str(value).lower() if isinstance(value, bool) else value}`"
 
 
@@ -113,11 +116,14 @@ def table(cls: type) -> Iterator[str]:
 
 def first() -> Iterator[str]:
     """What `nca-align train --help` lists, with the types and defaults that a run has."""
-    known = {own.name: (own, get_type_hints(cls)[own.name]) for cls in TRAIN_OPTIONS for own in fields(cls)}
+    known: dict[str, Field] = {}
+    hints: dict[str, Any] = {}
+    for cls in TRAIN_OPTIONS:
+        known |= {own.name: own for own in fields(cls)}
+        hints |= get_type_hints(cls)
     yield HEAD
     for name, text in FIRST_OPTIONS.items():
-        own, hint = known[name]
-        yield row(f"`{name}`", kind(hint), "required" if name in REQUIRED else default(own), text)
+        yield row(f"`{name}`", kind(hints[name]), "required" if name in REQUIRED else default(known[name]), text)
 
 
 def inherited() -> Iterator[str]:
@@ -126,7 +132,7 @@ def inherited() -> Iterator[str]:
     refused = [(name, nothing[0], why) for name, (nothing, why) in UNSUPPORTED.items()]
     refused += [(f"accelerator_config.{name}", nothing, why) for name, nothing, why in OF_ACCELERATE]
     for name, nothing, why in refused:
-        yield row(f"`{name}`", f"`{str(nothing).lower() if isinstance(nothing, bool) else nothing}`", why)
+        yield row(f"`{name}`", literal(nothing), why)
     yield COMBINED
     yield CONDITIONAL
     for rule in (*CONFIG_RULES, *TRAIN_RULES):

@@ -12,11 +12,11 @@ import json
 import math
 import sys
 import threading
+from bisect import bisect_left
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
 
 from nca_align.commands.compare import command as compare_command
@@ -91,7 +91,7 @@ def ladder(rows: Sequence[dict[str, str]], method: str) -> list[float]:
     kls, betas = [kl for kl, _ in ends], [beta for _, beta in ends]
     found = []
     for kl in map(math.log, RUNGS):
-        i = min(max(int(np.searchsorted(kls, kl)), 1), len(kls) - 1)
+        i = min(max(bisect_left(kls, kl), 1), len(kls) - 1)
         share = (kl - kls[i - 1]) / (kls[i] - kls[i - 1])
         found.append(betas[i - 1] + share * (betas[i] - betas[i - 1]))
     return [*dict.fromkeys(float(f"{math.exp(beta):.2g}") for beta in found)]
