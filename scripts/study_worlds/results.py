@@ -265,11 +265,14 @@ def bullets(every: Sequence[Mapping[str, Any]]) -> str:
 
     def gap(table: str, figure: str, method: str, kl: float = 1) -> str:
         line = found[table, figure, method, kl]
-        return f"{shown(line['difference'], signed=True)} ± {shown(line['difference_high'] - line['difference'])}"
+        return f"{shown(line['difference'], signed=True)} ± {half(line)}"
+
+    def half(line: Mapping[str, Any]) -> str:
+        return shown(line["difference_high"] - line["difference"])
 
     def beside(figure: str, method: str, kl: float = 1) -> str:
-        size = gap(own, figure, method, kl)
-        return f"{size[1:]} {'lower' if size[0] == '−' else 'higher'}"
+        line = found[own, figure, method, kl]
+        return f"{shown(abs(line['difference']))} ± {half(line)} {'lower' if line['difference'] < 0 else 'higher'}"
 
     def gains(of: str) -> list[str]:
         return [gap(f"b. {loss}, {of}", "test_reward", "K = 16") for loss in (infonca, nca, all_pairs, best_worst)]
@@ -283,8 +286,10 @@ def bullets(every: Sequence[Mapping[str, Any]]) -> str:
         With InfoNCA it is {beside("train_best", infonca)}, with DPO {beside("train_best", best_worst)} (n = 20). On
         test prompts, InfoNCA's differs by {gap(own, "test_best", infonca)}. At a KL of 2 nats, InfoNCA's is
         {beside("train_best", infonca, 2)} on training prompts (n = {worlds}), unless NCA trains longer.""",
-        """**More completions.** From K = 2 to 16, the reward changes by {} with InfoNCA, {} with NCA, {} with DPO on
-        all pairs, and {} with DPO on the best and the worst (n = 10).""".format(*gains("128 prompts"))
+        """**More completions.** From K = 2 to 16, the reward changes by {} with InfoNCA and by {} with NCA (n = 10).
+        It changes by {} with DPO on all pairs, and by {} with DPO on the best and the worst.""".format(
+            *gains("128 prompts")
+        )
         + """ With 512 scores in all, more completions mean fewer prompts. The reward then changes by {}, {}, {} and
         {}.""".format(*gains("512 annotations")),
     ]
