@@ -1,11 +1,13 @@
 """The confirmation on SmolLM2: runs what is missing of docs/study/words.csv, and compares ladders of β at equal KL.
 
     bash scripts/study_words.sh pilots       runs the pilots and prints the ladders that they give
-    bash scripts/study_words.sh run          runs the study; with another CONFIG and CSV, that
+    bash scripts/study_words.sh              runs the study: CONFIG, then the rungs that its ladders lack
+    bash scripts/study_words.sh run C T      runs the configuration C alone, into the table T
     python scripts/study_words.py compare    prints the planned comparisons
 
-`run` trains the cells of CONFIG that CSV has no row of, in the order of its grid. A row is added whenever a cell is
-finished, so that a commit of CSV is all that another machine needs to go on. `pilots` does so too.
+A run trains the cells that the table has no row of, in the order of the grid. A row is added whenever a cell is
+finished, so that a commit of the table is all that another machine needs to go on. Which rungs a ladder lacks follows
+from the table too.
 """
 
 import json
@@ -13,6 +15,7 @@ import math
 import sys
 import threading
 from bisect import bisect_left
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -31,8 +34,10 @@ ROOT = Path(__file__).resolve().parents[1]
 CONFIG, TABLE = ROOT / "configs/study/words.yaml", ROOT / "docs/study/words.csv"
 PILOTS_TABLE = ROOT / "docs/study/pilots-words.csv"
 PILOTS = {"nca": (0.3, 0.1, 0.03, 0.01), "infonca": (3.0, 1.0, 0.3, 0.1), "dpo": (3.0, 1.0, 0.3, 0.1)}  # of β
-RUNGS = (0.5, 1.1, 3.0)  # nats, at which a ladder's β are to end
+RUNGS = (0.5, 1.1, 3.0)  # nats, at which the ladders placed by the pilots were to end
 KLS = (0.75, 1.5)  # nats, of docs/study/plan-words.md
+BELOW, MIDDLE, ABOVE = 0.4, 1.1, 2.5  # nats, at which a rung is to end that a ladder lacks
+LEAST, MOST = 3, 6  # rungs of a ladder
 FIGURES = ("reward", "logratio_best", "train_logratio_best")
 _SETTINGS = ("method", "strategy", "alpha", "beta", "learning_rate", "num_completions", "seed")
 _TEST = (
@@ -82,19 +87,41 @@ def pilots(asked: dict[str, Any]) -> dict[str, Any]:
     return asked | {"output_dir": asked["output_dir"] + "-pilots", "grid": grid, "evaluation": few}
 
 
-def ladder(rows: Sequence[dict[str, str]], method: str) -> list[float]:
-    """β at which the method's pilots come to the KLs of `RUNGS`, straight in both logarithms, with two digits.
+def betas_at(kls: Sequence[float], ends: Sequence[tuple[float, float]]) -> list[float]:
+    """β for each KL by the KLs and β of runs, straight in both logarithms, with two digits.
 
-    For a KL beyond all pilots, the line through the two pilots that ended nearest is extended.
+    For a KL beyond all runs, the line through the two that ended nearest is extended.
     """
-    ends = sorted((math.log(float(row["kl"])), math.log(float(row["beta"]))) for row in rows if row["method"] == method)
-    kls, betas = [kl for kl, _ in ends], [beta for _, beta in ends]
+    known = sorted((math.log(kl), math.log(beta)) for kl, beta in ends)
     found = []
-    for kl in map(math.log, RUNGS):
-        i = min(max(bisect_left(kls, kl), 1), len(kls) - 1)
-        share = (kl - kls[i - 1]) / (kls[i] - kls[i - 1])
-        found.append(betas[i - 1] + share * (betas[i] - betas[i - 1]))
+    for kl in map(math.log, kls):
+        i = min(max(bisect_left(known, (kl,)), 1), len(known) - 1)
+        (below, first), (above, second) = known[i - 1 : i + 1]
+        found.append(first + (kl - below) / (above - below) * (second - first))
     return [*dict.fromkeys(float(f"{math.exp(beta):.2g}") for beta in found)]
+
+
+def lacking(rows: Sequence[dict[str, str]]) -> list[dict[str, Any]]:
+    """The grid of what ladders lack by their own KLs: a rung at most for each, first those that don't span `KLS`.
+
+    Beyond a ladder's ends, the KL is taken to be in proportion to 1/β.
+    """
+    ladders: dict[tuple[int, str], list[tuple[float, float]]] = defaultdict(list)
+    for row in rows:
+        ladders[int(row["seed"]), row["method"]].append((float(row["kl"]), float(row["beta"])))
+    beyond, between = [], []
+    for (seed, method), ends in sorted(ladders.items()):
+        if len(ends) >= MOST:
+            continue
+        (low, largest), (high, smallest) = min(ends), max(ends)
+        cell = {"method": method, "num_completions": 4, "seed": seed}
+        if low > KLS[0]:
+            beyond.append(cell | {"beta": float(f"{largest * low / BELOW:.2g}")})
+        elif high < KLS[-1]:
+            beyond.append(cell | {"beta": float(f"{smallest * high / ABOVE:.2g}")})
+        elif len(ends) < LEAST:
+            between.append(cell | {"beta": betas_at([MIDDLE], ends)[0]})
+    return beyond + between
 
 
 def run(asked: dict[str, Any], table: Path) -> int:
@@ -126,6 +153,14 @@ def run(asked: dict[str, Any], table: Path) -> int:
         collect(cells, output, table)
 
 
+def study(asked: dict[str, Any], table: Path) -> int:
+    """Run what is asked for, and then what the ladders lack, until they lack nothing."""
+    code = run(asked, table)
+    while code == 0 and (grid := lacking(read_csv(table))):
+        code = run(asked | {"grid": grid}, table)
+    return code
+
+
 def differences(rows: Sequence[dict[str, str]], kls: Sequence[float] = KLS) -> list[Difference]:
     """InfoNCA and DPO less NCA at equal KL between the ends of runs, paired by seed."""
     return compare_at_kl(ladders_of(rows, FIGURES), "nca", FIGURES, kls)
@@ -152,13 +187,16 @@ def main(arguments: Sequence[str]) -> int:
     what, *paths = arguments or [""]
     given = [Path(path) for path in paths]
     if what == "run":
-        config, table = given + [CONFIG, TABLE][len(given) :]
+        config, table = given
         return run(yaml.safe_load(config.read_text(encoding="utf-8")), table)
+    if what == "study":
+        return study(yaml.safe_load(CONFIG.read_text(encoding="utf-8")), TABLE)
     if what == "pilots":
         code = run(pilots(yaml.safe_load(CONFIG.read_text(encoding="utf-8"))), PILOTS_TABLE)
         rows = read_csv(PILOTS_TABLE)
         for method in PILOTS if code == 0 else ():
-            print(f"{method}: {ladder([row for row in rows if row['seed'] == '101'], method)}")
+            own = [row for row in rows if row["seed"] == "101" and row["method"] == method]
+            print(f"{method}: {betas_at(RUNGS, [(float(row['kl']), float(row['beta'])) for row in own])}")
         return code
     if what == "compare":
         (path,) = given or [TABLE]

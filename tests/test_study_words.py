@@ -30,20 +30,23 @@ def config() -> dict:
     return yaml.safe_load(study_words.CONFIG.read_text())
 
 
-def test_the_grid_is_the_plans_and_whole_after_each_seed(config):
+def test_the_grid_is_the_plans(config):
     cells = expand(config["base"], config["grid"], "words.yaml")
     seeds = [cell.settings["seed"] for cell in cells]
     assert seeds == sorted(seeds)
-    assert Counter(seeds) == dict.fromkeys(range(1, 7), 9)
-    ladders = {(cell.settings["method"], cell.settings["beta"]) for cell in cells}
-    assert Counter(method for method, _ in ladders) == {"nca": 3, "infonca": 3, "dpo": 3}
     assert len({cell.settings["learning_rate"] for cell in cells}) == 1
     evaluation = from_mapping(EvaluationSettings, "evaluation", config["evaluation"])
     assert (evaluation.num_completions, evaluation.steps, evaluation.validation_steps) == (16, 1, 0)
     plan = " ".join((ROOT / "docs/study/plan-words.md").read_text().split())
-    for method in ("nca", "infonca", "dpo"):
-        betas = sorted((beta for own, beta in ladders if own == method), reverse=True)
-        assert f"{', '.join(f'{beta:g}' for beta in betas)} |" in plan
+    names = {"nca": "NCA", "infonca": "InfoNCA", "dpo": "DPO"}
+    for seed in range(1, 7):
+        for method, name in names.items():
+            betas = [own.settings["beta"] for own in cells if own.name.startswith(f"{method}-") and
+                     own.settings["seed"] == seed]  # fmt: skip
+            if seed < 3:
+                assert ", ".join(f"{beta:g}" for beta in betas) in plan
+            else:
+                assert " and ".join(f"{beta:g}" for beta in betas) + f" for {name}" in plan
     assert " and ".join(f"{kl:g}" for kl in study_words.KLS) in plan
 
 
@@ -51,8 +54,54 @@ def test_pilots_have_other_seeds_and_place_the_ladders(config):
     cells = expand(config["base"], study_words.pilots(config)["grid"], "pilots")
     seeds = Counter(cell.settings["seed"] for cell in cells)
     assert seeds == {101: 12, 102: 3}
-    rows = [{"method": "nca", "kl": str(kl), "beta": str(0.6 / kl)} for kl in (1.5, 0.75, 1.2)]
-    assert study_words.ladder(rows, "nca") == [1.2, 0.55, 0.2]  # none came to 0.5 or 3 nats
+    ends = [(kl, 0.6 / kl) for kl in (1.5, 0.75, 1.2)]
+    assert study_words.betas_at((0.5, 1.1, 3.0), ends) == [1.2, 0.55, 0.2]  # none came to 0.5 or 3 nats
+
+
+def row(method: str, seed: int, beta: float, kl: float) -> dict[str, str]:
+    return {"method": method, "seed": str(seed), "beta": str(beta), "kl": str(kl)}
+
+
+def test_ladders_lack_what_their_own_kls_say():
+    rows = [
+        row("nca", 1, 0.6, 0.8), row("nca", 1, 0.3, 1.7),  # spans 1.5 alone
+        row("dpo", 1, 10, 0.2), row("dpo", 1, 0.5, 1.0),  # spans 0.75 alone
+        row("infonca", 1, 1.0, 0.55), row("infonca", 1, 0.25, 2.2),  # spans both
+        *[row("nca", 2, 0.5 / kl, kl) for kl in (0.5, 1.1, 3.0)],
+    ]  # fmt: skip
+    assert study_words.lacking(rows) == [
+        {"method": "dpo", "num_completions": 4, "seed": 1, "beta": 0.2},
+        {"method": "nca", "num_completions": 4, "seed": 1, "beta": 1.2},
+        {"method": "infonca", "num_completions": 4, "seed": 1, "beta": 0.5},
+    ]
+    stuck = [row("dpo", 1, beta, 0.9 + beta / 100) for beta in (1, 2, 3, 4, 5, 6)]
+    assert study_words.lacking(stuck[:5])
+    assert not study_words.lacking(stuck)
+
+
+def test_ladders_are_run_until_they_lack_nothing(config, tmp_path, monkeypatch):
+    """With runs that end at KL = c/β, c another one for each seed."""
+    table, ran = tmp_path / "words.csv", []
+
+    def run(asked, path):
+        rows = read_csv(path) if path.exists() else []
+        for cell in expand(config["base"], asked["grid"], "words.yaml"):
+            own = cell.settings
+            ran.append(cell.name)
+            rows.append(row(own["method"], own["seed"], own["beta"], (0.03 + 0.1 * own["seed"]) / own["beta"]))
+        write_csv(path, rows)
+        return 0
+
+    monkeypatch.setattr(study_words, "run", run)
+    assert study_words.study(config, table) == 0
+    assert len(ran) == len(set(ran))
+    ladders = {}
+    for own in read_csv(table):
+        ladders.setdefault((own["method"], own["seed"]), []).append(float(own["kl"]))
+    assert len(ladders) == 18
+    for kls in ladders.values():
+        assert study_words.LEAST <= len(kls) < study_words.MOST
+        assert min(kls) <= study_words.KLS[0] < study_words.KLS[1] <= max(kls)
 
 
 def finish(cell, output: Path, reward: float) -> None:
