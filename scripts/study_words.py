@@ -4,6 +4,7 @@
     bash scripts/study_words.sh              runs the study: CONFIG, then the rungs that its ladders lack
     bash scripts/study_words.sh run C T      runs the configuration C alone, into the table T
     python scripts/study_words.py compare    prints the planned comparisons
+    python scripts/study_words.py tell       writes them on the pages, with the picture
 
 A run trains the cells that the table has no row of, in the order of the grid. A row is added whenever a cell is
 finished, so that a commit of the table is all that another machine needs to go on. Which rungs a ladder lacks follows
@@ -12,12 +13,14 @@ from the table too.
 
 import json
 import math
+import re
 import sys
 import threading
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import yaml
@@ -26,7 +29,10 @@ from nca_align.commands.compare import command as compare_command
 from nca_align.commands.compare.grid import Cell, expand
 from nca_align.commands.compare.tables import rows_of
 from nca_align.evaluation.comparison_folder import is_done
-from nca_align.evaluation.ladder import Difference, compare_at_kl, ladders_of
+from nca_align.evaluation.intervals import mean_and_interval
+from nca_align.evaluation.ladder import Difference, compare_at_kl, ladder_values, ladders_of
+from nca_align.pages.charts import Chart, Series
+from nca_align.pages.pictures import write_png
 from nca_align.pages.text_tables import markdown
 from nca_align.store.files import read_csv, read_json, write_csv
 
@@ -38,7 +44,13 @@ RUNGS = (0.5, 1.1, 3.0)  # nats, at which the ladders placed by the pilots were 
 KLS = (0.75, 1.5)  # nats, of docs/study/plan-words.md
 BELOW, MIDDLE, ABOVE = 0.4, 1.1, 2.5  # nats, at which a rung is to end that a ladder lacks
 LEAST, MOST = 3, 6  # rungs of a ladder
-FIGURES = ("reward", "logratio_best", "train_logratio_best")
+NEAR = 0.05  # of reward, within which methods count as equal
+FIGURES = {
+    "reward": "reward", "logratio_best": "log-ratio of the best, test",
+    "train_logratio_best": "log-ratio of the best, training",
+}  # fmt: skip
+NAMES = {"nca": "NCA", "infonca": "InfoNCA", "dpo": "DPO, best and worst"}
+PAGES = ("README.md", "docs/study/README.md")
 _SETTINGS = ("method", "strategy", "alpha", "beta", "learning_rate", "num_completions", "seed")
 _TEST = (
     "reward", "reward_error", "kl", "kl_error", "tokens", "cut", "distinct_2", "logratio_best", "logratio_worst",
@@ -163,24 +175,74 @@ def study(asked: dict[str, Any], table: Path) -> int:
 
 def differences(rows: Sequence[dict[str, str]], kls: Sequence[float] = KLS) -> list[Difference]:
     """InfoNCA and DPO less NCA at equal KL between the ends of runs, paired by seed."""
-    return compare_at_kl(ladders_of(rows, FIGURES), "nca", FIGURES, kls)
+    return compare_at_kl(ladders_of(rows, [*FIGURES]), "nca", [*FIGURES], kls)
 
 
-def told(found: Sequence[Difference]) -> str:
-    """A line a comparison."""
+def comparisons(rows: Sequence[dict[str, str]]) -> str:
+    """A line a comparison: both means over seeds, their difference, and its interval; – where a seed is missing."""
+    ladders, lines = ladders_of(rows, [*FIGURES]), []
 
-    def known(value: float, text: str) -> str:
-        return text if math.isfinite(value) else "–"
+    def mean(method: str, own: Difference) -> str:
+        return shown(fmean(ladder_values(ladders[method], own.column, own.kl).values()))
 
-    rows = [
-        [
-            own.method, own.column, f"{own.kl:g}", known(own.difference, f"{own.difference:+.3f}"),
-            known(own.low, f"{own.low:+.3f} to {own.high:+.3f}"), known(own.p_holm, f"{own.p_holm:.3f}"),
-            f"{own.n}" + (f", {own.missing} don't span it" if own.missing else ""),
-        ]
-        for own in found
-    ]  # fmt: skip
-    return markdown(["less NCA", "figure", "KL", "difference", "95% together", "p, Holm", "seeds"], rows)
+    for own in differences(rows):
+        told = ["–"] * 4
+        if math.isfinite(own.difference):
+            interval = f"{shown(own.low, '+')} to {shown(own.high, '+')}"
+            difference = f"{shown(own.difference, '+')} ({interval})"
+            told = [mean("nca", own), mean(own.method, own), difference, f"{own.p_holm:.2g}"]
+        seeds = f"{own.n}" + (f", {own.missing} missing" if own.missing else "")
+        lines.append([FIGURES[own.column], f"{own.kl:g}", NAMES[own.method], *told, seeds])
+    return markdown(["figure", "KL", "method", "NCA's", "its", "its less NCA's", "p, Holm", "seeds"], lines)
+
+
+def shown(value: float, sign: str = "") -> str:
+    """With three digits and a true minus."""
+    return f"{value:{sign}.3f}".replace("-", "−")
+
+
+def answer(found: Sequence[Difference], method: str) -> str:
+    """What the plan's rule says of one method: `lead`, `beta` or `undecided`."""
+    own = [one for one in found if one.method == method and one.column == "reward"]
+    if all(one.difference < 0 and one.p_holm < 0.05 for one in own):
+        return "lead"
+    return "beta" if all(one.low >= -NEAR and one.high <= NEAR for one in own) else "undecided"
+
+
+def charts(rows: Sequence[dict[str, str]]) -> list[Chart]:
+    """Figures against KL: means over seeds between the ends of runs, where every ladder has them."""
+    ladders, kls = ladders_of(rows, [*FIGURES]), [quarter / 4 for quarter in range(1, 17)]
+    found = []
+    for figure, title in (("reward", "Reward on test prompts"), ("train_logratio_best", "Best training completion")):
+        series = []
+        for name, own in ladders.items():
+            values = {kl: list(ladder_values(own, figure, kl).values()) for kl in kls}
+            means = {kl: mean_and_interval(each) for kl, each in values.items() if len(each) == len(own)}
+            bars = [(mean.low, mean.high) for mean in means.values()]
+            series.append(Series(NAMES[name], [*means], [mean.mean for mean in means.values()], y_bars=bars))
+        label = "reward" if figure == "reward" else "log π/π_ref, nats"
+        found.append(Chart(title, series, "KL(π‖π_ref) on test prompts, nats", label))
+    return found
+
+
+def fill(page: str, rows: Sequence[dict[str, str]]) -> str:
+    """`page` with what it tells of the study between `<!-- words … -->` and the next `<!-- end -->`."""
+    parts = {"table": comparisons}
+
+    def part(mark: re.Match) -> str:
+        return f"<!-- words {mark[1]} -->\n{parts[mark[1]](rows).rstrip()}\n<!-- end -->"
+
+    return re.sub(r"<!-- words (\w+) -->.*?<!-- end -->", part, page, flags=re.DOTALL)
+
+
+def tell(root: Path = ROOT) -> None:
+    """Write the table, the sentences and the picture of docs/study and of the README under `root`."""
+    rows = read_csv(TABLE)
+    for page in PAGES:
+        path = root / page
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(fill((ROOT / page).read_text(encoding="utf-8"), rows), encoding="utf-8")
+    write_png(charts(rows), "SmolLM2, six seeds: between the ends of runs", root / "docs/study/words.png")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -199,8 +261,10 @@ def main(arguments: Sequence[str]) -> int:
             print(f"{method}: {betas_at(RUNGS, [(float(row['kl']), float(row['beta'])) for row in own])}")
         return code
     if what == "compare":
-        (path,) = given or [TABLE]
-        print(told(differences(read_csv(path))), end="")
+        print(comparisons(read_csv(*given or [TABLE])), end="")
+        return 0
+    if what == "tell":
+        tell()
         return 0
     print(__doc__, file=sys.stderr)
     return 2

@@ -1,6 +1,7 @@
 """The confirmation on SmolLM2: its grid, its table over several sittings, and its comparison of ladders."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -20,6 +21,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 
 import study_words  # noqa: E402
 from nca_align.commands.compare.grid import EvaluationSettings, expand, from_mapping  # noqa: E402
+from nca_align.evaluation.ladder import Difference  # noqa: E402
 from nca_align.store.files import read_csv, write_csv  # noqa: E402
 
 SCORER = "def long(completions, **kwargs):\n    return [min(len(c[0]['content']), 60) / 60 for c in completions]\n"
@@ -155,9 +157,35 @@ def test_methods_are_compared_between_the_ends_of_their_ladders():
         assert found["infonca", "reward", kl].difference == pytest.approx(-0.1 * kl**0.5)
         assert found["dpo", "reward", kl].difference == pytest.approx(0.007)
         assert all(own.n == 6 for own in found.values())
-    lines = study_words.told(list(found.values())).splitlines()
+    lines = study_words.comparisons(rows).splitlines()
     assert len(lines) == 2 + len(found)
-    assert "+0.007 |" in next(line for line in lines if line.startswith("| dpo | reward"))
+    ahead = next(line for line in lines if line.startswith("| reward | 1.5 | DPO"))
+    assert ahead.startswith("| reward | 1.5 | DPO, best and worst | 0.580 | 0.587 | +0.007 (")
+    assert ahead.endswith("| 6 |")
+    for chart in study_words.charts(rows):
+        assert [series.name for series in chart.series] == [*study_words.NAMES.values()]
+        assert all(series.x == [quarter / 4 for quarter in range(2, 13)] for series in chart.series)
+    missing = [row for row in rows if (row["method"], row["seed"]) != ("dpo", "3") or float(row["kl"]) > 1]
+    lines = study_words.comparisons(missing).splitlines()
+    assert lines[3] == "| reward | 0.75 | DPO, best and worst | – | – | – | – | 5, 1 missing |"
+
+
+def difference(method: str, kl: float, low: float, high: float, p: float, column: str = "reward") -> Difference:
+    return Difference(method, "nca", kl, column, (low + high) / 2, 0.01, low, high, p, p, 6, 0, 0)
+
+
+def test_the_plans_rule_says_whether_a_lead_stays():
+    def said(*ends: tuple[float, float, float]) -> str:
+        own = [difference("dpo", kl, *each) for kl, each in zip(study_words.KLS, ends, strict=True)]
+        others = [difference("infonca", kl, -9, -8, 0.001) for kl in study_words.KLS]
+        return study_words.answer([*own, *others, difference("dpo", 1.5, 1, 2, 0.001, "logratio_best")], "dpo")
+
+    assert said((-0.2, -0.1, 0.01), (-0.3, -0.01, 0.04)) == "lead"
+    assert said((-0.2, -0.1, 0.01), (-0.3, 0.01, 0.06)) == "undecided"
+    assert said((-0.04, 0.05, 0.9), (-0.05, 0.01, 0.3)) == "beta"
+    assert said((-0.04, 0.05, 0.9), (-0.05, 0.051, 0.3)) == "undecided"
+    assert said((0.01, 0.1, 0.01), (0.02, 0.1, 0.01)) == "undecided"
+    assert said((math.nan, math.nan, math.nan), (-0.3, -0.1, 0.01)) == "undecided"
 
 
 @pytest.mark.slow
