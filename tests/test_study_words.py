@@ -198,14 +198,14 @@ def test_a_killed_run_goes_on_to_the_same_table(tmp_path, model_dir):
         "base": {
             "model_name_or_path": model_dir, "dataset_name": str(tmp_path / "data"), "use_peft": True, "lora_r": 4,
             "lora_target_modules": ["q_proj", "v_proj"], "bf16": False, "use_cpu": True, "report_to": "none",
-            "gradient_checkpointing": False, "max_length": 128, "max_steps": 4, "per_device_train_batch_size": 2,
+            "gradient_checkpointing": False, "max_length": 128, "max_steps": 2, "per_device_train_batch_size": 2,
             "learning_rate": 1e-2, "alpha": 0.5,
         },
         "evaluation": {
             "scorer": "tiny_scorer:long", "num_completions": 2, "reference_completions": 1, "ranked": "best_worst",
             "max_new_tokens": 8, "steps": 1, "validation_steps": 0, "batch_size": 8,
         },
-        "grid": [{"method": method, "beta": 0.1, "seed": seed} for seed in (1, 2) for method in ("nca", "dpo")],
+        "grid": [{"method": ["nca", "dpo"], "beta": 0.1, "seed": 1}, {"method": "nca", "beta": 0.1, "seed": 2}],
     }  # fmt: skip
     environment = os.environ | {"PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
 
@@ -233,13 +233,13 @@ def test_a_killed_run_goes_on_to_the_same_table(tmp_path, model_dir):
     assert again.wait() == 0, again.communicate()[0]
     assert whole.wait() == 0, whole.communicate()[0]
     again.communicate(), whole.communicate()
-    assert len(told("whole")) == 4
+    assert len(told("whole")) == 3
     assert told("killed") == told("whole")
     # on another machine, with the table alone
-    write_csv(tmp_path / "third.csv", read_csv(tmp_path / "whole.csv")[:3])
+    write_csv(tmp_path / "third.csv", read_csv(tmp_path / "whole.csv")[:2])
     third = start("third")
     output, _ = third.communicate()
     assert third.returncode == 0
-    assert "4 cells, 3 of them in" in output
-    assert [path.name for path in (tmp_path / "third/cells").iterdir()] == [told("whole")[3]["cell"]]
+    assert "3 cells, 2 of them in" in output
+    assert [path.name for path in (tmp_path / "third/cells").iterdir()] == [told("whole")[2]["cell"]]
     assert told("third") == told("whole")
