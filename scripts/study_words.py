@@ -15,6 +15,7 @@ import json
 import math
 import re
 import sys
+import textwrap
 import threading
 from bisect import bisect_left
 from collections import defaultdict
@@ -50,6 +51,9 @@ FIGURES = {
     "train_logratio_best": "log-ratio of the best, training",
 }  # fmt: skip
 NAMES = {"nca": "NCA", "infonca": "InfoNCA", "dpo": "DPO, best and worst"}
+SAID = {
+    "lead": "NCA's lead stays", "beta": "NCA's lead was a matter of β", "undecided": "undecided",
+}  # fmt: skip
 PAGES = ("README.md", "docs/study/README.md")
 _SETTINGS = ("method", "strategy", "alpha", "beta", "learning_rate", "num_completions", "seed")
 _TEST = (
@@ -74,7 +78,7 @@ def row_of(cell: Cell, folder: Path) -> dict[str, Any]:
 
 
 def collect(cells: Sequence[Cell], output: Path, table: Path) -> set[str]:
-    """Add the finished cells to the table, in the order of the grid; returns the names of all that it has."""
+    """Add the finished cells to the table, sorted by seed, method and β; returns the names of all that it has."""
     known = {row["cell"]: row for row in read_csv(table)} if table.exists() else {}
     new = {
         cell.name: row_of(cell, cell.folder(output))
@@ -82,9 +86,11 @@ def collect(cells: Sequence[Cell], output: Path, table: Path) -> set[str]:
         if cell.name not in known and is_done(cell.folder(output))
     }
     if new:
-        order = {cell.name: place for place, cell in enumerate(cells)}
-        both = sorted((known | new).values(), key=lambda row: order.get(row["cell"], -1))
-        write_csv(table, both)
+        order = [*NAMES]
+        both = (known | new).values()
+        write_csv(
+            table, sorted(both, key=lambda row: (int(row["seed"]), order.index(row["method"]), -float(row["beta"])))
+        )
     return {*known, *new}
 
 
@@ -116,23 +122,27 @@ def betas_at(kls: Sequence[float], ends: Sequence[tuple[float, float]]) -> list[
 def lacking(rows: Sequence[dict[str, str]]) -> list[dict[str, Any]]:
     """The grid of what ladders lack by their own KLs: a rung at most for each, first those that don't span `KLS`.
 
-    Beyond a ladder's ends, the KL is taken to be in proportion to 1/β.
+    Beyond a ladder's ends, the KL is taken to be in proportion to 1/β. A ladder gets no rung any more when it has
+    `MOST`, or when the β asked for is one of its own.
     """
     ladders: dict[tuple[int, str], list[tuple[float, float]]] = defaultdict(list)
     for row in rows:
         ladders[int(row["seed"]), row["method"]].append((float(row["kl"]), float(row["beta"])))
-    beyond, between = [], []
+    beyond: list[dict[str, Any]] = []
+    between: list[dict[str, Any]] = []
     for (seed, method), ends in sorted(ladders.items()):
-        if len(ends) >= MOST:
-            continue
         (low, largest), (high, smallest) = min(ends), max(ends)
-        cell = {"method": method, "num_completions": 4, "seed": seed}
+        spans = low <= KLS[0] and high >= KLS[-1]
         if low > KLS[0]:
-            beyond.append(cell | {"beta": float(f"{largest * low / BELOW:.2g}")})
+            beta = largest * low / BELOW
         elif high < KLS[-1]:
-            beyond.append(cell | {"beta": float(f"{smallest * high / ABOVE:.2g}")})
-        elif len(ends) < LEAST:
-            between.append(cell | {"beta": betas_at([MIDDLE], ends)[0]})
+            beta = smallest * high / ABOVE
+        else:
+            (beta,) = betas_at([MIDDLE], ends)
+        beta = float(f"{beta:.2g}")
+        if len(ends) < (LEAST if spans else MOST) and beta not in (own for _, own in ends):
+            cell = {"method": method, "num_completions": 4, "seed": seed, "beta": beta}
+            (between if spans else beyond).append(cell)
     return beyond + between
 
 
@@ -193,7 +203,7 @@ def comparisons(rows: Sequence[dict[str, str]]) -> str:
             told = [mean("nca", own), mean(own.method, own), difference, f"{own.p_holm:.2g}"]
         seeds = f"{own.n}" + (f", {own.missing} missing" if own.missing else "")
         lines.append([FIGURES[own.column], f"{own.kl:g}", NAMES[own.method], *told, seeds])
-    return markdown(["figure", "KL", "method", "NCA's", "its", "its less NCA's", "p, Holm", "seeds"], lines)
+    return markdown(["figure", "KL", "method", "NCA", "method's", "difference from NCA", "p, Holm", "seeds"], lines)
 
 
 def shown(value: float, sign: str = "") -> str:
@@ -202,11 +212,25 @@ def shown(value: float, sign: str = "") -> str:
 
 
 def answer(found: Sequence[Difference], method: str) -> str:
-    """What the plan's rule says of one method: `lead`, `beta` or `undecided`."""
+    """What the plan's rule says of one method: `lead`, else `beta`, else `undecided`."""
     own = [one for one in found if one.method == method and one.column == "reward"]
-    if all(one.difference < 0 and one.p_holm < 0.05 for one in own):
+    if len(own) == len(KLS) and all(one.difference < 0 and one.p_holm < 0.05 for one in own):
         return "lead"
-    return "beta" if all(one.low >= -NEAR and one.high <= NEAR for one in own) else "undecided"
+    near = len(own) == len(KLS) and all(one.low >= -NEAR and one.high <= NEAR for one in own)
+    return "beta" if near else "undecided"
+
+
+def verdicts(rows: Sequence[dict[str, str]]) -> str:
+    """What the plan's rule says of each method, and the differences that it goes by."""
+    found, told = differences(rows), []
+    for method in ("infonca", "dpo"):
+        gaps = " and ".join(
+            f"{shown(own.difference, '+')} ± {shown(own.high - own.difference)} at {own.kl:g}"
+            for own in found if own.method == method and own.column == "reward"
+        )  # fmt: skip
+        line = f"- **{NAMES[method]}**: {SAID[answer(found, method)]}. Its reward minus NCA's is {gaps} nats."
+        told.append(textwrap.fill(line, 118, subsequent_indent="  ", break_on_hyphens=False))
+    return "\n".join(told)
 
 
 def charts(rows: Sequence[dict[str, str]]) -> list[Chart]:
@@ -227,7 +251,7 @@ def charts(rows: Sequence[dict[str, str]]) -> list[Chart]:
 
 def fill(page: str, rows: Sequence[dict[str, str]]) -> str:
     """`page` with what it tells of the study between `<!-- words … -->` and the next `<!-- end -->`."""
-    parts = {"table": comparisons}
+    parts = {"table": comparisons, "verdicts": verdicts}
 
     def part(mark: re.Match) -> str:
         return f"<!-- words {mark[1]} -->\n{parts[mark[1]](rows).rstrip()}\n<!-- end -->"

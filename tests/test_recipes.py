@@ -356,7 +356,7 @@ def test_a_recipes_head_values_and_name(path):
 
 # The table of configs/README.md
 
-STATUSES = {"run", "partly run", "exercised on a tiny model", "not yet run"}
+STATUSES = {"run", "exercised on a tiny model", "not yet run"}
 
 
 def test_the_table_has_every_file_with_an_honest_status():

@@ -79,6 +79,7 @@ def test_ladders_lack_what_their_own_kls_say():
     stuck = [row("dpo", 1, beta, 0.9 + beta / 100) for beta in (1, 2, 3, 4, 5, 6)]
     assert study_words.lacking(stuck[:5])
     assert not study_words.lacking(stuck)
+    assert not study_words.lacking([row("dpo", 1, 1, 0.9), row("dpo", 1, 2.2, 1.0)])  # 2.2 again: it would never end
 
 
 def test_ladders_are_run_until_they_lack_nothing(config, tmp_path, monkeypatch):
@@ -186,6 +187,21 @@ def test_the_plans_rule_says_whether_a_lead_stays():
     assert said((-0.04, 0.05, 0.9), (-0.05, 0.051, 0.3)) == "undecided"
     assert said((0.01, 0.1, 0.01), (0.02, 0.1, 0.01)) == "undecided"
     assert said((math.nan, math.nan, math.nan), (-0.3, -0.1, 0.01)) == "undecided"
+    assert study_words.answer([], "dpo") == "undecided"
+
+
+def test_the_ladders_are_whole_and_the_pages_say_what_the_table_says(tmp_path):
+    rows = read_csv(study_words.TABLE)
+    assert {(row["method"], int(row["seed"])) for row in rows} == {
+        (method, seed) for method in study_words.NAMES for seed in range(1, 7)
+    }
+    assert study_words.lacking(rows) == []
+    assert {(own.n, own.missing) for own in study_words.differences(rows)} == {(6, 0)}
+    study_words.tell(tmp_path)
+    for page in study_words.PAGES:
+        assert "<!-- words verdicts -->\n- **InfoNCA**" in (tmp_path / page).read_text()
+        assert (tmp_path / page).read_text() == (ROOT / page).read_text()
+    assert (ROOT / "docs/study/words.png").exists()
 
 
 @pytest.mark.slow
