@@ -228,7 +228,7 @@ def verdicts(rows: Sequence[dict[str, str]]) -> str:
             f"{shown(own.difference, '+')} ± {shown(own.high - own.difference)} at {own.kl:g}"
             for own in found if own.method == method and own.column == "reward"
         )  # fmt: skip
-        line = f"- **{NAMES[method]}**: {SAID[answer(found, method)]}. Its reward minus NCA's is {gaps} nats."
+        line = f"- **{NAMES[method]}**: {SAID[answer(found, method)]}. Reward minus NCA's is {gaps} nats."
         told.append(textwrap.fill(line, 118, subsequent_indent="  ", break_on_hyphens=False))
     return "\n".join(told)
 

@@ -69,7 +69,7 @@ NOT_RUN: dict[str, dict[str, str]] = {
         "nca-align sample --base_url": SERVER, "curl": SERVER,
     },
     "docs/reference/long-runs.md": {"make long": HOURS},
-    "docs/study/README.md": {"python scripts/study_worlds/run.py": HOURS},
+    "docs/study/README.md": {"python scripts/study_worlds/run.py": HOURS, "bash scripts/study_words.sh": HOURS},
 }  # fmt: skip
 
 # The same of what another test runs
@@ -93,6 +93,7 @@ RUN_BY: dict[str, dict[str, str]] = {
     },
     "docs/study/README.md": {
         "python scripts/study_worlds/results.py": "test_worlds.py::test_tables_and_pages_are_made_of_the_runs",
+        "python scripts/study_words.py": "test_study_words.py::test_pages_say_what_whole_ladders_say",
     },
 }  # fmt: skip
 # A page, and the tests of its Python blocks, in their order; "" runs here

@@ -9,6 +9,7 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from statistics import fmean, pstdev
 
 import pytest
 import yaml
@@ -190,13 +191,19 @@ def test_the_plans_rule_says_whether_a_lead_stays():
     assert study_words.answer([], "dpo") == "undecided"
 
 
-def test_the_ladders_are_whole_and_the_pages_say_what_the_table_says(tmp_path):
+def test_pages_say_what_whole_ladders_say(tmp_path):
     rows = read_csv(study_words.TABLE)
     assert {(row["method"], int(row["seed"])) for row in rows} == {
         (method, seed) for method in study_words.NAMES for seed in range(1, 7)
     }
     assert study_words.lacking(rows) == []
     assert {(own.n, own.missing) for own in study_words.differences(rows)} == {(6, 0)}
+    (clear,) = [own for own in study_words.differences(rows) if own.p_holm < 0.05]  # as the page says
+    assert (clear.method, clear.column, clear.kl) == ("infonca", "train_logratio_best", 0.75)
+    assert clear.difference < 0
+    assert sum(float(row["minutes"]) for row in rows) / 120 == pytest.approx(3.6, abs=0.05)
+    data = [json.loads(line)["rewards"] for line in (ROOT / "data/study/words/train.jsonl").read_text().splitlines()]
+    assert round(fmean(map(pstdev, data)), 2) == 0.34  # and the page says so
     study_words.tell(tmp_path)
     for page in study_words.PAGES:
         assert "<!-- words verdicts -->\n- **InfoNCA**" in (tmp_path / page).read_text()
