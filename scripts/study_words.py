@@ -13,7 +13,6 @@ from the table too.
 
 import json
 import math
-import re
 import sys
 import textwrap
 import threading
@@ -36,6 +35,7 @@ from nca_align.pages.charts import Chart, Series
 from nca_align.pages.pictures import write_png
 from nca_align.pages.text_tables import markdown
 from nca_align.store.files import read_csv, read_json, write_csv
+from quickstart_results import with_block
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG, TABLE = ROOT / "configs/study/words.yaml", ROOT / "docs/study/words.csv"
@@ -54,7 +54,7 @@ NAMES = {"nca": "NCA", "infonca": "InfoNCA", "dpo": "DPO, best and worst"}
 SAID = {
     "lead": "NCA's lead stays", "beta": "NCA's lead was a matter of β", "undecided": "undecided",
 }  # fmt: skip
-PAGES = ("README.md", "docs/study/README.md")
+PAGES = {"README.md": ["words verdicts"], "docs/study/README.md": ["words verdicts", "words table"]}
 _SETTINGS = ("method", "strategy", "alpha", "beta", "learning_rate", "num_completions", "seed")
 _TEST = (
     "reward", "reward_error", "kl", "kl_error", "tokens", "cut", "distinct_2", "logratio_best", "logratio_worst",
@@ -183,9 +183,9 @@ def study(asked: dict[str, Any], table: Path) -> int:
     return code
 
 
-def differences(rows: Sequence[dict[str, str]], kls: Sequence[float] = KLS) -> list[Difference]:
+def differences(rows: Sequence[dict[str, str]]) -> list[Difference]:
     """InfoNCA and DPO less NCA at equal KL between the ends of runs, paired by seed."""
-    return compare_at_kl(ladders_of(rows, [*FIGURES]), "nca", [*FIGURES], kls)
+    return compare_at_kl(ladders_of(rows, [*FIGURES]), "nca", [*FIGURES], KLS)
 
 
 def comparisons(rows: Sequence[dict[str, str]]) -> str:
@@ -214,10 +214,9 @@ def shown(value: float, sign: str = "") -> str:
 def answer(found: Sequence[Difference], method: str) -> str:
     """What the plan's rule says of one method: `lead`, else `beta`, else `undecided`."""
     own = [one for one in found if one.method == method and one.column == "reward"]
-    if len(own) == len(KLS) and all(one.difference < 0 and one.p_holm < 0.05 for one in own):
+    if own and all(one.difference < 0 and one.p_holm < 0.05 for one in own):
         return "lead"
-    near = len(own) == len(KLS) and all(one.low >= -NEAR and one.high <= NEAR for one in own)
-    return "beta" if near else "undecided"
+    return "beta" if own and all(one.low >= -NEAR and one.high <= NEAR for one in own) else "undecided"
 
 
 def verdicts(rows: Sequence[dict[str, str]]) -> str:
@@ -230,7 +229,7 @@ def verdicts(rows: Sequence[dict[str, str]]) -> str:
         )  # fmt: skip
         line = f"- **{NAMES[method]}**: {SAID[answer(found, method)]}. Reward minus NCA's is {gaps} nats."
         told.append(textwrap.fill(line, 118, subsequent_indent="  ", break_on_hyphens=False))
-    return "\n".join(told)
+    return "\n".join(told) + "\n"
 
 
 def charts(rows: Sequence[dict[str, str]]) -> list[Chart]:
@@ -249,23 +248,16 @@ def charts(rows: Sequence[dict[str, str]]) -> list[Chart]:
     return found
 
 
-def fill(page: str, rows: Sequence[dict[str, str]]) -> str:
-    """`page` with what it tells of the study between `<!-- words … -->` and the next `<!-- end -->`."""
-    parts = {"table": comparisons, "verdicts": verdicts}
-
-    def part(mark: re.Match) -> str:
-        return f"<!-- words {mark[1]} -->\n{parts[mark[1]](rows).rstrip()}\n<!-- end -->"
-
-    return re.sub(r"<!-- words (\w+) -->.*?<!-- end -->", part, page, flags=re.DOTALL)
-
-
 def tell(root: Path = ROOT) -> None:
     """Write the table, the sentences and the picture of docs/study and of the README under `root`."""
     rows = read_csv(TABLE)
-    for page in PAGES:
-        path = root / page
+    parts = {"words table": comparisons(rows), "words verdicts": verdicts(rows)}
+    for page, names in PAGES.items():
+        text, path = (ROOT / page).read_text(encoding="utf-8"), root / page
+        for name in names:
+            text = with_block(text, name, parts[name])
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(fill((ROOT / page).read_text(encoding="utf-8"), rows), encoding="utf-8")
+        path.write_text(text, encoding="utf-8")
     write_png(charts(rows), "SmolLM2, six seeds: between the ends of runs", root / "docs/study/words.png")
 
 
