@@ -142,8 +142,11 @@ def check_worker(start_method: str) -> None:
     (worker,) = batches._workers
     signal_from_outside(worker.pid)
     assert torch.cat(list(islice(batches, 5))).tolist() == [0, 1, 2, 3, 4]
+    os.kill(worker.pid, signal.SIGSTOP)  # so that the next two signals wait there together
+    signal_from_outside(worker.pid)
     worker.terminate()
-    worker.join(60)
+    os.kill(worker.pid, signal.SIGCONT)
+    worker.join(20)
     assert worker.exitcode == 0
 
 

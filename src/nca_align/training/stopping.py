@@ -14,6 +14,7 @@ from multiprocessing import context
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
+from weakref import proxy
 
 from accelerate import PartialState
 from accelerate.utils import gather_object
@@ -24,7 +25,8 @@ from ..store.checkpoints import how_to_go_on
 # What a process exits with that was stopped after it had saved: "try again" in BSD's sysexits.h, and 128 + SIGINT.
 EXIT_CODES = {signal.SIGTERM: 75, signal.SIGINT: 130}
 PREEMPTED = EXIT_CODES[signal.SIGTERM]
-_KNOWS_SENDERS = hasattr(signal, "sigwaitinfo")  # of a signal; not on macOS
+# What a parent ends a worker with: no one else sends it, and unlike two SIGTERM two signals stay two. Not on macOS.
+_END: Any = getattr(signal, "SIGRTMIN", None)
 _CLEAR_LINE = "\r\x1b[K"
 _NAMES = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
 
@@ -104,7 +106,7 @@ def spare_workers(loader: Any) -> Any:
     """
     own = getattr(loader, "base_dataloader", loader)  # within accelerate's
     own.worker_init_fn = partial(_work_on, own.worker_init_fn)
-    if _KNOWS_SENDERS and own.num_workers:
+    if _END and own.num_workers:
         given = own.multiprocessing_context or multiprocessing
         spared = copy(multiprocessing.get_context(method := given.get_start_method()))
         spared.Process = _PROCESSES[method]  # type: ignore[attr-defined]
@@ -119,12 +121,16 @@ class _Spared(BaseProcess):
     `worker_init_fn` runs: PyTorch starts some where `torch.set_num_threads` was called before the fork.
     """
 
+    _popen: Any
+
     def start(self) -> None:
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, EXIT_CODES)
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {*EXIT_CODES, _END})
         try:
             super().start()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        # by which PyTorch and Python end a worker that is left; a proxy, as a cycle would keep its pipes open
+        self._popen.terminate = partial(type(self._popen)._send_signal, proxy(self._popen), _END)
 
 
 class _Forked(_Spared, context.ForkProcess): ...
@@ -141,19 +147,18 @@ _PROCESSES = {"fork": _Forked, "spawn": _Spawned, "forkserver": _Served}
 
 def _work_on(own: Callable[[int], Any] | None, worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if _KNOWS_SENDERS:
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # for a fork server that ran already
+    if _END:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, _END})  # for a fork server that ran already
         threading.Thread(target=_end_with_the_parent, daemon=True).start()
     if own is not None:
         own(worker)
 
 
 def _end_with_the_parent() -> None:
-    """End once the parent is gone, or sends SIGTERM, by which PyTorch and Python end a worker that is left."""
+    """End once the parent is gone, or says so."""
     parent = multiprocessing.parent_process()  # not `os.getppid()`, which may be a fork server
     while parent is not None and parent.is_alive():
-        sent = signal.sigtimedwait({signal.SIGTERM}, 5)
-        if sent is not None and sent.si_pid == parent.pid:
+        if signal.sigtimedwait({_END}, 5):
             break
     os._exit(0)
 
