@@ -16,6 +16,7 @@ from functools import partial
 from importlib import import_module
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 from datasets import Dataset, DatasetDict, concatenate_datasets
@@ -45,6 +46,7 @@ from nca_align.errors import UserError
 from nca_align.evaluation.comparison_folder import failure
 from nca_align.evaluation.endpoints import FIELDS
 from nca_align.evaluation.intervals import detectable_difference
+from nca_align.store import ownership
 from nca_align.store.checkpoints import last_common_checkpoint
 from nca_align.store.fingerprints import files_fingerprint
 
@@ -783,13 +785,17 @@ def test_a_grid_killed_half_way_and_resumed(config, tmp_path, capfd):
     wait_for(output / "comparison.csv", process)  # of what is finished, while others run
     finished = {path: path.stat().st_mtime_ns for path in folders.glob("*/done.json")}
     assert {row["cell"] for row in read(output / "comparison.csv")} <= {path.parent.name for path in finished}
+    cells = psutil.Process(process.pid).children(recursive=True)
     process.kill()
     process.communicate()
     assert 2 <= len(finished) < 8
     begun = [path.parent.name for path in folders.glob("*/checkpoint-*") if not (path.parent / "done.json").exists()]
     assert begun
     (tmp_path / "hold").unlink()
-    time.sleep(0.5)  # a cell ends with what started it
+    end = time.monotonic() + 60
+    while any(ownership._started(cell.pid) for cell in cells):
+        assert time.monotonic() < end, "a cell did not end with what started it"
+        time.sleep(0.05)
 
     assert compare_command.main(arguments) == 1
     said = capfd.readouterr()

@@ -102,7 +102,7 @@ def test_another_process_is_refused_at_once_and_a_kill_lets_go(output, hold):
     process, began = hold(), time.monotonic()
     with pytest.raises(UserError, match=rf"belongs to another job: process {process.pid} on "), own_file(output):
         pass
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < ownership.DEAD_AFTER / 2
     process.kill()  # and not yet waited for: a zombie
     wait_until(lambda: ownership._started(process.pid) is None)
     with own_file(output):
@@ -128,7 +128,7 @@ def test_a_dead_owner_on_another_machine_is_displaced_after_a_while(text, output
         owner_file(output).write_bytes(text)
     began = time.monotonic()
     with own_file(output):
-        assert 0.5 <= time.monotonic() - began < 5
+        assert 0.5 <= time.monotonic() - began < 60  # not 120
         assert owner(output)["process"] == os.getpid()
     said = capsys.readouterr().err
     name = "process 7 on another" if text is None else "another job"

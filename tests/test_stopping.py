@@ -116,7 +116,7 @@ def test_the_loaders_workers_go_on_and_end_with_their_parent(command_of, tmp_pat
     assert list(whole_checkpoints(tmp_path / "run")) == [2]
     for worker in workers:
         worker.terminate()  # as PyTorch and Python end one that is left
-        worker.join(10)
+        worker.join(60)
         assert worker.exitcode == 0
 
 
@@ -146,7 +146,7 @@ def check_worker(start_method: str) -> None:
     signal_from_outside(worker.pid)
     worker.terminate()
     os.kill(worker.pid, signal.SIGCONT)
-    worker.join(20)
+    worker.join(60)
     assert worker.exitcode == 0
 
 
