@@ -87,6 +87,7 @@ PUBLIC = (
 OTHERS = {
     "_ExtendAction", "_actions",  # argparse
     "_create_connection",  # http.client
+    "_send_signal",  # multiprocessing
     "_asdict", "_exit", "_fields", "_replace",  # Python
     "_cast_table", "_fingerprint", "_generate_tables",  # datasets
     "_buffers", "_cdata", "_grouped_mm", "_parameters", "_to_copy",  # PyTorch; tests/test_memory_plan.py counts by them

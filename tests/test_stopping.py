@@ -11,7 +11,7 @@ from contextlib import suppress
 from itertools import islice
 from multiprocessing.popen_fork import Popen
 from pathlib import Path
-from threading import Event, Thread
+from threading import Event, Thread, Timer
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ from nca_align.commands.train.checks import checkpoint_to_go_on_from
 from nca_align.commands.train.command import main
 from nca_align.errors import UserError
 from nca_align.store.checkpoints import whole_checkpoints
-from nca_align.training import reference_cache
+from nca_align.training import reference_cache, stopping
 from nca_align.training.stopping import StopSignals, spare_workers, what_is_left
 from signalled import NEVER, start_training
 from test_resume import finish
@@ -136,6 +136,12 @@ class SignalledWhenRead(Dataset):
         return index
 
 
+@pytest.fixture
+def patient(monkeypatch):
+    """A worker has a minute to end by itself."""
+    monkeypatch.setattr(stopping, "_PATIENCE", 60.0)
+
+
 def check_worker(start_method: str) -> None:
     loader = spare_workers(DataLoader(SignalledWhenRead(), num_workers=1, multiprocessing_context=start_method))
     batches = iter(loader)
@@ -143,14 +149,15 @@ def check_worker(start_method: str) -> None:
     signal_from_outside(worker.pid)
     assert torch.cat(list(islice(batches, 5))).tolist() == [0, 1, 2, 3, 4]
     os.kill(worker.pid, signal.SIGSTOP)  # so that the next two signals wait there together
+    os.waitid(os.P_PID, worker.pid, os.WSTOPPED)
+    Timer(1, os.kill, (worker.pid, signal.SIGCONT)).start()
     signal_from_outside(worker.pid)
-    worker.terminate()
-    os.kill(worker.pid, signal.SIGCONT)
+    worker._popen.terminate()  # as Python's exit does, and PyTorch by `Process.terminate`
     worker.join(60)
     assert worker.exitcode == 0
 
 
-def test_a_worker_goes_on_from_its_first_moment_on(monkeypatch):
+def test_a_worker_goes_on_from_its_first_moment_on(patient, monkeypatch):
     """Before its `worker_init_fn` it may have threads already, and a signal goes to any that doesn't block it."""
     starts, own = Popen._launch, torch.set_num_threads
 
@@ -170,8 +177,35 @@ def test_a_worker_goes_on_from_its_first_moment_on(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("start_method", ["spawn", "forkserver"])
-def test_so_it_does_however_it_was_started(start_method):
+def test_so_it_does_however_it_was_started(start_method, patient):
     check_worker(start_method)
+
+
+def test_a_stuck_worker_is_killed(monkeypatch):
+    loader = spare_workers(DataLoader(SignalledWhenRead(), num_workers=1, multiprocessing_context="fork"))
+    worker = loader.multiprocessing_context.Process(target=Event().wait, daemon=True)
+    worker.start()
+    monkeypatch.setattr(stopping, "_PATIENCE", 0.5)
+    worker.terminate()
+    worker.join(60)
+    assert worker.exitcode == -signal.SIGKILL
+
+
+def test_a_worker_can_be_ended_where_ctrl_c_came_while_it_started(patient, monkeypatch):
+    starts = Popen._launch
+
+    def launch(self, process):
+        starts(self, process)
+        interrupt()
+
+    monkeypatch.setattr(Popen, "_launch", launch)
+    loader = spare_workers(DataLoader(SignalledWhenRead(), num_workers=1, multiprocessing_context="fork"))
+    with pytest.raises(KeyboardInterrupt):
+        iter(loader)
+    (worker,) = multiprocessing.active_children()
+    worker._popen.terminate()
+    worker.join(60)
+    assert worker.exitcode == 0
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import copy
 from functools import partial
-from multiprocessing import context
+from multiprocessing import context, popen_fork, popen_spawn_posix
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
-from weakref import proxy
 
 from accelerate import PartialState
 from accelerate.utils import gather_object
@@ -25,8 +24,9 @@ from ..store.checkpoints import how_to_go_on
 # What a process exits with that was stopped after it had saved: "try again" in BSD's sysexits.h, and 128 + SIGINT.
 EXIT_CODES = {signal.SIGTERM: 75, signal.SIGINT: 130}
 PREEMPTED = EXIT_CODES[signal.SIGTERM]
-# What a parent ends a worker with: no one else sends it, and unlike two SIGTERM two signals stay two. Not on macOS.
+# By this signal a parent ends a worker: a SIGTERM would merge with one that waits already. macOS lacks it.
 _END: Any = getattr(signal, "SIGRTMIN", None)
+_PATIENCE = 5.0  # seconds that a worker has to end by itself, as in PyTorch
 _CLEAR_LINE = "\r\x1b[K"
 _NAMES = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
 
@@ -102,14 +102,17 @@ def follow_launcher() -> None:
 def spare_workers(loader: Any) -> Any:
     """`loader`, whose worker processes go on where a signal to stop reaches them too, so that the step can end.
 
-    torchrun signals a process with all of its children, a terminal and SLURM do likewise.
+    torchrun signals a process with all of its children, a terminal and SLURM do likewise. Programs that a worker
+    starts block the signals too. Where workers would come from a fork server, they are spawned: the server forks
+    other processes too, and they would all do as it does.
     """
     own = getattr(loader, "base_dataloader", loader)  # within accelerate's
     own.worker_init_fn = partial(_work_on, own.worker_init_fn)
     if _END and own.num_workers:
         given = own.multiprocessing_context or multiprocessing
-        spared = copy(multiprocessing.get_context(method := given.get_start_method()))
-        spared.Process = _PROCESSES[method]  # type: ignore[attr-defined]
+        forks = given.get_start_method() == "fork"
+        spared = copy(multiprocessing.get_context("fork" if forks else "spawn"))
+        spared.Process = _Forked if forks else _Spawned  # type: ignore[attr-defined]
         own.multiprocessing_context = spared
     return loader
 
@@ -121,42 +124,44 @@ class _Spared(BaseProcess):
     `worker_init_fn` runs: PyTorch starts some where `torch.set_num_threads` was called before the fork.
     """
 
-    _popen: Any
-
     def start(self) -> None:
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {*EXIT_CODES, _END})
         try:
             super().start()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        # by which PyTorch and Python end a worker that is left; a proxy, as a cycle would keep its pipes open
-        self._popen.terminate = partial(type(self._popen)._send_signal, proxy(self._popen), _END)
 
 
-class _Forked(_Spared, context.ForkProcess): ...
+class _Ended(popen_fork.Popen):
+    def terminate(self) -> None:
+        """End a worker that is left, for PyTorch and Python; one that is stuck is killed."""
+        self._send_signal(_END)  # type: ignore[attr-defined]
+        if self.wait(_PATIENCE) is None:
+            self.kill()
 
 
-class _Spawned(_Spared, context.SpawnProcess): ...
+class _SpawnedEnded(_Ended, popen_spawn_posix.Popen): ...
 
 
-class _Served(_Spared, context.ForkServerProcess): ...
+class _Forked(_Spared, context.ForkProcess):
+    _Popen: Any = _Ended
 
 
-_PROCESSES = {"fork": _Forked, "spawn": _Spawned, "forkserver": _Served}
+class _Spawned(_Spared, context.SpawnProcess):
+    _Popen: Any = _SpawnedEnded
 
 
 def _work_on(own: Callable[[int], Any] | None, worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if _END:
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, _END})  # for a fork server that ran already
         threading.Thread(target=_end_with_the_parent, daemon=True).start()
     if own is not None:
         own(worker)
 
 
 def _end_with_the_parent() -> None:
-    """End once the parent is gone, or says so."""
-    parent = multiprocessing.parent_process()  # not `os.getppid()`, which may be a fork server
+    """End once the parent is gone or has sent `_END`."""
+    parent = multiprocessing.parent_process()
     while parent is not None and parent.is_alive():
         if signal.sigtimedwait({_END}, 5):
             break
