@@ -11,7 +11,7 @@ from contextlib import suppress
 from itertools import islice
 from multiprocessing.popen_fork import Popen
 from pathlib import Path
-from threading import Event, Thread, Timer
+from threading import Event, Thread, Timer, main_thread
 
 import pytest
 import torch
@@ -99,7 +99,7 @@ def test_the_first_one_saves_and_the_run_goes_on_from_there(command_of, tmp_path
     assert [line["step"] for line in log if "eval_loss" in line] == [2, 4]
 
 
-def test_the_loaders_workers_go_on_and_end_with_their_parent(command_of, tmp_path, caplog):
+def test_the_loaders_workers_go_on_and_end_with_their_parent(command_of, patient, tmp_path, caplog):
     """torchrun, a terminal and SLURM signal all processes of the run, not Python's parent of the workers."""
     workers = []
 
@@ -150,8 +150,8 @@ def check_worker(start_method: str) -> None:
     assert torch.cat(list(islice(batches, 5))).tolist() == [0, 1, 2, 3, 4]
     os.kill(worker.pid, signal.SIGSTOP)  # so that the next two signals wait there together
     os.waitid(os.P_PID, worker.pid, os.WSTOPPED)
-    Timer(1, os.kill, (worker.pid, signal.SIGCONT)).start()
     signal_from_outside(worker.pid)
+    Timer(1, os.kill, (worker.pid, signal.SIGCONT)).start()
     worker._popen.terminate()  # as Python's exit does, and PyTorch by `Process.terminate`
     worker.join(60)
     assert worker.exitcode == 0
@@ -179,16 +179,23 @@ def test_a_worker_goes_on_from_its_first_moment_on(patient, monkeypatch):
 @pytest.mark.parametrize("start_method", ["spawn", "forkserver"])
 def test_so_it_does_however_it_was_started(start_method, patient):
     check_worker(start_method)
+    other = multiprocessing.get_context(start_method).Process(target=time.sleep, args=(1000,))
+    other.start()
+    other.terminate()  # it doesn't block the signals, even where its server was launched for the worker
+    other.join(60)
+    assert other.exitcode == -signal.SIGTERM
 
 
-def test_a_stuck_worker_is_killed(monkeypatch):
-    loader = spare_workers(DataLoader(SignalledWhenRead(), num_workers=1, multiprocessing_context="fork"))
-    worker = loader.multiprocessing_context.Process(target=Event().wait, daemon=True)
-    worker.start()
+def test_stuck_workers_are_killed(monkeypatch):
+    """Each of them, though PyTorch raises an error for one that was killed."""
     monkeypatch.setattr(stopping, "_PATIENCE", 0.5)
-    worker.terminate()
-    worker.join(60)
-    assert worker.exitcode == -signal.SIGKILL
+    batches = iter(spare_workers(DataLoader(SignalledWhenRead(), num_workers=2, multiprocessing_context="fork")))
+    for worker in batches._workers:
+        os.kill(worker.pid, signal.SIGSTOP)
+        os.waitid(os.P_PID, worker.pid, os.WSTOPPED)
+    for worker in batches._workers:
+        worker._popen.terminate()
+    assert [worker.exitcode for worker in batches._workers] == [-signal.SIGKILL] * 2
 
 
 def test_a_worker_can_be_ended_where_ctrl_c_came_while_it_started(patient, monkeypatch):
@@ -196,7 +203,7 @@ def test_a_worker_can_be_ended_where_ctrl_c_came_while_it_started(patient, monke
 
     def launch(self, process):
         starts(self, process)
-        interrupt()
+        signal.pthread_kill(main_thread().ident, signal.SIGINT)  # to that one, which blocks it
 
     monkeypatch.setattr(Popen, "_launch", launch)
     loader = spare_workers(DataLoader(SignalledWhenRead(), num_workers=1, multiprocessing_context="fork"))

@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import copy
 from functools import partial
 from multiprocessing import context, popen_fork, popen_spawn_posix
@@ -137,7 +137,10 @@ class _Ended(popen_fork.Popen):
         """End a worker that is left, for PyTorch and Python; one that is stuck is killed."""
         self._send_signal(_END)  # type: ignore[attr-defined]
         if self.wait(_PATIENCE) is None:
-            self.kill()
+            with suppress(RuntimeError):  # PyTorch raises it on each signal of a child until the dead worker is reaped
+                self.kill()
+                self.wait(_PATIENCE)
+            self.poll()
 
 
 class _SpawnedEnded(_Ended, popen_spawn_posix.Popen): ...
