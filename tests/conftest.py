@@ -11,6 +11,7 @@ import importlib.metadata
 import json
 import logging
 import signal
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ REAL_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 needs_real_data = pytest.mark.skipif(not REAL_DATA.exists(), reason=f"real data {REAL_DATA} is not on this machine")
 # Where rows come from: every test has its own, and the real ones come on top
 SOURCES = ["own", pytest.param("real", marks=needs_real_data)]
+SOURCES_REAL_SLOW = ["own", pytest.param("real", marks=[needs_real_data, pytest.mark.slow])]
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
@@ -223,6 +225,11 @@ def labelled_rows(n: int, k: int | list[int] = 1, seed: int = 0) -> list[dict]:
         row | {"rewards": [1.0 if reward > 0.4 else 0.75 if reward > 0.1 else 0.0 for reward in row["rewards"]]}
         for row in rows
     ]
+
+
+def slow_but(names: Iterable, *fast: object) -> list:
+    """Parameters of which only `fast` are in the fast tests."""
+    return [name if name in fast else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 def planned(table: list[dict]) -> dict[tuple, set]:

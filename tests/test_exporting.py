@@ -100,7 +100,10 @@ VARIANTS = {
 PARTED = [(name, True) for name in VARIANTS if name not in ("all-linear", "rslora", "dora", "bias")]
 
 
-@pytest.mark.parametrize(("name", "tied"), [*((name, False) for name in VARIANTS), *PARTED])
+@pytest.mark.parametrize(
+    ("name", "tied"),
+    [*((name, False) for name in VARIANTS), *(pytest.param(*case, marks=pytest.mark.slow) for case in PARTED)],
+)
 def test_what_adapters_change(name, tied, tokenizer, tmp_path):
     """Also one of two tied embeddings: they part, and a model that kept them tied would be another."""
     base = make_base(tmp_path / "base", tokenizer, tie_word_embeddings=tied)

@@ -14,7 +14,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 
 import tiny_models
-from conftest import build_tokenizer, labelled_rows, reward_rows
+from conftest import build_tokenizer, labelled_rows, reward_rows, slow_but
 from nca_align import NCAConfig, NCATrainer
 from nca_align.batching.recurrent import RecurrentCache
 
@@ -88,7 +88,7 @@ SLOW = {
 }
 
 
-@pytest.mark.parametrize("case", [*CASES, *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW)])
+@pytest.mark.parametrize("case", slow_but([*CASES, *SLOW], "nca", "checkpointing in pieces"))
 def test_a_hybrid_shares_prompts_and_trains_as_padded(case, tmp_path, caplog):
     """Losses, metrics, evaluations and weights after steps of plain descent, in steps of unequal prompts."""
     name, own = (CASES | SLOW)[case]

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BitsAndBytesConfig, TrainingArguments
 
 import tiny_models
-from conftest import build_model, build_tokenizer
+from conftest import build_model, build_tokenizer, slow_but
 from nca_align.batching.attention import share_prefixes
 from nca_align.batching.collator import RewardCollator
 from nca_align.errors import InvalidRowError
@@ -107,7 +107,7 @@ def test_what_is_counted_is_what_autograd_keeps_of_real_tensors(layout, weights,
     assert (kept.copies > 0) is (mixed and (weights == "lora" or dtype == torch.float32))
 
 
-@pytest.mark.parametrize("family", ["Mixtral", "Gemma3", "Qwen3", "GptOss", "Qwen3_5", "Gemma4"])
+@pytest.mark.parametrize("family", slow_but(["Mixtral", "Gemma3", "Qwen3", "GptOss", "Qwen3_5", "Gemma4"], "Qwen3_5"))
 def test_other_architectures_are_counted_by_their_own_code(family):
     """Layers that are alike count as often as they run: with all of them run, the sum is the same."""
     config = getattr(transformers, f"{family}{'Text' if family in ('Gemma3', 'Gemma4', 'Qwen3_5') else ''}Config")(

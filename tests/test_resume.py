@@ -24,7 +24,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl import DPOTrainer
 
 import tiny_models
-from conftest import build_model, build_tokenizer, labelled_rows, reward_rows
+from conftest import build_model, build_tokenizer, labelled_rows, reward_rows, slow_but
 from nca_align import NCAConfig, NCATrainer
 from nca_align.commands.train.command import main
 from nca_align.errors import UserError
@@ -94,9 +94,7 @@ EXACT = {
 }
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in ("epochs", "by length"))) for name in EXACT]
-)
+@pytest.mark.parametrize("name", slow_but(EXACT, "rebalanced"))
 def test_stopped_again_and_again_it_ends_as_if_it_had_not(name, tmp_path):
     """In the middle of both epochs, at the end of the first one, and after the last step, before the end."""
     expected = whole_run(tmp_path / "whole", **EXACT[name])

@@ -30,9 +30,8 @@ def test_weights_are_those_of_the_real_models():
     }
 
 
-@pytest.mark.parametrize(
-    "table", ["held_table", *(pytest.param(name, marks=pytest.mark.slow) for name in ("batch_table", "machine_table"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("table", ["held_table", "batch_table", "machine_table"])
 def test_the_page_has_the_tables_that_the_script_prints(table):
     lines = list(getattr(scaling, table)())
     assert len(lines) > 4

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 
-from conftest import SOURCES, build_tokenizer, pair_rows, reward_rows, scored_rows
+from conftest import SOURCES_REAL_SLOW, build_tokenizer, pair_rows, reward_rows, scored_rows
 from nca_align.commands.train.command import main
 from nca_align.training.stopping import follow_launcher
 
@@ -91,7 +91,7 @@ def test_a_run_leaves_everything_that_people_look_for(model_dir, data_file, tmp_
     assert state["log_history"][0]["rewards/best"] == pytest.approx(0, abs=1e-6)
 
 
-@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("source", SOURCES_REAL_SLOW)
 @pytest.mark.parametrize(("rows_of", "k"), [(scored_rows, 4), (pair_rows, 2)])
 def test_ultrafeedbacks_layouts_train_without_preparation(rows_of, k, source, model_dir, tmp_path, capsys):
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows_of(source)))

@@ -7,7 +7,7 @@ import pytest
 from datasets import Dataset
 from trl import DPOConfig, DPOTrainer
 
-from conftest import SOURCES, build_model, build_tokenizer, pair_rows
+from conftest import SOURCES, SOURCES_REAL_SLOW, build_model, build_tokenizer, pair_rows
 from nca_align import NCAConfig, NCATrainer
 from nca_align.errors import notify_once
 
@@ -38,7 +38,7 @@ def losses(trainer) -> list[float]:
     return [line["loss"] for line in trainer.state.log_history if "loss" in line]
 
 
-@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("source", SOURCES_REAL_SLOW)
 @pytest.mark.parametrize("layout", ["padded", "prefix_shared"])
 @pytest.mark.parametrize(("ours", "theirs"), [("nca", "nca_pair"), ("infonca", "sigmoid")])
 def test_five_steps_equal_dpo_trainer(ours, theirs, layout, source, tmp_path):
