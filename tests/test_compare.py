@@ -794,7 +794,7 @@ def test_a_grid_killed_half_way_and_resumed(config, tmp_path, capfd):
     (tmp_path / "hold").unlink()
     end = time.monotonic() + 60
     while any(ownership._started(cell.pid) for cell in cells):
-        assert time.monotonic() < end, "a cell did not end with what started it"
+        assert time.monotonic() < end, "a process did not end with what started it"
         time.sleep(0.05)
 
     assert compare_command.main(arguments) == 1

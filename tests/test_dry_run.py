@@ -104,7 +104,7 @@ def test_a_plan_never_trains(files, capsys, words, tmp_path, monkeypatch):
 RECIPES = {path.stem: path for path in sorted([*CONFIGS.glob("*_mistral7b.yaml"), *CONFIGS.glob("recipes/*.yaml")])}
 
 
-@pytest.mark.parametrize("name", slow_but(RECIPES, "nca_mistral7b", "your_rows_mistral7b"))
+@pytest.mark.parametrize("name", slow_but(RECIPES, "nca_mistral7b", "nca_qwen3.5-4b_ultrafeedback"))
 def test_every_recipe_has_a_plan(name, tmp_path, capsys, monkeypatch):
     """Of the recipe's own class and options, with a config and a tokenizer alone in the model's folder."""
     monkeypatch.setattr(recipes.transformers.PreTrainedModel, "save_pretrained", save_config)

@@ -70,8 +70,7 @@ CASES = {
     "nca": (CONVOLUTIONS, {}),
     "infonca in pieces": (MAMBA_2, {"loss_type": "infonca", "tokens_per_forward": 40}),
     "checkpointing in pieces": (GATED_DELTA, {"tokens_per_forward": 40, **CHECKPOINTING}),
-}
-SLOW = {
+} | {
     f"{name[:4]} {loss} {bound} {how}": (
         name,
         {"loss_type": loss, "tokens_per_forward": bound} | own,
@@ -88,10 +87,10 @@ SLOW = {
 }
 
 
-@pytest.mark.parametrize("case", slow_but([*CASES, *SLOW], "nca", "checkpointing in pieces"))
+@pytest.mark.parametrize("case", slow_but(CASES, "nca", "checkpointing in pieces"))
 def test_a_hybrid_shares_prompts_and_trains_as_padded(case, tmp_path, caplog):
     """Losses, metrics, evaluations and weights after steps of plain descent, in steps of unequal prompts."""
-    name, own = (CASES | SLOW)[case]
+    name, own = CASES[case]
     caplog.set_level(logging.INFO, "nca_align")
     shared, found, step = run(tmp_path / "shared", name, "auto", **own)
     assert shared.data_collator.layout == "prefix_shared"

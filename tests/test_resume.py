@@ -94,7 +94,7 @@ EXACT = {
 }
 
 
-@pytest.mark.parametrize("name", slow_but(EXACT, "rebalanced"))
+@pytest.mark.parametrize("name", slow_but(EXACT, "steps"))
 def test_stopped_again_and_again_it_ends_as_if_it_had_not(name, tmp_path):
     """In the middle of both epochs, at the end of the first one, and after the last step, before the end."""
     expected = whole_run(tmp_path / "whole", **EXACT[name])

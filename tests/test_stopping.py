@@ -181,7 +181,7 @@ def test_so_it_does_however_it_was_started(start_method, patient):
     check_worker(start_method)
     other = multiprocessing.get_context(start_method).Process(target=time.sleep, args=(1000,))
     other.start()
-    other.terminate()  # it doesn't block the signals, even where its server was launched for the worker
+    other.terminate()  # the fork server, which such a worker would have launched, blocks no signals
     other.join(60)
     assert other.exitcode == -signal.SIGTERM
 

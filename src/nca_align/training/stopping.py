@@ -24,7 +24,7 @@ from ..store.checkpoints import how_to_go_on
 # What a process exits with that was stopped after it had saved: "try again" in BSD's sysexits.h, and 128 + SIGINT.
 EXIT_CODES = {signal.SIGTERM: 75, signal.SIGINT: 130}
 PREEMPTED = EXIT_CODES[signal.SIGTERM]
-# By this signal a parent ends a worker: a SIGTERM would merge with one that waits already. macOS lacks it.
+# A parent ends a worker by this signal. A SIGTERM would merge with one that waits already. macOS lacks it.
 _END: Any = getattr(signal, "SIGRTMIN", None)
 _PATIENCE = 5.0  # seconds that a worker has to end by itself, as in PyTorch
 _CLEAR_LINE = "\r\x1b[K"
@@ -102,9 +102,9 @@ def follow_launcher() -> None:
 def spare_workers(loader: Any) -> Any:
     """`loader`, whose worker processes go on where a signal to stop reaches them too, so that the step can end.
 
-    torchrun signals a process with all of its children, a terminal and SLURM do likewise. Programs that a worker
-    starts block the signals too. Where workers would come from a fork server, they are spawned: the server forks
-    other processes too, and they would all do as it does.
+    torchrun, a terminal and SLURM signal a process with all of its children. Programs that a worker starts block the
+    signals too. Workers are spawned where a fork server would fork them. A server that was started with the signals
+    blocked would pass that on to every process that it forks.
     """
     own = getattr(loader, "base_dataloader", loader)  # within accelerate's
     own.worker_init_fn = partial(_work_on, own.worker_init_fn)
@@ -135,12 +135,12 @@ class _Spared(BaseProcess):
 class _Ended(popen_fork.Popen):
     def terminate(self) -> None:
         """End a worker that is left, for PyTorch and Python; one that is stuck is killed."""
-        self._send_signal(_END)  # type: ignore[attr-defined]
-        if self.wait(_PATIENCE) is None:
-            with suppress(RuntimeError):  # PyTorch raises it on each signal of a child until the dead worker is reaped
-                self.kill()
-                self.wait(_PATIENCE)
-            self.poll()
+        for number in (_END, signal.SIGKILL):
+            with suppress(RuntimeError):  # PyTorch raises it on each SIGCHLD until a worker that was killed is reaped
+                self._send_signal(number)  # type: ignore[attr-defined]
+                if self.wait(_PATIENCE) is not None:
+                    return
+        self.poll()
 
 
 class _SpawnedEnded(_Ended, popen_spawn_posix.Popen): ...
@@ -157,6 +157,7 @@ class _Spawned(_Spared, context.SpawnProcess):
 def _work_on(own: Callable[[int], Any] | None, worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if _END:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, _END})  # Python's resource tracker unblocks some
         threading.Thread(target=_end_with_the_parent, daemon=True).start()
     if own is not None:
         own(worker)
