@@ -49,6 +49,7 @@ from nca_align.evaluation.intervals import detectable_difference
 from nca_align.store import ownership
 from nca_align.store.checkpoints import last_common_checkpoint
 from nca_align.store.fingerprints import files_fingerprint
+from test_ownership import wait_until
 
 ROOT = Path(__file__).resolve().parents[1]
 SCORER = "def long(completions, **kwargs):\n    return [min(len(c[0]['content']), 60) / 60 for c in completions]\n"
@@ -792,10 +793,7 @@ def test_a_grid_killed_half_way_and_resumed(config, tmp_path, capfd):
     begun = [path.parent.name for path in folders.glob("*/checkpoint-*") if not (path.parent / "done.json").exists()]
     assert begun
     (tmp_path / "hold").unlink()
-    end = time.monotonic() + 60
-    while any(ownership._started(cell.pid) for cell in cells):
-        assert time.monotonic() < end, "a process did not end with what started it"
-        time.sleep(0.05)
+    wait_until(lambda: not any(ownership._started(cell.pid) for cell in cells))  # it ends with what started it
 
     assert compare_command.main(arguments) == 1
     said = capfd.readouterr()
